@@ -1,0 +1,1 @@
+"""The command line of fxsplit: parse, call one library function, render."""

@@ -1,0 +1,93 @@
+"""The entry point: parse with typer, do what was asked, turn every error into a sentence and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from fxsplit.errors import FxsplitError, Terminated
+
+from . import commands, render
+
+OUT_OF_MEMORY = (
+    "out of memory; use a smaller --batch-size, split each batch with --grad-accum-steps, "
+    "or halve its activations with --amp"
+)
+
+app = typer.Typer(
+    name="fxsplit",
+    help="Partition any PyTorch model by its torch.fx graph, and train it layer-to-layer.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(commands.train)
+app.command()(commands.inspect)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        render.write(f"fxsplit {version('fxsplit')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_version, is_eager=True, metavar=""),
+    ] = False,
+) -> None:
+    """Options of fxsplit itself."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line, by default that of the process, and return its exit code."""
+    verbose = False
+    try:
+        asked = app(arguments, prog_name="fxsplit", standalone_mode=False)
+        if not isinstance(asked, commands.Job):
+            return int(asked or 0)
+        verbose = asked.verbose
+        asked.run()
+        sys.stdout.flush()
+        return 0
+    except FxsplitError as error:
+        return _fail(str(error), error.exit_code)
+    except typer.TyperException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except Terminated:
+        return _fail("terminated", 143)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if _is_out_of_memory(error):
+            return _fail(OUT_OF_MEMORY, 1)
+        if verbose:
+            traceback.print_exc()
+        hint = "" if verbose else "; run with -v for the traceback"
+        return _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}", 1)
+
+
+def _fail(message: str, exit_code: int) -> int:
+    """Typer's errors have no message where help was shown instead."""
+    if message:
+        render.say(f"fxsplit: {message}")
+    return exit_code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Known by name and text: torch should not be imported for its class, and a CPU raises RuntimeError."""
+    names = ("MemoryError", "OutOfMemoryError")
+    return type(error).__name__ in names or "you tried to allocate" in str(error)

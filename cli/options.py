@@ -1,0 +1,58 @@
+"""Command-line options made from the fields of RunSpec."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import Field, fields
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import typer
+from rich.markup import escape
+
+from fxsplit.spec import RunSpec
+
+METAVARS = {bool: "", int: "INTEGER", float: "NUMBER", str: "TEXT"}
+LIST_METAVARS = {float: "NUMBER,...", str: "PATH,..."}
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+def with_spec_options(names: Collection[str]) -> Callable[[Command], Command]:
+    """Put options for these fields of RunSpec in place of the `**given` of a command; None is "not given"."""
+    hints = get_type_hints(RunSpec)
+    made = [_parameter(item, hints[item.name]) for item in fields(RunSpec) if item.name in names]
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [item for item in signature.parameters.values() if item.kind is not item.VAR_KEYWORD]
+        command.__signature__ = signature.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
+    kind = next((member for member in get_args(hint) if isinstance(member, type)), hint)
+    is_list = isinstance(item.default, tuple)
+    name = f"--{item.name.replace('_', '-')}"
+    option = typer.Option(
+        None,
+        f"{name}/--no-{name[2:]}" if kind is bool else name,
+        *item.metadata["flags"],
+        help=_help(item),
+        rich_help_panel=item.metadata["group"],
+        metavar=LIST_METAVARS[kind] if is_list else METAVARS[kind],
+    )
+    # Text, for RunSpec to read: its errors say what is allowed.
+    annotation = (bool if kind is bool else str) | None
+    return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
+
+
+def _help(item: Field[Any]) -> str:
+    """The default is part of the text, because to typer the default of every option is "not given"."""
+    notes = ["|".join(item.metadata["choices"])] if item.metadata["choices"] else []
+    if not (item.default is None or item.default is False or item.default == ()):
+        notes.append(f"default: {item.default}")
+    text = escape(str(item.metadata["help"]))
+    return f"{text} [dim]{escape('[' + ', '.join(notes) + ']')}[/dim]" if notes else text

@@ -1,0 +1,389 @@
+"""All that is printed: results to stdout; progress, notices and errors to stderr.
+
+A phase is drawn as one bar, in marks that also tell the roles apart where there is no colour:
+
+    ░░░░░░░ ░░░░░░│███████ ███████ ▒▒▒▒▒▒▒▒      ░ settled  █ training  ▒ frozen  │ cut
+       student             teacher
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any, Literal
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.report import EpochRecord, Inspection, Observer, RunReport, StepRecord
+
+View = Literal["live", "plain", "quiet"]
+
+ROLES = {"settled": ("░", "cyan"), "training": ("█", "green"), "frozen": ("▒", "bright_black")}
+WIDEST = 100
+
+
+# Plain output
+
+
+def write(text: str) -> None:
+    """Text to stdout, as it is."""
+    sys.stdout.write(text)
+
+
+def write_json(data: Any) -> None:
+    """JSON to stdout. Numbers that JSON does not know, such as the loss of a diverged run, are null."""
+    write(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def say(line: str) -> None:
+    """A line to stderr, as it is."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def human(number: float | None, unit: str = "") -> str:
+    """`1.5 GB`, `25.6 M`, `512`; a figure that there is not is "not available", never 0."""
+    if number is None:
+        return "not available"
+    prefixes = iter(("", "k", "M", "G", "T"))
+    prefix = next(prefixes)
+    while abs(number) >= 999.95:
+        number, prefix = number / 1000, next(prefixes, "P")
+    digits = 1 if prefix or number % 1 else 0
+    return f"{number:.{digits}f} {prefix}{unit}".rstrip()
+
+
+# What a phase looks like
+
+
+def role_of(index: int, phase: Phase) -> str:
+    """What a partition does in a phase, a key of ROLES."""
+    return "settled" if index < phase.start else "training" if index < phase.stop else "frozen"
+
+
+def cut_of(phase: Phase, count: int) -> int | None:
+    """The first partition of the teacher, or None where all `count` partitions train."""
+    return phase.start or (phase.stop if phase.stop < count else None)
+
+
+def draw(phase: Phase, count: int, width: int) -> Text:
+    """The `count` partitions of a phase as one bar of `width` columns."""
+    cut = cut_of(phase, count)
+    edges = [round(index * width / count) for index in range(count + 1)]
+    bar = Text()
+    for index in range(count):
+        mark, style = ROLES[role_of(index, phase)]
+        columns = edges[index + 1] - edges[index]
+        border = "│" if index + 1 == cut else " " if columns > 2 and index + 1 < count else ""
+        bar.append(mark * (columns - len(border)), style).append(border[:columns], "bold")
+    return bar
+
+
+def describe(phase: Phase, plan: Plan) -> Text:
+    """Student, cut and teacher in words."""
+    count = len(plan.partitions)
+    cut = cut_of(phase, count)
+    if cut is None:
+        return Text("no cut: everything trains")
+
+    def roles(members: range) -> Text:
+        found = dict.fromkeys(role_of(index, phase) for index in members)
+        return Text(" + ").join(Text(role, ROLES[role][1]) for role in found)
+
+    middle = f" │ cut before {plan.partitions[cut].name} │ teacher "
+    return Text.assemble("student ", roles(range(cut)), middle, roles(range(cut, count)))
+
+
+def epochs_of(index: int, plan: Plan) -> str:
+    """The epochs of a phase; people count them from 1."""
+    first = plan.first_epoch(index) + 1
+    last = first + plan.phases[index].epochs - 1
+    return f"epochs {first} to {last}" if last > first else f"epoch {first}"
+
+
+# Views of a run while it happens
+
+
+@contextmanager
+def observing(model: str, view: View) -> Iterator[Observer]:
+    """An observer for a run: a live one only on a terminal, and for as long as the block lasts."""
+    console = Console(stderr=True)
+    # FORCE_COLOR makes rich take anything for a terminal, but a log cannot be redrawn.
+    if view == "live" and console.is_terminal and not console.is_dumb_terminal and sys.stderr.isatty():
+        live_view = LiveView(model, console)
+        with live_view.live:
+            yield live_view
+    else:
+        yield Observer() if view == "quiet" else PlainView(model)
+
+
+def epoch_line(record: EpochRecord, epochs: int) -> str:
+    """One epoch in one line."""
+    return (
+        f"epoch {record.epoch + 1}/{epochs}: loss {record.train_loss:.4f}, "
+        f"test {record.eval_top1:.2f} %, "
+        f"{record.train_seconds:.1f} s + {record.eval_seconds:.1f} s test, "
+        f"{record.images_per_second:,.0f} images/s"
+    )
+
+
+class PlainView(Observer):
+    """One line for each thing that happens, for logs and pipes."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.plan: Plan | None = None
+
+    def run_started(
+        self, *, folder: str, device: str, plan: Plan, train_images: int, test_images: int
+    ) -> None:
+        self.plan = plan
+        say(f"{self.model} on {device}, {train_images:,} images to train on and {test_images:,} to test")
+        say(str(plan))
+        if folder:
+            say(f"run folder {folder}")
+
+    def notice(self, sentence: str) -> None:
+        say(sentence)
+
+    def phase_started(self, index: int, phase: Phase) -> None:
+        assert self.plan is not None
+        say(
+            f"phase {index + 1}/{len(self.plan.phases)}, {epochs_of(index, self.plan)}: "
+            f"{describe(phase, self.plan).plain.replace('│', '|')}"
+        )
+
+    def step_done(self, record: StepRecord) -> None:
+        assert self.plan is not None
+        say(
+            f"epoch {record.epoch + 1}/{self.plan.epochs} step {record.step}/{record.steps}: "
+            f"loss {record.train_loss:.4f}, train {record.train_accuracy_pct:.2f} %, "
+            f"{record.images_per_second:,.0f} images/s, {human(record.memory_bytes, 'B')}"
+        )
+
+    def epoch_done(self, record: EpochRecord) -> None:
+        assert self.plan is not None
+        say(epoch_line(record, self.plan.epochs))
+
+
+class LiveView(Observer):
+    """A panel that is redrawn in place; `live` shows it, and what is said in between stays above it."""
+
+    def __init__(self, model: str, console: Console) -> None:
+        self.model = model
+        self.console = console
+        self.began = time.monotonic()
+        self.spinner = Spinner("dots", "getting model and data ready")
+        self.device = self.folder = ""
+        self.plan: Plan | None = None
+        self.phase_index, self.phase = 0, Phase(start=0, stop=1, epochs=1)
+        self.step: StepRecord | None = None
+        self.epoch: EpochRecord | None = None
+        self.live = Live(console=console, get_renderable=self.panel, refresh_per_second=4, transient=True)
+
+    def run_started(
+        self, *, folder: str, device: str, plan: Plan, train_images: int, test_images: int
+    ) -> None:
+        self.folder, self.device, self.plan = folder, device, plan
+        self.notice(f"{train_images:,} images to train on and {test_images:,} to test")
+
+    def notice(self, sentence: str) -> None:
+        self.console.print(Text(sentence))
+
+    def phase_started(self, index: int, phase: Phase) -> None:
+        self.phase_index, self.phase = index, phase
+
+    def step_done(self, record: StepRecord) -> None:
+        self.step = record
+
+    def epoch_done(self, record: EpochRecord) -> None:
+        assert self.plan is not None
+        self.epoch = record
+        self.notice(epoch_line(record, self.plan.epochs))
+
+    def panel(self) -> Panel:
+        """How things stand."""
+        width = min(self.console.width, WIDEST)
+        words = (self.model, self.plan.schedule if self.plan else "", self.device)
+        return Panel(
+            Group(*self._rows(self.plan, width - 4)) if self.plan else self.spinner,
+            title=Text(" · ".join(filter(None, words))),
+            subtitle=Text(self.folder, "dim") if self.folder else None,
+            width=width,
+        )
+
+    def _rows(self, plan: Plan, width: int) -> Sequence[RenderableType]:
+        phase, step = self.phase, self.step
+        elapsed = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - self.began))
+        head = Table.grid(expand=True)
+        head.add_column()
+        head.add_column(justify="right")
+        phases = f"phase {self.phase_index + 1}/{len(plan.phases)}"
+        head.add_row(f"{phases}, {epochs_of(self.phase_index, plan)}", elapsed)
+        bar = Table.grid(expand=True, padding=(0, 1))
+        bar.add_column()
+        bar.add_column(ratio=1)
+        bar.add_column(justify="right")
+        if step and step.phase == self.phase_index:
+            epoch, done, steps = step.epoch, step.step, step.steps
+        else:
+            epoch, done, steps = plan.first_epoch(self.phase_index), 0, step.steps if step else 1
+        bar.add_row(f"epoch {epoch + 1}/{plan.epochs}", ProgressBar(steps, done), f"{done}/{steps}")
+        return head, draw(phase, len(plan.partitions), width), describe(phase, plan), bar, self._figures()
+
+    def _figures(self) -> Table:
+        step, epoch = self.step, self.epoch
+        figures = {
+            "loss": f"{step.train_loss:.4f}" if step else "",
+            "train": f"{step.train_accuracy_pct:.2f} %" if step else "",
+            "test": f"{epoch.eval_top1:.2f} %" if epoch else "",
+            "images/s": f"{step.images_per_second:,.0f}" if step else "",
+            "memory": human(step.memory_bytes, "B") if step else "",
+        }
+        table = Table.grid(expand=True)
+        for _ in figures:
+            table.add_column(ratio=1)
+        table.add_row(*(Text.assemble((f"{name} ", "dim"), value or "-") for name, value in figures.items()))
+        return table
+
+
+# Results
+
+
+def render_report(report: RunReport) -> None:
+    """The closing tables of a run, to stdout."""
+    console = Console()
+    table = _table("phase", "trains", "cut", ">epochs", ">seconds", ">test accuracy")
+    for index, group in groupby(report.epochs, key=lambda record: record.phase):
+        records = list(group)
+        seconds = sum(record.train_seconds + record.eval_seconds for record in records)
+        where = _where(report.plan.phases[index], report.plan)
+        accuracy = f"{records[-1].eval_top1:.2f} %"
+        table.add_row(str(index + 1), *where, str(len(records)), f"{seconds:.1f}", accuracy)
+    console.print(table, "")
+
+    def known(name: str) -> list[Any]:
+        return [value for record in report.epochs if (value := getattr(record, name)) is not None]
+
+    joules = known("energy_joules")
+    facts = Table.grid(padding=(0, 2))
+    for name, fact in {
+        "test accuracy": f"{report.accuracy_pct:.2f} % (last epoch)" if report.epochs else human(None),
+        "total time": f"{report.total_seconds:.1f} s, of which setup {report.setup_seconds:.1f} s",
+        "peak memory: process resident": human(max(known("peak_resident_bytes"), default=None), "B"),
+        "peak memory: CUDA allocated": human(max(known("peak_allocated_bytes"), default=None), "B"),
+        "peak memory: CUDA reserved": human(max(known("peak_reserved_bytes"), default=None), "B"),
+        "peak memory: device (NVML)": human(max(known("device_bytes"), default=None), "B"),
+        "energy (NVML)": human(sum(joules) if joules else None, "J"),
+    }.items():
+        facts.add_row(name, Text(fact, "bold" if name == "test accuracy" else ""))
+    console.print(facts)
+    if report.folder:
+        _print_whole(console, f"\nrun folder: {report.folder}")
+
+
+def render_inspection(inspection: Inspection) -> None:
+    """A model's partitions and the phases of its plan, to stdout."""
+    console = Console()
+    ops, plan, totals = inspection.graph.ops, inspection.plan, _totals(inspection)
+    _print_whole(console, f"{inspection.model}, input {' x '.join(map(str, inspection.input_shape))}\n")
+    table = _table("#", "from", "to", ">ops", ">params", ">MACs", ">activations", ">boundary")
+    for part in inspection.partitions:
+        last = ops[part.stop - 1]
+        table.add_row(
+            str(part.index),
+            Text(part.name),
+            Text(last.path or last.name),
+            str(part.stop - part.start),
+            human(part.parameters),
+            human(part.macs),
+            human(part.activation_bytes, "B"),
+            human(part.boundary_bytes, "B"),
+        )
+    table.add_section()
+    counts = (str(totals["ops"]), human(totals["parameters"]), human(totals["macs"]))
+    table.add_row("", "total", "", *counts, human(totals["activation_bytes"], "B"), "")
+    console.print(table)
+    _print_whole(console, "MACs (multiply-adds) and bytes are of one sample; boundary is what is read.\n")
+
+    _print_whole(console, f"{plan.schedule}, epochs in all: {plan.epochs}\n")
+    phases = _table("phase", "", "trains", "cut", ">epochs")
+    count = len(plan.partitions)
+    for index, phase in enumerate(plan.phases):
+        drawing = draw(phase, count, min(3 * count, 30))
+        phases.add_row(str(index + 1), drawing, *_where(phase, plan), str(phase.epochs))
+    console.print(phases)
+    _print_whole(console, "  ".join(f"{mark} {role}" for role, (mark, _) in ROLES.items()))
+    for name, others in inspection.tied.items():
+        _print_whole(console, f"tied: {name} is also {', '.join(others)}")
+    for path, reason in inspection.opaque.items():
+        _print_whole(console, f"kept whole: {path}, because {reason}")
+
+
+def inspection_to_dict(inspection: Inspection) -> dict[str, Any]:
+    """Plain data for JSON.
+
+    `model`, `input_shape`, `graph_digest`; `plan` (schema, schedule, partitions, phases) as in a run folder's
+    plan.json; `totals` of ops, parameters and, for one sample, macs and activation_bytes; `tied` parameters
+    with their other names; `opaque` modules with the reason why each is kept whole.
+    """
+    return {
+        "model": inspection.model,
+        "input_shape": list(inspection.input_shape),
+        "graph_digest": inspection.graph.digest(),
+        "plan": inspection.plan.to_dict(),
+        "totals": _totals(inspection),
+        "tied": {name: list(others) for name, others in inspection.tied.items()},
+        "opaque": dict(inspection.opaque),
+    }
+
+
+def _totals(inspection: Inspection) -> dict[str, int]:
+    names = ("parameters", "macs", "activation_bytes")
+    sums = {name: sum(getattr(part, name) for part in inspection.partitions) for name in names}
+    return {"ops": len(inspection.graph), **sums}
+
+
+def _where(phase: Phase, plan: Plan) -> tuple[Text, Text]:
+    """Which partitions train, and before which module the cut is."""
+    count = len(plan.partitions)
+    cut = cut_of(phase, count)
+    window = f"{phase.start} to {phase.stop - 1}" if phase.stop - phase.start > 1 else str(phase.start)
+    trains = "all" if phase.stop - phase.start == count else f"{window} of {count}"
+    return Text(trains), Text("-" if cut is None else plan.partitions[cut].name)
+
+
+def _table(*headers: str) -> Table:
+    """A table in which the columns of `>headers` are flush right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for header in headers:
+        right = header.startswith(">")
+        table.add_column(
+            header.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
+    return table
+
+
+def _print_whole(console: Console, line: str) -> None:
+    """A line that may hold the user's words: no markup in it, and no break, so that it can be copied."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

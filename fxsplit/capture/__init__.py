@@ -1,0 +1,1 @@
+"""A model to a graph: building it, tracing it, and what its operations cost."""

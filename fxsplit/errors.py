@@ -1,0 +1,66 @@
+"""Every error a user can meet, each one a clear sentence with a documented exit code.
+
+    FxsplitError                 1   anything else that went wrong
+    ├── UsageError               2   a value the user gave is wrong: model, data, option, recipe key
+    ├── TraceError               3   the model cannot be captured
+    │   └── GuardError           3   an input takes another path through the model than the traced one
+    ├── PartitionError           3   the graph cannot be cut or scheduled as asked
+    ├── DataError                1   the data cannot be read, downloaded or split
+    └── CheckError               4   a requested check failed
+
+A message says what is wrong, which thing is meant, why, and what to do. `Terminated` is none of them:
+like KeyboardInterrupt, of which it is one, it passes through every `except Exception`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FxsplitError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(FxsplitError):
+    """A value that the user gave is wrong."""
+
+    exit_code = 2
+
+
+class TraceError(FxsplitError):
+    """The model cannot be captured as a graph."""
+
+    exit_code = 3
+
+
+class GuardError(TraceError):
+    """An input would take another path through the model than the one that was traced."""
+
+
+class PartitionError(FxsplitError):
+    """The graph cannot be cut, or the partitions cannot be scheduled, as asked."""
+
+    exit_code = 3
+
+
+class DataError(FxsplitError):
+    """The data cannot be read, downloaded or split."""
+
+
+class CheckError(FxsplitError):
+    """A check that the user asked for failed."""
+
+    exit_code = 4
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM); the exit code is 143 where that of an interruption is 130."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint naming the known words closest to `word`: `"; did you mean 'a' or 'b'?"`, or an empty string."""
+    close = get_close_matches(word, list(known), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""

@@ -1,0 +1,474 @@
+"""Where a model may be cut, and the partitions between the chosen cuts: pure data, from its two graphs.
+
+    train   stem ── conv ── relu ──┊── dropout ── fc   A cut of the train graph and its twin in the eval graph
+                                   ┊                   divide the ops that both have alike. What is live at
+    eval    stem ── conv ── relu ──┊───────────── fc   either of the two is passed on in both modes.
+
+The largest of `count` partitions is made as small as the cuts allow in two steps: the smallest bottleneck by
+binary search over greedy fills, then, under it, the cheapest boundaries by dynamic programming with a sliding
+minimum.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from fxsplit.errors import PartitionError, UsageError, nearest
+from fxsplit.graph import Graph, State, Value
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+BALANCES = ("macs", "params", "activations")
+
+Record = TypeVar("Record", bound="DataclassInstance")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A place between two ops of the train graph (`index`) and its twin in the eval graph (`eval_index`).
+
+    `path` finds the op after the cut: its module path, or its own name where that path is empty or begins
+    earlier. `boundary` is what must be passed on in either mode, in the order in which training writes it;
+    `bytes_per_sample` is its size, shared memory counted once. `refusal` says why the cut is not allowed, or
+    is None.
+    """
+
+    index: int
+    eval_index: int
+    path: str
+    boundary: tuple[str, ...]
+    bytes_per_sample: int
+    refusal: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """The ops [start, stop) of the train graph and [eval_start, eval_stop) of the eval graph. Owns no tensor.
+
+    `name` is the path of its starting cut. It `reads` and `writes` the boundaries at its two ends: the first
+    reads the live inputs, the last writes the outputs of both graphs. `state` are the parameters and buffers
+    that it owns, those which no earlier partition uses, of `parameters` elements and `state_bytes` bytes,
+    buffers included. `macs`, `activation_bytes` (kept for backward) and `boundary_bytes` (at its start) are
+    for one sample in training.
+
+    Raises ValueError when it holds no op of the train graph.
+    """
+
+    index: int
+    name: str
+    start: int
+    stop: int
+    eval_start: int
+    eval_stop: int
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    state: tuple[str, ...]
+    parameters: int
+    state_bytes: int
+    macs: int
+    activation_bytes: int
+    boundary_bytes: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop or not 0 <= self.eval_start <= self.eval_stop:
+            raise ValueError(
+                f"partition {self.name!r} holds no operation: [{self.start}, {self.stop}) in training, "
+                f"[{self.eval_start}, {self.eval_stop}) in evaluation"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Partition:
+        """The inverse of `to_dict`. Raises ValueError as `read_record` does."""
+        return read_record(cls, data)
+
+
+def read_record(kind: type[Record], data: Any) -> Record:
+    """A dataclass of ints, bools, strings and tuples of strings from plain data.
+
+    Raises ValueError when a key is missing or unknown, or a value has another type.
+    """
+    noun = kind.__name__.lower()
+    if not isinstance(data, Mapping):
+        raise ValueError(f"a {noun} must be a mapping, not {type(data).__name__}")
+    hints = get_type_hints(kind)
+    values = {}
+    for key, value in data.items():
+        if key not in hints:
+            raise ValueError(f"a {noun} has no key {key!r}{nearest(str(key), hints)}")
+        is_names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if not (is_names if hints[key] == tuple[str, ...] else type(value) is hints[key]):
+            raise ValueError(f"{key!r} of a {noun} cannot be {value!r}")
+        values[key] = tuple(value) if is_names else value
+    for known in fields(kind):
+        if known.name not in values and known.default is MISSING:
+            raise ValueError(f"a {noun} lacks the key {known.name!r}")
+    return kind(**values)
+
+
+# Cuts
+
+
+def cuts(train: Graph, eval_graph: Graph) -> tuple[Cut, ...]:
+    """Every cut between two ops of the train graph, with its twin in the eval graph and its refusal, if any.
+
+    A cut is refused when the modes run their common ops in another order around it, when a value of its
+    boundary exists in one mode only, when a later op overwrites a value of the boundary, or when ops on both
+    sides hold a buffer or parameter that one of them changes. A parameter that is only read on both sides is
+    no hindrance. Raises PartitionError when there is no op at all.
+    """
+    return _with_ends(train, eval_graph)[1:-1]
+
+
+def _with_ends(train: Graph, eval_graph: Graph) -> tuple[Cut, ...]:
+    """All cuts `0 .. len(train)`: the model's own two ends too, whose refusals mean nothing."""
+    if not len(train):
+        raise PartitionError("the model has no operations, so there is nothing to partition")
+    modes = (train, eval_graph)
+    values = {
+        **train.values,
+        **{name: value for name, value in eval_graph.values.items() if name not in train.values},
+    }
+    order = {name: rank for rank, name in enumerate(values)}
+    paths = [*_paths(train), ""]
+    swapped = _swapped(train, eval_graph)
+    writes = [_last_writes(graph) for graph in modes]
+    moved = [_moved_state(graph) for graph in modes]
+
+    found = []
+    for index, eval_index in enumerate(_twins(train, eval_graph)):
+        positions = (index, eval_index)
+        live = {name for graph, cut in zip(modes, positions, strict=True) for name in graph.boundaries[cut]}
+        boundary = tuple(sorted(live, key=order.__getitem__))
+        refusal = swapped[index] or _one_sided(boundary, train, eval_graph)
+        for graph, cut, last, state in zip(modes, positions, writes, moved, strict=True):
+            refusal = refusal or _overwritten(boundary, graph, cut, last) or state[cut]
+        found.append(
+            Cut(
+                index=index,
+                eval_index=eval_index,
+                path=paths[index],
+                boundary=boundary,
+                bytes_per_sample=_bytes_per_sample(boundary, values),
+                refusal=refusal,
+            )
+        )
+    return tuple(found)
+
+
+def _twins(train: Graph, eval_graph: Graph) -> list[int]:
+    """For every cut `0 .. len(train)` the eval cut that divides the common ops alike; never decreasing.
+
+    Where eval-only ops leave a choice: the first with the same boundary, else the first whose boundary
+    training has too, else the first.
+    """
+    common = train.written_at.keys() & eval_graph.written_at.keys()
+    first: dict[int, int] = {}
+    shared: dict[int, int] = {}
+    alike: dict[tuple[int, frozenset[str]], int] = {}
+    for cut, passed in enumerate(_passed(eval_graph, common)):
+        boundary = frozenset(eval_graph.boundaries[cut])
+        first.setdefault(passed, cut)
+        alike.setdefault((passed, boundary), cut)
+        if boundary <= common:
+            shared.setdefault(passed, cut)
+
+    twins = [0]
+    for cut, passed in enumerate(_passed(train, common)[1:-1], start=1):
+        same = alike.get((passed, frozenset(train.boundaries[cut])))
+        twins.append(max(twins[-1], shared.get(passed, first[passed]) if same is None else same))
+    return [*twins, len(eval_graph)]
+
+
+def _passed(graph: Graph, common: Iterable[str]) -> list[int]:
+    """How many of the common ops lie before each cut."""
+    return list(accumulate((op.name in common for op in graph.ops), initial=0))
+
+
+def _swapped(train: Graph, eval_graph: Graph) -> list[str | None]:
+    """For every train cut the refusal naming a common op on its other side in evaluation."""
+    common = (op.name for op in eval_graph.ops if op.name in train.written_at)
+    rank = {name: rank for rank, name in enumerate(common)}
+    found: list[str | None] = [None]
+    passed, latest = 0, ""
+    for op in train.ops:
+        if op.name in rank:
+            passed += 1
+            latest = max(latest, op.name, key=lambda name: rank.get(name, -1))
+        late = rank.get(latest, -1) >= passed
+        found.append(f"op {latest!r} runs before it in training, after it in evaluation" if late else None)
+    return found
+
+
+def _one_sided(boundary: tuple[str, ...], train: Graph, eval_graph: Graph) -> str | None:
+    for name in boundary:
+        if name not in eval_graph.values:
+            return f"the value {name!r} exists only in training"
+        if name not in train.values:
+            return f"the value {name!r} exists only in evaluation"
+    return None
+
+
+def _last_writes(graph: Graph) -> dict[str, tuple[int, str]]:
+    """For every storage that is written in place: the last op that does, by index and name."""
+    return {
+        graph.values[name].storage if name in graph.values else name: (index, op.name)
+        for index, op in enumerate(graph.ops)
+        for name in op.mutates
+    }
+
+
+def _overwritten(
+    boundary: tuple[str, ...], graph: Graph, cut: int, last_writes: Mapping[str, tuple[int, str]]
+) -> str | None:
+    for name in boundary:
+        if name in graph.values:
+            index, op = last_writes.get(graph.values[name].storage, (-1, ""))
+            if index >= cut:
+                return f"op {op!r} writes in place into the value {name!r} after it"
+    return None
+
+
+def _moved_state(graph: Graph) -> list[str | None]:
+    """For every cut the refusal naming a parameter or buffer that both sides hold and one of them changes."""
+    changed = {name for op in graph.ops for name in op.mutates}
+    last = {name: index for index, op in enumerate(graph.ops) for name in op.state if name in changed}
+    found: list[str | None] = [None]
+    reach, furthest = 0, ""
+    for index, op in enumerate(graph.ops):
+        for name in op.state:
+            if last.get(name, 0) > reach:
+                reach, furthest = last[name], name
+        both = reach > index
+        found.append(f"ops on both sides hold {furthest!r}, and one of them changes it" if both else None)
+    return found
+
+
+def _bytes_per_sample(boundary: tuple[str, ...], values: Mapping[str, Value]) -> int:
+    """Views of one storage together count no more than the storage."""
+    sizes: dict[str, int] = {}
+    for name in boundary:
+        sizes[values[name].storage] = sizes.get(values[name].storage, 0) + values[name].bytes_per_sample
+    return sum(
+        min(size, values[name].bytes_per_sample) if name in values else size for name, size in sizes.items()
+    )
+
+
+def _places(train: Graph) -> dict[str, int]:
+    """All that `at` may name, and the op that it finds: an op by its name, else the first op in a module."""
+    places: dict[str, int] = {}
+    for index, op in enumerate(train.ops):
+        for path in accumulate(op.path.split("."), "{}.{}".format):
+            places.setdefault(path, index)
+    places.pop("", None)
+    return places | {op.name: index for index, op in enumerate(train.ops)}
+
+
+def _paths(train: Graph) -> list[str]:
+    """For every op the shortest honest name of the cut before it: one that `_places` leads back to it."""
+    places = _places(train)
+    return [op.path if places.get(op.path) == index else op.name for index, op in enumerate(train.ops)]
+
+
+# Partitions
+
+
+def partition(
+    train: Graph,
+    eval_graph: Graph,
+    *,
+    count: int | None = None,
+    at: Sequence[str] = (),
+    balance: str = "macs",
+) -> tuple[Partition, ...]:
+    """Divide a model into partitions, either `count` of them or one more than there are places in `at`.
+
+    `at` names modules by dotted path, or single ops; the cut is before the first op of each. With `count` the
+    largest partition, in multiply-adds ("macs"), bytes of owned parameters ("params") or bytes kept for
+    backward ("activations"), is as small as the cuts allow, and among equals the boundaries are smallest in
+    sum. Only cuts at a single tensor are considered, those outside of residual and dense blocks, if there are
+    enough. A model for which every weight is 0 is balanced by the number of ops.
+
+    Raises UsageError when not exactly one of `count` and `at` is given, or when `count` or `balance` is none
+    that exists; PartitionError when a path is unknown or refused, or when there are too few legal cuts or no
+    ops.
+    """
+    if (count is None) == (not at):
+        raise UsageError("give either the number of partitions or the paths at which to cut, and not both")
+    every = _with_ends(train, eval_graph)
+    owners = _owners(train, eval_graph, every)
+    if count is None:
+        inner = _cuts_at(at, every, _places(train))
+    else:
+        inner = _cuts_by_count(count, every, _op_weights(train, eval_graph, owners, balance), train)
+    return _partitions(train, eval_graph, (every[0], *inner, every[-1]), owners)
+
+
+def _owners(train: Graph, eval_graph: Graph, every: Sequence[Cut]) -> dict[str, int]:
+    """Parameters and buffers, by first use, and the train op whose partition owns each.
+
+    A name that evaluation uses earlier than training belongs to the train op between whose cuts' twins that
+    use lies.
+    """
+    twins = [cut.eval_index for cut in every[1:-1]]
+    eval_places = [bisect_right(twins, index) for index in range(len(eval_graph))]
+    owners: dict[str, int] = {}
+    for graph, places in ((train, range(len(train))), (eval_graph, eval_places)):
+        for op, place in zip(graph.ops, places, strict=True):
+            for name in op.state:
+                owners[name] = min(owners.get(name, place), place)
+    return dict(sorted(owners.items(), key=lambda item: item[1]))
+
+
+def _states(train: Graph, eval_graph: Graph) -> dict[str, State]:
+    return {state.name: state for graph in (eval_graph, train) for state in graph.state}
+
+
+def _op_weights(train: Graph, eval_graph: Graph, owners: Mapping[str, int], balance: str) -> list[int]:
+    """What each train op adds to the weight of its partition."""
+    if balance not in BALANCES:
+        hint = nearest(balance, BALANCES)
+        raise UsageError(f"partitions are balanced by {', '.join(BALANCES)}, not by {balance!r}{hint}")
+    if balance == "macs":
+        weights = [op.macs for op in train.ops]
+    elif balance == "activations":
+        weights = [op.activation_bytes for op in train.ops]
+    else:
+        states = _states(train, eval_graph)
+        weights = [0] * len(train)
+        for name, index in owners.items():
+            weights[index] += states[name].bytes if states[name].is_parameter else 0
+    return weights if any(weights) else [1] * len(train)
+
+
+def _cuts_at(at: Sequence[str], every: Sequence[Cut], places: Mapping[str, int]) -> list[Cut]:
+    legal = {cut.index: cut for cut in every[1:-1] if cut.refusal is None}
+    for place in at:
+        if place not in places:
+            known = [path for path, index in places.items() if index in legal]
+            hint = nearest(place, known) or _alternatives(known[:3])
+            raise PartitionError(f"no operation of the model lies in {place!r}{hint}")
+        index = places[place]
+        if index not in legal:
+            reason = every[index].refusal if index else "it holds the first operation of the model"
+            indices = sorted(legal)
+            after = bisect_left(indices, index)
+            near = [legal[index].path for index in indices[max(0, after - 1) : after + 1]]
+            raise PartitionError(f"the model cannot be cut before {place!r}: {reason}{_alternatives(near)}")
+    return [legal[index] for index in sorted({places[place] for place in at})]
+
+
+def _alternatives(paths: Sequence[str]) -> str:
+    return (
+        f"; it can be cut before {' or '.join(map(repr, paths))}" if paths else "; none of its cuts is legal"
+    )
+
+
+def _cuts_by_count(count: int, every: Sequence[Cut], op_weights: Sequence[int], train: Graph) -> list[Cut]:
+    if count < 1:
+        raise UsageError(f"the number of partitions must be at least 1, not {count}")
+    legal = [cut for cut in every[1:-1] if cut.refusal is None]
+    if len(legal) < count - 1:
+        raise PartitionError(
+            f"{count} partitions need {count - 1} cuts and the model has {len(legal)} legal ones; "
+            f"ask for at most {len(legal) + 1} partitions"
+        )
+    single = [cut for cut in legal if _is_single_tensor(cut.boundary, train)]
+    candidates = single if len(single) >= count - 1 else legal
+    before = list(accumulate(op_weights, initial=0))
+    chosen = _lightest(
+        [0, *(before[cut.index] for cut in candidates), before[-1]],
+        [0, *(cut.bytes_per_sample for cut in candidates), 0],
+        count,
+    )
+    return [candidates[point - 1] for point in chosen]
+
+
+def _is_single_tensor(boundary: tuple[str, ...], train: Graph) -> bool:
+    """Numbers may cross beside the tensor; a tuple of tensors, which has bytes but no shape, may not."""
+    values = [train.values[name] for name in boundary]
+    carriers = [value for value in values if value.shape is not None or value.bytes_per_sample]
+    return len(carriers) == 1 and carriers[0].shape is not None
+
+
+def _lightest(before: Sequence[int], costs: Sequence[int], count: int) -> list[int]:
+    """The `count - 1` inner points that divide a line with the smallest maximum, then the least sum of costs.
+
+    `before` is the weight left of each point, from 0 at the first point to the total at the last.
+    """
+    total, end = before[-1], len(before) - 1
+    limit = bisect_left(range(total + 1), True, key=lambda limit: _fits(before, count, limit))
+    # reached[p]: every point that can end part p, ascending, with the cheapest sum of costs up to it;
+    # cheapest[p][j] is the point before j on that way. `window` holds the rising minima of those still within
+    # `limit` of point j.
+    reached = [(0, 0)]
+    cheapest: list[dict[int, int]] = []
+    for part in range(1, count + 1):
+        low = bisect_left(before, total - (count - part) * limit)
+        high = bisect_right(before, part * limit)
+        window: deque[tuple[int, int]] = deque()
+        entering = deque(reached)
+        reached, previous = [], {}
+        for point in range(low, high):
+            while entering and entering[0][0] < point:
+                while window and window[-1][1] > entering[0][1]:
+                    window.pop()
+                window.append(entering.popleft())
+            while window and before[window[0][0]] < before[point] - limit:
+                window.popleft()
+            if window:
+                previous[point], cost = window[0]
+                reached.append((point, cost + costs[point]))
+        cheapest.append(previous)
+    points = [end]
+    for previous in reversed(cheapest):
+        points.append(previous[points[-1]])
+    return points[-2:0:-1]
+
+
+def _fits(before: Sequence[int], count: int, limit: int) -> bool:
+    """Whether `count` parts of at most `limit` each cover the line, or fewer: cutting on adds no weight."""
+    reach = 0
+    for _ in range(count):
+        reach = bisect_right(before, before[reach] + limit) - 1
+    return reach == len(before) - 1
+
+
+def _partitions(
+    train: Graph, eval_graph: Graph, chosen: Sequence[Cut], owners: Mapping[str, int]
+) -> tuple[Partition, ...]:
+    states = _states(train, eval_graph)
+    made = []
+    for index, (first, last) in enumerate(pairwise(chosen)):
+        ops = train.ops[first.index : last.index]
+        owned = [states[name] for name, op_index in owners.items() if first.index <= op_index < last.index]
+        made.append(
+            Partition(
+                index=index,
+                name=first.path,
+                start=first.index,
+                stop=last.index,
+                eval_start=first.eval_index,
+                eval_stop=last.eval_index,
+                reads=first.boundary,
+                writes=last.boundary,
+                state=tuple(state.name for state in owned),
+                parameters=sum(state.elements for state in owned if state.is_parameter),
+                state_bytes=sum(state.bytes for state in owned),
+                macs=sum(op.macs for op in ops),
+                activation_bytes=sum(op.activation_bytes for op in ops),
+                boundary_bytes=first.bytes_per_sample,
+            )
+        )
+    return tuple(made)

@@ -1,0 +1,286 @@
+"""Which partitions train when: phases, the plan of a whole run, and the schedules that make one.
+
+settle      grow        window
+####        #---        ######        # trains
+.###        ##--        .####-        . settled: frozen for good
+..##        ###-        ..##--        - frozen: passes gradients on
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+from fxsplit.errors import PartitionError, UsageError, nearest
+from fxsplit.plan.partition import Partition, read_record
+
+SCHEMA = 1
+MOVES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Partitions [start, stop) train for `epochs`; those before are settled, those after frozen.
+
+    With `fresh_optimizer` the optimizer's moments start anew. Raises ValueError when nothing trains or for no
+    epoch.
+    """
+
+    start: int
+    stop: int
+    epochs: int
+    fresh_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"a phase must train partitions, and [{self.start}, {self.stop}) holds none")
+        if self.epochs < 1:
+            raise ValueError(f"a phase must last at least 1 epoch, not {self.epochs}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All phases of a run over its partitions. Printed, it is a drawing of one line a phase.
+
+    Raises PartitionError, showing the plan with every wrong phase marked, when a window does not fit the
+    partitions, when a settled partition would train again, or when there is no phase.
+    """
+
+    schedule: str
+    partitions: tuple[Partition, ...]
+    phases: tuple[Phase, ...]
+
+    def __post_init__(self) -> None:
+        faults = self._faults()
+        if faults:
+            raise PartitionError(f"the marked phases of the plan cannot run\n{self._drawing(faults)}")
+        if not self.phases:
+            raise PartitionError(f"the {self.schedule} plan has no phase, so nothing would train")
+
+    def _faults(self) -> dict[int, str]:
+        faults = {}
+        settled = 0
+        for index, phase in enumerate(self.phases):
+            wrong = []
+            if phase.stop > len(self.partitions):
+                wrong.append(f"the window [{phase.start}, {phase.stop}) ends after the last partition")
+            if phase.start < settled:
+                wrong.append(f"partition {phase.start} is settled for good by an earlier phase")
+            if wrong:
+                faults[index] = "; ".join(wrong)
+            settled = max(settled, phase.start)
+        return faults
+
+    def __str__(self) -> str:
+        return self._drawing({})
+
+    def _drawing(self, faults: Mapping[int, str]) -> str:
+        partitions, epochs = _counted(len(self.partitions), "partition"), _counted(self.epochs, "epoch")
+        lengths = [_counted(phase.epochs, "epoch") for phase in self.phases]
+        width = max(map(len, lengths), default=0)
+        lines = []
+        for index, (phase, length) in enumerate(zip(self.phases, lengths, strict=True)):
+            line = f"{self._window(phase)}  {length:{width}}  {self._ends(phase)}".rstrip()
+            lines.append(f"> {line}  <- {faults[index]}" if index in faults else f"  {line}")
+        return "\n".join([f"{self.schedule}: {partitions}, {epochs}", *lines])
+
+    def _window(self, phase: Phase) -> str:
+        places = range(len(self.partitions))
+        return "".join("." if i < phase.start else "#" if i < phase.stop else "-" for i in places)
+
+    def _ends(self, phase: Phase) -> str:
+        """The paths of the cuts at which the window begins and ends, where these are cuts."""
+        ends = (("from", phase.start), ("up to", phase.stop))
+        return " ".join(
+            f"{word} {self.partitions[cut].name}" for word, cut in ends if 0 < cut < len(self.partitions)
+        )
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all phases together."""
+        return sum(phase.epochs for phase in self.phases)
+
+    def first_epoch(self, phase_index: int) -> int:
+        """The epoch with which a phase begins. Raises IndexError when there is no such phase."""
+        if not 0 <= phase_index < len(self.phases):
+            raise IndexError(f"phase {phase_index} is outside 0..{len(self.phases) - 1}")
+        return sum(phase.epochs for phase in self.phases[:phase_index])
+
+    def phase_index_at(self, epoch: int) -> int:
+        """The phase to which an epoch, counted from 0, belongs. Raises IndexError outside of the run."""
+        if not 0 <= epoch < self.epochs:
+            raise IndexError(f"epoch {epoch} is outside 0..{self.epochs - 1}")
+        return bisect_right(list(accumulate(phase.epochs for phase in self.phases)), epoch)
+
+    def phase_at(self, epoch: int) -> Phase:
+        """The phase itself. Raises IndexError outside of the run."""
+        return self.phases[self.phase_index_at(epoch)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "schema": SCHEMA,
+            "schedule": self.schedule,
+            "partitions": [partition.to_dict() for partition in self.partitions],
+            "phases": [asdict(phase) for phase in self.phases],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """The inverse of `to_dict`.
+
+        Raises UsageError when this is no plan of a known schema, PartitionError when it is one that cannot be
+        run.
+        """
+        keys = ("schema", "schedule", "partitions", "phases")
+        if isinstance(data, Mapping) and data.get("schema", SCHEMA) != SCHEMA:
+            raise UsageError(
+                f"the plan has schema {data['schema']!r}, and this version reads {SCHEMA}; make the plan anew"
+            )
+        if not isinstance(data, Mapping) or set(data) != set(keys):
+            raise UsageError(f"this is not a plan: a plan has exactly the keys {', '.join(keys)}")
+        if not isinstance(data["schedule"], str):
+            raise UsageError(f"this is not a plan: its schedule cannot be {data['schedule']!r}")
+        try:
+            partitions = tuple(Partition.from_dict(item) for item in data["partitions"])
+            phases = tuple(read_record(Phase, item) for item in data["phases"])
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"this is not a plan: {error}") from error
+        return cls(schedule=data["schedule"], partitions=partitions, phases=phases)
+
+    def to_json(self) -> str:
+        """Indented text, the same for the same plan, to be read, edited and kept in git."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of `to_json`. Raises as `from_dict` does."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"this is not a plan: it is no JSON, {error}") from error
+        return cls.from_dict(data)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+# Schedules
+
+
+def standard(partitions: Sequence[Partition], epochs: int) -> tuple[Phase, ...]:
+    """Everything trains, in one phase."""
+    return (Phase(start=0, stop=len(partitions), epochs=epochs),)
+
+
+def window(
+    partitions: Sequence[Partition], epochs: int, epochs_total: int | None = None
+) -> tuple[Phase, ...]:
+    """The window closes from both ends, [i, N - i), with a fresh optimizer at each phase.
+
+    This is the code released with the layer-to-layer paper, which gives each phase `epochs`; with
+    `epochs_total` that many are shared out instead. Raises UsageError when they are fewer than the phases.
+    """
+    count = max(1, len(partitions) // 2)
+    if epochs_total is not None and epochs_total < count:
+        raise UsageError(
+            f"the window schedule over {len(partitions)} partitions has {count} phases and cannot share out "
+            f"{epochs_total} epochs in total; ask for at least {count}, or for fewer partitions"
+        )
+    shares = [epochs] * count if epochs_total is None else _shares(epochs_total, count)
+    return tuple(
+        Phase(start=index, stop=len(partitions) - index, epochs=share, fresh_optimizer=True)
+        for index, share in enumerate(shares)
+    )
+
+
+def grow(partitions: Sequence[Partition], epochs: int) -> tuple[Phase, ...]:
+    """The student grows, [0, c) for c = 1 .. N, under a frozen teacher; in larger steps if epochs are few."""
+    count = min(len(partitions), epochs)
+    return tuple(
+        Phase(start=0, stop=(index + 1) * len(partitions) // count, epochs=share)
+        for index, share in enumerate(_shares(epochs, count))
+    )
+
+
+def _shares(epochs: int, count: int) -> list[int]:
+    """Epochs shared out as evenly as possible, the longer shares first."""
+    return [epochs // count + (index < epochs % count) for index in range(count)]
+
+
+def settle(
+    partitions: Sequence[Partition],
+    epochs: int,
+    *,
+    start: float = 0.35,
+    stop: float = 0.80,
+    gamma: float = 1.0,
+    share: float = 0.60,
+) -> tuple[Phase, ...]:
+    """The student settles, [c, N) for growing c, and the teacher goes on.
+
+    Between the shares `start` and `stop` of the run, at 4 moments, the cut moves to the last partition before
+    which lies no more than `share * ((moment - start) / (stop - start)) ** gamma` of the multiply-adds (of
+    the partitions, where no multiply-adds are known). The first phase trains everything, and at least the
+    last partition always does.
+
+    Raises UsageError when the moments do not lie in the run or in order, or when the allowed share would
+    shrink.
+    """
+    if not (0 <= start <= stop <= 1 and gamma >= 0 and share >= 0):
+        raise UsageError(
+            f"the cut moves within the run, 0 <= start <= stop <= 1, up to a share that grows, "
+            f"not with start {start}, stop {stop}, gamma {gamma}, share {share}"
+        )
+    macs = [partition.macs for partition in partitions]
+    weights = macs if any(macs) else [1] * len(macs)
+    before = list(accumulate(weights[:-1], initial=0))
+    moves = {0: 0}
+    for move in range(1, MOVES + 1):
+        epoch = max(1, round(epochs * (start + (stop - start) * move / MOVES)))
+        if epoch < epochs:
+            # With the tolerance 0.6 * 0.75, which is less than 0.45 in binary, reaches a partition at 0.45.
+            allowed = share * (move / MOVES) ** gamma + 1e-9
+            moves[epoch] = bisect_right(before, allowed * sum(weights)) - 1
+    begins: dict[int, int] = {}
+    for epoch, cut in moves.items():
+        begins.setdefault(cut, epoch)
+    return tuple(
+        Phase(start=cut, stop=len(partitions), epochs=end - begin)
+        for cut, (begin, end) in zip(begins, pairwise([*begins.values(), epochs]), strict=True)
+    )
+
+
+SCHEDULES: Mapping[str, Callable[[Sequence[Partition], int], tuple[Phase, ...]]] = {
+    "standard": standard,
+    "window": window,
+    "grow": grow,
+    "settle": settle,
+    "l2l": settle,
+}
+
+
+def schedule(
+    name: str, *, partitions: Sequence[Partition], epochs: int, epochs_total: int | None = None
+) -> Plan:
+    """The plan of a named schedule.
+
+    `epochs` are those of the run, with "window" of each phase; `epochs_total`, if given, are those of the run
+    in every schedule. Raises UsageError for an unknown name and for too few epochs.
+    """
+    if name not in SCHEDULES:
+        raise UsageError(
+            f"there is no schedule {name!r}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
+        )
+    wanted = epochs if epochs_total is None else epochs_total
+    if wanted < 1:
+        raise UsageError(f"a run must last at least 1 epoch, not {wanted}")
+    phases = (
+        window(partitions, epochs, epochs_total) if name == "window" else SCHEDULES[name](partitions, wanted)
+    )
+    return Plan(schedule=name, partitions=tuple(partitions), phases=phases)

@@ -1,0 +1,1 @@
+"""A plan to numbers: data, stages, the executor, and training."""

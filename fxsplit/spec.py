@@ -1,0 +1,355 @@
+"""Everything a run is asked to do, as plain values, and the strict reading of it.
+
+Order of precedence: defaults < recipe file < `FXSPLIT_*` environment < command line. The field `batch_size`
+is the key `batch-size` of a recipe, the variable `FXSPLIT_BATCH_SIZE` and the option `--batch-size`; the
+options of the command line are made from the fields below, so a field's metadata is its documentation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from fxsplit.errors import UsageError, nearest
+
+ENVIRONMENT_PREFIX = "FXSPLIT_"
+
+
+def _option(
+    group: str,
+    text: str,
+    default: Any,
+    *,
+    flags: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    pattern: str | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field of RunSpec. The help of one with a `pattern` lists what is allowed."""
+    metadata = {"group": group, "help": text, "flags": flags, "choices": choices, "pattern": pattern}
+    return field(default=default, metadata={**metadata, "least": least, "above": above, "below": below})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """One training run. Every field is also a key of a recipe and an option of `fxsplit train`.
+
+    Raises UsageError, which tells all that is wrong at once, when a value has another type than its field, is
+    not one that the field allows, or contradicts another one.
+    """
+
+    model: str = _option(
+        "Model",
+        "timm:NAME, torchvision:NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY.",
+        "",
+        pattern=r"(?s).+",
+    )
+    pretrained: bool = _option("Model", "Load pretrained weights (downloaded).", False)
+    stem: str = _option(
+        "Model",
+        "cifar, for small images: first convolution 3x3 at stride 1, no first pooling, patches of 4 pixels.",
+        "original",
+        choices=("original", "cifar"),
+    )
+
+    data: str = _option("Data", "digits, cifar10, cifar100, folder:PATH or synthetic.", "digits")
+    data_dir: str = _option("Data", "Where downloaded data sets are kept.", "~/.cache/fxsplit/data")
+    img_size: int | None = _option(
+        "Data", "Side of the square images in pixels; the data's own if not given.", None, least=1
+    )
+    batch_size: int = _option("Data", "Images in one optimizer step.", 128, flags=("-b",), least=1)
+    workers: int = _option(
+        "Data", "Processes that read images which do not fit in memory.", 2, flags=("-j",), least=0
+    )
+    train_limit: int | None = _option(
+        "Data", "Train on this many images, drawn with the seed.", None, least=1
+    )
+    train_batches_per_epoch: int | None = _option(
+        "Data", "Stop each epoch after this many steps.", None, least=1
+    )
+    augment: str = _option(
+        "Data",
+        "crop-flip: random crop with padding, and horizontal flip.",
+        "none",
+        choices=("none", "crop-flip"),
+    )
+    mean: tuple[float, ...] = _option("Data", "Channel means, subtracted after pixels / 255.", ())
+    std: tuple[float, ...] = _option("Data", "Channel standard deviations, divided by.", (), above=0)
+
+    epochs: int = _option("Training", "Epochs of the run; of each phase with --schedule window.", 10, least=1)
+    epochs_total: int | None = _option(
+        "Training", "Epochs of the whole run, shared out over the phases.", None, least=1
+    )
+    opt: str = _option("Training", "Optimizer, by timm's name.", "adamw")
+    lr: float = _option("Training", "Learning rate.", 1e-3, above=0)
+    momentum: float = _option("Training", "Momentum, for optimizers that have one.", 0.9, least=0, below=1)
+    weight_decay: float = _option("Training", "Weight decay.", 0.0, flags=("--wd",), least=0)
+    clip_grad: float | None = _option("Training", "Clip the gradient's norm to this.", None, above=0)
+    sched: str = _option("Training", "Learning-rate schedule, by timm's name, or none.", "none")
+    warmup_epochs: int = _option("Training", "Epochs of linear warm-up.", 0, least=0)
+    min_lr: float = _option("Training", "Lowest learning rate of the schedule.", 0.0, least=0)
+    smoothing: float = _option("Training", "Label smoothing.", 0.0, least=0, below=1)
+
+    schedule: str = _option(
+        "Layer-to-layer",
+        "Which partitions train when: all (standard), fewer at both ends (window), "
+        "the student (grow), the teacher (settle, l2l).",
+        "standard",
+        choices=("standard", "window", "grow", "settle", "l2l"),
+    )
+    parts: int | None = _option("Layer-to-layer", "Number of partitions.", None, least=1)
+    at: tuple[str, ...] = _option("Layer-to-layer", "Cut before these modules instead, by dotted path.", ())
+    balance: str = _option(
+        "Layer-to-layer", "What --parts makes equal.", "macs", choices=("macs", "params", "activations")
+    )
+
+    amp: bool = _option("Precision and speed", "Automatic mixed precision.", False)
+    amp_dtype: str = _option(
+        "Precision and speed", "Type used by --amp.", "bfloat16", choices=("bfloat16", "float16")
+    )
+    channels_last: bool = _option("Precision and speed", "Keep images in channels-last order.", False)
+    torchcompile: str | None = _option("Precision and speed", "Compile each stage with this backend.", None)
+    grad_accum_steps: int = _option(
+        "Precision and speed", "Split each batch into this many backward passes.", 1, least=1
+    )
+
+    device: str = _option("Run", "auto, cpu, cuda or cuda:N.", "auto", pattern=r"auto|cpu|cuda(:\d+)?")
+    seed: int = _option("Run", "Seed of weights, order and augmentation.", 42, least=0, below=2**32)
+    deterministic: bool = _option("Run", "Only deterministic kernels.", False)
+    output: str = _option(
+        "Run", "Folder that gets one folder a run.", "output/train", flags=("--output-dir",)
+    )
+    experiment: str | None = _option("Run", "Name of the run's folder, instead of one from the time.", None)
+    log_interval: int = _option("Run", "Steps between two progress reports.", 10, least=1)
+    dry_run: bool = _option("Run", "Plan, train one step, test one batch, write nothing.", False)
+
+    def __post_init__(self) -> None:
+        values, problems = _read_fields({item.name: getattr(self, item.name) for item in fields(self)})
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if sentences := [*problems.values(), *_conflicts(self, wrong=problems.keys())]:
+            raise UsageError("; ".join(sentences))
+
+    @classmethod
+    def keys(cls) -> tuple[str, ...]:
+        """The keys of a recipe, hyphenated, in the order of the fields."""
+        return tuple(_key(item.name) for item in fields(cls))
+
+    def to_flat(self) -> dict[str, Any]:
+        """The recipe of this run: every key, with plain YAML values."""
+        values = {_key(item.name): getattr(self, item.name) for item in fields(self)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def to_yaml(self) -> str:
+        """The recipe as text. Reading it back gives an equal RunSpec."""
+        return yaml.safe_dump(self.to_flat(), sort_keys=False)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The values in a recipe file, by field name.
+
+    Raises UsageError when the file cannot be read, is not a YAML mapping, or holds an unknown key or a wrong
+    value.
+    """
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" near line {mark.line + 1}" if mark else ""
+        raise UsageError(f"the recipe {str(path)!r} is not valid YAML{where}") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"the recipe {str(path)!r} must be a mapping, with one 'key: value' a line")
+    return read_values(recipe, source=f"the recipe {str(path)!r}")
+
+
+def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The values in `FXSPLIT_*` variables, by field name.
+
+    Raises UsageError when such a variable is unknown or has a wrong value.
+    """
+    given = {name: text for name, text in environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
+    known = {f"{ENVIRONMENT_PREFIX}{name.upper()}": name for name in _KINDS}
+    if unknown := [name for name in given if name not in known]:
+        sentences = (f"the variable {name} is not known{nearest(name, known)}" for name in unknown)
+        raise UsageError("; ".join(sentences))
+    values = {known[name]: from_text(known[name], text) for name, text in given.items()}
+    return read_values(values, source="the environment")
+
+
+def from_text(name: str, text: str) -> object:
+    """What text means to a field; text that means nothing to it is left for the error to show."""
+    kind, _ = _KINDS[name]
+    if kind is bool:
+        return {"1": True, "true": True, "0": False, "false": False}.get(text.lower(), text)
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            return text
+    return text
+
+
+def read_values(values: Mapping[Any, object], *, source: str = "") -> dict[str, Any]:
+    """Values by field name, from a mapping whose keys may have hyphens or underscores.
+
+    Raises UsageError, which begins with `source`, when a key is unknown or given twice, or when a value is
+    wrong.
+    """
+    named: dict[str, object] = {}
+    sentences = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in _KINDS:
+            sentences.append(f"the key {str(key)!r} is not known{nearest(_key(name), RunSpec.keys())}")
+        elif name in named:
+            sentences.append(f"{_key(name)} is given twice")
+        else:
+            named[name] = value
+    read, problems = _read_fields(named)
+    if sentences := [*sentences, *problems.values()]:
+        raise UsageError(f"{source}: " * bool(source) + "; ".join(sentences))
+    return read
+
+
+def resolve(*layers: Mapping[str, Any]) -> RunSpec:
+    """One RunSpec from values by field name; a later layer wins over an earlier one.
+
+    A layer that gives `parts` also withdraws an earlier layer's `at`, and the other way round.
+
+    Raises UsageError as RunSpec does.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for given, withdrawn in (("parts", "at"), ("at", "parts")):
+            if layer.get(given):
+                merged.pop(withdrawn, None)
+        merged.update(layer)
+    return RunSpec(**merged)
+
+
+def _key(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
+    """Fields that contradict each other; those that are `wrong` by themselves are left out."""
+    if spec.parts is not None and spec.at and not {"parts", "at"} & set(wrong):
+        yield f"parts is {spec.parts} and at is {','.join(spec.at)!r}, but only one can say where to cut"
+    if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
+        yield f"grad-accum-steps is {spec.grad_accum_steps}, but must divide batch-size {spec.batch_size}"
+    if not {"mean", "std"} & set(wrong) and (
+        len(spec.mean) != len(spec.std) or len(spec.mean) not in (0, 1, 3)
+    ):
+        yield (
+            f"mean has length {len(spec.mean)} and std has length {len(spec.std)}, "
+            "but both must have 1, 3 or no numbers"
+        )
+
+
+def _read_fields(values: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values that suit their fields, and by name a sentence about each that does not."""
+    read: dict[str, Any] = {}
+    problems: dict[str, str] = {}
+    for name, value in values.items():
+        kind, optional = _KINDS[name]
+        try:
+            read[name] = None if value is None and optional else _READERS[kind][0](value)
+            suits = read[name] is None or _is_allowed(name, read[name])
+        except (TypeError, ValueError, OverflowError):
+            suits = False
+        if not suits:
+            read.pop(name, None)
+            hint = nearest(value, _METADATA[name]["choices"]) if isinstance(value, str) else ""
+            problems[name] = f"{_key(name)} is {value!r}, but must be {_allowed(name)}{hint}"
+    return read, problems
+
+
+def _is_allowed(name: str, value: Any) -> bool:
+    rule = _METADATA[name]
+    numbers = value if isinstance(value, tuple) else (value,)
+    return (
+        (not rule["choices"] or value in rule["choices"])
+        and (rule["pattern"] is None or re.fullmatch(rule["pattern"], value) is not None)
+        and (rule["least"] is None or all(number >= rule["least"] for number in numbers))
+        and (rule["above"] is None or all(number > rule["above"] for number in numbers))
+        and (rule["below"] is None or all(number < rule["below"] for number in numbers))
+    )
+
+
+def _allowed(name: str) -> str:
+    rule = _METADATA[name]
+    if rule["choices"]:
+        return f"one of {', '.join(rule['choices'])}"
+    if rule["pattern"] is not None:
+        return str(rule["help"]).rstrip(".")
+    words = (("least", "at least"), ("above", "above"), ("below", "below"))
+    limits = [f"{word} {rule[limit]}" for limit, word in words if rule[limit] is not None]
+    return f"{_READERS[_KINDS[name][0]][1]} {' and '.join(limits)}".rstrip()
+
+
+def _read_flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _read_whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _read_number(value: object) -> float:
+    """Text counts as a number because YAML reads 1e-3, without a point, as text."""
+    if not isinstance(value, int | float | str) or isinstance(value, bool) or not math.isfinite(float(value)):
+        raise TypeError
+    return float(value)
+
+
+def _read_text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError
+    return value
+
+
+def _read_path(value: object) -> str:
+    """A number counts as a path because layers of an nn.Sequential are called 0, 1, 2."""
+    return str(_read_whole(value)) if isinstance(value, int) else _read_text(value)
+
+
+def _read_list(value: object, read_item: Callable[[object], Any]) -> tuple[Any, ...]:
+    """A list, a single item, or text with commas."""
+    if isinstance(value, str):
+        value = [item.strip() for item in value.split(",") if item.strip()]
+    return tuple(read_item(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+
+_READERS: dict[Any, tuple[Callable[[object], Any], str]] = {
+    bool: (_read_flag, "true or false"),
+    int: (_read_whole, "a whole number"),
+    float: (_read_number, "a number"),
+    str: (_read_text, "text"),
+    tuple[float, ...]: (lambda value: _read_list(value, _read_number), "numbers"),
+    tuple[str, ...]: (lambda value: _read_list(value, _read_path), "module paths"),
+}
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    """The type without None, and whether None is allowed."""
+    members = get_args(hint)
+    return (members[0], True) if NoneType in members else (hint, False)
+
+
+_KINDS = {name: _kind(hint) for name, hint in get_type_hints(RunSpec).items()}
+_METADATA = {item.name: item.metadata for item in fields(RunSpec)}

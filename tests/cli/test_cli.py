@@ -1,0 +1,329 @@
+"""The command line: what it accepts, what it calls, what it writes where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import typer.main
+import yaml
+from fxsplit_cli.main import app, main
+
+import fxsplit
+from fxsplit.errors import CheckError, DataError, FxsplitError, PartitionError, Terminated, UsageError
+from fxsplit.report import Inspection, Observer, RunReport
+from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
+
+TRAIN_OPTIONS = """
+--amp --amp-dtype --at --augment --balance --batch-size -b --channels-last --clip-grad --config -c --data
+--data-dir --deterministic --device --dry-run --epochs --epochs-total --experiment --grad-accum-steps
+--img-size --json  --l2l --log-interval --lr --mean --min-lr --momentum --no-amp --no-channels-last
+--no-deterministic --no-dry-run --no-pretrained --no-progress --opt --output --output-dir --parts
+--pretrained --print-config --progress --quiet -q --sched --schedule --seed --smoothing --std --stem
+--torchcompile --train-batches-per-epoch --train-limit  --verbose -v --warmup-epochs --wd --weight-decay
+--workers -j
+"""
+INSPECT_OPTIONS = """
+--at --balance --batch-size -b --config -c --data --data-dir --epochs --epochs-total --img-size --json --l2l
+--no-pretrained --parts --pretrained --schedule --seed --stem --verbose -v
+"""
+
+
+class FakeApi(SimpleNamespace):
+    """Stands for fxsplit.api: keeps the spec that it is called with and returns ready records."""
+
+    spec: RunSpec
+    report: RunReport
+    inspection: Inspection
+
+    def train(self, spec: RunSpec, observer: Observer | None = None) -> RunReport:
+        assert observer is not None
+        self.spec = spec
+        observer.notice("a notice")
+        print("a library prints")
+        return self.report
+
+    def inspect(self, spec: RunSpec, observer: Observer | None = None) -> Inspection:
+        assert observer is not None
+        self.spec = spec
+        observer.notice("a notice")
+        print("a library prints")
+        return self.inspection
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("FXSPLIT_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def api(report: RunReport, inspection: Inspection, monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    fake = FakeApi(report=report, inspection=inspection)
+    monkeypatch.setitem(sys.modules, "fxsplit.api", fake)
+    monkeypatch.setattr(fxsplit, "api", fake, raising=False)
+    return fake
+
+
+Failing = Callable[[BaseException], None]
+
+
+@pytest.fixture
+def failing(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> Failing:
+    """Makes training end with an exception."""
+
+    def fail(error: BaseException) -> None:
+        def train(*_: object) -> RunReport:
+            raise error
+
+        monkeypatch.setattr(api, "train", train)
+
+    return fail
+
+
+@pytest.mark.parametrize(("command", "options"), [("train", TRAIN_OPTIONS), ("inspect", INSPECT_OPTIONS)])
+def test_options_are_frozen(command: str, options: str) -> None:
+    parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+    found = [name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)]
+    assert sorted(found) == sorted(["model", *options.split()])
+
+
+def test_every_field_is_an_option(api: FakeApi) -> None:
+    values = {
+        bool: lambda old: not old,
+        int: lambda old: 2 * old or 3,
+        float: lambda old: (old + 0.5) / 2,
+        str: lambda old: f"{old}x",
+    }
+    special = {
+        "device": "cpu",
+        "stem": "cifar",
+        "augment": "crop-flip",
+        "schedule": "window",
+        "balance": "params",
+        "amp-dtype": "float16",
+        "mean": "0.5,0.25,0.125",
+        "std": "1,2,3",
+        "at": "layer1,layer2.0",
+        "img-size": 64,
+        "train-limit": 100,
+        "train-batches-per-epoch": 3,
+        "epochs-total": 30,
+        "clip-grad": 1.5,
+        "torchcompile": "inductor",
+        "experiment": "mine",
+    }
+    plain = RunSpec(model="paper:cnn").to_flat()
+    changed = {
+        key: special[key] if key in special else values[type(value)](value)
+        for key, value in plain.items()
+        if key not in ("model", "parts")
+    }
+    arguments = [f"--{key}" if value is True else f"--{key}={value}" for key, value in changed.items()]
+    assert main(["train", "paper:vgg16", *arguments]) == 0
+    assert api.spec == resolve(read_values({"model": "paper:vgg16", **changed}, source="test"))
+    assert all(api.spec.to_flat()[key] != value for key, value in plain.items() if key != "parts")
+
+
+def test_train_calls_the_library_with_defaults(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "paper:cnn"]) == 0
+    assert api.spec == RunSpec(model="paper:cnn")
+    out, err = capsys.readouterr()
+    assert "test accuracy" in out
+    assert err == "a notice\na library prints\n"
+
+
+def test_command_line_wins_over_environment_over_recipe(
+    api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: paper:cnn\nlr: 0.1\nepochs: 3\nbatch-size: 16\namp: true\n")
+    monkeypatch.setenv("FXSPLIT_LR", "0.2")
+    monkeypatch.setenv("FXSPLIT_EPOCHS", "4")
+    assert main(["train", "-c", str(recipe), "--lr", "0.3", "--no-amp"]) == 0
+    assert api.spec == RunSpec(model="paper:cnn", lr=0.3, epochs=4, batch_size=16, amp=False)
+
+
+def test_l2l_is_a_schedule(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "paper:cnn", "--l2l", "--wd", "0.5", "-b", "4"]) == 0
+    assert api.spec == RunSpec(model="paper:cnn", schedule="l2l", weight_decay=0.5, batch_size=4)
+    assert main(["inspect", "paper:cnn", "--l2l", "--schedule", "l2l"]) == 0
+    assert main(["inspect", "paper:cnn", "--l2l", "--schedule", "grow"]) == 2
+    assert "--l2l means --schedule l2l and contradicts --schedule grow" in capsys.readouterr().err
+
+
+def test_print_config_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "paper:cnn", "--at", "3,6", "--lr", "1e-5", "--print-config"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    path = tmp_path / "printed.yaml"
+    path.write_text(out)
+    assert resolve(read_recipe(path)) == RunSpec(model="paper:cnn", at=("3", "6"), lr=1e-5)
+    assert tuple(yaml.safe_load(out)) == RunSpec.keys()
+
+
+@pytest.mark.parametrize("flag", ["--json", "--quiet"])
+def test_quiet_and_json_keep_stdout_for_the_result(
+    api: FakeApi, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "paper:cnn", flag]) == 0
+    out, err = capsys.readouterr()
+    assert "a library prints" not in out
+    assert ("a notice" in err) is (flag == "--json")
+    if flag == "--json":
+        assert json.loads(out) == json.loads(json.dumps(api.report.to_dict()))
+
+
+def test_inspect(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "paper:cnn", "--parts", "3", "--json"]) == 0
+    assert api.spec == RunSpec(model="paper:cnn", parts=3)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["totals"]["ops"] == 6
+    assert err == "a notice\na library prints\n"
+    assert main(["inspect", "paper:cnn"]) == 0
+    assert "kept whole: block.norm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train"], "fxsplit: model is '', but must be timm:NAME"),
+        (["train", "paper:cnn", "--epoch", "3"], "fxsplit: No such option: --epoch"),
+        (["train", "paper:cnn", "--epochs", "ten"], "fxsplit: epochs is 'ten', but must be a whole number"),
+        (["train", "paper:cnn", "--epochs", "0"], "fxsplit: epochs is 0, but must be"),
+        (["train", "paper:cnn", "--schedule", "windw"], "did you mean 'window'?"),
+        (
+            ["train", "paper:cnn", "--mean", "a"],
+            "fxsplit: mean is 'a', but must be numbers",
+        ),
+        (["train", "paper:cnn", "-c", "none.yaml"], "fxsplit: the recipe 'none.yaml' cannot be read"),
+        (["trian", "paper:cnn"], "fxsplit: No such command 'trian'."),
+    ],
+)
+def test_bad_usage_is_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_misspelt_recipe_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: paper:cnn\nepoch: 3\n")
+    assert main(["train", "-c", str(recipe)]) == 2
+    assert "the key 'epoch' is not known; did you mean 'epochs'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (FxsplitError("it broke"), 1, "fxsplit: it broke"),
+        (UsageError("no [such] model"), 2, "fxsplit: no [such] model"),
+        (PartitionError("no cut"), 3, "fxsplit: no cut"),
+        (DataError("no network"), 1, "fxsplit: no network"),
+        (CheckError("not equal"), 4, "fxsplit: not equal"),
+        (KeyboardInterrupt(), 130, "fxsplit: interrupted"),
+        (Terminated(), 143, "fxsplit: terminated"),
+        (MemoryError(), 1, "fxsplit: out of memory; use a smaller --batch-size"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 1, "fxsplit: out of memory"),
+        (RuntimeError("can't allocate memory: you tried to allocate 9 bytes"), 1, "fxsplit: out of memory"),
+        (
+            ValueError("two\nlines"),
+            1,
+            "fxsplit: unexpected ValueError: two lines; run with -v for the traceback",
+        ),
+    ],
+)
+def test_errors_are_one_sentence_and_a_code(
+    failing: Failing, error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(error)
+    assert main(["train", "paper:cnn"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+
+
+def test_verbose_shows_the_traceback_of_unexpected_errors_only(
+    failing: Failing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(ValueError("strange"))
+    assert main(["train", "paper:cnn", "-v"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("fxsplit: unexpected ValueError: strange\n")
+    failing(DataError("no network"))
+    assert main(["train", "paper:cnn", "-v"]) == 1
+    assert capsys.readouterr().err == "fxsplit: no network\n"
+
+
+def test_sigterm_ends_training(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+
+    def train(spec: RunSpec, _: Observer) -> RunReport:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            saved.append(spec)
+            raise
+        raise AssertionError("the signal was lost")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(api, "train", train)
+    assert main(["train", "paper:cnn"]) == 143
+    assert saved == [RunSpec(model="paper:cnn")]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["--version"], 0),
+        ([], 2),
+        (["train", "paper:cnn", "--epoch"], 2),
+        (["train", "paper:cnn", "--print-config"], 0),
+    ],
+)
+def test_starts_without_torch(arguments: list[str], code: int) -> None:
+    script = (
+        "import sys; from fxsplit_cli.main import main; code = main(sys.argv[1:]);"
+        "print(*{'torch', 'timm', 'torchvision'} & set(sys.modules), file=sys.stderr); sys.exit(code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert ended.returncode == code
+    assert ended.stderr.splitlines()[-1] == ""
+
+
+def test_runs_as_a_module() -> None:
+    ended = subprocess.run([sys.executable, "-m", "fxsplit", "--version"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("fxsplit 0.")
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = [sys.executable, "-m", "fxsplit", "train", "paper:cnn", "--print-config"]
+    # An unbuffered stdout would fail while it is written, not when it is flushed at the end.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1

@@ -1,0 +1,624 @@
+"""Cuts and partitions: legality against a simulated run, optimality against brute force, small models."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxsplit.errors import PartitionError, UsageError
+from fxsplit.graph import Graph, Op, State, Value
+from fxsplit.plan.partition import BALANCES, Cut, Partition, cuts, partition
+
+
+def value(name: str, **fields: object) -> Value:
+    return replace(
+        Value(name=name, shape=(1, 3), dtype="float32", bytes_per_sample=12),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def op(
+    name: str, *reads: str, path: str | None = None, storage: str = "", size: int = 12, **fields: object
+) -> Op:
+    return replace(
+        Op(
+            name=name,
+            path=name if path is None else path,
+            kind="function",
+            target=name,
+            reads=reads,
+            output=value(name, storage=storage or name, bytes_per_sample=size),
+        ),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def graph(ops: Iterable[Op], outputs: tuple[str, ...] = (), inputs: tuple[str, ...] = ("x",)) -> Graph:
+    """Every state name ends in its size in bytes; a name that starts with p is a parameter of float32."""
+    ops = tuple(ops)
+    names = dict.fromkeys(name for op in ops for name in op.state)
+    states = (
+        State(
+            name=name,
+            shape=(int(name[1:]) // 4,),
+            dtype="float32",
+            bytes=int(name[1:]),
+            is_parameter=name[0] == "p",
+        )
+        for name in names
+    )
+    return Graph(
+        batch_size=1,
+        inputs=tuple(map(value, inputs)),
+        ops=ops,
+        outputs=outputs or (ops[-1:] and (ops[-1].name,)) or inputs,
+        state=tuple(states),
+    )
+
+
+def chain(*names: str, **fields: object) -> tuple[Op, ...]:
+    return tuple(op(name, before, **fields) for before, name in pairwise(("x", *names)))
+
+
+def legal(net: Graph, eval_graph: Graph | None = None) -> list[int]:
+    return [cut.index for cut in cuts(net, eval_graph or net) if cut.refusal is None]
+
+
+def refusals(train: Graph, eval_graph: Graph) -> list[str | None]:
+    return [cut.refusal for cut in cuts(train, eval_graph)]
+
+
+# Which cuts are legal
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Graph:
+    """Ops that compute, look at a part of an earlier value, or write into one."""
+    storage = {"x": "x"}
+    ops = []
+    for index in range(draw(st.integers(2, 8))):
+        name = f"op{index}"
+        reads = draw(st.lists(st.sampled_from(sorted(storage)), min_size=1, max_size=2))
+        act = draw(st.sampled_from(["compute", "compute", "view", "write"]))
+        storage[name] = name if act == "compute" else storage[reads[0]]
+        mutates = (reads[0],) if act == "write" else ()
+        ops.append(op(name, *reads, storage=storage[name], mutates=mutates))
+    return graph(ops, outputs=tuple(draw(st.lists(st.sampled_from(sorted(storage)), min_size=1, max_size=2))))
+
+
+def run(net: Graph, ops: Iterable[Op], memory: dict[str, object], known: set[str]) -> dict[str, object]:
+    """Run `ops` over a memory of storages, allowed to read the values in `known` only."""
+    memory = dict(memory)
+    known = set(known)
+    for op in ops:
+        assert known.issuperset(op.reads)
+        storage = net.values[op.name].storage
+        if op.mutates or storage == op.name:
+            memory[storage] = (op.name, *(memory[net.values[name].storage] for name in op.reads))
+        known.add(op.name)
+    return memory
+
+
+@given(programs())
+def test_a_cut_is_legal_when_the_rest_leaves_its_boundary_as_it_was(net: Graph) -> None:
+    whole = run(net, net.ops, {"x": "x"}, {"x"})
+    for cut in cuts(net, net):
+        first = run(net, net.ops[: cut.index], {"x": "x"}, {"x"})
+        storages = {net.values[name].storage for name in cut.boundary}
+        handed_over = {storage: first[storage] for storage in storages}
+        second = run(net, net.ops[cut.index :], handed_over, set(cut.boundary))
+        assert all(
+            second[net.values[name].storage] == whole[net.values[name].storage] for name in net.outputs
+        )
+        untouched = all(second[storage] == first[storage] for storage in storages)
+        assert (cut.refusal is None) == untouched
+
+
+@st.composite
+def two_modes(draw: st.DrawFn) -> tuple[Graph, Graph]:
+    """One list of ops, some of one mode only: the other mode reads what such an op reads in its place."""
+    ops = [op("op0", "x")]
+    modes = {"x": "both", "op0": "both"}
+    for index in range(1, draw(st.integers(2, 9))):
+        earlier = st.sampled_from(sorted(modes))
+        ops.append(op(f"op{index}", *draw(st.lists(earlier, min_size=1, max_size=2))))
+        modes[f"op{index}"] = draw(st.sampled_from(["both", "both", "train", "eval"]))
+    first_read = {op.name: op.reads[0] for op in ops}
+
+    def found(name: str, mode: str) -> str:
+        return name if modes[name] in ("both", mode) else found(first_read[name], mode)
+
+    def one(mode: str) -> Graph:
+        mine = [op for op in ops if modes[op.name] in ("both", mode)]
+        mine = [replace(op, reads=tuple(found(name, mode) for name in op.reads)) for op in mine]
+        return graph(mine, outputs=(found(ops[-1].name, mode),))
+
+    return one("train"), one("eval")
+
+
+@given(two_modes())
+def test_a_cut_is_legal_when_some_twin_has_all_that_both_modes_need(graphs: tuple[Graph, Graph]) -> None:
+    train, eval_graph = graphs
+    common = train.values.keys() & eval_graph.values.keys()
+
+    def before(net: Graph, cut: int) -> set[str]:
+        return {op.name for op in net.ops[:cut]} & common
+
+    for cut in cuts(train, eval_graph):
+        twins = [j for j in range(len(eval_graph) + 1) if before(eval_graph, j) == before(train, cut.index)]
+        unions = {j: {*train.live_at(cut.index), *eval_graph.live_at(j)} for j in twins}
+        assert set(cut.boundary) == unions[cut.eval_index]
+        assert (cut.refusal is None) == any(union <= common for union in unions.values())
+        same = [j for j in twins if eval_graph.live_at(j) == train.live_at(cut.index)]
+        assert not same or eval_graph.live_at(cut.eval_index) == train.live_at(cut.index)
+    twins = [0, *(cut.eval_index for cut in cuts(train, eval_graph)), len(eval_graph)]
+    assert twins == sorted(twins)
+
+
+def test_a_cut_tells_where_it_is_and_what_passes() -> None:
+    net = graph([op("a", "x", size=4), op("b", "a", size=20), op("c", "a", "b", path="block.c")])
+    assert cuts(net, net) == (
+        Cut(index=1, eval_index=1, path="b", boundary=("a",), bytes_per_sample=4, refusal=None),
+        Cut(index=2, eval_index=2, path="block.c", boundary=("a", "b"), bytes_per_sample=24, refusal=None),
+    )
+
+
+def test_a_functional_dropout_of_training_is_passed_by() -> None:
+    train = graph(chain("conv", "dropout", "fc"))
+    eval_graph = graph(chain("conv", "fc"))
+    before, after = cuts(train, eval_graph)
+    assert (before.index, before.eval_index, before.boundary, before.refusal) == (1, 1, ("conv",), None)
+    assert after.refusal == "the value 'dropout' exists only in training"
+    assert refusals(eval_graph, train) == [None]
+
+
+def test_of_several_twins_the_one_with_the_same_boundary() -> None:
+    train = graph([op("a", "x"), op("b", "a"), op("c", "a", "b")])
+    eval_graph = graph([op("a", "x"), op("peek", "x"), op("b", "a"), op("c", "a", "b")])
+    assert [(cut.eval_index, cut.boundary) for cut in cuts(train, eval_graph)] == [
+        (2, ("a",)),
+        (3, ("a", "b")),
+    ]
+
+
+def test_without_such_a_twin_one_whose_boundary_training_has() -> None:
+    train = graph([op("a", "x"), op("b", "a", "x")])
+    eval_graph = graph([op("e", "x"), op("a", "x"), op("peek", "e"), op("b", "a")])
+    (cut,) = cuts(train, eval_graph)
+    assert (cut.eval_index, cut.boundary, cut.refusal) == (3, ("x", "a"), None)
+
+
+def test_later_cuts_have_no_earlier_twin() -> None:
+    train = graph([op("a", "x"), op("t", "x"), op("b", "a")], inputs=("x", "z"))
+    eval_graph = graph([op("a", "x"), op("peek", "z"), op("b", "a", "x")], inputs=("x", "z"))
+    # The second cut's boundary, a alone, is that of no twin; the first twin would do, but lies before `peek`.
+    assert [(cut.eval_index, cut.boundary) for cut in cuts(train, eval_graph)] == [(2, ("x", "a"))] * 2
+
+
+def test_a_value_that_only_evaluation_needs_later_is_passed_on_in_both() -> None:
+    train = graph([op("a", "x"), op("b", "a"), op("c", "b")])
+    eval_graph = graph([op("a", "x"), op("b", "a"), op("c", "b", "a")])
+    assert [cut.boundary for cut in cuts(train, eval_graph)] == [("a",), ("a", "b")]
+    assert legal(train, eval_graph) == [1, 2]
+
+
+def test_a_value_that_only_evaluation_has_is_refused() -> None:
+    train = graph([op("a", "x"), op("b", "a"), op("c", "b")])
+    eval_graph = graph([op("a", "x"), op("e", "a"), op("b", "a"), op("c", "b", "e")])
+    assert refusals(train, eval_graph) == [None, "the value 'e' exists only in evaluation"]
+
+
+def test_between_ops_in_another_order_there_is_no_cut() -> None:
+    train = graph([op("a", "x"), op("b", "a"), op("c", "a"), op("d", "b", "c"), op("e", "d")])
+    eval_graph = graph([op("a", "x"), op("c", "a"), op("b", "a"), op("d", "b", "c"), op("e", "d")])
+    assert refusals(train, eval_graph) == [
+        None,
+        "op 'b' runs before it in training, after it in evaluation",
+        None,
+        None,
+    ]
+
+
+def test_a_cut_before_an_op_that_writes_into_the_boundary_is_refused() -> None:
+    net = graph([op("conv", "x"), op("relu", "conv", mutates=("conv",), storage="conv"), op("fc", "relu")])
+    assert refusals(net, net) == ["op 'relu' writes in place into the value 'conv' after it", None]
+
+
+def test_a_write_through_a_view_counts_and_in_either_mode() -> None:
+    plain = graph([op("a", "x"), op("view", "a", storage="a"), op("relu", "view"), op("add", "a", "relu")])
+    relu = replace(plain.ops[2], mutates=("view",), output=value("relu", storage="a"))
+    writing = replace(plain, ops=(*plain.ops[:2], relu, plain.ops[3]))
+    assert refusals(plain, plain) == [None, None, None]
+    for pair in ((plain, writing), (writing, plain)):
+        assert refusals(*pair) == [
+            "op 'relu' writes in place into the value 'a' after it",
+            "op 'relu' writes in place into the value 'a' after it",
+            None,
+        ]
+
+
+def test_statistics_that_move_on_both_sides_forbid_the_cuts_between() -> None:
+    def net(mutates: tuple[str, ...]) -> Graph:
+        entered_twice = {"path": "bn", "state": ("p8", "b8"), "mutates": mutates}
+        return graph(
+            [
+                op("a", "x"),
+                op("bn", "a", **entered_twice),
+                op("b", "bn"),
+                op("bn@1", "b", **entered_twice),
+                op("c", "bn@1"),
+            ]
+        )
+
+    reason = "ops on both sides hold 'b8', and one of them changes it"
+    assert refusals(net(("b8",)), net(())) == [None, reason, reason, None]
+    assert refusals(net(()), net(())) == [None] * 4
+
+
+def test_one_change_is_enough_when_the_other_side_reads() -> None:
+    reads, writes = op("a", "x", state=("b8",)), op("c", "b", state=("b8",), mutates=("b8",))
+    net = graph([reads, op("b", "a"), writes, op("d", "c")])
+    assert [reason is None for reason in refusals(net, net)] == [False, False, True]
+    first_writes = graph(
+        [replace(reads, mutates=("b8",)), op("b", "a"), replace(writes, mutates=()), op("d", "c")]
+    )
+    assert [reason is None for reason in refusals(first_writes, first_writes)] == [False, False, True]
+
+
+def test_a_tied_weight_may_be_used_on_both_sides() -> None:
+    net = graph(
+        [
+            op("embed", "x", state=("p40",)),
+            op("block", "embed", state=("p8",)),
+            op("head", "block", state=("p40",)),
+        ]
+    )
+    assert legal(net) == [1, 2]
+    first, last = partition(net, net, at=["head"])
+    assert (first.state, last.state) == (("p40", "p8"), ())
+
+
+def test_shared_memory_is_counted_once() -> None:
+    net = graph(
+        [
+            op("a", "x", size=100),
+            op("left", "a", storage="a", size=50),
+            op("right", "a", storage="a", size=50),
+            op("whole", "a", storage="a", size=100),
+            op("wide", "a", storage="a", size=900),
+            op("end", "left", "right", "whole", "wide", "x"),
+        ]
+    )
+    assert [cut.bytes_per_sample for cut in cuts(net, net)] == [112, 112, 112, 112, 112]
+    only_left = graph([op("a", "x", size=100), op("left", "a", storage="a", size=50), op("end", "left")])
+    assert [cut.bytes_per_sample for cut in cuts(only_left, only_left)] == [100, 50]
+
+
+def test_a_model_without_ops_cannot_be_cut() -> None:
+    with pytest.raises(PartitionError, match="has no operations"):
+        partition(graph([]), graph([]), count=1)
+
+
+# Partitions
+
+
+def test_partitions_own_and_sum_up() -> None:
+    train = graph(
+        [
+            op("stem.conv", "x", "mask", state=("p8",), macs=5, activation_bytes=1, size=7),
+            op(
+                "stem.bn",
+                "stem.conv",
+                state=("p4", "b16"),
+                mutates=("b16",),
+                macs=6,
+                activation_bytes=2,
+                size=9,
+            ),
+            op("drop", "stem.bn", macs=7, activation_bytes=4),
+            op("fc", "drop", "mask", state=("p40", "p8"), macs=8, activation_bytes=8),
+            op("aux", "fc", macs=9, activation_bytes=16),
+        ],
+        inputs=("x", "mask", "unused"),
+        outputs=("fc", "aux"),
+    )
+    eval_graph = graph(
+        [
+            op("stem.conv", "x", "mask", state=("p8",)),
+            op("stem.bn", "stem.conv", state=("p4", "b16")),
+            op("fc", "stem.bn", "mask", state=("p40", "p8")),
+        ],
+        inputs=("x", "mask", "unused"),
+    )
+    first, second = partition(train, eval_graph, at=["drop"])
+    assert first == Partition(
+        index=0, name="stem.conv", start=0, stop=2, eval_start=0, eval_stop=2,
+        reads=("x", "mask"), writes=("mask", "stem.bn"), state=("p8", "p4", "b16"),
+        parameters=3, state_bytes=28, macs=11, activation_bytes=3, boundary_bytes=24,
+    )  # fmt: skip
+    assert second == Partition(
+        index=1, name="drop", start=2, stop=5, eval_start=2, eval_stop=3,
+        reads=("mask", "stem.bn"), writes=("fc", "aux"), state=("p40",),
+        parameters=10, state_bytes=40, macs=24, activation_bytes=28, boundary_bytes=21,
+    )  # fmt: skip
+    assert Partition.from_dict(second.to_dict()) == second
+
+
+def test_state_that_evaluation_uses_first_is_owned_there() -> None:
+    train = graph([op("a", "x"), op("b", "a"), op("c", "b", state=("p8",))])
+    eval_graph = graph([op("a", "x", state=("p8", "p12")), op("b", "a"), op("c", "b")])
+    assert [part.state for part in partition(train, eval_graph, count=3)] == [("p8", "p12"), (), ()]
+    late = graph([op("a", "x"), op("b", "a"), op("c", "b", state=("p12",))])
+    assert [part.state for part in partition(train, late, count=3)] == [(), (), ("p8", "p12")]
+
+
+@given(two_modes(), st.data())
+def test_partitions_cover_the_model_and_hand_over_what_they_say(
+    graphs: tuple[Graph, Graph], data: st.DataObject
+) -> None:
+    train, eval_graph = graphs
+    count = data.draw(st.integers(1, len(legal(train, eval_graph)) + 1))
+    parts = partition(train, eval_graph, count=count)
+    assert [part.index for part in parts] == list(range(count))
+    assert (parts[0].start, parts[0].eval_start) == (0, 0)
+    assert (parts[-1].stop, parts[-1].eval_stop) == (len(train), len(eval_graph))
+    for earlier, later in pairwise(parts):
+        assert (earlier.stop, earlier.eval_stop, earlier.writes) == (
+            later.start,
+            later.eval_start,
+            later.reads,
+        )
+    assert set(parts[-1].writes) == {*train.outputs, *eval_graph.outputs}
+    for net, spans in (
+        (train, [(part.start, part.stop) for part in parts]),
+        (eval_graph, [(part.eval_start, part.eval_stop) for part in parts]),
+    ):
+        for part, (start, stop) in zip(parts, spans, strict=True):
+            held = {*part.reads}
+            for each in net.ops[start:stop]:
+                assert held.issuperset(each.reads)
+                held.add(each.name)
+            assert held.issuperset(set(part.writes) & net.values.keys())
+    again = partition(train, eval_graph, at=[part.name for part in parts[1:]]) if count > 1 else parts
+    assert again == parts
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"start": 2, "stop": 2}, {"start": -1}, {"eval_start": 3, "eval_stop": 2}, {"eval_start": -1}]
+)
+def test_a_partition_holds_an_op(wrong: dict[str, int]) -> None:
+    part = partition(graph(chain("a", "b")), graph(chain("a", "b")), count=1)[0]
+    with pytest.raises(ValueError, match="holds no operation"):
+        replace(part, **wrong)  # type: ignore[arg-type]
+
+
+# Cuts by path
+
+ADD = "layer1.0:add"
+NESTED = graph(
+    [
+        op("stem", "x"),
+        op("layer1.0.conv", "stem"),
+        op(ADD, "layer1.0.conv", "stem", path="layer1.0"),
+        op("layer1.0:relu", ADD, path="layer1.0", mutates=(ADD,), storage=ADD),
+        op("layer1.1.conv", "layer1.0:relu"),
+        op("flatten", "layer1.1.conv", path=""),
+        op("layer2", "flatten"),
+        op("layer2@1", "layer2", path="layer2"),
+    ]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("at", "starts", "names"),
+    [
+        (["layer1"], [0, 1], ["stem", "layer1.0.conv"]),
+        (["layer2", "layer1.1", "layer2"], [0, 4, 6], ["stem", "layer1.1.conv", "layer2"]),
+        (["layer1.0:add", "flatten"], [0, 2, 5], ["stem", "layer1.0:add", "flatten"]),
+        (["layer2", "layer2@1"], [0, 6, 7], ["stem", "layer2", "layer2@1"]),
+    ],
+)
+def test_cuts_by_path(at: list[str], starts: list[int], names: list[str]) -> None:
+    parts = partition(NESTED, NESTED, at=at)
+    assert [part.start for part in parts] == starts
+    assert [part.name for part in parts] == names
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("layer3", "no operation of the model lies in 'layer3'; did you mean 'layer2' or 'layer1'?"),
+        (
+            "q",
+            "no operation of the model lies in 'q'; "
+            "it can be cut before 'layer1' or 'layer1.0' or 'layer1.0.conv'",
+        ),
+        (
+            "layer1.0:relu",
+            "the model cannot be cut before 'layer1.0:relu': op 'layer1.0:relu' writes in place into the "
+            "value 'layer1.0:add' after it; it can be cut before 'layer1.0:add' or 'layer1.1.conv'",
+        ),
+        (
+            "stem",
+            "the model cannot be cut before 'stem': it holds the first operation of the model; "
+            "it can be cut before 'layer1.0.conv'",
+        ),
+    ],
+)
+def test_a_path_that_gives_no_cut(place: str, message: str) -> None:
+    with pytest.raises(PartitionError, match=f"^{re.escape(message)}$"):
+        partition(NESTED, NESTED, at=["layer2", place])
+
+
+def test_a_path_of_a_model_that_cannot_be_cut() -> None:
+    net = graph([op("a", "x"), op("b", "a", mutates=("a",), storage="a")])
+    with pytest.raises(PartitionError, match="none of its cuts is legal"):
+        partition(net, net, at=["b"])
+
+
+@pytest.mark.parametrize("how", [{}, {"count": 2, "at": ["layer2"]}])
+def test_either_a_count_or_paths(how: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="and not both"):
+        partition(NESTED, NESTED, **how)  # type: ignore[arg-type]
+
+
+# Cuts by count
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Graph:
+    """Chains with skips, in which some values are numbers and some writes are in place."""
+    number = st.integers(0, 20)
+    ops = []
+    names = ["x"]
+    for index in range(draw(st.integers(1, 9))):
+        skip = draw(st.sampled_from(names[-3:]))
+        made = op(
+            f"op{index}",
+            names[-1],
+            skip,
+            size=draw(number),
+            state=tuple(draw(st.lists(st.sampled_from(["p4", "p8", "p20", "b40"]), max_size=2))),
+            macs=draw(number),
+            activation_bytes=draw(number),
+            mutates=(skip,) if draw(st.integers(0, 9)) == 0 else (),
+        )
+        if draw(st.integers(0, 5)) == 0:
+            made = replace(
+                made, output=value(made.name, shape=None, bytes_per_sample=draw(st.sampled_from([0, 9])))
+            )
+        ops.append(made)
+        names.append(made.name)
+    return graph(ops)
+
+
+def weight(part: Partition, net: Graph, balance: str) -> int:
+    if balance == "macs":
+        return part.macs
+    if balance == "activations":
+        return part.activation_bytes
+    return sum(state.bytes for state in net.state if state.name in part.state and state.is_parameter)
+
+
+@given(networks(), st.sampled_from(BALANCES), st.data())
+def test_the_largest_partition_is_as_small_as_can_be(net: Graph, balance: str, data: st.DataObject) -> None:
+    def tensors(cut: Cut) -> list[Value]:
+        values = [net.values[name] for name in cut.boundary]
+        return [value for value in values if value.shape is not None or value.bytes_per_sample]
+
+    allowed = [cut for cut in cuts(net, net) if cut.refusal is None]
+    single = [cut for cut in allowed if len(tensors(cut)) == 1 and tensors(cut)[0].shape is not None]
+    count = data.draw(st.integers(1, len(allowed) + 1))
+    candidates = single if len(single) >= count - 1 else allowed
+
+    def cost(parts: tuple[Partition, ...]) -> tuple[int, int]:
+        weights = [weight(part, net, balance) for part in parts]
+        if not any(weights):
+            weights = [part.stop - part.start for part in parts]
+        return max(weights), sum(part.boundary_bytes for part in parts[1:])
+
+    every_way = combinations(candidates, count - 1)
+    best = min(
+        cost(partition(net, net, at=[cut.path for cut in way]) if way else partition(net, net, count=1))
+        for way in every_way
+    )
+    found = partition(net, net, count=count, balance=balance)
+    assert len(found) == count
+    assert {part.start for part in found[1:]} <= {cut.index for cut in candidates}
+    assert cost(found) == best
+
+
+def test_cuts_lie_outside_of_residual_blocks_if_there_are_enough() -> None:
+    net = graph(
+        [
+            op("a", "x", macs=1),
+            op("b", "a", macs=1),
+            op("add", "a", "b", macs=1),
+            op("c", "add", macs=9),
+        ]
+    )
+    assert [part.start for part in partition(net, net, count=3)] == [0, 1, 3]
+    assert [part.start for part in partition(net, net, count=4)] == [0, 1, 2, 3]
+
+
+def test_numbers_may_cross_beside_the_tensor_but_no_tuple_of_tensors() -> None:
+    sizes = op("sizes", "a", macs=1, output=value("sizes", shape=None, bytes_per_sample=0))
+    halves = op("halves", "b", macs=9, output=value("halves", shape=None, bytes_per_sample=12))
+    net = graph(
+        [op("a", "x", macs=1), sizes, op("b", "a", "sizes", macs=1), halves, op("c", "halves", macs=9)]
+    )
+    assert [part.start for part in partition(net, net, count=4)] == [0, 1, 2, 3]
+    assert [part.start for part in partition(net, net, count=5)] == [0, 1, 2, 3, 4]
+    assert [part.start for part in partition(net, net, count=2)] == [0, 3]
+
+
+def test_without_any_weight_the_number_of_ops_counts() -> None:
+    net = graph(chain(*"abcdef"))
+    for balance in BALANCES:
+        assert [part.start for part in partition(net, net, count=3, balance=balance)] == [0, 2, 4]
+
+
+def test_equal_balances_are_decided_by_the_bytes_that_cross() -> None:
+    sizes = (8, 2, 5, 8, 1)
+    net = graph(
+        [
+            replace(each, output=value(each.name, bytes_per_sample=size))
+            for each, size in zip(chain(*"abcde"), sizes, strict=True)
+        ]
+    )
+    # Two partitions of at most three ops: after b or after c.
+    assert [part.start for part in partition(net, net, count=2)] == [0, 2]
+
+
+def test_each_balance_cuts_elsewhere() -> None:
+    net = graph(
+        [
+            op("a", "x", macs=9, activation_bytes=1, state=("p4",)),
+            op("b", "a", macs=4, activation_bytes=1, state=("p8", "b400")),
+            op("c", "b", macs=4, activation_bytes=1, state=("p4",)),
+            op("d", "c", macs=1, activation_bytes=9, state=("p400",)),
+            op("e", "d", macs=1, activation_bytes=9, state=("p404",)),
+        ]
+    )
+    starts = {balance: partition(net, net, count=2, balance=balance)[1].start for balance in BALANCES}
+    assert starts == {"macs": 1, "params": 4, "activations": 4}
+    with pytest.raises(UsageError, match="not by 'mac'; did you mean 'macs'"):
+        partition(net, net, count=2, balance="mac")
+
+
+def test_one_partition_is_the_whole_model() -> None:
+    (whole,) = partition(NESTED, NESTED, count=1)
+    assert (whole.start, whole.stop, whole.reads, whole.writes) == (0, 8, ("x",), ("layer2@1",))
+
+
+def test_too_many_partitions() -> None:
+    with pytest.raises(
+        PartitionError, match="8 partitions need 7 cuts and the model has 6 legal ones; ask for at most 7"
+    ):
+        partition(NESTED, NESTED, count=8)
+    assert len(partition(NESTED, NESTED, count=7)) == 7
+    with pytest.raises(UsageError, match="at least 1, not 0"):
+        partition(NESTED, NESTED, count=0)
+
+
+@pytest.mark.parametrize("giant", [0, 10**9])
+def test_ten_thousand_ops_take_no_time(giant: int) -> None:
+    """With one giant op nearly every division is optimal, which leaves all the work to the second step."""
+    costs = [giant if index == 5000 else index * 7919 % 1000 for index in range(10_000)]
+    names = [f"block{index}" for index in range(10_000)]
+    net = graph(replace(each, macs=cost) for each, cost in zip(chain(*names), costs, strict=True))
+    start = time.perf_counter()
+    found = cuts(net, net)
+    between = time.perf_counter()
+    parts = partition(net, net, count=16)
+    end = time.perf_counter()
+    assert (len(found), len(parts)) == (9999, 16)
+    assert between - start < 2
+    assert end - between < 3

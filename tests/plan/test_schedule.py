@@ -1,0 +1,344 @@
+"""Phases, plans and schedules: what must hold for every schedule, and exact plans worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import accumulate, pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxsplit.errors import PartitionError, UsageError
+from fxsplit.plan.partition import Partition
+from fxsplit.plan.schedule import SCHEDULES, Phase, Plan, grow, schedule, settle, standard, window
+
+
+def partitions(*macs: int) -> tuple[Partition, ...]:
+    return tuple(
+        Partition(
+            index=index,
+            name=f"block{index}",
+            start=index,
+            stop=index + 1,
+            eval_start=index,
+            eval_stop=index + 1,
+            reads=(f"value{index}",),
+            writes=(f"value{index + 1}",),
+            state=(f"block{index}.weight",),
+            parameters=3,
+            state_bytes=12,
+            macs=cost,
+            activation_bytes=8,
+            boundary_bytes=4,
+        )
+        for index, cost in enumerate(macs)
+    )
+
+
+def drawn(phases: tuple[Phase, ...]) -> list[tuple[int, int, int]]:
+    return [(phase.start, phase.stop, phase.epochs) for phase in phases]
+
+
+costs = st.lists(st.integers(0, 1000), min_size=1, max_size=20)
+names = st.sampled_from(sorted(SCHEDULES))
+
+
+# What holds for every schedule
+
+
+@given(names, costs, st.integers(1, 100))
+def test_every_schedule_makes_a_plan_of_the_epochs_asked_for(name: str, macs: list[int], epochs: int) -> None:
+    plan = schedule(name, partitions=partitions(*macs), epochs=epochs)
+    count = max(1, len(macs) // 2) if name == "window" else 1
+    assert plan.epochs == count * epochs
+    assert plan.schedule == name
+    for earlier, later in pairwise(plan.phases):
+        assert earlier.start <= later.start
+        assert (earlier.start, earlier.stop) != (later.start, later.stop)
+    assert all(0 <= phase.start < phase.stop <= len(macs) for phase in plan.phases)
+    assert plan.phases[0].start == 0
+    assert all(phase.fresh_optimizer == (name == "window") for phase in plan.phases)
+
+
+@given(names, costs, st.integers(1, 100), st.integers(10, 100))
+def test_epochs_total_is_the_length_of_every_schedule(
+    name: str, macs: list[int], epochs: int, total: int
+) -> None:
+    assert schedule(name, partitions=partitions(*macs), epochs=epochs, epochs_total=total).epochs == total
+
+
+@given(names, costs, st.integers(1, 40))
+def test_every_epoch_belongs_to_one_phase(name: str, macs: list[int], epochs: int) -> None:
+    plan = schedule(name, partitions=partitions(*macs), epochs=epochs)
+    written_out = [index for index, phase in enumerate(plan.phases) for _ in range(phase.epochs)]
+    assert [plan.phase_index_at(epoch) for epoch in range(plan.epochs)] == written_out
+    assert [plan.first_epoch(index) for index in range(len(plan.phases))] == [
+        written_out.index(index) for index in range(len(plan.phases))
+    ]
+    assert all(plan.phase_at(epoch) is plan.phases[index] for epoch, index in enumerate(written_out))
+
+
+@given(names, costs, st.integers(1, 40))
+def test_a_plan_survives_json(name: str, macs: list[int], epochs: int) -> None:
+    plan = schedule(name, partitions=partitions(*macs), epochs=epochs)
+    text = plan.to_json()
+    assert Plan.from_json(text) == plan
+    assert Plan.from_json(text).to_json() == text
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+@given(names, costs, st.integers(1, 40))
+def test_a_drawing_has_one_mark_for_each_partition(name: str, macs: list[int], epochs: int) -> None:
+    plan = schedule(name, partitions=partitions(*macs), epochs=epochs)
+    _, *lines = str(plan).split("\n")
+    for line, phase in zip(lines, plan.phases, strict=True):
+        marks, length = line.split()[:2]
+        frozen = len(macs) - phase.stop
+        assert marks == "." * phase.start + "#" * (phase.stop - phase.start) + "-" * frozen
+        assert int(length) == phase.epochs
+
+
+@given(costs, st.integers(1, 200))
+def test_the_cut_of_settle_stays_within_its_share_of_the_work(macs: list[int], epochs: int) -> None:
+    work = macs if any(macs) else [1] * len(macs)
+    before = [done / sum(work) for done in accumulate(work, initial=0)]
+    moments = [0.35 + 0.45 * j / 4 for j in range(1, 5)]
+    plan = schedule("settle", partitions=partitions(*macs), epochs=epochs)
+    for index, phase in enumerate(plan.phases):
+        first = plan.first_epoch(index)
+        passed = [j for j, moment in enumerate(moments, 1) if max(1, round(moment * epochs)) <= first]
+        allowed = 0.6 * max(passed, default=0) / 4 + 1e-9
+        assert phase.stop == len(macs)
+        if phase.start:
+            assert before[phase.start] <= allowed
+            # The next cut would be too far, or would leave nothing to train.
+            assert phase.start == len(macs) - 1 or before[phase.start + 1] > allowed
+
+
+# Exact plans
+
+
+def test_standard_trains_everything_at_once() -> None:
+    assert drawn(standard(partitions(1, 1, 1), 7)) == [(0, 3, 7)]
+
+
+def test_window_over_twelve_partitions_is_the_released_notebook() -> None:
+    phases = window(partitions(*[1] * 12), 10)
+    assert drawn(phases) == [(i, 12 - i, 10) for i in range(6)]
+    assert all(phase.fresh_optimizer for phase in phases)
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "expected"),
+    [
+        (1, None, [(0, 1, 5)]),
+        (2, None, [(0, 2, 5)]),
+        (5, None, [(0, 5, 5), (1, 4, 5)]),
+        (6, 11, [(0, 6, 4), (1, 5, 4), (2, 4, 3)]),
+        (6, 3, [(0, 6, 1), (1, 5, 1), (2, 4, 1)]),
+    ],
+)
+def test_window(count: int, total: int | None, expected: list[tuple[int, int, int]]) -> None:
+    assert drawn(window(partitions(*[1] * count), 5, total)) == expected
+
+
+def test_window_cannot_share_out_fewer_epochs_than_phases() -> None:
+    with pytest.raises(UsageError, match="has 3 phases and cannot share out 2 epochs in total"):
+        schedule("window", partitions=partitions(*[1] * 6), epochs=5, epochs_total=2)
+
+
+@pytest.mark.parametrize(
+    ("count", "epochs", "expected"),
+    [
+        (3, 8, [(0, 1, 3), (0, 2, 3), (0, 3, 2)]),
+        (4, 4, [(0, 1, 1), (0, 2, 1), (0, 3, 1), (0, 4, 1)]),
+        (6, 3, [(0, 2, 1), (0, 4, 1), (0, 6, 1)]),
+        (5, 2, [(0, 2, 1), (0, 5, 1)]),
+        (5, 1, [(0, 5, 1)]),
+    ],
+)
+def test_grow(count: int, epochs: int, expected: list[tuple[int, int, int]]) -> None:
+    assert drawn(grow(partitions(*[1] * count), epochs)) == expected
+
+
+@pytest.mark.parametrize(
+    ("macs", "epochs", "expected"),
+    [
+        # Moments 9.25, 11.5, 13.75 and 16 of 20 epochs; shares .15, .30, .45 and .60 of ten equal partitions.
+        ([1] * 10, 20, [(0, 10, 9), (1, 10, 3), (3, 10, 2), (4, 10, 2), (6, 10, 4)]),
+        # A partition ends at exactly .45, which 0.6 * 0.75 misses in binary.
+        ([1] * 60, 20, [(0, 60, 9), (9, 60, 3), (18, 60, 2), (27, 60, 2), (36, 60, 4)]),
+        # The second partition holds nearly all the work: the cut stops before it.
+        ([1, 98, 1], 20, [(0, 3, 9), (1, 3, 11)]),
+        # No multiply-adds are known: the number of partitions counts.
+        ([0] * 4, 20, [(0, 4, 12), (1, 4, 4), (2, 4, 4)]),
+        # Work that lies in the first partition alone never settles.
+        ([5, 0, 0], 20, [(0, 3, 20)]),
+        # Of work that lies in the last partition alone, all before it settles at once.
+        ([0, 0, 5], 20, [(0, 3, 9), (2, 3, 11)]),
+        ([1], 20, [(0, 1, 20)]),
+        ([1] * 10, 1, [(0, 10, 1)]),
+        # Three moments round to epoch 1 and the last to 2, after which no epoch remains.
+        ([1] * 10, 2, [(0, 10, 1), (4, 10, 1)]),
+    ],
+)
+def test_settle(macs: list[int], epochs: int, expected: list[tuple[int, int, int]]) -> None:
+    assert drawn(settle(partitions(*macs), epochs)) == expected
+    assert drawn(SCHEDULES["l2l"](partitions(*macs), epochs)) == expected
+
+
+def test_settle_follows_its_parameters() -> None:
+    ten = partitions(*[1] * 10)
+    assert drawn(settle(ten, 8, start=0, stop=1, share=1)) == [
+        (0, 10, 2), (2, 10, 2), (5, 10, 2), (7, 10, 2)
+    ]  # fmt: skip
+    assert drawn(settle(ten, 16, start=0, stop=1, share=1, gamma=2)) == [(0, 10, 8), (2, 10, 4), (5, 10, 4)]
+    assert drawn(settle(ten, 8, share=0)) == [(0, 10, 8)]
+    # All moments at the very start: the first epoch still trains everything, the last partition always.
+    assert drawn(settle(ten, 8, start=0, stop=0, share=9)) == [(0, 10, 1), (9, 10, 7)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"start": 0.9}, {"stop": 1.1}, {"start": -0.1}, {"gamma": -1}, {"share": -1}]
+)
+def test_settle_refuses_a_cut_that_cannot_move_forward(wrong: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="the cut moves within the run"):
+        settle(partitions(1, 1), 10, **wrong)
+
+
+def test_an_unknown_schedule_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="no schedule 'setle'; did you mean 'settle'"):
+        schedule("setle", partitions=partitions(1), epochs=1)
+
+
+@pytest.mark.parametrize("epochs", [{"epochs": 0}, {"epochs": 5, "epochs_total": 0}])
+def test_a_run_has_at_least_one_epoch(epochs: dict[str, int]) -> None:
+    for name in ("standard", "grow", "settle", "window"):
+        with pytest.raises(UsageError, match="at least 1 epoch, not 0"):
+            schedule(name, partitions=partitions(1, 1), **epochs)
+
+
+# Phases and plans
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "epochs"), [(1, 1, 1), (2, 1, 1), (-1, 1, 1), (0, 1, 0), (0, 1, -3)]
+)
+def test_a_phase_trains_something_for_some_time(start: int, stop: int, epochs: int) -> None:
+    with pytest.raises(ValueError, match="a phase must"):
+        Phase(start=start, stop=stop, epochs=epochs)
+
+
+def test_a_plan_is_drawn() -> None:
+    plan = Plan(
+        schedule="mine",
+        partitions=partitions(1, 1, 1, 1),
+        phases=(
+            Phase(start=0, stop=4, epochs=10),
+            Phase(start=1, stop=4, epochs=2),
+            Phase(start=1, stop=3, epochs=1),
+        ),
+    )
+    assert str(plan) == (
+        "mine: 4 partitions, 13 epochs\n"
+        "  ####  10 epochs\n"
+        "  .###  2 epochs   from block1\n"
+        "  .##-  1 epoch    from block1 up to block3"
+    )
+
+
+def test_a_wrong_plan_is_drawn_with_a_mark_at_each_wrong_phase() -> None:
+    with pytest.raises(PartitionError) as caught:
+        Plan(
+            schedule="mine",
+            partitions=partitions(1, 1, 1),
+            phases=(
+                Phase(start=0, stop=9, epochs=1),
+                Phase(start=2, stop=3, epochs=1),
+                Phase(start=1, stop=2, epochs=1),
+                Phase(start=1, stop=4, epochs=1),
+            ),
+        )
+    assert str(caught.value).split("\n") == [
+        "the marked phases of the plan cannot run",
+        "mine: 3 partitions, 4 epochs",
+        "> ###  1 epoch  <- the window [0, 9) ends after the last partition",
+        "  ..#  1 epoch  from block2",
+        "> .#-  1 epoch  from block1 up to block2  <- partition 1 is settled for good by an earlier phase",
+        "> .##  1 epoch  from block1  <- the window [1, 4) ends after the last partition; "
+        "partition 1 is settled for good by an earlier phase",
+    ]
+
+
+def test_a_plan_has_a_phase() -> None:
+    with pytest.raises(PartitionError, match="has no phase"):
+        Plan(schedule="mine", partitions=partitions(1), phases=())
+
+
+def test_there_is_no_epoch_and_no_phase_outside_the_run() -> None:
+    plan = schedule("standard", partitions=partitions(1), epochs=3)
+    for epoch in (-1, 3):
+        with pytest.raises(IndexError, match=re.escape(f"epoch {epoch} is outside 0..2")):
+            plan.phase_at(epoch)
+    for index in (-1, 1):
+        with pytest.raises(IndexError, match=re.escape(f"phase {index} is outside 0..0")):
+            plan.first_epoch(index)
+
+
+def broken(change: Any) -> Any:
+    data = schedule("settle", partitions=partitions(1, 1), epochs=4).to_dict()
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "a plan has exactly the keys schema, schedule, partitions, phases"),
+        ({}, "a plan has exactly the keys"),
+        (broken(lambda plan: plan.update(author="me")), "a plan has exactly the keys"),
+        (broken(lambda plan: plan.update(schema=2)), "has schema 2, and this version reads 1"),
+        (broken(lambda plan: plan.update(schema=2, more=1)), "has schema 2, and this version reads 1"),
+        (broken(lambda plan: plan.update(schedule=3)), "its schedule cannot be 3"),
+        (broken(lambda plan: plan.update(phases=3)), "not iterable"),
+        (broken(lambda plan: plan.update(phases=[3])), "a phase must be a mapping, not int"),
+        (broken(lambda plan: plan["phases"][0].pop("epochs")), "a phase lacks the key 'epochs'"),
+        (broken(lambda plan: plan["phases"][0].update(epoch=3)), "no key 'epoch'; did you mean 'epochs'"),
+        (broken(lambda plan: plan["phases"][0].update(epochs="3")), "'epochs' of a phase cannot be '3'"),
+        (broken(lambda plan: plan["phases"][0].update(epochs=True)), "'epochs' of a phase cannot be True"),
+        (broken(lambda plan: plan["phases"][0].update(epochs=0)), "a phase must last at least 1 epoch"),
+        (broken(lambda plan: plan["partitions"][0].update(stop=0)), "'block0' holds no operation"),
+        (broken(lambda plan: plan["partitions"][0].update(reads=[1])), "'reads' of a partition cannot be"),
+        (broken(lambda plan: plan["partitions"][0].update(reads="x")), "'reads' of a partition cannot be"),
+        (broken(lambda plan: plan["partitions"][0].update(name=["x"])), "'name' of a partition cannot be"),
+    ],
+)
+def test_a_malformed_plan_is_refused_in_one_sentence(data: Any, message: str) -> None:
+    for read, given_data in ((Plan.from_dict, data), (Plan.from_json, json.dumps(data))):
+        with pytest.raises(UsageError, match=re.escape(message)) as caught:
+            read(given_data)
+        assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_no_json_is_no_plan() -> None:
+    with pytest.raises(UsageError, match="this is not a plan: it is no JSON"):
+        Plan.from_json("{")
+
+
+def test_a_plan_written_by_hand_may_leave_out_what_has_a_default() -> None:
+    data = broken(lambda plan: plan["phases"][0].pop("fresh_optimizer"))
+    assert Plan.from_dict(data) == schedule("settle", partitions=partitions(1, 1), epochs=4)
+
+
+def test_the_keys_of_a_plan_are_frozen() -> None:
+    data = json.loads(schedule("standard", partitions=partitions(1), epochs=1).to_json())
+    assert list(data) == ["schema", "schedule", "partitions", "phases"]
+    assert data["schema"] == 1
+    assert data["phases"] == [{"start": 0, "stop": 1, "epochs": 1, "fresh_optimizer": False}]
+    assert list(data["partitions"][0]) == [
+        "index", "name", "start", "stop", "eval_start", "eval_stop", "reads", "writes", "state",
+        "parameters", "state_bytes", "macs", "activation_bytes", "boundary_bytes",
+    ]  # fmt: skip

@@ -1,0 +1,250 @@
+"""A RunSpec cannot hold a bad value, and everything that makes one is read strictly."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxsplit.errors import UsageError
+from fxsplit.spec import RunSpec, read_environment, read_recipe, read_values, resolve
+
+words = st.text(min_size=1)
+whole = st.integers(min_value=1, max_value=10**6)
+finite = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
+positive = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
+below_one = st.floats(min_value=0, max_value=1, exclude_max=True)
+maybe = st.none()
+
+STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
+    **dict.fromkeys(("model", "data", "data_dir", "opt", "sched", "output"), words),
+    **dict.fromkeys(("torchcompile", "experiment"), maybe | words),
+    **dict.fromkeys(("epochs", "log_interval"), whole),
+    **dict.fromkeys(("img_size", "train_limit", "train_batches_per_epoch", "epochs_total"), maybe | whole),
+    **dict.fromkeys(("workers", "warmup_epochs"), whole | st.just(0)),
+    **dict.fromkeys(("weight_decay", "min_lr"), finite),
+    **dict.fromkeys(("momentum", "smoothing"), below_one),
+    **dict.fromkeys(("pretrained", "amp", "channels_last", "deterministic", "dry_run"), st.booleans()),
+    "lr": positive,
+    "clip_grad": maybe | positive,
+    "seed": st.integers(min_value=0, max_value=2**32 - 1),
+    "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
+    "batch_size": whole,
+    "grad_accum_steps": st.just(1),
+    "mean": st.just(()),
+    "std": st.just(()),
+    "parts": maybe,
+    "at": st.lists(words).map(tuple),
+    **{
+        item.name: st.sampled_from(item.metadata["choices"])
+        for item in fields(RunSpec)
+        if item.metadata["choices"]
+    },
+}
+channels = st.integers(0, 2).flatmap(
+    lambda n: st.fixed_dictionaries(
+        {
+            "mean": st.lists(finite, min_size=(0, 1, 3)[n], max_size=(0, 1, 3)[n]),
+            "std": st.lists(positive, min_size=(0, 1, 3)[n], max_size=(0, 1, 3)[n]),
+        }
+    )
+)
+batches = st.tuples(whole, whole).map(lambda n: {"batch_size": n[0] * n[1], "grad_accum_steps": n[0]})
+cuts = st.one_of(st.fixed_dictionaries({"parts": whole}), st.fixed_dictionaries({"at": st.lists(words)}))
+specs = st.builds(
+    lambda *layers: resolve(*layers), st.fixed_dictionaries(STRATEGIES), channels, batches, cuts
+)
+
+
+@given(specs)
+def test_reads_back_what_it_writes(spec: RunSpec) -> None:
+    flat = yaml.safe_load(spec.to_yaml())
+    assert flat == spec.to_flat()
+    assert tuple(flat) == RunSpec.keys()
+    assert resolve(read_values(flat, source="text")) == spec
+
+
+def test_recipe_file_reads_back(tmp_path: Path) -> None:
+    spec = RunSpec(
+        model="paper:cnn", lr=1e-5, at=("3", "layer.1"), mean=(0.5,), std=(0.25,), experiment="123"
+    )
+    path = tmp_path / "args.yaml"
+    path.write_text(spec.to_yaml())
+    assert resolve(read_recipe(path)) == spec
+
+
+def test_every_field_has_a_key_and_help() -> None:
+    assert RunSpec.keys() == tuple(item.name.replace("_", "-") for item in fields(RunSpec))
+    assert all(item.metadata["help"].endswith(".") and item.metadata["group"] for item in fields(RunSpec))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"model": ""}, "model is '', but must be timm:NAME, torchvision:NAME, "),
+        ({"epochs": 0}, "epochs is 0, but must be a whole number at least 1"),
+        ({"epochs": "ten"}, "epochs is 'ten', but must be a whole number at least 1"),
+        ({"epochs": True}, "epochs is True, but must be a whole number at least 1"),
+        ({"epochs": 10.0}, "epochs is 10.0, but must be a whole number at least 1"),
+        ({"epochs": None}, "epochs is None, but must be a whole number at least 1"),
+        ({"batch_size": 0}, "batch-size is 0, but must be a whole number at least 1"),
+        ({"lr": 0}, "lr is 0, but must be a number above 0"),
+        ({"lr": float("nan")}, "lr is nan, but must be a number above 0"),
+        ({"lr": float("inf")}, "lr is inf, but must be a number above 0"),
+        ({"lr": "fast"}, "lr is 'fast', but must be a number above 0"),
+        ({"smoothing": 1.0}, "smoothing is 1.0, but must be a number at least 0 and below 1"),
+        ({"momentum": -0.1}, "momentum is -0.1, but must be a number at least 0 and below 1"),
+        ({"parts": 0}, "parts is 0, but must be a whole number at least 1"),
+        ({"seed": 2**32}, "seed is 4294967296, but must be a whole number at least 0 and below 4294967296"),
+        ({"amp": 1}, "amp is 1, but must be true or false"),
+        ({"data": 10}, "data is 10, but must be text"),
+        ({"device": "cude"}, "device is 'cude', but must be auto, cpu, cuda or cuda:N"),
+        (
+            {"schedule": "setle"},
+            "schedule is 'setle', but must be one of standard, window, grow, settle, l2l; did you",
+        ),
+        ({"at": ["layer1", ""]}, "at is ['layer1', ''], but must be module paths"),
+        ({"std": [1, 0, 1], "mean": [0, 0, 0]}, "std is [1, 0, 1], but must be numbers above 0"),
+        (
+            {"mean": [0.5, 0.5], "std": [1, 1]},
+            "mean has length 2 and std has length 2, but both must have 1, 3 or no numbers",
+        ),
+        (
+            {"mean": [0.5]},
+            "mean has length 1 and std has length 0, but both must have 1, 3 or no numbers",
+        ),
+        (
+            {"batch_size": 32, "grad_accum_steps": 5},
+            "grad-accum-steps is 5, but must divide batch-size 32",
+        ),
+        ({"parts": 3, "at": ["a", "b"]}, "parts is 3 and at is 'a,b', but only one can say where to cut"),
+    ],
+)
+def test_refuses_bad_values(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        RunSpec(**{"model": "paper:cnn", **values})
+    assert str(caught.value).startswith(sentence)
+    assert str(caught.value).count(" is ") + str(caught.value).count(" has ") <= 2
+
+
+def test_tells_all_that_is_wrong_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        RunSpec(epochs=0, batch_size=0, grad_accum_steps=3, mean=(0.5,), parts=2, at=("a",))
+    subjects = [sentence.split()[0] for sentence in str(caught.value).split("; ")]
+    assert subjects == ["model", "batch-size", "epochs", "parts", "mean"]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("lr: 1e-3", {"lr": 0.001}),
+        ("lr: 1", {"lr": 1.0}),
+        ("batch-size: 64\ntrain_limit: 100", {"batch_size": 64, "train_limit": 100}),
+        ("at: [layer2, layer3.0]", {"at": ("layer2", "layer3.0")}),
+        ("at: layer2, layer3.0", {"at": ("layer2", "layer3.0")}),
+        ("at: [3, 6]", {"at": ("3", "6")}),
+        ("at: 3", {"at": ("3",)}),
+        ("mean: 0.5,0.25,1e-1", {"mean": (0.5, 0.25, 0.1)}),
+        ("std: 1", {"std": (1.0,)}),
+        ("train-limit: null", {"train_limit": None}),
+    ],
+)
+def test_recipe_values(tmp_path: Path, text: str, values: dict[str, Any]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    read = read_recipe(path)
+    assert read == values
+    assert {name: type(value) for name, value in read.items()} == {n: type(v) for n, v in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("epoch: 3", "the key 'epoch' is not known; did you mean 'epochs'"),
+        ("batch_sise: 3", "the key 'batch_sise' is not known; did you mean 'batch-size'"),
+        ("batch-size: 3\nbatch_size: 4", "batch-size is given twice"),
+        (
+            "epochs: ten\namp: 1",
+            "epochs is 'ten', but must be a whole number at least 1; amp is 1, but must be ",
+        ),
+        ("at: 1.10", "at is 1.1, but must be module paths"),
+        ("data: null", "data is None, but must be text"),
+        ("- lr: 1", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("lr: [1\nepochs: 3", "is not valid YAML near line 2"),
+    ],
+)
+def test_refuses_bad_recipes(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        read_recipe(path)
+    assert f"the recipe {str(path)!r}" in str(caught.value)
+    assert sentence in str(caught.value)
+
+
+def test_refuses_unreadable_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
+        read_recipe(tmp_path / "none.yaml")
+    (tmp_path / "image.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UsageError, match="is not valid YAML"):
+        read_recipe(tmp_path / "image.yaml")
+
+
+def test_environment() -> None:
+    read = read_environment(
+        {
+            "PATH": "/bin",
+            "FXSPLIT_LR": "1e-1",
+            "FXSPLIT_EPOCHS": "3",
+            "FXSPLIT_AMP": "1",
+            "FXSPLIT_PRETRAINED": "False",
+            "FXSPLIT_AT": "0,layer1",
+            "FXSPLIT_EXPERIMENT": "7",
+        }
+    )
+    assert read == {
+        "lr": 0.1,
+        "epochs": 3,
+        "amp": True,
+        "pretrained": False,
+        "at": ("0", "layer1"),
+        "experiment": "7",
+    }
+
+
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [
+        ({"FXSPLIT_EPOCS": "3"}, "the variable FXSPLIT_EPOCS is not known; did you mean 'FXSPLIT_EPOCHS'"),
+        (
+            {"FXSPLIT_EPOCHS": "3.5"},
+            "the environment: epochs is '3.5', but must be a whole number",
+        ),
+        ({"FXSPLIT_AMP": "maybe"}, "the environment: amp is 'maybe', but must be true or false"),
+    ],
+)
+def test_refuses_bad_environment(environ: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        read_environment(environ)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_later_layers_win() -> None:
+    recipe = {"model": "paper:cnn", "lr": 0.1, "epochs": 3, "parts": 4}
+    spec = resolve(recipe, {"lr": 0.2, "seed": 7}, {"lr": 0.3})
+    assert spec == RunSpec(model="paper:cnn", lr=0.3, epochs=3, seed=7, parts=4)
+
+
+def test_a_later_way_to_cut_withdraws_the_earlier() -> None:
+    by_count = resolve({"model": "paper:cnn", "at": ("3", "6")}, {"parts": 4})
+    assert (by_count.parts, by_count.at) == (4, ())
+    by_path = resolve({"model": "paper:cnn", "parts": 4}, {"at": ("3",)})
+    assert (by_path.parts, by_path.at) == (None, ("3",))
+    with pytest.raises(UsageError, match="only one can say where to cut"):
+        resolve({"model": "paper:cnn", "parts": 4, "at": ("3",)})
