@@ -1,411 +1,321 @@
-"""Tracing: an unmodified model to ordered operations, once for training and once for evaluation.
-
-The tracer is torch.fx's, with proxies that carry values. Beside the symbolic trace every operation also runs on
-tensors of the meta device, so a proxy can answer what Python asks of it (`if x.shape[1] > 3`, `len(x)`, `range(n)`).
-Each such answer is a guard: it fixed the path through the model, and an input that would answer otherwise is refused.
+"""An unmodified model to ordered operations, once for training and once for evaluation.
 
     the user's model ──► twin: the same modules over meta tensors (the model itself is never run or changed)
                           │ .train() / .eval()
                           ▼
-          fx.Graph, one node an op ──► Graph (pure data)      modules that cannot be traced through become one op each
+          fx.Graph, one node an op ──► Graph (pure data)
+
+The two graphs name their ops alike, so that a cut can be found in both.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-import operator
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
+from torch.nn.parameter import is_lazy
 
 from fxsplit.capture.costs import CostMeter, storage_key, tensors_in
+from fxsplit.capture.signature import Signature
+from fxsplit.capture.tracer import META, QUESTIONS, Guard, Untraceable, ValueTracer, evaluate, recorded_calls
 from fxsplit.errors import GuardError, TraceError
 from fxsplit.graph import Graph, Op, OpKind, State, Value
-
-META = torch.device("meta")
-
-# Creating a tensor dispatches on no argument, so torch.fx would run it once and keep the result as a constant.
-FACTORIES = (
-    "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace",
-    "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros",
-)  # fmt: skip
-
-# These move running statistics without telling autograd's version counter: (statistics, position of `training`).
-NORMS_WITH_STATISTICS: dict[Any, tuple[tuple[int, str], tuple[int, str], tuple[int, str]]] = {
-    nn.functional.batch_norm: ((1, "running_mean"), (2, "running_var"), (5, "training")),
-    torch.batch_norm: ((3, "running_mean"), (4, "running_var"), (5, "training")),
-    nn.functional.instance_norm: ((1, "running_mean"), (2, "running_var"), (5, "use_input_stats")),
-}
 
 KINDS: dict[str, OpKind] = {"call_module": "module", "call_function": "function", "call_method": "method"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Guard:
-    """An answer that fixed a path: what op `name` delivered when it was asked for `question` at `where`."""
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A mode of the model, ready to be cut: its graph as data, and the node behind each op, in the same order."""
 
-    name: str
-    question: str
-    answer: Any
-    where: str
-
-
-class Untraceable(Exception):
-    """Something that cannot be recorded; the module around it becomes one op. The message is the reason."""
+    graph: Graph
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    output: fx.Node
+    guards: Guards
 
 
-def user_line() -> str:
-    """`file.py:12`: the innermost line on the stack that is neither torch's nor ours."""
-    ours = str(Path(__file__).parent)
-    torchs = str(Path(torch.__file__).parent)
-    frame = inspect.currentframe()
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((ours, torchs, "<")):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "unknown"
+@dataclass(kw_only=True)
+class Guards:
+    """The answers that fixed the path of one mode, and what it takes to ask again."""
+
+    guards: tuple[Guard, ...]
+    inputs: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    names: dict[fx.Node, str]
+    twin: nn.Module
+    _passed: set[Any] = field(default_factory=set)
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Ask again for these inputs; once for each combination of shapes and types.
+
+        Raises GuardError when an answer is another one now.
+        """
+        if not self.guards:
+            return
+        form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+        if form not in self._passed:
+            self._ask([tensor.detach().to(META) for tensor in tensors], tensors[0].device)
+            self._passed.add(form)
+
+    def _ask(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        values: dict[fx.Node, Any] = dict(zip(self.inputs, tensors, strict=True))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for node in self.nodes:
+                args = fx.node.map_arg(node.args, values.__getitem__)
+                kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+                values[node] = (
+                    _attribute(self.twin, str(node.target))
+                    if node.op == "get_attr"
+                    else evaluate(self.twin, node.op, node.target, args, kwargs, device)
+                )
+        for guard in self.guards:
+            answer = QUESTIONS[guard.question](values[guard.node])
+            if answer != guard.answer:
+                raise GuardError(
+                    f"this input takes another path through the model than the traced one: {guard.question}() of "
+                    f"{self.names[guard.node]!r} was {guard.answer} and is now {answer} ({guard.where}); "
+                    "trace the model again with such an input"
+                )
 
 
-class ValueProxy(fx.Proxy):
-    """A proxy that knows the value of its node, on the meta device."""
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A captured model: `train` and `eval` graphs over one set of names. The model is shared, never copied.
 
-    tracer: ValueTracer
+    `opaque` are the modules that became one op although they hold others, with the reasons; `tied` the further names
+    of parameters that have several.
+    """
+
+    model: nn.Module
+    signature: Signature
+    programs: Mapping[bool, Program]
+    opaque: Mapping[str, str]
+    tied: Mapping[str, tuple[str, ...]]
 
     @property
-    def value(self) -> Any:
-        return self.node.meta["value"]
+    def train(self) -> Graph:
+        return self.programs[True].graph
 
-    @property  # type: ignore[override]
-    def __class__(self) -> type:
-        # isinstance(x, torch.Tensor) and isinstance(n, int) must hold inside a traced model.
-        value = self.node.meta["value"]
-        return type(value) if isinstance(value, Tensor | int | float) else ValueProxy
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            attribute = getattr(self.value, name)
-        except AttributeError as error:
-            raise AttributeError(f"{type(self.value).__name__!r} object has no attribute {name!r}") from error
-        if callable(attribute):
-            return fx.proxy.Attribute(self, name)
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    def __bool__(self) -> bool:
-        return bool(self.tracer.answer(self, "bool", bool))
-
-    def __int__(self) -> int:
-        return int(self.tracer.answer(self, "int", int))
-
-    def __float__(self) -> float:
-        return float(self.tracer.answer(self, "float", float))
-
-    def __index__(self) -> int:
-        return int(self.tracer.answer(self, "index", operator.index))
-
-    def __len__(self) -> int:
-        return int(self.tracer.answer(self, "len", len))
-
-    def __iter__(self) -> Iterator[Any]:
-        if isinstance(self.value, Mapping):
-            return iter(self.value)
-        return (self[index] for index in range(len(self)))
-
-    def __contains__(self, item: Any) -> bool:
-        if isinstance(self.value, Mapping):
-            return item in self.value
-        return any(item is element or bool(item == element) for element in self)
-
-    def __setitem__(self, key: Any, item: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})
+    @property
+    def eval(self) -> Graph:
+        return self.programs[False].graph
 
 
-def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[ValueProxy, Any], Any]:
-    def method(self: ValueProxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
+def trace(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    leaves: Sequence[str | type[nn.Module]] = (),
+) -> Trace:
+    """Capture `model` as it would run on `args` and `kwargs`, in training and in evaluation.
 
-    return method
+    Only shapes and types are looked at, so tensors may be on the meta device and the model needs no weights; give at
+    least two samples. `leaves` are dotted paths or classes of modules that shall stay one op.
 
-
-# torch.fx records `x += y` as `x + y`, which loses the write into x's memory.
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(ValueProxy, f"__{_name}__", _in_place(getattr(operator, _name)))
-
-
-class ValueTracer(fx.Tracer):
-    """Records a model run on `args` and `kwargs` of the meta device; `device` is where its inputs really are."""
-
-    def __init__(
-        self,
-        arguments: Sequence[Any],
-        keywords: Mapping[str, Any],
-        names: Iterator[str],
-        device: torch.device,
-        leaves: Sequence[str | type[nn.Module]],
-        meter: CostMeter | None,
-    ) -> None:
-        super().__init__()
-        self.arguments, self.keywords, self.names = arguments, keywords, names
-        self.device = device
-        self.leaves = leaves
-        self.meter = meter
-        self.guards: list[tuple[fx.Node, str, Any, str]] = []
-        self.opaque: dict[str, str] = {}
-        self._evaluating = False
-        self._path = ""
-        self._state: dict[int, str] = {}
-        self._state_nodes: dict[str, ValueProxy] = {}
-
-    # What is recorded
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """One placeholder for each tensor in the arguments, however they are nested; all else stays as it is."""
-        self._state = {
-            id(tensor): name for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers())
-        }  # fmt: skip
-
-        def placeholder(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            node = self.create_node("placeholder", next(self.names), (), {})
-            node.meta["value"] = leaf
-            return self.proxy(node)
-
-        args = pytree.tree_map(placeholder, tuple(self.arguments))
-        kwargs = pytree.tree_map(placeholder, dict(self.keywords))
-
-        def call(module: nn.Module, *positional: Any) -> Any:
-            return root_fn(module, *positional, **kwargs)
-
-        return call, [self.root, *args]
-
-    def proxy(self, node: fx.Node) -> ValueProxy:
-        return ValueProxy(node, self)
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
-        if target is torch._assert:
-            condition = args[0] if args else kwargs["condition"]
-            if not condition:
-                raise Untraceable("an assertion of the model fails for this input")
-            return None
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
-        node = proxy.node
-        node.meta["path"] = str(target) if kind == "call_module" else self._path
-        value = self._evaluate(node)
-        node.meta["value"] = value
-        # None is passed on as itself, so that `is None` holds.
-        return None if value is None and kind != "placeholder" else proxy
-
-    def create_arg(self, a: Any) -> Any:
-        if type(a) is ValueProxy or type(a) is fx.proxy.Attribute:
-            return a.node
-        if isinstance(a, Tensor):
-            name = self._state.get(id(a))
-            if name is None:
-                raise Untraceable("it computes with a tensor that is neither an input nor a parameter nor a buffer")
-            return self._state_proxy(name, a).node
-        return super().create_arg(a)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        name = None if self._evaluating else self._state.get(id(attr_val))
-        return attr_val if name is None else self._state_proxy(name, attr_val)
-
-    def _state_proxy(self, name: str, tensor: Tensor) -> ValueProxy:
-        if name not in self._state_nodes:
-            node = self.create_node("get_attr", name, (), {})
-            node.meta["value"] = tensor
-            self._state_nodes[name] = self.proxy(node)
-        return self._state_nodes[name]
-
-    # Modules: traced through, or kept whole
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._evaluating:
-            return forward(*args, **kwargs)
-        path = self.submodule_paths.get(m) if self.submodule_paths else None
-        if path is None:
-            # Made inside forward: it has no name to be called by, so its operations are recorded instead.
-            return forward(*args, **kwargs)
-        if self.is_leaf_module(m, path):
-            return self.create_proxy("call_module", path, args, kwargs)
-        reason = self.opaque.get(path) or self._whole(m)
-        if reason is None:
-            marks = len(self.graph.nodes), len(self.guards)
-            outer, self._path = self._path, path
-            try:
-                return forward(*args, **kwargs)
-            except Exception as error:
-                reason = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
-                first_error = error
-            finally:
-                self._path = outer
-            self._forget(*marks)
-            self.opaque[path] = reason
-            try:
-                return self.create_proxy("call_module", path, args, kwargs)
-            except Exception:
-                # It does not run whole on the meta device either: let the module around it try.
-                del self.opaque[path]
-                raise first_error from None
-        self.opaque[path] = reason
-        return self.create_proxy("call_module", path, args, kwargs)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        named = any(
-            module_qualified_name == leaf if isinstance(leaf, str) else isinstance(m, leaf) for leaf in self.leaves
-        )
-        return named or super().is_leaf_module(m, module_qualified_name)
-
-    @staticmethod
-    def _whole(module: nn.Module) -> str | None:
-        """Why a module must not be traced through, although it could be."""
-        hooks = (
-            module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-        )  # fmt: skip
-        if any(hooks):
-            return "it has hooks, which tracing through it would drop"
-        if parametrize.is_parametrized(module):
-            return "it has parametrizations, which tracing through it would fix"
-        if isinstance(module, torch.jit.ScriptModule):
-            return "it is a scripted module"
-        return None
-
-    def _forget(self, nodes: int, guards: int) -> None:
-        for node in reversed(list(self.graph.nodes)[nodes:]):
-            if node.op == "get_attr":
-                del self._state_nodes[str(node.target)]
-            self.graph.erase_node(node)
-        del self.guards[guards:]
-
-    # Values
-
-    def answer(self, proxy: ValueProxy, question: str, ask: Callable[[Any], Any]) -> Any:
-        """What Python wants to know of a value; a guard from now on."""
-        value = proxy.value
-        if isinstance(value, Tensor) and question != "len":
-            raise Untraceable(f"{user_line()} branches on data: it asks for {question}() of a tensor")
-        found = ask(value)
-        self.guards.append((proxy.node, question, found, user_line()))
-        return found
-
-    def _evaluate(self, node: fx.Node) -> Any:
-        if node.op in ("placeholder", "get_attr"):
-            return node.meta.get("value")
-        args = fx.node.map_arg(node.args, lambda argument: argument.meta["value"])
-        kwargs = fx.node.map_arg(node.kwargs, lambda argument: argument.meta["value"])
-        state = self._module_state(node)
-        watched = {
-            **{argument: tensors_in(argument.meta["value"]) for argument in node.all_input_nodes},
-            **{name: [tensor] for name, tensor in state.items()},
-        }
-        versions = {key: [tensor._version for tensor in tensors] for key, tensors in watched.items()}
-
-        def run() -> Any:
-            return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
-
-        self._evaluating = True
-        try:
-            if self.meter is None:
-                value = run()
-            else:
-                value, node.meta["macs"], node.meta["kept_bytes"] = self.meter.measure(run)
-        finally:
-            self._evaluating = False
-        node.meta["state"] = tuple(state)
-        node.meta["written"] = [
-            key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
-        ] + self._moved_statistics(node)
-        return value
-
-    def _module_state(self, node: fx.Node) -> dict[str, Tensor]:
-        if node.op != "call_module":
-            return {}
-        module = self.root.get_submodule(str(node.target))
-        return {self._state[id(tensor)]: tensor for tensor in (*module.parameters(), *module.buffers())}
-
-    def _moved_statistics(self, node: fx.Node) -> list[str | fx.Node]:
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
-            return [
-                self._state[id(tensor)]
-                for inner in module.modules()
-                if isinstance(inner, _NormBase) and inner.training
-                for tensor in (inner.running_mean, inner.running_var)
-                if tensor is not None
-            ]
-        positions = NORMS_WITH_STATISTICS.get(node.target)
-        if positions is None:
-            return []
-
-        def argument(place: tuple[int, str]) -> Any:
-            position, keyword = place
-            return node.args[position] if position < len(node.args) else node.kwargs.get(keyword)
-
-        mean, variance, training = map(argument, positions)
-        return [statistic for statistic in (mean, variance) if training and isinstance(statistic, fx.Node)]
+    Raises TraceError when the model itself, and not just a module in it, branches on data or cannot run on `args`.
+    """
+    kwargs = kwargs or {}
+    if lazy := [name for name, tensor in model.named_parameters() if is_lazy(tensor)]:
+        raise TraceError(f"the parameter {lazy[0]!r} has no shape yet; run the model once before it is traced")
+    if unknown := [leaf for leaf in leaves if isinstance(leaf, str) and leaf not in dict(model.named_modules())]:
+        raise TraceError(f"there is no module {unknown[0]!r} to keep whole in {type(model).__name__}")
+    signature = Signature.of(model, args, kwargs)
+    opaque: dict[str, str] = {}
+    programs = {}
+    for training in (True, False):
+        twin = _twin(model).train(training)
+        programs[training] = _program(twin, signature, args, kwargs, leaves, training, opaque)
+    return Trace(model=model, signature=signature, programs=programs, opaque=opaque, tied=_tied(model))
 
 
-def evaluate(
-    root: nn.Module, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
-) -> Any:
-    """Run one node on the meta device. Whatever asks for a tensor's device hears `device` instead."""
-    if kind == "call_function" and target is getattr and args[1:2] == ("device",) and isinstance(args[0], Tensor):
-        return device
-
-    def to_meta(leaf: Any) -> Any:
-        if isinstance(leaf, torch.device):
-            return META
-        return leaf.to(META) if isinstance(leaf, Tensor) and leaf.device != META else leaf
-
-    args, kwargs = pytree.tree_map(to_meta, (args, kwargs))
-    if isinstance(kwargs.get("device"), str):
-        kwargs["device"] = META
-    with META:
-        if kind == "call_module":
-            return root.get_submodule(str(target))(*args, **kwargs)
-        if kind == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return target(*args, **kwargs)
-
-
-@contextmanager
-def recorded_calls(tracer: ValueTracer) -> Iterator[None]:
-    """Inside, torch's tensor factories are recorded, and custom autograd functions are refused rather than lost."""
-
-    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if tracer._evaluating:
-                return function(*args, **kwargs)
-            return tracer.create_proxy("call_function", function, args, kwargs)
-
-        return call
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if tracer._evaluating:
-            return original_apply.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
-        raise Untraceable(f"it calls the custom autograd function {cls.__name__}")
-
-    originals = {name: getattr(torch, name) for name in FACTORIES}
-    original_apply = torch.autograd.Function.apply
+def _twin(model: nn.Module) -> nn.Module:
+    """The same modules over tensors of the meta device; nothing that happens to it reaches the model."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=META), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device=META)
     try:
-        for name, function in originals.items():
-            setattr(torch, name, recorded(function))
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
-        del torch.autograd.Function.apply
-        if "apply" not in vars(torch.autograd.Function) and torch.autograd.Function.apply != original_apply:
-            torch.autograd.Function.apply = original_apply  # type: ignore[method-assign]
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied for tracing, which copies its modules but no weights: {error}"
+        ) from error
+
+
+def _program(
+    twin: nn.Module,
+    signature: Signature,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[str | type[nn.Module]],
+    training: bool,
+    opaque: dict[str, str],
+) -> Program:
+    call = signature.bind(args, kwargs)
+    given = tensors_in(call.arguments)
+    state = [*twin.parameters(), *twin.buffers()]
+    device = given[0].device if given else META
+    meter = CostMeter(state) if training else None
+    tracer = ValueTracer(call, signature.names, device=device, leaves=leaves, meter=meter)
+    mode = "training" if training else "evaluation"
+    try:
+        with (
+            recorded_calls(tracer),
+            torch.random.fork_rng(devices=[]),
+            nullcontext() if training else torch.no_grad(),
+        ):
+            recorded = tracer.trace(twin)
+    except Exception as error:
+        reason = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
+        advice = (
+            "; move that part into a module of its own, which then stays one op"
+            if isinstance(error, Untraceable)
+            else ""
+        )
+        raise TraceError(f"{type(twin).__name__} cannot be traced in {mode}: {reason}{advice}") from error
+    opaque.update(tracer.opaque)
+    batch_size = next((len(tensor) for tensor in given if tensor.dim()), 1)
+    return _read(recorded, tracer.guards, twin, max(batch_size, 1))
+
+
+def _read(recorded: fx.Graph, guards: Sequence[Guard], twin: nn.Module, batch_size: int) -> Program:
+    """An fx graph with values on its nodes to ops as data; afterwards the nodes hold no tensor."""
+    nodes = [node for node in recorded.nodes if node.op in KINDS]
+    inputs = tuple(node for node in recorded.nodes if node.op == "placeholder")
+    output = next(node for node in recorded.nodes if node.op == "output")
+    names = _names((*inputs, *nodes))
+    checks = Guards(
+        guards=tuple(guards),
+        inputs=inputs,
+        nodes=_needed_by([guard.node for guard in guards], recorded),
+        names=names,
+        twin=twin,
+    )
+    alive = _alive(nodes)
+    storages: dict[int, str] = {}
+    values = {node: _value(names[node], node.meta["value"], storages, batch_size) for node in (*inputs, *alive)}
+    graph = Graph(
+        batch_size=batch_size,
+        inputs=tuple(values[node] for node in inputs),
+        ops=tuple(_op(node, names, values[node], batch_size) for node in alive),
+        outputs=tuple(names[node] for node in output.all_input_nodes if node in names),
+        state=_state(twin),
+    )
+    for node in recorded.nodes:
+        node.meta.clear()
+    return Program(graph=graph, nodes=tuple(alive), inputs=inputs, output=output, guards=checks)
+
+
+def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
+    """`layer1.0.conv1` for a module, `layer1.0:add` for a function inside `layer1.0`, `_1`, `_2` ... when repeated."""
+    used: Counter[str] = Counter()
+    names = {}
+    for node in nodes:
+        if node.op in ("placeholder", "call_module"):
+            base = str(node.target)
+        else:
+            called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "call")
+            base = f"{node.meta['path']}:{called}".removeprefix(":")
+        name = f"{base}_{used[base]}" if used[base] else base
+        while name in used and name != base:
+            used[base] += 1
+            name = f"{base}_{used[base]}"
+        used[base] += 1
+        used.setdefault(name, 1)
+        names[node] = name
+    return names
+
+
+def _needed_by(wanted: Sequence[fx.Node], recorded: fx.Graph) -> tuple[fx.Node, ...]:
+    needed = set(wanted)
+    for node in reversed(recorded.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return tuple(node for node in recorded.nodes if node in needed and node.op != "placeholder")
+
+
+def _alive(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Without the sizes, numbers and flags that only guards looked at. Tensors stay: making them may draw or write."""
+    dead: set[fx.Node] = set()
+    for node in reversed(nodes):
+        value = node.meta["value"]
+        only_a_number = value is not None and not tensors_in(value) and node.op != "call_module"
+        if only_a_number and all(user in dead for user in node.users):
+            dead.add(node)
+    return [node for node in nodes if node not in dead]
+
+
+def _value(name: str, value: Any, storages: dict[int, str], batch_size: int) -> Value:
+    tensors = tensors_in(value)
+    size = -(-sum(tensor.numel() * tensor.element_size() for tensor in tensors) // batch_size)
+    is_tensor = isinstance(value, Tensor)
+    owners = [storages.setdefault(storage_key(tensor), name) for tensor in tensors]
+    return Value(
+        name=name,
+        shape=tuple(value.shape) if is_tensor else None,
+        dtype=str(value.dtype).removeprefix("torch.") if is_tensor else type(value).__name__,
+        bytes_per_sample=size,
+        storage=owners[0] if owners else name,
+    )
+
+
+def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, batch_size: int) -> Op:
+    attributes = [source for source in node.all_input_nodes if source.op == "get_attr"]
+    state = [*node.meta["state"], *(str(source.target) for source in attributes if source.meta["registered"])]
+    written = [key if isinstance(key, str) else names.get(key, str(key.target)) for key in node.meta["written"]]
+    target = node.target if isinstance(node.target, str) else _qualified(node.target)
+    return Op(
+        name=names[node],
+        path=node.meta["path"],
+        kind=KINDS[node.op],
+        target=target,
+        reads=tuple(names[source] for source in node.all_input_nodes if source in names),
+        output=value,
+        state=tuple(dict.fromkeys(state)),
+        mutates=tuple(dict.fromkeys(written)),
+        macs=node.meta.get("macs", 0) // batch_size,
+        activation_bytes=-(-node.meta.get("kept_bytes", 0) // batch_size),
+    )
+
+
+def _qualified(function: Any) -> str:
+    module = getattr(function, "__module__", None) or ""
+    return f"{module}.{getattr(function, '__qualname__', repr(function))}".removeprefix("_operator.").removeprefix(".")
+
+
+def _state(model: nn.Module) -> tuple[State, ...]:
+    parameters = dict(model.named_parameters())
+    return tuple(
+        State(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            bytes=tensor.numel() * tensor.element_size(),
+            is_parameter=name in parameters,
+        )
+        for name, tensor in (*parameters.items(), *model.named_buffers())
+    )
+
+
+def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    first: dict[int, str] = {}
+    others: dict[str, tuple[str, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner != name:
+            others[owner] = (*others.get(owner, ()), name)
+    return others
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    parent, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(parent), name)
