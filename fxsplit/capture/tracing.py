@@ -14,7 +14,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxsplit.capture.costs import CostMeter, storage_key, tensors_in
+from fxsplit.capture.guards import Guards
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.tracer import META, QUESTIONS, Guard, Untraceable, ValueTracer, evaluate, recorded_calls
-from fxsplit.errors import GuardError, TraceError
+from fxsplit.capture.tracer import META, Untraceable, ValueTracer, recorded_calls
+from fxsplit.errors import TraceError
 from fxsplit.graph import Graph, Op, OpKind, State, Value
 
 KINDS: dict[str, OpKind] = {"call_module": "module", "call_function": "function", "call_method": "method"}
@@ -39,50 +40,6 @@ class Program:
     inputs: tuple[fx.Node, ...]
     output: fx.Node
     guards: Guards
-
-
-@dataclass(kw_only=True)
-class Guards:
-    """The answers that fixed the path of one mode, and what it takes to ask again."""
-
-    guards: tuple[Guard, ...]
-    inputs: tuple[fx.Node, ...]
-    nodes: tuple[fx.Node, ...]
-    names: dict[fx.Node, str]
-    twin: nn.Module
-    _passed: set[Any] = field(default_factory=set)
-
-    def check(self, tensors: Sequence[Tensor]) -> None:
-        """Ask again for these inputs; once for each combination of shapes and types.
-
-        Raises GuardError when an answer is another one now.
-        """
-        if not self.guards:
-            return
-        form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        if form not in self._passed:
-            self._ask([tensor.detach().to(META) for tensor in tensors], tensors[0].device)
-            self._passed.add(form)
-
-    def _ask(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        values: dict[fx.Node, Any] = dict(zip(self.inputs, tensors, strict=True))
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for node in self.nodes:
-                args = fx.node.map_arg(node.args, values.__getitem__)
-                kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-                values[node] = (
-                    _attribute(self.twin, str(node.target))
-                    if node.op == "get_attr"
-                    else evaluate(self.twin, node.op, node.target, args, kwargs, device)
-                )
-        for guard in self.guards:
-            answer = QUESTIONS[guard.question](values[guard.node])
-            if answer != guard.answer:
-                raise GuardError(
-                    f"this input takes another path through the model than the traced one: {guard.question}() of "
-                    f"{self.names[guard.node]!r} was {guard.answer} and is now {answer} ({guard.where}); "
-                    "trace the model again with such an input"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,22 +141,16 @@ def _program(
         raise TraceError(f"{type(twin).__name__} cannot be traced in {mode}: {reason}{advice}") from error
     opaque.update(tracer.opaque)
     batch_size = next((len(tensor) for tensor in given if tensor.dim()), 1)
-    return _read(recorded, tracer.guards, twin, max(batch_size, 1))
+    return _read(recorded, tracer, twin, max(batch_size, 1))
 
 
-def _read(recorded: fx.Graph, guards: Sequence[Guard], twin: nn.Module, batch_size: int) -> Program:
+def _read(recorded: fx.Graph, tracer: ValueTracer, twin: nn.Module, batch_size: int) -> Program:
     """An fx graph with values on its nodes to ops as data; afterwards the nodes hold no tensor."""
     nodes = [node for node in recorded.nodes if node.op in KINDS]
     inputs = tuple(node for node in recorded.nodes if node.op == "placeholder")
     output = next(node for node in recorded.nodes if node.op == "output")
     names = _names((*inputs, *nodes))
-    checks = Guards(
-        guards=tuple(guards),
-        inputs=inputs,
-        nodes=_needed_by([guard.node for guard in guards], recorded),
-        names=names,
-        twin=twin,
-    )
+    guards = Guards.of(tracer.guards, recorded, names, twin)
     alive = _alive(nodes)
     storages: dict[int, str] = {}
     values = {node: _value(names[node], node.meta["value"], storages, batch_size) for node in (*inputs, *alive)}
@@ -212,7 +163,7 @@ def _read(recorded: fx.Graph, guards: Sequence[Guard], twin: nn.Module, batch_si
     )
     for node in recorded.nodes:
         node.meta.clear()
-    return Program(graph=graph, nodes=tuple(alive), inputs=inputs, output=output, guards=checks)
+    return Program(graph=graph, nodes=tuple(alive), inputs=inputs, output=output, guards=guards)
 
 
 def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
@@ -233,14 +184,6 @@ def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
         used.setdefault(name, 1)
         names[node] = name
     return names
-
-
-def _needed_by(wanted: Sequence[fx.Node], recorded: fx.Graph) -> tuple[fx.Node, ...]:
-    needed = set(wanted)
-    for node in reversed(recorded.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    return tuple(node for node in recorded.nodes if node in needed and node.op != "placeholder")
 
 
 def _alive(nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -315,7 +258,3 @@ def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
             others[owner] = (*others.get(owner, ()), name)
     return others
 
-
-def _attribute(root: nn.Module, path: str) -> Any:
-    parent, _, name = path.rpartition(".")
-    return getattr(root.get_submodule(parent), name)

@@ -1,0 +1,119 @@
+"""The answers that fixed a model's path while it was traced, asked again of every new form of input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxsplit.capture.tracer import META, QUESTIONS, Guard, evaluate
+from fxsplit.errors import GuardError
+
+
+class _Ref(str):
+    """The value of the step with this name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    name: str
+    kind: str
+    target: Any
+    args: Any
+    kwargs: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    step: str
+    op: str
+    question: str
+    answer: Any
+    where: str
+
+
+@dataclass(kw_only=True)
+class Guards:
+    """The questions of one mode, and the steps that lead to them, run on the meta device. Can be pickled."""
+
+    questions: tuple[_Question, ...]
+    inputs: tuple[str, ...]
+    steps: tuple[_Step, ...]
+    twin: nn.Module
+    _passed: set[Any] = field(default_factory=set)
+
+    @classmethod
+    def of(
+        cls, guards: Sequence[Guard], recorded: fx.Graph, names: Mapping[fx.Node, str], twin: nn.Module
+    ) -> Guards:
+        """From the guards of a recorded graph; `names` are those of its ops."""
+        needed = {guard.node for guard in guards}
+        for node in reversed(recorded.nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        return cls(
+            questions=tuple(
+                _Question(
+                    step=guard.node.name,
+                    op=names.get(guard.node, guard.node.name),
+                    question=guard.question,
+                    answer=guard.answer,
+                    where=guard.where,
+                )
+                for guard in guards
+            ),
+            inputs=tuple(node.name for node in recorded.nodes if node.op == "placeholder"),
+            steps=tuple(_step(node) for node in recorded.nodes if node in needed and node.op != "placeholder"),
+            twin=twin,
+        )
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Ask again for these inputs, once for each combination of shapes and types.
+
+        Raises GuardError when an answer is another one now.
+        """
+        if not self.questions:
+            return
+        form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+        if form not in self._passed:
+            self._ask(tensors)
+            self._passed.add(form)
+
+    def _ask(self, tensors: Sequence[Tensor]) -> None:
+        values: dict[str, Any] = dict(zip(self.inputs, (tensor.detach().to(META) for tensor in tensors), strict=True))
+
+        def resolve(argument: Any) -> Any:
+            return values[argument] if isinstance(argument, _Ref) else argument
+
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for step in self.steps:
+                args, kwargs = fx.node.map_aggregate((step.args, step.kwargs), resolve)
+                values[step.name] = (
+                    _attribute(self.twin, step.target)
+                    if step.kind == "get_attr"
+                    else evaluate(self.twin, step.kind, step.target, args, kwargs, tensors[0].device)
+                )
+        for question in self.questions:
+            answer = QUESTIONS[question.question](values[question.step])
+            if answer != question.answer:
+                raise GuardError(
+                    f"this input takes another path through the model than the traced one: {question.question}() of "
+                    f"{question.op!r} was {question.answer} and is now {answer} ({question.where}); "
+                    "trace the model again with such an input"
+                )
+
+
+def _step(node: fx.Node) -> _Step:
+    def reference(argument: Any) -> Any:
+        return _Ref(argument.name) if isinstance(argument, fx.Node) else argument
+
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), reference)
+    return _Step(name=node.name, kind=node.op, target=node.target, args=args, kwargs=kwargs)
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    parent, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(parent), name)

@@ -1,0 +1,106 @@
+"""The executor: a traced model that runs any phase. It is the one place where the state of training changes.
+
+    phase [start, stop)      [0, start)         [start, stop)     [stop, n)
+                             settled            trains            frozen
+    mode in training         evaluation         training          evaluation
+    autograd                 off                on                on, for gradients that pass through
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxsplit.capture.tracing import Trace
+from fxsplit.errors import PartitionError
+from fxsplit.plan.partition import Partition
+from fxsplit.plan.schedule import Phase
+from fxsplit.run.stages import stages
+
+
+class Executor(nn.Module):
+    """Runs `trace.model` partition by partition; takes its place in any training loop.
+
+    It shares the model's modules, parameters and buffers, so `state_dict()` has the model's own keys, and moving or
+    loading either of the two does so to both. Before the first `enter`, everything trains.
+
+    Raises PartitionError when the partitions are not those of this trace.
+    """
+
+    def __init__(self, trace: Trace, partitions: Sequence[Partition]) -> None:
+        super().__init__()
+        ends = [0, *(partition.stop for partition in partitions)]
+        if [partition.start for partition in partitions] != ends[:-1] or ends[-1] != len(trace.train):
+            raise PartitionError(
+                f"the partitions cover other ops than the {len(trace.train)} of this model; partition its own trace"
+            )
+        model = trace.model
+        # Not registered as a submodule: its names would then begin with another one.
+        self.__dict__["_model"] = model
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self._signature = trace.signature
+        self._guards = {training: program.guards for training, program in trace.programs.items()}
+        self._stages = stages(trace, partitions)
+        self._fed = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
+        parameters = dict(model.named_parameters())
+        self._owned = tuple(
+            tuple(parameters[name] for name in partition.state if name in parameters and parameters[name].requires_grad)
+            for partition in partitions
+        )
+        self._start, self._stop = 0, len(self._stages)
+
+    @property
+    def partitions(self) -> tuple[Partition, ...]:
+        return tuple(stage.partition for stage in self._stages)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Partitions [start, stop) train."""
+        return self._start, self._stop
+
+    def enter(self, phase: Phase) -> None:
+        """Let the phase's partitions train, and nothing else: other parameters want no gradient and hold none.
+
+        Parameters that did not train when the executor was made never do. A parameter that several partitions use
+        belongs to the first of them. Raises PartitionError when the phase has more partitions than there are.
+        """
+        if phase.stop > len(self._stages):
+            raise PartitionError(
+                f"the phase trains partitions [{phase.start}, {phase.stop}) of {len(self._stages)}; "
+                "make the plan from this executor's partitions"
+            )
+        self._start, self._stop = phase.start, phase.stop
+        for index, parameters in enumerate(self._owned):
+            trains = phase.start <= index < phase.stop
+            for parameter in parameters:
+                parameter.requires_grad_(trains)
+                if not trains:
+                    # Momentum would move a parameter even with a gradient of zero.
+                    parameter.grad = None
+
+    def release(self) -> None:
+        """Let everything train again that did when the executor was made."""
+        self.enter(Phase(start=0, stop=len(self._stages), epochs=1))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model would return. Raises GuardError when the inputs take another path than the traced one."""
+        tensors = self._signature.tensors(args, kwargs)
+        everything = (self._start, self._stop) == (0, len(self._stages))
+        for training in {self.training, self.training and everything}:
+            self._guards[training].check(tensors)
+        values: Any = [tensors[index] for index in self._fed]
+        with torch.no_grad():
+            for stage in self._stages[: self._start]:
+                values = stage(self._model, values, training=False)
+        for stage in self._stages[self._start :]:
+            values = stage(self._model, values, training=self.training and stage.partition.index < self._stop)
+        return values
+
+    def compile_stages(self, backend: str) -> None:
+        """Compile each stage with a backend of `torch.compile`; takes effect when it first runs."""
+        for stage in self._stages:
+            stage.compile(backend)

@@ -1,0 +1,135 @@
+"""A partition made runnable: the ops of either mode as a Python function over the model's own modules.
+
+    values [a, b] ──► stage(model, values) ──► values [c]
+
+A stage holds code, no tensor: the same function serves any copy of the model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import linecache
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxsplit.capture.tracing import Program, Trace
+from fxsplit.plan.partition import Partition
+
+_serial = itertools.count()
+
+
+class Code:
+    """A generated function `(model, values) -> result` that can be pickled and copied. `values` is emptied.
+
+    A list is handed over, rather than arguments, so that no caller's frame keeps a value alive that the function has
+    already used up.
+    """
+
+    def __init__(self, source: str, names: dict[str, Any], label: str) -> None:
+        self._source, self._names, self._label = source, names, label
+        file = f"<fxsplit {label} {next(_serial)}>"
+        scope = dict(names)
+        exec(compile(source, file, "exec"), scope)
+        # Tracebacks and debuggers show the generated lines.
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+        self._function: Callable[[nn.Module, list[Any]], Any] = scope["forward"]
+
+    def __call__(self, model: nn.Module, values: list[Any]) -> Any:
+        return self._function(model, values)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = {
+            name: _Module(value.__name__) if isinstance(value, ModuleType) else value
+            for name, value in self._names.items()
+        }
+        return _restore, (self._source, names, self._label)
+
+    def compile(self, backend: str) -> None:
+        """Hand the function to `torch.compile`."""
+        self._function = torch.compile(self._function, backend=backend)
+
+
+class _Module(str):
+    """A module by name, since modules cannot be pickled."""
+
+
+def _restore(source: str, names: dict[str, Any], label: str) -> Code:
+    modules = {name: importlib.import_module(value) for name, value in names.items() if isinstance(value, _Module)}
+    return Code(source, {**names, **modules}, label)
+
+
+class Stage:
+    """A partition of a traced model, in training and in evaluation.
+
+    Each call first puts the modules that the stage calls into the mode asked for, so that nobody's `train()` or
+    `eval()` in between matters. Raises nothing of its own.
+    """
+
+    def __init__(self, trace: Trace, partition: Partition, *, is_last: bool) -> None:
+        self.partition = partition
+        spans = {
+            True: (partition.start, partition.stop),
+            False: (partition.eval_start, partition.eval_stop),
+        }
+        self._codes = {
+            training: _code(trace.programs[training], span, partition, is_last, training)
+            for training, span in spans.items()
+        }
+        self._modules = {
+            training: [
+                trace.model.get_submodule(op.target)
+                for op in trace.programs[training].graph.ops[slice(*span)]
+                if op.kind == "module"
+            ]
+            for training, span in spans.items()
+        }
+
+    def __call__(self, model: nn.Module, values: list[Any], *, training: bool) -> Any:
+        """Boundary values in, boundary values out; the last stage returns the model's own output."""
+        for module in self._modules[training]:
+            if module.training is not training:
+                module.train(training)
+        return self._codes[training](model, values)
+
+    def compile(self, backend: str) -> None:
+        """Compile both modes, each when it first runs."""
+        for code in self._codes.values():
+            code.compile(backend)
+
+
+def _code(program: Program, span: tuple[int, int], partition: Partition, is_last: bool, training: bool) -> Code:
+    names = {
+        **dict(zip((op.name for op in program.graph.ops), program.nodes, strict=True)),
+        **dict(zip((value.name for value in program.graph.inputs), program.inputs, strict=True)),
+    }
+    graph = fx.Graph()
+    values = graph.placeholder("values")
+    made = {names[name]: graph.call_method("pop", (values,)) for name in reversed(partition.reads)}
+
+    def find(node: fx.Node) -> fx.Node:
+        if node.op == "get_attr" and node not in made:
+            made[node] = graph.create_node("get_attr", node.target)
+        return made[node]
+
+    for node in program.nodes[slice(*span)]:
+        for source in node.all_input_nodes:
+            find(source)
+        made[node] = graph.node_copy(node, find)
+    if is_last:
+        graph.output(fx.node.map_arg(program.output.args[0], find))
+    else:
+        graph.output([made[names[name]] for name in partition.writes])
+    code = graph.python_code("self")
+    mode = "training" if training else "evaluation"
+    return Code(code.src, code.globals, f"partition {partition.index} in {mode}")
+
+
+def stages(trace: Trace, partitions: Sequence[Partition]) -> tuple[Stage, ...]:
+    """One stage a partition, sharing the modules of `trace.model`."""
+    last = len(partitions) - 1
+    return tuple(Stage(trace, partition, is_last=partition.index == last) for partition in partitions)
