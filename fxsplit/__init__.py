@@ -1,0 +1,67 @@
+"""fxsplit: model-agnostic graph partitioning on torch.fx, and layer-to-layer training on top of it.
+
+    trace = fxsplit.trace(model, (x,))
+    parts = fxsplit.partition(trace, count=6)
+    plan = fxsplit.schedule("settle", partitions=parts, epochs=30)
+    net = fxsplit.Executor(trace, parts)
+    net.enter(plan.phase_at(epoch))
+    y = net(x)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxsplit.api import inspect, partition, train
+    from fxsplit.capture.tracing import Trace, trace
+    from fxsplit.errors import FxsplitError
+    from fxsplit.plan.partition import Partition
+    from fxsplit.plan.schedule import Phase, Plan, schedule
+    from fxsplit.report import Inspection, Observer, RunReport
+    from fxsplit.run.executor import Executor
+    from fxsplit.spec import RunSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Executor",
+    "FxsplitError",
+    "Inspection",
+    "Observer",
+    "Partition",
+    "Phase",
+    "Plan",
+    "RunReport",
+    "RunSpec",
+    "Trace",
+    "inspect",
+    "partition",
+    "schedule",
+    "trace",
+    "train",
+]
+
+# Resolved on first use (PEP 562): importing fxsplit must not import torch.
+_HOMES = {
+    "fxsplit.api": ("inspect", "partition", "train"),
+    "fxsplit.capture.tracing": ("Trace", "trace"),
+    "fxsplit.errors": ("FxsplitError",),
+    "fxsplit.plan.partition": ("Partition",),
+    "fxsplit.plan.schedule": ("Phase", "Plan", "schedule"),
+    "fxsplit.report": ("Inspection", "Observer", "RunReport"),
+    "fxsplit.run.executor": ("Executor",),
+    "fxsplit.spec": ("RunSpec",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'fxsplit' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,217 @@
+"""The verbs: each a short story, told in the order in which things happen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from time import perf_counter
+
+import timm.utils
+import torch
+
+from fxsplit.capture import models
+from fxsplit.capture.tracing import Trace
+from fxsplit.capture.tracing import trace as trace_model
+from fxsplit.errors import UsageError
+from fxsplit.plan.partition import Partition, cuts
+from fxsplit.plan.partition import partition as partition_graphs
+from fxsplit.plan.schedule import Plan
+from fxsplit.plan.schedule import schedule as make_plan
+from fxsplit.report import EpochRecord, Inspection, Observer, RunReport
+from fxsplit.run import datasets
+from fxsplit.run.executor import Executor
+from fxsplit.run.folder import RunFolder
+from fxsplit.run.metrics import environment
+from fxsplit.run.optimizers import make_optimizer, make_scheduler
+from fxsplit.run.training import Loader, Trainer
+from fxsplit.spec import RunSpec
+
+DEFAULT_PARTS = 8
+
+
+def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
+    """Train a model as `spec` says, standard or layer-to-layer, and leave a run folder behind.
+
+    When it is interrupted, the folder gets the weights and the epochs so far before KeyboardInterrupt goes on.
+    Raises a FxsplitError for anything that the user can mend.
+    """
+    observer = observer or Observer()
+    began = perf_counter()
+    device = choose_device(spec.device)
+    with determinism(spec.seed, spec.deterministic):
+        data = datasets.load(
+            spec.data,
+            img_size=spec.img_size,
+            data_dir=spec.data_dir,
+            seed=spec.seed,
+            train_limit=spec.train_limit,
+            workers=spec.workers,
+            notice=observer.notice,
+        )
+        model = models.build(
+            spec.model,
+            num_classes=len(data.classes),
+            img_size=data.img_size,
+            pretrained=spec.pretrained,
+            stem=spec.stem,
+        )
+        memory_format = torch.channels_last if spec.channels_last else torch.contiguous_format
+        model = model.to(device=device, memory_format=memory_format)
+        trace = trace_model(model, (torch.empty(2, data.channels, data.img_size, data.img_size, device=device),))
+        plan = _plan(spec, trace)
+        executor = Executor(trace, plan.partitions)
+        if spec.torchcompile:
+            executor.compile_stages(spec.torchcompile)
+        trainer = Trainer(
+            executor=executor,
+            plan=plan,
+            loader=Loader(
+                train=data.train,
+                test=data.test,
+                batch_size=spec.batch_size,
+                device=device,
+                seed=spec.seed,
+                augment=spec.augment,
+                mean=spec.mean,
+                std=spec.std,
+                channels_last=spec.channels_last,
+                limit=1 if spec.dry_run else spec.train_batches_per_epoch,
+            ),
+            make_optimizer=partial(
+                make_optimizer,
+                model,
+                name=spec.opt,
+                lr=spec.lr,
+                momentum=spec.momentum,
+                weight_decay=spec.weight_decay,
+            ),
+            make_scheduler=partial(
+                make_scheduler,
+                name=spec.sched,
+                epochs=plan.epochs,
+                warmup_epochs=spec.warmup_epochs,
+                min_lr=spec.min_lr,
+            ),
+            smoothing=spec.smoothing,
+            clip_grad=spec.clip_grad,
+            amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None,
+            grad_accum_steps=spec.grad_accum_steps,
+            log_interval=spec.log_interval,
+            observer=observer,
+        )
+        folder = None
+        if not spec.dry_run:
+            folder = RunFolder(
+                spec.output,
+                model=spec.model,
+                schedule=spec.schedule,
+                seed=spec.seed,
+                experiment=spec.experiment,
+            )
+            folder.start(args_yaml=spec.to_yaml(), plan=plan, environment=environment(device))
+        observer.run_started(
+            folder=str(folder.path) if folder else "",
+            device=str(device),
+            plan=plan,
+            train_images=len(data.train),
+            test_images=len(data.test),
+        )
+        setup_seconds = perf_counter() - began
+        records: list[EpochRecord] = []
+        status = "interrupted"
+        try:
+            for record in islice(trainer.epochs(), 1 if spec.dry_run else None):
+                records.append(record)
+                if folder:
+                    folder.add(record)
+            status = "finished"
+        finally:
+            report = RunReport(
+                status=status,
+                spec=spec.to_flat(),
+                environment=environment(device),
+                graph_digest=trace.train.digest(),
+                plan=plan,
+                epochs=tuple(records),
+                setup_seconds=setup_seconds,
+                total_seconds=perf_counter() - began,
+                folder=str(folder.path) if folder else "",
+            )
+            if folder:
+                folder.finish(report, model)
+    return report
+
+
+def inspect(spec: RunSpec, observer: Observer | None = None) -> Inspection:
+    """The partitions of a model and the phases of its schedule, without weights, data or a device."""
+    observer = observer or Observer()
+    classes, img_size = datasets.describe(spec.data, img_size=spec.img_size, data_dir=spec.data_dir)
+    build = partial(models.build, spec.model, num_classes=classes, img_size=img_size, stem=spec.stem)
+    try:
+        with torch.device("meta"):
+            model = build()
+    except Exception:
+        # Some models compute while they are built, which the meta device cannot. What else is wrong shows again.
+        model = build()
+    shape = (spec.batch_size, 3, img_size, img_size)
+    trace = trace_model(model, (torch.empty(shape, device="meta"),))
+    return Inspection(
+        model=spec.model,
+        input_shape=shape,
+        graph=trace.train,
+        plan=_plan(spec, trace),
+        tied=trace.tied,
+        opaque=trace.opaque,
+    )
+
+
+def partition(
+    trace: Trace, *, count: int | None = None, at: Sequence[str] = (), balance: str = "macs"
+) -> tuple[Partition, ...]:
+    """Divide a traced model into `count` partitions of equal weight, or before the modules named in `at`.
+
+    See `fxsplit.plan.partition.partition`.
+    """
+    return partition_graphs(trace.train, trace.eval, count=count, at=at, balance=balance)
+
+
+def _plan(spec: RunSpec, trace: Trace) -> Plan:
+    count = spec.parts
+    if count is None and not spec.at:
+        allowed = sum(cut.refusal is None for cut in cuts(trace.train, trace.eval))
+        count = min(DEFAULT_PARTS, allowed + 1)
+    partitions = partition(trace, count=count, at=spec.at, balance=spec.balance)
+    return make_plan(spec.schedule, partitions=partitions, epochs=spec.epochs, epochs_total=spec.epochs_total)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is a GPU, else the CPU. Raises UsageError when there is no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"there is no device {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
+            "use --device cpu, or auto"
+        )
+    return device
+
+
+@contextmanager
+def determinism(seed: int, deterministic: bool) -> Iterator[None]:
+    """Seed every generator; with `deterministic`, let torch refuse kernels that are not, until the end."""
+    timm.utils.random_seed(seed)
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if deterministic:
+        # cuBLAS reads this when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

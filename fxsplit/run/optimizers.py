@@ -1,0 +1,73 @@
+"""Optimizers and learning rates, by timm's names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm.optim
+import timm.scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from fxsplit.errors import UsageError, nearest
+
+# Those of timm's schedules that are functions of the step alone. timm has no constant rate, but a step schedule that
+# keeps all of it at each step is one, with warm-up.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "none": {"sched": "step", "decay_rate": 1.0},
+    "cosine": {"sched": "cosine"},
+    "tanh": {"sched": "tanh"},
+    "poly": {"sched": "poly", "decay_rate": 1.0},
+}
+
+
+def make_optimizer(
+    model: nn.Module, *, name: str, lr: float, momentum: float, weight_decay: float, previous: Optimizer | None = None
+) -> Optimizer:
+    """An optimizer over the parameters of `model` that want a gradient, each in exactly one group.
+
+    Weight decay leaves out biases, norms and what the model itself lists in `no_weight_decay()`, as timm does.
+    Parameters that `previous` holds too keep their state. Raises UsageError for an unknown name.
+    """
+    if name not in timm.optim.list_optimizers():
+        raise UsageError(f"timm has no optimizer {name!r}{nearest(name, timm.optim.list_optimizers())}")
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups: list[dict[str, Any]] = (
+        timm.optim.param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
+        if weight_decay
+        else [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+    )
+    groups = [group for group in groups if group["params"]]
+    optimizer: Optimizer = timm.optim.create_optimizer_v2(
+        groups, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay
+    )
+    if previous is not None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in previous.state:
+                    optimizer.state[parameter] = previous.state[parameter]
+    return optimizer
+
+
+def make_scheduler(
+    optimizer: Optimizer, *, name: str, epochs: int, steps_per_epoch: int, warmup_epochs: int, min_lr: float
+) -> timm.scheduler.scheduler.Scheduler:
+    """The learning rate of the whole run, a function of the steps done: set it with `step_update`.
+
+    Raises UsageError for an unknown name.
+    """
+    if name not in SCHEDULES:
+        raise UsageError(
+            f"there is no learning-rate schedule {name!r}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
+        )
+    scheduler, _ = timm.scheduler.create_scheduler_v2(
+        optimizer,
+        num_epochs=epochs,
+        decay_epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        min_lr=min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+        **SCHEDULES[name],
+    )
+    return scheduler

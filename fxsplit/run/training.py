@@ -1,0 +1,252 @@
+"""Training: phases, epochs and batches of a plan through one executor, whatever the schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.optim import Optimizer
+
+from fxsplit.errors import FxsplitError
+from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.report import EpochRecord, Observer, StepRecord
+from fxsplit.run.data import Batch, ImageSet
+from fxsplit.run.executor import Executor
+from fxsplit.run.metrics import Accuracy, Gauge, Scores, now, peak_resident_bytes, resident_bytes
+
+
+class MakeOptimizer(Protocol):
+    """An optimizer over the parameters that train now, with what is worth keeping of the previous one."""
+
+    def __call__(self, *, previous: Optimizer | None) -> Optimizer: ...
+
+
+class Scheduler(Protocol):
+    """Sets the learning rate from the number of optimizer steps done."""
+
+    def step_update(self, num_updates: int) -> None: ...
+
+
+class MakeScheduler(Protocol):
+    """The learning rate of the whole run, for an optimizer of one phase."""
+
+    def __call__(self, optimizer: Optimizer, *, steps_per_epoch: int) -> Scheduler: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """Batches of both splits, on the training device. `limit` bounds the training steps of an epoch."""
+
+    train: ImageSet
+    test: ImageSet
+    batch_size: int
+    device: torch.device
+    seed: int
+    augment: str = "none"
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    channels_last: bool = False
+    limit: int | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        steps = self.train.steps(self.batch_size, training=True)
+        return steps if self.limit is None else min(steps, self.limit)
+
+    def training(self, epoch: int) -> Iterator[Batch]:
+        batches = self._batches(self.train, training=True, epoch=epoch)
+        return (batch for _, batch in zip(range(self.steps_per_epoch), batches, strict=False))
+
+    def testing(self) -> Iterator[Batch]:
+        return self._batches(self.test, training=False, epoch=0)
+
+    def _batches(self, images: ImageSet, *, training: bool, epoch: int) -> Iterator[Batch]:
+        for batch in images.batches(
+            batch_size=self.batch_size,
+            device=self.device,
+            training=training,
+            seed=self.seed,
+            epoch=epoch,
+            augment=self.augment,
+            mean=self.mean,
+            std=self.std,
+        ):
+            yield batch._replace(images=batch.images.contiguous(memory_format=self._format))
+
+    @property
+    def _format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Trains an executor by a plan: cross-entropy, one optimizer step a batch.
+
+    `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
+    backward passes, with the gradient of the whole. `clip_grad` bounds the gradient's norm.
+    """
+
+    executor: Executor
+    plan: Plan
+    loader: Loader
+    make_optimizer: MakeOptimizer
+    make_scheduler: MakeScheduler
+    smoothing: float = 0.0
+    clip_grad: float | None = None
+    amp_dtype: torch.dtype | None = None
+    grad_accum_steps: int = 1
+    log_interval: int = 10
+    observer: Observer = field(default_factory=Observer)
+
+    def __post_init__(self) -> None:
+        self.device = self.loader.device
+        self._gauge = Gauge(self.device)
+        self._optimizer: Optimizer | None = None
+        scaled = self.amp_dtype is torch.float16
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+
+    def epochs(self) -> Iterator[EpochRecord]:
+        """Train and test, an epoch at each step of the iterator. At its end everything may train again.
+
+        Raises FxsplitError when there is nothing to train on.
+        """
+        if not self.loader.steps_per_epoch:
+            raise FxsplitError("there is no batch to train on: BatchNorm needs at least 2 training images")
+        try:
+            for index, phase in enumerate(self.plan.phases):
+                began = now(self.device)
+                optimizer, scheduler = self._enter(index, phase)
+                for epoch in range(self.plan.first_epoch(index), self.plan.first_epoch(index) + phase.epochs):
+                    record = self._epoch(epoch, optimizer, scheduler, began)
+                    self.observer.epoch_done(record)
+                    yield record
+                    began = now(self.device)
+        finally:
+            self.executor.release()
+
+    def _enter(self, index: int, phase: Phase) -> tuple[Optimizer, Scheduler]:
+        self.executor.enter(phase)
+        previous = None if phase.fresh_optimizer else self._optimizer
+        self._optimizer = self.make_optimizer(previous=previous)
+        self._gauge.reset_peaks()
+        self.observer.phase_started(index, phase)
+        return self._optimizer, self.make_scheduler(self._optimizer, steps_per_epoch=self.loader.steps_per_epoch)
+
+    def _epoch(self, epoch: int, optimizer: Optimizer, scheduler: Scheduler, began: float) -> EpochRecord:
+        energy = self._gauge.energy_joules()
+        trained = self._train(epoch, optimizer, scheduler, began)
+        ended = now(self.device)
+        tested = self.evaluate()
+        finished = now(self.device)
+        if not math.isfinite(trained.loss):
+            self.observer.notice(
+                f"the training loss of epoch {epoch} is {trained.loss}; a lower --lr or --clip-grad may help"
+            )
+        start, stop = self.executor.window
+        used = self._gauge.energy_joules()
+        return EpochRecord(
+            epoch=epoch,
+            phase=self.plan.phase_index_at(epoch),
+            start=start,
+            stop=stop,
+            cut=self._cut(start, stop),
+            lr=float(optimizer.param_groups[0]["lr"]),
+            train_loss=trained.loss,
+            eval_loss=tested.loss,
+            eval_top1=tested.top1_pct,
+            eval_top5=tested.top5_pct,
+            train_seconds=ended - began,
+            eval_seconds=finished - ended,
+            images_per_second=trained.count / (ended - began),
+            trainable_parameters=sum(
+                parameter.numel() for group in optimizer.param_groups for parameter in group["params"]
+            ),
+            peak_resident_bytes=peak_resident_bytes(),
+            peak_allocated_bytes=self._gauge.peak_allocated_bytes(),
+            peak_reserved_bytes=self._gauge.peak_reserved_bytes(),
+            device_bytes=self._gauge.device_bytes(),
+            energy_joules=None if energy is None or used is None else used - energy,
+        )
+
+    def _cut(self, start: int, stop: int) -> str:
+        partitions = self.executor.partitions
+        place = start or stop
+        return partitions[place].name if place < len(partitions) else ""
+
+    def _train(self, epoch: int, optimizer: Optimizer, scheduler: Scheduler, began: float) -> Scores:
+        self.executor.train()
+        accuracy = Accuracy(self.device)
+        steps, images = self.loader.steps_per_epoch, 0
+        for step, batch in enumerate(self.loader.training(epoch)):
+            scheduler.step_update(epoch * steps + step)
+            self._step(batch, optimizer, accuracy)
+            images += len(batch.labels)
+            if (step + 1) % self.log_interval == 0 or step + 1 == steps:
+                self._tell(epoch, step + 1, accuracy, images, began)
+        return accuracy.read()
+
+    def _step(self, batch: Batch, optimizer: Optimizer, accuracy: Accuracy) -> None:
+        optimizer.zero_grad()
+        parts = zip(
+            batch.images.chunk(self.grad_accum_steps), batch.labels.chunk(self.grad_accum_steps), strict=True
+        )  # fmt: skip
+        for images, labels in parts:
+            with self._autocast():
+                logits = logits_of(self.executor(images))
+                loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+            share = len(labels) / len(batch.labels)
+            self._scaler.scale(loss * share if share < 1 else loss).backward()
+            accuracy.update(logits.detach(), labels, loss.detach())
+        if self.clip_grad is not None:
+            self._scaler.unscale_(optimizer)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+        self._scaler.step(optimizer)
+        self._scaler.update()
+
+    def _tell(self, epoch: int, step: int, accuracy: Accuracy, images: int, began: float) -> None:
+        scores = accuracy.read()
+        allocated = self._gauge.peak_allocated_bytes()
+        self.observer.step_done(
+            StepRecord(
+                phase=self.plan.phase_index_at(epoch),
+                epoch=epoch,
+                step=step,
+                steps=self.loader.steps_per_epoch,
+                train_loss=scores.loss,
+                train_accuracy_pct=scores.top1_pct,
+                images_per_second=images / (now(self.device) - began),
+                memory_bytes=resident_bytes() if allocated is None else allocated,
+            )
+        )
+
+    def evaluate(self) -> Scores:
+        """Accuracy and cross-entropy, without smoothing, on the test images."""
+        self.executor.eval()
+        accuracy = Accuracy(self.device)
+        with torch.no_grad(), self._autocast():
+            for batch in self.loader.testing():
+                logits = logits_of(self.executor(batch.images))
+                accuracy.update(logits, batch.labels, F.cross_entropy(logits, batch.labels))
+        return accuracy.read()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The class scores (N, classes) in what a classifier returns: a tensor, or the first in a tuple or mapping.
+
+    Raises FxsplitError when there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    parts = list(output.values()) if isinstance(output, Mapping) else output
+    if isinstance(parts, Sequence) and parts:
+        return logits_of(parts[0])
+    raise FxsplitError(f"the model returns {type(output).__name__}, and no class scores are found in it")

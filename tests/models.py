@@ -1,0 +1,242 @@
+"""Tiny models, each with one hazard for capture, cutting or training. All take images (N, 3, 8, 8) and give (N, 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+
+class Chain(nn.Module):
+    """No hazard: convolution, BatchNorm, ReLU, twice, and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.norm2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        x = self.norm2(self.conv2(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+class LongSkip(Chain):
+    """A value made at the start is needed again at the end, over every cut between."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.norm1(self.conv1(x)).relu()
+        x = self.norm2(self.conv2(first)).relu()
+        x = self.conv2(x).tanh()
+        return self.head((x + first).mean((2, 3)))
+
+
+class TiedWeight(nn.Module):
+    """Two modules hold the same parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :2, :2].flatten(1)
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+class FunctionalDropout(Chain):
+    """Dropout that `.eval()` does not reach once it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.norm1(self.conv1(x)).relu(), 0.5, self.training)
+        x = self.norm2(self.conv2(x)).relu()
+        if self.training:
+            x = F.dropout(x, 0.25)
+        return self.head(x.mean((2, 3)))
+
+
+class InPlace(Chain):
+    """Ops that overwrite their input: a module, a function and `+=`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.act(self.norm1(self.conv1(x)))
+        x = F.relu(self.norm2(self.conv2(first)), inplace=True)
+        x += first
+        x = self.conv2(x)
+        x.tanh_()
+        return self.head(x.mean((2, 3)))
+
+
+class RootParameter(Chain):
+    """A parameter and a buffer on the model itself, and a buffer that forward moves."""
+
+    calls: Tensor
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1, 6, 1, 1), 0.5))
+        self.register_buffer("shift", torch.full((1, 6, 1, 1), 0.1))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls.add_(1)
+        x = self.norm1(self.conv1(x)) * self.scale
+        x = (self.conv2(x) + self.shift).relu()
+        return self.head((x * self.scale).mean((2, 3)))
+
+
+class SeveralOutputs(Chain):
+    """A dict and a tuple come out; one of the values is made early."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        first = self.norm1(self.conv1(x)).relu()
+        x = self.norm2(self.conv2(first)).relu()
+        logits = self.head(x.mean((2, 3)))
+        return {"logits": logits, "features": (first, x)}
+
+
+class CalledTwice(Chain):
+    """A convolution and a stateless module are entered twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.norm1(self.conv1(x)).relu())
+        x = self.drop(self.conv2(self.conv2(x).relu()))
+        return self.head(x.mean((2, 3)))
+
+
+class NormTwice(Chain):
+    """A BatchNorm whose statistics move twice in one forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        x = self.norm1(self.conv2(x)).relu()
+        return self.head(self.conv2(x).mean((2, 3)))
+
+
+class FunctionalNorm(Chain):
+    """BatchNorm by function, as timm's fused norm and activation does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = FusedNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fused(self.conv1(x))
+        return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
+
+
+class FusedNorm(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.num_batches_tracked is not None
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        normed = F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+        )
+        return normed.relu()
+
+
+class BranchOnShape(Chain):
+    """Python looks at sizes: a branch, a loop, a tuple of sizes and a factory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, _ = x.shape
+        if height > 6:
+            x = F.avg_pool2d(x, 2)
+        for _ in range(channels - 2):
+            x = self.norm1(self.conv1(x)).relu()
+        x = x + torch.zeros(batch, len(x[0]), 1, 1, device=x.device)
+        x = self.conv2(x).reshape(batch, 6, -1)
+        return self.head(x.mean(2))
+
+
+class BranchOnTraining(Chain):
+    """More ops in training than in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        if self.training:
+            x = x + 0.1 * torch.randn_like(x)
+        x = self.norm2(self.conv2(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+class Gate(nn.Module):
+    """A branch on data, inside a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() if x.mean() > 0 else x.tanh()
+
+
+class InnerBranchOnData(Chain):
+    """The branch on data is in a module of its own, which can stay whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.gate(self.norm1(self.conv1(x)))
+        return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
+
+
+class Hooked(Chain):
+    """A forward hook that changes what a module, which holds others, delivers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Tanh())
+        self.block.register_forward_hook(_halve)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.norm1(self.conv1(x)).relu())
+        return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
+
+
+def _halve(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    return output / 2
+
+
+class BranchOnData(Chain):
+    """A branch on data at the very top: this cannot be captured, and must be refused well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x))
+        if x.mean() > 0:
+            x = x.relu()
+        return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
+
+
+HAZARDS: dict[str, Callable[[], nn.Module]] = {
+    kind.__name__: kind
+    for kind in (
+        Chain,
+        LongSkip,
+        TiedWeight,
+        FunctionalDropout,
+        InPlace,
+        RootParameter,
+        SeveralOutputs,
+        CalledTwice,
+        NormTwice,
+        FunctionalNorm,
+        BranchOnShape,
+        BranchOnTraining,
+        InnerBranchOnData,
+        Hooked,
+    )
+}

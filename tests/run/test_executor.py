@@ -1,0 +1,281 @@
+"""The executor computes what the model computes, bit for bit, and moves what the phase says and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from fxsplit.capture.paper import NETWORKS
+from fxsplit.capture.tracing import trace
+from fxsplit.errors import GuardError, PartitionError
+from fxsplit.plan.partition import cuts, partition
+from fxsplit.plan.schedule import SCHEDULES, Phase, schedule
+from fxsplit.run.executor import Executor
+from fxsplit.run.training import logits_of
+from tests.models import HAZARDS, BranchOnShape, Chain, FunctionalDropout, TiedWeight
+
+
+def _resnext() -> nn.Module:
+    model: nn.Module = timm.create_model("resnext50_32x4d", num_classes=5)
+    return model
+
+
+def _paper(name: str) -> Callable[[], nn.Module]:
+    return lambda: NETWORKS[name](num_classes=5, img_size=16)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    **{name: (make, 8) for name, make in HAZARDS.items()},
+    **{f"paper:{name}": (_paper(name), 16) for name in NETWORKS},
+    "timm:resnext50_32x4d": (_resnext, 32),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _executor(model: nn.Module, size: int, count: int | None = None) -> Executor:
+    captured = trace(model, (torch.empty(2, 3, size, size),))
+    most = 1 + sum(cut.refusal is None for cut in cuts(captured.train, captured.eval))
+    parts = partition(captured.train, captured.eval, count=min(most, 4) if count is None else count)
+    return Executor(captured, parts)
+
+
+def _images(seed: int, size: int, batch: int = 4) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, size, size, generator=random), torch.randint(5, (batch,), generator=random)
+
+
+def _train(net: nn.Module, size: int, steps: int = 3) -> list[Tensor]:
+    """Train from a fixed random state; return all that a run leaves behind: losses, gradients, random state."""
+    torch.manual_seed(7)
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for step in range(steps):
+        images, labels = _images(step, size)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits_of(net(images)), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    gradients = [torch.zeros(()) if p.grad is None else p.grad for p in net.parameters()]
+    return [*losses, *gradients, torch.get_rng_state()]
+
+
+def _same(ours: list[Tensor], plain: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def _flat(output: object) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_everything_training_equals_the_plain_model_bit_for_bit(name: str) -> None:
+    make, size = MODELS[name]
+    torch.manual_seed(0)
+    plain = make()
+    net = _executor(copy.deepcopy(plain), size)
+
+    assert _same(_train(net, size), _train(plain, size))
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert _same(list(net.state_dict().values()), list(plain.state_dict().values()))
+
+    plain.eval()
+    net.eval()
+    for batch in (4, 3):
+        images, _ = _images(9, size, batch)
+        random_state = torch.get_rng_state()
+        ours, expected = _flat(net(images)), _flat(plain(images))
+        assert _same(ours, expected)
+        assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("name", HAZARDS)
+@pytest.mark.parametrize("schedule_name", SCHEDULES)
+def test_exactly_the_state_of_the_training_partitions_moves(name: str, schedule_name: str) -> None:
+    make, size = MODELS[name]
+    torch.manual_seed(0)
+    net = _executor(make(), size)
+    plan = schedule(schedule_name, partitions=net.partitions, epochs=8)
+    trained: set[str] = set()
+    for phase in plan.phases:
+        net.enter(phase)
+        training = {
+            name for part in net.partitions[phase.start : phase.stop] for name in part.state
+        }
+        before = {name: value.clone() for name, value in net.state_dict(keep_vars=True).items()}
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+        for step in range(2):
+            net.train()
+            images, labels = _images(step, size)
+            F.cross_entropy(logits_of(net(images)), labels).backward()
+            optimizer.step()
+        after = net.state_dict()
+        moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+        wanted = {name for name in training if name in dict(net.named_parameters())}
+        assert wanted <= moved, "a parameter that should train did not"
+        assert _owners(net, moved) <= training
+        trained |= training
+    assert trained
+
+
+def _owners(net: Executor, names: set[str]) -> set[str]:
+    """Tied parameters under the first of their names."""
+    first = {id(value): name for name, value in reversed([*net.named_parameters(), *net.named_buffers()])}
+    values = net.state_dict(keep_vars=True)
+    return {first[id(values[name])] for name in names}
+
+
+def test_the_settled_prefix_stays_in_evaluation_without_autograd_whatever_is_called() -> None:
+    torch.manual_seed(0)
+    model = FunctionalDropout()
+    net = _executor(model, 8, count=3)
+    net.enter(Phase(start=2, stop=3, epochs=1))
+    net.train()
+    model.train()
+    settled = {name for part in net.partitions[:2] for name in part.state}
+    before = {name: model.state_dict()[name].clone() for name in settled}
+    images, labels = _images(0, 8)
+    net(images.requires_grad_())
+    F.cross_entropy(net(images), labels).backward()
+    assert images.grad is None
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert all(p.grad is None for name, p in model.named_parameters() if name in settled)
+
+
+def test_a_frozen_tail_passes_gradients_and_runs_in_evaluation() -> None:
+    torch.manual_seed(0)
+    model = Chain()
+    net = _executor(model, 8, count=2)
+    reference = copy.deepcopy(model)
+    net.enter(Phase(start=0, stop=1, epochs=1))
+    net.train()
+    images, labels = _images(0, 8)
+    F.cross_entropy(net(images), labels).backward()
+
+    # By hand: the first partition in training, the rest in evaluation.
+    assert net.partitions[1].name.startswith("conv2")
+    reference.train()
+    reference.norm2.eval()
+    F.cross_entropy(reference(images), labels).backward()
+    grads = {name: p.grad for name, p in reference.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if name in net.partitions[0].state:
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, grads[name])
+        else:
+            assert parameter.grad is None
+
+
+def test_entering_drops_gradients_that_momentum_would_follow() -> None:
+    net = _executor(Chain(), 8, count=2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    images, labels = _images(0, 8)
+    F.cross_entropy(net(images), labels).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    net.enter(Phase(start=1, stop=2, epochs=1))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    optimizer.step()
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert moved.isdisjoint(net.partitions[0].state)
+
+
+def test_release_restores_and_what_the_user_froze_stays_frozen() -> None:
+    model = Chain()
+    model.conv2.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    net = _executor(model, 8, count=3)
+    net.enter(Phase(start=1, stop=3, epochs=1))
+    assert not model.conv2.weight.requires_grad
+    assert not model.conv1.weight.requires_grad
+    net.release()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_a_tied_weight_settles_with_its_first_user() -> None:
+    model = TiedWeight()
+    captured = trace(model, (torch.empty(2, 3, 8, 8),))
+    net = Executor(captured, partition(captured.train, captured.eval, at=["second"]))
+    assert captured.tied == {"first.weight": ("second.weight",)}
+    net.enter(Phase(start=1, stop=2, epochs=1))
+    before = model.first.weight.clone()
+    _train(net, 8)
+    assert torch.equal(model.first.weight, before)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+@pytest.mark.parametrize("name", HAZARDS)
+def test_copies_are_whole_and_their_own(name: str, copy_of: Callable[[Executor], Executor]) -> None:
+    make, size = MODELS[name]
+    net = _executor(make(), size)
+    net.enter(Phase(start=len(net.partitions) - 1, stop=len(net.partitions), epochs=1))
+    other = copy_of(net)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    left = _train(other, size)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+    assert _same(left, _train(net, size))
+    assert other.window == net.window
+
+
+def test_weights_travel_by_the_models_own_names() -> None:
+    model = Chain()
+    net = _executor(Chain(), 8)
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    model.load_state_dict(torch.load(file, weights_only=True))
+    net.eval()
+    model.eval()
+    images, _ = _images(0, 8)
+    assert torch.equal(net(images), model(images))
+
+
+def test_moving_the_executor_moves_the_model() -> None:
+    model = Chain()
+    net = _executor(model, 8).to(torch.float64)
+    assert model.norm1.running_mean is not None
+    assert model.norm1.running_mean.dtype is torch.float64
+    images, _ = _images(0, 8)
+    assert net(images.double()).dtype is torch.float64
+
+
+def test_an_input_that_takes_another_path_is_refused_by_name() -> None:
+    net = _executor(BranchOnShape(), 8)
+    with pytest.raises(GuardError, match=r"bool\(\) of 'gt' was True and is now False .*models\.py"):
+        net(torch.randn(2, 3, 6, 6))
+    with pytest.raises(GuardError, match="a tensor"):
+        net("image")
+
+
+def test_other_sizes_work_where_the_model_does_not_ask() -> None:
+    torch.manual_seed(0)
+    plain = Chain()
+    net = _executor(copy.deepcopy(plain), 8)
+    images = torch.randn(3, 3, 12, 10)
+    assert torch.equal(net(images), plain(images))
+
+
+def test_partitions_of_another_model_are_refused() -> None:
+    captured, other = (trace(make(), (torch.empty(2, 3, 8, 8),)) for make in (Chain, TiedWeight))
+    with pytest.raises(PartitionError, match="partition its own trace"):
+        Executor(captured, partition(other.train, other.eval, count=2))
+    net = Executor(captured, partition(captured.train, captured.eval, count=2))
+    with pytest.raises(PartitionError, match=r"\[2, 3\) of 2"):
+        net.enter(Phase(start=2, stop=3, epochs=1))
