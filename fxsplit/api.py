@@ -50,7 +50,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
             train_limit=spec.train_limit,
             workers=spec.workers,
             notice=observer.notice,
-        )
+        ).to(device)
         model = models.build(
             spec.model,
             num_classes=len(data.classes),
@@ -72,7 +72,6 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
                 train=data.train,
                 test=data.test,
                 batch_size=spec.batch_size,
-                device=device,
                 seed=spec.seed,
                 augment=spec.augment,
                 mean=spec.mean,
@@ -148,7 +147,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
 def inspect(spec: RunSpec, observer: Observer | None = None) -> Inspection:
     """The partitions of a model and the phases of its schedule, without weights, data or a device."""
     observer = observer or Observer()
-    classes, img_size = datasets.describe(spec.data, img_size=spec.img_size, data_dir=spec.data_dir)
+    classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     build = partial(models.build, spec.model, num_classes=classes, img_size=img_size, stem=spec.stem)
     try:
         with torch.device("meta"):

@@ -68,9 +68,9 @@ class InPlace(Chain):
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.act(self.norm1(self.conv1(x)))
-        x = F.relu(self.norm2(self.conv2(first)), inplace=True)
+        x = self.norm2(self.conv2(first))
         x += first
-        x = self.conv2(x)
+        x = self.conv2(F.relu(x, inplace=True))
         x.tanh_()
         return self.head(x.mean((2, 3)))
 

@@ -7,6 +7,7 @@ A module that cannot be traced through becomes one op, with a reason. All that l
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -317,7 +318,12 @@ class ValueTracer(fx.Tracer):
         versions = {key: [tensor._version for tensor in tensors] for key, tensors in watched.items()}
 
         def run() -> Any:
-            return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
+            try:
+                return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
+            except Exception:
+                if node.op != "call_module":
+                    raise
+                return self._stand_in(str(node.target), args, kwargs)
 
         self._evaluating = True
         try:
@@ -332,6 +338,21 @@ class ValueTracer(fx.Tracer):
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
         ] + self._moved_statistics(node)
         return value
+
+    def _stand_in(self, path: str, args: Any, kwargs: Any) -> Any:
+        """What a module that looks at data delivers, shapes alone: run on the CPU, on numbers that mean nothing."""
+
+        def filled(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+            return torch.rand_like(leaf, device="cpu") if leaf.is_floating_point() else torch.zeros_like(leaf, device="cpu")
+
+        module = copy.deepcopy(self.root.get_submodule(path)).to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.zero_()
+        args, kwargs = pytree.tree_map(filled, (args, kwargs))
+        return pytree.tree_map(lambda leaf: leaf.to(META) if isinstance(leaf, Tensor) else leaf, module(*args, **kwargs))
 
     def _module_state(self, node: fx.Node) -> dict[str, Tensor]:
         if node.op != "call_module":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import pynvml
@@ -42,8 +42,8 @@ def resident_bytes() -> int:
 def peak_resident_bytes() -> int:
     """Largest resident memory of this process so far.
 
-    Linux hands getrusage's figure down to a new program, which would charge it for the process that started it;
-    VmHWM (proc_pid_status(5)) starts anew, so it goes first.
+    On Linux, getrusage counts the process that started this program too; VmHWM of proc_pid_status(5), which
+    does not, goes first.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
@@ -59,8 +59,9 @@ def peak_resident_bytes() -> int:
 class Usage:
     """Memory and energy at one moment.
 
-    The process's peak is since its start, the CUDA peaks since `Meter.reset_peaks`. `device_bytes` is what all
-    processes together hold on the GPU now, `energy_joules` what the GPU has used since the meter was made.
+    Peaks are those of the process since its start, and of CUDA since `Meter.reset_peaks`: `allocated` by tensors,
+    `reserved` by torch's allocator. `device_bytes` is what all processes together hold on the GPU. Of
+    `energy_joules` only differences mean anything.
     """
 
     resident_bytes: int
@@ -72,46 +73,35 @@ class Usage:
 
 
 class Meter:
-    """Reads memory and energy of this process and of `device`. Reading waits for the device."""
+    """Reads memory and energy of this process and of the device that it computes on."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._gpu = None
-        if device.type == "cuda":
-            self._gpu = NvmlDevice(str(torch.cuda.get_device_properties(device).uuid))
-        self._energy_at_start = self._energy()
+        self._device = device
+        self._nvml = NvmlDevice(_uuid(device)) if device.type == "cuda" else None
 
     def reset_peaks(self) -> None:
         """Begin the CUDA peaks anew, as at the start of a phase."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if self._nvml:
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def read(self) -> Usage:
-        """What is used now."""
-        cuda = self.device.type == "cuda"
-        energy = self._energy()
-        if energy is not None and self._energy_at_start is not None:
-            energy -= self._energy_at_start
+        """What is in use once the device has done all that was asked of it."""
+        now(self._device)
+        gpu = self._nvml
         return Usage(
             resident_bytes=resident_bytes(),
             peak_resident_bytes=peak_resident_bytes(),
-            peak_allocated_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else None,
-            peak_reserved_bytes=torch.cuda.max_memory_reserved(self.device) if cuda else None,
-            device_bytes=self._gpu.used_bytes() if self._gpu else None,
-            energy_joules=energy,
+            peak_allocated_bytes=torch.cuda.max_memory_allocated(self._device) if gpu else None,
+            peak_reserved_bytes=torch.cuda.max_memory_reserved(self._device) if gpu else None,
+            device_bytes=gpu.used_bytes() if gpu else None,
+            energy_joules=gpu.energy_joules() if gpu else None,
         )
-
-    def _energy(self) -> float | None:
-        if self._gpu is None:
-            return None
-        torch.cuda.synchronize(self.device)
-        return self._gpu.energy_joules()
 
 
 class NvmlDevice:
     """One GPU as NVML sees it, found by its CUDA UUID because NVML counts devices in another order.
 
-    Everything is None without NVML, and on a GPU that is shared out by MIG, where NVML's figures are not ours alone.
+    Every figure is None without NVML, and on a GPU divided by MIG, whose figures are not of our part alone.
     """
 
     def __init__(self, uuid: str) -> None:
@@ -140,6 +130,10 @@ class NvmlDevice:
         return None if self._handle is None else _ask(pynvml.nvmlSystemGetDriverVersion)
 
 
+def _uuid(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
 def _ask(function: Callable[..., Any], *arguments: Any) -> Any | None:
     """What NVML answers; None when it cannot, or when there is no handle to ask about."""
     if None in arguments:
@@ -150,7 +144,8 @@ def _ask(function: Callable[..., Any], *arguments: Any) -> Any | None:
         return None
 
 
-class Score(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
     """Mean loss and accuracies over `count` samples."""
 
     loss: float
@@ -163,25 +158,23 @@ class Accuracy:
     """Sums losses and hits on the device; only `read` waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.count = 0
+        self._count = 0
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._hits = torch.zeros(2, dtype=torch.int64, device=device)
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: its mean loss (), its logits (B, K) and labels (B,). With K < 5, top-5 means top-K."""
+        """Add a batch: its mean loss (), logits (B, K) and labels (B,). With K < 5, top-5 means top-K."""
         samples, classes = logits.shape
-        best = logits.detach().topk(min(5, classes), dim=1).indices
-        hits = best == labels[:, None]
+        hits = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
         self._hits += torch.stack((hits[:, 0].sum(), hits.sum()))
         self._loss += loss.detach().double() * samples
-        self.count += samples
+        self._count += samples
 
     def read(self) -> Score:
         """The means so far; not a number before the first batch."""
-        if not self.count:
-            return Score(float("nan"), float("nan"), float("nan"), 0)
-        loss, top1, top5 = torch.cat((self._loss[None], self._hits.double())).tolist()
-        return Score(loss / self.count, 100 * top1 / self.count, 100 * top5 / self.count, self.count)
+        sums = torch.cat((self._loss[None], self._hits.double())).tolist()
+        loss, top1, top5 = (total / self._count if self._count else float("nan") for total in sums)
+        return Score(loss=loss, top1_pct=100 * top1, top5_pct=100 * top5, count=self._count)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -214,14 +207,14 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
     return {
         "name": properties.name,
         "memory_bytes": properties.total_memory,
-        "driver": NvmlDevice(str(properties.uuid)).driver(),
+        "driver": NvmlDevice(_uuid(device)).driver(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
 
 
 def _git_commit() -> str | None:
-    """Commit of the working directory, with "-dirty" when files differ from it; None without git or a repository."""
+    """Commit of the working directory, "-dirty" when files differ from it; None without git or a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from fxsplit.errors import FxsplitError
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer, StepRecord
-from fxsplit.run.data import Batch, ImageSet
+from fxsplit.run.data import Batch, ImageSet, batches, steps
 from fxsplit.run.executor import Executor
-from fxsplit.run.metrics import Accuracy, Gauge, Scores, now, peak_resident_bytes, resident_bytes
+from fxsplit.run.metrics import Accuracy, Meter, Score, now
 
 
 class MakeOptimizer(Protocol):
@@ -40,12 +40,11 @@ class MakeScheduler(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """Batches of both splits, on the training device. `limit` bounds the training steps of an epoch."""
+    """Batches of both splits, on the device where the images are. `limit` bounds the training steps of an epoch."""
 
     train: ImageSet
     test: ImageSet
     batch_size: int
-    device: torch.device
     seed: int
     augment: str = "none"
     mean: Sequence[float] = ()
@@ -54,33 +53,37 @@ class Loader:
     limit: int | None = None
 
     @property
-    def steps_per_epoch(self) -> int:
-        steps = self.train.steps(self.batch_size, training=True)
-        return steps if self.limit is None else min(steps, self.limit)
-
-    def training(self, epoch: int) -> Iterator[Batch]:
-        batches = self._batches(self.train, training=True, epoch=epoch)
-        return (batch for _, batch in zip(range(self.steps_per_epoch), batches, strict=False))
-
-    def testing(self) -> Iterator[Batch]:
-        return self._batches(self.test, training=False, epoch=0)
-
-    def _batches(self, images: ImageSet, *, training: bool, epoch: int) -> Iterator[Batch]:
-        for batch in images.batches(
-            batch_size=self.batch_size,
-            device=self.device,
-            training=training,
-            seed=self.seed,
-            epoch=epoch,
-            augment=self.augment,
-            mean=self.mean,
-            std=self.std,
-        ):
-            yield batch._replace(images=batch.images.contiguous(memory_format=self._format))
+    def device(self) -> torch.device:
+        return self.train.device
 
     @property
-    def _format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+    def steps_per_epoch(self) -> int:
+        return steps(len(self.train), batch_size=self.batch_size, drop_single=True, limit=self.limit)
+
+    def training(self, epoch: int) -> Iterator[Batch]:
+        """Shuffled and augmented, by the seed and the epoch."""
+        return self._laid_out(
+            batches(
+                self.train,
+                batch_size=self.batch_size,
+                shuffle=True,
+                seed=self.seed,
+                epoch=epoch,
+                augment=self.augment,
+                mean=self.mean,
+                std=self.std,
+                drop_single=True,
+                limit=self.limit,
+            )
+        )
+
+    def testing(self) -> Iterator[Batch]:
+        """Every test image once, as it is."""
+        return self._laid_out(batches(self.test, batch_size=self.batch_size, mean=self.mean, std=self.std))
+
+    def _laid_out(self, plain: Iterator[Batch]) -> Iterator[Batch]:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return (batch._replace(images=batch.images.contiguous(memory_format=layout)) for batch in plain)
 
 
 @dataclass(kw_only=True)
@@ -105,7 +108,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.device = self.loader.device
-        self._gauge = Gauge(self.device)
+        self._meter = Meter(self.device)
         self._optimizer: Optimizer | None = None
         scaled = self.amp_dtype is torch.float16
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
@@ -133,12 +136,12 @@ class Trainer:
         self.executor.enter(phase)
         previous = None if phase.fresh_optimizer else self._optimizer
         self._optimizer = self.make_optimizer(previous=previous)
-        self._gauge.reset_peaks()
+        self._meter.reset_peaks()
         self.observer.phase_started(index, phase)
         return self._optimizer, self.make_scheduler(self._optimizer, steps_per_epoch=self.loader.steps_per_epoch)
 
     def _epoch(self, epoch: int, optimizer: Optimizer, scheduler: Scheduler, began: float) -> EpochRecord:
-        energy = self._gauge.energy_joules()
+        energy = self._meter.read().energy_joules
         trained = self._train(epoch, optimizer, scheduler, began)
         ended = now(self.device)
         tested = self.evaluate()
@@ -148,7 +151,7 @@ class Trainer:
                 f"the training loss of epoch {epoch} is {trained.loss}; a lower --lr or --clip-grad may help"
             )
         start, stop = self.executor.window
-        used = self._gauge.energy_joules()
+        usage = self._meter.read()
         return EpochRecord(
             epoch=epoch,
             phase=self.plan.phase_index_at(epoch),
@@ -166,11 +169,11 @@ class Trainer:
             trainable_parameters=sum(
                 parameter.numel() for group in optimizer.param_groups for parameter in group["params"]
             ),
-            peak_resident_bytes=peak_resident_bytes(),
-            peak_allocated_bytes=self._gauge.peak_allocated_bytes(),
-            peak_reserved_bytes=self._gauge.peak_reserved_bytes(),
-            device_bytes=self._gauge.device_bytes(),
-            energy_joules=None if energy is None or used is None else used - energy,
+            peak_resident_bytes=usage.peak_resident_bytes,
+            peak_allocated_bytes=usage.peak_allocated_bytes,
+            peak_reserved_bytes=usage.peak_reserved_bytes,
+            device_bytes=usage.device_bytes,
+            energy_joules=None if energy is None or usage.energy_joules is None else usage.energy_joules - energy,
         )
 
     def _cut(self, start: int, stop: int) -> str:
@@ -178,7 +181,7 @@ class Trainer:
         place = start or stop
         return partitions[place].name if place < len(partitions) else ""
 
-    def _train(self, epoch: int, optimizer: Optimizer, scheduler: Scheduler, began: float) -> Scores:
+    def _train(self, epoch: int, optimizer: Optimizer, scheduler: Scheduler, began: float) -> Score:
         self.executor.train()
         accuracy = Accuracy(self.device)
         steps, images = self.loader.steps_per_epoch, 0
@@ -201,7 +204,7 @@ class Trainer:
                 loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
             share = len(labels) / len(batch.labels)
             self._scaler.scale(loss * share if share < 1 else loss).backward()
-            accuracy.update(logits.detach(), labels, loss.detach())
+            accuracy.update(loss, logits, labels)
         if self.clip_grad is not None:
             self._scaler.unscale_(optimizer)
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -211,7 +214,8 @@ class Trainer:
 
     def _tell(self, epoch: int, step: int, accuracy: Accuracy, images: int, began: float) -> None:
         scores = accuracy.read()
-        allocated = self._gauge.peak_allocated_bytes()
+        usage = self._meter.read()
+        on_cuda = usage.peak_allocated_bytes
         self.observer.step_done(
             StepRecord(
                 phase=self.plan.phase_index_at(epoch),
@@ -221,18 +225,18 @@ class Trainer:
                 train_loss=scores.loss,
                 train_accuracy_pct=scores.top1_pct,
                 images_per_second=images / (now(self.device) - began),
-                memory_bytes=resident_bytes() if allocated is None else allocated,
+                memory_bytes=usage.resident_bytes if on_cuda is None else on_cuda,
             )
         )
 
-    def evaluate(self) -> Scores:
+    def evaluate(self) -> Score:
         """Accuracy and cross-entropy, without smoothing, on the test images."""
         self.executor.eval()
         accuracy = Accuracy(self.device)
         with torch.no_grad(), self._autocast():
             for batch in self.loader.testing():
                 logits = logits_of(self.executor(batch.images))
-                accuracy.update(logits, batch.labels, F.cross_entropy(logits, batch.labels))
+                accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
         return accuracy.read()
 
     def _autocast(self) -> torch.autocast:
