@@ -186,7 +186,7 @@ class ValueTracer(fx.Tracer):
             if not isinstance(leaf, Tensor):
                 return leaf
             node = self.create_node("placeholder", next(names), (), {})
-            node.meta["value"] = leaf.to(META)
+            node.meta["value"] = leaf
             return self.proxy(node)
 
         self.call.arguments = pytree.tree_map(placeholder, self.call.arguments)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from fxsplit.capture.costs import CostMeter, storage_key, tensors_in
 from fxsplit.capture.guards import Guards
@@ -121,7 +122,8 @@ def _program(
     given = tensors_in(call.arguments)
     state = [*twin.parameters(), *twin.buffers()]
     device = given[0].device if given else META
-    meter = CostMeter(state) if training else None
+    call.arguments = pytree.tree_map(lambda leaf: leaf.to(META) if isinstance(leaf, Tensor) else leaf, call.arguments)
+    meter = CostMeter([*state, *tensors_in(call.arguments)]) if training else None
     tracer = ValueTracer(call, signature.names, device=device, leaves=leaves, meter=meter)
     mode = "training" if training else "evaluation"
     try:

@@ -47,7 +47,7 @@ class Plan:
     """All phases of a run over its partitions. Printed, it is a drawing of one line a phase.
 
     Raises PartitionError, showing the plan with every wrong phase marked, when a window does not fit the
-    partitions, when a settled partition would train again, or when there is no phase.
+    partitions or holds no parameter, when a settled partition would train again, or when there is no phase.
     """
 
     schedule: str
@@ -68,6 +68,8 @@ class Plan:
             wrong = []
             if phase.stop > len(self.partitions):
                 wrong.append(f"the window [{phase.start}, {phase.stop}) ends after the last partition")
+            elif not trainable(self.partitions, phase.start, phase.stop):
+                wrong.append(f"the window [{phase.start}, {phase.stop}) holds no parameter that could train")
             if phase.start < settled:
                 wrong.append(f"partition {phase.start} is settled for good by an earlier phase")
             if wrong:
@@ -170,7 +172,12 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-# Schedules
+# Schedules: none of their windows is without parameters, if the partitions are not
+
+
+def trainable(partitions: Sequence[Partition], start: int, stop: int) -> bool:
+    """Whether partitions [start, stop) hold any parameter."""
+    return any(partition.parameters for partition in partitions[start:stop])
 
 
 def standard(partitions: Sequence[Partition], epochs: int) -> tuple[Phase, ...]:
@@ -187,6 +194,8 @@ def window(
     `epochs_total` that many are shared out instead. Raises UsageError when they are fewer than the phases.
     """
     count = max(1, len(partitions) // 2)
+    while count > 1 and not trainable(partitions, count - 1, len(partitions) - count + 1):
+        count -= 1
     if epochs_total is not None and epochs_total < count:
         raise UsageError(
             f"the window schedule over {len(partitions)} partitions has {count} phases and cannot share out "
@@ -200,10 +209,15 @@ def window(
 
 
 def grow(partitions: Sequence[Partition], epochs: int) -> tuple[Phase, ...]:
-    """The student grows, [0, c) for c = 1 .. N, under a frozen teacher; in larger steps if epochs are few."""
-    count = min(len(partitions), epochs)
+    """The student grows, [0, c) for c = 1 .. N, under a frozen teacher; in larger steps if epochs are few.
+
+    The first c is the one with which the student gets its first parameter.
+    """
+    last = len(partitions)
+    first = next((c for c in range(1, last) if trainable(partitions, 0, c)), last)
+    count = min(last - first + 1, epochs)
     return tuple(
-        Phase(start=0, stop=(index + 1) * len(partitions) // count, epochs=share)
+        Phase(start=0, stop=first - 1 + (index + 1) * (last - first + 1) // count, epochs=share)
         for index, share in enumerate(_shares(epochs, count))
     )
 
@@ -239,7 +253,9 @@ def settle(
         )
     macs = [partition.macs for partition in partitions]
     weights = macs if any(macs) else [1] * len(macs)
-    before = list(accumulate(weights[:-1], initial=0))
+    # Where the teacher would be left without parameters there is no cut to move to.
+    last = max((cut for cut in range(len(weights)) if trainable(partitions, cut, len(weights))), default=0)
+    before = list(accumulate(weights[:last], initial=0))
     moves = {0: 0}
     for move in range(1, MOVES + 1):
         epoch = max(1, round(epochs * (start + (stop - start) * move / MOVES)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -47,6 +48,28 @@ names = st.sampled_from(sorted(SCHEDULES))
 
 
 # What holds for every schedule
+
+
+@given(names, st.lists(st.booleans(), min_size=1, max_size=12).filter(any), st.integers(1, 30))
+def test_no_window_is_without_parameters(name: str, holds: list[bool], epochs: int) -> None:
+    given_ = tuple(
+        replace(part, parameters=int(holding))
+        for part, holding in zip(partitions(*[1] * len(holds)), holds, strict=True)
+    )
+    plan = schedule(name, partitions=given_, epochs=epochs)
+    for phase in plan.phases:
+        assert any(holds[phase.start : phase.stop])
+    if name == "grow" and epochs >= len(holds):
+        assert [phase.stop for phase in plan.phases] == list(range(holds.index(True) + 1, len(holds) + 1))
+    if name == "window":
+        middle = len(plan.phases)
+        assert middle == max(1, len(holds) // 2) or not any(holds[middle : len(holds) - middle])
+
+
+def test_a_window_without_parameters_is_refused() -> None:
+    parts = tuple(replace(part, parameters=part.index) for part in partitions(1, 1))
+    with pytest.raises(PartitionError, match=r"> #-  1 epoch.*<- the window \[0, 1\) holds no parameter"):
+        Plan(schedule="mine", partitions=parts, phases=(Phase(start=0, stop=1, epochs=1),))
 
 
 @given(names, costs, st.integers(1, 100))
