@@ -122,10 +122,10 @@ def _train(spec: RunSpec, view: render.View, as_json: bool) -> None:
 
 
 def _inspect(spec: RunSpec, as_json: bool) -> None:
-    with render.observing(spec.model, "plain") as observer, redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr):
         from fxsplit import api
 
-        inspection = api.inspect(spec, observer)
+        inspection = api.inspect(spec)
     if as_json:
         render.write_json(render.inspection_to_dict(inspection))
     else:

@@ -9,8 +9,9 @@ from functools import partial
 from itertools import islice
 from time import perf_counter
 
-import timm.utils
 import torch
+from timm.utils.random import random_seed
+from torch import nn
 
 from fxsplit.capture import models
 from fxsplit.capture.tracing import Trace
@@ -22,6 +23,7 @@ from fxsplit.plan.schedule import Plan
 from fxsplit.plan.schedule import schedule as make_plan
 from fxsplit.report import EpochRecord, Inspection, Observer, RunReport
 from fxsplit.run import datasets
+from fxsplit.run.data import Data
 from fxsplit.run.executor import Executor
 from fxsplit.run.folder import RunFolder
 from fxsplit.run.metrics import environment
@@ -42,75 +44,15 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
     began = perf_counter()
     device = choose_device(spec.device)
     with determinism(spec.seed, spec.deterministic):
-        data = datasets.load(
-            spec.data,
-            img_size=spec.img_size,
-            data_dir=spec.data_dir,
-            seed=spec.seed,
-            train_limit=spec.train_limit,
-            workers=spec.workers,
-            notice=observer.notice,
-        ).to(device)
-        model = models.build(
-            spec.model,
-            num_classes=len(data.classes),
-            img_size=data.img_size,
-            pretrained=spec.pretrained,
-            stem=spec.stem,
-        )
-        memory_format = torch.channels_last if spec.channels_last else torch.contiguous_format
-        model = model.to(device=device, memory_format=memory_format)
+        data = _load(spec, observer).to(device)
+        model = _build(spec, data, device)
         trace = trace_model(model, (torch.empty(2, data.channels, data.img_size, data.img_size, device=device),))
         plan = _plan(spec, trace)
         executor = Executor(trace, plan.partitions)
         if spec.torchcompile:
             executor.compile_stages(spec.torchcompile)
-        trainer = Trainer(
-            executor=executor,
-            plan=plan,
-            loader=Loader(
-                train=data.train,
-                test=data.test,
-                batch_size=spec.batch_size,
-                seed=spec.seed,
-                augment=spec.augment,
-                mean=spec.mean,
-                std=spec.std,
-                channels_last=spec.channels_last,
-                limit=1 if spec.dry_run else spec.train_batches_per_epoch,
-            ),
-            make_optimizer=partial(
-                make_optimizer,
-                model,
-                name=spec.opt,
-                lr=spec.lr,
-                momentum=spec.momentum,
-                weight_decay=spec.weight_decay,
-            ),
-            make_scheduler=partial(
-                make_scheduler,
-                name=spec.sched,
-                epochs=plan.epochs,
-                warmup_epochs=spec.warmup_epochs,
-                min_lr=spec.min_lr,
-            ),
-            smoothing=spec.smoothing,
-            clip_grad=spec.clip_grad,
-            amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None,
-            grad_accum_steps=spec.grad_accum_steps,
-            log_interval=spec.log_interval,
-            observer=observer,
-        )
-        folder = None
-        if not spec.dry_run:
-            folder = RunFolder(
-                spec.output,
-                model=spec.model,
-                schedule=spec.schedule,
-                seed=spec.seed,
-                experiment=spec.experiment,
-            )
-            folder.start(args_yaml=spec.to_yaml(), plan=plan, environment=environment(device))
+        trainer = _trainer(spec, model, executor, plan, data, observer)
+        folder = None if spec.dry_run else _folder(spec, plan, device)
         observer.run_started(
             folder=str(folder.path) if folder else "",
             device=str(device),
@@ -118,15 +60,18 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
             train_images=len(data.train),
             test_images=len(data.test),
         )
-        setup_seconds = perf_counter() - began
         records: list[EpochRecord] = []
-        status = "interrupted"
+        setup_seconds = perf_counter() - began
+        status = "failed"
         try:
             for record in islice(trainer.epochs(), 1 if spec.dry_run else None):
                 records.append(record)
                 if folder:
                     folder.add(record)
             status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
         finally:
             report = RunReport(
                 status=status,
@@ -144,9 +89,8 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
     return report
 
 
-def inspect(spec: RunSpec, observer: Observer | None = None) -> Inspection:
+def inspect(spec: RunSpec) -> Inspection:
     """The partitions of a model and the phases of its schedule, without weights, data or a device."""
-    observer = observer or Observer()
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     build = partial(models.build, spec.model, num_classes=classes, img_size=img_size, stem=spec.stem)
     try:
@@ -177,6 +121,31 @@ def partition(
     return partition_graphs(trace.train, trace.eval, count=count, at=at, balance=balance)
 
 
+def _load(spec: RunSpec, observer: Observer) -> Data:
+    return datasets.load(
+        spec.data,
+        img_size=spec.img_size,
+        data_dir=spec.data_dir,
+        seed=spec.seed,
+        train_limit=spec.train_limit,
+        workers=spec.workers,
+        notice=observer.notice,
+    )
+
+
+def _build(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
+    model = models.build(
+        spec.model,
+        num_classes=len(data.classes),
+        img_size=data.img_size,
+        pretrained=spec.pretrained,
+        stem=spec.stem,
+    )
+    if spec.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(device)
+
+
 def _plan(spec: RunSpec, trace: Trace) -> Plan:
     count = spec.parts
     if count is None and not spec.at:
@@ -186,6 +155,55 @@ def _plan(spec: RunSpec, trace: Trace) -> Plan:
     return make_plan(spec.schedule, partitions=partitions, epochs=spec.epochs, epochs_total=spec.epochs_total)
 
 
+def _trainer(
+    spec: RunSpec, model: nn.Module, executor: Executor, plan: Plan, data: Data, observer: Observer
+) -> Trainer:
+    return Trainer(
+        executor=executor,
+        plan=plan,
+        loader=Loader(
+            train=data.train,
+            test=data.test,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            augment=spec.augment,
+            mean=spec.mean,
+            std=spec.std,
+            channels_last=spec.channels_last,
+            limit=1 if spec.dry_run else spec.train_batches_per_epoch,
+        ),
+        make_optimizer=partial(
+            make_optimizer,
+            model,
+            name=spec.opt,
+            lr=spec.lr,
+            momentum=spec.momentum,
+            weight_decay=spec.weight_decay,
+        ),
+        make_scheduler=partial(
+            make_scheduler,
+            name=spec.sched,
+            epochs=plan.epochs,
+            warmup_epochs=spec.warmup_epochs,
+            min_lr=spec.min_lr,
+        ),
+        smoothing=spec.smoothing,
+        clip_grad=spec.clip_grad,
+        amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None,
+        grad_accum_steps=spec.grad_accum_steps,
+        log_interval=spec.log_interval,
+        observer=observer,
+    )
+
+
+def _folder(spec: RunSpec, plan: Plan, device: torch.device) -> RunFolder:
+    folder = RunFolder(
+        spec.output, model=spec.model, schedule=spec.schedule, seed=spec.seed, experiment=spec.experiment
+    )
+    folder.start(args_yaml=spec.to_yaml(), plan=plan, environment=environment(device))
+    return folder
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA where there is a GPU, else the CPU. Raises UsageError when there is no such device."""
     if name == "auto":
@@ -193,7 +211,7 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"there is no device {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
+            f"there is no device {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
             "use --device cpu, or auto"
         )
     return device
@@ -201,14 +219,14 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def determinism(seed: int, deterministic: bool) -> Iterator[None]:
-    """Seed every generator; with `deterministic`, let torch refuse kernels that are not, until the end."""
-    timm.utils.random_seed(seed)
+    """Seed every generator. With `deterministic` torch refuses kernels that are not; else cuDNN looks for fast ones."""
+    random_seed(seed)
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         # cuBLAS reads this when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:

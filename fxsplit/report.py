@@ -13,7 +13,7 @@ from fxsplit.plan.schedule import Phase, Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """Where training stands inside an epoch; means are over the epoch so far. `images_per_second` is of training alone."""
+    """Where training stands inside an epoch; means and `images_per_second` are over the epoch so far."""
 
     phase: int
     epoch: int
@@ -57,7 +57,7 @@ class EpochRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """A whole run. `status` is "finished" or "interrupted"; `folder` is where its files lie."""
+    """A whole run. `status` is "finished", "interrupted" or "failed"; `folder` is where its files lie."""
 
     status: str
     spec: dict[str, Any]

@@ -140,12 +140,12 @@ class FunctionalNorm(Chain):
 
 
 class FusedNorm(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         assert self.num_batches_tracked is not None
         if self.training:
             self.num_batches_tracked.add_(1)
         normed = F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
         )
         return normed.relu()
 

@@ -18,7 +18,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def storage_key(tensor: Tensor) -> int:
     """Equal for two tensors that share memory, also on the meta device, as long as both are alive."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 class CostMeter:

@@ -46,9 +46,7 @@ class Guards:
     _passed: set[Any] = field(default_factory=set)
 
     @classmethod
-    def of(
-        cls, guards: Sequence[Guard], recorded: fx.Graph, names: Mapping[fx.Node, str], twin: nn.Module
-    ) -> Guards:
+    def of(cls, guards: Sequence[Guard], recorded: fx.Graph, names: Mapping[fx.Node, str], twin: nn.Module) -> Guards:
         """From the guards of a recorded graph; `names` are those of its ops."""
         needed = {guard.node for guard in guards}
         for node in reversed(recorded.nodes):

@@ -27,9 +27,7 @@ STEMS = ("original", "cifar")
 FORMS = "timm:NAME, torchvision:NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY"
 
 
-def build(
-    spec: str, *, num_classes: int, img_size: int, pretrained: bool = False, stem: str = "original"
-) -> nn.Module:
+def build(spec: str, *, num_classes: int, img_size: int, pretrained: bool = False, stem: str = "original") -> nn.Module:
     """The model that `spec` names, for images (N, 3, img_size, img_size) of `num_classes` classes.
 
     A factory gets those of `num_classes` and `img_size` that its signature names. Pretrained weights come
@@ -83,9 +81,7 @@ def _is_for_one_size(name: str) -> bool:
     return bool(config and config.fixed_input_size)
 
 
-def _from_torchvision(
-    name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str
-) -> nn.Module:
+def _from_torchvision(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
     from torchvision import models
 
     if name not in models.list_models():
@@ -98,9 +94,7 @@ def _from_torchvision(
     }
     sizes = size_arguments.get(builder.__module__, {})
     if sizes and stem == "cifar":
-        raise UsageError(
-            f"the stem of 'torchvision:{name}' cannot change, because all its layers depend on it"
-        )
+        raise UsageError(f"the stem of 'torchvision:{name}' cannot change, because all its layers depend on it")
     settings = {**sizes, **({"weights": "DEFAULT"} if pretrained else {"num_classes": num_classes})}
     if "weights_backbone" in inspect.signature(builder).parameters:
         settings["weights_backbone"] = None
@@ -121,9 +115,7 @@ def _from_torchvision(
 def _from_paper(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
     spec = f"paper:{name}"
     if name not in NETWORKS:
-        raise UsageError(
-            f"the paper has no network {name!r}, only {', '.join(NETWORKS)}{nearest(name, NETWORKS)}"
-        )
+        raise UsageError(f"the paper has no network {name!r}, only {', '.join(NETWORKS)}{nearest(name, NETWORKS)}")
     _refuse_pretrained(spec, pretrained)
     model = NETWORKS[name](num_classes, img_size, 3)
     if stem == "cifar":
@@ -131,9 +123,7 @@ def _from_paper(name: str, *, num_classes: int, img_size: int, pretrained: bool,
     return model
 
 
-def _from_factory(
-    source: str, name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str
-) -> nn.Module:
+def _from_factory(source: str, name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
     spec = f"{source}:{name}"
     _refuse_pretrained(spec, pretrained)
     is_file = source.endswith(".py")
@@ -181,9 +171,7 @@ def _import_file(source: str) -> ModuleType:
         found.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise UsageError(
-            f"{source!r} cannot be imported: {type(error).__name__}: {_reason(error)}"
-        ) from error
+        raise UsageError(f"{source!r} cannot be imported: {type(error).__name__}: {_reason(error)}") from error
     return module
 
 
@@ -197,9 +185,7 @@ def _import_module(source: str, spec: str) -> ModuleType:
                 f"{source!r} in {spec!r} is no library ({', '.join(SCHEMES)}), no .py file and no module "
                 f"that can be imported{nearest(source, SCHEMES)}"
             ) from error
-        raise UsageError(
-            f"{source!r} cannot be imported: {type(error).__name__}: {_reason(error)}"
-        ) from error
+        raise UsageError(f"{source!r} cannot be imported: {type(error).__name__}: {_reason(error)}") from error
 
 
 @contextmanager
@@ -239,9 +225,7 @@ def _keep_small_images(model: nn.Module, spec: str) -> None:
         conv.stride = conv.padding = (1, 1)
     else:
         bias = conv.bias is not None
-        small = type(conv)(
-            conv.in_channels, conv.out_channels, 3, stride=1, padding=1, groups=conv.groups, bias=bias
-        )
+        small = type(conv)(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, groups=conv.groups, bias=bias)
         model.set_submodule(path, small)
     if pooling := _stem_pooling(model, path):
         model.set_submodule(pooling, nn.Identity())

@@ -1,8 +1,9 @@
 """torch.fx's tracer, with proxies that carry values.
 
-Beside the symbolic trace every operation also runs on tensors of the meta device, so a proxy can answer what Python asks
-of it: `if x.shape[1] > 3`, `len(x)`, `range(n)`. Each such answer is a guard, since it fixed the path through the model.
-A module that cannot be traced through becomes one op, with a reason. All that leans on torch.fx's inner workings is here.
+Beside the symbolic trace every operation also runs on tensors of the meta device, so a proxy can answer what Python
+asks of it: `if x.shape[1] > 3`, `len(x)`, `range(n)`. Each such answer is a guard, since it fixed the path through the
+model. A module that cannot be traced through becomes one op, with a reason. All that leans on torch.fx's inner workings
+is here.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Guard:
     where: str
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """Something that cannot be recorded; the module around it becomes one op. The message is the reason."""
 
 
@@ -80,7 +81,7 @@ class ValueProxy(fx.Proxy):
     def value(self) -> Any:
         return self.node.meta["value"]
 
-    @property  # type: ignore[override]
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         # isinstance(x, torch.Tensor) and isinstance(n, int) must hold inside a traced model.
         value = self.node.meta["value"]
@@ -113,7 +114,8 @@ class ValueProxy(fx.Proxy):
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, Mapping):
             return iter(self.value)
-        return (self[index] for index in range(len(self)))
+        items = range(len(self))
+        return (self.tracer.create_proxy("call_function", operator.getitem, (self, index), {}) for index in items)
 
     def __contains__(self, item: Any) -> bool:
         if isinstance(self.value, Mapping):
@@ -203,7 +205,7 @@ class ValueTracer(fx.Tracer):
         if target is torch._assert:
             condition = args[0] if args else kwargs["condition"]
             if not condition:
-                raise Untraceable("an assertion of the model fails for this input")
+                raise UntraceableError("an assertion of the model fails for this input")
             return None
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         node = proxy.node
@@ -219,7 +221,9 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, Tensor):
             name = self._state.get(id(a))
             if name is None:
-                raise Untraceable("it computes with a tensor that is neither an input nor a parameter nor a buffer")
+                raise UntraceableError(
+                    "it computes with a tensor that is neither an input nor a parameter nor a buffer"
+                )
             return self._state_proxy(name, a).node
         return super().create_arg(a)
 
@@ -252,7 +256,7 @@ class ValueTracer(fx.Tracer):
             try:
                 return forward(*args, **kwargs)
             except Exception as error:
-                reason = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
+                reason = str(error) if isinstance(error, UntraceableError) else f"{type(error).__name__}: {error}"
                 first_error = error
             finally:
                 self._path = outer
@@ -300,7 +304,7 @@ class ValueTracer(fx.Tracer):
         """What Python wants to know of a value; a guard from now on."""
         value = proxy.value
         if isinstance(value, Tensor) and question != "len":
-            raise Untraceable(f"{user_line()} branches on data: it asks for {question}() of a tensor")
+            raise UntraceableError(f"{user_line()} branches on data: it asks for {question}() of a tensor")
         found = QUESTIONS[question](value)
         self.guards.append(Guard(node=proxy.node, question=question, answer=found, where=user_line()))
         return found
@@ -311,7 +315,7 @@ class ValueTracer(fx.Tracer):
         args = fx.node.map_arg(node.args, lambda argument: argument.meta["value"])
         kwargs = fx.node.map_arg(node.kwargs, lambda argument: argument.meta["value"])
         state = self._module_state(node)
-        watched = {
+        watched: dict[str | fx.Node, list[Tensor]] = {
             **{argument: tensors_in(argument.meta["value"]) for argument in node.all_input_nodes},
             **{name: [tensor] for name, tensor in state.items()},
         }
@@ -345,14 +349,20 @@ class ValueTracer(fx.Tracer):
         def filled(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
-            return torch.rand_like(leaf, device="cpu") if leaf.is_floating_point() else torch.zeros_like(leaf, device="cpu")
+            return (
+                torch.rand_like(leaf, device="cpu")
+                if leaf.is_floating_point()
+                else torch.zeros_like(leaf, device="cpu")
+            )
 
         module = copy.deepcopy(self.root.get_submodule(path)).to_empty(device="cpu")
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):
                 tensor.zero_()
         args, kwargs = pytree.tree_map(filled, (args, kwargs))
-        return pytree.tree_map(lambda leaf: leaf.to(META) if isinstance(leaf, Tensor) else leaf, module(*args, **kwargs))
+        return pytree.tree_map(
+            lambda leaf: leaf.to(META) if isinstance(leaf, Tensor) else leaf, module(*args, **kwargs)
+        )
 
     def _module_state(self, node: fx.Node) -> dict[str, Tensor]:
         if node.op != "call_module":
@@ -383,7 +393,12 @@ class ValueTracer(fx.Tracer):
 
 
 def evaluate(
-    root: nn.Module, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+    root: nn.Module,
+    kind: str,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: torch.device,
 ) -> Any:
     """Run one node on the meta device. Whatever asks for a tensor's device hears `device` instead."""
     if kind == "call_function" and target is getattr and args[1:2] == ("device",) and isinstance(args[0], Tensor):
@@ -419,18 +434,18 @@ def recorded_calls(tracer: ValueTracer) -> Iterator[None]:
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if tracer._evaluating:
-            return function.__get__(None, cls)(*args, **kwargs)
-        raise Untraceable(f"it calls the custom autograd function {cls.__name__}")
+            return original_apply.__get__(None, cls)(*args, **kwargs)
+        raise UntraceableError(f"it calls the custom autograd function {cls.__name__}")
 
-    originals = [(torch, name, getattr(torch, name)) for name in FACTORIES]
-    function = vars(torch.autograd.Function)["apply"]
+    factories = {name: getattr(torch, name) for name in FACTORIES}
+    original_apply: Any = vars(torch.autograd.Function)["apply"]
+    function_class: Any = torch.autograd.Function
     try:
-        for owner, name, original in originals:
-            setattr(owner, name, recorded(original))
-        setattr(torch.autograd.Function, "apply", classmethod(apply))
+        for name, factory in factories.items():
+            setattr(torch, name, recorded(factory))
+        function_class.apply = classmethod(apply)
         yield
     finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
-        setattr(torch.autograd.Function, "apply", function)
-
+        for name, factory in factories.items():
+            setattr(torch, name, factory)
+        function_class.apply = original_apply

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from fxsplit.capture.costs import CostMeter, storage_key, tensors_in
 from fxsplit.capture.guards import Guards
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.tracer import META, Untraceable, ValueTracer, recorded_calls
+from fxsplit.capture.tracer import META, UntraceableError, ValueTracer, recorded_calls
 from fxsplit.errors import TraceError
 from fxsplit.graph import Graph, Op, OpKind, State, Value
 
@@ -134,10 +134,10 @@ def _program(
         ):
             recorded = tracer.trace(twin)
     except Exception as error:
-        reason = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, UntraceableError) else f"{type(error).__name__}: {error}"
         advice = (
             "; move that part into a module of its own, which then stays one op"
-            if isinstance(error, Untraceable)
+            if isinstance(error, UntraceableError)
             else ""
         )
         raise TraceError(f"{type(twin).__name__} cannot be traced in {mode}: {reason}{advice}") from error
@@ -259,4 +259,3 @@ def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
         if owner != name:
             others[owner] = (*others.get(owner, ()), name)
     return others
-

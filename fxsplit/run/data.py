@@ -55,7 +55,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def to(self, device: torch.device) -> ImageSet:
-        """The same images on `device`; itself when it is there already."""
+        """The same images on `device`."""
 
     @abstractmethod
     def subset(self, ids: Tensor) -> ImageSet:
@@ -106,10 +106,7 @@ class FileImages(ImageSet):
         self._turns: list[list[int]] = []
 
     def to(self, device: torch.device) -> FileImages:
-        labels = self.labels.to(device)
-        if labels is self.labels:
-            return self
-        return FileImages(self.paths, labels, img_size=self.img_size, workers=self.workers)
+        return FileImages(self.paths, self.labels.to(device), img_size=self.img_size, workers=self.workers)
 
     def subset(self, ids: Tensor) -> FileImages:
         paths = [self.paths[index] for index in ids.tolist()]
@@ -205,6 +202,8 @@ def batches(
     Raises UsageError when the augmentation is unknown, and DataError when an image file cannot be decoded.
     """
     count = steps(len(images), batch_size=batch_size, drop_single=drop_single, limit=limit)
+    if count == 0:
+        return  # splitting nothing would give one empty batch
     order = torch.arange(len(images))
     if shuffle:
         order = torch.from_numpy(random_stream("order", seed, epoch).permutation(len(images)))
@@ -230,9 +229,7 @@ def steps(samples: int, *, batch_size: int, drop_single: bool = False, limit: in
     return count if limit is None else min(count, limit)
 
 
-def _augmentation(
-    augment: str, images: ImageSet, seed: int, epoch: int
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _augmentation(augment: str, images: ImageSet, seed: int, epoch: int) -> Callable[[Tensor, Tensor], Tensor]:
     """What turns the pixels and ids of a batch into augmented pixels."""
     if augment not in AUGMENTATIONS:
         known, hint = " and ".join(AUGMENTATIONS), nearest(augment, AUGMENTATIONS)
@@ -281,9 +278,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except Exception as error:
-        raise DataError(
-            f"the image {str(path)!r} cannot be decoded ({error}); repair or remove the file"
-        ) from error
+        raise DataError(f"the image {str(path)!r} cannot be decoded ({error}); repair or remove the file") from error
 
 
 def random_stream(purpose: str, *numbers: int) -> np.random.Generator:

@@ -156,9 +156,7 @@ def _synthetic(img_size: int, _data_dir: Path, seed: int) -> Data:
     stream = random_stream("synthetic", seed)
     train, test = (
         MemoryImages(
-            pixels=torch.from_numpy(
-                stream.integers(256, size=(count, 3, img_size, img_size), dtype=np.uint8)
-            ),
+            pixels=torch.from_numpy(stream.integers(256, size=(count, 3, img_size, img_size), dtype=np.uint8)),
             labels=torch.from_numpy(stream.integers(10, size=count)),
             img_size=img_size,
         )

@@ -1,9 +1,9 @@
 """The executor: a traced model that runs any phase. It is the one place where the state of training changes.
 
-    phase [start, stop)      [0, start)         [start, stop)     [stop, n)
-                             settled            trains            frozen
-    mode in training         evaluation         training          evaluation
-    autograd                 off                on                on, for gradients that pass through
+phase [start, stop)      [0, start)         [start, stop)     [stop, n)
+                         settled            trains            frozen
+mode in training         evaluation         training          evaluation
+autograd                 off                on                on, for gradients that pass through
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Executor(nn.Module):
     Raises PartitionError when the partitions are not those of this trace.
     """
 
+    _model: nn.Module
+
     def __init__(self, trace: Trace, partitions: Sequence[Partition]) -> None:
         super().__init__()
         ends = [0, *(partition.stop for partition in partitions)]
@@ -39,7 +41,7 @@ class Executor(nn.Module):
             )
         model = trace.model
         # Not registered as a submodule: its names would then begin with another one.
-        self.__dict__["_model"] = model
+        object.__setattr__(self, "_model", model)
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self._signature = trace.signature

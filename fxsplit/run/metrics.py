@@ -209,7 +209,7 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
         "memory_bytes": properties.total_memory,
         "driver": NvmlDevice(_uuid(device)).driver(),
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-import timm.optim
-import timm.scheduler
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,25 +24,29 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 def make_optimizer(
-    model: nn.Module, *, name: str, lr: float, momentum: float, weight_decay: float, previous: Optimizer | None = None
+    model: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    previous: Optimizer | None = None,
 ) -> Optimizer:
     """An optimizer over the parameters of `model` that want a gradient, each in exactly one group.
 
     Weight decay leaves out biases, norms and what the model itself lists in `no_weight_decay()`, as timm does.
     Parameters that `previous` holds too keep their state. Raises UsageError for an unknown name.
     """
-    if name not in timm.optim.list_optimizers():
-        raise UsageError(f"timm has no optimizer {name!r}{nearest(name, timm.optim.list_optimizers())}")
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    if name not in list_optimizers():
+        raise UsageError(f"timm has no optimizer {name!r}{nearest(name, list_optimizers())}")
+    spared: Collection[str] = getattr(model, "no_weight_decay", tuple)()
     groups: list[dict[str, Any]] = (
-        timm.optim.param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
+        param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
         if weight_decay
         else [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
     )
     groups = [group for group in groups if group["params"]]
-    optimizer: Optimizer = timm.optim.create_optimizer_v2(
-        groups, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay
-    )
+    optimizer: Optimizer = create_optimizer_v2(groups, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if previous is not None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -51,7 +57,7 @@ def make_optimizer(
 
 def make_scheduler(
     optimizer: Optimizer, *, name: str, epochs: int, steps_per_epoch: int, warmup_epochs: int, min_lr: float
-) -> timm.scheduler.scheduler.Scheduler:
+) -> Scheduler:
     """The learning rate of the whole run, a function of the steps done: set it with `step_update`.
 
     Raises UsageError for an unknown name.
@@ -60,7 +66,7 @@ def make_scheduler(
         raise UsageError(
             f"there is no learning-rate schedule {name!r}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
         )
-    scheduler, _ = timm.scheduler.create_scheduler_v2(
+    scheduler, _ = create_scheduler_v2(
         optimizer,
         num_epochs=epochs,
         decay_epochs=epochs,

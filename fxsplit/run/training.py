@@ -203,7 +203,7 @@ class Trainer:
                 logits = logits_of(self.executor(images))
                 loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
             share = len(labels) / len(batch.labels)
-            self._scaler.scale(loss * share if share < 1 else loss).backward()
+            self._scaler.scale(loss * share if share < 1 else loss).backward()  # type: ignore[no-untyped-call]
             accuracy.update(loss, logits, labels)
         if self.clip_grad is not None:
             self._scaler.unscale_(optimizer)

@@ -90,7 +90,18 @@ def test_functions_carry_the_path_of_the_module_around_them() -> None:
 def test_the_modes_differ_where_the_model_does() -> None:
     found = captured(FunctionalDropout())
     train, evaluation = ([op.name for op in graph.ops] for graph in (found.train, found.eval))
-    assert train == ["conv1", "norm1", "relu", "dropout", "conv2", "norm2", "relu_1", "dropout_1", "mean", "head"]
+    assert train == [
+        "conv1",
+        "norm1",
+        "relu",
+        "dropout",
+        "conv2",
+        "norm2",
+        "relu_1",
+        "dropout_1",
+        "mean",
+        "head",
+    ]
     assert evaluation == ["conv1", "norm1", "relu", "dropout", "conv2", "norm2", "relu_1", "mean", "head"]
 
 
@@ -107,7 +118,10 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
         ]
 
     before, weights = look(), {name: value.clone() for name, value in model.state_dict().items()}
-    random_state, factories = torch.get_rng_state(), (torch.zeros, torch.autograd.Function.apply, nn.Module.__call__)
+    random_state, factories = (
+        torch.get_rng_state(),
+        (torch.zeros, torch.autograd.Function.apply, nn.Module.__call__),
+    )
     captured(model)
     assert look() == before
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights.items())

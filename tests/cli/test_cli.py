@@ -51,10 +51,8 @@ class FakeApi(SimpleNamespace):
         print("a library prints")
         return self.report
 
-    def inspect(self, spec: RunSpec, observer: Observer | None = None) -> Inspection:
-        assert observer is not None
+    def inspect(self, spec: RunSpec) -> Inspection:
         self.spec = spec
-        observer.notice("a notice")
         print("a library prints")
         return self.inspection
 

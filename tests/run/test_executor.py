@@ -115,9 +115,7 @@ def test_exactly_the_state_of_the_training_partitions_moves(name: str, schedule_
     trained: set[str] = set()
     for phase in plan.phases:
         net.enter(phase)
-        training = {
-            name for part in net.partitions[phase.start : phase.stop] for name in part.state
-        }
+        training = {name for part in net.partitions[phase.start : phase.stop] for name in part.state}
         before = {name: value.clone() for name, value in net.state_dict(keep_vars=True).items()}
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
         for step in range(2):
