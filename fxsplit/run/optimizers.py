@@ -35,7 +35,8 @@ def make_optimizer(
     """An optimizer over the parameters of `model` that want a gradient, each in exactly one group.
 
     Weight decay leaves out biases, norms and what the model itself lists in `no_weight_decay()`, as timm does.
-    Parameters that `previous` holds too keep their state. Raises UsageError for an unknown name.
+    Parameters that `previous` holds too keep their state. Raises UsageError for an unknown name and for values
+    that the optimizer refuses.
     """
     if name not in list_optimizers():
         raise UsageError(f"timm has no optimizer {name!r}{nearest(name, list_optimizers())}")
@@ -46,7 +47,12 @@ def make_optimizer(
         else [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
     )
     groups = [group for group in groups if group["params"]]
-    optimizer: Optimizer = create_optimizer_v2(groups, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    try:
+        optimizer: Optimizer = create_optimizer_v2(
+            groups, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay
+        )
+    except (ImportError, TypeError, ValueError) as error:
+        raise UsageError(f"the optimizer {name!r} cannot be made: {error}") from error
     if previous is not None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -186,7 +186,7 @@ def test_inspect(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
     assert api.spec == RunSpec(model="paper:cnn", parts=3)
     out, err = capsys.readouterr()
     assert json.loads(out)["totals"]["ops"] == 6
-    assert err == "a notice\na library prints\n"
+    assert err == "a library prints\n"
     assert main(["inspect", "paper:cnn"]) == 0
     assert "kept whole: block.norm" in capsys.readouterr().out
 
