@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
@@ -33,10 +33,9 @@ Record = TypeVar("Record", bound="DataclassInstance")
 class Cut:
     """A place between two ops of the train graph (`index`) and its twin in the eval graph (`eval_index`).
 
-    `path` finds the op after the cut: its module path, or its own name where that path is empty or begins
-    earlier. `boundary` is what must be passed on in either mode, in the order in which training writes it;
-    `bytes_per_sample` is its size, shared memory counted once. `refusal` says why the cut is not allowed, or
-    is None.
+    `path` finds the op after the cut: the outermost module that begins with it, or its own name where none does.
+    `boundary` is what must be passed on in either mode, in the order in which training writes it;
+    `bytes_per_sample` is its size, shared memory counted once. `refusal` says why the cut is not allowed, or is None.
     """
 
     index: int
@@ -269,16 +268,24 @@ def _places(train: Graph) -> dict[str, int]:
     """All that `at` may name, and the op that it finds: an op by its name, else the first op in a module."""
     places: dict[str, int] = {}
     for index, op in enumerate(train.ops):
-        for path in accumulate(op.path.split("."), "{}.{}".format):
+        for path in _prefixes(op.path):
             places.setdefault(path, index)
     places.pop("", None)
     return places | {op.name: index for index, op in enumerate(train.ops)}
 
 
 def _paths(train: Graph) -> list[str]:
-    """For every op the shortest honest name of the cut before it: one that `_places` leads back to it."""
+    """For every op the name of the cut before it: the outermost module that begins there, else the op's own name."""
     places = _places(train)
-    return [op.path if places.get(op.path) == index else op.name for index, op in enumerate(train.ops)]
+    return [
+        next((path for path in _prefixes(op.path) if places.get(path) == index), op.name)
+        for index, op in enumerate(train.ops)
+    ]
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """`a`, `a.b`, `a.b.c`: a module path from the outside in."""
+    return accumulate(path.split("."), "{}.{}".format)
 
 
 # Partitions

@@ -92,6 +92,8 @@ class Trainer:
 
     `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
     backward passes, with the gradient of the whole. `clip_grad` bounds the gradient's norm.
+
+    Raises FxsplitError when there is nothing to train on, UsageError when the optimizer cannot be made.
     """
 
     executor: Executor
@@ -107,19 +109,18 @@ class Trainer:
     observer: Observer = field(default_factory=Observer)
 
     def __post_init__(self) -> None:
+        if not self.loader.steps_per_epoch:
+            raise FxsplitError("there is no batch to train on: BatchNorm needs at least 2 training images")
         self.device = self.loader.device
         self._meter = Meter(self.device)
         self._optimizer: Optimizer | None = None
         scaled = self.amp_dtype is torch.float16
+        # Unknown names and impossible values are refused here, before a run has left anything behind.
+        self.make_scheduler(self.make_optimizer(previous=None), steps_per_epoch=self.loader.steps_per_epoch)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
 
     def epochs(self) -> Iterator[EpochRecord]:
-        """Train and test, an epoch at each step of the iterator. At its end everything may train again.
-
-        Raises FxsplitError when there is nothing to train on.
-        """
-        if not self.loader.steps_per_epoch:
-            raise FxsplitError("there is no batch to train on: BatchNorm needs at least 2 training images")
+        """Train and test, an epoch at each step of the iterator. At its end everything may train again."""
         try:
             for index, phase in enumerate(self.plan.phases):
                 began = now(self.device)

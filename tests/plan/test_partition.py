@@ -166,7 +166,7 @@ def test_a_cut_tells_where_it_is_and_what_passes() -> None:
     net = graph([op("a", "x", size=4), op("b", "a", size=20), op("c", "a", "b", path="block.c")])
     assert cuts(net, net) == (
         Cut(index=1, eval_index=1, path="b", boundary=("a",), bytes_per_sample=4, refusal=None),
-        Cut(index=2, eval_index=2, path="block.c", boundary=("a", "b"), bytes_per_sample=24, refusal=None),
+        Cut(index=2, eval_index=2, path="block", boundary=("a", "b"), bytes_per_sample=24, refusal=None),
     )
 
 
@@ -339,7 +339,7 @@ def test_partitions_own_and_sum_up() -> None:
     )
     first, second = partition(train, eval_graph, at=["drop"])
     assert first == Partition(
-        index=0, name="stem.conv", start=0, stop=2, eval_start=0, eval_stop=2,
+        index=0, name="stem", start=0, stop=2, eval_start=0, eval_stop=2,
         reads=("x", "mask"), writes=("mask", "stem.bn"), state=("p8", "p4", "b16"),
         parameters=3, state_bytes=28, macs=11, activation_bytes=3, boundary_bytes=24,
     )  # fmt: skip
@@ -419,8 +419,8 @@ NESTED = graph(
 @pytest.mark.parametrize(
     ("at", "starts", "names"),
     [
-        (["layer1"], [0, 1], ["stem", "layer1.0.conv"]),
-        (["layer2", "layer1.1", "layer2"], [0, 4, 6], ["stem", "layer1.1.conv", "layer2"]),
+        (["layer1"], [0, 1], ["stem", "layer1"]),
+        (["layer2", "layer1.1", "layer2"], [0, 4, 6], ["stem", "layer1.1", "layer2"]),
         (["layer1.0:add", "flatten"], [0, 2, 5], ["stem", "layer1.0:add", "flatten"]),
         (["layer2", "layer2@1"], [0, 6, 7], ["stem", "layer2", "layer2@1"]),
     ],
@@ -443,12 +443,12 @@ def test_cuts_by_path(at: list[str], starts: list[int], names: list[str]) -> Non
         (
             "layer1.0:relu",
             "the model cannot be cut before 'layer1.0:relu': op 'layer1.0:relu' writes in place into the "
-            "value 'layer1.0:add' after it; it can be cut before 'layer1.0:add' or 'layer1.1.conv'",
+            "value 'layer1.0:add' after it; it can be cut before 'layer1.0:add' or 'layer1.1'",
         ),
         (
             "stem",
             "the model cannot be cut before 'stem': it holds the first operation of the model; "
-            "it can be cut before 'layer1.0.conv'",
+            "it can be cut before 'layer1'",
         ),
     ],
 )

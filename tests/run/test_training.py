@@ -259,16 +259,16 @@ def test_a_diverging_loss_is_said_aloud() -> None:
 
 def test_nothing_to_train_on_is_an_error() -> None:
     with pytest.raises(FxsplitError, match="at least 2 training images"):
-        next(trainer(Chain(), loader={"train": TRAIN.subset(torch.tensor([0]))}).epochs())
+        trainer(Chain(), loader={"train": TRAIN.subset(torch.tensor([0]))})
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="no optimizer 'addam'; did you mean 'adam'"):
-        next(trainer(Chain(), optimizer={"name": "addam"}).epochs())
+        trainer(Chain(), optimizer={"name": "addam"})
     with pytest.raises(UsageError, match=r"no learning-rate schedule 'cosin'; did you mean 'cosine'\?"):
-        next(trainer(Chain(), scheduler={"name": "cosin"}).epochs())
+        trainer(Chain(), scheduler={"name": "cosin"})
     with pytest.raises(UsageError, match="the optimizer 'sgd' cannot be made: Nesterov momentum requires"):
-        next(trainer(Chain(), optimizer={"name": "sgd", "momentum": 0.0}).epochs())
+        trainer(Chain(), optimizer={"name": "sgd", "momentum": 0.0})
 
 
 def test_weight_decay_spares_biases_and_norms() -> None:

@@ -1,0 +1,253 @@
+"""The verbs, whole: what a run leaves behind, and what a user who errs is told."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+import fxsplit
+from fxsplit.api import choose_device
+from fxsplit.errors import DataError, UsageError
+from fxsplit.report import EpochRecord, Observer, RunReport
+from fxsplit.run import datasets
+from fxsplit.run.folder import COLUMNS
+from fxsplit.spec import read_recipe, resolve
+from fxsplit_cli.main import main
+
+MODEL = '''
+from torch import nn
+
+def small(num_classes):
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes),
+    )
+'''
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Callable[..., fxsplit.RunSpec]:
+    file = tmp_path / "model.py"
+    file.write_text(MODEL, encoding="utf-8")
+
+    def make(**changes: Any) -> fxsplit.RunSpec:
+        given = {
+            "model": f"{file}:small", "data": "synthetic", "img_size": 12, "train_limit": 40, "batch_size": 16,
+            "epochs": 4, "parts": 3, "output": str(tmp_path / "runs"), "device": "cpu", **changes,
+        }  # fmt: skip
+        return fxsplit.RunSpec(**given)
+
+    return make
+
+
+def train(spec: fxsplit.RunSpec, observer: Observer | None = None) -> RunReport:
+    return fxsplit.train(spec, observer)
+
+
+def test_a_run_leaves_all_its_files(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    asked = spec(schedule="settle", experiment="mine")
+    report = train(asked)
+    folder = Path(report.folder)
+    assert folder.name == "mine"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "args.yaml", "env.json", "metrics.jsonl", "model.safetensors", "plan.json", "report.json", "summary.csv",
+    ]  # fmt: skip
+    assert resolve(read_recipe(folder / "args.yaml")) == asked
+    assert fxsplit.Plan.from_json((folder / "plan.json").read_text(encoding="utf-8")) == report.plan
+    assert json.loads((folder / "env.json").read_text(encoding="utf-8"))["torch"].startswith("2.")
+    with (folder / "summary.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0])[:6] == ("epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr")
+    assert tuple(rows[0]) == COLUMNS
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [EpochRecord(**line) for line in lines] == list(report.epochs)
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3]
+    assert [float(row["eval_top1"]) for row in rows] == [record.eval_top1 for record in report.epochs]
+    data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert (data["status"], data["accuracy_pct"]) == ("finished", report.epochs[-1].eval_top1)
+
+
+def test_the_weights_file_holds_the_models_own_names_and_scores_the_same(
+    spec: Callable[..., fxsplit.RunSpec], tmp_path: Path
+) -> None:
+    report = train(spec(schedule="l2l"))
+    scope: dict[str, Any] = {}
+    exec(MODEL, scope)
+    model = scope["small"](10)
+    safetensors.torch.load_model(model, f"{report.folder}/model.safetensors")
+    model.eval()
+    data = datasets.load(
+        "synthetic", img_size=12, data_dir=str(tmp_path), seed=42, train_limit=40, workers=0, notice=print
+    )
+    test = data.test
+    batches = [test.pixels[start : start + 16] for start in range(0, len(test), 16)]  # type: ignore[union-attr]
+    scores = torch.cat([model(pixels / 255).argmax(1) for pixels in batches])
+    assert report.accuracy_pct == 100 * (scores == test.labels).sum().item() / len(test)
+
+
+@pytest.mark.parametrize("schedule", ["standard", "window", "grow", "settle", "l2l"])
+def test_the_same_seed_gives_the_same_run_and_another_one_another(
+    spec: Callable[..., fxsplit.RunSpec], schedule: str
+) -> None:
+    def outcome(seed: int) -> list[tuple[float, float]]:
+        report = train(spec(schedule=schedule, seed=seed, augment="crop-flip", deterministic=True, epochs=2))
+        return [(record.train_loss, record.eval_loss) for record in report.epochs]
+
+    assert outcome(1) == outcome(1) != outcome(2)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_options_reach_training(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    def last(**changes: Any) -> EpochRecord:
+        return train(spec(epochs=2, **changes)).epochs[-1]
+
+    plain = last()
+    changes: list[dict[str, Any]] = [
+        {"opt": "sgd"}, {"lr": 0.02}, {"weight_decay": 0.3}, {"clip_grad": 0.01}, {"smoothing": 0.1},
+        {"augment": "crop-flip"}, {"mean": (0.5,), "std": (0.25,)}, {"amp": True}, {"sched": "cosine"},
+        {"train_batches_per_epoch": 1}, {"train_limit": 20}, {"batch_size": 8}, {"grad_accum_steps": 2},
+        {"warmup_epochs": 1},
+    ]  # fmt: skip
+    losses = {plain.train_loss, *(last(**change).train_loss for change in changes)}
+    assert len(losses) == 1 + len(changes)
+    assert last(channels_last=True).train_loss == pytest.approx(plain.train_loss, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_stages_train_alike(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    plain, compiled = (
+        [record.train_loss for record in train(spec(schedule="settle", torchcompile=backend)).epochs]
+        for backend in (None, "eager")
+    )
+    assert compiled == pytest.approx(plain, rel=1e-6)
+
+
+def test_a_dry_run_writes_nothing(spec: Callable[..., fxsplit.RunSpec], tmp_path: Path) -> None:
+    report = train(spec(dry_run=True))
+    assert (len(report.epochs), report.folder) == (1, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.py"]
+
+
+class Stop(Observer):
+    def epoch_done(self, record: EpochRecord) -> None:
+        if record.epoch == 1:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_keeps_its_epochs_and_weights(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(spec(experiment="mine"), Stop())
+    folder = Path(spec().output) / "mine"
+    data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert (data["status"], [epoch["epoch"] for epoch in data["epochs"]]) == ("interrupted", [0])
+    assert safetensors.torch.load_file(folder / "model.safetensors")["0.weight"].shape == (4, 3, 3, 3)
+
+
+def test_a_named_run_is_never_overwritten_and_others_get_names_of_their_own(
+    spec: Callable[..., fxsplit.RunSpec],
+) -> None:
+    train(spec(experiment="mine", epochs=1))
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(spec(experiment="mine", epochs=1))
+    folders = {train(spec(epochs=1)).folder for _ in range(3)}
+    assert len(folders) == 3
+
+
+def test_inspect_needs_neither_weights_nor_data(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    found = fxsplit.inspect(spec(data="cifar100", img_size=None, schedule="window"))
+    assert found.input_shape == (16, 3, 32, 32)
+    assert found.graph.values["8"].shape == (16, 100)
+    assert [part.name for part in found.partitions] == [part.name for part in found.plan.partitions]
+    whole = fxsplit.inspect(fxsplit.RunSpec(model="torchvision:regnet_y_400mf", parts=2))
+    assert sum(part.parameters for part in whole.partitions) == 3_907_554
+
+
+def test_the_default_number_of_partitions_fits_any_model(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    assert len(fxsplit.inspect(spec(parts=None)).partitions) == 8
+    assert len(fxsplit.inspect(fxsplit.RunSpec(model="timm:test_vit")).partitions) == 8
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    if torch.cuda.device_count() < 8:
+        with pytest.raises(UsageError, match="there is no device 'cuda:7'"):
+            choose_device("cuda:7")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["train", "timm:resnext50_32x4"], 2, "timm has no model 'resnext50_32x4'"),
+        (["train", "paper:cnn", "--at", "conv2,poool1"], 3, "'pool1'"),
+        (["train", "paper:cnn", "--data", "digit"], 2, "there is no data set 'digit'"),
+        (["train", "paper:cnn", "--opt", "adamm"], 2, "timm has no optimizer 'adamm'; did you mean"),
+        (["train", "paper:cnn", "--sched", "cos"], 2, "no learning-rate schedule 'cos'"),
+        (["train", "paper:cnn", "--parts", "99"], 3, "99"),
+        (["train", "paper:cnn", "--data", "folder:/nowhere"], 1, "'/nowhere'"),
+        (["inspect", "paper:cnn", "--at", "conv1"], 3, "conv1"),
+    ],
+)
+def test_who_errs_is_told_in_one_sentence(
+    arguments: list[str], code: int, sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output = ["--output", str(tmp_path / "runs")] if arguments[0] == "train" else []
+    assert main([*arguments, *output]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("fxsplit: ")
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_misspelt_key_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: paper:cnn\nepoch: 3\n", encoding="utf-8")
+    assert main(["train", "-c", str(recipe)]) == 2
+    err = capsys.readouterr().err
+    assert "'epoch'" in err
+    assert "'epochs'" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch, spec: Callable[..., fxsplit.RunSpec]) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
+    with pytest.raises(DataError, match="cannot be downloaded .*folder:PATH") as caught:
+        train(spec(data="cifar10", data_dir=str(Path(spec().output) / "data")))
+    assert "\n" not in str(caught.value)
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_loads_and_can_be_planned(path: Path) -> None:
+    asked = resolve(read_recipe(path))
+    plan = fxsplit.inspect(asked).plan
+    wanted = asked.epochs * len(plan.phases) if asked.schedule == "window" else asked.epochs
+    assert plan.epochs == wanted
+    assert yaml.safe_load(asked.to_yaml())["model"] == asked.model
+    readme = (path.parent / "README.md").read_text(encoding="utf-8")
+    assert f"`{path.name}`" in readme
+
+
+def test_the_notebooks_recipe_is_the_notebooks_experiment() -> None:
+    assert len(RECIPES) == 3
+    plan = fxsplit.inspect(resolve(read_recipe(RECIPES[0].with_name("paper-cnn-window.yaml")))).plan
+    assert [(phase.start, phase.stop, phase.epochs) for phase in plan.phases] == [(i, 12 - i, 10) for i in range(6)]
+    assert all(phase.fresh_optimizer for phase in plan.phases)
+    assert [part.name for part in plan.partitions[1:]] == [
+        "conv2", "pool1", "drop1", "conv3", "conv4", "pool2", "drop2", "flatten", "fc1", "drop3", "fc2",
+    ]  # fmt: skip
