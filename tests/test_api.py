@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from fxsplit_cli.main import main
 
 import fxsplit
 from fxsplit.api import choose_device
@@ -20,7 +21,6 @@ from fxsplit.report import EpochRecord, Observer, RunReport
 from fxsplit.run import datasets
 from fxsplit.run.folder import COLUMNS
 from fxsplit.spec import read_recipe, resolve
-from fxsplit_cli.main import main
 
 MODEL = '''
 from torch import nn
@@ -251,3 +251,14 @@ def test_the_notebooks_recipe_is_the_notebooks_experiment() -> None:
     assert [part.name for part in plan.partitions[1:]] == [
         "conv2", "pool1", "drop1", "conv3", "conv4", "pool2", "drop2", "flatten", "fc1", "drop3", "fc2",
     ]  # fmt: skip
+
+
+def test_the_loop_of_the_readme_runs() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (script,) = readme.split("```python\n")[1:]
+    scope: dict[str, Any] = {}
+    exec(script.split("```")[0], scope)
+    assert scope["plan"].phases[-1].start > 0
+    settled = {name for part in scope["parts"][: scope["plan"].phases[-1].start] for name in part.state}
+    assert settled
+    assert all(not p.requires_grad for name, p in scope["model"].named_parameters() if name in settled)

@@ -129,12 +129,12 @@ class FileImages(ImageSet):
         self._turns[:] = [ids.tolist() for ids in torch.split(order, batch_size)]
         all_ids = torch.split(order.to(self.device), batch_size)
         for pixels, ids in zip(self._loader, all_ids, strict=True):
-            if isinstance(pixels, DataError):
-                raise pixels
+            if isinstance(pixels, str):
+                raise DataError(pixels)
             yield pixels.to(self.device, non_blocking=True), ids
 
     @cached_property
-    def _loader(self) -> DataLoader[Tensor | DataError]:
+    def _loader(self) -> DataLoader[Tensor | str]:
         """Yields the batches listed in `_turns`; its own generator leaves the global random state alone."""
         return DataLoader(
             _Files(self.paths, self.img_size),
@@ -147,19 +147,19 @@ class FileImages(ImageSet):
         )
 
 
-class _Files(Dataset["Tensor | DataError"]):
+class _Files(Dataset["Tensor | str"]):
     """What a worker process reads: a whole batch at a time."""
 
     def __init__(self, paths: tuple[str, ...], img_size: int) -> None:
         self.paths = paths
         self.img_size = img_size
 
-    def __getitem__(self, ids: list[int]) -> Tensor | DataError:
-        """Pixels (B, 3, H, W), or what is wrong: raised here, it would reach the user as a traceback in text."""
+    def __getitem__(self, ids: list[int]) -> Tensor | str:
+        """Pixels (B, 3, H, W), or what is wrong with one: raised here, it would arrive as a traceback in text."""
         try:
             return torch.stack([decode(self.paths[index], self.img_size) for index in ids])
         except DataError as error:
-            return error
+            return str(error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -238,7 +238,7 @@ def _augmentation(augment: str, images: ImageSet, seed: int, epoch: int) -> Call
         return lambda pixels, _: pixels
     padding = images.img_size // 8
     stream = random_stream("crop-flip", seed, epoch)
-    corners = torch.from_numpy(stream.integers(2 * padding + 1, size=(len(images), 2))).to(images.device)
+    corners = torch.from_numpy(stream.integers(2 * padding, size=(len(images), 2))).to(images.device)
     flips = torch.from_numpy(stream.random(len(images)) < 0.5).to(images.device)
     return lambda pixels, ids: crop_flip(pixels, corners[ids], flips[ids], padding=padding)
 

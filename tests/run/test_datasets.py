@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import pickle
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +29,15 @@ def quiet(sentence: str) -> None:
     pytest.fail(f"said aloud without need: {sentence}")
 
 
-def open_data(name: str, **options: object) -> Data:
-    defaults = {"img_size": None, "data_dir": "", "seed": 0, "train_limit": None, "notice": quiet, "workers": 0}
+def open_data(name: str, **options: Any) -> Data:
+    defaults: dict[str, Any] = {
+        "img_size": None,
+        "data_dir": "",
+        "seed": 0,
+        "train_limit": None,
+        "notice": quiet,
+        "workers": 0,
+    }
     return load(name, **{**defaults, **options})
 
 
@@ -38,7 +46,7 @@ def pixels(images: ImageSet) -> Tensor:
     return images.pixels
 
 
-def refused(name: str, **options: object) -> str:
+def refused(name: str, **options: Any) -> str:
     with pytest.raises(DataError) as caught:
         open_data(name, **options)
     assert "\n" not in str(caught.value)
@@ -134,7 +142,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
         label_key, names_key = ("labels", "label_names") if name == "cifar10" else ("fine_labels", "fine_label_names")
         classes = SOURCES[name].classes
 
-        def dump(file: str, content: dict[str, object]) -> str:
+        def dump(file: str, content: Mapping[str, object]) -> str:
             data = pickle.dumps(content, protocol=2)
             (folder / file).write_bytes(data)
             return hashlib.md5(data).hexdigest()

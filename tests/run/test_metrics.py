@@ -104,11 +104,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     }.items():
         answer(name, value)
     energy = iter((1000, 4500))
-    monkeypatch.setattr(
-        metrics,
-        "pynvml",
-        nvml(nvmlDeviceGetTotalEnergyConsumption=lambda _: calls.append("energy") or next(energy)),
-    )
+
+    def millijoules(_: Any) -> int:
+        calls.append("energy")
+        return next(energy)
+
+    monkeypatch.setattr(metrics, "pynvml", nvml(nvmlDeviceGetTotalEnergyConsumption=millijoules))
     return calls
 
 
@@ -129,7 +130,7 @@ def test_a_meter_on_a_cpu_knows_the_process_alone(monkeypatch: pytest.MonkeyPatc
     meter = Meter(CPU)
     meter.reset_peaks()
     usage = meter.read()
-    assert usage.peak_resident_bytes >= usage.resident_bytes > 10 << 20
+    assert min(usage.peak_resident_bytes, usage.resident_bytes) > 10 << 20
     cuda_figures = (usage.peak_allocated_bytes, usage.peak_reserved_bytes, usage.device_bytes, usage.energy_joules)
     assert cuda_figures == (None,) * 4
 
@@ -142,22 +143,22 @@ def test_the_clock_waits_for_cuda(cuda: list[str]) -> None:
 
 
 def test_a_peak_outlives_what_caused_it() -> None:
-    size = 64 << 20
+    """Half the size is left to what else moves: Linux counts pages for each core, and adds them up now and then."""
+    size = 512 << 20
     before = resident_bytes()
     block = bytearray(b"x" * size)
-    during = resident_bytes()
-    assert during - before > size // 2
+    assert resident_bytes() > before + size // 2
     del block
-    assert peak_resident_bytes() >= during
+    assert resident_bytes() < before + size // 2 < peak_resident_bytes()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_the_peak_of_a_process_is_not_that_of_its_parent() -> None:
-    code = "from fxsplit.run.metrics import *; print(peak_resident_bytes(), resident_bytes())"
+    code = "from fxsplit.run.metrics import *; print(resident_bytes(), peak_resident_bytes())"
     block = bytearray(b"x" * (1 << 30))
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    peak, current = map(int, found.stdout.split())
-    assert current <= peak < len(block)
+    current, peak = map(int, found.stdout.split())
+    assert current // 2 < peak < len(block)
 
 
 def test_without_proc_the_unit_is_that_of_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +166,7 @@ def test_without_proc_the_unit_is_that_of_the_platform(monkeypatch: pytest.Monke
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", missing)
-    monkeypatch.setattr(metrics.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=7))
+    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=7))
     for platform, expected in (("linux", 7 * 1024), ("darwin", 7)):
         monkeypatch.setattr(sys, "platform", platform)
         assert peak_resident_bytes() == expected
@@ -177,12 +178,11 @@ def test_accuracy_over_batches_is_that_of_all_samples(classes: int) -> None:
     logits = torch.randn(50, classes, generator=generator)
     labels = torch.randint(classes, (50,), generator=generator)
     accuracy = Accuracy(CPU)
-    for part, truth in zip(logits.split(16), labels.split(16), strict=True):
+    for part, truth in zip(torch.split(logits, 16), torch.split(labels, 16), strict=True):
         accuracy.update(functional.cross_entropy(part, truth), part, truth)
     score = accuracy.read()
-    ranks = [
-        sorted(row.tolist(), reverse=True).index(row[label].item()) for row, label in zip(logits, labels, strict=True)
-    ]
+    own = logits.gather(1, labels[:, None])
+    ranks = (logits > own).sum(dim=1).tolist()
     assert score.count == 50
     assert score.top1_pct == pytest.approx(100 * sum(rank < 1 for rank in ranks) / 50)
     assert score.top5_pct == pytest.approx(100 * sum(rank < 5 for rank in ranks) / 50)
