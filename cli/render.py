@@ -175,6 +175,8 @@ class PlainView(Observer):
 
     def step_done(self, record: StepRecord) -> None:
         assert self.plan is not None
+        if record.step == record.steps:
+            return  # the line of the epoch says it all
         say(
             f"epoch {record.epoch + 1}/{self.plan.epochs} step {record.step}/{record.steps}: "
             f"loss {record.train_loss:.4f}, train {record.train_accuracy_pct:.2f} %, "

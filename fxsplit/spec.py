@@ -129,7 +129,7 @@ class RunSpec:
         "Run", "Folder that gets one folder a run.", "output/train", flags=("--output-dir",)
     )
     experiment: str | None = _option("Run", "Name of the run's folder, instead of one from the time.", None)
-    log_interval: int = _option("Run", "Steps between two progress reports.", 50, least=1)
+    log_interval: int = _option("Run", "Steps between two progress reports.", 10, least=1)
     dry_run: bool = _option("Run", "Plan, train one step, test one batch, write nothing.", False)
 
     def __post_init__(self) -> None:

@@ -224,7 +224,7 @@ def test_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch, spec: Calla
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
-    with pytest.raises(DataError, match="cannot be downloaded .*folder:PATH") as caught:
+    with pytest.raises(DataError, match=r"cannot be downloaded .*folder:PATH") as caught:
         train(spec(data="cifar10", data_dir=str(Path(spec().output) / "data")))
     assert "\n" not in str(caught.value)
 

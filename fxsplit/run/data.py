@@ -238,7 +238,7 @@ def _augmentation(augment: str, images: ImageSet, seed: int, epoch: int) -> Call
         return lambda pixels, _: pixels
     padding = images.img_size // 8
     stream = random_stream("crop-flip", seed, epoch)
-    corners = torch.from_numpy(stream.integers(2 * padding, size=(len(images), 2))).to(images.device)
+    corners = torch.from_numpy(stream.integers(2 * padding + 1, size=(len(images), 2))).to(images.device)
     flips = torch.from_numpy(stream.random(len(images)) < 0.5).to(images.device)
     return lambda pixels, ids: crop_flip(pixels, corners[ids], flips[ids], padding=padding)
 

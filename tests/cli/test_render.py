@@ -115,7 +115,7 @@ def test_inspection_fits_and_adds_up(
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= columns
     cells = [re.split(r"  +", line.strip()) for line in lines]
-    assert ["0", "[red].0", "[red].1", "2", "5.0 k", "2.0 M", "3.0 kB", "512 B"] in cells
+    assert ["0", "[red]", "[red].1", "2", "5.0 k", "2.0 M", "3.0 kB", "512 B"] in cells
     assert ["1", "[red].2", "[red].3", "2", "5.0 k", "2.0 M", "3.0 kB", "2.0 kB"] in cells
     assert ["total", "6", "15.0 k", "6.0 M", "9.0 kB"] in cells
     assert ["2", "██ ██│▒▒▒", "0 to 1 of 3", "[red].4", "2"] in cells

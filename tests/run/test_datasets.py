@@ -30,15 +30,8 @@ def quiet(sentence: str) -> None:
 
 
 def open_data(name: str, **options: Any) -> Data:
-    defaults: dict[str, Any] = {
-        "img_size": None,
-        "data_dir": "",
-        "seed": 0,
-        "train_limit": None,
-        "notice": quiet,
-        "workers": 0,
-    }
-    return load(name, **{**defaults, **options})
+    defaults: dict[str, Any] = {"img_size": None, "data_dir": "", "seed": 0, "train_limit": None, "workers": 0}
+    return load(name, **{**defaults, "notice": quiet, **options})
 
 
 def pixels(images: ImageSet) -> Tensor:
@@ -71,10 +64,8 @@ def test_digits_are_all_of_the_scans() -> None:
         (int(label), np.rint(scan * 255 / 16).astype(np.uint8).tobytes())
         for scan, label in zip(digits.images, digits.target, strict=True)
     )
-    assert (
-        sorted((int(label), scan.numpy().tobytes()) for scan, label in zip(found[:, 0], labels, strict=True))
-        == expected
-    )
+    scans = zip(found[:, 0], labels, strict=True)
+    assert sorted((int(label), scan.numpy().tobytes()) for scan, label in scans) == expected
     assert found.max() == 255
 
 

@@ -20,7 +20,7 @@ from fxsplit.plan.partition import cuts, partition
 from fxsplit.plan.schedule import SCHEDULES, Phase, schedule
 from fxsplit.run.executor import Executor
 from fxsplit.run.training import logits_of
-from tests.models import HAZARDS, BranchOnShape, Chain, FunctionalDropout, TiedWeight
+from tests.models import HAZARDS, BranchOnShape, Chain, FunctionalDropout, RootParameter, TiedWeight
 
 
 def _resnext() -> nn.Module:
@@ -246,10 +246,10 @@ def test_weights_travel_by_the_models_own_names() -> None:
 
 
 def test_moving_the_executor_moves_the_model() -> None:
-    model = Chain()
+    model = RootParameter()
     net = _executor(model, 8).to(torch.float64)
     assert model.norm1.running_mean is not None
-    assert model.norm1.running_mean.dtype is torch.float64
+    assert model.norm1.running_mean.dtype is model.shift.dtype is model.scale.dtype is torch.float64
     images, _ = _images(0, 8)
     assert net(images.double()).dtype is torch.float64
 
