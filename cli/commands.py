@@ -39,9 +39,7 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Recipe = Annotated[
-    Path | None, typer.Option("--config", "-c", metavar="RECIPE", help="Read options from a recipe.")
-]
+Recipe = Annotated[Path | None, typer.Option("--config", "-c", metavar="RECIPE", help="Read options from a recipe.")]
 LayerToLayer = Annotated[
     bool,
     typer.Option("--l2l", help="The same as --schedule l2l.", rich_help_panel="Layer-to-layer", metavar=""),

@@ -154,9 +154,7 @@ class PlainView(Observer):
         self.model = model
         self.plan: Plan | None = None
 
-    def run_started(
-        self, *, folder: str, device: str, plan: Plan, train_images: int, test_images: int
-    ) -> None:
+    def run_started(self, *, folder: str, device: str, plan: Plan, train_images: int, test_images: int) -> None:
         self.plan = plan
         say(f"{self.model} on {device}, {train_images:,} images to train on and {test_images:,} to test")
         say(str(plan))
@@ -203,9 +201,7 @@ class LiveView(Observer):
         self.epoch: EpochRecord | None = None
         self.live = Live(console=console, get_renderable=self.panel, refresh_per_second=4, transient=True)
 
-    def run_started(
-        self, *, folder: str, device: str, plan: Plan, train_images: int, test_images: int
-    ) -> None:
+    def run_started(self, *, folder: str, device: str, plan: Plan, train_images: int, test_images: int) -> None:
         self.folder, self.device, self.plan = folder, device, plan
         self.notice(f"{train_images:,} images to train on and {test_images:,} to test")
 
@@ -380,9 +376,7 @@ def _table(*headers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for header in headers:
         right = header.startswith(">")
-        table.add_column(
-            header.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
-        )
+        table.add_column(header.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
     return table
 
 

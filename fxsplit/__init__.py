@@ -1,11 +1,11 @@
 """fxsplit: model-agnostic graph partitioning on torch.fx, and layer-to-layer training on top of it.
 
-    trace = fxsplit.trace(model, (x,))
-    parts = fxsplit.partition(trace, count=6)
-    plan = fxsplit.schedule("settle", partitions=parts, epochs=30)
-    net = fxsplit.Executor(trace, parts)
-    net.enter(plan.phase_at(epoch))
-    y = net(x)
+trace = fxsplit.trace(model, (x,))
+parts = fxsplit.partition(trace, count=6)
+plan = fxsplit.schedule("settle", partitions=parts, epochs=30)
+net = fxsplit.Executor(trace, parts)
+net.enter(plan.phase_at(epoch))
+y = net(x)
 """
 
 from __future__ import annotations

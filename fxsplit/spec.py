@@ -67,15 +67,9 @@ class RunSpec:
         "Data", "Side of the square images in pixels; the data's own if not given.", None, least=1
     )
     batch_size: int = _option("Data", "Images in one optimizer step.", 128, flags=("-b",), least=1)
-    workers: int = _option(
-        "Data", "Processes that read images which do not fit in memory.", 2, flags=("-j",), least=0
-    )
-    train_limit: int | None = _option(
-        "Data", "Train on this many images, drawn with the seed.", None, least=1
-    )
-    train_batches_per_epoch: int | None = _option(
-        "Data", "Stop each epoch after this many steps.", None, least=1
-    )
+    workers: int = _option("Data", "Processes that read images which do not fit in memory.", 2, flags=("-j",), least=0)
+    train_limit: int | None = _option("Data", "Train on this many images, drawn with the seed.", None, least=1)
+    train_batches_per_epoch: int | None = _option("Data", "Stop each epoch after this many steps.", None, least=1)
     augment: str = _option(
         "Data",
         "crop-flip: random crop with padding, and horizontal flip.",
@@ -113,9 +107,7 @@ class RunSpec:
     )
 
     amp: bool = _option("Precision and speed", "Automatic mixed precision.", False)
-    amp_dtype: str = _option(
-        "Precision and speed", "Type used by --amp.", "bfloat16", choices=("bfloat16", "float16")
-    )
+    amp_dtype: str = _option("Precision and speed", "Type used by --amp.", "bfloat16", choices=("bfloat16", "float16"))
     channels_last: bool = _option("Precision and speed", "Keep images in channels-last order.", False)
     torchcompile: str | None = _option("Precision and speed", "Compile each stage with this backend.", None)
     grad_accum_steps: int = _option(
@@ -125,9 +117,7 @@ class RunSpec:
     device: str = _option("Run", "auto, cpu, cuda or cuda:N.", "auto", pattern=r"auto|cpu|cuda(:\d+)?")
     seed: int = _option("Run", "Seed of weights, order and augmentation.", 42, least=0, below=2**32)
     deterministic: bool = _option("Run", "Only deterministic kernels.", False)
-    output: str = _option(
-        "Run", "Folder that gets one folder a run.", "output/train", flags=("--output-dir",)
-    )
+    output: str = _option("Run", "Folder that gets one folder a run.", "output/train", flags=("--output-dir",))
     experiment: str | None = _option("Run", "Name of the run's folder, instead of one from the time.", None)
     log_interval: int = _option("Run", "Steps between two progress reports.", 10, least=1)
     dry_run: bool = _option("Run", "Plan, train one step, test one batch, write nothing.", False)
@@ -248,9 +238,7 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
         yield f"parts is {spec.parts} and at is {','.join(spec.at)!r}, but only one can say where to cut"
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
         yield f"grad-accum-steps is {spec.grad_accum_steps}, but must divide batch-size {spec.batch_size}"
-    if not {"mean", "std"} & set(wrong) and (
-        len(spec.mean) != len(spec.std) or len(spec.mean) not in (0, 1, 3)
-    ):
+    if not {"mean", "std"} & set(wrong) and (len(spec.mean) != len(spec.std) or len(spec.mean) not in (0, 1, 3)):
         yield (
             f"mean has length {len(spec.mean)} and std has length {len(spec.std)}, "
             "but both must have 1, 3 or no numbers"

@@ -176,10 +176,10 @@ class BranchOnTraining(Chain):
 
 
 class Gate(nn.Module):
-    """A branch on data, inside a module."""
+    """A branch on data, inside a module and after one on a size."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.relu() if x.mean() > 0 else x.tanh()
+        return x.relu() if x.shape[1] > 2 and x.mean() > 0 else x.tanh()
 
 
 class InnerBranchOnData(Chain):

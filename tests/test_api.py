@@ -22,7 +22,7 @@ from fxsplit.run import datasets
 from fxsplit.run.folder import COLUMNS
 from fxsplit.spec import read_recipe, resolve
 
-MODEL = '''
+MODEL = """
 from torch import nn
 
 def small(num_classes):
@@ -31,7 +31,7 @@ def small(num_classes):
         nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes),
     )
-'''
+"""
 
 
 @pytest.fixture

@@ -83,9 +83,7 @@ def test_only_render_prints() -> None:
 
 
 def test_private_torch_fx_is_imported_nowhere() -> None:
-    private = [
-        f"{path.name}: {name}" for path in FILES for name in imports(path) if name.startswith("torch.fx._")
-    ]
+    private = [f"{path.name}: {name}" for path in FILES for name in imports(path) if name.startswith("torch.fx._")]
     assert private == []
 
 

@@ -40,11 +40,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "std": st.just(()),
     "parts": maybe,
     "at": st.lists(words).map(tuple),
-    **{
-        item.name: st.sampled_from(item.metadata["choices"])
-        for item in fields(RunSpec)
-        if item.metadata["choices"]
-    },
+    **{item.name: st.sampled_from(item.metadata["choices"]) for item in fields(RunSpec) if item.metadata["choices"]},
 }
 channels = st.integers(0, 2).flatmap(
     lambda n: st.fixed_dictionaries(
@@ -56,9 +52,7 @@ channels = st.integers(0, 2).flatmap(
 )
 batches = st.tuples(whole, whole).map(lambda n: {"batch_size": n[0] * n[1], "grad_accum_steps": n[0]})
 cuts = st.one_of(st.fixed_dictionaries({"parts": whole}), st.fixed_dictionaries({"at": st.lists(words)}))
-specs = st.builds(
-    lambda *layers: resolve(*layers), st.fixed_dictionaries(STRATEGIES), channels, batches, cuts
-)
+specs = st.builds(lambda *layers: resolve(*layers), st.fixed_dictionaries(STRATEGIES), channels, batches, cuts)
 
 
 @given(specs)
@@ -70,9 +64,7 @@ def test_reads_back_what_it_writes(spec: RunSpec) -> None:
 
 
 def test_recipe_file_reads_back(tmp_path: Path) -> None:
-    spec = RunSpec(
-        model="paper:cnn", lr=1e-5, at=("3", "layer.1"), mean=(0.5,), std=(0.25,), experiment="123"
-    )
+    spec = RunSpec(model="paper:cnn", lr=1e-5, at=("3", "layer.1"), mean=(0.5,), std=(0.25,), experiment="123")
     path = tmp_path / "args.yaml"
     path.write_text(spec.to_yaml())
     assert resolve(read_recipe(path)) == spec

@@ -12,34 +12,31 @@ from torch.utils import _pytree as pytree
 
 from fxsplit.errors import GuardError
 
+Leaves = dict[str, Any]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """The form of the traced call. `constants` has None where a tensor stands, else the argument itself.
+    """The form of the traced call: every argument, or part of one, by a name such as `x` or `batch.image`.
 
-    `names` are those of the tensors, in order: `x`, or `batch.image` for a tensor in a dict.
+    `names` are those of the tensors, in order; `constants` are all other parts, with their values.
     """
 
     parameters: inspect.Signature
-    structure: pytree.TreeSpec
-    constants: tuple[Any, ...]
-    is_tensor: tuple[bool, ...]
     names: tuple[str, ...]
+    constants: Mapping[str, Any]
 
     @classmethod
     def of(cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Signature:
         """Raises TypeError when the model cannot be called like that."""
-        parameters = inspect.signature(model.forward)
+        given = inspect.signature(model.forward).parameters.values()
         # Annotations may refer to what cannot be pickled, and nothing needs them.
-        bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters.parameters.values()]
-        parameters = inspect.Signature(bare)
-        leaves, structure = pytree.tree_flatten_with_path(_bound(parameters, args, kwargs).arguments)
+        parameters = inspect.Signature([each.replace(annotation=inspect.Parameter.empty) for each in given])
+        leaves = _leaves(parameters, args, kwargs)
         return cls(
             parameters=parameters,
-            structure=structure,
-            constants=tuple(None if isinstance(leaf, Tensor) else leaf for _, leaf in leaves),
-            is_tensor=tuple(isinstance(leaf, Tensor) for _, leaf in leaves),
-            names=tuple(_name(path) for path, leaf in leaves if isinstance(leaf, Tensor)),
+            names=tuple(name for name, leaf in leaves.items() if isinstance(leaf, Tensor)),
+            constants={name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)},
         )
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
@@ -51,25 +48,33 @@ class Signature:
 
         Raises GuardError when the call has another form than the traced one, TypeError when it has none at all.
         """
-        leaves, structure = pytree.tree_flatten(self.bind(args, kwargs).arguments)
-        if structure != self.structure:
-            raise GuardError(
-                f"the model was traced for a call of the form {self.structure} and is now called as {structure}; "
-                "trace it again in this form"
-            )
-        for leaf, is_tensor, constant in zip(leaves, self.is_tensor, self.constants, strict=True):
-            if isinstance(leaf, Tensor) is not is_tensor or not (is_tensor or leaf is constant or leaf == constant):
+        leaves = _leaves(self.parameters, args, kwargs)
+        for name in {**leaves, **dict.fromkeys(self.names), **self.constants}:
+            traced = self._describe(name, self.constants) if name not in self.names else "a tensor"
+            given = self._describe(name, leaves)
+            if traced != given:
                 raise GuardError(
-                    f"the model was traced with {'a tensor' if is_tensor else repr(constant)} where it is now given "
-                    f"{'a tensor' if isinstance(leaf, Tensor) else repr(leaf)}; trace it again with that"
+                    f"the model was traced with {traced} for {name!r} and is now given {given}; "
+                    "trace it again with such a call"
                 )
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return [leaves[name] for name in self.names]
+
+    @staticmethod
+    def _describe(name: str, leaves: Leaves | Mapping[str, Any]) -> str:
+        if name not in leaves:
+            return "nothing"
+        return "a tensor" if isinstance(leaves[name], Tensor) else repr(leaves[name])
 
 
 def _bound(parameters: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
     bound = parameters.bind(*args, **kwargs)
     bound.apply_defaults()
     return bound
+
+
+def _leaves(parameters: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Leaves:
+    paths, _ = pytree.tree_flatten_with_path(_bound(parameters, args, kwargs).arguments)
+    return {_name(path): leaf for path, leaf in paths}
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fxsplit.capture.costs import CostMeter, tensors_in
@@ -285,8 +284,6 @@ class ValueTracer(fx.Tracer):
         )  # fmt: skip
         if any(hooks):
             return "it has hooks, which tracing through it would drop"
-        if parametrize.is_parametrized(module):
-            return "it has parametrizations, which tracing through it would fix"
         if isinstance(module, torch.jit.ScriptModule):
             return "it is a scripted module"
         return None

@@ -83,9 +83,7 @@ class Partition:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: Any) -> Partition:
@@ -259,9 +257,7 @@ def _bytes_per_sample(boundary: tuple[str, ...], values: Mapping[str, Value]) ->
     sizes: dict[str, int] = {}
     for name in boundary:
         sizes[values[name].storage] = sizes.get(values[name].storage, 0) + values[name].bytes_per_sample
-    return sum(
-        min(size, values[name].bytes_per_sample) if name in values else size for name, size in sizes.items()
-    )
+    return sum(min(size, values[name].bytes_per_sample) if name in values else size for name, size in sizes.items())
 
 
 def _places(train: Graph) -> dict[str, int]:
@@ -377,9 +373,7 @@ def _cuts_at(at: Sequence[str], every: Sequence[Cut], places: Mapping[str, int])
 
 
 def _alternatives(paths: Sequence[str]) -> str:
-    return (
-        f"; it can be cut before {' or '.join(map(repr, paths))}" if paths else "; none of its cuts is legal"
-    )
+    return f"; it can be cut before {' or '.join(map(repr, paths))}" if paths else "; none of its cuts is legal"
 
 
 def _cuts_by_count(count: int, every: Sequence[Cut], op_weights: Sequence[int], train: Graph) -> list[Cut]:

@@ -97,9 +97,7 @@ class Plan:
     def _ends(self, phase: Phase) -> str:
         """The paths of the cuts at which the window begins and ends, where these are cuts."""
         ends = (("from", phase.start), ("up to", phase.stop))
-        return " ".join(
-            f"{word} {self.partitions[cut].name}" for word, cut in ends if 0 < cut < len(self.partitions)
-        )
+        return " ".join(f"{word} {self.partitions[cut].name}" for word, cut in ends if 0 < cut < len(self.partitions))
 
     @property
     def epochs(self) -> int:
@@ -185,9 +183,7 @@ def standard(partitions: Sequence[Partition], epochs: int) -> tuple[Phase, ...]:
     return (Phase(start=0, stop=len(partitions), epochs=epochs),)
 
 
-def window(
-    partitions: Sequence[Partition], epochs: int, epochs_total: int | None = None
-) -> tuple[Phase, ...]:
+def window(partitions: Sequence[Partition], epochs: int, epochs_total: int | None = None) -> tuple[Phase, ...]:
     """The window closes from both ends, [i, N - i), with a fresh optimizer at each phase.
 
     This is the code released with the layer-to-layer paper, which gives each phase `epochs`; with
@@ -281,22 +277,16 @@ SCHEDULES: Mapping[str, Callable[[Sequence[Partition], int], tuple[Phase, ...]]]
 }
 
 
-def schedule(
-    name: str, *, partitions: Sequence[Partition], epochs: int, epochs_total: int | None = None
-) -> Plan:
+def schedule(name: str, *, partitions: Sequence[Partition], epochs: int, epochs_total: int | None = None) -> Plan:
     """The plan of a named schedule.
 
     `epochs` are those of the run, with "window" of each phase; `epochs_total`, if given, are those of the run
     in every schedule. Raises UsageError for an unknown name and for too few epochs.
     """
     if name not in SCHEDULES:
-        raise UsageError(
-            f"there is no schedule {name!r}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
-        )
+        raise UsageError(f"there is no schedule {name!r}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})")
     wanted = epochs if epochs_total is None else epochs_total
     if wanted < 1:
         raise UsageError(f"a run must last at least 1 epoch, not {wanted}")
-    phases = (
-        window(partitions, epochs, epochs_total) if name == "window" else SCHEDULES[name](partitions, wanted)
-    )
+    phases = window(partitions, epochs, epochs_total) if name == "window" else SCHEDULES[name](partitions, wanted)
     return Plan(schedule=name, partitions=tuple(partitions), phases=phases)

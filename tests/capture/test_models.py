@@ -122,9 +122,7 @@ def assert_same_state(model: nn.Module, reference: nn.Module) -> None:
         ),
     ],
 )
-def test_a_library_model_is_what_the_library_builds(
-    spec: str, stem: str, reference: Callable[[], nn.Module]
-) -> None:
+def test_a_library_model_is_what_the_library_builds(spec: str, stem: str, reference: Callable[[], nn.Module]) -> None:
     torch.manual_seed(3)
     model = build(spec, num_classes=7, img_size=32, stem=stem)
     random_state = torch.get_rng_state()
@@ -254,15 +252,11 @@ def test_a_factory_gets_what_its_signature_names(source: str) -> None:
     assert build(f"{source}:sized", num_classes=7, img_size=32).weight.shape == (7, 32)
     assert isinstance(build(f"{source}:plain", num_classes=7, img_size=32), nn.Identity)
     assert sys.path == search_path
-    build(
-        f"{source}:Net", num_classes=7, img_size=32
-    )  # a second look at the source leaves the first model whole
+    build(f"{source}:Net", num_classes=7, img_size=32)  # a second look at the source leaves the first model whole
     assert_same_state(pickle.loads(pickle.dumps(net)), net)
 
 
-def test_a_file_elsewhere_imports_what_lies_beside_it(
-    user_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_elsewhere_imports_what_lies_beside_it(user_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(user_folder.parent)
     net = build(f"{user_folder}/nets.py:Net", num_classes=7, img_size=32)
     assert net.fc.weight.shape == (7, 5)
@@ -370,9 +364,7 @@ def test_pretrained_weights_keep_all_but_the_classifier(
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "fasterrcnn_mobilenet_v3_large_320_fpn"])
-def test_a_pretrained_model_without_a_linear_classifier_is_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pretrained_model_without_a_linear_classifier_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     no_backbone = {"weights_backbone": None} if "rcnn" in name else {}
     publish(torchvision.models.get_model(name, **no_backbone), monkeypatch)
     with pytest.raises(UsageError, match=r"does not end in a linear layer .* 7 classes"):

@@ -63,9 +63,7 @@ def test_cnn_has_one_child_a_keras_layer() -> None:
     assert [name for name, _ in network.named_children()] == KERAS_LAYERS
     rates = [child.p for child in network.children() if isinstance(child, nn.Dropout)]
     assert rates == [0.25, 0.25, 0.5]
-    with_relu = [
-        n for n, child in network.named_children() if any(isinstance(m, nn.ReLU) for m in child.modules())
-    ]
+    with_relu = [n for n, child in network.named_children() if any(isinstance(m, nn.ReLU) for m in child.modules())]
     assert with_relu == ["conv1", "conv2", "conv3", "conv4", "fc1"]
 
 

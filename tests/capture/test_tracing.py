@@ -150,6 +150,7 @@ def test_a_module_that_branches_on_data_stays_one_op_with_a_reason() -> None:
     gate = found.train.ops[found.train.find("gate")]
     assert (gate.kind, gate.output.shape) == ("module", (2, 6, 8, 8))
     assert [op.name for op in found.train.ops].count("relu") == 1
+    assert found.programs[True].guards.questions == ()
 
 
 def test_hooks_are_never_dropped() -> None:
@@ -177,8 +178,18 @@ def test_a_custom_autograd_function_keeps_its_own_backward() -> None:
     assert found.opaque == {"1": "it calls the custom autograd function Twice"}
 
 
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 def test_a_parametrized_module_stays_one_op() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1)))
+    scaled = nn.utils.parametrize.register_parametrization(Scale(), "weight", nn.Softplus())
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1)), scaled)
     assert [op.name for op in captured(model).train.ops] == ["0", "1"]
 
 

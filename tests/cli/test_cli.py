@@ -170,9 +170,7 @@ def test_print_config_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("flag", ["--json", "--quiet"])
-def test_quiet_and_json_keep_stdout_for_the_result(
-    api: FakeApi, flag: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quiet_and_json_keep_stdout_for_the_result(api: FakeApi, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "paper:cnn", flag]) == 0
     out, err = capsys.readouterr()
     assert "a library prints" not in out
@@ -207,9 +205,7 @@ def test_inspect(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
         (["trian", "paper:cnn"], "fxsplit: No such command 'trian'."),
     ],
 )
-def test_bad_usage_is_one_sentence(
-    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_usage_is_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -45,10 +45,7 @@ def test_describes_a_phase(plan: Plan) -> None:
     cut = plan.partitions[1].name
     assert render.describe(ALL, plan).plain == "no cut: everything trains"
     assert render.describe(GROW, plan).plain == f"student training │ cut before {cut} │ teacher frozen"
-    assert (
-        render.describe(WINDOW, plan).plain
-        == f"student settled │ cut before {cut} │ teacher training + frozen"
-    )
+    assert render.describe(WINDOW, plan).plain == f"student settled │ cut before {cut} │ teacher training + frozen"
 
 
 @pytest.mark.parametrize(
@@ -69,9 +66,7 @@ def test_human_figures(number: float | None, unit: str, text: str) -> None:
     assert render.human(number, unit) == text
 
 
-def test_report_shows_each_phase_and_the_last_epoch(
-    report: RunReport, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_shows_each_phase_and_the_last_epoch(report: RunReport, capsys: pytest.CaptureFixture[str]) -> None:
     folder = f"output/[red]{'long' * 30}"
     render.render_report(replace(report, folder=folder))
     out, err = capsys.readouterr()
@@ -94,9 +89,7 @@ def test_report_shows_each_phase_and_the_last_epoch(
     assert out.endswith(f"run folder: {folder}\n")
 
 
-def test_a_report_without_epochs_has_no_accuracy(
-    report: RunReport, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_without_epochs_has_no_accuracy(report: RunReport, capsys: pytest.CaptureFixture[str]) -> None:
     render.render_report(replace(report, epochs=(), folder=""))
     out = capsys.readouterr().out
     assert re.search(r"test accuracy +not available", out)
@@ -189,9 +182,7 @@ def test_plain_view_is_a_log(
     ]
 
 
-def test_quiet_says_nothing(
-    plan: Plan, epochs: tuple[EpochRecord, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quiet_says_nothing(plan: Plan, epochs: tuple[EpochRecord, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with render.observing("paper:cnn", "quiet") as observer:
         drive(observer, plan, epochs)
     assert capsys.readouterr() == ("", "")

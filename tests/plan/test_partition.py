@@ -24,9 +24,7 @@ def value(name: str, **fields: object) -> Value:
     )
 
 
-def op(
-    name: str, *reads: str, path: str | None = None, storage: str = "", size: int = 12, **fields: object
-) -> Op:
+def op(name: str, *reads: str, path: str | None = None, storage: str = "", size: int = 12, **fields: object) -> Op:
     return replace(
         Op(
             name=name,
@@ -114,9 +112,7 @@ def test_a_cut_is_legal_when_the_rest_leaves_its_boundary_as_it_was(net: Graph) 
         storages = {net.values[name].storage for name in cut.boundary}
         handed_over = {storage: first[storage] for storage in storages}
         second = run(net, net.ops[cut.index :], handed_over, set(cut.boundary))
-        assert all(
-            second[net.values[name].storage] == whole[net.values[name].storage] for name in net.outputs
-        )
+        assert all(second[net.values[name].storage] == whole[net.values[name].storage] for name in net.outputs)
         untouched = all(second[storage] == first[storage] for storage in storages)
         assert (cut.refusal is None) == untouched
 
@@ -266,9 +262,7 @@ def test_one_change_is_enough_when_the_other_side_reads() -> None:
     reads, writes = op("a", "x", state=("b8",)), op("c", "b", state=("b8",), mutates=("b8",))
     net = graph([reads, op("b", "a"), writes, op("d", "c")])
     assert [reason is None for reason in refusals(net, net)] == [False, False, True]
-    first_writes = graph(
-        [replace(reads, mutates=("b8",)), op("b", "a"), replace(writes, mutates=()), op("d", "c")]
-    )
+    first_writes = graph([replace(reads, mutates=("b8",)), op("b", "a"), replace(writes, mutates=()), op("d", "c")])
     assert [reason is None for reason in refusals(first_writes, first_writes)] == [False, False, True]
 
 
@@ -437,8 +431,7 @@ def test_cuts_by_path(at: list[str], starts: list[int], names: list[str]) -> Non
         ("layer3", "no operation of the model lies in 'layer3'; did you mean 'layer2' or 'layer1'?"),
         (
             "q",
-            "no operation of the model lies in 'q'; "
-            "it can be cut before 'layer1' or 'layer1.0' or 'layer1.0.conv'",
+            "no operation of the model lies in 'q'; it can be cut before 'layer1' or 'layer1.0' or 'layer1.0.conv'",
         ),
         (
             "layer1.0:relu",
@@ -491,9 +484,7 @@ def networks(draw: st.DrawFn) -> Graph:
             mutates=(skip,) if draw(st.integers(0, 9)) == 0 else (),
         )
         if draw(st.integers(0, 5)) == 0:
-            made = replace(
-                made, output=value(made.name, shape=None, bytes_per_sample=draw(st.sampled_from([0, 9])))
-            )
+            made = replace(made, output=value(made.name, shape=None, bytes_per_sample=draw(st.sampled_from([0, 9]))))
         ops.append(made)
         names.append(made.name)
     return graph(ops)
@@ -551,9 +542,7 @@ def test_cuts_lie_outside_of_residual_blocks_if_there_are_enough() -> None:
 def test_numbers_may_cross_beside_the_tensor_but_no_tuple_of_tensors() -> None:
     sizes = op("sizes", "a", macs=1, output=value("sizes", shape=None, bytes_per_sample=0))
     halves = op("halves", "b", macs=9, output=value("halves", shape=None, bytes_per_sample=12))
-    net = graph(
-        [op("a", "x", macs=1), sizes, op("b", "a", "sizes", macs=1), halves, op("c", "halves", macs=9)]
-    )
+    net = graph([op("a", "x", macs=1), sizes, op("b", "a", "sizes", macs=1), halves, op("c", "halves", macs=9)])
     assert [part.start for part in partition(net, net, count=4)] == [0, 1, 2, 3]
     assert [part.start for part in partition(net, net, count=5)] == [0, 1, 2, 3, 4]
     assert [part.start for part in partition(net, net, count=2)] == [0, 3]

@@ -87,9 +87,7 @@ def test_every_schedule_makes_a_plan_of_the_epochs_asked_for(name: str, macs: li
 
 
 @given(names, costs, st.integers(1, 100), st.integers(10, 100))
-def test_epochs_total_is_the_length_of_every_schedule(
-    name: str, macs: list[int], epochs: int, total: int
-) -> None:
+def test_epochs_total_is_the_length_of_every_schedule(name: str, macs: list[int], epochs: int, total: int) -> None:
     assert schedule(name, partitions=partitions(*macs), epochs=epochs, epochs_total=total).epochs == total
 
 
@@ -224,9 +222,7 @@ def test_settle_follows_its_parameters() -> None:
     assert drawn(settle(ten, 8, start=0, stop=0, share=9)) == [(0, 10, 1), (9, 10, 7)]
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"start": 0.9}, {"stop": 1.1}, {"start": -0.1}, {"gamma": -1}, {"share": -1}]
-)
+@pytest.mark.parametrize("wrong", [{"start": 0.9}, {"stop": 1.1}, {"start": -0.1}, {"gamma": -1}, {"share": -1}])
 def test_settle_refuses_a_cut_that_cannot_move_forward(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="the cut moves within the run"):
         settle(partitions(1, 1), 10, **wrong)
@@ -247,9 +243,7 @@ def test_a_run_has_at_least_one_epoch(epochs: dict[str, int]) -> None:
 # Phases and plans
 
 
-@pytest.mark.parametrize(
-    ("start", "stop", "epochs"), [(1, 1, 1), (2, 1, 1), (-1, 1, 1), (0, 1, 0), (0, 1, -3)]
-)
+@pytest.mark.parametrize(("start", "stop", "epochs"), [(1, 1, 1), (2, 1, 1), (-1, 1, 1), (0, 1, 0), (0, 1, -3)])
 def test_a_phase_trains_something_for_some_time(start: int, stop: int, epochs: int) -> None:
     with pytest.raises(ValueError, match="a phase must"):
         Phase(start=start, stop=stop, epochs=epochs)
