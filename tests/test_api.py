@@ -15,7 +15,7 @@ import yaml
 from fxsplit_cli.main import main
 
 import fxsplit
-from fxsplit.api import choose_device
+from fxsplit.api import choose_device, determinism
 from fxsplit.errors import DataError, UsageError
 from fxsplit.report import EpochRecord, Observer, RunReport
 from fxsplit.run import datasets
@@ -106,13 +106,21 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_the_seed_fixes_what_weights_are_drawn() -> None:
+    def drawn(seed: int) -> list[float]:
+        with determinism(seed, deterministic=False):
+            return torch.rand(3).tolist()
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
 def test_options_reach_training(spec: Callable[..., fxsplit.RunSpec]) -> None:
     def last(**changes: Any) -> EpochRecord:
         return train(spec(epochs=2, **changes)).epochs[-1]
 
     plain = last()
     changes: list[dict[str, Any]] = [
-        {"opt": "sgd"}, {"lr": 0.02}, {"weight_decay": 0.3}, {"clip_grad": 0.01}, {"smoothing": 0.1},
+        {"opt": "sgd"}, {"opt": "sgd", "clip_grad": 0.01}, {"lr": 0.02}, {"weight_decay": 0.3}, {"smoothing": 0.1},
         {"augment": "crop-flip"}, {"mean": (0.5,), "std": (0.25,)}, {"amp": True}, {"sched": "cosine"},
         {"train_batches_per_epoch": 1}, {"train_limit": 20}, {"batch_size": 8}, {"grad_accum_steps": 2},
         {"warmup_epochs": 1},
