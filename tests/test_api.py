@@ -121,7 +121,7 @@ def test_options_reach_training(spec: Callable[..., fxsplit.RunSpec]) -> None:
     plain = last()
     changes: list[dict[str, Any]] = [
         {"opt": "sgd"}, {"opt": "sgd", "clip_grad": 0.01}, {"lr": 0.02}, {"weight_decay": 0.3}, {"smoothing": 0.1},
-        {"augment": "crop-flip"}, {"mean": (0.5,), "std": (0.25,)}, {"amp": True}, {"sched": "cosine"},
+        {"augment": "crop-flip"}, {"std": (0.1, 0.5, 0.9), "mean": (0.5,) * 3}, {"amp": True}, {"sched": "cosine"},
         {"train_batches_per_epoch": 1}, {"train_limit": 20}, {"batch_size": 8}, {"grad_accum_steps": 2},
         {"warmup_epochs": 1},
     ]  # fmt: skip
