@@ -66,7 +66,7 @@ class RunSpec:
     img_size: int | None = _option(
         "Data", "Side of the square images in pixels; the data's own if not given.", None, least=1
     )
-    batch_size: int = _option("Data", "Images in one optimizer step.", 128, flags=("-b",), least=1)
+    batch_size: int = _option("Data", "Images in one optimizer step.", 64, flags=("-b",), least=1)
     workers: int = _option("Data", "Processes that read images which do not fit in memory.", 2, flags=("-j",), least=0)
     train_limit: int | None = _option("Data", "Train on this many images, drawn with the seed.", None, least=1)
     train_batches_per_epoch: int | None = _option("Data", "Stop each epoch after this many steps.", None, least=1)
