@@ -17,7 +17,8 @@ from fxsplit.capture import models
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.errors import UsageError
-from fxsplit.plan.partition import Partition, cuts
+from fxsplit.plan.cuts import cuts
+from fxsplit.plan.partition import Partition
 from fxsplit.plan.partition import partition as partition_graphs
 from fxsplit.plan.schedule import Plan
 from fxsplit.plan.schedule import schedule as make_plan

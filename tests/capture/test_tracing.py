@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fxsplit.capture.paper import NETWORKS
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.errors import TraceError
-from fxsplit.plan.partition import cuts
+from fxsplit.plan.cuts import cuts
 from tests.models import HAZARDS, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
 
 

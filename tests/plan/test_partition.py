@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fxsplit.errors import PartitionError, UsageError
 from fxsplit.graph import Graph, Op, State, Value
-from fxsplit.plan.partition import BALANCES, Cut, Partition, cuts, partition
+from fxsplit.plan.cuts import Cut, cuts
+from fxsplit.plan.partition import BALANCES, Partition, partition
 
 
 def value(name: str, **fields: object) -> Value:

@@ -16,7 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 from fxsplit.capture.paper import NETWORKS
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import GuardError, PartitionError
-from fxsplit.plan.partition import cuts, partition
+from fxsplit.plan.cuts import cuts
+from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import SCHEDULES, Phase, schedule
 from fxsplit.run.executor import Executor
 from fxsplit.run.training import logits_of
