@@ -172,6 +172,7 @@ def _trainer(
             std=spec.std,
             channels_last=spec.channels_last,
             limit=1 if spec.dry_run else spec.train_batches_per_epoch,
+            test_limit=1 if spec.dry_run else None,
         ),
         make_optimizer=partial(
             make_optimizer,
@@ -187,6 +188,9 @@ def _trainer(
             epochs=plan.epochs,
             warmup_epochs=spec.warmup_epochs,
             min_lr=spec.min_lr,
+            decay_epochs=spec.decay_epochs,
+            decay_milestones=spec.decay_milestones,
+            decay_rate=spec.decay_rate,
         ),
         smoothing=spec.smoothing,
         clip_grad=spec.clip_grad,

@@ -88,8 +88,17 @@ class RunSpec:
     momentum: float = _option("Training", "Momentum, for optimizers that have one.", 0.9, least=0, below=1)
     weight_decay: float = _option("Training", "Weight decay.", 0.0, flags=("--wd",), least=0)
     clip_grad: float | None = _option("Training", "Clip the gradient's norm to this.", None, above=0)
-    sched: str = _option("Training", "Learning-rate schedule, by timm's name, or none.", "none")
+    sched: str = _option("Training", "Learning-rate schedule, by timm's name.", "constant")
     warmup_epochs: int = _option("Training", "Epochs of linear warm-up.", 0, least=0)
+    decay_epochs: float | None = _option(
+        "Training", "Epochs between decays with --sched step; a third of the run if not given.", None, above=0
+    )
+    decay_milestones: tuple[float, ...] = _option(
+        "Training", "Epochs of the decays with --sched multistep.", (), above=0
+    )
+    decay_rate: float = _option(
+        "Training", "What remains of the rate after a decay; power of --sched poly.", 0.1, above=0
+    )
     min_lr: float = _option("Training", "Lowest learning rate of the schedule.", 0.0, least=0)
     smoothing: float = _option("Training", "Label smoothing.", 0.0, least=0, below=1)
 

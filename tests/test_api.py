@@ -140,8 +140,10 @@ def test_compiled_stages_train_alike(spec: Callable[..., fxsplit.RunSpec]) -> No
 
 
 def test_a_dry_run_writes_nothing(spec: Callable[..., fxsplit.RunSpec], tmp_path: Path) -> None:
-    report = train(spec(dry_run=True))
+    report = train(spec(dry_run=True, data="digits"))
     assert (len(report.epochs), report.folder) == (1, "")
+    # One batch of 16 was tested.
+    assert report.accuracy_pct * 16 / 100 == pytest.approx(round(report.accuracy_pct * 16 / 100), abs=1e-9)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.py"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
@@ -13,14 +13,8 @@ from torch.optim import Optimizer
 
 from fxsplit.errors import UsageError, nearest
 
-# Those of timm's schedules that are functions of the step alone. timm has no constant rate, but a step schedule that
-# keeps all of it at each step is one, with warm-up.
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "none": {"sched": "step", "decay_rate": 1.0},
-    "cosine": {"sched": "cosine"},
-    "tanh": {"sched": "tanh"},
-    "poly": {"sched": "poly", "decay_rate": 1.0},
-}
+# Those of timm's schedules that are functions of the step alone: plateau looks at the test images.
+SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
 
 
 def make_optimizer(
@@ -62,24 +56,39 @@ def make_optimizer(
 
 
 def make_scheduler(
-    optimizer: Optimizer, *, name: str, epochs: int, steps_per_epoch: int, warmup_epochs: int, min_lr: float
+    optimizer: Optimizer,
+    *,
+    name: str,
+    epochs: int,
+    steps_per_epoch: int,
+    warmup_epochs: int,
+    min_lr: float,
+    decay_epochs: float | None = None,
+    decay_milestones: Sequence[float] = (),
+    decay_rate: float = 0.1,
 ) -> Scheduler:
     """The learning rate of the whole run, a function of the steps done: set it with `step_update`.
 
-    Raises UsageError for an unknown name.
+    The rate decays by `decay_rate` every `decay_epochs` ("step"; a third of the run if None) or at `decay_milestones`
+    ("multistep"). Raises UsageError for an unknown name.
     """
     if name not in SCHEDULES:
         raise UsageError(
             f"there is no learning-rate schedule {name!r}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
         )
+    if name == "step" and decay_epochs is None:
+        decay_epochs = epochs / 3
+    scheduler: Scheduler
     scheduler, _ = create_scheduler_v2(
         optimizer,
+        sched=name,
         num_epochs=epochs,
-        decay_epochs=epochs,
+        decay_epochs=decay_epochs,
+        decay_milestones=list(decay_milestones),
+        decay_rate=decay_rate,
         warmup_epochs=warmup_epochs,
         min_lr=min_lr,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
-        **SCHEDULES[name],
     )
     return scheduler

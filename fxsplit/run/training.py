@@ -40,7 +40,7 @@ class MakeScheduler(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """Batches of both splits, on the device where the images are. `limit` bounds the training steps of an epoch."""
+    """Batches of both splits, on the device where the images are; `limit` and `test_limit` bound their number."""
 
     train: ImageSet
     test: ImageSet
@@ -51,6 +51,7 @@ class Loader:
     std: Sequence[float] = ()
     channels_last: bool = False
     limit: int | None = None
+    test_limit: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +80,9 @@ class Loader:
 
     def testing(self) -> Iterator[Batch]:
         """Every test image once, as it is."""
-        return self._laid_out(batches(self.test, batch_size=self.batch_size, mean=self.mean, std=self.std))
+        return self._laid_out(
+            batches(self.test, batch_size=self.batch_size, mean=self.mean, std=self.std, limit=self.test_limit)
+        )
 
     def _laid_out(self, plain: Iterator[Batch]) -> Iterator[Batch]:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format

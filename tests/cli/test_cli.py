@@ -24,6 +24,7 @@ from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
 
 TRAIN_OPTIONS = """
 --amp --amp-dtype --at --augment --balance --batch-size -b --channels-last --clip-grad --config -c --data
+--decay-epochs --decay-milestones --decay-rate
 --data-dir --deterministic --device --dry-run --epochs --epochs-total --experiment --grad-accum-steps
 --img-size --json  --l2l --log-interval --lr --mean --min-lr --momentum --no-amp --no-channels-last
 --no-deterministic --no-dry-run --no-pretrained --no-progress --opt --output --output-dir --parts
@@ -117,6 +118,8 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "train-batches-per-epoch": 3,
         "epochs-total": 30,
         "clip-grad": 1.5,
+        "decay-epochs": 2.5,
+        "decay-milestones": "3,7.5",
         "torchcompile": "inductor",
         "experiment": "mine",
     }

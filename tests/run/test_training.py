@@ -48,7 +48,7 @@ def trainer(model: nn.Module, *, plan: str | tuple[Phase, ...] = "standard", **c
         else Plan(schedule="mine", partitions=parts, phases=plan)
     )
     options = {"name": "adam", "lr": 1e-2, "momentum": 0.9, "weight_decay": 0.0, **changes.pop("optimizer", {})}
-    rates = {"name": "none", "warmup_epochs": 0, "min_lr": 0.0, **changes.pop("scheduler", {})}
+    rates = {"name": "constant", "warmup_epochs": 0, "min_lr": 0.0, **changes.pop("scheduler", {})}
     loader = {"train": TRAIN, "test": TEST, "batch_size": 16, "seed": 3, **changes.pop("loader", {})}
     return Trainer(
         executor=Executor(captured, parts),
@@ -219,6 +219,17 @@ def test_autocast_and_channels_last_train() -> None:
     record = next(net.epochs())
     assert math.isfinite(record.train_loss)
     assert set(seen) == {(torch.bfloat16, True)}
+
+
+@pytest.mark.parametrize(
+    ("rates", "wanted"),
+    [
+        ({"name": "step", "decay_epochs": 2.0, "decay_rate": 0.5}, [1e-2, 1e-2, 5e-3, 5e-3]),
+        ({"name": "multistep", "decay_milestones": (1.5, 3.5)}, [1e-2, 1e-3, 1e-3, 1e-4]),
+    ],
+)
+def test_rates_that_decay_in_steps(rates: dict[str, Any], wanted: list[float]) -> None:
+    assert [record.lr for record in trainer(Chain(), scheduler=rates).epochs()] == pytest.approx(wanted)
 
 
 class Listener(Observer):
