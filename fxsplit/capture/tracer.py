@@ -193,7 +193,9 @@ class ValueTracer(fx.Tracer):
         self.call.arguments = pytree.tree_map(placeholder, self.call.arguments)
 
         def call(module: nn.Module) -> Any:
-            return root_fn(module, *self.call.args, **self.call.kwargs)
+            value = root_fn(module, *self.call.args, **self.call.kwargs)
+            refuse_assigned_buffers(module)
+            return value
 
         return call, [self.root]
 
@@ -252,14 +254,19 @@ class ValueTracer(fx.Tracer):
         if reason is None:
             marks = len(self.graph.nodes), len(self.guards)
             outer, self._path = self._path, path
+            buffers = dict(m._buffers)
             try:
-                return forward(*args, **kwargs)
+                value = forward(*args, **kwargs)
+                refuse_assigned_buffers(m)
+                return value
             except Exception as error:
-                reason = str(error) if isinstance(error, UntraceableError) else f"{type(error).__name__}: {error}"
+                reason = reason_of(error)
                 first_error = error
             finally:
                 self._path = outer
+            m._buffers.update(buffers)
             self._forget(*marks)
+            self.opaque = {inner: why for inner, why in self.opaque.items() if not inner.startswith(f"{path}.")}
             self.opaque[path] = reason
             try:
                 return self.create_proxy("call_module", path, args, kwargs)
@@ -389,6 +396,21 @@ class ValueTracer(fx.Tracer):
         return [statistic for statistic in (mean, variance) if training and isinstance(statistic, fx.Node)]
 
 
+def reason_of(error: Exception) -> str:
+    """In one line."""
+    text = str(error) if isinstance(error, UntraceableError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
+
+
+def refuse_assigned_buffers(module: nn.Module) -> None:
+    """A new tensor in the place of a buffer would be lost: only what is written into the old one is recorded."""
+    for name, value in module._buffers.items():
+        if isinstance(value, fx.Proxy):
+            raise UntraceableError(
+                f"its forward puts a new tensor in the place of its buffer {name!r} (copy_ into it can be traced)"
+            )
+
+
 def evaluate(
     root: nn.Module,
     kind: str,
@@ -398,8 +420,11 @@ def evaluate(
     device: torch.device,
 ) -> Any:
     """Run one node on the meta device. Whatever asks for a tensor's device hears `device` instead."""
-    if kind == "call_function" and target is getattr and args[1:2] == ("device",) and isinstance(args[0], Tensor):
-        return device
+    if kind == "call_function" and target is getattr and isinstance(args[0], Tensor):
+        if args[1] == "device":
+            return device
+        if args[1] == "is_cuda":
+            return device.type == "cuda"
 
     def to_meta(leaf: Any) -> Any:
         if isinstance(leaf, torch.device):

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from fxsplit.capture.costs import CostMeter, storage_key, tensors_in
 from fxsplit.capture.guards import Guards
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.tracer import META, UntraceableError, ValueTracer, recorded_calls
+from fxsplit.capture.tracer import META, UntraceableError, ValueTracer, reason_of, recorded_calls
 from fxsplit.errors import TraceError
 from fxsplit.graph import Graph, Op, OpKind, State, Value
 
@@ -134,7 +134,7 @@ def _program(
         ):
             recorded = tracer.trace(twin)
     except Exception as error:
-        reason = str(error) if isinstance(error, UntraceableError) else f"{type(error).__name__}: {error}"
+        reason = reason_of(error)
         advice = (
             "; move that part into a module of its own, which then stays one op"
             if isinstance(error, UntraceableError)

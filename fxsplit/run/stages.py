@@ -67,7 +67,7 @@ class Stage:
     """A partition of a traced model, in training and in evaluation.
 
     Each call first puts the modules that the stage calls into the mode asked for, so that nobody's `train()` or
-    `eval()` in between matters. Raises nothing of its own.
+    `eval()` in between matters.
     """
 
     def __init__(self, trace: Trace, partition: Partition, *, is_last: bool) -> None:

@@ -17,7 +17,7 @@ from fxsplit.capture.paper import NETWORKS
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.errors import TraceError
 from fxsplit.plan.cuts import cuts
-from tests.models import HAZARDS, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
+from tests.models import HAZARDS, Average, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
 
 
 def captured(model: nn.Module, size: int = 8) -> Trace:
@@ -151,6 +151,32 @@ def test_a_module_that_branches_on_data_stays_one_op_with_a_reason() -> None:
     assert (gate.kind, gate.output.shape) == ("module", (2, 6, 8, 8))
     assert [op.name for op in found.train.ops].count("relu") == 1
     assert found.programs[True].guards.questions == ()
+
+
+def test_a_buffer_that_is_replaced_is_never_lost() -> None:
+    found = captured(HAZARDS["AssignedBuffer"]())
+    assert list(found.opaque) == ["average"]
+    assert "in the place of its buffer 'mean'" in found.opaque["average"]
+    with pytest.raises(TraceError, match="in the place of its buffer 'mean'"):
+        trace(Average(), (torch.empty(2, 6, 4, 4),))
+
+
+class Nest(nn.Module):
+    """Neither it nor what is in it can be traced through: the outermost is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = HAZARDS["InnerBranchOnData"]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return y if y.sum() > 0 else -y
+
+
+def test_only_what_became_an_op_is_called_opaque() -> None:
+    found = captured(nn.Sequential(Nest(), nn.Tanh()))
+    assert [op.name for op in found.train.ops] == ["0", "1"]
+    assert list(found.opaque) == ["0"]
 
 
 def test_hooks_are_never_dropped() -> None:
