@@ -204,9 +204,10 @@ class ValueTracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         if target is torch._assert:
-            condition = args[0] if args else kwargs["condition"]
+            # A guard says the same, and needs no op.
+            condition, message = (*args, *kwargs.values())
             if not condition:
-                raise UntraceableError("an assertion of the model fails for this input")
+                raise AssertionError(message)
             return None
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         node = proxy.node

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from fxsplit.capture.paper import NETWORKS
 from fxsplit.capture.tracing import Trace, trace
-from fxsplit.errors import TraceError
+from fxsplit.errors import GuardError, TraceError
 from fxsplit.plan.cuts import cuts
 from tests.models import HAZARDS, Average, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
 
@@ -290,6 +290,22 @@ def test_inputs_may_be_nested_named_and_defaulted() -> None:
     assert [value.name for value in found.train.inputs] == ["batch.image", "batch.other", "shift"]
     assert [op.name for op in found.train.ops] == ["mul", "add"]
     assert set(found.train.outputs) == {"add", "batch.other"}
+
+
+class Asserting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[-1] % 4 == 0, "the width must be a multiple of 4")
+        return x + 1
+
+
+def test_an_assertion_of_the_model_is_a_guard() -> None:
+    found = captured(Asserting())
+    assert [op.name for op in found.train.ops] == ["add"]
+    found.programs[True].guards.check([torch.empty(1, 3, 2, 12)])
+    with pytest.raises(GuardError, match=r"bool\(\) of 'eq' was True and is now False"):
+        found.programs[True].guards.check([torch.empty(1, 3, 2, 6)])
+    with pytest.raises(TraceError, match="in training: AssertionError: the width must be a multiple of 4$"):
+        captured(Asserting(), 6)
 
 
 def test_what_cannot_run_is_told_with_the_models_own_words() -> None:
