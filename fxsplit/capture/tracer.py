@@ -202,10 +202,12 @@ class ValueTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **options: Any
+    ) -> Any:
         if target is torch._assert:
             # A guard says the same, and needs no op.
-            condition, message = (*args, *kwargs.values())
+            condition, message = [*args, *kwargs.values()]
             if not condition:
                 raise AssertionError(message)
             return None

@@ -304,7 +304,7 @@ def test_an_assertion_of_the_model_is_a_guard() -> None:
     found.programs[True].guards.check([torch.empty(1, 3, 2, 12)])
     with pytest.raises(GuardError, match=r"bool\(\) of 'eq' was True and is now False"):
         found.programs[True].guards.check([torch.empty(1, 3, 2, 6)])
-    with pytest.raises(TraceError, match="in training: AssertionError: the width must be a multiple of 4$"):
+    with pytest.raises(TraceError, match=r"in training: AssertionError: the width must be a multiple of 4$"):
         captured(Asserting(), 6)
 
 
