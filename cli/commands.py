@@ -26,7 +26,7 @@ from .options import with_spec_options
 
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
 INSPECT_FIELDS = (
-    *("pretrained", "stem", "data", "data_dir", "img_size", "batch_size", "seed"),
+    *("stem", "data", "img_size", "batch_size"),
     *("schedule", "epochs", "epochs_total", "parts", "at", "balance"),
 )
 

@@ -33,8 +33,8 @@ TRAIN_OPTIONS = """
 --workers -j
 """
 INSPECT_OPTIONS = """
---at --balance --batch-size -b --config -c --data --data-dir --epochs --epochs-total --img-size --json --l2l
---no-pretrained --parts --pretrained --schedule --seed --stem --verbose -v
+--at --balance --batch-size -b --config -c --data --epochs --epochs-total --img-size --json --l2l
+--parts --schedule --stem --verbose -v
 """
 
 
