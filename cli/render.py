@@ -81,14 +81,9 @@ def role_of(index: int, phase: Phase) -> str:
     return "settled" if index < phase.start else "training" if index < phase.stop else "frozen"
 
 
-def cut_of(phase: Phase, count: int) -> int | None:
-    """The first partition of the teacher, or None where all `count` partitions train."""
-    return phase.start or (phase.stop if phase.stop < count else None)
-
-
 def draw(phase: Phase, count: int, width: int) -> Text:
     """The `count` partitions of a phase as one bar of `width` columns."""
-    cut = cut_of(phase, count)
+    cut = phase.cut(count)
     edges = [round(index * width / count) for index in range(count + 1)]
     bar = Text()
     for index in range(count):
@@ -102,7 +97,7 @@ def draw(phase: Phase, count: int, width: int) -> Text:
 def describe(phase: Phase, plan: Plan) -> Text:
     """Student, cut and teacher in words."""
     count = len(plan.partitions)
-    cut = cut_of(phase, count)
+    cut = phase.cut(count)
     if cut is None:
         return Text("no cut: everything trains")
 
@@ -365,7 +360,7 @@ def _totals(inspection: Inspection) -> dict[str, int]:
 def _where(phase: Phase, plan: Plan) -> tuple[Text, Text]:
     """Which partitions train, and before which module the cut is."""
     count = len(plan.partitions)
-    cut = cut_of(phase, count)
+    cut = phase.cut(count)
     window = f"{phase.start} to {phase.stop - 1}" if phase.stop - phase.start > 1 else str(phase.start)
     trains = "all" if phase.stop - phase.start == count else f"{window} of {count}"
     return Text(trains), Text("-" if cut is None else plan.partitions[cut].name)

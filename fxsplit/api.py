@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from time import perf_counter
+from typing import Any
 
 import torch
 from timm.utils.random import random_seed
@@ -53,7 +54,8 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         if spec.torchcompile:
             executor.compile_stages(spec.torchcompile)
         trainer = _trainer(spec, model, executor, plan, data, observer)
-        folder = None if spec.dry_run else _folder(spec, plan, device)
+        surroundings = environment(device)
+        folder = None if spec.dry_run else _folder(spec, plan, surroundings)
         observer.run_started(
             folder=str(folder.path) if folder else "",
             device=str(device),
@@ -77,7 +79,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
             report = RunReport(
                 status=status,
                 spec=spec.to_flat(),
-                environment=environment(device),
+                environment=surroundings,
                 graph_digest=trace.train.digest(),
                 plan=plan,
                 epochs=tuple(records),
@@ -201,11 +203,11 @@ def _trainer(
     )
 
 
-def _folder(spec: RunSpec, plan: Plan, device: torch.device) -> RunFolder:
+def _folder(spec: RunSpec, plan: Plan, surroundings: dict[str, Any]) -> RunFolder:
     folder = RunFolder(
         spec.output, model=spec.model, schedule=spec.schedule, seed=spec.seed, experiment=spec.experiment
     )
-    folder.start(args_yaml=spec.to_yaml(), plan=plan, environment=environment(device))
+    folder.start(args_yaml=spec.to_yaml(), plan=plan, environment=surroundings)
     return folder
 
 

@@ -367,9 +367,7 @@ class ValueTracer(fx.Tracer):
             for tensor in (*module.parameters(), *module.buffers()):
                 tensor.zero_()
         args, kwargs = pytree.tree_map(filled, (args, kwargs))
-        return pytree.tree_map(
-            lambda leaf: leaf.to(META) if isinstance(leaf, Tensor) else leaf, module(*args, **kwargs)
-        )
+        return on_meta(module(*args, **kwargs))
 
     def _module_state(self, node: fx.Node) -> dict[str, Tensor]:
         if node.op != "call_module":
@@ -414,6 +412,11 @@ def refuse_assigned_buffers(module: nn.Module) -> None:
             )
 
 
+def on_meta(values: Any) -> Any:
+    """The same nesting of values, with its tensors on the meta device."""
+    return pytree.tree_map(lambda leaf: leaf.to(META) if isinstance(leaf, Tensor) else leaf, values)
+
+
 def evaluate(
     root: nn.Module,
     kind: str,
@@ -429,12 +432,9 @@ def evaluate(
         if args[1] == "is_cuda":
             return device.type == "cuda"
 
-    def to_meta(leaf: Any) -> Any:
-        if isinstance(leaf, torch.device):
-            return META
-        return leaf.to(META) if isinstance(leaf, Tensor) and leaf.device != META else leaf
-
-    args, kwargs = pytree.tree_map(to_meta, (args, kwargs))
+    args, kwargs = pytree.tree_map(
+        lambda leaf: META if isinstance(leaf, torch.device) else leaf, on_meta((args, kwargs))
+    )
     if isinstance(kwargs.get("device"), str):
         kwargs["device"] = META
     with META:

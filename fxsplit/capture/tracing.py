@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from fxsplit.capture.costs import CostMeter, storage_key, tensors_in
 from fxsplit.capture.guards import Guards
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.tracer import META, UntraceableError, ValueTracer, reason_of, recorded_calls
+from fxsplit.capture.tracer import META, UntraceableError, ValueTracer, on_meta, reason_of, recorded_calls
 from fxsplit.errors import TraceError
 from fxsplit.graph import Graph, Op, OpKind, State, Value
 
@@ -34,27 +33,29 @@ KINDS: dict[str, OpKind] = {"call_module": "module", "call_function": "function"
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A mode of the model, ready to be cut: its graph as data, and the node behind each op, in the same order."""
+    """A mode of the model, ready to be cut: its graph as data, and the node behind each op, in the same order.
+
+    `opaque` are the modules that became one op although they hold others, with the reasons.
+    """
 
     graph: Graph
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     output: fx.Node
     guards: Guards
+    opaque: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
     """A captured model: `train` and `eval` graphs over one set of names. The model is shared, never copied.
 
-    `opaque` are the modules that became one op although they hold others, with the reasons; `tied` the further names
-    of parameters that have several.
+    `tied` are the further names of parameters that have several.
     """
 
     model: nn.Module
     signature: Signature
     programs: Mapping[bool, Program]
-    opaque: Mapping[str, str]
     tied: Mapping[str, tuple[str, ...]]
 
     @property
@@ -64,6 +65,11 @@ class Trace:
     @property
     def eval(self) -> Graph:
         return self.programs[False].graph
+
+    @property
+    def opaque(self) -> dict[str, str]:
+        """The modules that became one op in either mode, with the reasons."""
+        return {**self.programs[True].opaque, **self.programs[False].opaque}
 
 
 def trace(
@@ -86,12 +92,10 @@ def trace(
     if unknown := [leaf for leaf in leaves if isinstance(leaf, str) and leaf not in dict(model.named_modules())]:
         raise TraceError(f"there is no module {unknown[0]!r} to keep whole in {type(model).__name__}")
     signature = Signature.of(model, args, kwargs)
-    opaque: dict[str, str] = {}
-    programs = {}
-    for training in (True, False):
-        twin = _twin(model).train(training)
-        programs[training] = _program(twin, signature, args, kwargs, leaves, training, opaque)
-    return Trace(model=model, signature=signature, programs=programs, opaque=opaque, tied=_tied(model))
+    programs = {
+        training: _program(_twin(model).train(training), signature, args, kwargs, leaves) for training in (True, False)
+    }
+    return Trace(model=model, signature=signature, programs=programs, tied=_tied(model))
 
 
 def _twin(model: nn.Module) -> nn.Module:
@@ -115,22 +119,21 @@ def _program(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     leaves: Sequence[str | type[nn.Module]],
-    training: bool,
-    opaque: dict[str, str],
 ) -> Program:
+    """The mode in which `twin` is."""
     call = signature.bind(args, kwargs)
     given = tensors_in(call.arguments)
     state = [*twin.parameters(), *twin.buffers()]
     device = given[0].device if given else META
-    call.arguments = pytree.tree_map(lambda leaf: leaf.to(META) if isinstance(leaf, Tensor) else leaf, call.arguments)
-    meter = CostMeter([*state, *tensors_in(call.arguments)]) if training else None
+    call.arguments = on_meta(call.arguments)
+    meter = CostMeter([*state, *tensors_in(call.arguments)]) if twin.training else None
     tracer = ValueTracer(call, signature.names, device=device, leaves=leaves, meter=meter)
-    mode = "training" if training else "evaluation"
+    mode = "training" if twin.training else "evaluation"
     try:
         with (
             recorded_calls(tracer),
             torch.random.fork_rng(devices=[]),
-            nullcontext() if training else torch.no_grad(),
+            nullcontext() if twin.training else torch.no_grad(),
         ):
             recorded = tracer.trace(twin)
     except Exception as error:
@@ -141,7 +144,6 @@ def _program(
             else ""
         )
         raise TraceError(f"{type(twin).__name__} cannot be traced in {mode}: {reason}{advice}") from error
-    opaque.update(tracer.opaque)
     batch_size = next((len(tensor) for tensor in given if tensor.dim()), 1)
     return _read(recorded, tracer, twin, max(batch_size, 1))
 
@@ -165,12 +167,13 @@ def _read(recorded: fx.Graph, tracer: ValueTracer, twin: nn.Module, batch_size: 
     )
     for node in recorded.nodes:
         node.meta.clear()
-    return Program(graph=graph, nodes=tuple(alive), inputs=inputs, output=output, guards=guards)
+    return Program(graph=graph, nodes=tuple(alive), inputs=inputs, output=output, guards=guards, opaque=tracer.opaque)
 
 
 def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
     """`layer1.0.conv1` for a module, `layer1.0:add` for a function inside `layer1.0`, `_1`, `_2` ... when repeated."""
-    used: Counter[str] = Counter()
+    taken: set[str] = set()
+    repeats: Counter[str] = Counter()
     names = {}
     for node in nodes:
         if node.op in ("placeholder", "call_module"):
@@ -178,12 +181,11 @@ def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
         else:
             called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "call")
             base = f"{node.meta['path']}:{called}".removeprefix(":")
-        name = f"{base}_{used[base]}" if used[base] else base
-        while name in used and name != base:
-            used[base] += 1
-            name = f"{base}_{used[base]}"
-        used[base] += 1
-        used.setdefault(name, 1)
+        name = base
+        while name in taken:
+            repeats[base] += 1
+            name = f"{base}_{repeats[base]}"
+        taken.add(name)
         names[node] = name
     return names
 

@@ -41,6 +41,10 @@ class Phase:
         if self.epochs < 1:
             raise ValueError(f"a phase must last at least 1 epoch, not {self.epochs}")
 
+    def cut(self, count: int) -> int | None:
+        """The first partition of the teacher, or None where all `count` partitions train."""
+        return self.start or (self.stop if self.stop < count else None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:

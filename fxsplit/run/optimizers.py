@@ -8,7 +8,7 @@ from typing import Any
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsplit.errors import UsageError, nearest
@@ -48,11 +48,15 @@ def make_optimizer(
     except (ImportError, TypeError, ValueError) as error:
         raise UsageError(f"the optimizer {name!r} cannot be made: {error}") from error
     if previous is not None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in previous.state:
-                    optimizer.state[parameter] = previous.state[parameter]
+        for parameter in parameters_of(optimizer):
+            if parameter in previous.state:
+                optimizer.state[parameter] = previous.state[parameter]
     return optimizer
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters that an optimizer moves."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def make_scheduler(

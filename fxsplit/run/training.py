@@ -18,6 +18,7 @@ from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.run.data import Batch, ImageSet, batches, steps
 from fxsplit.run.executor import Executor
 from fxsplit.run.metrics import Accuracy, Meter, Score, now
+from fxsplit.run.optimizers import parameters_of
 
 
 class MakeOptimizer(Protocol):
@@ -117,10 +118,9 @@ class Trainer:
         self.device = self.loader.device
         self._meter = Meter(self.device)
         self._optimizer: Optimizer | None = None
-        scaled = self.amp_dtype is torch.float16
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
         # Unknown names and impossible values are refused here, before a run has left anything behind.
         self.make_scheduler(self.make_optimizer(previous=None), steps_per_epoch=self.loader.steps_per_epoch)
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
 
     def epochs(self) -> Iterator[EpochRecord]:
         """Train and test, an epoch at each step of the iterator. At its end everything may train again."""
@@ -154,14 +154,15 @@ class Trainer:
             self.observer.notice(
                 f"the training loss of epoch {epoch} is {trained.loss}; a lower --lr or --clip-grad may help"
             )
-        start, stop = self.executor.window
+        phase, partitions = self.plan.phase_at(epoch), self.plan.partitions
+        cut = phase.cut(len(partitions))
         usage = self._meter.read()
         return EpochRecord(
             epoch=epoch,
             phase=self.plan.phase_index_at(epoch),
-            start=start,
-            stop=stop,
-            cut=self._cut(start, stop),
+            start=phase.start,
+            stop=phase.stop,
+            cut="" if cut is None else partitions[cut].name,
             lr=float(optimizer.param_groups[0]["lr"]),
             train_loss=trained.loss,
             eval_loss=tested.loss,
@@ -170,9 +171,7 @@ class Trainer:
             train_seconds=ended - began,
             eval_seconds=finished - ended,
             images_per_second=trained.count / (ended - began),
-            trainable_parameters=sum(
-                parameter.numel() for group in optimizer.param_groups for parameter in group["params"]
-            ),
+            trainable_parameters=sum(parameter.numel() for parameter in parameters_of(optimizer)),
             peak_resident_bytes=usage.peak_resident_bytes,
             peak_allocated_bytes=usage.peak_allocated_bytes,
             peak_reserved_bytes=usage.peak_reserved_bytes,
@@ -180,21 +179,15 @@ class Trainer:
             energy_joules=None if energy is None or usage.energy_joules is None else usage.energy_joules - energy,
         )
 
-    def _cut(self, start: int, stop: int) -> str:
-        partitions = self.executor.partitions
-        place = start or stop
-        return partitions[place].name if place < len(partitions) else ""
-
     def _train(self, epoch: int, optimizer: Optimizer, scheduler: Scheduler, began: float) -> Score:
         self.executor.train()
         accuracy = Accuracy(self.device)
-        steps, images = self.loader.steps_per_epoch, 0
-        for step, batch in enumerate(self.loader.training(epoch)):
-            scheduler.step_update(epoch * steps + step)
+        last = self.loader.steps_per_epoch
+        for step, batch in enumerate(self.loader.training(epoch), start=1):
+            scheduler.step_update(epoch * last + step - 1)
             self._step(batch, optimizer, accuracy)
-            images += len(batch.labels)
-            if (step + 1) % self.log_interval == 0 or step + 1 == steps:
-                self._tell(epoch, step + 1, accuracy, images, began)
+            if step % self.log_interval == 0 or step == last:
+                self._tell(epoch, step, accuracy, began)
         return accuracy.read()
 
     def _step(self, batch: Batch, optimizer: Optimizer, accuracy: Accuracy) -> None:
@@ -211,12 +204,11 @@ class Trainer:
             accuracy.update(loss, logits, labels)
         if self.clip_grad is not None:
             self._scaler.unscale_(optimizer)
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+            nn.utils.clip_grad_norm_(parameters_of(optimizer), self.clip_grad)
         self._scaler.step(optimizer)
         self._scaler.update()
 
-    def _tell(self, epoch: int, step: int, accuracy: Accuracy, images: int, began: float) -> None:
+    def _tell(self, epoch: int, step: int, accuracy: Accuracy, began: float) -> None:
         scores = accuracy.read()
         usage = self._meter.read()
         on_cuda = usage.peak_allocated_bytes
@@ -228,7 +220,7 @@ class Trainer:
                 steps=self.loader.steps_per_epoch,
                 train_loss=scores.loss,
                 train_accuracy_pct=scores.top1_pct,
-                images_per_second=images / (now(self.device) - began),
+                images_per_second=scores.count / (now(self.device) - began),
                 memory_bytes=usage.resident_bytes if on_cuda is None else on_cuda,
             )
         )
