@@ -7,18 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in a tensor or in any nesting of tuples, lists and dicts."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def storage_key(tensor: Tensor) -> int:
-    """Equal for two tensors that share memory, also on the meta device, as long as both are alive."""
-    return int(tensor.untyped_storage()._cdata)
+from fxsplit.capture.meta import storage_key
 
 
 class CostMeter:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxsplit.capture.tracer import META, QUESTIONS, Guard, evaluate
+from fxsplit.capture.meta import META, evaluate, resolve
+from fxsplit.capture.recording import Recording
+from fxsplit.capture.tracer import QUESTIONS
 from fxsplit.errors import GuardError
 
 
@@ -46,12 +48,8 @@ class Guards:
     _passed: set[Any] = field(default_factory=set)
 
     @classmethod
-    def of(cls, guards: Sequence[Guard], recorded: fx.Graph, names: Mapping[fx.Node, str], twin: nn.Module) -> Guards:
-        """From the guards of a recorded graph; `names` are those of its ops."""
-        needed = {guard.node for guard in guards}
-        for node in reversed(recorded.nodes):
-            if node in needed:
-                needed.update(node.all_input_nodes)
+    def of(cls, recording: Recording, names: Mapping[fx.Node, str], twin: nn.Module) -> Guards:
+        """From the guards of a recording; `names` are those of its ops."""
         return cls(
             questions=tuple(
                 _Question(
@@ -61,10 +59,10 @@ class Guards:
                     answer=guard.answer,
                     where=guard.where,
                 )
-                for guard in guards
+                for guard in recording.guards
             ),
-            inputs=tuple(node.name for node in recorded.nodes if node.op == "placeholder"),
-            steps=tuple(_step(node) for node in recorded.nodes if node in needed and node.op != "placeholder"),
+            inputs=tuple(node.name for node in recording.graph.nodes if node.op == "placeholder"),
+            steps=_steps(recording),
             twin=twin,
         )
 
@@ -76,24 +74,9 @@ class Guards:
         if not self.questions:
             return
         form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        if form not in self._passed:
-            self._ask(tensors)
-            self._passed.add(form)
-
-    def _ask(self, tensors: Sequence[Tensor]) -> None:
-        values: dict[str, Any] = dict(zip(self.inputs, (tensor.detach().to(META) for tensor in tensors), strict=True))
-
-        def resolve(argument: Any) -> Any:
-            return values[argument] if isinstance(argument, _Ref) else argument
-
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for step in self.steps:
-                args, kwargs = fx.node.map_aggregate((step.args, step.kwargs), resolve)
-                values[step.name] = (
-                    _attribute(self.twin, step.target)
-                    if step.kind == "get_attr"
-                    else evaluate(self.twin, step.kind, step.target, args, kwargs, tensors[0].device)
-                )
+        if form in self._passed:
+            return
+        values = _values(self.steps, self.inputs, self.twin, tensors, tensors[0].device)
         for question in self.questions:
             answer = QUESTIONS[question.question](values[question.step])
             if answer != question.answer:
@@ -102,6 +85,46 @@ class Guards:
                     f"{question.op!r} was {question.answer} and is now {answer} ({question.where}); "
                     "trace the model again with such an input"
                 )
+        if len(self._passed) >= MOST_FORMS:
+            self._passed.clear()
+        self._passed.add(form)
+
+
+# A detector meets a new combination of image sizes at almost every step.
+MOST_FORMS = 1024
+
+
+def answers(recording: Recording, twin: nn.Module, tensors: Sequence[Tensor], device: torch.device) -> list[Any]:
+    """What these inputs answer to the questions of the guards."""
+    inputs = [node.name for node in recording.graph.nodes if node.op == "placeholder"]
+    values = _values(_steps(recording), inputs, twin, tensors, device)
+    return [QUESTIONS[guard.question](values[guard.node.name]) for guard in recording.guards]
+
+
+def _steps(recording: Recording) -> tuple[_Step, ...]:
+    """The nodes that lead to the questions."""
+    needed = {guard.node for guard in recording.guards}
+    for node in reversed(recording.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return tuple(_step(node) for node in recording.graph.nodes if node in needed and node.op != "placeholder")
+
+
+def _values(
+    steps: Sequence[_Step], inputs: Sequence[str], twin: nn.Module, tensors: Sequence[Tensor], device: torch.device
+) -> dict[str, Any]:
+    values: dict[str, Any] = dict(zip(inputs, (tensor.detach().to(META) for tensor in tensors), strict=True))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for step in steps:
+            args, kwargs = resolve(
+                (step.args, step.kwargs), lambda leaf: values[leaf] if isinstance(leaf, _Ref) else leaf
+            )
+            values[step.name] = (
+                _attribute(twin, step.target)
+                if step.kind == "get_attr"
+                else evaluate(twin, step.kind, step.target, args, kwargs, device)
+            )
+    return values
 
 
 def _step(node: fx.Node) -> _Step:

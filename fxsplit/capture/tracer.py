@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from fxsplit.capture.costs import CostMeter, tensors_in
-
-META = torch.device("meta")
-
-# Creating a tensor dispatches on no argument, so torch.fx would run it once and keep the result as a constant.
-FACTORIES = (
-    "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace",
-    "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros",
-)  # fmt: skip
+from fxsplit.capture.costs import CostMeter
+from fxsplit.capture.meta import Constant, Rebuild, evaluate, expect, members, resolve, tensors_in
+from fxsplit.capture.patches import UntraceableError
+from fxsplit.capture.sources import asserted, user_line
 
 # These move running statistics without telling autograd's version counter: (statistics, position of `training`).
 NORMS_WITH_STATISTICS: dict[Any, tuple[tuple[int, str], tuple[int, str], tuple[int, str]]] = {
@@ -43,6 +39,10 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
     "bool": bool, "int": int, "float": float, "index": operator.index, "len": len
 }  # fmt: skip
 
+READ_DATA = ("item", "tolist", "numpy")
+
+Leaf = str | type[nn.Module] | FunctionType
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guard:
@@ -54,21 +54,25 @@ class Guard:
     where: str
 
 
-class UntraceableError(Exception):
-    """Something that cannot be recorded; the module around it becomes one op. The message is the reason."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """A forward that put `value` (nodes in it) into `owner`, the buffers or attributes of the module `path`."""
+
+    path: str
+    owner: dict[str, Any]
+    name: str
+    before: Any
+    value: Any
+
+    def undo(self) -> None:
+        """Put back what was there."""
+        if self.before is MISSING:
+            del self.owner[self.name]
+        else:
+            self.owner[self.name] = self.before
 
 
-def user_line() -> str:
-    """`file.py:12`: the innermost line on the stack that is neither torch's nor ours."""
-    ours = str(Path(__file__).parent)
-    torchs = str(Path(torch.__file__).parent)
-    frame = inspect.currentframe()
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((ours, torchs, "<")):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "unknown"
+MISSING = object()
 
 
 class ValueProxy(fx.Proxy):
@@ -80,13 +84,10 @@ class ValueProxy(fx.Proxy):
     def value(self) -> Any:
         return self.node.meta["value"]
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # isinstance(x, torch.Tensor) and isinstance(n, int) must hold inside a traced model.
-        value = self.node.meta["value"]
-        return type(value) if isinstance(value, Tensor | int | float) else ValueProxy
-
     def __getattr__(self, name: str) -> Any:
+        if name in ("keys", "values", "items") and isinstance(self.value, Mapping):
+            items = {key: self[key] for key in self.value}
+            return getattr(items, name)
         try:
             attribute = getattr(self.value, name)
         except AttributeError as error:
@@ -94,6 +95,17 @@ class ValueProxy(fx.Proxy):
         if callable(attribute):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise UntraceableError(f"{user_line()} sets the attribute {name!r} of a value that forward made")
+        super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.tracer.evaluating:
+            # A module that forward has put values into is copied to run on stand-ins.
+            return self.value
+        return self.tracer.create_proxy("call_function", copy.deepcopy, (self,), {})
 
     def __bool__(self) -> bool:
         return bool(self.tracer.answer(self, "bool"))
@@ -125,44 +137,57 @@ class ValueProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})
 
 
-def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[ValueProxy, Any], Any]:
-    def method(self: ValueProxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: ValueProxy, *others: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, *others), {})
 
     return method
 
 
-# torch.fx records `x += y` as `x + y`, which loses the write into x's memory.
+# torch.fx records `x += y` as `x + y`, which loses the write into x's memory; rounding it would ask for a number.
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(ValueProxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+    setattr(ValueProxy, f"__{_name}__", _recorded(getattr(operator, _name)))
+for _name, _function in (("ceil", math.ceil), ("floor", math.floor), ("trunc", math.trunc), ("round", round)):
+    setattr(ValueProxy, f"__{_name}__", _recorded(_function))
 
 
 class ValueTracer(fx.Tracer):
-    """Records one call of a model whose tensors are on the meta device.
+    """Records one call of `model`, whose tensors are on the meta device.
 
     `call` holds the arguments, `names` a name for each tensor in them. `device` is where the inputs really are.
-    `leaves` are paths and classes of modules to keep whole. After `trace`, `guards` are the answers that fixed the
-    path and `opaque` the modules that became one op, with the reasons; every node has in its meta the keys `value`,
-    `path`, `state`, `written` (nodes and state names written in place) and, with a meter, `macs` and `kept_bytes`.
+    `leaves` are paths, classes and functions to keep whole, `whole` are paths and functions with a reason. `originals`
+    finds the user's own object behind a copied one that is neither parameter nor buffer, by the id of the copy.
+
+    After `trace`, `guards` are the answers that fixed the path, `opaque` the modules that became one op, with the
+    reasons, and `assigned` what forward put into modules. Every node has in its meta the keys `value`, `path`, `state`,
+    `written` (nodes and state names written in place) and, with a meter, `macs` and `kept_bytes`.
     """
+
+    proxy_type = ValueProxy
 
     def __init__(
         self,
+        model: nn.Module,
         call: inspect.BoundArguments,
         names: Sequence[str],
         *,
         device: torch.device,
-        leaves: Sequence[str | type[nn.Module]] = (),
+        leaves: Sequence[Leaf] = (),
+        whole: Mapping[str | FunctionType, str] | None = None,
+        originals: Mapping[int, Any] | None = None,
         meter: CostMeter | None = None,
     ) -> None:
         super().__init__()
-        self.call, self.names = call, names
+        self.model, self.call, self.names = model, call, names
         self.device = device
         self.leaves = leaves
+        self.originals = originals or {}
         self.meter = meter
         self.guards: list[Guard] = []
         self.opaque: dict[str, str] = {}
-        self._evaluating = False
+        self.assigned: list[Assignment] = []
+        self.evaluating = False
+        self._whole = whole or {}
         self._path = ""
         self._state: dict[int, str] = {}
         self._registered: set[str] = set()
@@ -193,9 +218,7 @@ class ValueTracer(fx.Tracer):
         self.call.arguments = pytree.tree_map(placeholder, self.call.arguments)
 
         def call(module: nn.Module) -> Any:
-            value = root_fn(module, *self.call.args, **self.call.kwargs)
-            refuse_assigned_buffers(module)
-            return value
+            return self._through(module, "", lambda: root_fn(module, *self.call.args, **self.call.kwargs))
 
         return call, [self.root]
 
@@ -206,11 +229,15 @@ class ValueTracer(fx.Tracer):
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **options: Any
     ) -> Any:
         if target is torch._assert:
-            # A guard says the same, and needs no op.
+            # An answer about data becomes an op; any other is a guard.
             condition, message = [*args, *kwargs.values()]
+            if type(condition) is ValueProxy and isinstance(condition.value, Tensor):
+                return self.create_proxy("call_function", expect, (condition, True, user_line()), {})
             if not condition:
                 raise AssertionError(message)
             return None
+        if kind == "call_method" and target in READ_DATA and isinstance(args[0].value, Tensor):
+            raise UntraceableError(f"{user_line()} reads data: it calls {target}() of a tensor")
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         node = proxy.node
         node.meta["path"] = str(target) if kind == "call_module" else self._path
@@ -219,20 +246,63 @@ class ValueTracer(fx.Tracer):
         # None is passed on as itself, so that `is None` holds.
         return None if value is None and kind != "placeholder" else proxy
 
+    def call_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that shall be one op, of a function or of a method of one of the model's modules."""
+        module = args[0] if args else None
+        path = (
+            "" if module is self.root else self.submodule_paths.get(module) if isinstance(module, nn.Module) else None
+        )
+        name = function.__name__
+        if path is None:
+            target, key = function, f"{function.__module__}.{name}"
+        else:
+            key = f"{path}.{name}".removeprefix(".")
+            method = self.create_node("get_attr", key, (), {})
+            method.meta.update(value=getattr(module, name), registered=False)
+            target, args = operator.call, (self.proxy(method), *args[1:])
+        if function in self._whole:
+            self.opaque[key] = self._whole[function]
+        if path is None:
+            return self.create_proxy("call_function", target, args, kwargs)
+        outer, self._path = self._path, path
+        try:
+            return self.create_proxy("call_function", target, args, kwargs)
+        finally:
+            self._path = outer
+
     def create_arg(self, a: Any) -> Any:
-        if type(a) is ValueProxy or type(a) is fx.proxy.Attribute:
+        kind = type(a)
+        if kind is ValueProxy or kind is fx.proxy.Attribute:
             return a.node
         if isinstance(a, Tensor):
             name = self._state.get(id(a))
-            if name is None:
-                raise UntraceableError(
-                    "it computes with a tensor that is neither an input nor a parameter nor a buffer"
-                )
-            return self._state_proxy(name, a).node
-        return super().create_arg(a)
+            return (self._constant(a) if name is None else self._state_proxy(name, a)).node
+        if is_dataclass(kind):
+            members = {field.name: getattr(a, field.name) for field in fields(a) if field.init}
+            return self.create_proxy("call_function", kind, (), members).node
+        if isinstance(a, dict) and kind is not dict:
+            # torch.fx would make a plain dict of it.
+            return self.create_proxy("call_function", kind, (dict(a),), {}).node
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            # torch.fx takes no other objects as arguments.
+            return self._object(a)
+
+    def _object(self, a: Any) -> fx.Node:
+        if any(members(vars(a), ValueProxy, set())):
+            node = self.create_proxy("call_function", Rebuild(type(a)), (vars(a),), {}).node
+        else:
+            node = self._constant(a).node
+        assert isinstance(node, fx.Node)
+        return node
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """For `**value` and `dict.update(value)`."""
+        return list(obj.node.meta["value"])
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        name = None if self._evaluating else self._state.get(id(attr_val))
+        name = None if self.evaluating else self._state.get(id(attr_val))
         return attr_val if name is None else self._state_proxy(name, attr_val)
 
     def _state_proxy(self, name: str, tensor: Tensor) -> ValueProxy:
@@ -242,10 +312,17 @@ class ValueTracer(fx.Tracer):
             self._state_nodes[name] = self.proxy(node)
         return self._state_nodes[name]
 
+    def _constant(self, value: Any) -> ValueProxy:
+        key = f"constant {id(value)}"
+        if key not in self._state_nodes:
+            constant = Constant(self.originals.get(id(value), value))
+            self._state_nodes[key] = self.create_proxy("call_function", constant, (), {})
+        return self._state_nodes[key]
+
     # Modules: traced through, or kept whole
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._evaluating:
+        if self.evaluating:
             return forward(*args, **kwargs)
         path = self.submodule_paths.get(m) if self.submodule_paths else None
         if path is None:
@@ -253,21 +330,17 @@ class ValueTracer(fx.Tracer):
             return forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
-        reason = self.opaque.get(path) or self._whole(m)
+        reason = self.opaque.get(path) or self._whole.get(path) or reason_to_keep_whole(m)
         if reason is None:
-            marks = len(self.graph.nodes), len(self.guards)
+            marks = len(self.graph.nodes), len(self.guards), len(self.assigned)
             outer, self._path = self._path, path
-            buffers = dict(m._buffers)
             try:
-                value = forward(*args, **kwargs)
-                refuse_assigned_buffers(m)
-                return value
+                return self._through(m, path, lambda: forward(*args, **kwargs))
             except Exception as error:
                 reason = reason_of(error)
                 first_error = error
             finally:
                 self._path = outer
-            m._buffers.update(buffers)
             self._forget(*marks)
             self.opaque = {inner: why for inner, why in self.opaque.items() if not inner.startswith(f"{path}.")}
             self.opaque[path] = reason
@@ -281,37 +354,64 @@ class ValueTracer(fx.Tracer):
         return self.create_proxy("call_module", path, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        named = any(
-            module_qualified_name == leaf if isinstance(leaf, str) else isinstance(m, leaf) for leaf in self.leaves
-        )
-        return named or super().is_leaf_module(m, module_qualified_name)
+        if any(
+            module_qualified_name == leaf if isinstance(leaf, str) else isinstance(leaf, type) and isinstance(m, leaf)
+            for leaf in self.leaves
+        ):
+            return True
+        if parametrize.is_parametrized(m):
+            # torch gives it a class in torch.nn, which torch.fx would take for one of torch's own.
+            return bool(type(m).__bases__[0].__module__.startswith("torch.nn."))
+        return super().is_leaf_module(m, module_qualified_name)
 
-    @staticmethod
-    def _whole(module: nn.Module) -> str | None:
-        """Why a module must not be traced through, although it could be."""
-        hooks = (
-            module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-        )  # fmt: skip
-        if any(hooks):
-            return "it has hooks, which tracing through it would drop"
-        if isinstance(module, torch.jit.ScriptModule):
-            return "it is a scripted module"
-        return None
-
-    def _forget(self, nodes: int, guards: int) -> None:
+    def _forget(self, nodes: int, guards: int, assigned: int) -> None:
+        forgotten = set(list(self.graph.nodes)[nodes:])
         for node in reversed(list(self.graph.nodes)[nodes:]):
-            if node.op == "get_attr":
-                del self._state_nodes[str(node.target)]
             self.graph.erase_node(node)
+        self._state_nodes = {name: proxy for name, proxy in self._state_nodes.items() if proxy.node not in forgotten}
         del self.guards[guards:]
+        for assignment in reversed(self.assigned[assigned:]):
+            assignment.undo()
+        del self.assigned[assigned:]
+
+    def _through(self, module: nn.Module, path: str, forward: Callable[[], Any]) -> Any:
+        """Call forward, and record what it puts into the module's buffers and attributes."""
+        owners = {"_buffers": module._buffers, "__dict__": vars(module)}
+        before = {kind: dict(owner) for kind, owner in owners.items()}
+        try:
+            value = forward()
+        except BaseException:
+            for kind, owner in owners.items():
+                owner.clear()
+                owner.update(before[kind])
+            raise
+        for kind, owner in owners.items():
+            for name, now in list(owner.items()):
+                earlier = before[kind].get(name, MISSING)
+                if now is not earlier:
+                    self._assign(path, kind, owner, name, earlier, now)
+        return value
+
+    def _assign(self, path: str, kind: str, owner: dict[str, Any], name: str, before: Any, now: Any) -> None:
+        node_of = self.create_arg(now)
+        self.assigned.append(Assignment(path=path, owner=owner, name=name, before=before, value=node_of))
+        holder = self.create_node("get_attr", f"{path}.{kind}".removeprefix("."), (), {})
+        holder.meta.update(value=None, registered=False)
+        node = self.create_node("call_function", operator.setitem, (holder, name, node_of), {})
+        key = f"{path}.{name}".removeprefix(".")
+        node.meta.update(value=None, path=path, state=(key,), written=[key])
 
     # Values
 
     def answer(self, proxy: ValueProxy, question: str) -> Any:
-        """What Python wants to know of a value; a guard from now on."""
+        """What Python wants to know of a value; a guard from now on. An assertion about data becomes an op."""
         value = proxy.value
         if isinstance(value, Tensor) and question != "len":
-            raise UntraceableError(f"{user_line()} branches on data: it asks for {question}() of a tensor")
+            expected = asserted() if question == "bool" else None
+            if expected is None:
+                raise UntraceableError(f"{user_line()} branches on data: it asks for {question}() of a tensor")
+            self.create_proxy("call_function", expect, (proxy, expected, user_line()), {})
+            return expected
         found = QUESTIONS[question](value)
         self.guards.append(Guard(node=proxy.node, question=question, answer=found, where=user_line()))
         return found
@@ -319,8 +419,9 @@ class ValueTracer(fx.Tracer):
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op in ("placeholder", "get_attr"):
             return node.meta.get("value")
-        args = fx.node.map_arg(node.args, lambda argument: argument.meta["value"])
-        kwargs = fx.node.map_arg(node.kwargs, lambda argument: argument.meta["value"])
+        args, kwargs = resolve(
+            (node.args, node.kwargs), lambda leaf: leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
+        )
         state = self._module_state(node)
         watched: dict[str | fx.Node, list[Tensor]] = {
             **{argument: tensors_in(argument.meta["value"]) for argument in node.all_input_nodes},
@@ -329,51 +430,29 @@ class ValueTracer(fx.Tracer):
         versions = {key: [tensor._version for tensor in tensors] for key, tensors in watched.items()}
 
         def run() -> Any:
-            try:
-                return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
-            except Exception:
-                if node.op != "call_module":
-                    raise
-                return self._stand_in(str(node.target), args, kwargs)
+            return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
 
-        self._evaluating = True
+        self.evaluating = True
         try:
             if self.meter is None:
                 value = run()
             else:
                 value, node.meta["macs"], node.meta["kept_bytes"] = self.meter.measure(run)
         finally:
-            self._evaluating = False
+            self.evaluating = False
         node.meta["state"] = tuple(state)
         node.meta["written"] = [
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
         ] + self._moved_statistics(node)
         return value
 
-    def _stand_in(self, path: str, args: Any, kwargs: Any) -> Any:
-        """What a module that looks at data delivers, shapes alone: run on the CPU, on numbers that mean nothing."""
-
-        def filled(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
-            return (
-                torch.rand_like(leaf, device="cpu")
-                if leaf.is_floating_point()
-                else torch.zeros_like(leaf, device="cpu")
-            )
-
-        module = copy.deepcopy(self.root.get_submodule(path)).to_empty(device="cpu")
-        with torch.no_grad():
-            for tensor in (*module.parameters(), *module.buffers()):
-                tensor.zero_()
-        args, kwargs = pytree.tree_map(filled, (args, kwargs))
-        return on_meta(module(*args, **kwargs))
-
     def _module_state(self, node: fx.Node) -> dict[str, Tensor]:
         if node.op != "call_module":
             return {}
-        module = self.root.get_submodule(str(node.target))
-        return {self._state[id(tensor)]: tensor for tensor in (*module.parameters(), *module.buffers())}
+        path = str(node.target)
+        module = self.root.get_submodule(path)
+        named = (*module.named_parameters(prefix=path), *module.named_buffers(prefix=path))
+        return {self._state.get(id(tensor), name): tensor for name, tensor in named}
 
     def _moved_statistics(self, node: fx.Node) -> list[str | fx.Node]:
         if node.op == "call_module":
@@ -397,80 +476,24 @@ class ValueTracer(fx.Tracer):
         return [statistic for statistic in (mean, variance) if training and isinstance(statistic, fx.Node)]
 
 
+def reason_to_keep_whole(module: nn.Module) -> str | None:
+    """Why a module must not be traced through, although it could be."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks):
+        return "it has hooks, which tracing through it would drop; take them off to see inside"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized, which tracing through it would drop; remove_parametrizations to see inside"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a scripted module; give the Python module to see inside"
+    if hasattr(module, "_orig_mod"):
+        return COMPILED
+    return None
+
+
+COMPILED = "it is compiled; trace before torch.compile to see inside"
+
+
 def reason_of(error: Exception) -> str:
     """In one line."""
     text = str(error) if isinstance(error, UntraceableError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())
-
-
-def refuse_assigned_buffers(module: nn.Module) -> None:
-    """A new tensor in the place of a buffer would be lost: only what is written into the old one is recorded."""
-    for name, value in module._buffers.items():
-        if isinstance(value, fx.Proxy):
-            raise UntraceableError(
-                f"its forward puts a new tensor in the place of its buffer {name!r} (copy_ into it can be traced)"
-            )
-
-
-def on_meta(values: Any) -> Any:
-    """The same nesting of values, with its tensors on the meta device."""
-    return pytree.tree_map(lambda leaf: leaf.to(META) if isinstance(leaf, Tensor) else leaf, values)
-
-
-def evaluate(
-    root: nn.Module,
-    kind: str,
-    target: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    device: torch.device,
-) -> Any:
-    """Run one node on the meta device. Whatever asks for a tensor's device hears `device` instead."""
-    if kind == "call_function" and target is getattr and isinstance(args[0], Tensor):
-        if args[1] == "device":
-            return device
-        if args[1] == "is_cuda":
-            return device.type == "cuda"
-
-    args, kwargs = pytree.tree_map(
-        lambda leaf: META if isinstance(leaf, torch.device) else leaf, on_meta((args, kwargs))
-    )
-    if isinstance(kwargs.get("device"), str):
-        kwargs["device"] = META
-    with META:
-        if kind == "call_module":
-            return root.get_submodule(str(target))(*args, **kwargs)
-        if kind == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return target(*args, **kwargs)
-
-
-@contextmanager
-def recorded_calls(tracer: ValueTracer) -> Iterator[None]:
-    """Inside, torch's tensor factories are recorded, and custom autograd functions are refused rather than lost."""
-
-    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if tracer._evaluating:
-                return function(*args, **kwargs)
-            return tracer.create_proxy("call_function", function, args, kwargs)
-
-        return call
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if tracer._evaluating:
-            return original_apply.__get__(None, cls)(*args, **kwargs)
-        raise UntraceableError(f"it calls the custom autograd function {cls.__name__}")
-
-    factories = {name: getattr(torch, name) for name in FACTORIES}
-    original_apply: Any = vars(torch.autograd.Function)["apply"]
-    function_class: Any = torch.autograd.Function
-    try:
-        for name, factory in factories.items():
-            setattr(torch, name, recorded(factory))
-        function_class.apply = classmethod(apply)
-        yield
-    finally:
-        for name, factory in factories.items():
-            setattr(torch, name, factory)
-        function_class.apply = original_apply

@@ -11,9 +11,9 @@ The two graphs name their ops alike, so that a cut can be found in both.
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from fxsplit.capture.costs import CostMeter, storage_key, tensors_in
+from fxsplit.capture.batch import free_batch
 from fxsplit.capture.guards import Guards
+from fxsplit.capture.meta import META, storage_key, tensors_in
+from fxsplit.capture.recording import Recorder, Recording
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.tracer import META, UntraceableError, ValueTracer, on_meta, reason_of, recorded_calls
+from fxsplit.capture.tracer import COMPILED, Leaf, reason_to_keep_whole
 from fxsplit.errors import TraceError
 from fxsplit.graph import Graph, Op, OpKind, State, Value
 
@@ -77,12 +79,12 @@ def trace(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    leaves: Sequence[str | type[nn.Module]] = (),
+    leaves: Sequence[Leaf] = (),
 ) -> Trace:
     """Capture `model` as it would run on `args` and `kwargs`, in training and in evaluation.
 
     Only shapes and types are looked at, so tensors may be on the meta device and the model needs no weights; give at
-    least two samples. `leaves` are dotted paths or classes of modules that shall stay one op.
+    least two samples. `leaves` shall stay one op each: dotted paths or classes of modules, and functions.
 
     Raises TraceError when the model itself, and not just a module in it, branches on data or cannot run on `args`.
     """
@@ -91,71 +93,62 @@ def trace(
         raise TraceError(f"the parameter {lazy[0]!r} has no shape yet; run the model once before it is traced")
     if unknown := [leaf for leaf in leaves if isinstance(leaf, str) and leaf not in dict(model.named_modules())]:
         raise TraceError(f"there is no module {unknown[0]!r} to keep whole in {type(model).__name__}")
+    compiled = {path: COMPILED for path, module in model.named_modules() if module._compiled_call_impl is not None}
+    if reason := compiled.get("", reason_to_keep_whole(model)):
+        raise TraceError(f"{type(model).__name__} cannot be traced: {reason}")
     signature = Signature.of(model, args, kwargs)
-    programs = {
-        training: _program(_twin(model).train(training), signature, args, kwargs, leaves) for training in (True, False)
-    }
+    programs = {}
+    for training in (True, False):
+        twin, originals = _twin(model)
+        recorder = Recorder(
+            twin=twin.train(training),
+            signature=signature,
+            arguments=signature.bind(args, kwargs).arguments,
+            leaves=leaves,
+            originals=originals,
+            compiled=compiled,
+        )
+        programs[training] = _program(recorder)
     return Trace(model=model, signature=signature, programs=programs, tied=_tied(model))
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """The same modules over tensors of the meta device; nothing that happens to it reaches the model."""
+def _twin(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
+    """The same modules over tensors of the meta device; nothing that happens to it reaches the model.
+
+    All other objects that it holds are copied whole; the originals are found by the copies' ids.
+    """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=META), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device=META)
     try:
-        return copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied for tracing, which copies its modules but no weights: {error}"
         ) from error
+    # copy.deepcopy keeps the originals alive there.
+    originals = memo.get(id(memo), ())
+    return twin, {id(memo[id(original)]): original for original in originals if id(original) in memo}
 
 
-def _program(
-    twin: nn.Module,
-    signature: Signature,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    leaves: Sequence[str | type[nn.Module]],
-) -> Program:
-    """The mode in which `twin` is."""
-    call = signature.bind(args, kwargs)
-    given = tensors_in(call.arguments)
-    state = [*twin.parameters(), *twin.buffers()]
-    device = given[0].device if given else META
-    call.arguments = on_meta(call.arguments)
-    meter = CostMeter([*state, *tensors_in(call.arguments)]) if twin.training else None
-    tracer = ValueTracer(call, signature.names, device=device, leaves=leaves, meter=meter)
-    mode = "training" if twin.training else "evaluation"
-    try:
-        with (
-            recorded_calls(tracer),
-            torch.random.fork_rng(devices=[]),
-            nullcontext() if twin.training else torch.no_grad(),
-        ):
-            recorded = tracer.trace(twin)
-    except Exception as error:
-        reason = reason_of(error)
-        advice = (
-            "; move that part into a module of its own, which then stays one op"
-            if isinstance(error, UntraceableError)
-            else ""
-        )
-        raise TraceError(f"{type(twin).__name__} cannot be traced in {mode}: {reason}{advice}") from error
-    batch_size = next((len(tensor) for tensor in given if tensor.dim()), 1)
-    return _read(recorded, tracer, twin, max(batch_size, 1))
+def _program(recorder: Recorder) -> Program:
+    recording = recorder.record(costs=recorder.twin.training)
+    free_batch(recording, recorder)
+    return _read(recording, recorder.twin, recorder.batch_size)
 
 
-def _read(recorded: fx.Graph, tracer: ValueTracer, twin: nn.Module, batch_size: int) -> Program:
+def _read(recording: Recording, twin: nn.Module, batch_size: int) -> Program:
     """An fx graph with values on its nodes to ops as data; afterwards the nodes hold no tensor."""
+    recorded = recording.graph
     nodes = [node for node in recorded.nodes if node.op in KINDS]
     inputs = tuple(node for node in recorded.nodes if node.op == "placeholder")
     output = next(node for node in recorded.nodes if node.op == "output")
     names = _names((*inputs, *nodes))
-    guards = Guards.of(tracer.guards, recorded, names, twin)
+    guards = Guards.of(recording, names, twin)
     alive = _alive(nodes)
+    _give_state_to_methods(alive, twin)
     storages: dict[int, str] = {}
     values = {node: _value(names[node], node.meta["value"], storages, batch_size) for node in (*inputs, *alive)}
     graph = Graph(
@@ -167,7 +160,9 @@ def _read(recorded: fx.Graph, tracer: ValueTracer, twin: nn.Module, batch_size: 
     )
     for node in recorded.nodes:
         node.meta.clear()
-    return Program(graph=graph, nodes=tuple(alive), inputs=inputs, output=output, guards=guards, opaque=tracer.opaque)
+    return Program(
+        graph=graph, nodes=tuple(alive), inputs=inputs, output=output, guards=guards, opaque=recording.opaque
+    )
 
 
 def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
@@ -179,8 +174,9 @@ def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
         if node.op in ("placeholder", "call_module"):
             base = str(node.target)
         else:
-            called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "call")
-            base = f"{node.meta['path']}:{called}".removeprefix(":")
+            called = method_of(node) or node.target
+            name = called if isinstance(called, str) else getattr(called, "__name__", "call")
+            base = f"{node.meta['path']}:{name.rpartition('.')[2]}".removeprefix(":")
         name = base
         while name in taken:
             repeats[base] += 1
@@ -201,6 +197,32 @@ def _alive(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return [node for node in nodes if node not in dead]
 
 
+def method_of(node: fx.Node) -> str | None:
+    """The dotted name of the model's own method that the node calls, or None."""
+    return str(node.args[0].target) if node.target is operator.call and isinstance(node.args[0], fx.Node) else None
+
+
+def called_module(node: fx.Node) -> str | None:
+    """The path of the module that the node calls, whole or by one of its methods; None if it calls none."""
+    if node.op == "call_module":
+        return str(node.target)
+    method = method_of(node)
+    return None if method is None else method.rpartition(".")[0]
+
+
+def _give_state_to_methods(nodes: Sequence[fx.Node], twin: nn.Module) -> None:
+    """A method may use all that its module holds; what it alone can use is its own."""
+    claimed = {name for node in nodes for name in node.meta["state"]}
+    claimed |= {str(source.target) for node in nodes for source in node.all_input_nodes if source.op == "get_attr"}
+    held = [name for name, _ in (*twin.named_parameters(), *twin.named_buffers())]
+    for node in nodes:
+        if method_of(node):
+            prefix = f"{node.meta['path']}.".removeprefix(".")
+            own = [name for name in held if name.startswith(prefix) and name not in claimed]
+            node.meta["state"] = (*node.meta["state"], *own)
+            claimed.update(own)
+
+
 def _value(name: str, value: Any, storages: dict[int, str], batch_size: int) -> Value:
     tensors = tensors_in(value)
     size = -(-sum(tensor.numel() * tensor.element_size() for tensor in tensors) // batch_size)
@@ -219,7 +241,8 @@ def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, batch_size: i
     attributes = [source for source in node.all_input_nodes if source.op == "get_attr"]
     state = [*node.meta["state"], *(str(source.target) for source in attributes if source.meta["registered"])]
     written = [key if isinstance(key, str) else names.get(key, str(key.target)) for key in node.meta["written"]]
-    target = node.target if isinstance(node.target, str) else _qualified(node.target)
+    called = method_of(node) or node.target
+    target = called if isinstance(called, str) else _qualified(called)
     return Op(
         name=names[node],
         path=node.meta["path"],

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxsplit.capture.tracing import Program, Trace
+from fxsplit.capture.tracing import Program, Trace, called_module
 from fxsplit.plan.partition import Partition
 
 _serial = itertools.count()
@@ -82,9 +82,9 @@ class Stage:
         }
         self._modules = {
             training: [
-                trace.model.get_submodule(op.target)
-                for op in trace.programs[training].graph.ops[slice(*span)]
-                if op.kind == "module"
+                trace.model.get_submodule(path)
+                for node in trace.programs[training].nodes[slice(*span)]
+                if (path := called_module(node)) is not None
             ]
             for training, span in spans.items()
         }

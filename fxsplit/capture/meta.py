@@ -1,0 +1,202 @@
+"""Running single operations on the meta device, where tensors have shapes and types and no numbers."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxsplit.errors import GuardError
+
+META = torch.device("meta")
+
+# Nothing in these can be a tensor.
+ATOMS = (type(None), bool, int, float, str, torch.dtype)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a tensor, in any nesting of tuples, lists and dicts, and in the attributes of other objects."""
+    return [value] if type(value) is Tensor else list(members(value, Tensor, set()))
+
+
+def members(value: Any, kind: type, seen: set[int]) -> Iterator[Any]:
+    """What is of a kind in any nesting of tuples, lists and dicts, and in the attributes of objects not yet `seen`."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, kind):
+            yield leaf
+        elif not isinstance(leaf, (*ATOMS, type, torch.device, nn.Module)) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from members(getattr(leaf, "__dict__", {}), kind, seen)
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The same nesting of values with `function` applied to its tensors; objects that hold tensors are copied."""
+
+    if type(value) is Tensor:
+        return function(value)
+
+    def change(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if not tensors_in(leaf):
+            return leaf
+        copied = copy.copy(leaf)
+        vars(copied).update(map_tensors(function, vars(leaf)))
+        return copied
+
+    return pytree.tree_map(change, value)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Equal for two tensors that share memory, also on the meta device, as long as both are alive."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def on_meta(values: Any) -> Any:
+    """The same nesting of values, with its tensors on the meta device."""
+    return map_tensors(lambda tensor: tensor if tensor.device == META else tensor.to(META), values)
+
+
+def resolve(argument: Any, lookup: Callable[[Any], Any]) -> Any:
+    """The arguments of a node with `lookup` applied to what is no container, in plain lists and dicts."""
+    kind = type(argument)
+    if kind in ATOMS:
+        return argument
+    if kind is tuple or (isinstance(argument, tuple) and hasattr(argument, "_fields")):
+        items = [resolve(item, lookup) for item in argument]
+        return tuple(items) if kind is tuple else kind(*items)
+    if isinstance(argument, list):
+        return [resolve(item, lookup) for item in argument]
+    if isinstance(argument, dict):
+        return {key: resolve(item, lookup) for key, item in argument.items()}
+    if kind is slice:
+        return slice(*(resolve(item, lookup) for item in (argument.start, argument.stop, argument.step)))
+    return lookup(argument)
+
+
+class Constant:
+    """An operation that delivers an object which is neither a number nor part of the model's state."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.__name__ = self.__qualname__ = "constant"
+
+    def __call__(self) -> Any:
+        return self.value
+
+
+class Rebuild:
+    """An operation that makes an object of a class, around the values that forward put into it."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.__name__ = self.__qualname__ = kind.__name__
+
+    def __call__(self, attributes: dict[str, Any]) -> Any:
+        made = self.kind.__new__(self.kind)
+        vars(made).update(attributes)
+        return made
+
+
+def expect(condition: Any, answer: bool, where: str) -> None:
+    """An operation that holds an assertion about data. Raises GuardError when `condition` is not `answer`."""
+    if isinstance(condition, Tensor) and condition.device == META:
+        return
+    if bool(condition) is not answer:
+        raise GuardError(f"the model refuses this input: see its assertion at {where}")
+
+
+def evaluate(
+    root: nn.Module, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+) -> Any:
+    """Run one node whose tensors are on the meta device. Whatever asks for a tensor's device hears `device` instead.
+
+    A module or function that looks at data, which meta tensors have none of, is run on stand-ins for its shapes alone.
+    """
+    asks = isinstance(args[0], Tensor) if args else False
+    if target is getattr and asks and args[1] in ("device", "is_cuda"):
+        return device if args[1] == "device" else device.type == "cuda"
+    if kind == "call_method" and asks and target in ("cpu", "cuda"):
+        return args[0]
+    if kind == "call_method" and asks and target == "to":
+        args = tuple(META if isinstance(argument, str) else argument for argument in args)
+    args, kwargs = resolve((args, kwargs), lambda leaf: META if isinstance(leaf, torch.device) else on_meta(leaf))
+    if isinstance(kwargs.get("device"), str | torch.device):
+        kwargs["device"] = META
+    if kind == "call_method":
+        called = getattr(args[0], target)
+        args = args[1:]
+    else:
+        called = _uncompiled(root.get_submodule(str(target))) if kind == "call_module" else target
+    with _left_alone(called) if kind == "call_module" else nullcontext():
+        try:
+            with META:
+                return on_meta(called(*args, **kwargs))
+        except Exception:
+            if not _is_leaf(called):
+                raise
+        return _on_stand_ins(called, args, kwargs)
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    original = getattr(module, "_orig_mod", module)
+    assert isinstance(original, nn.Module)
+    return original
+
+
+@contextmanager
+def _left_alone(module: nn.Module) -> Iterator[None]:
+    """Undo what a forward puts in the place of buffers and attributes; what it writes into them has no numbers."""
+    owners = [owner for inner in module.modules() for owner in (vars(inner), inner._buffers)]
+    before = [dict(owner) for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, content in zip(owners, before, strict=True):
+            owner.clear()
+            owner.update(content)
+
+
+def _is_leaf(called: Any) -> bool:
+    """A module, a method of one, or a function of the user's: of other Python functions only torch's are recorded."""
+    users = isinstance(called, FunctionType) and called.__module__.partition(".")[0] != "torch"
+    return users or called is operator.call or isinstance(called, nn.Module)
+
+
+def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> Any:
+    """Run on the CPU, on numbers that mean nothing."""
+
+    def lookup(leaf: Any) -> Any:
+        return torch.device("cpu") if isinstance(leaf, torch.device) else map_tensors(_filled, leaf)
+
+    if isinstance(called, nn.Module):
+        called = _on_cpu(called)
+    elif called is operator.call:
+        args = (getattr(_on_cpu(args[0].__self__), args[0].__name__), *args[1:])
+    args, kwargs = resolve((args, kwargs), lookup)
+    return on_meta(called(*args, **kwargs))
+
+
+def _filled(tensor: Tensor) -> Tensor:
+    make = torch.rand_like if tensor.is_floating_point() else torch.zeros_like
+    return make(tensor, device="cpu")
+
+
+def _on_cpu(module: nn.Module) -> nn.Module:
+    """A copy, its parameters and buffers zero, other tensors in it filled."""
+    copied = copy.deepcopy(module).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*copied.parameters(), *copied.buffers()):
+            tensor.zero_()
+    for inner in copied.modules():
+        for name, value in vars(inner).items():
+            if not name.startswith("_") and tensors_in(value):
+                setattr(inner, name, map_tensors(_filled, value))
+    return copied

@@ -1,0 +1,150 @@
+"""One call of a model, in one mode, recorded: torch.fx's nodes, and what was found out on the way.
+
+A recording counts only if a second one, from the state in which the first leaves the model, is the same: a forward that
+counts its calls, or takes another way once it has kept something, would not run again as recorded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxsplit.capture.costs import CostMeter
+from fxsplit.capture.meta import META, map_tensors, on_meta, resolve, tensors_in
+from fxsplit.capture.patches import UntraceableError, watched
+from fxsplit.capture.signature import Signature
+from fxsplit.capture.sources import failing_function
+from fxsplit.capture.tracer import Assignment, Guard, Leaf, ValueTracer, reason_of
+from fxsplit.errors import TraceError
+
+
+@dataclass(kw_only=True)
+class Recording:
+    """`guards` are the answers that fixed the path, `opaque` the modules that became one op, with the reasons."""
+
+    graph: fx.Graph
+    guards: list[Guard]
+    opaque: dict[str, str]
+
+
+@dataclass(kw_only=True)
+class Recorder:
+    """Records `twin`, a copy of the model over meta tensors, in the mode in which it is.
+
+    `arguments` are those of the call, by name; `originals` and `compiled` as the tracer has them.
+    """
+
+    twin: nn.Module
+    signature: Signature
+    arguments: dict[str, Any]
+    leaves: Sequence[Leaf]
+    originals: Mapping[int, Any]
+    compiled: Mapping[str, str]
+    _whole: dict[str | FunctionType, str] = field(default_factory=dict)
+
+    def record(self, batch_size: int | None = None, *, costs: bool = False) -> Recording:
+        """At the batch size of the arguments, or at another one. With `costs` the nodes know theirs.
+
+        A function or method that cannot be recorded becomes one op, as a module does.
+        Raises TraceError when the model's own forward branches on data or cannot run.
+        """
+        while True:
+            try:
+                return self._record(batch_size, costs=costs)
+            except TraceError:
+                raise
+            except Exception as error:
+                function = failing_function(error, known=self._whole)
+                if function is None:
+                    raise self._error(error) from error
+                self._whole[function] = reason_of(error)
+
+    def _record(self, batch_size: int | None, *, costs: bool) -> Recording:
+        while True:
+            tracer, graph = self._trace(batch_size, costs=costs)
+            assigned = tracer.assigned
+            if not assigned:
+                break
+            for assignment in assigned:
+                assignment.owner[assignment.name] = resolve(assignment.value, _value_of)
+            again, second = self._trace(batch_size)
+            for assignment in (*reversed(again.assigned), *reversed(assigned)):
+                assignment.undo()
+            if str(graph) == str(second):
+                break
+            self._whole |= {each.path: _reason(each) for each in assigned}
+            if "" in self._whole:
+                raise self._error(UntraceableError(self._whole[""]))
+        return Recording(graph=graph, guards=tracer.guards, opaque=tracer.opaque)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs really are."""
+        given = tensors_in(self.arguments)
+        return given[0].device if given else META
+
+    @property
+    def batch_size(self) -> int:
+        """The first size of the first input that has one."""
+        sizes = (len(tensor) for tensor in tensors_in(self.arguments) if tensor.dim())
+        return max(next(sizes, 1), 1)
+
+    def inputs(self, batch_size: int) -> list[Tensor]:
+        """The tensors of the call at another batch size, on the meta device."""
+        return tensors_in(self._call(batch_size).arguments)
+
+    def _call(self, batch_size: int | None) -> inspect.BoundArguments:
+        own = self.batch_size
+
+        def resized(tensor: Tensor) -> Tensor:
+            if batch_size is None or tensor.dim() == 0 or len(tensor) != own:
+                return tensor
+            return tensor.new_empty((batch_size, *tensor.shape[1:]))
+
+        arguments = map_tensors(resized, on_meta(self.arguments))
+        return inspect.BoundArguments(self.signature.parameters, arguments)
+
+    def _trace(self, batch_size: int | None, *, costs: bool = False) -> tuple[ValueTracer, fx.Graph]:
+        call = self._call(batch_size)
+        known = [*self.twin.parameters(), *self.twin.buffers(), *tensors_in(call.arguments)]
+        tracer = ValueTracer(
+            self.twin,
+            call,
+            self.signature.names,
+            device=self.device,
+            leaves=self.leaves,
+            whole={**self.compiled, **self._whole},
+            originals=self.originals,
+            meter=CostMeter(known) if costs else None,
+        )
+        functions = {each for each in (*self.leaves, *self._whole) if isinstance(each, FunctionType)}
+        with (
+            watched(tracer, functions),
+            torch.random.fork_rng(devices=[]),
+            nullcontext() if self.twin.training else torch.no_grad(),
+        ):
+            return tracer, tracer.trace(self.twin)
+
+    def _error(self, error: Exception) -> TraceError:
+        mode = "training" if self.twin.training else "evaluation"
+        advice = (
+            "; move that part into a function or a module of its own, which then stays one op"
+            if isinstance(error, UntraceableError)
+            else ""
+        )
+        return TraceError(f"{type(self.twin).__name__} cannot be traced in {mode}: {reason_of(error)}{advice}")
+
+
+def _value_of(leaf: Any) -> Any:
+    return leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
+
+
+def _reason(assignment: Assignment) -> str:
+    return f"its forward changes {assignment.name!r} in it, and would take another way the next time"

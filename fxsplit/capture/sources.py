@@ -1,0 +1,125 @@
+"""The user's lines: where a model asks about a value, and whether it only makes sure of something there."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import linecache
+import os
+import traceback
+from collections.abc import Container
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType, FunctionType
+
+import torch
+from torch import nn
+
+from fxsplit.capture import meta
+
+_EVALUATION = meta.__file__
+_NOT_THE_USERS = (str(Path(__file__).parent) + os.sep, str(Path(torch.__file__).parent) + os.sep, "<")
+
+
+def user_frame() -> FrameType | None:
+    """The innermost frame on the stack that is neither torch's nor ours."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        frame = frame.f_back
+    return frame
+
+
+def user_line() -> str:
+    """`file.py:12`, the line of `user_frame`."""
+    frame = user_frame()
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown"
+
+
+def failing_function(error: BaseException, known: Container[object]) -> FunctionType | None:
+    """The innermost function, or method of a module, that the user's forward was in when it failed.
+
+    None when that is a forward itself, or nothing that is not `known` already.
+    """
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if code.co_filename == _EVALUATION:
+            break
+        if code.co_filename.startswith(_NOT_THE_USERS) or code.co_name == "forward":
+            continue
+        function = _function_of(frame)
+        if function is not None and function not in known:
+            found = function
+    return found
+
+
+def _function_of(frame: FrameType) -> FunctionType | None:
+    name = frame.f_code.co_name
+    owner = frame.f_locals.get("self")
+    classes = type(owner).__mro__ if isinstance(owner, nn.Module) else ()
+    for space in (frame.f_globals, *(vars(each) for each in classes)):
+        function = space.get(name)
+        if isinstance(function, FunctionType) and function.__code__ is frame.f_code:
+            return function
+    return None
+
+
+def asserted() -> bool | None:
+    """The answer after which the model goes on, where `user_line` only makes sure of something; else None.
+
+    assert mask.any()                       True
+    if x.isnan().any(): raise ...           False
+    if (a < b).any() or not c.all(): ...    False, True: all parts of an `or` are asked
+    """
+    frame = user_frame()
+    if frame is None:
+        return None
+    statements = [
+        node
+        for node in ast.walk(_parsed(frame.f_code.co_filename))
+        if isinstance(node, ast.Assert | ast.If)
+        and node.test.lineno <= frame.f_lineno <= (node.test.end_lineno or node.test.lineno)
+    ]
+    if not statements:
+        return None
+    statement = statements[-1]
+    if isinstance(statement, ast.Assert):
+        return _answer_for(statement.test, True, frame.f_lineno)
+    if _always_raises(statement.body):
+        return _answer_for(statement.test, False, frame.f_lineno)
+    return None
+
+
+@lru_cache(maxsize=64)
+def _parsed(file: str) -> ast.Module:
+    try:
+        return ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return ast.Module([], [])
+
+
+def _answer_for(test: ast.expr, wanted: bool, line: int) -> bool | None:
+    """What the part of `test` on `line` must answer for the whole to be `wanted`; None where that is not certain."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return _answer_for(test.operand, not wanted, line)
+    if isinstance(test, ast.BoolOp):
+        # `a or b` is false, and `a and b` true, only if both are.
+        if isinstance(test.op, ast.And) is not wanted:
+            return None
+        answers = {
+            _answer_for(part, wanted, line)
+            for part in test.values
+            if part.lineno <= line <= (part.end_lineno or part.lineno)
+        }
+        return answers.pop() if len(answers) == 1 else None
+    return wanted
+
+
+def _always_raises(body: list[ast.stmt]) -> bool:
+    last = body[-1]
+    if isinstance(last, ast.Assert):
+        return isinstance(last.test, ast.Constant) and not last.test.value
+    call = last.value if isinstance(last, ast.Expr) else None
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "_assert":
+        return bool(call.args) and isinstance(call.args[0], ast.Constant) and not call.args[0].value
+    return isinstance(last, ast.Raise)
