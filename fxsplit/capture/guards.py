@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxsplit.capture.meta import META, evaluate, resolve
+from fxsplit.capture.meta import META, StandIn, evaluate, resolve
 from fxsplit.capture.recording import Recording
 from fxsplit.capture.tracer import QUESTIONS
 from fxsplit.errors import GuardError
@@ -119,11 +119,12 @@ def _values(
             args, kwargs = resolve(
                 (step.args, step.kwargs), lambda leaf: values[leaf] if isinstance(leaf, _Ref) else leaf
             )
-            values[step.name] = (
+            value = (
                 _attribute(twin, step.target)
                 if step.kind == "get_attr"
                 else evaluate(twin, step.kind, step.target, args, kwargs, device)
             )
+            values[step.name] = value.value if isinstance(value, StandIn) else value
     return values
 
 

@@ -6,6 +6,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -113,12 +114,19 @@ def expect(condition: Any, answer: bool, where: str) -> None:
         raise GuardError(f"the model refuses this input: see its assertion at {where}")
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """A value that was made from numbers that mean nothing, so that even its sizes may be others for real data."""
+
+    value: Any
+
+
 def evaluate(
     root: nn.Module, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
 ) -> Any:
     """Run one node whose tensors are on the meta device. Whatever asks for a tensor's device hears `device` instead.
 
-    A module or function that looks at data, which meta tensors have none of, is run on stand-ins for its shapes alone.
+    A module or function that looks at data, which meta tensors have none of, delivers a StandIn.
     """
     asks = isinstance(args[0], Tensor) if args else False
     if target is getattr and asks and args[1] in ("device", "is_cuda"):
@@ -142,7 +150,7 @@ def evaluate(
         except Exception:
             if not _is_leaf(called):
                 raise
-        return _on_stand_ins(called, args, kwargs)
+        return StandIn(_on_stand_ins(called, args, kwargs))
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:

@@ -130,7 +130,12 @@ class Recorder:
             torch.random.fork_rng(devices=[]),
             nullcontext() if self.twin.training else torch.no_grad(),
         ):
-            return tracer, tracer.trace(self.twin)
+            try:
+                return tracer, tracer.trace(self.twin)
+            except BaseException:
+                for assignment in reversed(tracer.assigned):
+                    assignment.undo()
+                raise
 
     def _error(self, error: Exception) -> TraceError:
         mode = "training" if self.twin.training else "evaluation"

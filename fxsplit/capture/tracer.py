@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fxsplit.capture.costs import CostMeter
-from fxsplit.capture.meta import Constant, Rebuild, evaluate, expect, members, resolve, tensors_in
+from fxsplit.capture.meta import Constant, Rebuild, StandIn, evaluate, expect, members, resolve, tensors_in
 from fxsplit.capture.patches import UntraceableError
 from fxsplit.capture.sources import asserted, user_line
 
@@ -413,8 +413,20 @@ class ValueTracer(fx.Tracer):
             self.create_proxy("call_function", expect, (proxy, expected, user_line()), {})
             return expected
         found = QUESTIONS[question](value)
+        if proxy.node.meta.get("stand_in"):
+            self._answer_for_stand_in(proxy, question, found)
+            return found
         self.guards.append(Guard(node=proxy.node, question=question, answer=found, where=user_line()))
         return found
+
+    def _answer_for_stand_in(self, proxy: ValueProxy, question: str, found: Any) -> None:
+        """How many parts a value has is made sure of when it is there; its sizes cannot be relied upon."""
+        where = user_line()
+        if not isinstance(proxy.value, tuple | list | Mapping):
+            raise UntraceableError(f"{where} asks for {question}() of a size that may depend on data")
+        count = self.create_proxy("call_function", len, (proxy,), {})
+        same = self.create_proxy("call_function", operator.eq, (count, found), {})
+        self.create_proxy("call_function", expect, (same, True, where), {})
 
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op in ("placeholder", "get_attr"):
@@ -440,6 +452,9 @@ class ValueTracer(fx.Tracer):
                 value, node.meta["macs"], node.meta["kept_bytes"] = self.meter.measure(run)
         finally:
             self.evaluating = False
+        inputs = node.all_input_nodes
+        node.meta["stand_in"] = isinstance(value, StandIn) or any(each.meta.get("stand_in") for each in inputs)
+        value = value.value if isinstance(value, StandIn) else value
         node.meta["state"] = tuple(state)
         node.meta["written"] = [
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
