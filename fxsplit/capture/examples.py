@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fxsplit.capture import models
 
+TOKENS = 16
+VOCABULARY = range(2, 64)  # every vocabulary has these; what comes before is padding and the like in small models
 FRAMES = 16  # of a clip: what torchvision's video models are trained on
 
 
@@ -49,6 +51,8 @@ def example(
     source, _, name = spec.partition(":")
     if source == "torchvision":
         return _for_torchvision(name, draw, batch_size, side, training)
+    if source == "hf":
+        return _for_huggingface(model, draw, batch_size, side)
     return Example(args=(draw.normal(batch_size, 3, side, side),))
 
 
@@ -63,6 +67,11 @@ class _Draw:
         if self.device.type == "meta":
             return torch.empty(shape, device="meta")
         return torch.randn(shape, generator=self.generator).to(self.device)
+
+    def tokens(self, *shape: int) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=torch.int64, device="meta")
+        return torch.randint(VOCABULARY.start, VOCABULARY.stop, shape, generator=self.generator).to(self.device)
 
     def uniform(self, *shape: int) -> Tensor:
         if self.device.type == "meta":
@@ -80,6 +89,13 @@ def _for_torchvision(name: str, draw: _Draw, batch_size: int, side: int, trainin
         images = [draw.uniform(3, side, side) for _ in range(batch_size)]
         return Example(args=(images, [_target(kind, draw, side) for _ in images]) if training else (images,))
     return Example(args=(draw.normal(batch_size, 3, side, side),))
+
+
+def _for_huggingface(model: Any, draw: _Draw, batch_size: int, side: int) -> Example:
+    if model.main_input_name != "input_ids":
+        return Example(kwargs={model.main_input_name: draw.normal(batch_size, 3, side, side)})
+    names = ["input_ids", "decoder_input_ids"] if model.config.is_encoder_decoder else ["input_ids"]
+    return Example(kwargs={name: draw.tokens(batch_size, TOKENS) for name in names})
 
 
 def _target(kind: str, draw: _Draw, side: int, objects: int = 3, keypoints: int = 17) -> dict[str, Tensor]:

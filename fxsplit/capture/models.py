@@ -1,4 +1,4 @@
-"""A model from one line of text: `timm:NAME`, `torchvision:NAME`, `paper:NAME`, `file.py:FACTORY` or
+"""A model from one line of text: `timm:NAME`, `torchvision:NAME`, `hf:TYPE`, `paper:NAME`, `file.py:FACTORY` or
 `pkg.module:FACTORY`. What stands before the first colon says where to look, the rest what to take there.
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxsplit.capture import factories
+from fxsplit.capture import factories, huggingface
 from fxsplit.capture.paper import NETWORKS
 from fxsplit.capture.surgery import fit_classifier, keep_small_images
 from fxsplit.errors import DataError, UsageError, nearest, reason
 
 STEMS = ("original", "cifar")
-FORMS = "timm:NAME, torchvision:NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY"
+FORMS = "timm:NAME, torchvision:NAME, hf:TYPE, hf:ORG/NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY"
 USUAL_SIZE = 224
 HUB_CACHE = "Hugging Face's cache (HF_HOME)"
 
@@ -32,9 +32,10 @@ def build(spec: str, *, num_classes: int, img_size: int, pretrained: bool = Fals
     """The model that `spec` names, for images (N, 3, img_size, img_size) of `num_classes` classes.
 
     A factory gets those of `num_classes` and `img_size` that its signature names. Pretrained weights come
-    from timm or torchvision; a classifier for another number of classes starts anew. torchvision's detectors
-    resize their images to `img_size` and count the background as a class, its optical flow has no classes,
-    and what it calls quantized is built before quantization.
+    from timm, torchvision or a repository `hf:ORG/NAME`; a classifier for another number of classes starts
+    anew. torchvision's detectors resize their images to `img_size` and count the background as a class, its
+    optical flow has no classes, and what it calls quantized is built before quantization. `hf:TYPE` is a
+    small model of that type; one for language has neither classes nor images (see `huggingface`).
 
     `stem="cifar"` keeps a stem made for large images from throwing small ones away. A strided first
     convolution becomes 3x3 at stride 1 (a 3x3 kernel keeps its weights, a larger one starts anew), and the
@@ -213,6 +214,21 @@ def _torchvision_size(name: str) -> int:
     return min((crop if isinstance(crop, int) else crop[0] for crop in crops if crop), default=USUAL_SIZE)
 
 
+def _from_huggingface(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
+    if not huggingface.is_repository(name):
+        _refuse_pretrained(f"hf:{name}", pretrained)
+    with _errors_of("hf", name, {"num_classes": num_classes, "img_size": img_size}, cache=HUB_CACHE):
+        model = huggingface.build(name, num_classes=num_classes, img_size=img_size, pretrained=pretrained)
+    if stem == "cifar":
+        keep_small_images(model, f"hf:{name}")
+    return model
+
+
+def _huggingface_size(name: str) -> int:
+    with _errors_of("hf", name, {}, cache=HUB_CACHE):
+        return huggingface.native_size(name) or USUAL_SIZE
+
+
 def _from_paper(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
     spec = f"paper:{name}"
     if name not in NETWORKS:
@@ -248,6 +264,7 @@ class Library:
 LIBRARIES = {
     "timm": Library(build=_from_timm, names=_timm_names, native_size=_timm_size),
     "torchvision": Library(build=_from_torchvision, names=_torchvision_names, native_size=_torchvision_size),
+    "hf": Library(build=_from_huggingface, names=huggingface.names, native_size=_huggingface_size),
     "paper": Library(build=_from_paper, names=lambda: list(NETWORKS), native_size=lambda _name: 32),
 }
 
@@ -263,6 +280,8 @@ def _parts(spec: str) -> tuple[str, str]:
 def _errors_of(library: str, name: str, settings: dict[str, Any], *, cache: str) -> Iterator[None]:
     try:
         yield
+    except UsageError:
+        raise
     except OSError as error:
         raise DataError(
             f"'{library}:{name}' cannot be downloaded or read ({reason(error)}); connect to the network, "
@@ -270,12 +289,12 @@ def _errors_of(library: str, name: str, settings: dict[str, Any], *, cache: str)
         ) from error
     except Exception as error:
         asked = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-        raise UsageError(f"{library} cannot build {name!r} with {asked}: {reason(error)}") from error
+        raise UsageError(f"{library} cannot build {name!r}{asked and f' with {asked}'}: {reason(error)}") from error
 
 
 def _refuse_pretrained(spec: str, pretrained: bool) -> None:
     if pretrained:
-        raise UsageError(f"{spec!r} has no pretrained weights; only models of timm and torchvision have")
+        raise UsageError(f"{spec!r} has no pretrained weights; only models of timm, torchvision and hf:ORG/NAME have")
 
 
 def _full_names(name: str) -> str:
