@@ -95,13 +95,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
 def inspect(spec: RunSpec) -> Inspection:
     """The partitions of a model and the phases of its schedule, without weights, data or a device."""
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
-    build = partial(models.build, spec.model, num_classes=classes, img_size=img_size, stem=spec.stem)
-    try:
-        with torch.device("meta"):
-            model = build()
-    except Exception:
-        # Some models compute while they are built, which the meta device cannot. What else is wrong shows again.
-        model = build()
+    model = models.sketch(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem)
     shape = (spec.batch_size, 3, img_size, img_size)
     trace = trace_model(model, (torch.empty(shape, device="meta"),))
     return Inspection(

@@ -64,3 +64,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A hint naming the known words closest to `word`: `"; did you mean 'a' or 'b'?"`, or an empty string."""
     close = get_close_matches(word, list(known), n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+
+
+def reason(error: Exception) -> str:
+    """The first line of what `error` says, fit to stand inside a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,37 +1,41 @@
-"""A model from one line of text: `timm:NAME`, `torchvision:NAME`, `paper:NAME`, `file.py:FACTORY` or
+"""A model from one line of text: `timm:NAME`, `torchvision:NAME`, `hf:TYPE`, `paper:NAME`, `file.py:FACTORY` or
 `pkg.module:FACTORY`. What stands before the first colon says where to look, the rest what to take there.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import partial
-from hashlib import sha256
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
+from fxsplit.capture import factories, huggingface
 from fxsplit.capture.paper import NETWORKS
-from fxsplit.errors import DataError, UsageError, nearest
+from fxsplit.capture.surgery import fit_classifier, keep_small_images
+from fxsplit.errors import DataError, UsageError, nearest, reason
 
 STEMS = ("original", "cifar")
-FORMS = "timm:NAME, torchvision:NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY"
+FORMS = "timm:NAME, torchvision:NAME, hf:TYPE, hf:ORG/NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY"
+USUAL_SIZE = 224
+HUB_CACHE = "Hugging Face's cache (HF_HOME)"
 
 
 def build(spec: str, *, num_classes: int, img_size: int, pretrained: bool = False, stem: str = "original") -> nn.Module:
     """The model that `spec` names, for images (N, 3, img_size, img_size) of `num_classes` classes.
 
     A factory gets those of `num_classes` and `img_size` that its signature names. Pretrained weights come
-    from timm or torchvision; a classifier for another number of classes starts anew.
+    from timm, torchvision or a repository `hf:ORG/NAME`; a classifier for another number of classes starts
+    anew. torchvision's detectors resize their images to `img_size` and count the background as a class, its
+    optical flow has no classes, and what it calls quantized is built before quantization. `hf:TYPE` is a
+    small model of that type; one for language has neither classes nor images (see `huggingface`).
 
     `stem="cifar"` keeps a stem made for large images from throwing small ones away. A strided first
     convolution becomes 3x3 at stride 1 (a 3x3 kernel keeps its weights, a larger one starts anew), and the
@@ -43,13 +47,66 @@ def build(spec: str, *, num_classes: int, img_size: int, pretrained: bool = Fals
     Raises UsageError when there is no such model, it cannot be built as asked or has no such stem, and
     DataError when it cannot be downloaded or read.
     """
-    source, _, name = spec.partition(":")
-    if not (source and name):
-        raise UsageError(f"{spec!r} is not the full name of a model{_full_names(spec) or f'; write {FORMS}'}")
+    source, name = _parts(spec)
     if stem not in STEMS:
         raise UsageError(f"there is no stem {stem!r}, only {' and '.join(STEMS)}{nearest(stem, STEMS)}")
-    scheme = SCHEMES.get(source) or partial(_from_factory, source)
-    return scheme(name, num_classes=num_classes, img_size=img_size, pretrained=pretrained, stem=stem)
+    library = LIBRARIES.get(source)
+    from_source = library.build if library else partial(_from_factory, source)
+    return from_source(name, num_classes=num_classes, img_size=img_size, pretrained=pretrained, stem=stem)
+
+
+def sketch(spec: str, *, num_classes: int, img_size: int, stem: str = "original") -> nn.Module:
+    """The model as `build` builds it, but without memory: on the meta device where it can be built there."""
+    try:
+        with torch.device("meta"):
+            return build(spec, num_classes=num_classes, img_size=img_size, stem=stem)
+    except Exception:
+        # Some models compute while they are built, which the meta device cannot. What else is wrong shows again.
+        return build(spec, num_classes=num_classes, img_size=img_size, stem=stem)
+
+
+def native_size(spec: str) -> int:
+    """The side in pixels of the images that the model is made for; 224 where nothing says it."""
+    source, name = _parts(spec)
+    library = LIBRARIES.get(source)
+    return library.native_size(name) if library else USUAL_SIZE
+
+
+def expand(pattern: str) -> tuple[str, ...]:
+    """The full names of all models that a spec with wildcards means, such as `timm:resnet*`, in the library's order.
+
+    A spec without wildcards (`*`, `?`, `[...]`) means itself, whether there is such a model or not.
+    """
+    source, _, wanted = pattern.partition(":")
+    if not set("*?[") & set(wanted):
+        return (pattern,)
+    if source not in LIBRARIES:
+        raise UsageError(
+            f"the models of {source!r} cannot be listed, only those of {', '.join(LIBRARIES)}"
+            f"{nearest(source, LIBRARIES)}; replace {wanted!r} by the name of a function"
+        )
+    known = LIBRARIES[source].names()
+    names = [name for name in known if fnmatchcase(name, wanted)]
+    if not names:
+        raise UsageError(f"no model of {source} matches {wanted!r}{nearest(wanted, known)}")
+    return tuple(f"{source}:{name}" for name in names)
+
+
+def families() -> dict[str, tuple[str, ...]]:
+    """timm's models by the module that defines them: `{"beit": ("timm:beit_base_patch16_224", ...), ...}`."""
+    import timm
+
+    return {module: tuple(f"timm:{name}" for name in timm.list_models(module=module)) for module in timm.list_modules()}
+
+
+def smallest(specs: Iterable[str]) -> str:
+    """The one with the fewest parameters, the first of equals."""
+
+    def parameter_count(spec: str) -> int:
+        model = sketch(spec, num_classes=1000, img_size=native_size(spec))
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    return min(specs, key=parameter_count)
 
 
 def _from_timm(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
@@ -58,44 +115,54 @@ def _from_timm(name: str, *, num_classes: int, img_size: int, pretrained: bool, 
     if ":" not in name and not timm.is_model(name):
         raise UsageError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
     settings: dict[str, Any] = {"num_classes": num_classes}
-    with _errors_of("timm", name, settings, cache="Hugging Face's cache (HF_HOME)"):
-        one_size = _is_for_one_size(name)
+    with _errors_of("timm", name, settings, cache=HUB_CACHE):
+        one_size = bool(_timm_config(name).get("fixed_input_size"))
         if one_size:
             settings["img_size"] = img_size
             if stem == "cifar":
                 settings["patch_size"] = 4
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **settings)
     if stem == "cifar" and not one_size:
-        _keep_small_images(model, f"timm:{name}")
+        keep_small_images(model, f"timm:{name}")
     return model
 
 
-def _is_for_one_size(name: str) -> bool:
-    """Whether a timm model must be told the image size, which by timm's convention its configuration says."""
+def _timm_names() -> list[str]:
+    import timm
+
+    return list(timm.list_models())
+
+
+def _timm_size(name: str) -> int:
+    with _errors_of("timm", name, {}, cache=HUB_CACHE):
+        return min(_timm_config(name).get("input_size", (USUAL_SIZE,))[1:], default=USUAL_SIZE)
+
+
+def _timm_config(name: str) -> dict[str, Any]:
+    """What timm says of a model's images: whether it must be told their size, and which size it is made for."""
     from timm import models
 
     source, address = models.parse_model_name(name)
     if source == "hf-hub":
-        return bool(models.load_model_config_from_hf(address)[0].get("fixed_input_size"))
+        return dict(models.load_model_config_from_hf(address)[0])
     config = models.get_pretrained_cfg(name)
-    return bool(config and config.fixed_input_size)
+    return dict(config.to_dict()) if config else {}
 
 
 def _from_torchvision(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
     from torchvision import models
 
-    if name not in models.list_models():
-        raise UsageError(f"torchvision has no model {name!r}{nearest(name, models.list_models())}")
+    kind = torchvision_module(name)
     builder = models.get_model_builder(name)
-    # these builders hide the argument behind **kwargs
-    size_arguments: dict[str, dict[str, Any]] = {
-        "torchvision.models.vision_transformer": {"image_size": img_size},
-        "torchvision.models.maxvit": {"input_size": (img_size, img_size)},
-    }
-    sizes = size_arguments.get(builder.__module__, {})
-    if sizes and stem == "cifar":
+    sizes = _torchvision_sizes(kind, img_size)
+    if stem == "cifar" and {"image_size", "input_size"} & set(sizes):
         raise UsageError(f"the stem of 'torchvision:{name}' cannot change, because all its layers depend on it")
-    settings = {**sizes, **({"weights": "DEFAULT"} if pretrained else {"num_classes": num_classes})}
+    has_classes = not kind.startswith("optical_flow.")
+    settings: dict[str, Any] = dict(sizes)
+    if pretrained:
+        settings["weights"] = "DEFAULT"
+    elif has_classes:
+        settings["num_classes"] = num_classes
     if "weights_backbone" in inspect.signature(builder).parameters:
         settings["weights_backbone"] = None
     with (
@@ -104,12 +171,62 @@ def _from_torchvision(name: str, *, num_classes: int, img_size: int, pretrained:
     ):
         warnings.filterwarnings("ignore", "The default weight initialization of", FutureWarning)
         model: nn.Module = builder(**settings)
-    if pretrained:
+    if pretrained and has_classes:
         weights = models.get_model_weights(name).DEFAULT
-        _fit_classifier(model, f"torchvision:{name}", len(weights.meta.get("categories", ())), num_classes)
+        fit_classifier(model, f"torchvision:{name}", len(weights.meta.get("categories", ())), num_classes)
     if stem == "cifar":
-        _keep_small_images(model, f"torchvision:{name}")
+        keep_small_images(model, f"torchvision:{name}")
     return model
+
+
+def _torchvision_sizes(kind: str, img_size: int) -> dict[str, Any]:
+    """The argument that tells a builder the image size, hidden behind its **kwargs, where it takes one."""
+    if kind == "vision_transformer":
+        return {"image_size": img_size}
+    if kind == "maxvit":
+        return {"input_size": (img_size, img_size)}
+    if kind.startswith("detection.") and not kind.startswith("detection.ssd"):
+        return {"min_size": img_size}
+    return {}
+
+
+def torchvision_module(name: str) -> str:
+    """The module below `torchvision.models` that defines a model, such as "resnet" or "detection.ssd"."""
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise UsageError(f"torchvision has no model {name!r}{nearest(name, models.list_models())}")
+    return str(models.get_model_builder(name).__module__).removeprefix("torchvision.models.")
+
+
+def _torchvision_names() -> list[str]:
+    from torchvision import models
+
+    return list(models.list_models())
+
+
+def _torchvision_size(name: str) -> int:
+    from torchvision import models
+
+    torchvision_module(name)
+    transforms = [weights.transforms for weights in models.get_model_weights(name)]
+    crops = [known.keywords.get("crop_size", ()) for known in transforms if isinstance(known, partial)]
+    return min((crop if isinstance(crop, int) else crop[0] for crop in crops if crop), default=USUAL_SIZE)
+
+
+def _from_huggingface(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
+    if not huggingface.is_repository(name):
+        _refuse_pretrained(f"hf:{name}", pretrained)
+    with _errors_of("hf", name, {"num_classes": num_classes, "img_size": img_size}, cache=HUB_CACHE):
+        model = huggingface.build(name, num_classes=num_classes, img_size=img_size, pretrained=pretrained)
+    if stem == "cifar":
+        keep_small_images(model, f"hf:{name}")
+    return model
+
+
+def _huggingface_size(name: str) -> int:
+    with _errors_of("hf", name, {}, cache=HUB_CACHE):
+        return huggingface.native_size(name) or USUAL_SIZE
 
 
 def _from_paper(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
@@ -119,161 +236,70 @@ def _from_paper(name: str, *, num_classes: int, img_size: int, pretrained: bool,
     _refuse_pretrained(spec, pretrained)
     model = NETWORKS[name](num_classes, img_size, 3)
     if stem == "cifar":
-        _keep_small_images(model, spec)
+        keep_small_images(model, spec)
     return model
 
 
 def _from_factory(source: str, name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
     spec = f"{source}:{name}"
     _refuse_pretrained(spec, pretrained)
-    is_file = source.endswith(".py")
-    with _importable(Path(source).expanduser().parent if is_file else Path()):
-        module = _import_file(source) if is_file else _import_module(source, spec)
-        factory = getattr(module, name, None)
-        if not callable(factory):
-            callables = [key for key, value in vars(module).items() if callable(value)]
-            raise UsageError(f"{source!r} has no function or class {name!r}{nearest(name, callables)}")
-        try:
-            named = inspect.signature(factory).parameters
-            offered = {"num_classes": num_classes, "img_size": img_size}
-            model = factory(**{key: value for key, value in offered.items() if key in named})
-        except Exception as error:
-            raise UsageError(f"{spec!r} raised {type(error).__name__}: {_reason(error)}") from error
+    offered = {"num_classes": num_classes, "img_size": img_size}
+    model = factories.call(source, name, offered, libraries=LIBRARIES)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec!r} returned {type(model).__name__}, not a torch.nn.Module")
     if stem == "cifar":
-        _keep_small_images(model, spec)
+        keep_small_images(model, spec)
     return model
 
 
-SCHEMES: dict[str, Callable[..., nn.Module]] = {
-    "timm": _from_timm,
-    "torchvision": _from_torchvision,
-    "paper": _from_paper,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """How a source of named models builds one, what it calls them all, and the image size that one is made for."""
+
+    build: Callable[..., nn.Module]
+    names: Callable[[], list[str]]
+    native_size: Callable[[str], int]
+
+
+LIBRARIES = {
+    "timm": Library(build=_from_timm, names=_timm_names, native_size=_timm_size),
+    "torchvision": Library(build=_from_torchvision, names=_torchvision_names, native_size=_torchvision_size),
+    "hf": Library(build=_from_huggingface, names=huggingface.names, native_size=_huggingface_size),
+    "paper": Library(build=_from_paper, names=lambda: list(NETWORKS), native_size=lambda _name: 32),
 }
 
 
-def _import_file(source: str) -> ModuleType:
-    path = Path(source).expanduser()
-    if not path.is_file():
-        beside = (file.name for file in path.parent.glob("*.py"))
-        raise UsageError(f"there is no file {source!r}{nearest(path.name, beside)}")
-    path = path.resolve()
-    # a name of its own, so that a file called torch.py hides nothing; pickle and dataclasses look it up
-    name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None
-    assert found.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise UsageError(f"{source!r} cannot be imported: {type(error).__name__}: {_reason(error)}") from error
-    return module
-
-
-def _import_module(source: str, spec: str) -> ModuleType:
-    try:
-        return importlib.import_module(source)
-    except Exception as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{source}.".startswith(f"{missing}."):
-            raise UsageError(
-                f"{source!r} in {spec!r} is no library ({', '.join(SCHEMES)}), no .py file and no module "
-                f"that can be imported{nearest(source, SCHEMES)}"
-            ) from error
-        raise UsageError(f"{source!r} cannot be imported: {type(error).__name__}: {_reason(error)}") from error
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let a user's code import what lies beside it, as `python file.py` and `python -m` do."""
-    entry = str(folder.resolve())
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        sys.path.remove(entry)
-
-
-def _fit_classifier(model: nn.Module, spec: str, known_classes: int, num_classes: int) -> None:
-    """Replace the last linear layer of a pretrained model, in place, unless its classes are those wanted."""
-    if known_classes == num_classes:
-        return
-    linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linears or linears[-1][1].out_features != known_classes:
-        raise UsageError(
-            f"the pretrained {spec!r} does not end in a linear layer that could be replaced by one of "
-            f"{num_classes} classes; build it without pretrained weights"
-        )
-    path, last = linears[-1]
-    model.set_submodule(path, nn.Linear(last.in_features, num_classes, bias=last.bias is not None))
-
-
-def _keep_small_images(model: nn.Module, spec: str) -> None:
-    """Give `model`, in place, the stem that `build` describes as "cifar"."""
-    convolutions = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    if not convolutions or max(convolutions[0][1].stride) == 1:
-        raise UsageError(f"{spec!r} has no stem to change: it does not begin with a strided convolution")
-    path, conv = convolutions[0]
-    if hasattr(model.get_submodule(path.rpartition(".")[0]), "patch_size"):
-        raise UsageError(f"the stem of {spec!r} cannot change, because all its layers depend on its patches")
-    if conv.kernel_size == (3, 3):
-        conv.stride = conv.padding = (1, 1)
-    else:
-        bias = conv.bias is not None
-        small = type(conv)(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, groups=conv.groups, bias=bias)
-        model.set_submodule(path, small)
-    if pooling := _stem_pooling(model, path):
-        model.set_submodule(pooling, nn.Identity())
-
-
-def _stem_pooling(model: nn.Module, conv_path: str) -> str | None:
-    """Path of the first pooling that is registered after the first convolution and before any block."""
-    modules: list[tuple[str, nn.Module]] = list(model.named_modules())
-    start = [path for path, _ in modules].index(conv_path) + 1
-    for path, module in modules[start:]:
-        if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
-            return path
-        if sum(isinstance(inner, nn.Conv2d) for inner in module.modules()) > 1:
-            return None
-    return None
+def _parts(spec: str) -> tuple[str, str]:
+    source, _, name = spec.partition(":")
+    if not (source and name):
+        raise UsageError(f"{spec!r} is not the full name of a model{_full_names(spec) or f'; write {FORMS}'}")
+    return source, name
 
 
 @contextmanager
 def _errors_of(library: str, name: str, settings: dict[str, Any], *, cache: str) -> Iterator[None]:
     try:
         yield
+    except UsageError:
+        raise
     except OSError as error:
         raise DataError(
-            f"'{library}:{name}' cannot be downloaded or read ({_reason(error)}); connect to the network, "
+            f"'{library}:{name}' cannot be downloaded or read ({reason(error)}); connect to the network, "
             f"copy its files into {cache}, or do without pretrained weights"
         ) from error
     except Exception as error:
         asked = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-        raise UsageError(f"{library} cannot build {name!r} with {asked}: {_reason(error)}") from error
+        raise UsageError(f"{library} cannot build {name!r}{asked and f' with {asked}'}: {reason(error)}") from error
 
 
 def _refuse_pretrained(spec: str, pretrained: bool) -> None:
     if pretrained:
-        raise UsageError(f"{spec!r} has no pretrained weights; only models of timm and torchvision have")
+        raise UsageError(f"{spec!r} has no pretrained weights; only models of timm, torchvision and hf:ORG/NAME have")
 
 
 def _full_names(name: str) -> str:
     """A hint naming the model that is called `name`, or nearly so, in every library that has it."""
-    import timm
-    from torchvision import models
-
-    libraries = {"paper": list(NETWORKS), "timm": timm.list_models(), "torchvision": models.list_models()}
+    libraries = {source: library.names() for source, library in LIBRARIES.items()}
     best = get_close_matches(name, sorted({model for known in libraries.values() for model in known}), n=1)
-    full = [f"{library}:{model}" for model in best for library, known in libraries.items() if model in known]
+    full = [f"{source}:{model}" for model in best for source, known in libraries.items() if model in known]
     return f"; did you mean {' or '.join(map(repr, full))}?" if full else ""
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what `error` says, fit to stand inside a sentence."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,79 @@
+"""What a user's own function builds: `file.py:FACTORY` or `pkg.module:FACTORY`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fxsplit.errors import UsageError, nearest, reason
+
+
+def call(source: str, name: str, offered: dict[str, Any], *, libraries: Collection[str]) -> object:
+    """What the function or class `name` of the file or module `source` returns for those of `offered` that it takes."""
+    spec = f"{source}:{name}"
+    is_file = source.endswith(".py")
+    with _importable(Path(source).expanduser().parent if is_file else Path()):
+        module = _import_file(source) if is_file else _import_module(source, spec, libraries)
+        factory = getattr(module, name, None)
+        if not callable(factory):
+            callables = [key for key, value in vars(module).items() if callable(value)]
+            raise UsageError(f"{source!r} has no function or class {name!r}{nearest(name, callables)}")
+        try:
+            named = inspect.signature(factory).parameters
+            return factory(**{key: value for key, value in offered.items() if key in named})
+        except Exception as error:
+            raise UsageError(f"{spec!r} raised {type(error).__name__}: {reason(error)}") from error
+
+
+def _import_file(source: str) -> ModuleType:
+    path = Path(source).expanduser()
+    if not path.is_file():
+        beside = (file.name for file in path.parent.glob("*.py"))
+        raise UsageError(f"there is no file {source!r}{nearest(path.name, beside)}")
+    path = path.resolve()
+    # a name of its own, so that a file called torch.py hides nothing; pickle and dataclasses look it up
+    name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None
+    assert found.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UsageError(f"{source!r} cannot be imported: {type(error).__name__}: {reason(error)}") from error
+    return module
+
+
+def _import_module(source: str, spec: str, libraries: Collection[str]) -> ModuleType:
+    try:
+        return importlib.import_module(source)
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{source}.".startswith(f"{missing}."):
+            raise UsageError(
+                f"{source!r} in {spec!r} is no library ({', '.join(libraries)}), no .py file and no module "
+                f"that can be imported{nearest(source, libraries)}"
+            ) from error
+        raise UsageError(f"{source!r} cannot be imported: {type(error).__name__}: {reason(error)}") from error
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let a user's code import what lies beside it, as `python file.py` and `python -m` do."""
+    entry = str(folder.resolve())
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        sys.path.remove(entry)

@@ -1,0 +1,169 @@
+"""Models of Hugging Face's transformers: `hf:TYPE` small and offline, `hf:ORG/NAME` or `hf:./FOLDER` as its
+config.json says.
+
+A model ends in the first of these heads that its type has: image classification, sequence-to-sequence, masked or
+causal language modelling. Types that only have other heads are not known here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from fxsplit.errors import UsageError, nearest
+
+# What a small configuration may have at most, by the names that most types use for it; None becomes the same.
+# A head of 64 channels fits the rotary embeddings of all types.
+AT_MOST = {
+    1: ("n_group", "topk_group"),
+    2: ("num_experts_per_tok", "moe_topk"),
+    4: (
+        *("num_hidden_layers", "num_layers", "n_layers"),
+        *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
+        *("num_attention_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
+        *("num_encoder_attention_heads", "num_decoder_attention_heads"),
+        *("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"),
+    ),
+    64: ("head_dim", "d_kv"),
+    224: ("image_size",),
+    256: (
+        *("hidden_size", "d_model", "embedding_size", "entity_emb_size", "d_latents"),
+        *("vocab_size", "vocab_size_per_layer_input"),
+    ),
+    512: (
+        *("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner"),
+        *("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "max_position_embeddings"),
+    ),
+}
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+
+# What else some types need so that their small configuration holds together.
+ALSO: dict[str, dict[str, Any]] = {
+    "esm": {"token_dropout": False},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"axial_pos_shape": [4, 4]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+}
+
+# The types left out of `hf:*`, and why (tried with transformers 5.24).
+UNFIT = {
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "it reads the states of another model"),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "its language head belongs to a part of it"),
+    **dict.fromkeys(("blt", "dots3_note", "nemo_speechlm"), "the sizes of its parts depend on each other"),
+    **dict.fromkeys(("cohere_compass_text", "dbrx"), "its default configuration lacks the rotary embedding"),
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), "its default configuration lacks sizes"),
+    "dinat": "it needs the library natten",
+    "shieldgemma2": "it classifies pairs of image and text",
+    "siglip2": "it takes patches, not images",
+    "voxtral_realtime": "it takes sound beside text",
+}
+
+
+def names() -> list[str]:
+    """All types that `hf:TYPE` builds."""
+    return sorted(kind for kind in _heads() if kind not in UNFIT)
+
+
+def build(name: str, *, num_classes: int, img_size: int, pretrained: bool) -> nn.Module:
+    """See the module; raises whatever transformers raises when it cannot build or read it."""
+    import transformers
+
+    config = _configuration(name)
+    if config.model_type not in _heads():
+        raise UsageError(f"'hf:{name}' is a {config.model_type!r}, which has no head for image classes or language")
+    factory, architecture = _heads()[config.model_type]
+    auto = getattr(transformers, factory)
+    # transformers looks for the class of a type with several of them here
+    config.architectures = [architecture]
+    config.num_labels = num_classes
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
+    if pretrained:
+        model = auto.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
+    else:
+        if hasattr(config, "image_size"):
+            config.image_size = img_size if isinstance(config.image_size, int) else [img_size, img_size]
+        model = auto.from_config(config)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def native_size(name: str) -> int | None:
+    """The side in pixels of the images that the model is made for, None where its configuration has none."""
+    size = getattr(_configuration(name), "image_size", None)
+    return size[0] if isinstance(size, list | tuple) else size
+
+
+def is_repository(name: str) -> bool:
+    """Whether `name` is an address or a folder, and not a type of model."""
+    return "/" in name
+
+
+def _heads() -> dict[str, tuple[str, str]]:
+    """By type: the factory for its head, and the class that this makes."""
+    try:
+        from transformers.models.auto import modeling_auto as auto
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "'hf:' models are those of transformers, which is not installed; run pip install 'fxsplit[hf]'"
+        ) from error
+    known = {
+        "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForMaskedLM": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "AutoModelForSeq2SeqLM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    return {
+        kind: (factory, made if isinstance(made, str) else made[0])
+        for factory, classes in known.items()
+        for kind, made in classes.items()
+    }
+
+
+def _configuration(name: str) -> Any:
+    heads = _heads()
+    import transformers
+
+    if is_repository(name):
+        return transformers.AutoConfig.from_pretrained(name)
+    if name in UNFIT:
+        raise UsageError(
+            f"'hf:{name}' cannot be built small and offline: {UNFIT[name]}; give a repository of that type"
+        )
+    if name not in heads:
+        raise UsageError(
+            f"transformers has no type {name!r} with a head for image classes or language{nearest(name, heads)}"
+        )
+    return _small(transformers.CONFIG_MAPPING[name])
+
+
+def _small(config_class: Any) -> Any:
+    """A configuration of few layers and small sizes, parts within it as well."""
+    usual = config_class()
+    # read past the class: some types refuse to name a value that may differ from layer to layer
+    values = vars(usual)
+    known = {field.name for field in fields(config_class)}
+    settings: dict[str, Any] = {}
+    for limit, meanings in AT_MOST.items():
+        for meaning in meanings:
+            stored = config_class.attribute_map.get(meaning, meaning)
+            value = values.get(stored)
+            if value is None or (type(value) is int and value > limit):
+                settings.update({field: limit for field in (stored, meaning) if field in known})
+    if "num_key_value_heads" in known:
+        grouped = values["num_key_value_heads"] not in (None, values.get("num_attention_heads"))
+        settings["num_key_value_heads"] = 2 if grouped else 4
+    if isinstance(values.get("depths"), list | tuple):
+        settings["depths"] = [min(depth, 2) for depth in values["depths"]]
+    settings.update({token: 1 for token in SPECIAL_TOKENS if token in known})
+    for part in config_class.sub_configs:
+        if hasattr(type(values.get(part)), "sub_configs"):
+            settings[part] = _small(type(values[part]))
+    return config_class(**settings | ALSO.get(config_class.model_type, {}))

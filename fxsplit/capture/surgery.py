@@ -1,0 +1,51 @@
+"""Changes to a model's ends, in place: a classifier for other classes, a stem for small images."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxsplit.errors import UsageError
+
+
+def fit_classifier(model: nn.Module, spec: str, known_classes: int, num_classes: int) -> None:
+    """Replace the last linear layer of a pretrained model, in place, unless its classes are those wanted."""
+    if known_classes == num_classes:
+        return
+    linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linears or linears[-1][1].out_features != known_classes:
+        raise UsageError(
+            f"the pretrained {spec!r} does not end in a linear layer that could be replaced by one of "
+            f"{num_classes} classes; build it without pretrained weights"
+        )
+    path, last = linears[-1]
+    model.set_submodule(path, nn.Linear(last.in_features, num_classes, bias=last.bias is not None))
+
+
+def keep_small_images(model: nn.Module, spec: str) -> None:
+    """Give `model`, in place, the stem that `build` describes as "cifar"."""
+    convolutions = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions or max(convolutions[0][1].stride) == 1:
+        raise UsageError(f"{spec!r} has no stem to change: it does not begin with a strided convolution")
+    path, conv = convolutions[0]
+    if hasattr(model.get_submodule(path.rpartition(".")[0]), "patch_size"):
+        raise UsageError(f"the stem of {spec!r} cannot change, because all its layers depend on its patches")
+    if conv.kernel_size == (3, 3):
+        conv.stride = conv.padding = (1, 1)
+    else:
+        bias = conv.bias is not None
+        small = type(conv)(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, groups=conv.groups, bias=bias)
+        model.set_submodule(path, small)
+    if pooling := _stem_pooling(model, path):
+        model.set_submodule(pooling, nn.Identity())
+
+
+def _stem_pooling(model: nn.Module, conv_path: str) -> str | None:
+    """Path of the first pooling that is registered after the first convolution and before any block."""
+    modules: list[tuple[str, nn.Module]] = list(model.named_modules())
+    start = [path for path, _ in modules].index(conv_path) + 1
+    for path, module in modules[start:]:
+        if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+            return path
+        if sum(isinstance(inner, nn.Conv2d) for inner in module.modules()) > 1:
+            return None
+    return None
