@@ -17,6 +17,7 @@ from torch import nn
 from fxsplit.capture import models
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
+from fxsplit.capture.units import units_of
 from fxsplit.errors import UsageError
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import Partition
@@ -115,13 +116,18 @@ def inspect(spec: RunSpec) -> Inspection:
 
 
 def partition(
-    trace: Trace, *, count: int | None = None, at: Sequence[str] = (), balance: str = "macs"
+    trace: Trace, *, count: int | None = None, at: Sequence[str] = (), balance: str = "macs", by: str = "op"
 ) -> tuple[Partition, ...]:
     """Divide a traced model into `count` partitions of equal weight, or before the modules named in `at`.
 
     See `fxsplit.plan.partition.partition`.
     """
-    return partition_graphs(trace.train, trace.eval, count=count, at=at, balance=balance)
+    units = _units(trace, by)
+    return partition_graphs(trace.train, trace.eval, count=count, at=at, balance=balance, by=by, units=units)
+
+
+def _units(trace: Trace, by: str) -> dict[str, str]:
+    return units_of(trace.model) if by == "block" else {}
 
 
 def _load(spec: RunSpec, observer: Observer) -> Data:
