@@ -124,11 +124,22 @@ def partition(
     every = with_ends(train, eval_graph)
     owners = _owners(train, eval_graph, every)
     if count is None:
-        inner = _cuts_at(at, every, places_of(train))
+        if wrong := wrong_places(train, eval_graph, at):
+            raise PartitionError("; ".join(wrong))
+        places = places_of(train)
+        inner = [every[index] for index in sorted({places[place] for place in at})]
     else:
         allowed = _allowed(every[1:-1], train, by, units or {})
         inner = _cuts_by_count(count, allowed, _op_weights(train, eval_graph, owners, balance), by)
     return _partitions(train, eval_graph, (every[0], *inner, every[-1]), owners)
+
+
+def wrong_places(train: Graph, eval_graph: Graph, at: Sequence[str]) -> list[str]:
+    """A sentence about each of the places that gives no cut, and where near it there is one."""
+    every = with_ends(train, eval_graph)
+    legal = {cut.index: cut for cut in every[1:-1] if cut.refusal is None}
+    places = places_of(train)
+    return [fault for place in dict.fromkeys(at) if (fault := _fault_at(place, every, legal, places))]
 
 
 def most_partitions(train: Graph, eval_graph: Graph, *, by: str = "op", units: Mapping[str, str] | None = None) -> int:
@@ -196,13 +207,6 @@ def _nanoseconds(train: Graph) -> list[int]:
             f"{missing[0]!r}, have none; measure the ops when the model is traced, or balance by macs"
         )
     return [round(1e9 * value) for value in seconds.values() if value is not None]
-
-
-def _cuts_at(at: Sequence[str], every: Sequence[Cut], places: Mapping[str, int]) -> list[Cut]:
-    legal = {cut.index: cut for cut in every[1:-1] if cut.refusal is None}
-    if faults := [fault for place in dict.fromkeys(at) if (fault := _fault_at(place, every, legal, places))]:
-        raise PartitionError("; ".join(faults))
-    return [legal[index] for index in sorted({places[place] for place in at})]
 
 
 def _fault_at(place: str, every: Sequence[Cut], legal: Mapping[int, Cut], places: Mapping[str, int]) -> str | None:
