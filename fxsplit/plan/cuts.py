@@ -203,7 +203,6 @@ def _moved_state(graph: Graph) -> list[str | None]:
 def _sizes(boundaries: Sequence[tuple[str, ...]], values: Mapping[str, Value]) -> list[int]:
     """The bytes of each boundary for one sample; views of one storage together count no more than the storage."""
     views = {name for name, value in values.items() if value.storage != name}
-    views |= {values[name].storage for name in views}
     alone = {name: value.bytes_per_sample for name, value in values.items()}
     return [
         sum(map(alone.__getitem__, boundary)) if views.isdisjoint(boundary) else _shared_bytes(boundary, values)

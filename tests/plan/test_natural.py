@@ -73,6 +73,22 @@ def test_of_a_plateau_the_borders_of_outer_modules() -> None:
     assert natural(line(*((name, 1, size) for name, size in zip(names, sizes, strict=True)))) == ["next"]
 
 
+def test_the_border_of_a_module_comes_before_an_op_in_it() -> None:
+    """The number that the block's first op takes from a shape crosses beside the tensor."""
+    number = Value(name="b2:size", shape=None, dtype="int")
+    size = Op(name="b2:size", path="b2", kind="function", target="size", reads=("pool",), output=number)
+    net = graph(
+        op("conv", "x", size=400, macs=9),
+        op("pool", "conv", size=100),
+        size,
+        op("b2:view", "pool", "b2:size", size=100, path="b2"),
+        op("b2:conv", "b2:view", size=300, macs=9, path="b2"),
+        op("end", "b2:conv", size=1, macs=9),
+    )
+    assert natural(net) == ["b2:size"]
+    assert [cut.path for cut in cuts(net, net) if cut.natural] == ["b2"]
+
+
 def test_sizes_within_a_tenth_are_the_same() -> None:
     def before_head(size: int) -> list[str]:
         return natural(line(("patches", 9, 1000), ("token", 0, size), ("head", 9, 4000), ("end", 9, 1)))
