@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,9 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 import typer
 
 from fxsplit.errors import Terminated, UsageError
-from fxsplit.spec import RunSpec, from_text, read_environment, read_recipe, read_values, resolve
+from fxsplit.plan.plandiff import diff as diff_plans
+from fxsplit.plan.planfile import read_file
+from fxsplit.spec import PLANNED, RunSpec, beside_plan, from_text, read_environment, read_recipe, read_values, resolve
 
 from . import render
 from .options import with_spec_options
@@ -27,7 +29,7 @@ from .options import with_spec_options
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
 INSPECT_FIELDS = (
     *("stem", "data", "img_size", "batch_size"),
-    *("schedule", "epochs", "epochs_total", "parts", "at", "balance"),
+    *("schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
 )
 
 Model = Annotated[
@@ -99,12 +101,35 @@ def inspect(
     model: Model = None,
     config: Recipe = None,
     l2l: LayerToLayer = False,
+    save_plan: Annotated[
+        str | None,
+        typer.Option(
+            "--save-plan",
+            metavar="FILE",
+            help="Write a plan file, to edit and to train by.",
+            rich_help_panel="Plan files",
+        ),
+    ] = None,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--diff",
+            metavar="FILE FILE",
+            help="Show what differs between two plan files, and no more.",
+            rich_help_panel="Plan files",
+        ),
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
     **given: Any,
 ) -> Job:
     """Show a model's partitions and the phases of a schedule, without training."""
-    return Job(partial(_inspect, _resolve(model, config, l2l, given), as_json), verbose)
+    if diff:
+        others = {"model": model, "config": config, "l2l": l2l or None, "save-plan": save_plan, **given}
+        if beside := [name.replace("_", "-") for name, value in others.items() if value is not None]:
+            raise UsageError(f"--diff compares two plan files, and takes no {', '.join(beside)} beside them")
+        return Job(partial(_diff, *diff, as_json), verbose)
+    return Job(partial(_inspect, _resolve(model, config, l2l, given), save_plan, as_json), verbose)
 
 
 def _train(spec: RunSpec, view: render.View, as_json: bool) -> None:
@@ -119,15 +144,27 @@ def _train(spec: RunSpec, view: render.View, as_json: bool) -> None:
         render.render_report(report)
 
 
-def _inspect(spec: RunSpec, as_json: bool) -> None:
-    with redirect_stdout(sys.stderr):
+def _inspect(spec: RunSpec, save_plan: str | None, as_json: bool) -> None:
+    with render.observing(spec.model, "plain") as observer, redirect_stdout(sys.stderr):
         from fxsplit import api
 
-        inspection = api.inspect(spec)
+        inspection = api.inspect(spec, save_to=save_plan, observer=observer)
+    if save_plan:
+        render.say(f"plan file: {save_plan}")
     if as_json:
         render.write_json(render.inspection_to_dict(inspection))
     else:
         render.render_inspection(inspection)
+
+
+def _diff(before: str, after: str, as_json: bool) -> None:
+    files = {path: read_file(path) for path in (before, after)}
+    changes = diff_plans(files[before], files[after])
+    if as_json:
+        render.write_json([asdict(change) for change in changes])
+    else:
+        stale = [path for path, file in files.items() if file.figures is None]
+        render.render_diff(before, after, changes, stale=stale)
 
 
 def _resolve(model: str | None, config: Path | None, l2l: bool, given: dict[str, Any]) -> RunSpec:
@@ -139,7 +176,10 @@ def _resolve(model: str | None, config: Path | None, l2l: bool, given: dict[str,
     if l2l and options.setdefault("schedule", "l2l") != "l2l":
         raise UsageError(f"--l2l means --schedule l2l and contradicts --schedule {options['schedule']}")
     recipe = read_recipe(config) if config else {}
-    return resolve(recipe, read_environment(os.environ), read_values(options))
+    spec = resolve(recipe, read_environment(os.environ), read_values(options))
+    if spec.plan and (beside := [name for name in PLANNED if name in options]):
+        raise UsageError(beside_plan(beside))
+    return spec
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Inspection, Observer, RunReport, StepRecord
 
@@ -331,6 +332,37 @@ def render_inspection(inspection: Inspection) -> None:
         _print_whole(console, f"tied: {name} is also {', '.join(others)}")
     for path, reason in inspection.opaque.items():
         _print_whole(console, f"kept whole: {path}, because {reason}")
+
+
+def render_diff(before: str, after: str, changes: Sequence[Change], *, stale: Sequence[str]) -> None:
+    """What differs between two plan files, to stdout; `stale` are those of them whose figures belong to other cuts."""
+    console = Console()
+    table = _table("", "before", "after")
+    for change in changes:
+        table.add_row(Text(change.what), _side(change.before), _side(change.after))
+    _print_whole(console, f"{before} -> {after}\n")
+    if changes:
+        console.print(table)
+    else:
+        _print_whole(console, "The plans are the same.")
+    for path in stale:
+        _print_whole(
+            console,
+            f"Partitions are not compared: the figures in {path} are not those of its cuts; "
+            f"fxsplit inspect MODEL --plan {path} --save-plan {path} works them out",
+        )
+
+
+def _side(value: str | int | Mapping[str, int] | None) -> Text:
+    """One side of a change; figures one a line."""
+    if isinstance(value, Mapping):
+        return Text("\n".join(_figure(name, figure) for name, figure in value.items()))
+    return Text("-" if value is None else str(value))
+
+
+def _figure(name: str, value: int) -> str:
+    noun = {"macs": "MACs", "activation_bytes": "activations", "boundary_bytes": "boundary"}.get(name, name)
+    return f"{human(value, 'B' * name.endswith('_bytes'))} {noun}"
 
 
 def inspection_to_dict(inspection: Inspection) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxsplit.api import inspect, partition, train
+    from fxsplit.api import inspect, load_plan, partition, save_plan, train
     from fxsplit.capture.tracing import Trace, trace
     from fxsplit.errors import FxsplitError
     from fxsplit.plan.partition import Partition
@@ -37,7 +37,9 @@ __all__ = [
     "RunSpec",
     "Trace",
     "inspect",
+    "load_plan",
     "partition",
+    "save_plan",
     "schedule",
     "trace",
     "train",
@@ -45,7 +47,7 @@ __all__ = [
 
 # Resolved on first use (PEP 562): importing fxsplit must not import torch.
 _HOMES = {
-    "fxsplit.api": ("inspect", "partition", "train"),
+    "fxsplit.api": ("inspect", "load_plan", "partition", "save_plan", "train"),
     "fxsplit.capture.tracing": ("Trace", "trace"),
     "fxsplit.errors": ("FxsplitError",),
     "fxsplit.plan.partition": ("Partition",),

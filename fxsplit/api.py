@@ -17,10 +17,11 @@ from torch import nn
 from fxsplit.capture import models
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
+from fxsplit.capture.units import units_of
 from fxsplit.errors import UsageError
-from fxsplit.plan.cuts import cuts
-from fxsplit.plan.partition import Partition
+from fxsplit.plan.partition import Partition, most_partitions
 from fxsplit.plan.partition import partition as partition_graphs
+from fxsplit.plan.planfile import PlanFile, read_file, write_file
 from fxsplit.plan.schedule import Plan
 from fxsplit.plan.schedule import schedule as make_plan
 from fxsplit.report import EpochRecord, Inspection, Observer, RunReport
@@ -49,13 +50,13 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         data = _load(spec, observer).to(device)
         model = _build(spec, data, device)
         trace = trace_model(model, (torch.empty(2, data.channels, data.img_size, data.img_size, device=device),))
-        plan = _plan(spec, trace)
+        plan = _plan(spec, trace, observer)
         executor = Executor(trace, plan.partitions)
         if spec.torchcompile:
             executor.compile_stages(spec.torchcompile)
         trainer = _trainer(spec, model, executor, plan, data, observer)
         surroundings = environment(device)
-        folder = None if spec.dry_run else _folder(spec, plan, surroundings)
+        folder = None if spec.dry_run else _folder(spec, plan, trace, surroundings)
         observer.run_started(
             folder=str(folder.path) if folder else "",
             device=str(device),
@@ -92,30 +93,58 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
     return report
 
 
-def inspect(spec: RunSpec) -> Inspection:
-    """The partitions of a model and the phases of its schedule, without weights, data or a device."""
+def inspect(spec: RunSpec, *, save_to: str | None = None, observer: Observer | None = None) -> Inspection:
+    """The partitions of a model and the phases of its schedule, without weights, data or a device.
+
+    With `save_to` they are also written there, as a plan file to edit and to train by.
+    """
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     model = models.sketch(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem)
     shape = (spec.batch_size, 3, img_size, img_size)
     trace = trace_model(model, (torch.empty(shape, device="meta"),))
+    plan = _plan(spec, trace, observer or Observer())
+    if save_to is not None:
+        write_file(_plan_file(plan, trace, spec.model), save_to)
     return Inspection(
         model=spec.model,
         input_shape=shape,
         graph=trace.train,
-        plan=_plan(spec, trace),
+        plan=plan,
         tied=trace.tied,
         opaque=trace.opaque,
     )
 
 
 def partition(
-    trace: Trace, *, count: int | None = None, at: Sequence[str] = (), balance: str = "macs"
+    trace: Trace, *, count: int | None = None, at: Sequence[str] = (), balance: str = "macs", by: str = "op"
 ) -> tuple[Partition, ...]:
     """Divide a traced model into `count` partitions of equal weight, or before the modules named in `at`.
 
     See `fxsplit.plan.partition.partition`.
     """
-    return partition_graphs(trace.train, trace.eval, count=count, at=at, balance=balance)
+    units = _units(trace, by)
+    return partition_graphs(trace.train, trace.eval, count=count, at=at, balance=balance, by=by, units=units)
+
+
+def save_plan(plan: Plan, trace: Trace, path: str) -> None:
+    """Write a plan of a traced model as a file that people can read and edit, and that `load_plan` reads."""
+    write_file(_plan_file(plan, trace, type(trace.model).__name__), path)
+
+
+def load_plan(path: str, trace: Trace, observer: Observer | None = None) -> Plan:
+    """The plan in a file, for a traced model. It need not be the one for which the file was made, if its cuts fit.
+
+    Raises UsageError when the file cannot be read or is no plan, PartitionError when it does not fit the model; both
+    tell all that is wrong at once.
+    """
+    file = read_file(path, graphs=(trace.train, trace.eval))
+    if observer and file.graph not in ("", trace.train.digest()):
+        observer.notice(f"the plan {path!r} was made for another model, but fits this one")
+    return file.plan(trace.train, trace.eval)
+
+
+def _units(trace: Trace, by: str) -> dict[str, str]:
+    return units_of(trace.model) if by == "block" else {}
 
 
 def _load(spec: RunSpec, observer: Observer) -> Data:
@@ -143,13 +172,19 @@ def _build(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
-def _plan(spec: RunSpec, trace: Trace) -> Plan:
+def _plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
+    if spec.plan is not None:
+        return load_plan(spec.plan, trace, observer)
     count = spec.parts
     if count is None and not spec.at:
-        allowed = sum(cut.refusal is None for cut in cuts(trace.train, trace.eval))
-        count = min(DEFAULT_PARTS, allowed + 1)
-    partitions = partition(trace, count=count, at=spec.at, balance=spec.balance)
+        most = most_partitions(trace.train, trace.eval, by=spec.by, units=_units(trace, spec.by))
+        count = min(DEFAULT_PARTS, most)
+    partitions = partition(trace, count=count, at=spec.at, balance=spec.balance, by=spec.by)
     return make_plan(spec.schedule, partitions=partitions, epochs=spec.epochs, epochs_total=spec.epochs_total)
+
+
+def _plan_file(plan: Plan, trace: Trace, model: str) -> PlanFile:
+    return PlanFile.of(plan, model=model, graph=trace.train.digest(), torch=torch.__version__)
 
 
 def _trainer(
@@ -197,11 +232,12 @@ def _trainer(
     )
 
 
-def _folder(spec: RunSpec, plan: Plan, surroundings: dict[str, Any]) -> RunFolder:
+def _folder(spec: RunSpec, plan: Plan, trace: Trace, surroundings: dict[str, Any]) -> RunFolder:
     folder = RunFolder(
-        spec.output, model=spec.model, schedule=spec.schedule, seed=spec.seed, experiment=spec.experiment
+        spec.output, model=spec.model, schedule=plan.schedule, seed=spec.seed, experiment=spec.experiment
     )
-    folder.start(args_yaml=spec.to_yaml(), plan=plan, environment=surroundings)
+    plan_json = _plan_file(plan, trace, spec.model).to_json()
+    folder.start(args_yaml=spec.to_yaml(), plan_json=plan_json, environment=surroundings)
     return folder
 
 

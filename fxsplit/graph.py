@@ -65,8 +65,9 @@ class Op:
 
     `name` is unique and also names the value that the op delivers (`output`). `path` is the dotted path of the module
     in which the op happens, or of the module that it is. `reads` are values, `state` parameters and buffers;
-    `mutates` lists those of both that are written in place. `macs` (one multiply-add is 1) and `activation_bytes`
-    (what autograd keeps for backward because of this op, each storage counted once) are for one sample.
+    `mutates` lists those of both that are written in place. `macs` and `backward_macs` (one multiply-add is 1) and
+    `activation_bytes` (what autograd keeps for backward because of this op, each storage counted once) are for one
+    sample; `seconds`, forward and backward of the traced batch, are None where nobody measured them.
     """
 
     name: str
@@ -79,6 +80,8 @@ class Op:
     mutates: tuple[str, ...] = ()
     macs: int = 0
     activation_bytes: int = 0
+    backward_macs: int = 0
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.output.name != self.name:
@@ -173,10 +176,15 @@ class Graph:
         raise PartitionError(f"no operation of the model lies in {path!r}{nearest(path, sorted(paths - {''}))}")
 
     def digest(self) -> str:
-        """A fingerprint of the structure: 16 hexadecimal digits that depend on neither weights nor costs."""
+        """A fingerprint of the structure: 16 hexadecimal digits.
+
+        They depend on neither weights, costs nor the size of the input, so that one model has one digest for any
+        batch and any image.
+        """
         lines: Iterable[object] = (
-            *((value.name, value.shape, value.dtype) for value in self.inputs),
-            *((op.name, op.kind, op.target, op.reads, op.state, op.output.shape) for op in self.ops),
+            *((value.name, value.dtype) for value in self.inputs),
+            *((op.name, op.kind, op.target, op.reads, op.state) for op in self.ops),
+            *((state.name, state.shape) for state in self.state),
             self.outputs,
         )
         return hashlib.sha256("\n".join(map(repr, lines)).encode()).hexdigest()[:16]

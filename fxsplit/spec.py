@@ -21,6 +21,9 @@ from fxsplit.errors import UsageError, nearest
 
 ENVIRONMENT_PREFIX = "FXSPLIT_"
 
+# What a plan file says itself.
+PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs", "epochs_total")
+
 
 def _option(
     group: str,
@@ -111,8 +114,21 @@ class RunSpec:
     )
     parts: int | None = _option("Layer-to-layer", "Number of partitions.", None, least=1)
     at: tuple[str, ...] = _option("Layer-to-layer", "Cut before these modules instead, by dotted path.", ())
+    by: str = _option(
+        "Layer-to-layer",
+        "Where --parts may cut: anywhere (op), where the blocks of the graph meet (natural), "
+        "where the units meet that timm or Hugging Face names (block).",
+        "op",
+        choices=("op", "natural", "block"),
+    )
     balance: str = _option(
-        "Layer-to-layer", "What --parts makes equal.", "macs", choices=("macs", "params", "activations")
+        "Layer-to-layer",
+        "What --parts makes equal.",
+        "macs",
+        choices=("macs", "params", "activations", "seconds"),
+    )
+    plan: str | None = _option(
+        "Layer-to-layer", "Take partitions and phases from a plan file, as inspect --save-plan writes it.", None
     )
 
     amp: bool = _option("Precision and speed", "Automatic mixed precision.", False)
@@ -224,15 +240,16 @@ def read_values(values: Mapping[Any, object], *, source: str = "") -> dict[str, 
 def resolve(*layers: Mapping[str, Any]) -> RunSpec:
     """One RunSpec from values by field name; a later layer wins over an earlier one.
 
-    A layer that gives `parts` also withdraws an earlier layer's `at`, and the other way round.
+    A layer that gives `parts` also withdraws an earlier layer's `at`, and the other way round; one that gives a
+    `plan` withdraws all that earlier layers say about what the plan says itself.
 
     Raises UsageError as RunSpec does.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        for given, withdrawn in (("parts", "at"), ("at", "parts")):
+        for given, withdrawn in (("parts", ("at",)), ("at", ("parts",)), ("plan", PLANNED)):
             if layer.get(given):
-                merged.pop(withdrawn, None)
+                merged = {name: value for name, value in merged.items() if name not in withdrawn}
         merged.update(layer)
     return RunSpec(**merged)
 
@@ -241,10 +258,20 @@ def _key(name: str) -> str:
     return name.replace("_", "-")
 
 
+def beside_plan(names: Collection[str]) -> str:
+    """The sentence about fields that say what the plan file says itself."""
+    keys = ", ".join(map(_key, names))
+    return f"the plan file says itself where to cut and what trains when, so leave out {keys}, or the plan"
+
+
 def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
     """Fields that contradict each other; those that are `wrong` by themselves are left out."""
     if spec.parts is not None and spec.at and not {"parts", "at"} & set(wrong):
         yield f"parts is {spec.parts} and at is {','.join(spec.at)!r}, but only one can say where to cut"
+    if spec.plan is not None and "plan" not in wrong:
+        defaults = {item.name: item.default for item in fields(spec)}
+        if given := [name for name in PLANNED if getattr(spec, name) != defaults[name] and name not in wrong]:
+            yield beside_plan(given)
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
         yield f"grad-accum-steps is {spec.grad_accum_steps}, but must divide batch-size {spec.batch_size}"
     if not {"mean", "std"} & set(wrong) and (len(spec.mean) != len(spec.std) or len(spec.mean) not in (0, 1, 3)):

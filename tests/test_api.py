@@ -16,7 +16,8 @@ from fxsplit_cli.main import main
 
 import fxsplit
 from fxsplit.api import choose_device, determinism
-from fxsplit.errors import DataError, UsageError
+from fxsplit.errors import DataError, PartitionError, UsageError
+from fxsplit.plan.planfile import read_file
 from fxsplit.report import EpochRecord, Observer, RunReport
 from fxsplit.run import datasets
 from fxsplit.run.folder import COLUMNS
@@ -62,7 +63,6 @@ def test_a_run_leaves_all_its_files(spec: Callable[..., fxsplit.RunSpec]) -> Non
         "args.yaml", "env.json", "metrics.jsonl", "model.safetensors", "plan.json", "report.json", "summary.csv",
     ]  # fmt: skip
     assert resolve(read_recipe(folder / "args.yaml")) == asked
-    assert fxsplit.Plan.from_json((folder / "plan.json").read_text(encoding="utf-8")) == report.plan
     assert json.loads((folder / "env.json").read_text(encoding="utf-8"))["torch"].startswith("2.")
     with (folder / "summary.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -74,6 +74,70 @@ def test_a_run_leaves_all_its_files(spec: Callable[..., fxsplit.RunSpec]) -> Non
     assert [float(row["eval_top1"]) for row in rows] == [record.eval_top1 for record in report.epochs]
     data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert (data["status"], data["accuracy_pct"]) == ("finished", report.epochs[-1].eval_top1)
+
+
+class Notices(Observer):
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def notice(self, sentence: str) -> None:
+        self.sentences.append(sentence)
+
+
+def test_a_plan_is_saved_edited_and_trained_by(spec: Callable[..., fxsplit.RunSpec], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    inspected = fxsplit.inspect(spec(schedule="settle", batch_size=8, img_size=16), save_to=str(path))
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert data["graph"] == inspected.graph.digest()
+    assert (data["model"], data["torch"]) == (inspected.model, torch.__version__)
+    data["phases"] = [{"epochs": 1}, {"from": data["cuts"][0], "epochs": 2}]
+    data["schedule"] = "by hand"
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+    heard = Notices()
+    asked = spec(plan=str(path), parts=None, epochs=10)
+    report = train(asked, heard)
+    assert [(record.start, record.stop) for record in report.epochs] == [(0, 3), (1, 3), (1, 3)]
+    assert "-by-hand-" in Path(report.folder).name
+    assert not any("plan" in sentence for sentence in heard.sentences)
+    # What the run leaves behind runs again, and says the same.
+    kept = str(Path(report.folder) / "plan.json")
+    again = fxsplit.inspect(spec(plan=kept, parts=None, epochs=10)).plan
+    assert (again.schedule, again.phases) == ("by hand", report.plan.phases)
+    assert [part.state for part in again.partitions] == [part.state for part in report.plan.partitions]
+    assert read_file(kept).figures is not None
+
+
+def test_a_plan_for_another_model_is_used_where_it_fits(spec: Callable[..., fxsplit.RunSpec], tmp_path: Path) -> None:
+    path = str(tmp_path / "plan.json")
+    fxsplit.inspect(fxsplit.RunSpec(model="timm:resnet18", at=("layer2", "layer4.1")), save_to=path)
+    heard = Notices()
+    found = fxsplit.inspect(fxsplit.RunSpec(model="timm:resnet34", plan=path), observer=heard)
+    assert [part.name for part in found.partitions] == ["conv1", "layer2", "layer4.1"]
+    assert heard.sentences == [f"the plan {path!r} was made for another model, but fits this one"]
+    with pytest.raises(PartitionError, match=r"was made for another model .*'layer4\.1'"):
+        fxsplit.inspect(spec(plan=path, parts=None, epochs=10))
+
+
+def test_a_plan_of_ones_own_loop_is_saved_and_read_back(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    trace = fxsplit.trace(model, (torch.rand(2, 3),))
+    plan = fxsplit.schedule("grow", partitions=fxsplit.partition(trace, at=["2"]), epochs=3)
+    fxsplit.save_plan(plan, trace, str(tmp_path / "plan.json"))
+    assert fxsplit.load_plan(str(tmp_path / "plan.json"), trace) == plan
+    assert read_file(str(tmp_path / "plan.json")).model == "Sequential"
+
+
+def test_where_to_cut_reaches_planning() -> None:
+    def names(by: str) -> list[str]:
+        found = fxsplit.inspect(fxsplit.RunSpec(model="torchvision:vgg11", img_size=64, by=by))
+        return [part.name for part in found.partitions[1:]]
+
+    assert names("block") == ["avgpool", "classifier"]
+    assert names("natural") == [
+        "features.3", "features.6", "features.11", "features.16", "avgpool", "classifier.3", "classifier.6",
+    ]  # fmt: skip
+    assert names("op") not in (names("block"), names("natural"))
 
 
 def test_the_weights_file_holds_the_models_own_names_and_scores_the_same(
@@ -204,6 +268,9 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         (["train", "paper:cnn", "--parts", "99"], 3, "99"),
         (["train", "paper:cnn", "--data", "folder:/nowhere"], 1, "'/nowhere'"),
         (["inspect", "paper:cnn", "--at", "conv1"], 3, "conv1"),
+        (["inspect", "paper:cnn", "--parts", "9", "--by", "natural"], 3, "natural ones; ask for at most"),
+        (["inspect", "paper:cnn", "--balance", "seconds"], 2, "measure the ops"),
+        (["train", "paper:cnn", "--plan", "nowhere.json"], 2, "the plan 'nowhere.json' cannot be read"),
     ],
 )
 def test_who_errs_is_told_in_one_sentence(
@@ -272,3 +339,11 @@ def test_the_loop_of_the_readme_runs() -> None:
     settled = {name for part in scope["parts"][: scope["plan"].phases[-1].start] for name in part.state}
     assert settled
     assert all(not p.requires_grad for name, p in scope["model"].named_parameters() if name in settled)
+
+
+def test_the_plan_of_the_readme_is_a_whole_plan(tmp_path: Path) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    path = tmp_path / "plan.json"
+    path.write_text(readme.split("```json\n")[1].split("```")[0], encoding="utf-8")
+    plan = fxsplit.inspect(fxsplit.RunSpec(model="timm:resnet18", plan=str(path))).plan
+    assert [(phase.start, phase.stop, phase.epochs) for phase in plan.phases] == [(0, 3, 6), (1, 3, 3), (2, 3, 1)]

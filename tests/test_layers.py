@@ -104,7 +104,7 @@ def test_starting_loads_no_torch(code: str) -> None:
 def test_public_names() -> None:
     assert fxsplit.__all__ == [
         "Executor", "FxsplitError", "Inspection", "Observer", "Partition", "Phase", "Plan", "RunReport", "RunSpec",
-        "Trace", "inspect", "partition", "schedule", "trace", "train",
+        "Trace", "inspect", "load_plan", "partition", "save_plan", "schedule", "trace", "train",
     ]  # fmt: skip
     assert all(getattr(fxsplit, name).__name__ == name for name in fxsplit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'compare'"):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxsplit.errors import UsageError
-from fxsplit.spec import RunSpec, read_environment, read_recipe, read_values, resolve
+from fxsplit.spec import PLANNED, RunSpec, read_environment, read_recipe, read_values, resolve
 
 words = st.text(min_size=1)
 whole = st.integers(min_value=1, max_value=10**6)
@@ -40,6 +40,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "mean": st.just(()),
     "std": st.just(()),
     "parts": maybe,
+    "plan": maybe,
     "at": st.lists(words).map(tuple),
     **{item.name: st.sampled_from(item.metadata["choices"]) for item in fields(RunSpec) if item.metadata["choices"]},
 }
@@ -52,7 +53,11 @@ channels = st.integers(0, 2).flatmap(
     )
 )
 batches = st.tuples(whole, whole).map(lambda n: {"batch_size": n[0] * n[1], "grad_accum_steps": n[0]})
-cuts = st.one_of(st.fixed_dictionaries({"parts": whole}), st.fixed_dictionaries({"at": st.lists(words)}))
+cuts = st.one_of(
+    st.fixed_dictionaries({"parts": whole}),
+    st.fixed_dictionaries({"at": st.lists(words)}),
+    st.fixed_dictionaries({"plan": words}),
+)
 specs = st.builds(lambda *layers: resolve(*layers), st.fixed_dictionaries(STRATEGIES), channels, batches, cuts)
 
 
@@ -114,6 +119,10 @@ def test_every_field_has_a_key_and_help() -> None:
         (
             {"batch_size": 32, "grad_accum_steps": 5},
             "grad-accum-steps is 5, but must divide batch-size 32",
+        ),
+        (
+            {"plan": "plan.json", "schedule": "l2l", "epochs": 3},
+            "the plan file says itself where to cut and what trains when, so leave out schedule, epochs, or the plan",
         ),
         ({"parts": 3, "at": ["a", "b"]}, "parts is 3 and at is 'a,b', but only one can say where to cut"),
     ],
@@ -232,6 +241,20 @@ def test_later_layers_win() -> None:
     recipe = {"model": "paper:cnn", "lr": 0.1, "epochs": 3, "parts": 4}
     spec = resolve(recipe, {"lr": 0.2, "seed": 7}, {"lr": 0.3})
     assert spec == RunSpec(model="paper:cnn", lr=0.3, epochs=3, seed=7, parts=4)
+
+
+def test_a_later_plan_withdraws_what_it_says_itself() -> None:
+    recipe = {"model": "paper:cnn", "lr": 0.1, "parts": 4, "by": "natural", "schedule": "l2l", "epochs_total": 9}
+    assert resolve(recipe, {"plan": "p.json"}) == RunSpec(model="paper:cnn", lr=0.1, plan="p.json")
+    written = RunSpec(model="paper:cnn", plan="p.json")
+    assert resolve(read_values(written.to_flat())) == written
+    with pytest.raises(UsageError, match="leave out epochs, or the plan"):
+        resolve({"model": "paper:cnn", "plan": "p.json"}, {"epochs": 3})
+
+
+def test_what_a_plan_says_are_all_fields_of_its_group() -> None:
+    group = [item.name for item in fields(RunSpec) if item.metadata["group"] == "Layer-to-layer"]
+    assert sorted(PLANNED) == sorted({*group, "epochs", "epochs_total"} - {"plan"})
 
 
 def test_a_later_way_to_cut_withdraws_the_earlier() -> None:

@@ -7,12 +7,13 @@ eval    stem ── conv ── relu ──┊───────────�
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from fxsplit.errors import PartitionError
 from fxsplit.graph import Graph, Value
+from fxsplit.plan.natural import natural_cuts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,9 @@ class Cut:
 
     `path` finds the op after the cut: the outermost module that begins with it, or its own name where none does.
     `boundary` is what must be passed on in either mode, in the order in which training writes it;
-    `bytes_per_sample` is its size, shared memory counted once. `refusal` says why the cut is not allowed, or is None.
+    `bytes_per_sample` is its size, shared memory counted once. `single` says whether one tensor crosses, be it with
+    numbers beside it. `refusal` says why the cut is not allowed, or is None. `natural` says whether a person would cut
+    here, as `fxsplit.plan.natural` defines it.
     """
 
     index: int
@@ -29,7 +32,9 @@ class Cut:
     path: str
     boundary: tuple[str, ...]
     bytes_per_sample: int
+    single: bool
     refusal: str | None
+    natural: bool
 
 
 def cuts(train: Graph, eval_graph: Graph) -> tuple[Cut, ...]:
@@ -47,36 +52,32 @@ def with_ends(train: Graph, eval_graph: Graph) -> tuple[Cut, ...]:
     """All cuts `0 .. len(train)`: the model's own two ends too, whose refusals mean nothing."""
     if not len(train):
         raise PartitionError("the model has no operations, so there is nothing to partition")
-    modes = (train, eval_graph)
-    values = {
-        **train.values,
-        **{name: value for name, value in eval_graph.values.items() if name not in train.values},
-    }
-    order = {name: rank for rank, name in enumerate(values)}
+    values = {**eval_graph.values, **train.values}
     paths = [*_paths(train), ""]
-    swapped = _swapped(train, eval_graph)
-    writes = [_last_writes(graph) for graph in modes]
-    moved = [_moved_state(graph) for graph in modes]
-
-    found = []
-    for index, eval_index in enumerate(_twins(train, eval_graph)):
-        positions = (index, eval_index)
-        live = {name for graph, cut in zip(modes, positions, strict=True) for name in graph.boundaries[cut]}
-        boundary = tuple(sorted(live, key=order.__getitem__))
-        refusal = swapped[index] or _one_sided(boundary, train, eval_graph)
-        for graph, cut, last, state in zip(modes, positions, writes, moved, strict=True):
-            refusal = refusal or _overwritten(boundary, graph, cut, last) or state[cut]
-        found.append(
-            Cut(
-                index=index,
-                eval_index=eval_index,
-                path=paths[index],
-                boundary=boundary,
-                bytes_per_sample=_bytes_per_sample(boundary, values),
-                refusal=refusal,
-            )
+    twins = _twins(train, eval_graph)
+    boundaries = _boundaries(train, eval_graph, twins)
+    refusals = _refusals(train, eval_graph, twins, boundaries)
+    sizes = _sizes(boundaries, values)
+    # A tuple of tensors has bytes but no shape; numbers have neither.
+    carriers = {name for name, value in values.items() if value.shape is not None or value.bytes_per_sample}
+    tensors = {name for name, value in values.items() if value.shape is not None}
+    crossing = [carriers.intersection(boundary) for boundary in boundaries]
+    single = [len(names) == 1 and names <= tensors for names in crossing]
+    eligible = [alone and refusal is None for alone, refusal in zip(single, refusals, strict=True)]
+    natural = natural_cuts(train, sizes, eligible, paths)
+    return tuple(
+        Cut(
+            index=index,
+            eval_index=twins[index],
+            path=paths[index],
+            boundary=boundaries[index],
+            bytes_per_sample=sizes[index],
+            single=single[index],
+            refusal=refusals[index],
+            natural=index in natural,
         )
-    return tuple(found)
+        for index in range(len(train) + 1)
+    )
 
 
 def _twins(train: Graph, eval_graph: Graph) -> list[int]:
@@ -86,21 +87,54 @@ def _twins(train: Graph, eval_graph: Graph) -> list[int]:
     training has too, else the first.
     """
     common = train.written_at.keys() & eval_graph.written_at.keys()
-    first: dict[int, int] = {}
-    shared: dict[int, int] = {}
-    alike: dict[tuple[int, frozenset[str]], int] = {}
+    choices: dict[int, list[int]] = {}
     for cut, passed in enumerate(_passed(eval_graph, common)):
-        boundary = frozenset(eval_graph.boundaries[cut])
-        first.setdefault(passed, cut)
-        alike.setdefault((passed, boundary), cut)
-        if boundary <= common:
-            shared.setdefault(passed, cut)
+        choices.setdefault(passed, []).append(cut)
+
+    def choose(cut: int, among: list[int]) -> int:
+        if len(among) == 1:
+            return among[0]
+        boundary = set(train.boundaries[cut])
+        same = (twin for twin in among if boundary == set(eval_graph.boundaries[twin]))
+        shared = (twin for twin in among if common >= set(eval_graph.boundaries[twin]))
+        # One earlier than the twin of the cut before is no twin.
+        return max(twins[-1], next(chain(same, shared, among)))
 
     twins = [0]
     for cut, passed in enumerate(_passed(train, common)[1:-1], start=1):
-        same = alike.get((passed, frozenset(train.boundaries[cut])))
-        twins.append(max(twins[-1], shared.get(passed, first[passed]) if same is None else same))
+        twins.append(choose(cut, choices[passed]))
     return [*twins, len(eval_graph)]
+
+
+def _boundaries(train: Graph, eval_graph: Graph, twins: Sequence[int]) -> list[tuple[str, ...]]:
+    """What is live at each train cut or its twin, in the order in which training writes it, then evaluation."""
+    order = {name: rank for rank, name in enumerate(dict.fromkeys((*train.values, *eval_graph.values)))}
+    pairs = zip(train.boundaries, (eval_graph.boundaries[twin] for twin in twins), strict=True)
+    return [mine if mine == other else tuple(sorted({*mine, *other}, key=order.__getitem__)) for mine, other in pairs]
+
+
+def _refusals(
+    train: Graph, eval_graph: Graph, twins: Sequence[int], boundaries: Sequence[tuple[str, ...]]
+) -> list[str | None]:
+    """Why each cut is not allowed, or None."""
+    swapped = _swapped(train, eval_graph)
+    one_sided = train.values.keys() ^ eval_graph.values.keys()
+    modes = [
+        (places, _last_writes(graph), _moved_state(graph))
+        for graph, places in ((train, range(len(train) + 1)), (eval_graph, twins))
+    ]
+    found = []
+    for index, boundary in enumerate(boundaries):
+        refusal = swapped[index]
+        if not refusal and not one_sided.isdisjoint(boundary):
+            refusal = _one_sided(boundary, train, eval_graph)
+        for places, written, moved in modes:
+            cut = places[index]
+            if not refusal and not written.keys().isdisjoint(boundary):
+                refusal = _overwritten(boundary, cut, written)
+            refusal = refusal or moved[cut]
+        found.append(refusal)
+    return found
 
 
 def _passed(graph: Graph, common: Iterable[str]) -> list[int]:
@@ -133,22 +167,21 @@ def _one_sided(boundary: tuple[str, ...], train: Graph, eval_graph: Graph) -> st
 
 
 def _last_writes(graph: Graph) -> dict[str, tuple[int, str]]:
-    """For every storage that is written in place: the last op that does, by index and name."""
-    return {
-        graph.values[name].storage if name in graph.values else name: (index, op.name)
+    """For every value whose storage is written in place: the last op that does, by index and name."""
+    written = {
+        graph.values[name].storage: (index, op.name)
         for index, op in enumerate(graph.ops)
         for name in op.mutates
+        if name in graph.values
     }
+    return {name: written[value.storage] for name, value in graph.values.items() if value.storage in written}
 
 
-def _overwritten(
-    boundary: tuple[str, ...], graph: Graph, cut: int, last_writes: Mapping[str, tuple[int, str]]
-) -> str | None:
+def _overwritten(boundary: tuple[str, ...], cut: int, last_writes: Mapping[str, tuple[int, str]]) -> str | None:
     for name in boundary:
-        if name in graph.values:
-            index, op = last_writes.get(graph.values[name].storage, (-1, ""))
-            if index >= cut:
-                return f"op {op!r} writes in place into the value {name!r} after it"
+        index, op = last_writes.get(name, (-1, ""))
+        if index >= cut:
+            return f"op {op!r} writes in place into the value {name!r} after it"
     return None
 
 
@@ -167,12 +200,37 @@ def _moved_state(graph: Graph) -> list[str | None]:
     return found
 
 
-def _bytes_per_sample(boundary: tuple[str, ...], values: Mapping[str, Value]) -> int:
-    """Views of one storage together count no more than the storage."""
+def _sizes(boundaries: Sequence[tuple[str, ...]], values: Mapping[str, Value]) -> list[int]:
+    """The bytes of each boundary for one sample; views of one storage together count no more than the storage."""
+    views = {name for name, value in values.items() if value.storage != name}
+    alone = {name: value.bytes_per_sample for name, value in values.items()}
+    return [
+        sum(map(alone.__getitem__, boundary)) if views.isdisjoint(boundary) else _shared_bytes(boundary, values)
+        for boundary in boundaries
+    ]
+
+
+def _shared_bytes(boundary: tuple[str, ...], values: Mapping[str, Value]) -> int:
     sizes: dict[str, int] = {}
     for name in boundary:
         sizes[values[name].storage] = sizes.get(values[name].storage, 0) + values[name].bytes_per_sample
     return sum(min(size, values[name].bytes_per_sample) if name in values else size for name, size in sizes.items())
+
+
+def unit_borders(train: Graph, units: Mapping[str, str]) -> set[int]:
+    """The cuts at which one unit ends and another begins; `units` says which modules belong to which, by path.
+
+    An op belongs to the unit of the innermost such module that it lies in, or else to that of the op before it.
+    """
+    borders: set[int] = set()
+    current: str | None = None
+    for index, op in enumerate(train.ops):
+        mine = [units[path] for path in _prefixes(op.path) if path in units]
+        if mine and mine[-1] != current:
+            # What lies before the first unit belongs to it.
+            borders |= {index} if current is not None else set()
+            current = mine[-1]
+    return borders
 
 
 def places_of(train: Graph) -> dict[str, int]:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from fxsplit.errors import PartitionError, UsageError, nearest
 from fxsplit.graph import Graph, State
-from fxsplit.plan.cuts import Cut, places_of, with_ends
+from fxsplit.plan.cuts import Cut, cuts, places_of, unit_borders, with_ends
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-BALANCES = ("macs", "params", "activations")
+BALANCES = ("macs", "params", "activations", "seconds")
+PLACES = ("op", "natural", "block")
 
 Record = TypeVar("Record", bound="DataclassInstance")
 
@@ -100,28 +101,62 @@ def partition(
     count: int | None = None,
     at: Sequence[str] = (),
     balance: str = "macs",
+    by: str = "op",
+    units: Mapping[str, str] | None = None,
 ) -> tuple[Partition, ...]:
     """Divide a model into partitions, either `count` of them or one more than there are places in `at`.
 
     `at` names modules by dotted path, or single ops; the cut is before the first op of each. With `count` the
-    largest partition, in multiply-adds ("macs"), bytes of owned parameters ("params") or bytes kept for
-    backward ("activations"), is as small as the cuts allow, and among equals the boundaries are smallest in
-    sum. Only cuts at a single tensor are considered, those outside of residual and dense blocks, if there are
-    enough. A model for which every weight is 0 is balanced by the number of ops.
+    largest partition, in multiply-adds ("macs"), bytes of owned parameters ("params"), bytes kept for backward
+    ("activations") or measured time ("seconds"), is as small as the cuts allow, and among equals the boundaries
+    are smallest in sum. A model for which every weight is 0 is balanced by the number of ops.
 
-    Raises UsageError when not exactly one of `count` and `at` is given, or when `count` or `balance` is none
-    that exists; PartitionError when a path is unknown or refused, or when there are too few legal cuts or no
-    ops.
+    The cuts allowed to `count` are all legal ones (`by` "op"), the natural ones ("natural") or those at the borders of
+    units ("block"), of which `units` says by module path what belongs together. Of these only cuts at a single
+    tensor are considered, those outside of residual and dense blocks, if there are enough.
+
+    Raises UsageError when not exactly one of `count` and `at` is given, when `count`, `balance` or `by` is none
+    that exists, or when seconds are wanted that nobody measured; PartitionError, which names every wrong place at
+    once, when a path is unknown or refused, and when there are too few allowed cuts or no ops.
     """
     if (count is None) == (not at):
         raise UsageError("give either the number of partitions or the paths at which to cut, and not both")
     every = with_ends(train, eval_graph)
     owners = _owners(train, eval_graph, every)
     if count is None:
-        inner = _cuts_at(at, every, places_of(train))
+        if wrong := wrong_places(train, eval_graph, at):
+            raise PartitionError("; ".join(wrong))
+        places = places_of(train)
+        inner = [every[index] for index in sorted({places[place] for place in at})]
     else:
-        inner = _cuts_by_count(count, every, _op_weights(train, eval_graph, owners, balance), train)
+        allowed = _allowed(every[1:-1], train, by, units or {})
+        inner = _cuts_by_count(count, allowed, _op_weights(train, eval_graph, owners, balance), by)
     return _partitions(train, eval_graph, (every[0], *inner, every[-1]), owners)
+
+
+def wrong_places(train: Graph, eval_graph: Graph, at: Sequence[str]) -> list[str]:
+    """A sentence about each of the places that gives no cut, and where near it there is one."""
+    every = with_ends(train, eval_graph)
+    legal = {cut.index: cut for cut in every[1:-1] if cut.refusal is None}
+    places = places_of(train)
+    return [fault for place in dict.fromkeys(at) if (fault := _fault_at(place, every, legal, places))]
+
+
+def most_partitions(train: Graph, eval_graph: Graph, *, by: str = "op", units: Mapping[str, str] | None = None) -> int:
+    """The largest `count` for which there is a division. Raises as `partition` does."""
+    return len(_allowed(cuts(train, eval_graph), train, by, units or {})) + 1
+
+
+def _allowed(inner: Sequence[Cut], train: Graph, by: str, units: Mapping[str, str]) -> list[Cut]:
+    if by not in PLACES:
+        raise UsageError(f"a model is cut by {', '.join(PLACES)}, not by {by!r}{nearest(by, PLACES)}")
+    legal = [cut for cut in inner if cut.refusal is None]
+    if by == "natural":
+        return [cut for cut in legal if cut.natural]
+    if by == "block":
+        borders = unit_borders(train, units)
+        return [cut for cut in legal if cut.index in borders]
+    return legal
 
 
 def _owners(train: Graph, eval_graph: Graph, every: Sequence[Cut]) -> dict[str, int]:
@@ -151,6 +186,8 @@ def _op_weights(train: Graph, eval_graph: Graph, owners: Mapping[str, int], bala
         raise UsageError(f"partitions are balanced by {', '.join(BALANCES)}, not by {balance!r}{hint}")
     if balance == "macs":
         weights = [op.macs for op in train.ops]
+    elif balance == "seconds":
+        weights = _nanoseconds(train)
     elif balance == "activations":
         weights = [op.activation_bytes for op in train.ops]
     else:
@@ -161,38 +198,49 @@ def _op_weights(train: Graph, eval_graph: Graph, owners: Mapping[str, int], bala
     return weights if any(weights) else [1] * len(train)
 
 
-def _cuts_at(at: Sequence[str], every: Sequence[Cut], places: Mapping[str, int]) -> list[Cut]:
-    legal = {cut.index: cut for cut in every[1:-1] if cut.refusal is None}
-    for place in at:
-        if place not in places:
-            known = [path for path, index in places.items() if index in legal]
-            hint = nearest(place, known) or _alternatives(known[:3])
-            raise PartitionError(f"no operation of the model lies in {place!r}{hint}")
-        index = places[place]
-        if index not in legal:
-            reason = every[index].refusal if index else "it holds the first operation of the model"
-            indices = sorted(legal)
-            after = bisect_left(indices, index)
-            near = [legal[index].path for index in indices[max(0, after - 1) : after + 1]]
-            raise PartitionError(f"the model cannot be cut before {place!r}: {reason}{_alternatives(near)}")
-    return [legal[index] for index in sorted({places[place] for place in at})]
+def _nanoseconds(train: Graph) -> list[int]:
+    """Whole numbers, among which the smallest bottleneck can be searched for."""
+    seconds = {op.name: op.seconds for op in train.ops}
+    if missing := [name for name, value in seconds.items() if value is None]:
+        raise UsageError(
+            f"partitions cannot be balanced by seconds, because {len(missing)} of {len(seconds)} ops, such as "
+            f"{missing[0]!r}, have none; measure the ops when the model is traced, or balance by macs"
+        )
+    return [round(1e9 * value) for value in seconds.values() if value is not None]
+
+
+def _fault_at(place: str, every: Sequence[Cut], legal: Mapping[int, Cut], places: Mapping[str, int]) -> str | None:
+    """Why the model cannot be cut at a place, and where near it can, or None."""
+    if place not in places:
+        known = [path for path, index in places.items() if index in legal]
+        hint = nearest(place, known) or _alternatives(known[:3])
+        return f"no operation of the model lies in {place!r}{hint}"
+    index = places[place]
+    if index in legal:
+        return None
+    reason = every[index].refusal if index else "it holds the first operation of the model"
+    indices = sorted(legal)
+    after = bisect_left(indices, index)
+    near = [legal[index].path for index in indices[max(0, after - 1) : after + 1]]
+    return f"the model cannot be cut before {place!r}: {reason}{_alternatives(near)}"
 
 
 def _alternatives(paths: Sequence[str]) -> str:
     return f"; it can be cut before {' or '.join(map(repr, paths))}" if paths else "; none of its cuts is legal"
 
 
-def _cuts_by_count(count: int, every: Sequence[Cut], op_weights: Sequence[int], train: Graph) -> list[Cut]:
+def _cuts_by_count(count: int, allowed: Sequence[Cut], op_weights: Sequence[int], by: str) -> list[Cut]:
     if count < 1:
         raise UsageError(f"the number of partitions must be at least 1, not {count}")
-    legal = [cut for cut in every[1:-1] if cut.refusal is None]
-    if len(legal) < count - 1:
+    if len(allowed) < count - 1:
+        ones = {"op": "legal ones", "natural": "natural ones", "block": "at the borders of its blocks"}[by]
+        advice = "" if by == "op" else ", or cut by op"
         raise PartitionError(
-            f"{count} partitions need {count - 1} cuts and the model has {len(legal)} legal ones; "
-            f"ask for at most {len(legal) + 1} partitions"
+            f"{count} partitions need {count - 1} cuts and the model has {len(allowed)} {ones}; "
+            f"ask for at most {len(allowed) + 1} partitions{advice}"
         )
-    single = [cut for cut in legal if _is_single_tensor(cut.boundary, train)]
-    candidates = single if len(single) >= count - 1 else legal
+    single = [cut for cut in allowed if cut.single]
+    candidates = single if len(single) >= count - 1 else allowed
     before = list(accumulate(op_weights, initial=0))
     chosen = _lightest(
         [0, *(before[cut.index] for cut in candidates), before[-1]],
@@ -200,13 +248,6 @@ def _cuts_by_count(count: int, every: Sequence[Cut], op_weights: Sequence[int], 
         count,
     )
     return [candidates[point - 1] for point in chosen]
-
-
-def _is_single_tensor(boundary: tuple[str, ...], train: Graph) -> bool:
-    """Numbers may cross beside the tensor; a tuple of tensors, which has bytes but no shape, may not."""
-    values = [train.values[name] for name in boundary]
-    carriers = [value for value in values if value.shape is not None or value.bytes_per_sample]
-    return len(carriers) == 1 and carriers[0].shape is not None
 
 
 def _lightest(before: Sequence[int], costs: Sequence[int], count: int) -> list[int]:

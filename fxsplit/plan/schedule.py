@@ -8,7 +8,6 @@ settle      grow        window
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -125,7 +124,7 @@ class Plan:
         return self.phases[self.phase_index_at(epoch)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Plain data for JSON: the whole record, not made to be edited as `fxsplit.plan.planfile` is."""
         return {
             "schema": SCHEMA,
             "schedule": self.schedule,
@@ -155,19 +154,6 @@ class Plan:
         except (TypeError, ValueError) as error:
             raise UsageError(f"this is not a plan: {error}") from error
         return cls(schedule=data["schedule"], partitions=partitions, phases=phases)
-
-    def to_json(self) -> str:
-        """Indented text, the same for the same plan, to be read, edited and kept in git."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """The inverse of `to_json`. Raises as `from_dict` does."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"this is not a plan: it is no JSON, {error}") from error
-        return cls.from_dict(data)
 
 
 def _counted(number: int, noun: str) -> str:

@@ -14,7 +14,6 @@ import safetensors.torch
 from torch import nn
 
 from fxsplit.errors import UsageError
-from fxsplit.plan.schedule import Plan
 from fxsplit.report import EpochRecord, RunReport
 
 # timm's columns first, in its order, so that what reads its summaries reads ours.
@@ -31,7 +30,7 @@ class RunFolder:
 
     def __init__(self, output: str, *, model: str, schedule: str, seed: int, experiment: str | None) -> None:
         parent = Path(output).expanduser()
-        name = experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{_slug(model)}-{schedule}-s{seed}"
+        name = experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{_slug(model)}-{_slug(schedule)}-s{seed}"
         self.path = parent / name
         try:
             number = 1
@@ -46,9 +45,9 @@ class RunFolder:
                 f"the run folder {str(self.path)!r} cannot be made: {error.strerror}; choose another --output"
             ) from error
 
-    def start(self, *, args_yaml: str, plan: Plan, environment: dict[str, Any]) -> None:
+    def start(self, *, args_yaml: str, plan_json: str, environment: dict[str, Any]) -> None:
         (self.path / "args.yaml").write_text(args_yaml, encoding="utf-8")
-        (self.path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+        (self.path / "plan.json").write_text(plan_json, encoding="utf-8")
         (self.path / "env.json").write_text(_json(environment), encoding="utf-8")
         with (self.path / "summary.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(COLUMNS)
@@ -66,9 +65,9 @@ class RunFolder:
         (self.path / "report.json").write_text(_json(report.to_dict()), encoding="utf-8")
 
 
-def _slug(model: str) -> str:
+def _slug(name: str) -> str:
     """`timm:resnet18` -> `timm-resnet18`; of a file only its name."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", model.rsplit("/", 1)[-1]).strip("-")
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name.rsplit("/", 1)[-1]).strip("-")
 
 
 def _json(data: Any) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,22 +21,24 @@ from fxsplit_cli.main import app, main
 
 import fxsplit
 from fxsplit.errors import CheckError, DataError, FxsplitError, PartitionError, Terminated, UsageError
+from fxsplit.plan.planfile import PlanFile, write_file
+from fxsplit.plan.schedule import Plan
 from fxsplit.report import Inspection, Observer, RunReport
 from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
 
 TRAIN_OPTIONS = """
---amp --amp-dtype --at --augment --balance --batch-size -b --channels-last --clip-grad --config -c --data
+--amp --amp-dtype --at --augment --balance --batch-size -b --by --channels-last --clip-grad --config -c --data
 --decay-epochs --decay-milestones --decay-rate
 --data-dir --deterministic --device --dry-run --epochs --epochs-total --experiment --grad-accum-steps
 --img-size --json  --l2l --log-interval --lr --mean --min-lr --momentum --no-amp --no-channels-last
---no-deterministic --no-dry-run --no-pretrained --no-progress --opt --output --output-dir --parts
+--no-deterministic --no-dry-run --no-pretrained --no-progress --opt --output --output-dir --parts --plan
 --pretrained --print-config --progress --quiet -q --sched --schedule --seed --smoothing --std --stem
 --torchcompile --train-batches-per-epoch --train-limit  --verbose -v --warmup-epochs --wd --weight-decay
 --workers -j
 """
 INSPECT_OPTIONS = """
---at --balance --batch-size -b --config -c --data --epochs --epochs-total --img-size --json --l2l
---parts --schedule --stem --verbose -v
+--at --balance --batch-size -b --by --config -c --data --diff --epochs --epochs-total --img-size --json --l2l
+--parts --plan --save-plan --schedule --stem --verbose -v
 """
 
 
@@ -42,6 +46,7 @@ class FakeApi(SimpleNamespace):
     """Stands for fxsplit.api: keeps the spec that it is called with and returns ready records."""
 
     spec: RunSpec
+    saved_to: str | None
     report: RunReport
     inspection: Inspection
 
@@ -52,8 +57,9 @@ class FakeApi(SimpleNamespace):
         print("a library prints")
         return self.report
 
-    def inspect(self, spec: RunSpec) -> Inspection:
-        self.spec = spec
+    def inspect(self, spec: RunSpec, *, save_to: str | None, observer: Observer) -> Inspection:
+        self.spec, self.saved_to = spec, save_to
+        observer.notice("a notice")
         print("a library prints")
         return self.inspection
 
@@ -109,6 +115,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "augment": "crop-flip",
         "schedule": "window",
         "balance": "params",
+        "by": "natural",
         "amp-dtype": "float16",
         "mean": "0.5,0.25,0.125",
         "std": "1,2,3",
@@ -127,12 +134,12 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
     changed = {
         key: special[key] if key in special else values[type(value)](value)
         for key, value in plain.items()
-        if key not in ("model", "parts")
+        if key not in ("model", "parts", "plan")
     }
     arguments = [f"--{key}" if value is True else f"--{key}={value}" for key, value in changed.items()]
     assert main(["train", "paper:vgg16", *arguments]) == 0
     assert api.spec == resolve(read_values({"model": "paper:vgg16", **changed}, source="test"))
-    assert all(api.spec.to_flat()[key] != value for key, value in plain.items() if key != "parts")
+    assert all(api.spec.to_flat()[key] != value for key, value in plain.items() if key not in ("parts", "plan"))
 
 
 def test_train_calls_the_library_with_defaults(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,9 +194,32 @@ def test_inspect(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
     assert api.spec == RunSpec(model="paper:cnn", parts=3)
     out, err = capsys.readouterr()
     assert json.loads(out)["totals"]["ops"] == 6
-    assert err == "a library prints\n"
+    assert err == "a notice\na library prints\n"
     assert main(["inspect", "paper:cnn"]) == 0
+    assert api.saved_to is None
     assert "kept whole: block.norm" in capsys.readouterr().out
+
+
+def test_a_plan_is_saved_where_asked(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "paper:cnn", "--plan", "old.json", "--save-plan", "new.json", "--json"]) == 0
+    assert (api.spec, api.saved_to) == (RunSpec(model="paper:cnn", plan="old.json"), "new.json")
+    assert capsys.readouterr().err == "a notice\na library prints\nplan file: new.json\n"
+
+
+def test_two_plan_files_are_compared(tmp_path: Path, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = str(tmp_path / "old.json"), str(tmp_path / "new.json")
+    write_file(PlanFile.of(plan, model="paper:cnn", graph="0", torch="2"), old)
+    longer = replace(plan, phases=(*plan.phases[:2], replace(plan.phases[2], epochs=9)))
+    write_file(PlanFile.of(longer, model="paper:cnn", graph="0", torch="2"), new)
+    assert main(["inspect", "--diff", old, new, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"what": "phase 3", "before": "all, 2 epochs", "after": "all, 9 epochs"},
+        {"what": "epochs", "before": 6, "after": 13},
+    ]
+    assert main(["inspect", "--diff", old, new]) == 0
+    assert re.search(r"\nepochs +6 +13\n", re.sub(" +\n", "\n", capsys.readouterr().out))
+    assert main(["inspect", "--diff", old, "none.json"]) == 2
+    assert "the plan 'none.json' cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -205,6 +235,14 @@ def test_inspect(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
             "fxsplit: mean is 'a', but must be numbers",
         ),
         (["train", "paper:cnn", "-c", "none.yaml"], "fxsplit: the recipe 'none.yaml' cannot be read"),
+        (
+            ["train", "paper:cnn", "--plan", "p.json", "--epochs", "10", "--l2l"],
+            "fxsplit: the plan file says itself where to cut and what trains when, so leave out schedule, or the plan",
+        ),
+        # A default that is asked for contradicts a plan too.
+        (["train", "paper:cnn", "--plan", "p.json", "--epochs", "10"], "so leave out epochs, or the plan"),
+        (["inspect", "--diff", "a", "b", "paper:cnn", "--l2l", "--parts", "3"], "takes no model, l2l, parts beside"),
+        (["inspect", "--diff", "a"], "fxsplit: Option '--diff' requires 2 arguments."),
         (["trian", "paper:cnn"], "fxsplit: No such command 'trian'."),
     ],
 )
@@ -295,6 +333,7 @@ def test_sigterm_ends_training(api: FakeApi, monkeypatch: pytest.MonkeyPatch) ->
         ([], 2),
         (["train", "paper:cnn", "--epoch"], 2),
         (["train", "paper:cnn", "--print-config"], 0),
+        (["inspect", "--diff", "none", "none"], 2),
     ],
 )
 def test_starts_without_torch(arguments: list[str], code: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 from fxsplit_cli import render
 from rich.console import Console
 
+from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Inspection, Observer, RunReport, StepRecord
 
@@ -117,6 +118,29 @@ def test_inspection_fits_and_adds_up(
         "tied: op0.weight is also head.weight",
         "kept whole: block.norm, because it has hooks",
     ]
+
+
+def test_a_comparison_of_plans_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    figures = {"ops": 3, "macs": 2_000_000, "activation_bytes": 1500}
+    changes = [
+        Change(what="cut", before="[red]", after=None),
+        Change(what="partition [red]", before=figures, after={**figures, "ops": 4}),
+        Change(what="epochs", before=6, after=12),
+    ]
+    render.render_diff("old.json", "new.json", changes, stale=["old.json"])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert [re.split(r"  +", line) for line in lines[4:-1]] == [
+        ["cut", "[red]", "-"],
+        ["partition [red]", "3 ops", "4 ops"],
+        ["", "2.0 M MACs", "2.0 M MACs"],
+        ["", "1.5 kB activations", "1.5 kB activations"],
+        ["epochs", "6", "12"],
+    ]
+    assert lines[0] == "old.json -> new.json"
+    assert lines[-1].endswith("fxsplit inspect MODEL --plan old.json --save-plan old.json works them out")
+    render.render_diff("old.json", "old.json", [], stale=[])
+    assert capsys.readouterr().out == "old.json -> old.json\n\nThe plans are the same.\n"
 
 
 def test_inspection_as_json(inspection: Inspection) -> None:

@@ -139,16 +139,20 @@ def test_an_unknown_path_is_answered_with_the_nearest(path: str, hint: str) -> N
         NESTED.find(path)
 
 
-def test_the_digest_sees_structure_and_not_costs() -> None:
+def test_the_digest_sees_structure_and_neither_costs_nor_the_batch() -> None:
     net = graph(op("a", "x"), op("b", "a", "x"))
+    weight = State(name="w", shape=(2, 3), dtype="float32", bytes=24, is_parameter=True)
     assert re.fullmatch("[0-9a-f]{16}", net.digest())
-    assert net.digest() == graph(op("a", "x", macs=9, activation_bytes=7), op("b", "a", "x")).digest()
+    costly = op("a", "x", macs=9, activation_bytes=7, backward_macs=5, seconds=0.5, output=value("a", (64, 3)))
+    other = replace(graph(costly, op("b", "a", "x")), batch_size=64, inputs=(value("x", (64, 9)),))
+    assert net.digest() == other.digest()
     others = [
         graph(op("a", "x"), op("b", "x", "a")),
         graph(op("a", "x"), op("b", "a", "x", target="c")),
         graph(op("a", "x"), op("b", "a", "x", state=("w",))),
-        graph(op("a", "x"), op("b", "a", "x", output=value("b", (2, 4)))),
+        replace(net, state=(weight,)),
+        replace(net, state=(replace(weight, shape=(2, 4)),)),
         graph(op("a", "x"), op("b", "a", "x"), outputs=("a",)),
         graph(op("a", "x"), op("b", "a", "x"), inputs=("x", "y")),
     ]
-    assert len({net.digest(), *(other.digest() for other in others)}) == 7
+    assert len({net.digest(), *(other.digest() for other in others)}) == 8

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations, pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fxsplit.errors import PartitionError, UsageError
 from fxsplit.graph import Graph, Op, State, Value
-from fxsplit.plan.cuts import Cut, cuts
-from fxsplit.plan.partition import BALANCES, Partition, partition
+from fxsplit.plan.cuts import Cut, cuts, unit_borders
+from fxsplit.plan.partition import BALANCES, PLACES, Partition, most_partitions, partition
 
 
 def value(name: str, **fields: object) -> Value:
@@ -162,9 +162,15 @@ def test_a_cut_is_legal_when_some_twin_has_all_that_both_modes_need(graphs: tupl
 def test_a_cut_tells_where_it_is_and_what_passes() -> None:
     net = graph([op("a", "x", size=4), op("b", "a", size=20), op("c", "a", "b", path="block.c")])
     assert cuts(net, net) == (
-        Cut(index=1, eval_index=1, path="b", boundary=("a",), bytes_per_sample=4, refusal=None),
-        Cut(index=2, eval_index=2, path="block", boundary=("a", "b"), bytes_per_sample=24, refusal=None),
-    )
+        Cut(
+            index=1, eval_index=1, path="b", boundary=("a",), bytes_per_sample=4, single=True, refusal=None,
+            natural=True,
+        ),
+        Cut(
+            index=2, eval_index=2, path="block", boundary=("a", "b"), bytes_per_sample=24, single=False, refusal=None,
+            natural=False,
+        ),
+    )  # fmt: skip
 
 
 def test_a_functional_dropout_of_training_is_passed_by() -> None:
@@ -451,6 +457,16 @@ def test_a_path_that_gives_no_cut(place: str, message: str) -> None:
         partition(NESTED, NESTED, at=["layer2", place])
 
 
+def test_every_wrong_path_is_told_at_once() -> None:
+    with pytest.raises(PartitionError) as caught:
+        partition(NESTED, NESTED, at=["layer3", "layer2", "stem", "layer3"])
+    assert str(caught.value) == (
+        "no operation of the model lies in 'layer3'; did you mean 'layer2' or 'layer1'?; "
+        "the model cannot be cut before 'stem': it holds the first operation of the model; "
+        "it can be cut before 'layer1'"
+    )
+
+
 def test_a_path_of_a_model_that_cannot_be_cut() -> None:
     net = graph([op("a", "x"), op("b", "a", mutates=("a",), storage="a")])
     with pytest.raises(PartitionError, match="none of its cuts is legal"):
@@ -482,6 +498,7 @@ def networks(draw: st.DrawFn) -> Graph:
             state=tuple(draw(st.lists(st.sampled_from(["p4", "p8", "p20", "b40"]), max_size=2))),
             macs=draw(number),
             activation_bytes=draw(number),
+            seconds=draw(number) / 1000,
             mutates=(skip,) if draw(st.integers(0, 9)) == 0 else (),
         )
         if draw(st.integers(0, 5)) == 0:
@@ -496,17 +513,24 @@ def weight(part: Partition, net: Graph, balance: str) -> int:
         return part.macs
     if balance == "activations":
         return part.activation_bytes
+    if balance == "seconds":
+        return sum(round(1e9 * (op.seconds or 0)) for op in net.ops[part.start : part.stop])
     return sum(state.bytes for state in net.state if state.name in part.state and state.is_parameter)
 
 
-@given(networks(), st.sampled_from(BALANCES), st.data())
-def test_the_largest_partition_is_as_small_as_can_be(net: Graph, balance: str, data: st.DataObject) -> None:
+@given(networks(), st.sampled_from(BALANCES), st.sampled_from(PLACES), st.data())
+def test_the_largest_partition_is_as_small_as_can_be(net: Graph, balance: str, by: str, data: st.DataObject) -> None:
     def tensors(cut: Cut) -> list[Value]:
         values = [net.values[name] for name in cut.boundary]
         return [value for value in values if value.shape is not None or value.bytes_per_sample]
 
+    units = {op.path: data.draw(st.sampled_from("AB")) for op in net.ops}
+    others = [after.name for before, after in pairwise(net.ops) if units[before.path] != units[after.path]]
     allowed = [cut for cut in cuts(net, net) if cut.refusal is None]
+    if by != "op":
+        allowed = [cut for cut in allowed if (cut.natural if by == "natural" else cut.path in others)]
     single = [cut for cut in allowed if len(tensors(cut)) == 1 and tensors(cut)[0].shape is not None]
+    assert most_partitions(net, net, by=by, units=units) == len(allowed) + 1
     count = data.draw(st.integers(1, len(allowed) + 1))
     candidates = single if len(single) >= count - 1 else allowed
 
@@ -521,7 +545,7 @@ def test_the_largest_partition_is_as_small_as_can_be(net: Graph, balance: str, d
         cost(partition(net, net, at=[cut.path for cut in way]) if way else partition(net, net, count=1))
         for way in every_way
     )
-    found = partition(net, net, count=count, balance=balance)
+    found = partition(net, net, count=count, balance=balance, by=by, units=units)
     assert len(found) == count
     assert {part.start for part in found[1:]} <= {cut.index for cut in candidates}
     assert cost(found) == best
@@ -550,7 +574,7 @@ def test_numbers_may_cross_beside_the_tensor_but_no_tuple_of_tensors() -> None:
 
 
 def test_without_any_weight_the_number_of_ops_counts() -> None:
-    net = graph(chain(*"abcdef"))
+    net = graph(chain(*"abcdef", seconds=0.0))
     for balance in BALANCES:
         assert [part.start for part in partition(net, net, count=3, balance=balance)] == [0, 2, 4]
 
@@ -570,17 +594,78 @@ def test_equal_balances_are_decided_by_the_bytes_that_cross() -> None:
 def test_each_balance_cuts_elsewhere() -> None:
     net = graph(
         [
-            op("a", "x", macs=9, activation_bytes=1, state=("p4",)),
-            op("b", "a", macs=4, activation_bytes=1, state=("p8", "b400")),
-            op("c", "b", macs=4, activation_bytes=1, state=("p4",)),
-            op("d", "c", macs=1, activation_bytes=9, state=("p400",)),
-            op("e", "d", macs=1, activation_bytes=9, state=("p404",)),
+            op("a", "x", macs=9, activation_bytes=1, state=("p4",), seconds=0.0),
+            op("b", "a", macs=4, activation_bytes=1, state=("p8", "b400"), seconds=3e-9),
+            op("c", "b", macs=4, activation_bytes=1, state=("p4",), seconds=4e-9),
+            op("d", "c", macs=1, activation_bytes=9, state=("p400",), seconds=8e-9),
+            op("e", "d", macs=1, activation_bytes=9, state=("p404",), seconds=0.0),
         ]
     )
     starts = {balance: partition(net, net, count=2, balance=balance)[1].start for balance in BALANCES}
-    assert starts == {"macs": 1, "params": 4, "activations": 4}
+    assert starts == {"macs": 1, "params": 4, "activations": 4, "seconds": 3}
     with pytest.raises(UsageError, match="not by 'mac'; did you mean 'macs'"):
         partition(net, net, count=2, balance="mac")
+
+
+def test_seconds_that_nobody_measured_balance_nothing() -> None:
+    net = graph([op("a", "x", seconds=0.5), *(op(name, before) for before, name in pairwise("abc"))])
+    with pytest.raises(UsageError, match="because 2 of 3 ops, such as 'b', have none; measure"):
+        partition(net, net, count=2, balance="seconds")
+
+
+# Cuts by natural places and by units
+
+BLOCKS = graph(
+    [
+        op("stem", "x"),
+        op("act", "stem", path=""),
+        op("layer1.0.conv", "act"),
+        op("layer1.0:add", "layer1.0.conv", "act", path="layer1.0"),
+        op("layer1.1.act", "layer1.0:add"),
+        op("layer1.1.conv", "layer1.1.act"),
+        op("flatten", "layer1.1.conv", path=""),
+        op("head", "flatten"),
+    ]
+)
+UNITS = {"stem": "0", "layer1": "unused", "layer1.0": "1", "layer1.1": "2", "head": "3"}
+
+
+def test_only_borders_of_units_are_cut_by_block() -> None:
+    """An op outside of all units goes with what comes before it, or with the first unit."""
+    assert unit_borders(BLOCKS, UNITS) == {2, 4, 7}
+    assert unit_borders(BLOCKS, {path: name for path, name in UNITS.items() if path != "stem"}) == {4, 7}
+    assert unit_borders(BLOCKS, {"layer1": "a", "head": "a"}) == set()
+    assert unit_borders(BLOCKS, {}) == set()
+    assert [part.name for part in partition(BLOCKS, BLOCKS, count=4, by="block", units=UNITS)] == [
+        "stem", "layer1", "layer1.1", "head",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (
+            {"by": "block", "units": UNITS},
+            "5 partitions need 4 cuts and the model has 3 at the borders of its blocks; ask for at most 4 partitions, "
+            "or cut by op",
+        ),
+        (
+            {"by": "natural"},
+            "5 partitions need 4 cuts and the model has 2 natural ones; ask for at most 3 partitions, or cut by op",
+        ),
+    ],
+)
+def test_too_few_places_of_the_wanted_sort(how: dict[str, Any], message: str) -> None:
+    net = replace(
+        BLOCKS, ops=tuple(replace(op, macs=op.name in ("stem", "layer1.0.conv", "head")) for op in BLOCKS.ops)
+    )
+    with pytest.raises(PartitionError, match=f"^{re.escape(message)}$"):
+        partition(net, net, count=5, **how)
+
+
+def test_an_unknown_sort_of_place() -> None:
+    with pytest.raises(UsageError, match="cut by op, natural, block, not by 'blocks'; did you mean 'block'"):
+        partition(BLOCKS, BLOCKS, count=2, by="blocks")
 
 
 def test_one_partition_is_the_whole_model() -> None:
@@ -596,19 +681,3 @@ def test_too_many_partitions() -> None:
     assert len(partition(NESTED, NESTED, count=7)) == 7
     with pytest.raises(UsageError, match="at least 1, not 0"):
         partition(NESTED, NESTED, count=0)
-
-
-@pytest.mark.parametrize("giant", [0, 10**9])
-def test_ten_thousand_ops_take_no_time(giant: int) -> None:
-    """With one giant op nearly every division is optimal, which leaves all the work to the second step."""
-    costs = [giant if index == 5000 else index * 7919 % 1000 for index in range(10_000)]
-    names = [f"block{index}" for index in range(10_000)]
-    net = graph(replace(each, macs=cost) for each, cost in zip(chain(*names), costs, strict=True))
-    start = time.perf_counter()
-    found = cuts(net, net)
-    between = time.perf_counter()
-    parts = partition(net, net, count=16)
-    end = time.perf_counter()
-    assert (len(found), len(parts)) == (9999, 16)
-    assert between - start < 2
-    assert end - between < 3
