@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
-from fxsplit.errors import Terminated, UsageError
+from fxsplit.errors import CheckError, Terminated, UsageError
 from fxsplit.plan.plandiff import diff as diff_plans
 from fxsplit.plan.planfile import read_file
 from fxsplit.spec import PLANNED, RunSpec, beside_plan, from_text, read_environment, read_recipe, read_values, resolve
@@ -130,6 +130,47 @@ def inspect(
             raise UsageError(f"--diff compares two plan files, and takes no {', '.join(beside)} beside them")
         return Job(partial(_diff, *diff, as_json), verbose)
     return Job(partial(_inspect, _resolve(model, config, l2l, given), save_plan, as_json), verbose)
+
+
+def check(
+    *,
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Models, also with wildcards: 'timm:resnet*'.", show_default=False),
+    ],
+    meta: Annotated[
+        bool, typer.Option("--meta", help="Capture and cut only, without weights; compute nothing.", metavar="")
+    ] = False,
+    parts: Annotated[int, typer.Option("--parts", help="Partitions to make of each.", metavar="INTEGER", min=1)] = 4,
+    img_size: Annotated[
+        int | None,
+        typer.Option("--img-size", help="Pixels a side; by default each model's own.", metavar="INTEGER", min=1),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Models at a time.", metavar="INTEGER", min=1)] = 1,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> Job:
+    """Prove that partitions compute exactly what a model computes.
+
+    Output, loss, gradients, buffers and random state are compared with the plain model, in training and evaluation, at
+    two batch sizes, bit for bit. The exit code is 4 if any model fails.
+    """
+    return Job(partial(_check, models, meta, parts, img_size, jobs, as_json), verbose)
+
+
+def _check(specs: list[str], meta: bool, parts: int, img_size: int | None, jobs: int, as_json: bool) -> None:
+    with render.checking() as observer, redirect_stdout(sys.stderr):
+        from fxsplit import api
+
+        records = api.check(specs, structure_only=meta, parts=parts, img_size=img_size, jobs=jobs, observer=observer)
+    if as_json:
+        render.write_json([record.to_dict() for record in records])
+    else:
+        render.render_checks(records)
+    if failed := [record.model for record in records if not record.passed]:
+        raise CheckError(
+            f"{len(failed)} of {len(records)} models failed: {', '.join(failed[:5])}{' ...' * (len(failed) > 5)}"
+        )
 
 
 def _train(spec: RunSpec, view: render.View, as_json: bool) -> None:

@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(commands.train)
 app.command()(commands.inspect)
+app.command()(commands.check)
 
 
 def _version(wanted: bool) -> None:

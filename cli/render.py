@@ -20,7 +20,9 @@ from typing import Any, Literal
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
@@ -28,7 +30,7 @@ from rich.text import Text
 
 from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan
-from fxsplit.report import EpochRecord, Inspection, Observer, RunReport, StepRecord
+from fxsplit.report import CheckRecord, EpochRecord, Inspection, Observer, RunReport, StepRecord
 
 View = Literal["live", "plain", "quiet"]
 
@@ -131,6 +133,69 @@ def observing(model: str, view: View) -> Iterator[Observer]:
             yield live_view
     else:
         yield Observer() if view == "quiet" else PlainView(model)
+
+
+@contextmanager
+def checking() -> Iterator[Observer]:
+    """An observer for checks: a progress bar on a terminal, otherwise a line for each model."""
+    console = Console(stderr=True)
+    if console.is_terminal and not console.is_dumb_terminal and sys.stderr.isatty():
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=console, transient=True) as progress:
+            yield CheckBar(progress)
+    else:
+        yield CheckLines()
+
+
+class CheckBar(Observer):
+    """How many models are done; what failed stays above the bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=None)
+
+    def model_checked(self, record: CheckRecord, count: int) -> None:
+        self.progress.update(self.task, total=count, advance=1, description=escape(record.model))
+        if not record.passed:
+            self.progress.console.print(f"{record.model}: {record.verdict}", markup=False, highlight=False)
+
+
+class CheckLines(Observer):
+    """One line for each model, for logs and pipes."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def model_checked(self, record: CheckRecord, count: int) -> None:
+        self.done += 1
+        say(f"{self.done}/{count} {record.model}: {record.verdict}, {record.seconds:.1f} s")
+
+
+def render_checks(records: Sequence[CheckRecord]) -> None:
+    """A row for each model; below it what failed and what was kept whole, with the reasons."""
+    console = Console(highlight=False)
+    table = _table("model", "verdict", ">ops", ">opaque", ">guards", ">cuts", ">partitions", ">seconds")
+    for record in records:
+        style = "green" if record.passed else "red"
+        counts = (record.ops, len(record.opaque), record.guards, record.cuts, record.partitions)
+        figures = ["-" if record.refusal else str(count) for count in counts]
+        table.add_row(Text(record.model), Text(record.verdict, style), *figures, f"{record.seconds:.1f}")
+    console.print(table)
+    for record in records:
+        if record.refusal:
+            _print_whole(console, f"{record.model}: {record.refusal}")
+        if record.differences:
+            more = len(record.differences) - 3
+            shown = "; ".join(record.differences[:3]) + (f"; and {more} more" if more > 0 else "")
+            cause = ", and so do two plain models" if record.own_randomness else ""
+            _print_whole(console, f"{record.model} differs{cause}: {shown}")
+        reasons = {reason: path for path, reason in reversed(list(record.opaque.items()))}
+        for reason, path in reversed(list(reasons.items())):
+            alike = sum(other == reason for other in record.opaque.values()) - 1
+            also = f" and {alike} more" if alike else ""
+            _print_whole(console, f"{record.model}: kept whole: {path}{also}, because {reason}")
+    passed = sum(record.passed for record in records)
+    console.print(f"{passed} of {len(records)} passed")
 
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:

@@ -14,18 +14,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxsplit.api import inspect, load_plan, partition, save_plan, train
+    from fxsplit.api import check, inspect, load_plan, partition, save_plan, train
     from fxsplit.capture.tracing import Trace, trace
     from fxsplit.errors import FxsplitError
     from fxsplit.plan.partition import Partition
     from fxsplit.plan.schedule import Phase, Plan, schedule
-    from fxsplit.report import Inspection, Observer, RunReport
+    from fxsplit.report import CheckRecord, Inspection, Observer, RunReport
     from fxsplit.run.executor import Executor
     from fxsplit.spec import RunSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckRecord",
     "Executor",
     "FxsplitError",
     "Inspection",
@@ -36,6 +37,7 @@ __all__ = [
     "RunReport",
     "RunSpec",
     "Trace",
+    "check",
     "inspect",
     "load_plan",
     "partition",
@@ -47,12 +49,12 @@ __all__ = [
 
 # Resolved on first use (PEP 562): importing fxsplit must not import torch.
 _HOMES = {
-    "fxsplit.api": ("inspect", "load_plan", "partition", "save_plan", "train"),
+    "fxsplit.api": ("check", "inspect", "load_plan", "partition", "save_plan", "train"),
     "fxsplit.capture.tracing": ("Trace", "trace"),
     "fxsplit.errors": ("FxsplitError",),
     "fxsplit.plan.partition": ("Partition",),
     "fxsplit.plan.schedule": ("Phase", "Plan", "schedule"),
-    "fxsplit.report": ("Inspection", "Observer", "RunReport"),
+    "fxsplit.report": ("CheckRecord", "Inspection", "Observer", "RunReport"),
     "fxsplit.run.executor": ("Executor",),
     "fxsplit.spec": ("RunSpec",),
 }

@@ -24,14 +24,16 @@ from fxsplit.plan.partition import partition as partition_graphs
 from fxsplit.plan.planfile import PlanFile, read_file, write_file
 from fxsplit.plan.schedule import Plan
 from fxsplit.plan.schedule import schedule as make_plan
-from fxsplit.report import EpochRecord, Inspection, Observer, RunReport
+from fxsplit.report import CheckRecord, EpochRecord, Inspection, Observer, RunReport
 from fxsplit.run import datasets
+from fxsplit.run.checking import check_model
 from fxsplit.run.data import Data
 from fxsplit.run.executor import Executor
 from fxsplit.run.folder import RunFolder
 from fxsplit.run.metrics import environment
 from fxsplit.run.optimizers import make_optimizer, make_scheduler
 from fxsplit.run.training import Loader, Trainer
+from fxsplit.run.workers import call_each
 from fxsplit.spec import RunSpec
 
 DEFAULT_PARTS = 8
@@ -113,6 +115,36 @@ def inspect(spec: RunSpec, *, save_to: str | None = None, observer: Observer | N
         tied=trace.tied,
         opaque=trace.opaque,
     )
+
+
+def check(
+    specs: Sequence[str],
+    *,
+    structure_only: bool = False,
+    parts: int = 4,
+    img_size: int | None = None,
+    jobs: int = 1,
+    observer: Observer | None = None,
+) -> tuple[CheckRecord, ...]:
+    """Prove that partitions compute what the models compute, bit for bit; one record a model, in the order of `specs`.
+
+    `specs` may hold wildcards, such as `timm:resnet*`. Each model gets random weights and inputs of its own size
+    (`img_size` otherwise). With `structure_only` it is captured and cut on the meta device, and nothing is computed.
+    `jobs` models are checked at a time. Raises UsageError for a name that means no model; what is wrong with a model
+    is in its record.
+    """
+    observer = observer or Observer()
+    names = list(dict.fromkeys(name for spec in specs for name in models.expand(spec)))
+    call = partial(check_model, structure_only=structure_only, parts=parts, img_size=img_size)
+    found: dict[str, CheckRecord] = {}
+    for record in call_each(call, names, jobs=jobs, died=_died):
+        found[record.model] = record
+        observer.model_checked(record, len(names))
+    return tuple(found[name] for name in names)
+
+
+def _died(spec: str) -> CheckRecord:
+    return CheckRecord(model=spec, refusal="the process that checked it died, as it does when memory runs out")
 
 
 def partition(

@@ -136,6 +136,11 @@ class Graph:
         }
 
     @cached_property
+    def read_until(self) -> dict[str, int]:
+        """The last op that reads each value that any op reads."""
+        return {name: index for index, op in enumerate(self.ops) for name in op.reads}
+
+    @cached_property
     def needed_until(self) -> dict[str, int]:
         """Last cut at which a value is still needed: `i` when op `i` reads it last, `len(ops)` for outputs."""
         last = dict.fromkeys(self.values, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fxsplit.graph import Graph
@@ -106,6 +106,52 @@ class Inspection:
         return self.plan.partitions
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckRecord:
+    """What checking one model found.
+
+    `refusal` says why it cannot be captured or cut, or is None. `guards` counts those of both modes, `cuts` the legal
+    ones. `batch_sizes` are those at which it ran beside the plain model, none if only its structure was looked at;
+    `differences` is what was not equal then, and `own_randomness` that two plain models differ too.
+    """
+
+    model: str
+    refusal: str | None = None
+    ops: int = 0
+    eval_ops: int = 0
+    parameters: int = 0
+    opaque: Mapping[str, str] = field(default_factory=dict)
+    guards: int = 0
+    cuts: int = 0
+    partitions: int = 0
+    batch_sizes: tuple[int, ...] = ()
+    differences: tuple[str, ...] = ()
+    own_randomness: bool = False
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Captured, cut, and equal to the plain model wherever that equals itself."""
+        return self.refusal is None and (not self.differences or self.own_randomness)
+
+    @property
+    def verdict(self) -> str:
+        """One word or two."""
+        if self.refusal is not None:
+            return "refused"
+        if self.differences:
+            return "not deterministic" if self.own_randomness else "differs"
+        return "equal" if self.batch_sizes else "captured"
+
+    def after(self, seconds: float) -> CheckRecord:
+        """The same, with the time that it took."""
+        return replace(self, seconds=seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "passed": self.passed, "verdict": self.verdict}
+
+
 class Observer:
     """Hears of a run while it happens. Every method may be left as it is."""
 
@@ -123,3 +169,6 @@ class Observer:
 
     def epoch_done(self, record: EpochRecord) -> None:
         """An epoch was trained and tested."""
+
+    def model_checked(self, record: CheckRecord, count: int) -> None:
+        """One of the `count` models to check is done."""

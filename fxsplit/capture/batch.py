@@ -131,14 +131,12 @@ class _Merger:
             return guard.node
         return self._op(user, QUESTIONS[guard.question], guard.node)
 
-    def _op(
-        self, key: tuple[int, str, int], function: Any, source: fx.Node, factor: int | None, user: fx.Node
-    ) -> fx.Node:
+    def _op(self, user: fx.Node, function: Any, source: fx.Node, *factor: int) -> fx.Node:
+        key = (function, source, *factor)
         if key not in self._made:
-            arguments = (source,) if factor is None else (source, factor)
             with user.graph.inserting_before(user):
-                node = user.graph.call_function(function, arguments)
-            value = function(*(source.meta["value"], factor)[: len(arguments)])
+                node = user.graph.call_function(function, (source, *factor))
+            value = function(source.meta["value"], *factor)
             node.meta.update(value=value, path=source.meta.get("path", ""), state=(), written=[])
             self._made[key] = node
         return self._made[key]

@@ -96,7 +96,7 @@ class Constant:
 class Rebuild:
     """An operation that makes an object of a class, around the values that forward put into it."""
 
-    def __init__(self, kind: type) -> None:
+    def __init__(self, kind: Any) -> None:
         self.kind = kind
         self.__name__ = self.__qualname__ = kind.__name__
 

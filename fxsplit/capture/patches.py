@@ -59,7 +59,7 @@ def watched(tracer: ValueTracer, functions: Iterable[FunctionType] = ()) -> Iter
         raise UntraceableError(f"it calls the custom autograd function {cls.__name__}")
 
     original_apply: Any = vars(torch.autograd.Function)["apply"]
-    patches = [
+    patches: list[Any] = [
         *(patch.object(torch, name, recorded(getattr(torch, name))) for name in FACTORIES),
         *(patch.object(torch, name, limits(getattr(torch, name))) for name in TYPE_LIMITS),
         *(
@@ -83,7 +83,7 @@ def _owners_of(function: FunctionType, model: nn.Module) -> list[tuple[Any, str]
     return [(owner, name) for owner in owners for name, value in list(vars(owner).items()) if value is function]
 
 
-def _isinstance_for(proxy_type: type) -> Callable[[Any, Any], bool]:
+def _isinstance_for(proxy_type: Any) -> Callable[[Any, Any], bool]:
     """A `__class__` on the proxy would do as well, if torch's C code did not believe it and read foreign memory."""
     original = isinstance
 

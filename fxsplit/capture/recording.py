@@ -46,7 +46,7 @@ class Recorder:
     arguments: dict[str, Any]
     leaves: Sequence[Leaf]
     originals: Mapping[int, Any]
-    compiled: Mapping[str, str]
+    compiled: Mapping[str | FunctionType, str]
     _whole: dict[str | FunctionType, str] = field(default_factory=dict)
 
     def record(self, batch_size: int | None = None, *, costs: bool = False) -> Recording:
@@ -120,7 +120,7 @@ class Recorder:
             self.signature.names,
             device=self.device,
             leaves=self.leaves,
-            whole={**self.compiled, **self._whole},
+            whole=dict(self.compiled) | self._whole,
             originals=self.originals,
             meter=CostMeter(known) if costs else None,
         )

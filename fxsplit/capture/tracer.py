@@ -86,7 +86,9 @@ class ValueProxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         if name in ("keys", "values", "items") and isinstance(self.value, Mapping):
-            items = {key: self[key] for key in self.value}
+            items = {
+                key: self.tracer.create_proxy("call_function", operator.getitem, (self, key), {}) for key in self.value
+            }
             return getattr(items, name)
         try:
             attribute = getattr(self.value, name)
@@ -249,9 +251,8 @@ class ValueTracer(fx.Tracer):
     def call_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that shall be one op, of a function or of a method of one of the model's modules."""
         module = args[0] if args else None
-        path = (
-            "" if module is self.root else self.submodule_paths.get(module) if isinstance(module, nn.Module) else None
-        )
+        paths = {self.root: "", **(self.submodule_paths or {})}
+        path = paths.get(module) if isinstance(module, nn.Module) else None
         name = function.__name__
         if path is None:
             target, key = function, f"{function.__module__}.{name}"
@@ -277,6 +278,9 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, Tensor):
             name = self._state.get(id(a))
             return (self._constant(a) if name is None else self._state_proxy(name, a)).node
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            # torch.fx would make an op of it.
+            return kind(*(self.create_arg(item) for item in a))
         if is_dataclass(kind):
             members = {field.name: getattr(a, field.name) for field in fields(a) if field.init}
             return self.create_proxy("call_function", kind, (), members).node

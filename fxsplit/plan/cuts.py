@@ -40,9 +40,9 @@ class Cut:
 def cuts(train: Graph, eval_graph: Graph) -> tuple[Cut, ...]:
     """Every cut between two ops of the train graph, with its twin in the eval graph and its refusal, if any.
 
-    A cut is refused when the modes run their common ops in another order around it, when a value of its
-    boundary exists in one mode only, when a later op overwrites a value of the boundary, or when ops on both
-    sides hold a buffer or parameter that one of them changes. A parameter that is only read on both sides is
+    A cut is refused when the modes run their common ops in another order around it, when an op needs a value of
+    its boundary that exists in one mode only, when a later op overwrites a value of the boundary, or when ops on
+    both sides hold a buffer or parameter that one of them changes. A parameter that is only read on both sides is
     no hindrance. Raises PartitionError when there is no op at all.
     """
     return with_ends(train, eval_graph)[1:-1]
@@ -127,7 +127,7 @@ def _refusals(
     for index, boundary in enumerate(boundaries):
         refusal = swapped[index]
         if not refusal and not one_sided.isdisjoint(boundary):
-            refusal = _one_sided(boundary, train, eval_graph)
+            refusal = _one_sided(boundary, (index, twins[index]), (train, eval_graph))
         for places, written, moved in modes:
             cut = places[index]
             if not refusal and not written.keys().isdisjoint(boundary):
@@ -157,12 +157,14 @@ def _swapped(train: Graph, eval_graph: Graph) -> list[str | None]:
     return found
 
 
-def _one_sided(boundary: tuple[str, ...], train: Graph, eval_graph: Graph) -> str | None:
-    for name in boundary:
-        if name not in eval_graph.values:
-            return f"the value {name!r} exists only in training"
-        if name not in train.values:
-            return f"the value {name!r} exists only in evaluation"
+def _one_sided(boundary: tuple[str, ...], cut: tuple[int, int], graphs: tuple[Graph, Graph]) -> str | None:
+    """A value of one mode that a later op reads. One that only waits to be returned, such as that of an auxiliary
+    head, is passed on as None in the other mode.
+    """
+    for index, graph, other, mode in zip(cut, graphs, reversed(graphs), ("training", "evaluation"), strict=True):
+        for name in boundary:
+            if name not in other.values and graph.read_until.get(name, -1) >= index:
+                return f"the value {name!r} exists only in {mode}"
     return None
 
 

@@ -109,7 +109,9 @@ def _code(program: Program, span: tuple[int, int], partition: Partition, is_last
     }
     graph = fx.Graph()
     values = graph.placeholder("values")
-    made = {names[name]: graph.call_method("pop", (values,)) for name in reversed(partition.reads)}
+    # A value that this mode does not have is taken as well, and passed on as None.
+    taken = {name: graph.call_method("pop", (values,)) for name in reversed(partition.reads)}
+    made = {names[name]: node for name, node in taken.items() if name in names}
 
     def find(node: fx.Node) -> fx.Node:
         if node.op == "get_attr" and node not in made:
@@ -123,7 +125,7 @@ def _code(program: Program, span: tuple[int, int], partition: Partition, is_last
     if is_last:
         graph.output(fx.node.map_arg(program.output.args[0], find))
     else:
-        graph.output([made[names[name]] for name in partition.writes])
+        graph.output([made[names[name]] if name in names else None for name in partition.writes])
     code = graph.python_code("self")
     mode = "training" if training else "evaluation"
     return Code(code.src, code.globals, f"partition {partition.index} in {mode}")
