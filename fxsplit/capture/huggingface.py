@@ -73,9 +73,9 @@ def names() -> list[str]:
 
 def build(name: str, *, num_classes: int, img_size: int, pretrained: bool) -> nn.Module:
     """See the module; raises whatever transformers raises when it cannot build or read it."""
+    config = _configuration(name)
     import transformers
 
-    config = _configuration(name)
     if config.model_type not in _heads():
         raise UsageError(f"'hf:{name}' is a {config.model_type!r}, which has no head for image classes or language")
     factory, architecture = _heads()[config.model_type]

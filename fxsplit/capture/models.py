@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -299,7 +299,10 @@ def _refuse_pretrained(spec: str, pretrained: bool) -> None:
 
 def _full_names(name: str) -> str:
     """A hint naming the model that is called `name`, or nearly so, in every library that has it."""
-    libraries = {source: library.names() for source, library in LIBRARIES.items()}
+    libraries: dict[str, list[str]] = {}
+    for source, library in LIBRARIES.items():
+        with suppress(UsageError):  # what is not installed has none
+            libraries[source] = library.names()
     best = get_close_matches(name, sorted({model for known in libraries.values() for model in known}), n=1)
     full = [f"{source}:{model}" for model in best for source, known in libraries.items() if model in known]
     return f"; did you mean {' or '.join(map(repr, full))}?" if full else ""
