@@ -84,6 +84,10 @@ class Recorder:
                 raise self._error(UntraceableError(self._whole[""]))
         return Recording(graph=graph, guards=tracer.guards, opaque=tracer.opaque)
 
+    def keep_whole(self, modules: dict[str, str]) -> None:
+        """From now on each of these paths is one op, for the reason given."""
+        self._whole.update(modules)
+
     @property
     def device(self) -> torch.device:
         """Where the inputs really are."""

@@ -403,7 +403,8 @@ class ValueTracer(fx.Tracer):
         holder.meta.update(value=None, registered=False)
         node = self.create_node("call_function", operator.setitem, (holder, name, node_of), {})
         key = f"{path}.{name}".removeprefix(".")
-        node.meta.update(value=None, path=path, state=(key,), written=[key])
+        state = (key,) if key in self._registered else ()
+        node.meta.update(value=None, path=path, state=state, written=list(state))
 
     # Values
 

@@ -97,10 +97,10 @@ def trace(
     if reason := compiled.get("", reason_to_keep_whole(model)):
         raise TraceError(f"{type(model).__name__} cannot be traced: {reason}")
     signature = Signature.of(model, args, kwargs)
-    programs = {}
+    recorders = {}
     for training in (True, False):
         twin, originals = _twin(model)
-        recorder = Recorder(
+        recorders[training] = Recorder(
             twin=twin.train(training),
             signature=signature,
             arguments=signature.bind(args, kwargs).arguments,
@@ -108,7 +108,11 @@ def trace(
             originals=originals,
             compiled=compiled,
         )
-        programs[training] = _program(recorder)
+    recordings = _record_both(recorders)
+    programs = {}
+    for training, recorder in recorders.items():
+        free_batch(recordings[training], recorder)
+        programs[training] = _read(recordings[training], recorder.twin, recorder.batch_size)
     return Trace(model=model, signature=signature, programs=programs, tied=_tied(model))
 
 
@@ -133,10 +137,19 @@ def _twin(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
     return twin, {id(memo[id(original)]): original for original in originals if id(original) in memo}
 
 
-def _program(recorder: Recorder) -> Program:
-    recording = recorder.record(costs=recorder.twin.training)
-    free_batch(recording, recorder)
-    return _read(recording, recorder.twin, recorder.batch_size)
+def _record_both(recorders: Mapping[bool, Recorder]) -> dict[bool, Recording]:
+    """Both modes. What one of them must keep whole, both do, so that they have their ops in common."""
+    recordings = {training: recorder.record(costs=training) for training, recorder in recorders.items()}
+    for training, recorder in recorders.items():
+        modules = dict(recorder.twin.named_modules())
+        opaque = recordings[not training].opaque
+        only_there = {
+            path: opaque[path] for path in (opaque.keys() & modules.keys()) - recordings[training].opaque.keys()
+        }
+        if only_there:
+            recorder.keep_whole(only_there)
+            recordings[training] = recorder.record(costs=training)
+    return recordings
 
 
 def _read(recording: Recording, twin: nn.Module, batch_size: int) -> Program:

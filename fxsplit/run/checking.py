@@ -11,6 +11,7 @@ import copy
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -56,11 +57,7 @@ def _check(spec: str, *, structure_only: bool, parts: int, img_size: int | None)
         return make(spec, num_classes=CLASSES, img_size=size)
 
     model = build()
-    device = "meta" if structure_only else "cpu"
-    inputs = [
-        example(spec, model, batch_size=batch_size, img_size=size, training=True, device=device)
-        for batch_size in BATCH_SIZES[: 1 if structure_only else None]
-    ]
+    inputs = _inputs(spec, model, size, structure_only=structure_only)
     captured = trace(model, inputs[0].args, inputs[0].kwargs)
     most = most_partitions(captured.train, captured.eval)
     partitions = partition(captured.train, captured.eval, count=min(parts, most))
@@ -78,10 +75,18 @@ def _check(spec: str, *, structure_only: bool, parts: int, img_size: int | None)
         guards=len(captured.programs[True].guards.questions) + len(captured.programs[False].guards.questions),
         cuts=sum(cut.refusal is None for cut in cuts(captured.train, captured.eval)),
         partitions=len(partitions),
-        batch_sizes=() if structure_only else BATCH_SIZES,
+        batch_sizes=() if structure_only else tuple(map(_batch_size, inputs)),
         differences=differences,
         own_randomness=own,
     )
+
+
+def _inputs(spec: str, model: nn.Module, size: int, *, structure_only: bool) -> list[Example]:
+    """Two batches; the second has another size, unless the images come in a list, whose length is part of the call."""
+    draw = partial(example, spec, model, img_size=size, training=True, device="meta" if structure_only else "cpu")
+    first, second = (draw(batch_size=batch_size) for batch_size in BATCH_SIZES)
+    counts = [len(tensors_in((given.args, given.kwargs))) for given in (first, second)]
+    return [first, second if len(set(counts)) == 1 else draw(batch_size=BATCH_SIZES[0], seed=SEED + 1)]
 
 
 def differing(plain: nn.Module, other: nn.Module, inputs: Sequence[Example]) -> Iterator[str]:
