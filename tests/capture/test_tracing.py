@@ -17,7 +17,7 @@ from fxsplit.capture.paper import NETWORKS
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.errors import GuardError, TraceError
 from fxsplit.plan.cuts import cuts
-from tests.models import HAZARDS, Average, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
+from tests.models import HAZARDS, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
 
 
 def captured(model: nn.Module, size: int = 8) -> Trace:
@@ -153,12 +153,13 @@ def test_a_module_that_branches_on_data_stays_one_op_with_a_reason() -> None:
     assert found.programs[True].guards.questions == ()
 
 
-def test_a_buffer_that_is_replaced_is_never_lost() -> None:
+def test_a_buffer_that_is_replaced_is_an_op_that_writes_it() -> None:
     found = captured(HAZARDS["AssignedBuffer"]())
-    assert list(found.opaque) == ["average"]
-    assert "in the place of its buffer 'mean'" in found.opaque["average"]
-    with pytest.raises(TraceError, match="in the place of its buffer 'mean'"):
-        trace(Average(), (torch.empty(2, 6, 4, 4),))
+    assert not found.opaque
+    assert [(op.name, op.mutates) for op in found.train.ops if op.kind == "function" and op.mutates] == [
+        ("average:setitem", ("average.mean",))
+    ]
+    assert "average:setitem" not in found.eval.values
 
 
 class Nest(nn.Module):
@@ -181,7 +182,7 @@ def test_only_what_became_an_op_is_called_opaque() -> None:
 
 def test_hooks_are_never_dropped() -> None:
     found = captured(Hooked())
-    assert found.opaque == {"block": "it has hooks, which tracing through it would drop"}
+    assert found.opaque == {"block": "it has hooks, which tracing through it would drop; take them off to see inside"}
 
 
 class Twice(torch.autograd.Function):
