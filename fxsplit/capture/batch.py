@@ -12,10 +12,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxsplit.capture.guards import answers
 from fxsplit.capture.recording import Recorder, Recording
@@ -29,11 +29,14 @@ class _NotFreeError(Exception):
 
 def free_batch(recording: Recording, recorder: Recorder) -> None:
     """Change `recording` so that it serves any batch size, if it can."""
-    own = [guard.answer for guard in recording.guards]
+    guards = [guard for guard in recording.guards if _may_follow_the_batch(guard)]
+    if not guards:
+        return
+    own = [guard.answer for guard in guards]
     probes = [recording]
     try:
         for size in _sizes(recorder.batch_size):
-            if len(probes) == 1 and own == answers(recording, recorder.twin, recorder.inputs(size), recorder.device):
+            if len(probes) == 1 and own == _answers(recording, guards, recorder, size):
                 return
             probes.append(recorder.record(size))
             if len(probes[-1].graph.nodes) != len(recording.graph.nodes):
@@ -46,6 +49,17 @@ def free_batch(recording: Recording, recorder: Recorder) -> None:
         probes.append(recorder.record(1))
     with suppress(_NotFreeError):
         _Merger(probes).merge()
+
+
+def _may_follow_the_batch(guard: Guard) -> bool:
+    """The length of a shape, or of a tuple, does not."""
+    is_length = guard.question == "len" and isinstance(guard.node.meta["value"], Tensor)
+    return is_length or guard.question in ("int", "index")
+
+
+def _answers(recording: Recording, guards: list[Guard], recorder: Recorder, size: int) -> list[Any]:
+    asked = replace(recording, guards=guards)
+    return answers(asked, recorder.twin, recorder.inputs(size), recorder.device)
 
 
 def _sizes(batch_size: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -109,10 +110,14 @@ def trace(
             compiled=compiled,
         )
     recordings = _record_both(recorders)
-    programs = {}
     for training, recorder in recorders.items():
         free_batch(recordings[training], recorder)
-        programs[training] = _read(recordings[training], recorder.twin, recorder.batch_size)
+    names = _names(recordings[True].graph, recordings[False].graph)
+    alive = _alive(recordings, names)
+    programs = {
+        training: _read(recordings[training], alive[training], names, recorder.twin, recorder.batch_size)
+        for training, recorder in recorders.items()
+    }
     return Trace(model=model, signature=signature, programs=programs, tied=_tied(model))
 
 
@@ -152,15 +157,14 @@ def _record_both(recorders: Mapping[bool, Recorder]) -> dict[bool, Recording]:
     return recordings
 
 
-def _read(recording: Recording, twin: nn.Module, batch_size: int) -> Program:
+def _read(
+    recording: Recording, alive: Sequence[fx.Node], names: Mapping[fx.Node, str], twin: nn.Module, batch_size: int
+) -> Program:
     """An fx graph with values on its nodes to ops as data; afterwards the nodes hold no tensor."""
     recorded = recording.graph
-    nodes = [node for node in recorded.nodes if node.op in KINDS]
     inputs = tuple(node for node in recorded.nodes if node.op == "placeholder")
     output = next(node for node in recorded.nodes if node.op == "output")
-    names = _names((*inputs, *nodes))
     guards = Guards.of(recording, names, twin)
-    alive = _alive(nodes)
     _give_state_to_methods(alive, twin)
     storages: dict[int, str] = {}
     values = {node: _value(names[node], node.meta["value"], storages, batch_size) for node in (*inputs, *alive)}
@@ -178,36 +182,72 @@ def _read(recording: Recording, twin: nn.Module, batch_size: int) -> Program:
     )
 
 
-def _names(nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
-    """`layer1.0.conv1` for a module, `layer1.0:add` for a function inside `layer1.0`, `_1`, `_2` ... when repeated."""
+def _names(train: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, str]:
+    """`layer1.0.conv1` for a module, `layer1.0:add` for a function inside `layer1.0`, `_1`, `_2` ... when repeated.
+
+    What the two modes do alike is named alike: their ops are aligned as the lines of two texts are.
+    """
+    first, second = ([n for n in graph.nodes if n.op in ("placeholder", *KINDS)] for graph in (train, evaluation))
+    names: dict[fx.Node, str] = {}
     taken: set[str] = set()
     repeats: Counter[str] = Counter()
-    names = {}
-    for node in nodes:
-        if node.op in ("placeholder", "call_module"):
-            base = str(node.target)
-        else:
-            called = method_of(node) or node.target
-            name = called if isinstance(called, str) else getattr(called, "__name__", "call")
-            base = f"{node.meta['path']}:{name.rpartition('.')[2]}".removeprefix(":")
-        name = base
+
+    def give(node: fx.Node) -> None:
+        name = base = _base_name(node)
         while name in taken:
             repeats[base] += 1
             name = f"{base}_{repeats[base]}"
         taken.add(name)
         names[node] = name
+
+    for node in first:
+        give(node)
+    for ours, theirs, length in _alike([_signature(node) for node in first], [_signature(node) for node in second]):
+        for offset in range(length):
+            names[second[theirs + offset]] = names[first[ours + offset]]
+    for node in second:
+        if node not in names:
+            give(node)
     return names
 
 
-def _alive(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Without the sizes, numbers and flags that only guards looked at. Tensors stay: making them may draw or write."""
-    dead: set[fx.Node] = set()
-    for node in reversed(nodes):
-        value = node.meta["value"]
-        only_a_number = value is not None and not tensors_in(value) and node.op != "call_module"
-        if only_a_number and all(user in dead for user in node.users):
-            dead.add(node)
-    return [node for node in nodes if node not in dead]
+def _alike(first: list[Any], second: list[Any]) -> Sequence[tuple[int, int, int]]:
+    if first == second:
+        return [(0, 0, len(first))]
+    return SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
+
+
+def _signature(node: fx.Node) -> Any:
+    """What a node does, and to what."""
+    value = node.meta["value"]
+    sources = tuple(_base_name(source) for source in node.all_input_nodes)
+    return node.op, _base_name(node), sources, value.shape if isinstance(value, Tensor) else type(value)
+
+
+def _base_name(node: fx.Node) -> str:
+    if node.op in ("placeholder", "call_module", "get_attr"):
+        return str(node.target)
+    called = method_of(node) or node.target
+    name = called if isinstance(called, str) else getattr(called, "__name__", "call")
+    return f"{node.meta['path']}:{name.rpartition('.')[2]}".removeprefix(":")
+
+
+def _alive(recordings: Mapping[bool, Recording], names: Mapping[fx.Node, str]) -> dict[bool, list[fx.Node]]:
+    """The ops of each mode without the sizes, numbers and flags that only guards looked at, in either mode.
+
+    Tensors stay: making them may draw or write.
+    """
+    nodes = {mode: [node for node in each.graph.nodes if node.op in KINDS] for mode, each in recordings.items()}
+    needed: set[str] = set()
+    # What the second mode needs may be dead in the first, which is looked at once more.
+    for mode in (True, False, True):
+        for node in reversed(nodes[mode]):
+            value = node.meta["value"]
+            only_a_number = value is not None and not tensors_in(value) and node.op != "call_module"
+            users = (user for user in node.users if user.op == "output" or names[user] in needed)
+            if not only_a_number or next(users, None) is not None:
+                needed.add(names[node])
+    return {mode: [node for node in each if names[node] in needed] for mode, each in nodes.items()}
 
 
 def method_of(node: fx.Node) -> str | None:
