@@ -107,11 +107,14 @@ class Rebuild:
 
 
 def expect(condition: Any, answer: bool, where: str) -> None:
-    """An operation that holds an assertion about data. Raises GuardError when `condition` is not `answer`."""
+    """An operation that makes sure of an answer about data. Raises GuardError when `condition` is not `answer`."""
     if isinstance(condition, Tensor) and condition.device == META:
         return
     if bool(condition) is not answer:
-        raise GuardError(f"the model refuses this input: see its assertion at {where}")
+        raise GuardError(
+            f"this input takes another path through the model than the traced one, at {where}; "
+            "trace the model again with such an input, unless that line refuses it"
+        )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ FACTORIES = (
 )  # fmt: skip
 
 
+# torch lists its factories when a device context is first entered, and must not find ours there.
+with torch.device("meta"):
+    torch.empty(0)
+
 # Classes, of which only an instance for the type of some value is recorded.
 TYPE_LIMITS = ("finfo", "iinfo")
 

@@ -48,6 +48,7 @@ class Recorder:
     originals: Mapping[int, Any]
     compiled: Mapping[str | FunctionType, str]
     _whole: dict[str | FunctionType, str] = field(default_factory=dict)
+    _lenient: bool = False
 
     def record(self, batch_size: int | None = None, *, costs: bool = False) -> Recording:
         """At the batch size of the arguments, or at another one. With `costs` the nodes know theirs.
@@ -62,9 +63,12 @@ class Recorder:
                 raise
             except Exception as error:
                 function = failing_function(error, known=self._whole)
-                if function is None:
+                if function is not None:
+                    self._whole[function] = reason_of(error)
+                elif isinstance(error, UntraceableError) and not self._lenient:
+                    self._lenient = True
+                else:
                     raise self._error(error) from error
-                self._whole[function] = reason_of(error)
 
     def _record(self, batch_size: int | None, *, costs: bool) -> Recording:
         while True:
@@ -126,6 +130,7 @@ class Recorder:
             leaves=self.leaves,
             whole=dict(self.compiled) | self._whole,
             originals=self.originals,
+            lenient=self._lenient,
             meter=CostMeter(known) if costs else None,
         )
         functions = {each for each in (*self.leaves, *self._whole) if isinstance(each, FunctionType)}

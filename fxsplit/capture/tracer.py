@@ -158,7 +158,8 @@ class ValueTracer(fx.Tracer):
 
     `call` holds the arguments, `names` a name for each tensor in them. `device` is where the inputs really are.
     `leaves` are paths, classes and functions to keep whole, `whole` are paths and functions with a reason. `originals`
-    finds the user's own object behind a copied one that is neither parameter nor buffer, by the id of the copy.
+    finds the user's own object behind a copied one that is neither parameter nor buffer, by the id of the copy. If
+    `lenient`, the model's own forward may ask for sizes that depend on data; the answers are made sure of in each run.
 
     After `trace`, `guards` are the answers that fixed the path, `opaque` the modules that became one op, with the
     reasons, and `assigned` what forward put into modules. Every node has in its meta the keys `value`, `path`, `state`,
@@ -177,6 +178,7 @@ class ValueTracer(fx.Tracer):
         leaves: Sequence[Leaf] = (),
         whole: Mapping[str | FunctionType, str] | None = None,
         originals: Mapping[int, Any] | None = None,
+        lenient: bool = False,
         meter: CostMeter | None = None,
     ) -> None:
         super().__init__()
@@ -184,6 +186,7 @@ class ValueTracer(fx.Tracer):
         self.device = device
         self.leaves = leaves
         self.originals = originals or {}
+        self.lenient = lenient
         self.meter = meter
         self.guards: list[Guard] = []
         self.opaque: dict[str, str] = {}
@@ -427,10 +430,11 @@ class ValueTracer(fx.Tracer):
     def _answer_for_stand_in(self, proxy: ValueProxy, question: str, found: Any) -> None:
         """How many parts a value has is made sure of when it is there; its sizes cannot be relied upon."""
         where = user_line()
-        if not isinstance(proxy.value, tuple | list | Mapping):
+        parts = isinstance(proxy.value, tuple | list | Mapping)
+        if not parts and (self._path or not self.lenient):
             raise UntraceableError(f"{where} asks for {question}() of a size that may depend on data")
-        count = self.create_proxy("call_function", len, (proxy,), {})
-        same = self.create_proxy("call_function", operator.eq, (count, found), {})
+        given = self.create_proxy("call_function", QUESTIONS[question], (proxy,), {})
+        same = self.create_proxy("call_function", operator.eq, (given, found), {})
         self.create_proxy("call_function", expect, (same, True, where), {})
 
     def _evaluate(self, node: fx.Node) -> Any:

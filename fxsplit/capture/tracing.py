@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -202,26 +202,38 @@ def _names(train: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, str]:
 
     for node in first:
         give(node)
-    for ours, theirs, length in _alike([_signature(node) for node in first], [_signature(node) for node in second]):
-        for offset in range(length):
-            names[second[theirs + offset]] = names[first[ours + offset]]
+    names |= {theirs: names[ours] for ours, theirs in _aligned(first, second)}
     for node in second:
         if node not in names:
             give(node)
     return names
 
 
-def _alike(first: list[Any], second: list[Any]) -> Sequence[tuple[int, int, int]]:
-    if first == second:
+def _aligned(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Pairs that do the same to the same; and between these, pairs that do the same."""
+    mine, other = 0, 0
+    for ours, theirs, length in _matching(first, second, _signature):
+        between = first[mine:ours], second[other:theirs]
+        for start, twin, count in _matching(*between, lambda node: _signature(node)[:-1]):
+            yield from zip(between[0][start : start + count], between[1][twin : twin + count], strict=True)
+        mine, other = ours + length, theirs + length
+        yield from zip(first[ours:mine], second[theirs:other], strict=True)
+
+
+def _matching(
+    first: Sequence[fx.Node], second: Sequence[fx.Node], key: Callable[[fx.Node], Any]
+) -> Sequence[tuple[int, int, int]]:
+    texts = [[key(node) for node in nodes] for nodes in (first, second)]
+    if texts[0] == texts[1]:
         return [(0, 0, len(first))]
-    return SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
+    return SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks()
 
 
 def _signature(node: fx.Node) -> Any:
     """What a node does, and to what."""
     value = node.meta["value"]
     sources = tuple(_base_name(source) for source in node.all_input_nodes)
-    return node.op, _base_name(node), sources, value.shape if isinstance(value, Tensor) else type(value)
+    return node.op, _base_name(node), value.shape if isinstance(value, Tensor) else type(value), sources
 
 
 def _base_name(node: fx.Node) -> str:
