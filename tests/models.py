@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -238,6 +241,146 @@ class AssignedBuffer(Chain):
         return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
 
 
+class BatchSizeInPython(Chain):
+    """Python learns the batch size, as a plain number, by len() and by int()."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        x = x.reshape(len(x), 6, 8, 8)
+        half = x[: int(x.shape[0]) // 2].sum() / len(x)
+        x = self.norm2(self.conv2(x)).reshape(2 * int(x.shape[0]), -1).reshape(x.shape) + half
+        return self.head(x.mean((2, 3)))
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    features: Tensor | None = None
+
+
+class DataclassOutput(Chain):
+    """A dataclass comes out, with a None in it."""
+
+    def forward(self, x: Tensor) -> Answer:  # type: ignore[override]
+        return Answer(logits=super().forward(x))
+
+
+class Pair(NamedTuple):
+    logits: Tensor
+    auxiliary: Tensor | None
+
+
+class AuxiliaryHead(Chain):
+    """In training a second head, early in the network, delivers one more output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(6, 5))
+
+    def forward(self, x: Tensor) -> Pair:  # type: ignore[override]
+        x = self.norm1(self.conv1(x)).relu()
+        early = self.auxiliary(x) if self.training else None
+        x = self.conv2(self.norm2(self.conv2(x)).relu()).tanh()
+        return Pair(self.head(x.mean((2, 3))), early)
+
+
+class StochasticDepth(Chain):
+    """An op of training between ops that both modes have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        branch = self.norm2(self.conv2(x))
+        if self.training:
+            branch = branch * torch.empty(x.shape[0], 1, 1, 1).bernoulli_(0.5)
+        x = (x + branch).relu()
+        return self.head(self.conv2(x).mean((2, 3)))
+
+
+class MethodOnData(Chain):
+    """A method of the model branches on data."""
+
+    def pick(self, x: Tensor) -> Tensor:
+        return self.norm2(x) if x.mean() > 0 else -self.norm2(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pick(self.norm1(self.conv1(x)))
+        return self.head(self.conv2(x).relu().mean((2, 3)))
+
+
+def largest(x: Tensor) -> Tensor:
+    """A function that reads data."""
+    return x * x.abs().max().item()
+
+
+class FunctionOnData(Chain):
+    """A function that forward calls reads data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = largest(self.norm1(self.conv1(x)))
+        return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
+
+
+class AssertsOnData(Chain):
+    """Three ways of making sure of data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.isnan().any() or not x.isfinite().all():
+            raise ValueError("there are holes in the image")
+        x = self.norm1(self.conv1(x)).relu()
+        assert x.min() >= 0
+        torch._assert(x.max() < 1e6, "too large")
+        return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
+
+
+class OtherTensors(Chain):
+    """Tensors that are neither parameters nor buffers: in a list, and in an attribute that forward moves on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shifts = [torch.full((1, 6, 1, 1), 0.5), torch.full((1, 6, 1, 1), -0.5)]
+        self.last = torch.zeros(6, 8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x) + self.shifts[1]).relu() + self.last
+        self.last = x.detach().mean(0)
+        return self.head(self.norm2(self.conv2(x) * self.shifts[0]).relu().mean((2, 3)))
+
+
+class Counter(nn.Module):
+    """Changes what it does with every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * (1 + 1 / self.calls)
+
+
+class CountsCalls(Chain):
+    """A module in it counts its calls, so that no recording of one call serves another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = Counter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.counter(self.norm1(self.conv1(x)))
+        return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
+
+
+class NumbersOfTypes(Chain):
+    """A number that follows from a type, a power with a plain exponent, and a rounded size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x))
+        x = x.masked_fill(x < 0, torch.finfo(x.dtype).eps)
+        x = 0.5 * x * (1.0 + torch.tanh(x + torch.pow(x, 3.0)))
+        x = x[:, :, : math.ceil(x.shape[2] / 1.5)]
+        return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
+
+
 class BranchOnData(Chain):
     """A branch on data at the very top: this cannot be captured, and must be refused well."""
 
@@ -266,5 +409,15 @@ HAZARDS: dict[str, Callable[[], nn.Module]] = {
         InnerBranchOnData,
         AssignedBuffer,
         Hooked,
+        BatchSizeInPython,
+        DataclassOutput,
+        AuxiliaryHead,
+        StochasticDepth,
+        MethodOnData,
+        FunctionOnData,
+        AssertsOnData,
+        OtherTensors,
+        CountsCalls,
+        NumbersOfTypes,
     )
 }

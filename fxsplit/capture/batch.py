@@ -32,18 +32,19 @@ def free_batch(recording: Recording, recorder: Recorder) -> None:
     guards = [guard for guard in recording.guards if _may_follow_the_batch(guard)]
     if not guards:
         return
-    own = [guard.answer for guard in guards]
+    sizes = _sizes(recorder.batch_size)
+    # With the constants of the recording the model may not run at all at another size.
+    with suppress(Exception):
+        if _answers(recording, guards, recorder, sizes[0]) == [guard.answer for guard in guards]:
+            return
     probes = [recording]
-    try:
-        for size in _sizes(recorder.batch_size):
-            if len(probes) == 1 and own == _answers(recording, guards, recorder, size):
-                return
+    for size in sizes:
+        try:
             probes.append(recorder.record(size))
-            if len(probes[-1].graph.nodes) != len(recording.graph.nodes):
-                return
-    except Exception:
-        # The model does not run at such a batch size, so it is not free.
-        return
+        except TraceError:
+            return
+        if len(probes[-1].graph.nodes) != len(recording.graph.nodes):
+            return
     # BatchNorm, for one, cannot be trained on a single value a channel.
     with suppress(TraceError):
         probes.append(recorder.record(1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,16 @@ class _Question:
     question: str
     answer: Any
     where: str
+
+    def ask(self, value: Any) -> None:
+        """Raises GuardError when the answer is another one now."""
+        answer = QUESTIONS[self.question](value)
+        if answer != self.answer:
+            raise GuardError(
+                f"this input takes another path through the model than the traced one: {self.question}() of "
+                f"{self.op!r} was {self.answer} and is now {answer} ({self.where}); "
+                "trace the model again with such an input"
+            )
 
 
 @dataclass(kw_only=True)
@@ -76,15 +87,13 @@ class Guards:
         form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
         if form in self._passed:
             return
-        values = _values(self.steps, self.inputs, self.twin, tensors, tensors[0].device)
+        asked: dict[str, list[_Question]] = {}
         for question in self.questions:
-            answer = QUESTIONS[question.question](values[question.step])
-            if answer != question.answer:
-                raise GuardError(
-                    f"this input takes another path through the model than the traced one: {question.question}() of "
-                    f"{question.op!r} was {question.answer} and is now {answer} ({question.where}); "
-                    "trace the model again with such an input"
-                )
+            asked.setdefault(question.step, []).append(question)
+        with closing(_values(self.steps, self.inputs, self.twin, tensors, tensors[0].device)) as values:
+            for name, value in values:
+                for question in asked.get(name, ()):
+                    question.ask(value)
         if len(self._passed) >= MOST_FORMS:
             self._passed.clear()
         self._passed.add(form)
@@ -97,7 +106,7 @@ MOST_FORMS = 1024
 def answers(recording: Recording, twin: nn.Module, tensors: Sequence[Tensor], device: torch.device) -> list[Any]:
     """What these inputs answer to the questions of the guards."""
     inputs = [node.name for node in recording.graph.nodes if node.op == "placeholder"]
-    values = _values(_steps(recording), inputs, twin, tensors, device)
+    values = dict(_values(_steps(recording), inputs, twin, tensors, device))
     return [QUESTIONS[guard.question](values[guard.node.name]) for guard in recording.guards]
 
 
@@ -112,8 +121,10 @@ def _steps(recording: Recording) -> tuple[_Step, ...]:
 
 def _values(
     steps: Sequence[_Step], inputs: Sequence[str], twin: nn.Module, tensors: Sequence[Tensor], device: torch.device
-) -> dict[str, Any]:
+) -> Generator[tuple[str, Any], None, None]:
+    """The inputs and then the steps, by name; a step may fail once an earlier one has another value than traced."""
     values: dict[str, Any] = dict(zip(inputs, (tensor.detach().to(META) for tensor in tensors), strict=True))
+    yield from values.items()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for step in steps:
             args, kwargs = resolve(
@@ -125,7 +136,7 @@ def _values(
                 else evaluate(twin, step.kind, step.target, args, kwargs, device)
             )
             values[step.name] = value.value if isinstance(value, StandIn) else value
-    return values
+            yield step.name, values[step.name]
 
 
 def _step(node: fx.Node) -> _Step:

@@ -9,6 +9,7 @@ import os
 import traceback
 from collections.abc import Container
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from types import FrameType, FunctionType
 
@@ -83,11 +84,18 @@ def asserted() -> bool | None:
     if not statements:
         return None
     statement = statements[-1]
+    position = _position(frame)
     if isinstance(statement, ast.Assert):
-        return _answer_for(statement.test, True, frame.f_lineno)
+        return _answer_for(statement.test, True, position)
     if _always_raises(statement.body):
-        return _answer_for(statement.test, False, frame.f_lineno)
+        return _answer_for(statement.test, False, position)
     return None
+
+
+def _position(frame: FrameType) -> tuple[int, int]:
+    """Line and column of what a frame has just evaluated: a jump itself has the position of the whole statement."""
+    line, _, column, _ = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2 - 1, None))
+    return line or frame.f_lineno, column or 0
 
 
 @lru_cache(maxsize=64)
@@ -98,21 +106,22 @@ def _parsed(file: str) -> ast.Module:
         return ast.Module([], [])
 
 
-def _answer_for(test: ast.expr, wanted: bool, line: int) -> bool | None:
-    """What the part of `test` on `line` must answer for the whole to be `wanted`; None where that is not certain."""
+def _answer_for(test: ast.expr, wanted: bool, position: tuple[int, int]) -> bool | None:
+    """What the part of `test` at `position` must answer for the whole to be `wanted`; None if that is not certain."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        return _answer_for(test.operand, not wanted, line)
-    if isinstance(test, ast.BoolOp):
-        # `a or b` is false, and `a and b` true, only if both are.
-        if isinstance(test.op, ast.And) is not wanted:
-            return None
-        answers = {
-            _answer_for(part, wanted, line)
-            for part in test.values
-            if part.lineno <= line <= (part.end_lineno or part.lineno)
-        }
-        return answers.pop() if len(answers) == 1 else None
-    return wanted
+        return _answer_for(test.operand, not wanted, position)
+    if not isinstance(test, ast.BoolOp):
+        return wanted
+    part = next((part for part in test.values if _holds(part, position)), None)
+    # `a or b` is false, and `a and b` true, only if both are; otherwise the last part decides.
+    if part is None or (isinstance(test.op, ast.And) is not wanted and part is not test.values[-1]):
+        return None
+    return _answer_for(part, wanted, position)
+
+
+def _holds(part: ast.expr, position: tuple[int, int]) -> bool:
+    end = part.end_lineno or part.lineno, part.end_col_offset or part.col_offset
+    return (part.lineno, part.col_offset) <= position <= end
 
 
 def _always_raises(body: list[ast.stmt]) -> bool:

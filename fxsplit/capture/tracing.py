@@ -223,10 +223,10 @@ def _aligned(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> Iterator[tu
 def _matching(
     first: Sequence[fx.Node], second: Sequence[fx.Node], key: Callable[[fx.Node], Any]
 ) -> Sequence[tuple[int, int, int]]:
-    texts = [[key(node) for node in nodes] for nodes in (first, second)]
-    if texts[0] == texts[1]:
-        return [(0, 0, len(first))]
-    return SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks()
+    mine, other = [key(node) for node in first], [key(node) for node in second]
+    if mine == other:
+        return [(0, 0, len(mine))]
+    return SequenceMatcher(None, mine, other, autojunk=False).get_matching_blocks()
 
 
 def _signature(node: fx.Node) -> Any:

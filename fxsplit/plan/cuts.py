@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 
 from fxsplit.errors import PartitionError
@@ -83,20 +84,23 @@ def with_ends(train: Graph, eval_graph: Graph) -> tuple[Cut, ...]:
 def _twins(train: Graph, eval_graph: Graph) -> list[int]:
     """For every cut `0 .. len(train)` the eval cut that divides the common ops alike; never decreasing.
 
-    Where eval-only ops leave a choice: the first with the same boundary, else the first whose boundary
-    training has too, else the first.
+    Where eval-only ops leave a choice: the first with the same boundary, else the first at which training has all
+    that later ops need, else the first.
     """
     common = train.written_at.keys() & eval_graph.written_at.keys()
     choices: dict[int, list[int]] = {}
     for cut, passed in enumerate(_passed(eval_graph, common)):
         choices.setdefault(passed, []).append(cut)
 
+    def fits(twin: int, name: str) -> bool:
+        return name in common or eval_graph.read_until.get(name, -1) < twin
+
     def choose(cut: int, among: list[int]) -> int:
         if len(among) == 1:
             return among[0]
         boundary = set(train.boundaries[cut])
         same = (twin for twin in among if boundary == set(eval_graph.boundaries[twin]))
-        shared = (twin for twin in among if common >= set(eval_graph.boundaries[twin]))
+        shared = (twin for twin in among if all(map(partial(fits, twin), eval_graph.boundaries[twin])))
         # One earlier than the twin of the cut before is no twin.
         return max(twins[-1], next(chain(same, shared, among)))
 

@@ -82,9 +82,10 @@ class Stage:
         }
         self._modules = {
             training: [
-                trace.model.get_submodule(path)
+                module
                 for node in trace.programs[training].nodes[slice(*span)]
                 if (path := called_module(node)) is not None
+                for module in trace.model.get_submodule(path).modules()
             ]
             for training, span in spans.items()
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -240,13 +240,18 @@ class Trainer:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The class scores (N, classes) in what a classifier returns: a tensor, or the first in a tuple or mapping.
+    """The class scores (N, classes) in what a classifier returns: a tensor, or the first in a tuple, dict or dataclass.
 
     Raises FxsplitError when there is none.
     """
     if isinstance(output, Tensor):
         return output
-    parts = list(output.values()) if isinstance(output, Mapping) else output
+    if isinstance(output, Mapping):
+        parts: Any = list(output.values())
+    elif is_dataclass(output):
+        parts = [getattr(output, field.name) for field in fields(output)]
+    else:
+        parts = output
     if isinstance(parts, Sequence) and parts:
         return logits_of(parts[0])
     raise FxsplitError(f"the model returns {type(output).__name__}, and no class scores are found in it")
