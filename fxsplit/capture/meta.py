@@ -165,7 +165,9 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 @contextmanager
 def _left_alone(module: nn.Module) -> Iterator[None]:
     """Undo what a forward puts in the place of buffers and attributes; what it writes into them has no numbers."""
-    owners = [owner for inner in module.modules() for owner in (vars(inner), inner._buffers)]
+    # A scripted module keeps its state elsewhere.
+    inner = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
+    owners = [owner for each in inner for owner in (vars(each), each._buffers)]
     before = [dict(owner) for owner in owners]
     try:
         yield

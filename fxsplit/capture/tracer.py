@@ -505,6 +505,11 @@ def reason_to_keep_whole(module: nn.Module) -> str | None:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks):
         return "it has hooks, which tracing through it would drop; take them off to see inside"
+    return reason_not_to_look_inside(module)
+
+
+def reason_not_to_look_inside(module: nn.Module) -> str | None:
+    """Why a module's own Python code is not all that it does; hooks apart, which its caller can run."""
     if parametrize.is_parametrized(module):
         return "it is parametrized, which tracing through it would drop; remove_parametrizations to see inside"
     if isinstance(module, torch.jit.ScriptModule):

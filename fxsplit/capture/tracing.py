@@ -27,7 +27,7 @@ from fxsplit.capture.guards import Guards
 from fxsplit.capture.meta import META, storage_key, tensors_in
 from fxsplit.capture.recording import Recorder, Recording
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.tracer import COMPILED, Leaf, reason_to_keep_whole
+from fxsplit.capture.tracer import COMPILED, Leaf, reason_not_to_look_inside
 from fxsplit.errors import TraceError
 from fxsplit.graph import Graph, Op, OpKind, State, Value
 
@@ -95,7 +95,7 @@ def trace(
     if unknown := [leaf for leaf in leaves if isinstance(leaf, str) and leaf not in dict(model.named_modules())]:
         raise TraceError(f"there is no module {unknown[0]!r} to keep whole in {type(model).__name__}")
     compiled = {path: COMPILED for path, module in model.named_modules() if module._compiled_call_impl is not None}
-    if reason := compiled.get("", reason_to_keep_whole(model)):
+    if reason := compiled.get("", reason_not_to_look_inside(model)):
         raise TraceError(f"{type(model).__name__} cannot be traced: {reason}")
     signature = Signature.of(model, args, kwargs)
     recorders = {}

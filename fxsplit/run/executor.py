@@ -44,6 +44,8 @@ class Executor(nn.Module):
         object.__setattr__(self, "_model", model)
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        # The model's own hooks go on, and hear of the executor in its place.
+        vars(self).update({name: value for name, value in vars(model).items() if "_hooks" in name})
         self._signature = trace.signature
         self._guards = {training: program.guards for training, program in trace.programs.items()}
         self._stages = stages(trace, partitions)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from fxsplit.capture.paper import NETWORKS
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.errors import GuardError, TraceError
 from fxsplit.plan.cuts import cuts
+from tests import models
 from tests.models import HAZARDS, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
 
 
@@ -323,3 +327,135 @@ def test_a_trace_can_be_made_of_a_copy() -> None:
     nn.init.zeros_(other.head.weight)
     assert captured(model).train.digest() == captured(other).train.digest()
     assert captured(model).train.digest() != captured(FunctionalDropout()).train.digest()
+
+
+def test_the_batch_size_stays_free_where_python_asked_for_it() -> None:
+    found = captured(HAZARDS["BatchSizeInPython"]())
+    assert all(program.guards.questions == () for program in found.programs.values())
+    assert [op.name for op in found.train.ops if op.name in ("len", "mul", "floordiv")] == ["len", "floordiv", "mul"]
+
+
+class Unrolled(nn.Module):
+    """A loop over the samples: another batch size is another network."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[index].relu() for index in range(len(x))])
+
+
+class Threshold(nn.Module):
+    """Another way for large batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), -1).relu() if len(x) < 1000 else x.reshape(len(x), -1).tanh()
+
+
+@pytest.mark.parametrize("kind", [Unrolled, Threshold])
+def test_a_batch_size_that_changes_the_path_is_a_guard(kind: type[nn.Module]) -> None:
+    guards = captured(kind()).programs[True].guards
+    guards.check([torch.empty(2, 3, 8, 8)])
+    with pytest.raises(GuardError, match=r"len\(\) of 'x' was 2 and is now 3 \(.*test_tracing.py:\d+\)"):
+        guards.check([torch.empty(3, 3, 8, 8)])
+
+
+def test_the_first_answer_that_differs_is_told_even_if_the_model_then_fails() -> None:
+    class Strict(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.reshape(2, 3, int(x.shape[2]), 8)
+            return x if int(x.shape[2]) > 4 else -x
+
+    guards = captured(Strict()).programs[True].guards
+    with pytest.raises(GuardError, match=r"int\(\) of .* was 8 and is now 4"):
+        guards.check([torch.empty(2, 3, 4, 8)])
+
+
+def test_methods_and_functions_that_depend_on_data_are_ops_with_reasons() -> None:
+    method = captured(HAZARDS["MethodOnData"]())
+    assert list(method.opaque) == ["pick"]
+    assert "tests/models.py" in method.opaque["pick"]
+    pick = next(op for op in method.train.ops if op.name == ":pick" or op.name == "pick")
+    assert set(pick.state) >= {"norm2.weight", "norm2.running_mean"}
+    function = captured(HAZARDS["FunctionOnData"]())
+    assert list(function.opaque) == ["tests.models.largest"]
+    assert "reads data: it calls item() of a tensor" in function.opaque["tests.models.largest"]
+    assert len(function.train) == len(captured(Chain()).train)
+
+
+def test_functions_and_methods_can_be_named_as_leaves() -> None:
+    model = HAZARDS["MethodOnData"]()
+    assert trace(model, (torch.empty(2, 3, 8, 8),), leaves=[type(model).pick]).opaque == {}
+    found = trace(HAZARDS["FunctionOnData"](), (torch.empty(2, 3, 8, 8),), leaves=[models.largest])
+    assert found.opaque == {}
+    assert "largest" in [op.name for op in found.train.ops]
+
+
+def test_assertions_about_data_are_ops() -> None:
+    found = captured(HAZARDS["AssertsOnData"]())
+    assert not found.opaque
+    assert [op.name for op in found.train.ops if "expect" in op.name] == ["expect", "expect_1", "expect_2", "expect_3"]
+
+
+def test_a_module_that_does_something_else_each_time_stays_one_op() -> None:
+    found = captured(HAZARDS["CountsCalls"]())
+    assert found.opaque == {"counter": "its forward changes 'calls' in it, and would take another way the next time"}
+
+
+class KeepsFirst(nn.Module):
+    """Python asks whether something was kept, of which no proxy hears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first is None:
+            self.first = x.detach()
+        return x + self.first
+
+
+def test_a_model_that_takes_another_way_the_next_time_is_refused() -> None:
+    with pytest.raises(TraceError, match="its forward changes 'first' in it, and would take another way the next time"):
+        captured(KeepsFirst())
+    assert list(captured(nn.Sequential(KeepsFirst(), nn.Tanh())).opaque) == ["0"]
+
+
+def test_cuts_lie_past_an_auxiliary_head() -> None:
+    found = captured(HAZARDS["AuxiliaryHead"]())
+    allowed = {cut.path for cut in cuts(found.train, found.eval) if cut.refusal is None}
+    assert {"auxiliary", "norm2", "tanh", "head"} <= allowed
+    refused = {cut.path: cut.refusal for cut in cuts(found.train, found.eval) if cut.refusal}
+    assert "exists only in training" in refused["auxiliary.1"]
+
+
+def test_ops_of_the_two_modes_are_matched_by_what_they_do() -> None:
+    found = captured(HAZARDS["StochasticDepth"]())
+    assert [op.name for op in found.eval.ops] == [op.name for op in found.train.ops if op.name in found.eval.values]
+    assert {"add", "relu_1", "mean"} <= found.train.values.keys() & found.eval.values.keys()
+
+
+def test_compiled_and_scripted_modules_stay_one_op() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh()))
+    compiled = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh())
+    compiled.compile(backend="eager")
+    wrapped = torch.compile(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh()), backend="eager")
+    found = captured(nn.Sequential(scripted, compiled, wrapped))
+    assert [op.name for op in found.train.ops] == ["0", "1", "2"]
+    assert ["scripted" in found.opaque["0"], *("compiled" in found.opaque[path] for path in ("1", "2"))] == [True] * 3
+    with pytest.raises(TraceError, match="it is compiled; trace before"):
+        captured(torch.compile(Chain(), backend="eager"))  # type: ignore[arg-type]
+
+
+def test_a_power_with_a_plain_exponent_does_not_reach_foreign_memory() -> None:
+    """torch's C code believes a `__class__`, and then reads the proxy as if it were a tensor."""
+    assert "pow" in [op.name for op in captured(HAZARDS["NumbersOfTypes"]()).train.ops]
+
+
+def test_factories_still_obey_a_device_context_after_tracing() -> None:
+    script = (
+        "import torch, fxsplit; from torch import nn\n"
+        "fxsplit.trace(nn.ReLU(), (torch.empty(2, 3),))\n"
+        "with torch.device('meta'): assert torch.zeros(2).device.type == 'meta'"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -285,3 +285,28 @@ def test_partitions_of_another_model_are_refused() -> None:
     net = Executor(captured, partition(captured.train, captured.eval, count=2))
     with pytest.raises(PartitionError, match=r"\[2, 3\) of 2"):
         net.enter(Phase(start=2, stop=3, epochs=1))
+
+
+def test_an_assertion_about_data_is_made_sure_of() -> None:
+    net = _executor(HAZARDS["AssertsOnData"](), 8)
+    images, _ = _images(0, 8)
+    net(images)
+    images[0, 0, 0, 0] = float("nan")
+    with pytest.raises(GuardError, match=r"another path .* at .*tests/models.py:\d+"):
+        net(images)
+
+
+def test_the_models_own_hooks_are_kept() -> None:
+    model = Chain()
+    model.register_forward_hook(lambda _module, _args, output: 2 * output)
+    plain = copy.deepcopy(model)
+    net = _executor(model, 8).eval()
+    images, _ = _images(0, 8)
+    assert torch.equal(net(images), plain.eval()(images))
+
+
+def test_a_value_that_only_training_returns_is_none_in_evaluation() -> None:
+    net = _executor(HAZARDS["AuxiliaryHead"](), 8)
+    images, _ = _images(0, 8)
+    assert net.train()(images).auxiliary.shape == (4, 5)
+    assert net.eval()(images).auxiliary is None
