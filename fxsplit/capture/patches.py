@@ -32,6 +32,9 @@ with torch.device("meta"):
 TYPE_LIMITS = ("finfo", "iinfo")
 
 
+REAL_ISINSTANCE = isinstance
+
+
 class UntraceableError(Exception):
     """Something that cannot be recorded; the module around it becomes one op. The message is the reason."""
 
@@ -89,11 +92,10 @@ def _owners_of(function: FunctionType, model: nn.Module) -> list[tuple[Any, str]
 
 def _isinstance_for(proxy_type: Any) -> Callable[[Any, Any], bool]:
     """A `__class__` on the proxy would do as well, if torch's C code did not believe it and read foreign memory."""
-    original = isinstance
 
     def check(instance: Any, classinfo: Any) -> bool:
-        if type(instance) is proxy_type and original(instance.value, classinfo):
+        if type(instance) is proxy_type and REAL_ISINSTANCE(instance.value, classinfo):
             return True
-        return original(instance, classinfo)
+        return REAL_ISINSTANCE(instance, classinfo)
 
     return check

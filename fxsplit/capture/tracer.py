@@ -8,6 +8,7 @@ is here.
 
 from __future__ import annotations
 
+import builtins
 import copy
 import inspect
 import math
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from fxsplit.capture.costs import CostMeter
 from fxsplit.capture.meta import Constant, Rebuild, StandIn, evaluate, expect, members, resolve, tensors_in
-from fxsplit.capture.patches import UntraceableError
+from fxsplit.capture.patches import REAL_ISINSTANCE, UntraceableError
 from fxsplit.capture.sources import asserted, user_line
 
 # These move running statistics without telling autograd's version counter: (statistics, position of `training`).
@@ -449,18 +450,20 @@ class ValueTracer(fx.Tracer):
             **{name: [tensor] for name, tensor in state.items()},
         }
         versions = {key: [tensor._version for tensor in tensors] for key, tensors in watched.items()}
+        # torch's meta kernels call it a thousand times an op, and no proxy is among the values.
+        watching = builtins.isinstance
 
         def run() -> Any:
             return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
 
-        self.evaluating = True
+        self.evaluating, builtins.isinstance = True, REAL_ISINSTANCE
         try:
             if self.meter is None:
                 value = run()
             else:
                 value, node.meta["macs"], node.meta["kept_bytes"] = self.meter.measure(run)
         finally:
-            self.evaluating = False
+            self.evaluating, builtins.isinstance = False, watching
         inputs = node.all_input_nodes
         node.meta["stand_in"] = isinstance(value, StandIn) or any(each.meta.get("stand_in") for each in inputs)
         value = value.value if isinstance(value, StandIn) else value
