@@ -157,7 +157,7 @@ class CheckBar(Observer):
     def model_checked(self, record: CheckRecord, count: int) -> None:
         self.progress.update(self.task, total=count, advance=1, description=escape(record.model))
         if not record.passed:
-            self.progress.console.print(f"{record.model}: {record.verdict}", markup=False, highlight=False)
+            _print_whole(self.progress.console, f"{record.model}: {record.verdict}")
 
 
 class CheckLines(Observer):
@@ -473,5 +473,5 @@ def _table(*headers: str) -> Table:
 
 
 def _print_whole(console: Console, line: str) -> None:
-    """A line that may hold the user's words: no markup in it, and no break, so that it can be copied."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """A line that may hold the user's words: no markup or emoji in it, and no break, so that it can be copied."""
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -23,7 +23,7 @@ import fxsplit
 from fxsplit.errors import CheckError, DataError, FxsplitError, PartitionError, Terminated, UsageError
 from fxsplit.plan.planfile import PlanFile, write_file
 from fxsplit.plan.schedule import Plan
-from fxsplit.report import Inspection, Observer, RunReport
+from fxsplit.report import CheckRecord, Inspection, Observer, RunReport
 from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
 
 TRAIN_OPTIONS = """
@@ -41,12 +41,16 @@ INSPECT_OPTIONS = """
 --parts --plan --save-plan --schedule --stem --verbose -v
 """
 
+CHECK_OPTIONS = "models --img-size --jobs -j --json --meta --parts --verbose -v"
+
 
 class FakeApi(SimpleNamespace):
     """Stands for fxsplit.api: keeps the spec that it is called with and returns ready records."""
 
     spec: RunSpec
     saved_to: str | None
+    checked: tuple[list[str], dict[str, object]]
+    records: tuple[CheckRecord, ...]
     report: RunReport
     inspection: Inspection
 
@@ -56,6 +60,13 @@ class FakeApi(SimpleNamespace):
         observer.notice("a notice")
         print("a library prints")
         return self.report
+
+    def check(self, specs: list[str], *, observer: Observer, **options: object) -> tuple[CheckRecord, ...]:
+        self.checked = (specs, options)
+        print("a library prints")
+        for record in self.records:
+            observer.model_checked(record, len(self.records))
+        return self.records
 
     def inspect(self, spec: RunSpec, *, save_to: str | None, observer: Observer) -> Inspection:
         self.spec, self.saved_to = spec, save_to
@@ -100,6 +111,51 @@ def test_options_are_frozen(command: str, options: str) -> None:
     parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
     found = [name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)]
     assert sorted(found) == sorted(["model", *options.split()])
+
+
+def test_the_options_of_check_are_frozen() -> None:
+    parameters = typer.main.get_command(app).commands["check"].params  # type: ignore[attr-defined]
+    found = [name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)]
+    assert sorted(found) == sorted(CHECK_OPTIONS.split())
+
+
+GOOD = CheckRecord(model="timm:a", ops=10, opaque={"block": "it has hooks"}, cuts=9, partitions=4, batch_sizes=(2, 3))
+WRONG = CheckRecord(
+    model="timm:b", ops=10, partitions=4, batch_sizes=(2, 3), differences=("loss", "output 0", "x", "y")
+)
+REFUSED = CheckRecord(model="timm:[red]", refusal="it cannot be traced")
+
+
+def test_check_calls_the_library_and_shows_a_row_for_each_model(
+    api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.records = (GOOD,)
+    assert main(["check", "timm:a", "timm:b*", "--meta", "--parts", "3", "-j", "2", "--img-size", "64"]) == 0
+    assert api.checked == (
+        ["timm:a", "timm:b*"],
+        {"structure_only": True, "parts": 3, "jobs": 2, "img_size": 64},
+    )
+    out, err = capsys.readouterr()
+    assert re.search(r"timm:a +equal +10 +1 +0 +9 +4 ", out)
+    assert "timm:a: kept whole: block, because it has hooks" in out
+    assert "1 of 1 passed" in out
+    assert "1/1 timm:a: equal, 0.0 s" in err
+
+
+def test_a_failed_check_has_its_own_exit_code(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.records = (GOOD, WRONG, REFUSED)
+    assert main(["check", "timm:*"]) == CheckError.exit_code == 4
+    out, err = capsys.readouterr()
+    assert "timm:b differs: loss; output 0; x; and 1 more" in out
+    assert "timm:[red]: it cannot be traced" in out
+    assert "fxsplit: 2 of 3 models failed: timm:b, timm:[red]" in err
+    assert main(["check", "timm:*", "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert [record["verdict"] for record in found] == ["equal", "differs", "refused"]
+    assert sorted(found[0]) == [
+        "batch_sizes", "cuts", "differences", "eval_ops", "guards", "model", "opaque", "ops", "own_randomness",
+        "parameters", "partitions", "passed", "refusal", "seconds", "verdict",
+    ]  # fmt: skip
 
 
 def test_every_field_is_an_option(api: FakeApi) -> None:
