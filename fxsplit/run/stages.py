@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxsplit.capture.tracing import Program, Trace, called_module
+from fxsplit.capture.naming import called_module
+from fxsplit.capture.tracing import Program, Trace
 from fxsplit.plan.partition import Partition
 
 _serial = itertools.count()
