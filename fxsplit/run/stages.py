@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import linecache
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -129,8 +129,22 @@ def _code(program: Program, span: tuple[int, int], partition: Partition, is_last
     else:
         graph.output([made[names[name]] if name in names else None for name in partition.writes])
     code = graph.python_code("self")
+    # Older versions of torch.fx write named tuples down by a name that they do not define.
+    for node in graph.nodes:
+        for kind in _named_tuples((node.args, node.kwargs)):
+            code.globals.setdefault(kind.__name__, kind)
     mode = "training" if training else "evaluation"
     return Code(code.src, code.globals, f"partition {partition.index} in {mode}")
+
+
+def _named_tuples(arguments: Any) -> Iterator[type]:
+    if isinstance(arguments, tuple) and hasattr(arguments, "_fields"):
+        yield type(arguments)
+    if isinstance(arguments, dict):
+        arguments = tuple(arguments.values())
+    if isinstance(arguments, tuple | list):
+        for each in arguments:
+            yield from _named_tuples(each)
 
 
 def stages(trace: Trace, partitions: Sequence[Partition]) -> tuple[Stage, ...]:
