@@ -284,6 +284,15 @@ class AuxiliaryHead(Chain):
         return Pair(self.head(x.mean((2, 3))), early)
 
 
+class OnlyInEvaluation(Chain):
+    """An op of evaluation alone, and a size that it needs from the start of the network."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = x.shape[2]
+        x = super().forward(x)
+        return x if self.training else (x * height).softmax(1)
+
+
 class StochasticDepth(Chain):
     """An op of training between ops that both modes have."""
 
@@ -371,9 +380,11 @@ class CountsCalls(Chain):
 
 
 class NumbersOfTypes(Chain):
-    """A number that follows from a type, a power with a plain exponent, and a rounded size."""
+    """Types are asked for; a number follows from one; a power has a plain exponent; a size is rounded."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (isinstance(x, Tensor) and isinstance(x.shape[2], int)):
+            raise TypeError(f"{x!r} is no image")
         x = self.norm1(self.conv1(x))
         x = x.masked_fill(x < 0, torch.finfo(x.dtype).eps)
         x = 0.5 * x * (1.0 + torch.tanh(x + torch.pow(x, 3.0)))
@@ -412,6 +423,7 @@ HAZARDS: dict[str, Callable[[], nn.Module]] = {
         BatchSizeInPython,
         DataclassOutput,
         AuxiliaryHead,
+        OnlyInEvaluation,
         StochasticDepth,
         MethodOnData,
         FunctionOnData,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 NAMED = ("placeholder", "call_module", "call_function", "call_method")
 
@@ -62,9 +62,8 @@ def _matching(
 
 def _signature(node: fx.Node) -> Any:
     """What a node does, and to what."""
-    value = node.meta["value"]
     sources = tuple(_base_name(source) for source in node.all_input_nodes)
-    return node.op, _base_name(node), value.shape if isinstance(value, Tensor) else type(value), sources
+    return node.op, _base_name(node), sources
 
 
 def _base_name(node: fx.Node) -> str:

@@ -335,6 +335,29 @@ def test_the_batch_size_stays_free_where_python_asked_for_it() -> None:
     assert [op.name for op in found.train.ops if op.name in ("len", "mul", "floordiv")] == ["len", "floordiv", "mul"]
 
 
+class SizesOfBothKinds(nn.Module):
+    """The batch size may vary, the height may not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(len(x), -1) if x.shape[2] > 4 else x.flatten(1)
+        return x / len(x)
+
+
+def test_only_the_guards_of_the_batch_size_go() -> None:
+    guards = captured(SizesOfBothKinds()).programs[True].guards
+    assert [question.question for question in guards.questions] == ["bool"]
+    guards.check([torch.empty(5, 3, 8, 8)])
+    with pytest.raises(GuardError, match=r"bool\(\) of 'gt' was True and is now False"):
+        guards.check([torch.empty(5, 3, 4, 8)])
+
+
+class HalfTheSquare(nn.Module):
+    """A number that equals the batch size when that is 2, and only then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum() * (len(x) * len(x) // 2)
+
+
 class Unrolled(nn.Module):
     """A loop over the samples: another batch size is another network."""
 
@@ -349,7 +372,7 @@ class Threshold(nn.Module):
         return x.reshape(len(x), -1).relu() if len(x) < 1000 else x.reshape(len(x), -1).tanh()
 
 
-@pytest.mark.parametrize("kind", [Unrolled, Threshold])
+@pytest.mark.parametrize("kind", [Unrolled, Threshold, HalfTheSquare])
 def test_a_batch_size_that_changes_the_path_is_a_guard(kind: type[nn.Module]) -> None:
     guards = captured(kind()).programs[True].guards
     guards.check([torch.empty(2, 3, 8, 8)])
@@ -378,6 +401,46 @@ def test_methods_and_functions_that_depend_on_data_are_ops_with_reasons() -> Non
     assert list(function.opaque) == ["tests.models.largest"]
     assert "reads data: it calls item() of a tensor" in function.opaque["tests.models.largest"]
     assert len(function.train) == len(captured(Chain()).train)
+
+
+class Above(nn.Module):
+    """How many rows come out depends on data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x.mean((1, 2, 3)) > 0]
+
+
+class Inspects(nn.Module):
+    """Asks for the sizes of what a module delivers, inside and at the top."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.above = Above()
+        self.rest = Longer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.above(x))
+
+
+class Longer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() if x.shape[0] > 1 else x.tanh()
+
+
+class InspectsAtTheTop(Inspects):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.above(x)
+        return x.relu() if x.shape[0] == 0 else x.tanh()
+
+
+def test_a_size_that_depends_on_data_is_never_relied_upon() -> None:
+    found = captured(Inspects())
+    assert list(found.opaque) == ["above", "rest"]
+    assert "asks for bool() of a size that may depend on data" in found.opaque["rest"]
+    # At the top no module could stay whole: the answer is made sure of in every run.
+    top = captured(InspectsAtTheTop())
+    assert list(top.opaque) == ["above"]
+    assert "expect" in top.train.values
 
 
 def test_functions_and_methods_can_be_named_as_leaves() -> None:
@@ -424,6 +487,13 @@ def test_cuts_lie_past_an_auxiliary_head() -> None:
     assert {"auxiliary", "norm2", "tanh", "head"} <= allowed
     refused = {cut.path: cut.refusal for cut in cuts(found.train, found.eval) if cut.refusal}
     assert "exists only in training" in refused["auxiliary.1"]
+
+
+def test_what_only_evaluation_needs_is_no_hindrance() -> None:
+    found = captured(HAZARDS["OnlyInEvaluation"]())
+    assert "softmax" in found.eval.values
+    assert "softmax" not in found.train.values
+    assert all(cut.refusal is None for cut in cuts(found.train, found.eval))
 
 
 def test_ops_of_the_two_modes_are_matched_by_what_they_do() -> None:

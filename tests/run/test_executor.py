@@ -21,7 +21,7 @@ from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import SCHEDULES, Phase, schedule
 from fxsplit.run.executor import Executor
-from tests.models import HAZARDS, BranchOnShape, Chain, FunctionalDropout, RootParameter, TiedWeight
+from tests.models import HAZARDS, BranchOnShape, Chain, FunctionalDropout, OtherTensors, RootParameter, TiedWeight
 
 
 def _resnext() -> nn.Module:
@@ -310,3 +310,14 @@ def test_a_value_that_only_training_returns_is_none_in_evaluation() -> None:
     images, _ = _images(0, 8)
     assert net.train()(images).auxiliary.shape == (4, 5)
     assert net.eval()(images).auxiliary is None
+
+
+def test_tensors_beside_the_parameters_are_the_models_own() -> None:
+    model = OtherTensors().eval()
+    net = _executor(model, 8).eval()
+    images, _ = _images(0, 8)
+    before = net(images)
+    model.shifts[1].fill_(3)
+    expected = copy.deepcopy(model)(images)
+    assert torch.equal(net(images), expected)
+    assert not torch.equal(before, expected)
