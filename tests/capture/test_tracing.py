@@ -16,6 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, fx, nn
 
+from fxsplit.capture.meta import members
 from fxsplit.capture.paper import NETWORKS
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.errors import GuardError, TraceError
@@ -460,6 +461,31 @@ def test_assertions_about_data_are_ops() -> None:
 def test_a_module_that_does_something_else_each_time_stays_one_op() -> None:
     found = captured(HAZARDS["CountsCalls"]())
     assert found.opaque == {"counter": "its forward changes 'calls' in it, and would take another way the next time"}
+
+
+class GivesUpLate(nn.Module):
+    """A module in it replaces a buffer before it turns out that it cannot be traced through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.average = nn.Conv2d(3, 6, 1), models.Average()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.average(self.conv(x))
+        return x.relu() if x.sum() > 0 else x
+
+
+class TriesAgain(GivesUpLate):
+    """The same, and then a function of its own reads data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return models.largest(self.average(self.conv(x)))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(GivesUpLate()), TriesAgain, HAZARDS["OtherTensors"]])
+def test_nothing_of_an_attempt_stays_behind(make: Callable[[], nn.Module]) -> None:
+    for program in captured(make()).programs.values():
+        assert not list(members([vars(module) for module in program.guards.twin.modules()], fx.Proxy, set()))
 
 
 class KeepsFirst(nn.Module):
