@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,19 @@ def storage_key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Of one operation on the whole batch: multiply-adds, and the storages that it keeps for backward, by key.
+
+    `new_bytes` are those of the storages that no earlier operation keeps.
+    """
+
+    macs: int = 0
+    backward_macs: int = 0
+    new_bytes: int = 0
+    saved: Mapping[int, int] = field(default_factory=dict)
+
+
 class CostMeter:
     """Measures operations one after the other, on the meta device as well as on a real one.
 
@@ -29,26 +43,49 @@ class CostMeter:
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
+        # All stay alive, so that no key is given to another storage.
         self._kept: list[Tensor] = list(known)
-        self._charged = {storage_key(tensor) for tensor in self._kept}
+        self._free = {storage_key(tensor) for tensor in self._kept}
+        self._charged = set(self._free)
+        self._backward_macs: dict[object, int] = {}
 
-    def measure(self, run: Callable[[], Any]) -> tuple[Any, int, int]:
-        """Call `run`; return its value, the multiply-adds of the batch, and the bytes newly kept for backward.
+    def measure(self, run: Callable[[], Any], reads: Sequence[Tensor]) -> tuple[Any, Cost]:
+        """Call `run`, which computes with `reads`; return its value and what it costs.
 
         Multiply-adds are those that torch's flop counter knows: matrix products, convolutions and attention.
         """
-        bytes_kept = 0
+        saved: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
-            nonlocal bytes_kept
             key = storage_key(tensor)
-            if key not in self._charged:
-                self._charged.add(key)
+            if key not in self._free and key not in saved:
+                saved[key] = tensor.untyped_storage().nbytes()
                 self._kept.append(tensor)
-                bytes_kept += tensor.untyped_storage().nbytes()
             return tensor
 
         counter = FlopCounterMode(display=False)
         with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             value = run()
-        return value, counter.get_total_flops() // 2, bytes_kept
+        new_bytes = sum(size for key, size in saved.items() if key not in self._charged)
+        self._charged.update(saved)
+        macs = counter.get_total_flops() // 2
+        backward_macs = self._backward(value, reads, counter.get_flop_counts()["Global"]) if macs else 0
+        return value, Cost(macs=macs, backward_macs=backward_macs, new_bytes=new_bytes, saved=saved)
+
+    def _backward(self, value: Any, reads: Sequence[Tensor], forward: Mapping[Any, int]) -> int:
+        """Multiply-adds of the gradients of everything read that wants one.
+
+        They are counted once for all operations of the same work on the same shapes: models repeat themselves.
+        """
+        made = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
+        wanting = [tensor for tensor in reads if tensor.requires_grad]
+        if not made or not wanting:
+            return 0
+        kind = (*forward.items(), *(tensor.shape for tensor in (*made, *wanting)))
+        if kind not in self._backward_macs:
+            directions = [torch.empty_like(tensor) for tensor in made]
+            counter = FlopCounterMode(display=False)
+            with counter:
+                torch.autograd.grad(made, wanting, directions, retain_graph=True, allow_unused=True)
+            self._backward_macs[kind] = counter.get_total_flops() // 2
+        return self._backward_macs[kind]

@@ -143,7 +143,7 @@ class ValueTracer(fx.Tracer):
     `call` holds the arguments, `names` a name for each tensor in them. `device` is where the inputs really are.
     `leaves` are paths and classes of modules to keep whole. After `trace`, `guards` are the answers that fixed the
     path and `opaque` the modules that became one op, with the reasons; every node has in its meta the keys `value`,
-    `path`, `state`, `written` (nodes and state names written in place) and, with a meter, `macs` and `kept_bytes`.
+    `path`, `state`, `written` (nodes and state names written in place) and, with a meter, `cost`.
     """
 
     def __init__(
@@ -341,7 +341,8 @@ class ValueTracer(fx.Tracer):
             if self.meter is None:
                 value = run()
             else:
-                value, node.meta["macs"], node.meta["kept_bytes"] = self.meter.measure(run)
+                reads = [tensor for tensors in watched.values() for tensor in tensors]
+                value, node.meta["cost"] = self.meter.measure(run, reads)
         finally:
             self._evaluating = False
         node.meta["state"] = tuple(state)
