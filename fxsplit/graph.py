@@ -70,7 +70,8 @@ class Op:
     Costs are for one sample, in training: `macs` (one multiply-add is 1) and `backward_macs`, and `activation_bytes`,
     what autograd keeps for backward because of this op, each storage counted once. `saves` are the storages of values
     that it keeps, whether or not an earlier op keeps them too, and `hidden_bytes` what it keeps besides, such as a
-    mask. `seconds` (forward and backward) and `forward_seconds` are for the traced batch, None until measured.
+    mask. Measured on a device, and for the traced batch, are `seconds` (forward and backward) and `forward_seconds`,
+    None before, and `forward_workspace_bytes` and `backward_workspace_bytes`, which kernels borrow while they run.
     """
 
     name: str
@@ -88,6 +89,8 @@ class Op:
     forward_seconds: float | None = None
     saves: tuple[str, ...] = ()
     hidden_bytes: int = 0
+    forward_workspace_bytes: int = 0
+    backward_workspace_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.output.name != self.name:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -49,8 +49,8 @@ class CostMeter:
         self._charged = set(self._free)
         self._backward_macs: dict[object, int] = {}
 
-    def measure(self, run: Callable[[], Any], reads: Sequence[Tensor]) -> tuple[Any, Cost]:
-        """Call `run`, which computes with `reads`; return its value and what it costs.
+    def measure(self, run: Callable[[Any], Any], given: Any, state: Sequence[Tensor]) -> tuple[Any, Cost]:
+        """Call `run` on what is `given`, in any nesting; return its value and what it costs. `state` it uses besides.
 
         Multiply-adds are those that torch's flop counter knows: matrix products, convolutions and attention.
         """
@@ -65,27 +65,34 @@ class CostMeter:
 
         counter = FlopCounterMode(display=False)
         with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            value = run()
+            value = run(given)
         new_bytes = sum(size for key, size in saved.items() if key not in self._charged)
         self._charged.update(saved)
         macs = counter.get_total_flops() // 2
-        backward_macs = self._backward(value, reads, counter.get_flop_counts()["Global"]) if macs else 0
+        backward_macs = 0
+        if macs and any(tensor.requires_grad for tensor in tensors_in(value)):
+            # Models repeat themselves: the same work on the same shapes is looked at once.
+            wanting = (tensor.shape for tensor in (*tensors_in(given), *state) if tensor.requires_grad)
+            kind = (*counter.get_flop_counts()["Global"].items(), *wanting)
+            if kind not in self._backward_macs:
+                self._backward_macs[kind] = _backward_macs(run, given, state)
+            backward_macs = self._backward_macs[kind]
         return value, Cost(macs=macs, backward_macs=backward_macs, new_bytes=new_bytes, saved=saved)
 
-    def _backward(self, value: Any, reads: Sequence[Tensor], forward: Mapping[Any, int]) -> int:
-        """Multiply-adds of the gradients of everything read that wants one.
 
-        They are counted once for all operations of the same work on the same shapes: models repeat themselves.
-        """
-        made = [tensor for tensor in tensors_in(value) if tensor.requires_grad]
-        wanting = [tensor for tensor in reads if tensor.requires_grad]
-        if not made or not wanting:
-            return 0
-        kind = (*forward.items(), *(tensor.shape for tensor in (*made, *wanting)))
-        if kind not in self._backward_macs:
-            directions = [torch.empty_like(tensor) for tensor in made]
-            counter = FlopCounterMode(display=False)
-            with counter:
-                torch.autograd.grad(made, wanting, directions, retain_graph=True, allow_unused=True)
-            self._backward_macs[kind] = counter.get_total_flops() // 2
-        return self._backward_macs[kind]
+def _backward_macs(run: Callable[[Any], Any], given: Any, state: Sequence[Tensor]) -> int:
+    """Of the gradients of all that wants one, run once more, apart from whatever made what is given."""
+    wanting = [tensor for tensor in state if tensor.requires_grad]
+
+    def apart(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+            return leaf
+        wanting.append(leaf.detach().requires_grad_())
+        # What is no leaf of autograd may be written in place.
+        return wanting[-1].clone()
+
+    made = [tensor for tensor in tensors_in(run(tree_map(apart, given))) if tensor.requires_grad]
+    counter = FlopCounterMode(display=False)
+    with counter:
+        torch.autograd.grad(made, wanting, [torch.empty_like(tensor) for tensor in made], allow_unused=True)
+    return counter.get_total_flops() // 2

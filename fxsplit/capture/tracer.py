@@ -328,7 +328,8 @@ class ValueTracer(fx.Tracer):
         }
         versions = {key: [tensor._version for tensor in tensors] for key, tensors in watched.items()}
 
-        def run() -> Any:
+        def run(given: Any) -> Any:
+            args, kwargs = given
             try:
                 return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
             except Exception:
@@ -339,10 +340,9 @@ class ValueTracer(fx.Tracer):
         self._evaluating = True
         try:
             if self.meter is None:
-                value = run()
+                value = run((args, kwargs))
             else:
-                reads = [tensor for tensors in watched.values() for tensor in tensors]
-                value, node.meta["cost"] = self.meter.measure(run, reads)
+                value, node.meta["cost"] = self.meter.measure(run, (args, kwargs), [*state.values()])
         finally:
             self._evaluating = False
         node.meta["state"] = tuple(state)
@@ -464,6 +464,9 @@ def recorded_calls(tracer: ValueTracer) -> Iterator[None]:
         raise UntraceableError(f"it calls the custom autograd function {cls.__name__}")
 
     factories = {name: getattr(torch, name) for name in FACTORIES}
+    # torch remembers which functions make tensors when a device context is first used: it must see the real ones.
+    with META:
+        torch.empty(0)
     original_apply: Any = vars(torch.autograd.Function)["apply"]
     function_class: Any = torch.autograd.Function
     try:
