@@ -61,10 +61,12 @@ class CostMeter:
         self._charged.update(saved)
         macs = counter.get_total_flops() // 2
         backward_macs = 0
-        # Gradients on the meta device cannot go back into numbers on the CPU.
-        if macs and not isinstance(value, StandIn) and any(tensor.requires_grad for tensor in tensors_in(value)):
+        made, used = tensors_in(value), (*tensors_in(given), *state)
+        # Gradients on the meta device cannot go back into numbers elsewhere.
+        mixed = isinstance(value, StandIn) or len({tensor.device for tensor in (*made, *used)}) > 1
+        if macs and not mixed and any(tensor.requires_grad for tensor in made):
             # Models repeat themselves: the same work on the same shapes is looked at once.
-            wanting = (tensor.shape for tensor in (*tensors_in(given), *state) if tensor.requires_grad)
+            wanting = (tensor.shape for tensor in used if tensor.requires_grad)
             kind = (*counter.get_flop_counts()["Global"].items(), *wanting)
             if kind not in self._backward_macs:
                 self._backward_macs[kind] = _backward_macs(run, given, state)

@@ -23,7 +23,7 @@ from fxsplit.run.measuring import measure_phases, update_seconds
 from tests.models import HAZARDS, Chain
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    **{name: HAZARDS[name] for name in ("Chain", "LongSkip", "InPlace", "FunctionalDropout", "BranchOnTraining")},
+    **{name: HAZARDS[name] for name in ("LongSkip", "InPlace", "FunctionalDropout")},
     "paper:densenet": lambda: NETWORKS["densenet"](5, 32, 3),
     "timm:resnet18": lambda: timm.create_model("resnet18", num_classes=5),
 }
