@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxsplit.capture.batch import free_batch
+from fxsplit.capture.costs import Cost
 from fxsplit.capture.guards import Guards
 from fxsplit.capture.meta import META, storage_key, tensors_in
 from fxsplit.capture.naming import method_of, names_of
@@ -169,7 +170,7 @@ def _read(
     graph = Graph(
         batch_size=batch_size,
         inputs=tuple(values[node] for node in inputs),
-        ops=tuple(_op(node, names, values[node], batch_size) for node in alive),
+        ops=tuple(_op(node, names, values[node], storages, batch_size) for node in alive),
         outputs=tuple(names[node] for node in output.all_input_nodes if node in names),
         state=_state(twin),
     )
@@ -225,7 +226,8 @@ def _value(name: str, value: Any, storages: dict[int, str], batch_size: int) -> 
     )
 
 
-def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, batch_size: int) -> Op:
+def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, storages: Mapping[int, str], batch_size: int) -> Op:
+    cost: Cost = node.meta.get("cost", Cost())
     attributes = [source for source in node.all_input_nodes if source.op == "get_attr"]
     state = [*node.meta["state"], *(str(source.target) for source in attributes if source.meta["registered"])]
     written = [key if isinstance(key, str) else names.get(key, str(key.target)) for key in node.meta["written"]]
@@ -240,8 +242,11 @@ def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, batch_size: i
         output=value,
         state=tuple(dict.fromkeys(state)),
         mutates=tuple(dict.fromkeys(written)),
-        macs=node.meta.get("macs", 0) // batch_size,
-        activation_bytes=-(-node.meta.get("kept_bytes", 0) // batch_size),
+        macs=cost.macs // batch_size,
+        backward_macs=cost.backward_macs // batch_size,
+        activation_bytes=-(-cost.new_bytes // batch_size),
+        saves=tuple(dict.fromkeys(storages[key] for key in cost.saved if key in storages)),
+        hidden_bytes=-(-sum(size for key, size in cost.saved.items() if key not in storages) // batch_size),
     )
 
 

@@ -282,6 +282,15 @@ def test_costs_of_a_sample_do_not_depend_on_the_batch() -> None:
     assert (small.batch_size, large.batch_size) == (2, 8)
 
 
+def test_device_contexts_work_after_the_first_trace_of_a_process() -> None:
+    code = (
+        "import torch; from fxsplit.capture.tracing import trace; trace(torch.nn.Linear(2, 2), (torch.empty(2, 2),))\n"
+        "with torch.device('meta'): assert torch.empty(1).is_meta and torch.nn.Linear(2, 2).weight.is_meta"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 class Caller(nn.Module):
     def forward(self, batch: dict[str, Tensor], scale: float = 2.0, *, shift: Tensor | None = None) -> Any:
         out = batch["image"] * scale
