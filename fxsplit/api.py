@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from time import perf_counter
@@ -19,6 +20,7 @@ from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.capture.units import units_of
 from fxsplit.errors import UsageError
+from fxsplit.plan.forecast import forecast
 from fxsplit.plan.partition import Partition, most_partitions
 from fxsplit.plan.partition import partition as partition_graphs
 from fxsplit.plan.planfile import PlanFile, read_file, write_file
@@ -31,7 +33,7 @@ from fxsplit.run.data import Data
 from fxsplit.run.executor import Executor
 from fxsplit.run.folder import RunFolder
 from fxsplit.run.metrics import environment
-from fxsplit.run.optimizers import make_optimizer, make_scheduler
+from fxsplit.run.optimizers import make_optimizer, make_scheduler, optimizer_slots
 from fxsplit.run.training import Loader, Trainer
 from fxsplit.run.workers import call_each
 from fxsplit.spec import RunSpec
@@ -107,14 +109,9 @@ def inspect(spec: RunSpec, *, save_to: str | None = None, observer: Observer | N
     plan = _plan(spec, trace, observer or Observer())
     if save_to is not None:
         write_file(_plan_file(plan, trace, spec.model), save_to)
-    return Inspection(
-        model=spec.model,
-        input_shape=shape,
-        graph=trace.train,
-        plan=plan,
-        tied=trace.tied,
-        opaque=trace.opaque,
-    )
+    slots = optimizer_slots(spec.opt, momentum=spec.momentum)
+    ahead = forecast(plan, trace.train, trace.eval, batch_size=spec.batch_size, optimizer_slots=slots)
+    return replace(_inspection(spec, trace, plan, shape), forecast=ahead)
 
 
 def check(
@@ -217,6 +214,19 @@ def _plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
 
 def _plan_file(plan: Plan, trace: Trace, model: str) -> PlanFile:
     return PlanFile.of(plan, model=model, graph=trace.train.digest(), torch=torch.__version__)
+
+
+def _inspection(spec: RunSpec, trace: Trace, plan: Plan, shape: tuple[int, ...]) -> Inspection:
+    return Inspection(
+        model=spec.model,
+        input_shape=shape,
+        graph=trace.train,
+        eval_graph=trace.eval,
+        classes={path: type(module).__name__ for path, module in trace.model.named_modules(remove_duplicate=False)},
+        plan=plan,
+        tied=trace.tied,
+        opaque=trace.opaque,
+    )
 
 
 def _trainer(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fxsplit.graph import Graph
+from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase, Plan
 
@@ -92,14 +93,21 @@ class RunReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """A model seen as partitions: its training graph, where it is cut, and the phases of a schedule."""
+    """A model seen as partitions: its graph in training and in evaluation, where it is cut, the phases of a schedule.
+
+    `classes` are those of its modules, by path. `tied` are parameters with their other names, `opaque` the modules that
+    are kept whole, with the reasons. `forecast` is what the phases will cost, where that is known.
+    """
 
     model: str
     input_shape: tuple[int, ...]
     graph: Graph
+    eval_graph: Graph
+    classes: Mapping[str, str]
     plan: Plan
     tied: Mapping[str, tuple[str, ...]]
     opaque: Mapping[str, str]
+    forecast: Forecast | None = None
 
     @property
     def partitions(self) -> tuple[Partition, ...]:

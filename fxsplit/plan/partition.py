@@ -122,7 +122,7 @@ def partition(
     if (count is None) == (not at):
         raise UsageError("give either the number of partitions or the paths at which to cut, and not both")
     every = with_ends(train, eval_graph)
-    owners = _owners(train, eval_graph, every)
+    owners = owning_ops(train, eval_graph, every)
     if count is None:
         if wrong := wrong_places(train, eval_graph, at):
             raise PartitionError("; ".join(wrong))
@@ -159,7 +159,7 @@ def _allowed(inner: Sequence[Cut], train: Graph, by: str, units: Mapping[str, st
     return legal
 
 
-def _owners(train: Graph, eval_graph: Graph, every: Sequence[Cut]) -> dict[str, int]:
+def owning_ops(train: Graph, eval_graph: Graph, every: Sequence[Cut]) -> dict[str, int]:
     """Parameters and buffers, by first use, and the train op whose partition owns each.
 
     A name that evaluation uses earlier than training belongs to the train op between whose cuts' twins that

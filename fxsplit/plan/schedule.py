@@ -12,10 +12,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Literal
 
 from fxsplit.errors import PartitionError, UsageError, nearest
 from fxsplit.plan.partition import Partition, read_record
+
+Role = Literal["settled", "training", "frozen"]
 
 SCHEMA = 1
 MOVES = 4
@@ -39,6 +41,10 @@ class Phase:
             raise ValueError(f"a phase must train partitions, and [{self.start}, {self.stop}) holds none")
         if self.epochs < 1:
             raise ValueError(f"a phase must last at least 1 epoch, not {self.epochs}")
+
+    def role(self, index: int) -> Role:
+        """What partition `index` does in this phase."""
+        return "settled" if index < self.start else "training" if index < self.stop else "frozen"
 
     def cut(self, count: int) -> int | None:
         """The first partition of the teacher, or None where all `count` partitions train."""

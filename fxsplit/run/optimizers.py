@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from fxsplit.errors import UsageError, nearest
 
@@ -57,6 +59,19 @@ def make_optimizer(
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """All parameters that an optimizer moves."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def optimizer_slots(name: str, *, momentum: float) -> int:
+    """How many values an optimizer keeps for each of a parameter's: 2 for Adam, 1 for SGD with momentum.
+
+    Found by a step on a small parameter. Raises UsageError as `make_optimizer` does.
+    """
+    small = nn.ParameterList([torch.zeros(8, 8)])
+    optimizer = make_optimizer(small, name=name, lr=1e-3, momentum=momentum, weight_decay=0.0)
+    small[0].grad = torch.ones_like(small[0])
+    optimizer.step()
+    kept = pytree.tree_leaves(dict(optimizer.state))
+    return sum(isinstance(leaf, Tensor) and leaf.shape == small[0].shape for leaf in kept)
 
 
 def make_scheduler(

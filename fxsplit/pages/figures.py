@@ -1,0 +1,41 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+from fxsplit.plan.schedule import Plan
+
+
+def human(number: float | None, unit: str = "") -> str:
+    """`1.5 GB`, `25.6 M`, `512`; a figure that there is not is "not available", never 0."""
+    if number is None:
+        return "not available"
+    prefixes = iter(("", "k", "M", "G", "T"))
+    prefix = next(prefixes)
+    while abs(number) >= 999.95:
+        number, prefix = number / 1000, next(prefixes, "P")
+    digits = 1 if prefix or number % 1 else 0
+    return f"{number:.{digits}f} {prefix}{unit}".rstrip()
+
+
+def duration(seconds: float | None) -> str:
+    """`1 h 02 min`, `3 min 05 s`, `12.3 s`, `4.5 ms`."""
+    if seconds is None:
+        return "not available"
+    if seconds < 1:
+        return f"{1000 * seconds:.1f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
+
+
+def shape(sizes: tuple[int, ...]) -> str:
+    """`64 x 3 x 32 x 32`; a tensor without dimensions is a "scalar"."""
+    return " x ".join(map(str, sizes)) or "scalar"
+
+
+def epochs_of(index: int, plan: Plan) -> str:
+    """The epochs of a phase; people count them from 1."""
+    first = plan.first_epoch(index) + 1
+    last = first + plan.phases[index].epochs - 1
+    return f"epochs {first} to {last}" if last > first else f"epoch {first}"

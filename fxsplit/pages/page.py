@@ -1,0 +1,186 @@
+"""A model, or a run of one, as one HTML file that needs no network.
+
+Nothing on a page is loaded, and nothing but its own style sheet and script is allowed to act: the browser is given their
+digests. All else, names of models and modules among it, is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import isfinite
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fxsplit.pages import charts, figures
+from fxsplit.pages.outline import outline
+from fxsplit.plan.cuts import Cut, with_ends
+from fxsplit.plan.forecast import Forecast
+from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.report import EpochRecord, Inspection, RunReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lane:
+    """A figure over the epochs. `paths` are drawn in a box one unit high, `told` is the figure of each epoch."""
+
+    name: str
+    extent: str
+    paths: tuple[tuple[str, str], ...]
+    told: tuple[str, ...]
+
+
+def inspection_page(inspection: Inspection) -> str:
+    """What `fxsplit inspect` finds: the partitions, and the schedule beside its forecast."""
+    lanes = tuple(_forecast_lanes(inspection.forecast, inspection.plan)) if inspection.forecast else ()
+    return _page(inspection, report=None, lanes=lanes)
+
+
+def report_page(report: RunReport, inspection: Inspection) -> str:
+    """The same of a run, with what was measured in place of the forecast."""
+    return _page(inspection, report=report, lanes=tuple(_measured_lanes(report.epochs)))
+
+
+def _page(inspection: Inspection, *, report: RunReport | None, lanes: tuple[Lane, ...]) -> str:
+    every = with_ends(inspection.graph, inspection.eval_graph)
+    style, script = _asset("page.css"), _asset("page.js")
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            inspection=inspection,
+            report=report,
+            plan=inspection.plan,
+            graph=inspection.graph,
+            outline=outline(inspection),
+            cuts=every,
+            profile=charts.steps([cut.bytes_per_sample for cut in every], _most(every)),
+            most_bytes=_most(every),
+            most_boundary=max(every[part.start].bytes_per_sample for part in inspection.partitions),
+            lanes=lanes,
+            style=Markup(style),
+            style_digest=_digest(style),
+            script=Markup(script),
+            script_digest=_digest(script),
+        )
+    )
+
+
+def _most(every: Sequence[Cut]) -> int:
+    return max(cut.bytes_per_sample for cut in every)
+
+
+def _forecast_lanes(forecast: Forecast, plan: Plan) -> Iterator[Lane]:
+    phases = [phase for phase, its in zip(forecast.phases, plan.phases, strict=True) for _ in range(its.epochs)]
+    cost, peak = [phase.step_cost for phase in phases], [phase.peak_bytes for phase in phases]
+    yield _staircase("time of a step", cost, lambda value: f"{value:.2f} of standard", most=max(1.0, *cost))
+    yield _staircase("peak memory", peak, _bytes, most=max(forecast.standard.peak_bytes, *peak))
+
+
+def _measured_lanes(epochs: Sequence[EpochRecord]) -> Iterator[Lane]:
+    yield _curves("test accuracy", {"test": [record.eval_top1 for record in epochs]}, lambda value: f"{value:.2f} %")
+    losses = {
+        "training": [record.train_loss for record in epochs],
+        "test": [record.eval_loss for record in epochs],
+    }
+    yield _curves("loss", losses, lambda value: f"{value:.4f}")
+    yield _staircase("seconds to train", [record.train_seconds for record in epochs], figures.duration)
+    allocated = [record.peak_allocated_bytes for record in epochs if record.peak_allocated_bytes is not None]
+    if allocated:
+        yield _staircase("peak memory, CUDA", allocated, _bytes)
+    else:
+        yield _staircase("peak memory, process", [record.peak_resident_bytes for record in epochs], _bytes)
+
+
+def _staircase(
+    name: str, values: Sequence[float], told: Callable[[float], str], *, most: float | None = None
+) -> Lane:
+    top = max(values, default=0) if most is None else most
+    return Lane(
+        name=name,
+        extent=f"up to {told(top)}" if values else "",
+        paths=(("stairs", charts.steps(values, top)),),
+        told=tuple(map(told, values)),
+    )
+
+
+def _curves(name: str, curves: dict[str, list[float]], told: Callable[[float], str]) -> Lane:
+    """Several on one scale."""
+    found = charts.bounds(value for values in curves.values() for value in values)
+    least, most = found or (0.0, 0.0)
+    epochs = zip(*curves.values(), strict=True)
+    return Lane(
+        name=name,
+        extent=f"{told(least)} to {told(most)}" if found else "",
+        paths=tuple((f"curve {side}", charts.line(values, least, most)) for side, values in curves.items()),
+        told=tuple(
+            ", ".join(f"{side} {told(value)}" for side, value in zip(curves, values, strict=True)) for values in epochs
+        ),
+    )
+
+
+def _bytes(number: float | None) -> str:
+    return figures.human(number, "B")
+
+
+def _share(part: float, whole: float) -> str:
+    """For an attribute of SVG: `12.5%`, and no less than nothing of nothing."""
+    return f"{100 * part / whole if whole else 0:.4g}%"
+
+
+def _roles(plan: Plan, index: int) -> list[tuple[str, int, int]]:
+    """What partition `index` does over the run: the role, the first epoch and how many, neighbours joined."""
+    spans: list[tuple[str, int, int]] = []
+    for number, phase in enumerate(plan.phases):
+        role, first = phase.role(index), plan.first_epoch(number)
+        if spans and spans[-1][0] == role:
+            role, first, _ = spans.pop()
+        spans.append((role, first, plan.first_epoch(number) + phase.epochs - first))
+    return spans
+
+
+def _trains(phase: Phase, plan: Plan) -> str:
+    """Which partitions, in words."""
+    if phase.stop - phase.start == len(plan.partitions):
+        return "all"
+    last = phase.stop - 1
+    return str(last) if phase.start == last else f"{phase.start} to {last}"
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("fxsplit.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., Any]] = {
+        "human": figures.human,
+        "duration": figures.duration,
+        "shape": figures.shape,
+    }
+    environment.filters |= filters
+    environment.globals |= {
+        "epochs_of": figures.epochs_of,
+        "isfinite": isfinite,
+        "roles": _roles,
+        "share": _share,
+        "trains": _trains,
+    }
+    return environment
+
+
+def _asset(name: str) -> str:
+    source, _, _ = _environment().loader.get_source(_environment(), name)  # type: ignore[union-attr]
+    return source
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
