@@ -18,18 +18,18 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
-from fxsplit.errors import CheckError, Terminated, UsageError
+from fxsplit.errors import CheckError, Terminated, UsageError, nearest
 from fxsplit.plan.plandiff import diff as diff_plans
 from fxsplit.plan.planfile import read_file
 from fxsplit.spec import PLANNED, RunSpec, beside_plan, from_text, read_environment, read_recipe, read_values, resolve
 
-from . import render
+from . import formats, render
 from .options import with_spec_options
 
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
 INSPECT_FIELDS = (
     *("stem", "data", "img_size", "batch_size"),
-    *("schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
+    *("schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan", "opt", "momentum"),
 )
 
 Model = Annotated[
@@ -119,17 +119,36 @@ def inspect(
             rich_help_panel="Plan files",
         ),
     ] = None,
-    as_json: Json = False,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help=f"How to show it: {', '.join(formats.FORMATS)} [dim]\\[default: table][/dim].",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write it to a file."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.", metavar="")] = False,
     verbose: Verbose = False,
     **given: Any,
 ) -> Job:
-    """Show a model's partitions and the phases of a schedule, without training."""
+    """Show a model's partitions, its costs and the phases of a schedule with their forecast, without training."""
     if diff:
-        others = {"model": model, "config": config, "l2l": l2l or None, "save-plan": save_plan, **given}
+        own = {"model": model, "config": config, "l2l": l2l or None, "save-plan": save_plan}
+        others = {**own, "format": form, "output": output, **given}
         if beside := [name.replace("_", "-") for name, value in others.items() if value is not None]:
             raise UsageError(f"--diff compares two plan files, and takes no {', '.join(beside)} beside them")
         return Job(partial(_diff, *diff, as_json), verbose)
-    return Job(partial(_inspect, _resolve(model, config, l2l, given), save_plan, as_json), verbose)
+    wanted = form or ("json" if as_json else "table")
+    if wanted not in formats.FORMATS:
+        hint = nearest(wanted, formats.FORMATS)
+        raise UsageError(f"there is no format {wanted!r}{hint} (have: {', '.join(formats.FORMATS)})")
+    if as_json and wanted != "json":
+        raise UsageError(f"--json means --format json and contradicts --format {wanted}")
+    return Job(partial(_inspect, _resolve(model, config, l2l, given), save_plan, wanted, output), verbose)
 
 
 def check(
@@ -185,17 +204,14 @@ def _train(spec: RunSpec, view: render.View, as_json: bool) -> None:
         render.render_report(report)
 
 
-def _inspect(spec: RunSpec, save_plan: str | None, as_json: bool) -> None:
+def _inspect(spec: RunSpec, save_plan: str | None, form: str, output: str | None) -> None:
     with render.observing(spec.model, "plain") as observer, redirect_stdout(sys.stderr):
         from fxsplit import api
 
         inspection = api.inspect(spec, save_to=save_plan, observer=observer)
     if save_plan:
         render.say(f"plan file: {save_plan}")
-    if as_json:
-        render.write_json(render.inspection_to_dict(inspection))
-    else:
-        render.render_inspection(inspection)
+    formats.show(inspection, form, output)
 
 
 def _diff(before: str, after: str, as_json: bool) -> None:

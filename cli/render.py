@@ -28,13 +28,18 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from fxsplit.pages.figures import epochs_of, human
 from fxsplit.plan.plandiff import Change
-from fxsplit.plan.schedule import Phase, Plan
-from fxsplit.report import CheckRecord, EpochRecord, Inspection, Observer, RunReport, StepRecord
+from fxsplit.plan.schedule import Phase, Plan, Role
+from fxsplit.report import CheckRecord, EpochRecord, Observer, RunReport, StepRecord
 
 View = Literal["live", "plain", "quiet"]
 
-ROLES = {"settled": ("░", "cyan"), "training": ("█", "green"), "frozen": ("▒", "bright_black")}
+ROLES: dict[Role, tuple[str, str]] = {
+    "settled": ("░", "cyan"),
+    "training": ("█", "green"),
+    "frozen": ("▒", "bright_black"),
+}
 WIDEST = 100
 
 
@@ -47,8 +52,13 @@ def write(text: str) -> None:
 
 
 def write_json(data: Any) -> None:
-    """JSON to stdout. Numbers that JSON does not know, such as the loss of a diverged run, are null."""
-    write(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+    """JSON to stdout."""
+    write(json_text(data))
+
+
+def json_text(data: Any) -> str:
+    """JSON, a line each. Numbers that JSON does not know, such as the loss of a diverged run, are null."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
 
 
 def say(line: str) -> None:
@@ -64,24 +74,7 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def human(number: float | None, unit: str = "") -> str:
-    """`1.5 GB`, `25.6 M`, `512`; a figure that there is not is "not available", never 0."""
-    if number is None:
-        return "not available"
-    prefixes = iter(("", "k", "M", "G", "T"))
-    prefix = next(prefixes)
-    while abs(number) >= 999.95:
-        number, prefix = number / 1000, next(prefixes, "P")
-    digits = 1 if prefix or number % 1 else 0
-    return f"{number:.{digits}f} {prefix}{unit}".rstrip()
-
-
 # What a phase looks like
-
-
-def role_of(index: int, phase: Phase) -> str:
-    """What a partition does in a phase, a key of ROLES."""
-    return "settled" if index < phase.start else "training" if index < phase.stop else "frozen"
 
 
 def draw(phase: Phase, count: int, width: int) -> Text:
@@ -90,7 +83,7 @@ def draw(phase: Phase, count: int, width: int) -> Text:
     edges = [round(index * width / count) for index in range(count + 1)]
     bar = Text()
     for index in range(count):
-        mark, style = ROLES[role_of(index, phase)]
+        mark, style = ROLES[phase.role(index)]
         columns = edges[index + 1] - edges[index]
         border = "│" if index + 1 == cut else " " if columns > 2 and index + 1 < count else ""
         bar.append(mark * (columns - len(border)), style).append(border[:columns], "bold")
@@ -105,18 +98,11 @@ def describe(phase: Phase, plan: Plan) -> Text:
         return Text("no cut: everything trains")
 
     def roles(members: range) -> Text:
-        found = dict.fromkeys(role_of(index, phase) for index in members)
+        found = dict.fromkeys(phase.role(index) for index in members)
         return Text(" + ").join(Text(role, ROLES[role][1]) for role in found)
 
     middle = f" │ cut before {plan.partitions[cut].name} │ teacher "
     return Text.assemble("student ", roles(range(cut)), middle, roles(range(cut, count)))
-
-
-def epochs_of(index: int, plan: Plan) -> str:
-    """The epochs of a phase; people count them from 1."""
-    first = plan.first_epoch(index) + 1
-    last = first + plan.phases[index].epochs - 1
-    return f"epochs {first} to {last}" if last > first else f"epoch {first}"
 
 
 # Views of a run while it happens
@@ -157,7 +143,7 @@ class CheckBar(Observer):
     def model_checked(self, record: CheckRecord, count: int) -> None:
         self.progress.update(self.task, total=count, advance=1, description=escape(record.model))
         if not record.passed:
-            _print_whole(self.progress.console, f"{record.model}: {record.verdict}")
+            print_whole(self.progress.console, f"{record.model}: {record.verdict}")
 
 
 class CheckLines(Observer):
@@ -174,7 +160,7 @@ class CheckLines(Observer):
 def render_checks(records: Sequence[CheckRecord]) -> None:
     """A row for each model; below it what failed and what was kept whole, with the reasons."""
     console = Console(highlight=False)
-    table = _table("model", "verdict", ">ops", ">opaque", ">guards", ">cuts", ">partitions", ">seconds")
+    table = new_table("model", "verdict", ">ops", ">opaque", ">guards", ">cuts", ">partitions", ">seconds")
     for record in records:
         style = "green" if record.passed else "red"
         counts = (record.ops, len(record.opaque), record.guards, record.cuts, record.partitions)
@@ -183,17 +169,17 @@ def render_checks(records: Sequence[CheckRecord]) -> None:
     console.print(table)
     for record in records:
         if record.refusal:
-            _print_whole(console, f"{record.model}: {record.refusal}")
+            print_whole(console, f"{record.model}: {record.refusal}")
         if record.differences:
             more = len(record.differences) - 3
             shown = "; ".join(record.differences[:3]) + (f"; and {more} more" if more > 0 else "")
             cause = ", and so do two plain models" if record.own_randomness else ""
-            _print_whole(console, f"{record.model} differs{cause}: {shown}")
+            print_whole(console, f"{record.model} differs{cause}: {shown}")
         reasons = {reason: path for path, reason in reversed(list(record.opaque.items()))}
         for reason, path in reversed(list(reasons.items())):
             alike = sum(other == reason for other in record.opaque.values()) - 1
             also = f" and {alike} more" if alike else ""
-            _print_whole(console, f"{record.model}: kept whole: {path}{also}, because {reason}")
+            print_whole(console, f"{record.model}: kept whole: {path}{also}, because {reason}")
     passed = sum(record.passed for record in records)
     console.print(f"{passed} of {len(records)} passed")
 
@@ -332,13 +318,13 @@ class LiveView(Observer):
 def render_report(report: RunReport) -> None:
     """The closing tables of a run, to stdout."""
     console = Console()
-    table = _table("phase", "trains", "cut", ">epochs", ">seconds", ">test accuracy")
+    table = new_table("phase", "trains", "cut", ">epochs", ">seconds", ">test accuracy")
     for index, group in groupby(report.epochs, key=lambda record: record.phase):
         records = list(group)
         seconds = sum(record.train_seconds + record.eval_seconds for record in records)
-        where = _where(report.plan.phases[index], report.plan)
+        window = where(report.plan.phases[index], report.plan)
         accuracy = f"{records[-1].eval_top1:.2f} %"
-        table.add_row(str(index + 1), *where, str(len(records)), f"{seconds:.1f}", accuracy)
+        table.add_row(str(index + 1), *window, str(len(records)), f"{seconds:.1f}", accuracy)
     console.print(table, "")
 
     def known(name: str) -> list[Any]:
@@ -358,60 +344,22 @@ def render_report(report: RunReport) -> None:
         facts.add_row(name, Text(fact, "bold" if name == "test accuracy" else ""))
     console.print(facts)
     if report.folder:
-        _print_whole(console, f"\nrun folder: {report.folder}")
-
-
-def render_inspection(inspection: Inspection) -> None:
-    """A model's partitions and the phases of its plan, to stdout."""
-    console = Console()
-    ops, plan, totals = inspection.graph.ops, inspection.plan, _totals(inspection)
-    _print_whole(console, f"{inspection.model}, input {' x '.join(map(str, inspection.input_shape))}\n")
-    table = _table("#", "from", "to", ">ops", ">params", ">MACs", ">activations", ">boundary")
-    for part in inspection.partitions:
-        last = ops[part.stop - 1]
-        table.add_row(
-            str(part.index),
-            Text(part.name),
-            Text(last.path or last.name),
-            str(part.stop - part.start),
-            human(part.parameters),
-            human(part.macs),
-            human(part.activation_bytes, "B"),
-            human(part.boundary_bytes, "B"),
-        )
-    table.add_section()
-    counts = (str(totals["ops"]), human(totals["parameters"]), human(totals["macs"]))
-    table.add_row("", "total", "", *counts, human(totals["activation_bytes"], "B"), "")
-    console.print(table)
-    _print_whole(console, "MACs (multiply-adds) and bytes are of one sample; boundary is what is read.\n")
-
-    _print_whole(console, f"{plan.schedule}, epochs in all: {plan.epochs}\n")
-    phases = _table("phase", "", "trains", "cut", ">epochs")
-    count = len(plan.partitions)
-    for index, phase in enumerate(plan.phases):
-        drawing = draw(phase, count, min(3 * count, 30))
-        phases.add_row(str(index + 1), drawing, *_where(phase, plan), str(phase.epochs))
-    console.print(phases)
-    _print_whole(console, "  ".join(f"{mark} {role}" for role, (mark, _) in ROLES.items()))
-    for name, others in inspection.tied.items():
-        _print_whole(console, f"tied: {name} is also {', '.join(others)}")
-    for path, reason in inspection.opaque.items():
-        _print_whole(console, f"kept whole: {path}, because {reason}")
+        print_whole(console, f"\nrun folder: {report.folder}")
 
 
 def render_diff(before: str, after: str, changes: Sequence[Change], *, stale: Sequence[str]) -> None:
     """What differs between two plan files, to stdout; `stale` are those of them whose figures belong to other cuts."""
     console = Console()
-    table = _table("", "before", "after")
+    table = new_table("", "before", "after")
     for change in changes:
         table.add_row(Text(change.what), _side(change.before), _side(change.after))
-    _print_whole(console, f"{before} -> {after}\n")
+    print_whole(console, f"{before} -> {after}\n")
     if changes:
         console.print(table)
     else:
-        _print_whole(console, "The plans are the same.")
+        print_whole(console, "The plans are the same.")
     for path in stale:
-        _print_whole(
+        print_whole(
             console,
             f"Partitions are not compared: the figures in {path} are not those of its cuts; "
             f"fxsplit inspect MODEL --plan {path} --save-plan {path} works them out",
@@ -430,31 +378,7 @@ def _figure(name: str, value: int) -> str:
     return f"{human(value, 'B' * name.endswith('_bytes'))} {noun}"
 
 
-def inspection_to_dict(inspection: Inspection) -> dict[str, Any]:
-    """Plain data for JSON.
-
-    `model`, `input_shape`, `graph_digest`; `plan` (schema, schedule, partitions, phases) as in a run folder's
-    plan.json; `totals` of ops, parameters and, for one sample, macs and activation_bytes; `tied` parameters
-    with their other names; `opaque` modules with the reason why each is kept whole.
-    """
-    return {
-        "model": inspection.model,
-        "input_shape": list(inspection.input_shape),
-        "graph_digest": inspection.graph.digest(),
-        "plan": inspection.plan.to_dict(),
-        "totals": _totals(inspection),
-        "tied": {name: list(others) for name, others in inspection.tied.items()},
-        "opaque": dict(inspection.opaque),
-    }
-
-
-def _totals(inspection: Inspection) -> dict[str, int]:
-    names = ("parameters", "macs", "activation_bytes")
-    sums = {name: sum(getattr(part, name) for part in inspection.partitions) for name in names}
-    return {"ops": len(inspection.graph), **sums}
-
-
-def _where(phase: Phase, plan: Plan) -> tuple[Text, Text]:
+def where(phase: Phase, plan: Plan) -> tuple[Text, Text]:
     """Which partitions train, and before which module the cut is."""
     count = len(plan.partitions)
     cut = phase.cut(count)
@@ -463,7 +387,7 @@ def _where(phase: Phase, plan: Plan) -> tuple[Text, Text]:
     return Text(trains), Text("-" if cut is None else plan.partitions[cut].name)
 
 
-def _table(*headers: str) -> Table:
+def new_table(*headers: str) -> Table:
     """A table in which the columns of `>headers` are flush right."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for header in headers:
@@ -472,6 +396,6 @@ def _table(*headers: str) -> Table:
     return table
 
 
-def _print_whole(console: Console, line: str) -> None:
+def print_whole(console: Console, line: str) -> None:
     """A line that may hold the user's words: no markup or emoji in it, and no break, so that it can be copied."""
     console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -53,7 +53,8 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
     with determinism(spec.seed, spec.deterministic):
         data = _load(spec, observer).to(device)
         model = _build(spec, data, device)
-        trace = trace_model(model, (torch.empty(2, data.channels, data.img_size, data.img_size, device=device),))
+        shape = (2, data.channels, data.img_size, data.img_size)
+        trace = trace_model(model, (torch.empty(shape, device=device),))
         plan = _plan(spec, trace, observer)
         executor = Executor(trace, plan.partitions)
         if spec.torchcompile:
@@ -93,7 +94,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
                 folder=str(folder.path) if folder else "",
             )
             if folder:
-                folder.finish(report, model)
+                folder.finish(report, _inspection(spec, trace, plan, shape), model)
     return report
 
 

@@ -104,9 +104,7 @@ def _partitions(inspection: Inspection, owned: Mapping[str, int]) -> Iterable[Bl
         yield Block(name=part.name, path=part.name, what=what, blocks=blocks, costs=costs)
 
 
-def _blocks(
-    ops: Sequence[Op], inside: str, classes: Mapping[str, str], owned: Mapping[str, int]
-) -> tuple[Block, ...]:
+def _blocks(ops: Sequence[Op], inside: str, classes: Mapping[str, str], owned: Mapping[str, int]) -> tuple[Block, ...]:
     """The blocks of ops that all lie in the module `inside`, equal neighbours told once."""
     made = []
     for path, group in groupby(ops, key=lambda op: _child(op, inside)):
@@ -170,6 +168,6 @@ def _series(block: Block) -> str:
 
 
 def _structure(block: Block) -> object:
-    """Equal for blocks that do the same, by the same names. Sizes may differ: dense blocks grow, and are still one row."""
+    """Equal for blocks that do the same under the same names. Sizes may differ: dense layers grow, and are one row."""
     called = (block.op.kind, block.op.target) if block.op and block.op.kind != "module" else ()
     return block.what, called, block.count, tuple((inner.name, _structure(inner)) for inner in block.blocks)

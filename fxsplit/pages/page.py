@@ -1,7 +1,7 @@
 """A model, or a run of one, as one HTML file that needs no network.
 
-Nothing on a page is loaded, and nothing but its own style sheet and script is allowed to act: the browser is given their
-digests. All else, names of models and modules among it, is escaped.
+A page loads nothing, and nothing in it but its own style sheet and script may act: the browser is given their digests.
+All else, names of models and modules among it, is escaped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import isfinite
+from itertools import pairwise
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -21,18 +21,19 @@ from fxsplit.pages import charts, figures
 from fxsplit.pages.outline import outline
 from fxsplit.plan.cuts import Cut, with_ends
 from fxsplit.plan.forecast import Forecast
-from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.plan.schedule import Phase, Plan, Role
 from fxsplit.report import EpochRecord, Inspection, RunReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """A figure over the epochs. `paths` are drawn in a box one unit high, `told` is the figure of each epoch."""
+    """A figure over the epochs, as stairs or as named curves; `told` is the figure of each epoch in words."""
 
     name: str
     extent: str
-    paths: tuple[tuple[str, str], ...]
     told: tuple[str, ...]
+    stairs: str = ""
+    curves: tuple[tuple[str, str], ...] = ()
 
 
 def inspection_page(inspection: Inspection) -> str:
@@ -97,14 +98,12 @@ def _measured_lanes(epochs: Sequence[EpochRecord]) -> Iterator[Lane]:
         yield _staircase("peak memory, process", [record.peak_resident_bytes for record in epochs], _bytes)
 
 
-def _staircase(
-    name: str, values: Sequence[float], told: Callable[[float], str], *, most: float | None = None
-) -> Lane:
+def _staircase(name: str, values: Sequence[float], told: Callable[[float], str], *, most: float | None = None) -> Lane:
     top = max(values, default=0) if most is None else most
     return Lane(
         name=name,
         extent=f"up to {told(top)}" if values else "",
-        paths=(("stairs", charts.steps(values, top)),),
+        stairs=charts.steps(values, top),
         told=tuple(map(told, values)),
     )
 
@@ -117,7 +116,7 @@ def _curves(name: str, curves: dict[str, list[float]], told: Callable[[float], s
     return Lane(
         name=name,
         extent=f"{told(least)} to {told(most)}" if found else "",
-        paths=tuple((f"curve {side}", charts.line(values, least, most)) for side, values in curves.items()),
+        curves=tuple((side, charts.line(values, least, most)) for side, values in curves.items()),
         told=tuple(
             ", ".join(f"{side} {told(value)}" for side, value in zip(curves, values, strict=True)) for values in epochs
         ),
@@ -133,15 +132,11 @@ def _share(part: float, whole: float) -> str:
     return f"{100 * part / whole if whole else 0:.4g}%"
 
 
-def _roles(plan: Plan, index: int) -> list[tuple[str, int, int]]:
-    """What partition `index` does over the run: the role, the first epoch and how many, neighbours joined."""
-    spans: list[tuple[str, int, int]] = []
-    for number, phase in enumerate(plan.phases):
-        role, first = phase.role(index), plan.first_epoch(number)
-        if spans and spans[-1][0] == role:
-            role, first, _ = spans.pop()
-        spans.append((role, first, plan.first_epoch(number) + phase.epochs - first))
-    return spans
+def _roles(plan: Plan, index: int) -> list[tuple[Role, int, int]]:
+    """What partition `index` does over the run: the role, its first epoch and how many, neighbours joined."""
+    roles = [plan.phase_at(epoch).role(index) for epoch in range(plan.epochs)]
+    firsts = [epoch for epoch in range(plan.epochs) if epoch == 0 or roles[epoch] != roles[epoch - 1]]
+    return [(roles[first], first, stop - first) for first, stop in pairwise([*firsts, plan.epochs])]
 
 
 def _trains(phase: Phase, plan: Plan) -> str:
@@ -169,7 +164,6 @@ def _environment() -> Environment:
     environment.filters |= filters
     environment.globals |= {
         "epochs_of": figures.epochs_of,
-        "isfinite": isfinite,
         "roles": _roles,
         "share": _share,
         "trains": _trains,

@@ -14,7 +14,8 @@ import safetensors.torch
 from torch import nn
 
 from fxsplit.errors import UsageError
-from fxsplit.report import EpochRecord, RunReport
+from fxsplit.pages.page import report_page
+from fxsplit.report import EpochRecord, Inspection, RunReport
 
 # timm's columns first, in its order, so that what reads its summaries reads ours.
 FIRST = ("epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr")
@@ -23,7 +24,7 @@ COLUMNS = (*FIRST, *(field.name for field in fields(EpochRecord) if field.name n
 
 class RunFolder:
     """`args.yaml`, `plan.json` and `env.json` when a run starts; a line an epoch in `summary.csv` and `metrics.jsonl`;
-    `model.safetensors` and `report.json` at its end.
+    `model.safetensors`, `report.json` and `report.html` at its end.
 
     Raises UsageError when the folder of a named experiment already holds something, or cannot be made.
     """
@@ -59,10 +60,11 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
-    def finish(self, report: RunReport, model: nn.Module) -> None:
+    def finish(self, report: RunReport, inspection: Inspection, model: nn.Module) -> None:
         """Weights under the model's own names; of tied parameters the file holds one."""
         safetensors.torch.save_model(model, str(self.path / "model.safetensors"))
         (self.path / "report.json").write_text(_json(report.to_dict()), encoding="utf-8")
+        (self.path / "report.html").write_text(report_page(report, inspection), encoding="utf-8")
 
 
 def _slug(name: str) -> str:

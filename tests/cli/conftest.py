@@ -52,6 +52,8 @@ def inspection(graph: Graph, plan: Plan) -> Inspection:
         model="file[bold].py:make",
         input_shape=(1, 3, 32, 32),
         graph=graph,
+        eval_graph=graph,
+        classes={},
         plan=plan,
         tied={"op0.weight": ("head.weight",)},
         opaque={"block.norm": "it has hooks"},

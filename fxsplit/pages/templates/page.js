@@ -9,7 +9,9 @@
   const keys = document.getElementById("keys");
   const help = document.getElementById("key-help");
   const around = (block) => block.parentElement.closest("details");
-  const setAll = (open) => { for (const block of modules) block.open = open; };
+  const collapse = () => { for (const block of modules) block.open = false; };
+  // Of a row of equal blocks the first is enough.
+  const expand = () => { for (const block of modules) block.open = !block.matches(".row > .blocks > :not(:first-child)"); };
 
   // What was open before a search, to be so again after it.
   let before = null;
@@ -66,8 +68,8 @@
   const actions = {
     "/": () => input.focus(),
     "?": toggleHelp,
-    e: () => setAll(true),
-    c: () => setAll(false),
+    e: expand,
+    c: collapse,
     ArrowDown: () => move(1),
     ArrowUp: () => move(-1),
     Escape: () => { input.value = ""; search(); },
@@ -87,8 +89,8 @@
     action();
   });
   input.addEventListener("input", search);
-  document.getElementById("expand").addEventListener("click", () => setAll(true));
-  document.getElementById("collapse").addEventListener("click", () => setAll(false));
+  document.getElementById("expand").addEventListener("click", expand);
+  document.getElementById("collapse").addEventListener("click", collapse);
   keys.addEventListener("click", toggleHelp);
   network.querySelector(".tools").hidden = false;
 }

@@ -1,0 +1,304 @@
+"""An inspection in every format: for people in a terminal (`table`, `tree`), for others to read on (the rest)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.bar import Bar
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from fxsplit.errors import UsageError
+from fxsplit.pages.figures import duration, epochs_of, human, shape
+from fxsplit.pages.outline import Block, Costs, outline
+from fxsplit.plan.forecast import Forecast
+from fxsplit.report import Inspection
+
+from .render import ROLES, WIDEST, draw, json_text, new_table, print_whole, where, write
+
+CSV_COLUMNS = (
+    *("partition", "op", "path", "class", "kind", "target", "shape", "dtype", "bytes_per_sample"),
+    *("parameters", "macs", "backward_macs", "activation_bytes", "seconds", "reads", "state", "mutates"),
+)
+
+
+# For people in a terminal
+
+
+def table(inspection: Inspection, console: Console) -> None:
+    """The partitions, and the phases of the plan with their forecast."""
+    ops, plan, totals = inspection.graph.ops, inspection.plan, _totals(inspection)
+    print_whole(console, f"{inspection.model}, input {shape(inspection.input_shape)}\n")
+    partitions = new_table("#", "from", "to", ">ops", ">params", ">MACs", ">activations", ">boundary")
+    for part in inspection.partitions:
+        last = ops[part.stop - 1]
+        partitions.add_row(
+            str(part.index),
+            Text(part.name),
+            Text(last.path or last.name),
+            str(part.stop - part.start),
+            human(part.parameters),
+            human(part.macs),
+            human(part.activation_bytes, "B"),
+            human(part.boundary_bytes, "B"),
+        )
+    partitions.add_section()
+    counts = (str(totals["ops"]), human(totals["parameters"]), human(totals["macs"]))
+    partitions.add_row("", "total", "", *counts, human(totals["activation_bytes"], "B"), "")
+    console.print(partitions)
+    print_whole(console, "MACs (multiply-adds) and bytes are of one sample; boundary is what is read.\n")
+
+    print_whole(console, f"{plan.schedule}, epochs in all: {plan.epochs}\n")
+    ahead = inspection.forecast
+    phases = new_table("phase", "", "trains", "cut", ">epochs", *((">step time", ">peak memory") if ahead else ()))
+    count = len(plan.partitions)
+    for index, phase in enumerate(plan.phases):
+        drawing = draw(phase, count, min(3 * count, 30))
+        costs = _phase_forecast(ahead, index) if ahead else ()
+        phases.add_row(str(index + 1), drawing, *where(phase, plan), str(phase.epochs), *costs)
+    console.print(phases)
+    print_whole(console, "  ".join(f"{mark} {role}" for role, (mark, _) in ROLES.items()))
+    if ahead:
+        print_whole(console, f"\nforecast, in batches of {ahead.batch_size}: {_forecast(ahead)}")
+    _notes(inspection, console)
+
+
+def tree(inspection: Inspection, console: Console) -> None:
+    """The modules of each partition with costs on every level; bars are shares of the level above."""
+    found = outline(inspection)
+    model = Tree(_branch(Text(inspection.model, "bold"), found.costs, found.costs), guide_style="bright_black")
+    for index, block in enumerate(found.partitions):
+        name = Text.assemble((f"{index} ", "bold"), (block.name, "bold"))
+        _grow(model.add(_branch(name, block.costs, found.costs)), block)
+    console.print(model, width=min(console.width, WIDEST))
+    print_whole(
+        console, "\nMACs, parameters, activations; bars: share of the level above. No line for ops without cost."
+    )
+    _notes(inspection, console)
+
+
+def _grow(node: Tree, block: Block) -> None:
+    """What costs nothing is left out, and of equal blocks the first is told."""
+    for inner in block.blocks[:1] if block.count > 1 else block.blocks:
+        if inner.costs.macs or inner.costs.parameters or inner.costs.activation_bytes:
+            name = Text(inner.name)
+            name.append(f" x {inner.count}" if inner.count > 1 else "", "bold cyan")
+            name.append(f" {inner.what}" if inner.what != inner.name else "", "bright_black")
+            _grow(node.add(_branch(name, inner.costs, block.costs)), inner)
+
+
+def _branch(name: Text, costs: Costs, whole: Costs) -> Table:
+    grid = Table.grid(expand=True, padding=(0, 1, 0, 0))
+    grid.add_column(ratio=1, no_wrap=True)
+    cells: list[Text | Bar] = [name]
+    for style, unit, part, total in (
+        ("blue", "", costs.macs, whole.macs),
+        ("magenta", "", costs.parameters, whole.parameters),
+        ("yellow", "B", costs.activation_bytes, whole.activation_bytes),
+    ):
+        grid.add_column(width=8, justify="right")
+        grid.add_column(width=5)
+        cells += [Text(human(part, unit) if part else ""), Bar(total or 1, 0, part, width=5, color=style)]
+    grid.add_row(*cells)
+    return grid
+
+
+def _phase_forecast(forecast: Forecast, index: int) -> tuple[str, str]:
+    phase = forecast.phases[index]
+    seconds = "" if phase.step_seconds is None else f" ({duration(phase.step_seconds)})"
+    return f"{phase.step_cost:.2f}{seconds}", human(phase.peak_bytes, "B")
+
+
+def _forecast(forecast: Forecast) -> str:
+    return f"{forecast.time_ratio:.2f} of the time of standard, {forecast.peak_ratio:.2f} of its peak memory"
+
+
+def _notes(inspection: Inspection, console: Console) -> None:
+    for line in notes(inspection):
+        print_whole(console, line)
+
+
+def notes(inspection: Inspection) -> Iterator[str]:
+    """What is tied and what is kept whole, a sentence each."""
+    for name, others in inspection.tied.items():
+        yield f"tied: {name} is also {', '.join(others)}"
+    for path, reason in inspection.opaque.items():
+        yield f"kept whole: {path}, because {reason}"
+
+
+# For others to read on
+
+
+def to_dict(inspection: Inspection) -> dict[str, Any]:
+    """Plain data for JSON.
+
+    `model`, `input_shape`, `graph_digest`; `plan` (schema, schedule, partitions, phases) as in a run folder's
+    plan.json; `totals` of ops, parameters and, for one sample, macs and activation_bytes; `forecast` of each phase and
+    of `standard`, or null; `tied` parameters with their other names; `opaque` modules with the reason why each is kept
+    whole.
+    """
+    return {
+        "model": inspection.model,
+        "input_shape": list(inspection.input_shape),
+        "graph_digest": inspection.graph.digest(),
+        "plan": inspection.plan.to_dict(),
+        "totals": _totals(inspection),
+        "forecast": asdict(inspection.forecast) if inspection.forecast else None,
+        "tied": {name: list(others) for name, others in inspection.tied.items()},
+        "opaque": dict(inspection.opaque),
+    }
+
+
+def to_csv(inspection: Inspection) -> str:
+    """A row for each op, in order; names in one cell are separated by spaces."""
+    parameters = outline(inspection).parameters
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for part in inspection.partitions:
+        for op in inspection.graph.ops[part.start : part.stop]:
+            called = inspection.classes.get(op.path, "") if op.kind == "module" else ""
+            sizes = "" if op.output.shape is None else "x".join(map(str, op.output.shape))
+            what = (part.index, op.name, op.path, called, op.kind, op.target, sizes, op.output.dtype)
+            costs = (parameters[op.name], op.macs, op.backward_macs, op.activation_bytes, op.seconds)
+            names = (" ".join(op.reads), " ".join(op.state), " ".join(op.mutates))
+            writer.writerow((*what, op.output.bytes_per_sample, *costs, *names))
+    return text.getvalue()
+
+
+def to_markdown(inspection: Inspection) -> str:
+    """The partitions and the phases as two tables."""
+    plan, ahead = inspection.plan, inspection.forecast
+    partitions = [
+        (
+            *(str(part.index), _code(part.name), str(part.stop - part.start), human(part.parameters), human(part.macs)),
+            *(human(part.activation_bytes, "B"), human(part.boundary_bytes, "B")),
+        )
+        for part in inspection.partitions
+    ]
+    phases = []
+    for index, phase in enumerate(plan.phases):
+        trains, cut = (words.plain for words in where(phase, plan))
+        row = (str(index + 1), epochs_of(index, plan).split(" ", 1)[1], trains, "-" if cut == "-" else _code(cut))
+        phases.append((*row, *(_phase_forecast(ahead, index) if ahead else ())))
+    lines = [
+        f"## {_code(inspection.model)}, input {shape(inspection.input_shape)}",
+        "",
+        *_rows(("#", "from", ">ops", ">params", ">MACs", ">activations", ">boundary"), partitions),
+        "",
+        f"{plan.schedule}, {plan.epochs} epochs{f': {_forecast(ahead)} (forecast)' if ahead else ''}",
+        "",
+        *_rows(("phase", "epochs", "trains", "cut", *((">step time", ">peak memory") if ahead else ())), phases),
+        "",
+        *(f"- {_escaped(line)}" for line in notes(inspection)),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _rows(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    yield f"| {' | '.join(header.lstrip('>') for header in headers)} |"
+    yield f"|{'|'.join('--:' if header.startswith('>') else '---' for header in headers)}|"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+
+
+def _code(text: str) -> str:
+    """A name as code, in which no mark-up acts."""
+    return "`" + text.replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"\\{character}" if character in "\\`*_[]<>#|" else character for character in text)
+
+
+def to_dot(inspection: Inspection) -> str:
+    """For Graphviz: partitions as clusters of their blocks, on each edge the bytes of one sample that it carries."""
+    graph = inspection.graph
+    lines = ["digraph {", "  rankdir=TB;", '  node [shape=box, fontname="sans-serif"];']
+    places = {value.name: f"input {value.name}" for value in graph.inputs}
+    lines += [f"  {_quoted(places[value.name])} [shape=ellipse];" for value in graph.inputs]
+    for index, partition in enumerate(outline(inspection).partitions):
+        lines += [f"  subgraph cluster_{index} {{", f"    label={_quoted(f'{index}: {partition.name}')};"]
+        only = partition.blocks[0]
+        blocks = only.blocks if len(partition.blocks) == 1 and only.blocks else partition.blocks
+        for number, block in enumerate(blocks):
+            place = f"{index}.{number}"
+            places |= dict.fromkeys(_ops(block), place)
+            name = f"{block.name} x {block.count}" if block.count > 1 else block.name
+            label = f"{name}\n{block.what}, {human(block.costs.macs)} MACs, {human(block.costs.parameters)} parameters"
+            lines.append(f"    {_quoted(place)} [label={_quoted(label)}];")
+        lines.append("  }")
+    lines.append('  "output" [shape=ellipse];')
+    edges = {
+        (places[name], places[op.name], name): None
+        for op in graph.ops
+        for name in op.reads
+        if places[name] != places[op.name]
+    }
+    edges |= {(places[name], "output", name): None for name in graph.outputs}
+    for source, target, name in edges:
+        carried = human(graph.values[name].bytes_per_sample, "B")
+        lines.append(f"  {_quoted(source)} -> {_quoted(target)} [label={_quoted(carried)}];")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _ops(block: Block) -> Iterator[str]:
+    if block.op:
+        yield block.op.name
+    for inner in block.blocks:
+        yield from _ops(inner)
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def to_html(inspection: Inspection) -> str:
+    """One file, to be opened in a browser."""
+    from fxsplit.pages.page import inspection_page
+
+    return inspection_page(inspection)
+
+
+def _totals(inspection: Inspection) -> dict[str, int]:
+    names = ("parameters", "macs", "activation_bytes")
+    sums = {name: sum(getattr(part, name) for part in inspection.partitions) for name in names}
+    return {"ops": len(inspection.graph), **sums}
+
+
+DRAWN: Mapping[str, Callable[[Inspection, Console], None]] = {"table": table, "tree": tree}
+WRITTEN: Mapping[str, Callable[[Inspection], str]] = {
+    "json": lambda inspection: json_text(to_dict(inspection)),
+    "csv": to_csv,
+    "md": to_markdown,
+    "dot": to_dot,
+    "html": to_html,
+}
+FORMATS = (*DRAWN, *WRITTEN)
+
+
+def show(inspection: Inspection, name: str, path: str | None) -> None:
+    """Write the format called `name` to stdout, or to a file. Raises UsageError when that cannot be written."""
+    if path is None:
+        if name in DRAWN:
+            DRAWN[name](inspection, Console())
+        else:
+            write(WRITTEN[name](inspection))
+        return
+    if name in DRAWN:
+        drawing = io.StringIO()
+        DRAWN[name](inspection, Console(file=drawing, width=WIDEST))
+        text = drawing.getvalue()
+    else:
+        text = WRITTEN[name](inspection)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"the file {path!r} cannot be written: {error.strerror}; choose another --output") from error
