@@ -78,9 +78,8 @@ def tree(inspection: Inspection, console: Console) -> None:
         name = Text.assemble((f"{index} ", "bold"), (block.name, "bold"))
         _grow(model.add(_branch(name, block.costs, found.costs)), block)
     console.print(model, width=min(console.width, WIDEST))
-    print_whole(
-        console, "\nMACs, parameters, activations; bars: share of the level above. No line for ops without cost."
-    )
+    print_whole(console, "\nMACs, parameters, activations; bars: share of the level above.")
+    print_whole(console, "Ops without cost are left out.")
     _notes(inspection, console)
 
 
@@ -220,32 +219,33 @@ def _escaped(text: str) -> str:
 def to_dot(inspection: Inspection) -> str:
     """For Graphviz: partitions as clusters of their blocks, on each edge the bytes of one sample that it carries."""
     graph = inspection.graph
-    lines = ["digraph {", "  rankdir=TB;", '  node [shape=box, fontname="sans-serif"];']
-    places = {value.name: f"input {value.name}" for value in graph.inputs}
-    lines += [f"  {_quoted(places[value.name])} [shape=ellipse];" for value in graph.inputs]
+    lines = ["digraph {", '  graph [labeljust=l, fontname="sans-serif"];']
+    lines += ['  node [shape=box, fontname="sans-serif"];', '  edge [fontname="sans-serif"];']
+    # The node in which each value is made.
+    nodes = {value.name: f"input {value.name}" for value in graph.inputs}
+    lines += [f"  {_quoted(node)} [shape=ellipse];" for node in nodes.values()]
     for index, partition in enumerate(outline(inspection).partitions):
         lines += [f"  subgraph cluster_{index} {{", f"    label={_quoted(f'{index}: {partition.name}')};"]
-        only = partition.blocks[0]
-        blocks = only.blocks if len(partition.blocks) == 1 and only.blocks else partition.blocks
-        for number, block in enumerate(blocks):
-            place = f"{index}.{number}"
-            places |= dict.fromkeys(_ops(block), place)
-            name = f"{block.name} x {block.count}" if block.count > 1 else block.name
-            label = f"{name}\n{block.what}, {human(block.costs.macs)} MACs, {human(block.costs.parameters)} parameters"
-            lines.append(f"    {_quoted(place)} [label={_quoted(label)}];")
+        for number, block in enumerate(_opened(partition)):
+            node = f"{index}.{number}"
+            nodes |= dict.fromkeys(_ops(block), node)
+            lines.append(f"    {_quoted(node)} [label={_quoted(_label(block))}];")
         lines.append("  }")
     lines.append('  "output" [shape=ellipse];')
-    edges = {
-        (places[name], places[op.name], name): None
-        for op in graph.ops
-        for name in op.reads
-        if places[name] != places[op.name]
-    }
-    edges |= {(places[name], "output", name): None for name in graph.outputs}
-    for source, target, name in edges:
-        carried = human(graph.values[name].bytes_per_sample, "B")
-        lines.append(f"  {_quoted(source)} -> {_quoted(target)} [label={_quoted(carried)}];")
+    reads = [(nodes[name], nodes[op.name], name) for op in graph.ops for name in op.reads]
+    reads += [(nodes[name], "output", name) for name in graph.outputs]
+    for source, target, name in dict.fromkeys(reads):
+        if source != target:
+            carried = human(graph.values[name].bytes_per_sample, "B")
+            lines.append(f"  {_quoted(source)} -> {_quoted(target)} [label={_quoted(carried)}];")
     return "\n".join([*lines, "}"]) + "\n"
+
+
+def _opened(partition: Block) -> tuple[Block, ...]:
+    """Its blocks; those of the module, if one module is all it has."""
+    only = partition.blocks[0]
+    is_one_module = len(partition.blocks) == 1 and only.count == 1 and only.blocks
+    return only.blocks if is_one_module else partition.blocks
 
 
 def _ops(block: Block) -> Iterator[str]:
@@ -253,6 +253,13 @@ def _ops(block: Block) -> Iterator[str]:
         yield block.op.name
     for inner in block.blocks:
         yield from _ops(inner)
+
+
+def _label(block: Block) -> str:
+    name = f"{block.name} x {block.count}" if block.count > 1 else block.name
+    macs = f"{human(block.costs.macs)} MACs" if block.costs.macs else ""
+    parameters = f"{human(block.costs.parameters)} parameters" if block.costs.parameters else ""
+    return "\n".join(filter(None, (name, block.what, macs, parameters)))
 
 
 def _quoted(text: str) -> str:

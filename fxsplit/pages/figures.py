@@ -23,7 +23,7 @@ def duration(seconds: float | None) -> str:
         return "not available"
     if seconds < 1:
         return f"{1000 * seconds:.1f} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"

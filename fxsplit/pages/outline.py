@@ -146,7 +146,7 @@ def _module(path: str, inside: str, blocks: tuple[Block, ...], classes: Mapping[
         costs = Costs.sum(block.costs for block in blocks)
         return Block(name=name, path=path, what=what, blocks=blocks, costs=costs)
     only = blocks[0]
-    if only.op and only.op.kind != "module":
+    if only.op and only.op.kind != "module" and only.op.path == path:
         return replace(only, name=name, what=what or only.what)
     return replace(only, name=f"{name}.{only.name}")
 

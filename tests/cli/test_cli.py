@@ -37,8 +37,8 @@ TRAIN_OPTIONS = """
 --workers -j
 """
 INSPECT_OPTIONS = """
---at --balance --batch-size -b --by --config -c --data --diff --epochs --epochs-total --img-size --json --l2l
---parts --plan --save-plan --schedule --stem --verbose -v
+--at --balance --batch-size -b --by --config -c --data --diff --epochs --epochs-total --format --img-size --json --l2l
+--momentum --opt --output -o --parts --plan --save-plan --schedule --stem --verbose -v
 """
 
 CHECK_OPTIONS = "models --img-size --jobs -j --json --meta --parts --verbose -v"
@@ -251,6 +251,8 @@ def test_inspect(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert json.loads(out)["totals"]["ops"] == 6
     assert err == "a notice\na library prints\n"
+    assert main(["inspect", "paper:cnn", "--format", "json"]) == 0
+    assert capsys.readouterr().out == out
     assert main(["inspect", "paper:cnn"]) == 0
     assert api.saved_to is None
     assert "kept whole: block.norm" in capsys.readouterr().out
@@ -298,6 +300,12 @@ def test_two_plan_files_are_compared(tmp_path: Path, plan: Plan, capsys: pytest.
         # A default that is asked for contradicts a plan too.
         (["train", "paper:cnn", "--plan", "p.json", "--epochs", "10"], "so leave out epochs, or the plan"),
         (["inspect", "--diff", "a", "b", "paper:cnn", "--l2l", "--parts", "3"], "takes no model, l2l, parts beside"),
+        (
+            ["inspect", "m", "--format", "cvs"],
+            "there is no format 'cvs'; did you mean 'csv'? (have: table, tree, json,",
+        ),
+        (["inspect", "m", "--format", "csv", "--json"], "--json means --format json and contradicts --format csv"),
+        (["inspect", "--diff", "a", "b", "--format", "md", "-o", "c"], "takes no format, output beside"),
         (["inspect", "--diff", "a"], "fxsplit: Option '--diff' requires 2 arguments."),
         (["trian", "paper:cnn"], "fxsplit: No such command 'trian'."),
     ],

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan
-from fxsplit.report import EpochRecord, Inspection, Observer, RunReport, StepRecord
+from fxsplit.report import EpochRecord, Observer, RunReport, StepRecord
 
 GROW, WINDOW, ALL = (
     Phase(start=0, stop=1, epochs=2),
@@ -49,24 +49,6 @@ def test_describes_a_phase(plan: Plan) -> None:
     assert render.describe(WINDOW, plan).plain == f"student settled │ cut before {cut} │ teacher training + frozen"
 
 
-@pytest.mark.parametrize(
-    ("number", "unit", "text"),
-    [
-        (None, "B", "not available"),
-        (0, "B", "0 B"),
-        (999, "B", "999 B"),
-        (1000, "B", "1.0 kB"),
-        (999_999, "B", "1.0 MB"),
-        (25_557_032, "", "25.6 M"),
-        (512, "", "512"),
-        (1234.5, "J", "1.2 kJ"),
-        (0.5, "J", "0.5 J"),
-    ],
-)
-def test_human_figures(number: float | None, unit: str, text: str) -> None:
-    assert render.human(number, unit) == text
-
-
 def test_report_shows_each_phase_and_the_last_epoch(report: RunReport, capsys: pytest.CaptureFixture[str]) -> None:
     folder = f"output/[red]{'long' * 30}"
     render.render_report(replace(report, folder=folder))
@@ -97,29 +79,6 @@ def test_a_report_without_epochs_has_no_accuracy(report: RunReport, capsys: pyte
     assert "run folder" not in out
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-def test_inspection_fits_and_adds_up(
-    inspection: Inspection,
-    columns: int,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))
-    render.render_inspection(inspection)
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= columns
-    cells = [re.split(r"  +", line.strip()) for line in lines]
-    assert ["0", "[red]", "[red].1", "2", "5.0 k", "2.0 M", "3.0 kB", "512 B"] in cells
-    assert ["1", "[red].2", "[red].3", "2", "5.0 k", "2.0 M", "3.0 kB", "2.0 kB"] in cells
-    assert ["total", "6", "15.0 k", "6.0 M", "9.0 kB"] in cells
-    assert ["2", "██ ██│▒▒▒", "0 to 1 of 3", "[red].4", "2"] in cells
-    assert lines[0] == "file[bold].py:make, input 1 x 3 x 32 x 32"
-    assert lines[-2:] == [
-        "tied: op0.weight is also head.weight",
-        "kept whole: block.norm, because it has hooks",
-    ]
-
-
 def test_a_comparison_of_plans_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     figures = {"ops": 3, "macs": 2_000_000, "activation_bytes": 1500}
@@ -141,13 +100,6 @@ def test_a_comparison_of_plans_fits(capsys: pytest.CaptureFixture[str], monkeypa
     assert lines[-1].endswith("fxsplit inspect MODEL --plan old.json --save-plan old.json works them out")
     render.render_diff("old.json", "old.json", [], stale=[])
     assert capsys.readouterr().out == "old.json -> old.json\n\nThe plans are the same.\n"
-
-
-def test_inspection_as_json(inspection: Inspection) -> None:
-    data = json.loads(json.dumps(render.inspection_to_dict(inspection)))
-    assert data["totals"] == {"ops": 6, "parameters": 15_000, "macs": 6_000_000, "activation_bytes": 9000}
-    assert Plan.from_dict(data["plan"]) == inspection.plan
-    assert set(data) == {"model", "input_shape", "graph_digest", "plan", "totals", "tied", "opaque"}
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

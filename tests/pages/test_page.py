@@ -1,0 +1,191 @@
+"""The page as text: whole, shut off from the network, with the right figures. Browsers see it in `test_chromium`."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from fxsplit.pages.page import inspection_page, report_page
+from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.report import EpochRecord, Inspection, RunReport
+
+VOID = {"meta", "input"}
+
+
+class Page(HTMLParser):
+    """Elements with attributes and text; fails where tags do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and data.strip():
+            self.texts.setdefault(self.open[-1], []).append(data.strip())
+
+    def having(self, tag: str, name: str, value: str) -> list[dict[str, str | None]]:
+        return [attributes for found, attributes in self.elements if found == tag and attributes.get(name) == value]
+
+
+@pytest.fixture
+def page(inspection: Inspection) -> Page:
+    return Page(inspection_page(inspection))
+
+
+@pytest.fixture
+def run_page(report: RunReport, inspection: Inspection) -> Page:
+    return Page(report_page(report, inspection))
+
+
+def test_nothing_can_be_loaded_and_only_its_own_script_can_run(page: Page) -> None:
+    (policy,) = page.having("meta", "http-equiv", "Content-Security-Policy")
+    (style,), (script,) = page.texts["style"], page.texts["script"]
+    assert script.startswith('"use strict"')
+    rules = dict(rule.strip().split(" ", 1) for rule in str(policy["content"]).split(";"))
+    assert rules["default-src"] == "'none'"
+    assert set(rules) == {"default-src", "style-src", "script-src", "base-uri", "form-action"}
+    for name, text in (("style-src", style), ("script-src", script)):
+        # As the browser sees it, line breaks at the ends and all.
+        digest = base64.b64encode(hashlib.sha256(f"{text}\n".encode()).digest()).decode()
+        assert rules[name] == f"'sha256-{digest}'"
+    loading = [(tag, names) for tag, names in page.elements if {"src", "href", "style", "onclick"} & names.keys()]
+    assert loading == []
+
+
+def test_words_of_the_user_are_text(inspection: Inspection, report: RunReport) -> None:
+    evil = "<script>alert(1)</script>\"'&"
+    ops = tuple(replace(op, path=evil, target=evil) for op in inspection.graph.ops)
+    graph = replace(inspection.graph, ops=ops)
+    partitions = tuple(replace(part, name=evil) for part in inspection.partitions)
+    odd = replace(
+        inspection,
+        model=evil,
+        graph=graph,
+        eval_graph=graph,
+        plan=replace(inspection.plan, schedule=evil, partitions=partitions),
+        classes={evil: evil},
+        tied={evil: (evil,)},
+        opaque={evil: evil},
+    )
+    run = replace(report, spec={evil: evil}, environment={evil: evil}, status=evil)
+    for text in (inspection_page(odd), report_page(run, odd)):
+        page = Page(text)
+        assert len([tag for tag, _ in page.elements if tag == "script"]) == 1
+        assert text.count("alert(1)") > 20
+        assert "<script>alert" not in text
+        assert evil in page.texts["code"]
+
+
+def test_partitions_in_order_with_their_boundaries_to_scale(page: Page, inspection: Inspection) -> None:
+    found = [names for tag, names in page.elements if tag == "details" and names.get("class") == "partition"]
+    assert [str(names["data-find"]).split()[0] for names in found] == [part.name for part in inspection.partitions]
+    widths = [
+        page.elements[index + 1][1]["width"]
+        for index, (_, names) in enumerate(page.elements)
+        if names.get("class") == "flow"
+    ]
+    assert widths == ["25%", "100%", "100%", "100%"]
+
+
+def test_bars_are_shares_of_the_level_above(page: Page) -> None:
+    """Three partitions of two equal ops each."""
+    widths = [
+        page.elements[index + 1][1]["width"]
+        for index, (_, names) in enumerate(page.elements)
+        if names.get("class") == "bar"
+    ]
+    assert len(widths) == 3 * (1 + 1 + 2) * 3
+    assert widths[:12] == ["33.33%"] * 3 + ["100%"] * 3 + ["50%"] * 6
+
+
+def test_the_timeline_shows_the_role_of_each_partition(inspection: Inspection) -> None:
+    plan = Plan(
+        schedule="mine",
+        partitions=inspection.partitions,
+        phases=(Phase(start=0, stop=3, epochs=5), Phase(start=1, stop=2, epochs=3), Phase(start=1, stop=3, epochs=2)),
+    )
+    page = Page(inspection_page(replace(inspection, plan=plan, forecast=None)))
+    spans = [
+        (names["class"], names["x"], names["width"])
+        for tag, names in page.elements
+        if tag == "rect" and names.get("class") in ("training", "settled", "frozen")
+    ]
+    assert spans == [
+        ("training", "0%", "50%"), ("settled", "50%", "50%"),
+        ("training", "0%", "100%"),
+        ("training", "0%", "50%"), ("frozen", "50%", "30%"), ("training", "80%", "20%"),
+    ]  # fmt: skip
+    labels = [names.get("aria-label") for tag, names in page.elements if tag == "svg"]
+    assert "training in epochs 1 to 5, frozen in epochs 6 to 8, training in epochs 9 to 10" in labels
+
+
+def test_the_forecast_lies_beside_the_timeline(page: Page, inspection: Inspection) -> None:
+    assert inspection.forecast is not None
+    assert [text for text in page.texts["td"] if text.endswith(" of standard")] == [
+        f"{phase.step_cost:.2f} of standard" for phase in inspection.forecast.phases
+    ]
+    assert [text for text in page.texts["span"] if text in ("time of a step", "peak memory")] == [
+        "time of a step", "peak memory",
+    ]  # fmt: skip
+    assert any(text.startswith("epoch 1: ") and text.endswith(" of standard") for text in page.texts["title"])
+
+
+def test_a_run_has_measured_figures_in_place_of_the_forecast(run_page: Page) -> None:
+    text = " ".join(text for texts in run_page.texts.values() for text in texts)
+    assert "forecast" not in text
+    assert "of standard" not in text
+    assert "epoch 1: test 50.00 %" in run_page.texts["title"]
+    assert "epoch 6: training 1.5000, test 1.2500" in run_page.texts["title"]
+    assert "epoch 2: 10.0 s" in run_page.texts["title"]
+    assert "epoch 1: 1.0 GB" in run_page.texts["title"]
+    assert {"23.0 s", "51.00 %", "53.00 %", "55.00 %"} <= set(run_page.texts["td"])
+    assert {"55.00 %", "finished", "1 min 12 s"} <= set(run_page.texts["dd"])
+
+
+def test_an_epoch_lies_below_its_place_in_the_timeline(report: RunReport, inspection: Inspection) -> None:
+    """Also of a run that was interrupted: the epochs that never were stay empty."""
+    page = Page(report_page(replace(report, status="interrupted", epochs=report.epochs[:3]), inspection))
+    (accuracy, *_) = page.having("path", "class", "curve test")
+    assert accuracy["d"] == "M0.5 1h0L1.5 0.5L2.5 0"
+    boxes = [names["viewbox"] for tag, names in page.elements if names.get("height") == "48"]
+    assert boxes == ["0 0 6 1"] * 4
+
+
+def test_a_run_without_epochs_and_one_that_diverged(
+    report: RunReport, epochs: tuple[EpochRecord, ...], inspection: Inspection
+) -> None:
+    empty = Page(report_page(replace(report, epochs=()), inspection))
+    assert "not available" in empty.texts["dd"]
+    nan = float("nan")
+    lost = tuple(replace(epoch, train_loss=nan, eval_loss=nan) for epoch in epochs)
+    diverged = Page(report_page(replace(report, epochs=lost), inspection))
+    assert all(names["d"] == "" for names in diverged.having("path", "class", "curve training"))
+
+
+def test_measured_ops_have_a_column_of_their_own(inspection: Inspection) -> None:
+    ops = tuple(replace(op, seconds=0.001) for op in inspection.graph.ops)
+    graph = replace(inspection.graph, ops=ops)
+    text = inspection_page(replace(inspection, graph=graph))
+    assert text.count('class="figure seconds"') == 1 + 3 * (1 + 1 + 2)
+    assert re.search(r"6\.0 ms|2\.0 ms", text)
