@@ -75,6 +75,8 @@ def test_a_run_leaves_all_its_files(spec: Callable[..., fxsplit.RunSpec]) -> Non
     assert [float(row["eval_top1"]) for row in rows] == [record.eval_top1 for record in report.epochs]
     data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert (data["status"], data["accuracy_pct"]) == ("finished", report.epochs[-1].eval_top1)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert all(f"epoch {index}: test {record.eval_top1:.2f} %" in page for index, record in enumerate(report.epochs, 1))
 
 
 class Notices(Observer):
@@ -244,6 +246,16 @@ def test_inspect_needs_neither_weights_nor_data(spec: Callable[..., fxsplit.RunS
     assert [part.name for part in found.partitions] == [part.name for part in found.plan.partitions]
     whole = fxsplit.inspect(fxsplit.RunSpec(model="torchvision:regnet_y_400mf", parts=2))
     assert sum(part.parameters for part in whole.partitions) == 3_907_554
+
+
+def test_inspect_forecasts_with_the_optimizer_that_is_asked_for(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    for opt, momentum, slots in (("adamw", 0.9, 2), ("sgd", 0.9, 1), ("momentum", 0.0, 0)):
+        ahead = fxsplit.inspect(spec(opt=opt, momentum=momentum, schedule="settle")).forecast
+        assert ahead is not None
+        assert ahead.batch_size == 16
+        assert [phase.optimizer_bytes for phase in ahead.phases] == [
+            slots * phase.gradient_bytes for phase in ahead.phases
+        ]
 
 
 def test_the_default_number_of_partitions_fits_any_model(spec: Callable[..., fxsplit.RunSpec]) -> None:
