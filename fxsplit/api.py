@@ -21,7 +21,8 @@ from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.capture.units import units_of
 from fxsplit.errors import UsageError
-from fxsplit.plan.forecast import Forecast, forecast
+from fxsplit.plan.forecast import Forecast
+from fxsplit.plan.forecast import forecast as forecast_graphs
 from fxsplit.plan.partition import Partition, most_partitions
 from fxsplit.plan.partition import partition as partition_graphs
 from fxsplit.plan.planfile import PlanFile, read_file, write_file
@@ -141,8 +142,7 @@ def _forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> For
 
     return forecast(
         plan,
-        trace.train,
-        trace.eval,
+        trace,
         batch_size=spec.batch_size,
         optimizer_slots=slots_of(optimizer),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
@@ -216,6 +216,23 @@ def partition(
     """
     units = _units(trace, by)
     return partition_graphs(trace.train, trace.eval, count=count, at=at, balance=balance, by=by, units=units)
+
+
+def forecast(
+    plan: Plan, trace: Trace, *, batch_size: int, optimizer_slots: int = 2, update_seconds: float | None = None
+) -> Forecast:
+    """What each phase of a plan will cost: from shapes alone, or if `measure` made the trace from timed ops.
+
+    See `fxsplit.plan.forecast.forecast`.
+    """
+    return forecast_graphs(
+        plan,
+        trace.train,
+        trace.eval,
+        batch_size=batch_size,
+        optimizer_slots=optimizer_slots,
+        update_seconds=update_seconds,
+    )
 
 
 def save_plan(plan: Plan, trace: Trace, path: str) -> None:
