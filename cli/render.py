@@ -428,6 +428,9 @@ def render_inspection(inspection: Inspection) -> None:
         f"Forecast {source}, batches of {ahead.batch_size}: the whole plan takes {ahead.time_ratio:.2f} of the time of "
         f"standard training and {ahead.peak_ratio:.2f} of its peak memory. A phase's time is that of a step.",
     )
+    for op in ops:
+        if op.uncounted:
+            _print_whole(console, f"not counted: the multiply-adds of {op.name} ({op.target})")
     for name, others in inspection.tied.items():
         _print_whole(console, f"tied: {name} is also {', '.join(others)}")
     for path, reason in inspection.opaque.items():
@@ -470,8 +473,8 @@ def inspection_to_dict(inspection: Inspection) -> dict[str, Any]:
 
     `model`, `input_shape`, `graph_digest`; `plan` (schema, schedule, partitions, phases) as in a run folder's
     plan.json; `forecast` of each phase, of `standard` and of the whole beside it; `totals` of ops, parameters and,
-    for one sample, macs and activation_bytes; `tied` parameters with their other names; `opaque` modules with the
-    reason why each is kept whole.
+    for one sample, macs and activation_bytes; `uncounted` ops, whose macs are not among them; `tied` parameters
+    with their other names; `opaque` modules with the reason why each is kept whole.
     """
     return {
         "model": inspection.model,
@@ -480,6 +483,7 @@ def inspection_to_dict(inspection: Inspection) -> dict[str, Any]:
         "plan": inspection.plan.to_dict(),
         "forecast": asdict(inspection.forecast),
         "totals": _totals(inspection),
+        "uncounted": [op.name for op in inspection.graph.ops if op.uncounted],
         "tied": {name: list(others) for name, others in inspection.tied.items()},
         "opaque": dict(inspection.opaque),
     }

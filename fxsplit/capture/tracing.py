@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.parameter import is_lazy
 
 from fxsplit.capture.batch import free_batch
@@ -262,10 +263,21 @@ def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, storages: Map
         activation_bytes=-(-cost.new_bytes // batch_size),
         saves=tuple(dict.fromkeys(storages[key] for key in cost.saved if key in storages)),
         hidden_bytes=-(-sum(size for key, size in cost.saved.items() if key not in storages) // batch_size),
+        uncounted=_is_uncounted(node),
     )
 
 
+def _is_uncounted(node: fx.Node) -> bool:
+    """A kernel from elsewhere, or what looks at data: how much it does depends on numbers that nobody had."""
+    if isinstance(node.target, OpOverload | OpOverloadPacket):
+        return str(node.target).partition(".")[0] not in ("aten", "prims")
+    looks = bool(node.meta.get("stand_in"))
+    return looks and not any(source.meta.get("stand_in") for source in node.all_input_nodes)
+
+
 def _qualified(function: Any) -> str:
+    if isinstance(function, OpOverload | OpOverloadPacket):
+        return str(function)
     module = getattr(function, "__module__", None) or ""
     return f"{module}.{getattr(function, '__qualname__', repr(function))}".removeprefix("_operator.").removeprefix(".")
 

@@ -152,7 +152,17 @@ def test_inspection_as_json(inspection: Inspection) -> None:
     data = json.loads(json.dumps(render.inspection_to_dict(inspection)))
     assert data["totals"] == {"ops": 6, "parameters": 15_000, "macs": 6_000_000, "activation_bytes": 9000}
     assert Plan.from_dict(data["plan"]) == inspection.plan
-    assert set(data) == {"model", "input_shape", "graph_digest", "plan", "forecast", "totals", "tied", "opaque"}
+    assert set(data) == {
+        "model",
+        "input_shape",
+        "graph_digest",
+        "plan",
+        "forecast",
+        "totals",
+        "uncounted",
+        "tied",
+        "opaque",
+    }
     assert len(data["forecast"]["phases"]) == len(inspection.plan.phases)
 
 
