@@ -25,8 +25,11 @@ from .render import ROLES, WIDEST, draw, json_text, new_table, print_whole, wher
 
 CSV_COLUMNS = (
     *("partition", "op", "path", "class", "kind", "target", "shape", "dtype", "bytes_per_sample"),
-    *("parameters", "macs", "backward_macs", "activation_bytes", "seconds", "reads", "state", "mutates"),
+    *("parameters", "macs", "uncounted", "backward_macs", "activation_bytes", "seconds", "reads", "state", "mutates"),
 )
+
+
+FORECAST = ("time", "activations", "peak")
 
 
 # For people in a terminal
@@ -57,17 +60,18 @@ def table(inspection: Inspection, console: Console) -> None:
 
     print_whole(console, f"{plan.schedule}, epochs in all: {plan.epochs}\n")
     ahead = inspection.forecast
-    phases = new_table("phase", "", "trains", "cut", ">epochs", *((">step time", ">peak memory") if ahead else ()))
+    phases = new_table("phase", "", "trains", "cut", ">epochs", *(f">{header}" for header in FORECAST if ahead))
     count = len(plan.partitions)
     for index, phase in enumerate(plan.phases):
         drawing = draw(phase, count, min(3 * count, 30))
-        costs = _phase_forecast(ahead, index) if ahead else ()
-        phases.add_row(str(index + 1), drawing, *where(phase, plan), str(phase.epochs), *costs)
+        figures = _phase_figures(ahead, index) if ahead else ()
+        phases.add_row(str(index + 1), drawing, *where(phase, plan), str(phase.epochs), *figures)
     console.print(phases)
     print_whole(console, "  ".join(f"{mark} {role}" for role, (mark, _) in ROLES.items()))
     if ahead:
-        print_whole(console, f"\nforecast, in batches of {ahead.batch_size}: {_forecast(ahead)}")
-    _notes(inspection, console)
+        print_whole(console, f"{_in_words(ahead)} A phase's time is that of a step.")
+    for note in inspection.notes:
+        print_whole(console, note)
 
 
 def tree(inspection: Inspection, console: Console) -> None:
@@ -80,7 +84,8 @@ def tree(inspection: Inspection, console: Console) -> None:
     console.print(model, width=min(console.width, WIDEST))
     print_whole(console, "\nMACs, parameters, activations; bars: share of the level above.")
     print_whole(console, "Ops without cost are left out.")
-    _notes(inspection, console)
+    for note in inspection.notes:
+        print_whole(console, note)
 
 
 def _grow(node: Tree, block: Block) -> None:
@@ -109,27 +114,19 @@ def _branch(name: Text, costs: Costs, whole: Costs) -> Table:
     return grid
 
 
-def _phase_forecast(forecast: Forecast, index: int) -> tuple[str, str]:
+def _phase_figures(forecast: Forecast, index: int) -> tuple[str, ...]:
+    """Under the headers FORECAST."""
     phase = forecast.phases[index]
-    seconds = "" if phase.step_seconds is None else f" ({duration(phase.step_seconds)})"
-    return f"{phase.step_cost:.2f}{seconds}", human(phase.peak_bytes, "B")
+    seconds = "" if phase.step_seconds is None else f", {duration(phase.step_seconds)}"
+    return f"{phase.step_cost:.2f}{seconds}", human(phase.activation_bytes, "B"), human(phase.peak_bytes, "B")
 
 
-def _forecast(forecast: Forecast) -> str:
-    return f"{forecast.time_ratio:.2f} of the time of standard, {forecast.peak_ratio:.2f} of its peak memory"
-
-
-def _notes(inspection: Inspection, console: Console) -> None:
-    for line in notes(inspection):
-        print_whole(console, line)
-
-
-def notes(inspection: Inspection) -> Iterator[str]:
-    """What is tied and what is kept whole, a sentence each."""
-    for name, others in inspection.tied.items():
-        yield f"tied: {name} is also {', '.join(others)}"
-    for path, reason in inspection.opaque.items():
-        yield f"kept whole: {path}, because {reason}"
+def _in_words(forecast: Forecast) -> str:
+    source = "from shapes alone" if forecast.standard.step_seconds is None else "from ops measured one by one"
+    return (
+        f"Forecast {source}, batches of {forecast.batch_size}: the whole plan takes {forecast.time_ratio:.2f} of the "
+        f"time of standard training and {forecast.peak_ratio:.2f} of its peak memory."
+    )
 
 
 # For others to read on
@@ -139,9 +136,9 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
     """Plain data for JSON.
 
     `model`, `input_shape`, `graph_digest`; `plan` (schema, schedule, partitions, phases) as in a run folder's
-    plan.json; `totals` of ops, parameters and, for one sample, macs and activation_bytes; `forecast` of each phase and
-    of `standard`, or null; `tied` parameters with their other names; `opaque` modules with the reason why each is kept
-    whole.
+    plan.json; `totals` of ops, parameters and, for one sample, macs and activation_bytes; `forecast` of each phase, of
+    `standard` and of the whole beside it; `uncounted` ops, whose macs are not among the totals; `tied` parameters with
+    their other names; `opaque` modules with the reason why each is kept whole.
     """
     return {
         "model": inspection.model,
@@ -150,6 +147,7 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
         "plan": inspection.plan.to_dict(),
         "totals": _totals(inspection),
         "forecast": asdict(inspection.forecast) if inspection.forecast else None,
+        "uncounted": [op.name for op in inspection.graph.ops if op.uncounted],
         "tied": {name: list(others) for name, others in inspection.tied.items()},
         "opaque": dict(inspection.opaque),
     }
@@ -166,7 +164,7 @@ def to_csv(inspection: Inspection) -> str:
             called = inspection.classes.get(op.path, "") if op.kind == "module" else ""
             sizes = "" if op.output.shape is None else "x".join(map(str, op.output.shape))
             what = (part.index, op.name, op.path, called, op.kind, op.target, sizes, op.output.dtype)
-            costs = (parameters[op.name], op.macs, op.backward_macs, op.activation_bytes, op.seconds)
+            costs = (parameters[op.name], op.macs, op.uncounted, op.backward_macs, op.activation_bytes, op.seconds)
             names = (" ".join(op.reads), " ".join(op.state), " ".join(op.mutates))
             writer.writerow((*what, op.output.bytes_per_sample, *costs, *names))
     return text.getvalue()
@@ -186,17 +184,18 @@ def to_markdown(inspection: Inspection) -> str:
     for index, phase in enumerate(plan.phases):
         trains, cut = (words.plain for words in where(phase, plan))
         row = (str(index + 1), epochs_of(index, plan).split(" ", 1)[1], trains, "-" if cut == "-" else _code(cut))
-        phases.append((*row, *(_phase_forecast(ahead, index) if ahead else ())))
+        phases.append((*row, *(_phase_figures(ahead, index) if ahead else ())))
     lines = [
         f"## {_code(inspection.model)}, input {shape(inspection.input_shape)}",
         "",
         *_rows(("#", "from", ">ops", ">params", ">MACs", ">activations", ">boundary"), partitions),
         "",
-        f"{plan.schedule}, {plan.epochs} epochs{f': {_forecast(ahead)} (forecast)' if ahead else ''}",
+        f"{plan.schedule}, {plan.epochs} epochs",
         "",
-        *_rows(("phase", "epochs", "trains", "cut", *((">step time", ">peak memory") if ahead else ())), phases),
+        *_rows(("phase", "epochs", "trains", "cut", *(f">{header}" for header in FORECAST if ahead)), phases),
+        *(("", _in_words(ahead)) if ahead else ()),
         "",
-        *(f"- {_escaped(line)}" for line in notes(inspection)),
+        *(f"- {_escaped(line)}" for line in inspection.notes),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

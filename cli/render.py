@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from statistics import median
 from typing import Any, Literal
 
 from rich import box
@@ -31,7 +32,7 @@ from rich.text import Text
 from fxsplit.pages.figures import epochs_of, human
 from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan, Role
-from fxsplit.report import CheckRecord, EpochRecord, Observer, RunReport, StepRecord
+from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, RunReport, StepRecord
 
 View = Literal["live", "plain", "quiet"]
 
@@ -140,7 +141,7 @@ class CheckBar(Observer):
         self.progress = progress
         self.task = progress.add_task("", total=None)
 
-    def model_checked(self, record: CheckRecord, count: int) -> None:
+    def model_checked(self, record: CheckRecord | ForecastRecord, count: int) -> None:
         self.progress.update(self.task, total=count, advance=1, description=escape(record.model))
         if not record.passed:
             print_whole(self.progress.console, f"{record.model}: {record.verdict}")
@@ -152,7 +153,7 @@ class CheckLines(Observer):
     def __init__(self) -> None:
         self.done = 0
 
-    def model_checked(self, record: CheckRecord, count: int) -> None:
+    def model_checked(self, record: CheckRecord | ForecastRecord, count: int) -> None:
         self.done += 1
         say(f"{self.done}/{count} {record.model}: {record.verdict}, {record.seconds:.1f} s")
 
@@ -182,6 +183,32 @@ def render_checks(records: Sequence[CheckRecord]) -> None:
             print_whole(console, f"{record.model}: kept whole: {path}{also}, because {reason}")
     passed = sum(record.passed for record in records)
     console.print(f"{passed} of {len(records)} passed")
+
+
+def render_forecasts(records: Sequence[ForecastRecord]) -> None:
+    """A row for each phase of each model, forecast beside measurement; below the table by how much they differ."""
+    console = Console(highlight=False)
+    table = new_table("model", "trains", ">time", ">was", ">activations", ">were", ">peak", ">was")
+    for record in records:
+        for phase in record.phases:
+            told, real = phase.forecast, phase.measured
+            table.add_row(
+                Text(record.model),
+                f"{phase.start} to {phase.stop - 1}",
+                *(f"{cost:.2f}" for cost in (told.step_cost, real.step_cost)),
+                *(human(size, "B") for size in (told.activation_bytes, real.activation_bytes)),
+                *(human(size, "B") for size in (told.peak_bytes, real.peak_bytes)),
+            )
+    console.print(table)
+    print_whole(console, "Time is of a step, relative to one in which everything trains.\n")
+    errors = [phase.errors for record in records for phase in record.phases]
+    for name, noun in (("step_cost", "time"), ("activation_bytes", "activations"), ("peak_bytes", "peak")):
+        if off := [abs(each[name]) for each in errors]:
+            print_whole(console, f"{noun:12} off by {median(off):.1%} (median), {max(off):.1%} (worst)")
+    for record in records:
+        if record.refusal:
+            print_whole(console, f"{record.model}: {record.refusal}")
+    console.print(f"{sum(record.passed for record in records)} of {len(records)} passed")
 
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:

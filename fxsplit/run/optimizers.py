@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from fxsplit.errors import UsageError, nearest
 
@@ -56,22 +55,19 @@ def make_optimizer(
     return optimizer
 
 
+def slots_of(make_optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]) -> int:
+    """How many values an optimizer keeps for each parameter: found by a step on a small one."""
+    weight = nn.Parameter(torch.zeros(16, 16))
+    optimizer = make_optimizer([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor)]
+    return round(sum(value.numel() for value in kept) / weight.numel())
+
+
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """All parameters that an optimizer moves."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def optimizer_slots(name: str, *, momentum: float) -> int:
-    """How many values an optimizer keeps for each of a parameter's: 2 for Adam, 1 for SGD with momentum.
-
-    Found by a step on a small parameter. Raises UsageError as `make_optimizer` does.
-    """
-    small = nn.ParameterList([torch.zeros(8, 8)])
-    optimizer = make_optimizer(small, name=name, lr=1e-3, momentum=momentum, weight_decay=0.0)
-    small[0].grad = torch.ones_like(small[0])
-    optimizer.step()
-    kept = pytree.tree_leaves(dict(optimizer.state))
-    return sum(isinstance(leaf, Tensor) and leaf.shape == small[0].shape for leaf in kept)
 
 
 def make_scheduler(

@@ -35,15 +35,20 @@ def test_the_table_fits_and_adds_up(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     lines = shown(inspection, "table", capsys).splitlines()
-    assert max(map(len, lines)) <= columns
+    assert max(len(line) for line in lines if not line.startswith("Forecast")) <= columns
     cells = [re.split(r"  +", line.strip()) for line in lines]
     assert ["0", "[red]", "[red].1", "2", "5.0 k", "2.0 M", "3.0 kB", "512 B"] in cells
     assert ["1", "[red].2", "[red].3", "2", "5.0 k", "2.0 M", "3.0 kB", "2.0 kB"] in cells
     assert ["total", "6", "15.0 k", "6.0 M", "9.0 kB"] in cells
     assert inspection.forecast is not None
     second = inspection.forecast.phases[1]
-    costs = [f"{second.step_cost:.2f}", f"{second.peak_bytes / 1000:.1f} kB"]
+    costs = [
+        f"{second.step_cost:.2f}",
+        *(f"{size / 1000:.1f} kB" for size in (second.activation_bytes, second.peak_bytes)),
+    ]
     assert ["2", "██ ██│▒▒▒", "0 to 1 of 3", "[red].4", "2", *costs] in cells
+    said = f"Forecast from shapes alone, batches of 2: the whole plan takes {inspection.forecast.time_ratio:.2f} of the"
+    assert any(line.startswith(said) for line in lines)
     assert lines[0] == "file[bold].py:make, input 1 x 3 x 32 x 32"
     assert lines[-2:] == [
         "tied: op0.weight is also head.weight",
@@ -54,7 +59,7 @@ def test_the_table_fits_and_adds_up(
 def test_without_a_forecast_none_is_shown(inspection: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
     inspection = replace(inspection, forecast=None)
     for name in ("table", "md", "html"):
-        assert "forecast" not in shown(inspection, name, capsys)
+        assert "forecast" not in shown(inspection, name, capsys).lower()
     assert json.loads(shown(inspection, "json", capsys))["forecast"] is None
 
 
@@ -84,7 +89,17 @@ def test_json(inspection: Inspection, capsys: pytest.CaptureFixture[str]) -> Non
     data = json.loads(shown(inspection, "json", capsys))
     assert data["totals"] == {"ops": 6, "parameters": 15_000, "macs": 6_000_000, "activation_bytes": 9000}
     assert Plan.from_dict(data["plan"]) == inspection.plan
-    assert set(data) == {"model", "input_shape", "graph_digest", "plan", "totals", "forecast", "tied", "opaque"}
+    assert set(data) == {
+        "model",
+        "input_shape",
+        "graph_digest",
+        "plan",
+        "totals",
+        "forecast",
+        "uncounted",
+        "tied",
+        "opaque",
+    }
     assert inspection.forecast is not None
     assert [phase["peak_bytes"] for phase in data["forecast"]["phases"]] == [
         phase.peak_bytes for phase in inspection.forecast.phases
@@ -99,7 +114,7 @@ def test_csv_has_a_row_for_each_op(inspection: Inspection, capsys: pytest.Captur
     assert rows[1] == {
         "partition": "0", "op": "op1", "path": "[red].1", "class": "Linear", "kind": "module", "target": "Linear",
         "shape": "2x8", "dtype": "float32", "bytes_per_sample": "2048", "parameters": "2500", "macs": "1000000",
-        "backward_macs": "0", "activation_bytes": "1500", "seconds": "", "reads": "op0", "state": "op1.weight",
+        "uncounted": "False", "backward_macs": "0", "activation_bytes": "1500", "seconds": "", "reads": "op0", "state": "op1.weight",
         "mutates": "",
     }  # fmt: skip
 
@@ -115,7 +130,7 @@ def test_markdown_has_two_tables(inspection: Inspection, capsys: pytest.CaptureF
     ]
     assert "| 2 | 3 to 4 | 0 to 1 of 3 | `[red].4` | " in out
     tables = re.findall(r"(?:^\|.*\n)+", out, re.MULTILINE)
-    assert [{line.replace("\\|", "").count("|") for line in table.splitlines()} for table in tables] == [{8}, {7}]
+    assert [{line.replace("\\|", "").count("|") for line in table.splitlines()} for table in tables] == [{8}, {8}]
     assert out.endswith("- tied: op0.weight is also head.weight\n- kept whole: block.norm, because it has hooks\n")
 
 
