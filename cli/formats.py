@@ -16,7 +16,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from fxsplit.errors import UsageError
-from fxsplit.pages.figures import duration, epochs_of, human, shape
+from fxsplit.pages.figures import epochs_of, human, shape
 from fxsplit.pages.outline import Block, Costs, outline
 from fxsplit.plan.forecast import Forecast
 from fxsplit.report import Inspection
@@ -117,8 +117,7 @@ def _branch(name: Text, costs: Costs, whole: Costs) -> Table:
 def _phase_figures(forecast: Forecast, index: int) -> tuple[str, ...]:
     """Under the headers FORECAST."""
     phase = forecast.phases[index]
-    seconds = "" if phase.step_seconds is None else f", {duration(phase.step_seconds)}"
-    return f"{phase.step_cost:.2f}{seconds}", human(phase.activation_bytes, "B"), human(phase.peak_bytes, "B")
+    return f"{phase.step_cost:.2f}", human(phase.activation_bytes, "B"), human(phase.peak_bytes, "B")
 
 
 def _in_words(forecast: Forecast) -> str:

@@ -114,8 +114,8 @@ def test_csv_has_a_row_for_each_op(inspection: Inspection, capsys: pytest.Captur
     assert rows[1] == {
         "partition": "0", "op": "op1", "path": "[red].1", "class": "Linear", "kind": "module", "target": "Linear",
         "shape": "2x8", "dtype": "float32", "bytes_per_sample": "2048", "parameters": "2500", "macs": "1000000",
-        "uncounted": "False", "backward_macs": "0", "activation_bytes": "1500", "seconds": "", "reads": "op0", "state": "op1.weight",
-        "mutates": "",
+        "uncounted": "False", "backward_macs": "0", "activation_bytes": "1500", "seconds": "", "reads": "op0",
+        "state": "op1.weight", "mutates": "",
     }  # fmt: skip
 
 
