@@ -16,7 +16,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from fxsplit.errors import UsageError
-from fxsplit.pages.figures import epochs_of, human, shape
+from fxsplit.pages.figures import epochs_of, human, in_words, shape
 from fxsplit.pages.outline import Block, Costs, outline
 from fxsplit.plan.forecast import Forecast
 from fxsplit.report import Inspection
@@ -69,7 +69,7 @@ def table(inspection: Inspection, console: Console) -> None:
     console.print(phases)
     print_whole(console, "  ".join(f"{mark} {role}" for role, (mark, _) in ROLES.items()))
     if ahead:
-        print_whole(console, f"{_in_words(ahead)} A phase's time is that of a step.")
+        print_whole(console, f"{in_words(ahead)} A phase's time is that of a step.")
     for note in inspection.notes:
         print_whole(console, note)
 
@@ -118,14 +118,6 @@ def _phase_figures(forecast: Forecast, index: int) -> tuple[str, ...]:
     """Under the headers FORECAST."""
     phase = forecast.phases[index]
     return f"{phase.step_cost:.2f}", human(phase.activation_bytes, "B"), human(phase.peak_bytes, "B")
-
-
-def _in_words(forecast: Forecast) -> str:
-    source = "from shapes alone" if forecast.standard.step_seconds is None else "from ops measured one by one"
-    return (
-        f"Forecast {source}, batches of {forecast.batch_size}: the whole plan takes {forecast.time_ratio:.2f} of the "
-        f"time of standard training and {forecast.peak_ratio:.2f} of its peak memory."
-    )
 
 
 # For others to read on
@@ -192,7 +184,7 @@ def to_markdown(inspection: Inspection) -> str:
         f"{plan.schedule}, {plan.epochs} epochs",
         "",
         *_rows(("phase", "epochs", "trains", "cut", *(f">{header}" for header in FORECAST if ahead)), phases),
-        *(("", _in_words(ahead)) if ahead else ()),
+        *(("", in_words(ahead)) if ahead else ()),
         "",
         *(f"- {_escaped(line)}" for line in inspection.notes),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.schedule import Plan
 
 
@@ -39,3 +40,12 @@ def epochs_of(index: int, plan: Plan) -> str:
     first = plan.first_epoch(index) + 1
     last = first + plan.phases[index].epochs - 1
     return f"epochs {first} to {last}" if last > first else f"epoch {first}"
+
+
+def in_words(forecast: Forecast) -> str:
+    """What a whole plan costs beside standard training, and how that is known."""
+    source = "from shapes alone" if forecast.standard.step_seconds is None else "from ops measured one by one"
+    return (
+        f"Forecast {source}, batches of {forecast.batch_size}: the whole plan takes {forecast.time_ratio:.2f} of the "
+        f"time of standard training and {forecast.peak_ratio:.2f} of its peak memory."
+    )

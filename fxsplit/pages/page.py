@@ -164,6 +164,7 @@ def _environment() -> Environment:
     environment.filters |= filters
     environment.globals |= {
         "epochs_of": figures.epochs_of,
+        "in_words": figures.in_words,
         "roles": _roles,
         "share": _share,
         "trains": _trains,

@@ -107,6 +107,13 @@ def test_blocks_of_another_class_are_told_apart() -> None:
     assert tree(inspection) == [("net", ("0 … 1 x 2", "0", "1"), "2")]
 
 
+def test_modules_of_one_class_that_call_different_functions_are_told_apart() -> None:
+    inspection = inspected(
+        ("net.0:gelu", "gelu"), ("net.1:relu", "relu"), classes={"net.0": "Activation", "net.1": "Activation"}
+    )
+    assert tree(inspection) == [("net", "0", "1")]
+
+
 def test_names_that_say_what_they_are_for_stay() -> None:
     assert tree(inspected(("attn.q_norm", ""), ("attn.k_norm", ""))) == [("attn", "q_norm", "k_norm")]
 

@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 import pytest
 
 from fxsplit.pages.page import inspection_page, report_page
-from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.plan.partition import partition
+from fxsplit.plan.schedule import Phase, Plan, schedule
 from fxsplit.report import EpochRecord, Inspection, RunReport
 
 VOID = {"meta", "input"}
@@ -108,15 +109,20 @@ def test_partitions_in_order_with_their_boundaries_to_scale(page: Page, inspecti
     assert widths == ["25%", "100%", "100%", "100%"]
 
 
-def test_bars_are_shares_of_the_level_above(page: Page) -> None:
-    """Three partitions of two equal ops each."""
+def test_bars_are_shares_of_the_level_above(inspection: Inspection) -> None:
+    """Of six equal ops the first two are one module, of which each is half."""
+    paths = ("m.a", "m.b", "c", "d", "e", "f")
+    ops = tuple(replace(op, path=path) for op, path in zip(inspection.graph.ops, paths, strict=True))
+    graph = replace(inspection.graph, ops=ops)
+    plan = schedule("standard", partitions=partition(graph, graph, count=1), epochs=1)
+    page = Page(inspection_page(replace(inspection, graph=graph, eval_graph=graph, plan=plan, forecast=None)))
     widths = [
         page.elements[index + 1][1]["width"]
         for index, (_, names) in enumerate(page.elements)
         if names.get("class") == "bar"
     ]
-    assert len(widths) == 3 * (1 + 1 + 2) * 3
-    assert widths[:12] == ["33.33%"] * 3 + ["100%"] * 3 + ["50%"] * 6
+    # The partition; the module, which is a row of two; those; the row of the other four; those.
+    assert widths[::3] == ["100%", "33.33%", "50%", "50%", "66.67%", *4 * ["25%"]]
 
 
 def test_the_timeline_shows_the_role_of_each_partition(inspection: Inspection) -> None:
@@ -148,6 +154,7 @@ def test_the_forecast_lies_beside_the_timeline(page: Page, inspection: Inspectio
     assert [text for text in page.texts["span"] if text in ("time of a step", "peak memory")] == [
         "time of a step", "peak memory",
     ]  # fmt: skip
+    assert any(text.startswith("Forecast from shapes alone, batches of 2: ") for text in page.texts["p"])
     assert any(text.startswith("epoch 1: ") and text.endswith(" of standard") for text in page.texts["title"])
 
 
