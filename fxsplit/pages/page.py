@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fxsplit.graph import Value
 from fxsplit.pages import charts, figures
 from fxsplit.pages.outline import outline
 from fxsplit.plan.cuts import Cut, with_ends
@@ -58,6 +59,7 @@ def _page(inspection: Inspection, *, report: RunReport | None, lanes: tuple[Lane
             report=report,
             plan=inspection.plan,
             graph=inspection.graph,
+            values=inspection.eval_graph.values | inspection.graph.values,
             outline=outline(inspection),
             cuts=every,
             profile=charts.steps([cut.bytes_per_sample for cut in every], _most(every)),
@@ -139,6 +141,11 @@ def _roles(plan: Plan, index: int) -> list[tuple[Role, int, int]]:
     return [(roles[first], first, stop - first) for first, stop in pairwise([*firsts, plan.epochs])]
 
 
+def _tensors_of(names: Iterable[str], values: Mapping[str, Value]) -> list[Value]:
+    """What has bytes; sizes and flags that are passed on too have none."""
+    return [values[name] for name in names if values[name].bytes_per_sample]
+
+
 def _trains(phase: Phase, plan: Plan) -> str:
     """Which partitions, in words."""
     if phase.stop - phase.start == len(plan.partitions):
@@ -167,6 +174,7 @@ def _environment() -> Environment:
         "in_words": figures.in_words,
         "roles": _roles,
         "share": _share,
+        "tensors_of": _tensors_of,
         "trains": _trains,
     }
     return environment
