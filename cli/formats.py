@@ -92,8 +92,9 @@ def _grow(node: Tree, block: Block) -> None:
     """What costs nothing is left out, and of equal blocks the first is told."""
     for inner in block.blocks[:1] if block.count > 1 else block.blocks:
         if inner.costs.macs or inner.costs.parameters or inner.costs.activation_bytes:
-            name = Text(inner.name)
-            name.append(f" x {inner.count}" if inner.count > 1 else "", "bold cyan")
+            # What is too long is cut off at its end.
+            name = Text(f"{inner.count} x " if inner.count > 1 else "", "bold cyan")
+            name.append(inner.name, "default not bold")
             name.append(f" {inner.what}" if inner.what != inner.name else "", "bright_black")
             _grow(node.add(_branch(name, inner.costs, block.costs)), inner)
 
