@@ -1,4 +1,4 @@
-"""All that is printed: results to stdout; progress, notices and errors to stderr.
+"""What is printed: results to stdout; progress, notices and errors to stderr. Inspections have formats of their own.
 
 A phase is drawn as one bar, in marks that also tell the roles apart where there is no colour:
 

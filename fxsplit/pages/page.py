@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ from markupsafe import Markup
 from fxsplit.graph import Value
 from fxsplit.pages import charts, figures
 from fxsplit.pages.outline import outline
-from fxsplit.plan.cuts import Cut, with_ends
+from fxsplit.plan.cuts import with_ends
 from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.schedule import Phase, Plan, Role
 from fxsplit.report import EpochRecord, Inspection, RunReport
@@ -50,6 +51,7 @@ def report_page(report: RunReport, inspection: Inspection) -> str:
 
 def _page(inspection: Inspection, *, report: RunReport | None, lanes: tuple[Lane, ...]) -> str:
     every = with_ends(inspection.graph, inspection.eval_graph)
+    most_bytes = max(cut.bytes_per_sample for cut in every)
     style, script = _asset("page.css"), _asset("page.js")
     return (
         _environment()
@@ -62,8 +64,8 @@ def _page(inspection: Inspection, *, report: RunReport | None, lanes: tuple[Lane
             values=inspection.eval_graph.values | inspection.graph.values,
             outline=outline(inspection),
             cuts=every,
-            profile=charts.steps([cut.bytes_per_sample for cut in every], _most(every)),
-            most_bytes=_most(every),
+            profile=charts.steps([cut.bytes_per_sample for cut in every], most_bytes),
+            most_bytes=most_bytes,
             most_boundary=max(every[part.start].bytes_per_sample for part in inspection.partitions),
             lanes=lanes,
             style=Markup(style),
@@ -72,10 +74,6 @@ def _page(inspection: Inspection, *, report: RunReport | None, lanes: tuple[Lane
             script_digest=_digest(script),
         )
     )
-
-
-def _most(every: Sequence[Cut]) -> int:
-    return max(cut.bytes_per_sample for cut in every)
 
 
 def _forecast_lanes(forecast: Forecast, plan: Plan) -> Iterator[Lane]:
@@ -181,8 +179,7 @@ def _environment() -> Environment:
 
 
 def _asset(name: str) -> str:
-    source, _, _ = _environment().loader.get_source(_environment(), name)  # type: ignore[union-attr]
-    return source
+    return files("fxsplit.pages").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:
