@@ -613,7 +613,7 @@ def test_each_balance_cuts_elsewhere() -> None:
 
 def test_seconds_that_nobody_measured_balance_nothing() -> None:
     net = graph([op("a", "x", seconds=0.5), *(op(name, before) for before, name in pairwise("abc"))])
-    with pytest.raises(UsageError, match="because 2 of 3 ops, such as 'b', have none; measure"):
+    with pytest.raises(UsageError, match="because 2 of 3 ops, such as 'b', have none; time them"):
         partition(net, net, count=2, balance="seconds")
 
 
