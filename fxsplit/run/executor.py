@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase
+from fxsplit.run.prefix import Prefix
 from fxsplit.run.stages import stages
 
 
@@ -49,6 +49,7 @@ class Executor(nn.Module):
         self._signature = trace.signature
         self._guards = {training: program.guards for training, program in trace.programs.items()}
         self._stages = stages(trace, partitions)
+        self._prefix = Prefix(trace, self._stages)
         self._fed = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
         parameters = dict(model.named_parameters())
         self._owned = tuple(
@@ -78,6 +79,7 @@ class Executor(nn.Module):
                 "make the plan from this executor's partitions"
             )
         self._start, self._stop = phase.start, phase.stop
+        self._prefix.forget()
         for index, parameters in enumerate(self._owned):
             trains = phase.start <= index < phase.stop
             for parameter in parameters:
@@ -97,9 +99,8 @@ class Executor(nn.Module):
         for training in {self.training, self.training and everything}:
             self._guards[training].check(tensors)
         values: Any = [tensors[index] for index in self._fed]
-        with torch.no_grad():
-            for stage in self._stages[: self._start]:
-                values = stage(self._model, values, training=False)
+        if self._start:
+            values = self._prefix(self._model, values, self._start)
         for stage in self._stages[self._start :]:
             values = stage(self._model, values, training=self.training and stage.partition.index < self._stop)
         return values
@@ -108,3 +109,4 @@ class Executor(nn.Module):
         """Compile each stage with a backend of `torch.compile`; takes effect when it first runs."""
         for stage in self._stages:
             stage.compile(backend)
+        self._prefix.compile_stages(backend)
