@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -26,13 +27,15 @@ from fxsplit.plan.schedule import Plan
 from fxsplit.plan.schedule import schedule as make_plan
 from fxsplit.report import CheckRecord, EpochRecord, Inspection, Observer, RunReport
 from fxsplit.run import datasets
+from fxsplit.run.cache import GIB, Cache
 from fxsplit.run.checking import check_model
 from fxsplit.run.data import Data
 from fxsplit.run.executor import Executor
 from fxsplit.run.folder import RunFolder
+from fxsplit.run.loader import Loader
 from fxsplit.run.metrics import environment
 from fxsplit.run.optimizers import make_optimizer, make_scheduler
-from fxsplit.run.training import Loader, Trainer
+from fxsplit.run.training import MakeCache, Trainer
 from fxsplit.run.workers import call_each
 from fxsplit.spec import RunSpec
 
@@ -231,6 +234,7 @@ def _trainer(
             batch_size=spec.batch_size,
             seed=spec.seed,
             augment=spec.augment,
+            views=None if spec.augment == "none" else spec.cache_views,
             mean=spec.mean,
             std=spec.std,
             channels_last=spec.channels_last,
@@ -255,12 +259,25 @@ def _trainer(
             decay_milestones=spec.decay_milestones,
             decay_rate=spec.decay_rate,
         ),
+        make_cache=_make_cache(spec),
         smoothing=spec.smoothing,
         clip_grad=spec.clip_grad,
         amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None,
         grad_accum_steps=spec.grad_accum_steps,
         log_interval=spec.log_interval,
         observer=observer,
+    )
+
+
+def _make_cache(spec: RunSpec) -> MakeCache | None:
+    if spec.cache == "off" or spec.dry_run:
+        return None
+    return partial(
+        Cache,
+        place=spec.cache,
+        limit_bytes=None if spec.cache_limit is None else int(spec.cache_limit * GIB),
+        dtype=None if spec.cache_dtype == "exact" else getattr(torch, spec.cache_dtype),
+        folder=str(Path(spec.output).expanduser()),
     )
 
 

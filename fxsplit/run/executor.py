@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
@@ -94,16 +94,32 @@ class Executor(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model would return. Raises GuardError when the inputs take another path than the traced one."""
+        return self.resume(self.settle(*args, **kwargs))
+
+    def settle(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The values of the boundary after the settled partitions, without autograd; the inputs, if none is settled.
+
+        Raises GuardError as `forward` does.
+        """
         tensors = self._signature.tensors(args, kwargs)
         everything = (self._start, self._stop) == (0, len(self._stages))
         for training in {self.training, self.training and everything}:
             self._guards[training].check(tensors)
-        values: Any = [tensors[index] for index in self._fed]
-        if self._start:
-            values = self._prefix(self._model, values, self._start)
+        values: list[Any] = [tensors[index] for index in self._fed]
+        return self._prefix(self._model, values, self._start) if self._start else values
+
+    def resume(self, values: list[Any]) -> Any:
+        """What the model would return, from what `settle` gave; the list is emptied."""
+        result: Any = values
         for stage in self._stages[self._start :]:
-            values = stage(self._model, values, training=self.training and stage.partition.index < self._stop)
-        return values
+            result = stage(self._model, result, training=self.training and stage.partition.index < self._stop)
+        return result
+
+    def settled_state(self) -> dict[str, Tensor]:
+        """The parameters and buffers of the settled partitions, by the model's names."""
+        state: dict[str, Tensor] = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        owned = [name for stage in self._stages[: self._start] for name in stage.partition.state]
+        return {name: state[name] for name in owned if name in state}
 
     def compile_stages(self, backend: str) -> None:
         """Compile each stage with a backend of `torch.compile`; takes effect when it first runs."""
