@@ -57,6 +57,8 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         trace = trace_model(model, (torch.empty(2, data.channels, data.img_size, data.img_size, device=device),))
         plan = _plan(spec, trace, observer)
         executor = Executor(trace, plan.partitions)
+        if spec.settled_dtype != "same":
+            executor.settled_dtype = getattr(torch, spec.settled_dtype)
         if spec.torchcompile:
             executor.compile_stages(spec.torchcompile)
         trainer = _trainer(spec, model, executor, plan, data, observer)

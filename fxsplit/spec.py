@@ -139,6 +139,12 @@ class RunSpec:
         "Precision and speed", "Split each batch into this many backward passes.", 1, least=1
     )
 
+    settled_dtype: str = _option(
+        "Settled partitions",
+        "Precision in which they run while others train: that of the others (same), or lower.",
+        "same",
+        choices=("same", "bfloat16", "float16"),
+    )
     cache: str = _option(
         "Settled partitions",
         "Keep what the settled partitions deliver for each image: ram, disk (a file in --output, gone after the run), "

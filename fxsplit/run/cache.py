@@ -196,7 +196,7 @@ class Cache:
 
 def cache_key(executor: Executor, loader: Loader) -> str:
     """Another one for other weights of the settled partitions, other cuts, or other images that they are given."""
-    key = sha256(repr((executor.window[0], *loader.identity())).encode())
+    key = sha256(repr((executor.window[0], executor.settled_dtype, *loader.identity())).encode())
     for name, tensor in executor.settled_state().items():
         key.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         key.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxsplit.capture.tracing import Trace
@@ -25,12 +26,15 @@ class Executor(nn.Module):
     """Runs `trace.model` partition by partition; takes its place in any training loop.
 
     It shares the model's modules, parameters and buffers, so `state_dict()` has the model's own keys, and moving or
-    loading either of the two does so to both. Before the first `enter`, everything trains.
+    loading either of the two does so to both. Before the first `enter`, everything trains. What is settled is folded,
+    and delivers the same within rounding. With a `settled_dtype`, such as torch.bfloat16, it runs in that precision
+    while the rest trains; in evaluation as ever.
 
     Raises PartitionError when the partitions are not those of this trace.
     """
 
     _model: nn.Module
+    settled_dtype: torch.dtype | None = None
 
     def __init__(self, trace: Trace, partitions: Sequence[Partition]) -> None:
         super().__init__()
@@ -106,7 +110,9 @@ class Executor(nn.Module):
         for training in {self.training, self.training and everything}:
             self._guards[training].check(tensors)
         values: list[Any] = [tensors[index] for index in self._fed]
-        return self._prefix(self._model, values, self._start) if self._start else values
+        if not self._start:
+            return values
+        return self._prefix(self._model, values, self._start, self.settled_dtype if self.training else None)
 
     def resume(self, values: list[Any]) -> Any:
         """What the model would return, from what `settle` gave; the list is emptied."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -72,15 +73,23 @@ class Prefix:
         self._stages = [SettledStage(trace, stage) for stage in stages[:-1]]
         self.forget()
 
-    def __call__(self, model: nn.Module, values: list[Any], count: int) -> list[Any]:
-        """Values at the end of the first `count` partitions, from those that the first of them reads."""
+    def __call__(self, model: nn.Module, values: list[Any], count: int, dtype: torch.dtype | None = None) -> list[Any]:
+        """Values at the end of the first `count` partitions, from those that the first of them reads.
+
+        With a `dtype`, convolutions and matrix products run in it, and results of that type become float32 again unless
+        autocast is on.
+        """
         stages = self._stages[:count]
         # Convolutions in 2D run faster in channels_last on a CPU, whatever the rest of the model runs in.
         relaid = all(stage.takes_any_layout for stage in stages) and all(map(_may_be_relaid, values))
         layout = torch.channels_last if relaid else torch.preserve_format
-        with torch.no_grad():
+        device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
+        reduced = nullcontext() if dtype is None else torch.autocast(device, dtype)
+        with torch.no_grad(), reduced:
             for stage, weights in zip(stages, self._folded(stages, layout), strict=True):
                 values = stage(model, values, weights)
+        if dtype is not None and not torch.is_autocast_enabled(device):
+            values = map_tensors(lambda tensor: tensor.float() if tensor.dtype is dtype else tensor, values)
         return map_tensors(_contiguous, values) if relaid else values
 
     def forget(self) -> None:

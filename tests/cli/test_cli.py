@@ -33,7 +33,7 @@ TRAIN_OPTIONS = """
 --data-dir --deterministic --device --dry-run --epochs --epochs-total --experiment --grad-accum-steps
 --img-size --json  --l2l --log-interval --lr --mean --min-lr --momentum --no-amp --no-channels-last
 --no-deterministic --no-dry-run --no-pretrained --no-progress --opt --output --output-dir --parts --plan
---pretrained --print-config --progress --quiet -q --sched --schedule --seed --smoothing --std --stem
+--pretrained --print-config --progress --quiet -q --sched --schedule --seed --settled-dtype --smoothing --std --stem
 --torchcompile --train-batches-per-epoch --train-limit  --verbose -v --warmup-epochs --wd --weight-decay
 --workers -j
 """
@@ -181,6 +181,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "train-limit": 100,
         "train-batches-per-epoch": 3,
         "epochs-total": 30,
+        "settled-dtype": "bfloat16",
         "cache": "ram",
         "cache-limit": 0.5,
         "cache-views": 3,

@@ -359,6 +359,23 @@ def test_images_and_models_in_channels_last_stay_so() -> None:
     assert all(value.is_contiguous(memory_format=torch.channels_last) for value in by_prefix(net, images))
 
 
+def test_lower_precision_is_for_training_alone() -> None:
+    shape = (4, 3, 8, 8)
+    images = torch.randn(shape)
+    net = settled(lived(Chain(), shape), shape, at=["conv2"])
+    (exact,) = net.train().settle(images)
+    net.settled_dtype = torch.bfloat16
+    (low,) = net.settle(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        (under_autocast,) = net.settle(images)
+    assert low.dtype is exact.dtype is torch.float32
+    assert under_autocast.dtype is torch.bfloat16
+    assert torch.equal(low, under_autocast.float())
+    assert not close([low], [exact])
+    assert close([low], [exact], 2e-2)
+    assert torch.equal(net.eval().settle(images)[0], exact)
+
+
 def test_settled_state_keeps_its_hash_whatever_is_called() -> None:
     shape = (4, 3, 8, 8)
     model = lived(FunctionalNorm(), shape)
