@@ -19,6 +19,7 @@ from fxsplit.errors import PartitionError
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase
 from fxsplit.run.prefix import Prefix
+from fxsplit.run.recompute import Recomputing
 from fxsplit.run.stages import stages
 
 
@@ -54,13 +55,14 @@ class Executor(nn.Module):
         self._guards = {training: program.guards for training, program in trace.programs.items()}
         self._stages = stages(trace, partitions)
         self._prefix = Prefix(trace, self._stages)
+        self._recomputing = tuple(Recomputing(trace, stage) for stage in self._stages)
         self._fed = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
         parameters = dict(model.named_parameters())
         self._owned = tuple(
             tuple(parameters[name] for name in partition.state if name in parameters and parameters[name].requires_grad)
             for partition in partitions
         )
-        self._start, self._stop = 0, len(self._stages)
+        self._start, self._stop, self._recompute = 0, len(self._stages), 0
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
@@ -83,6 +85,7 @@ class Executor(nn.Module):
                 "make the plan from this executor's partitions"
             )
         self._start, self._stop = phase.start, phase.stop
+        self._recompute = phase.recompute
         self._prefix.forget()
         for index, parameters in enumerate(self._owned):
             trains = phase.start <= index < phase.stop
@@ -117,8 +120,12 @@ class Executor(nn.Module):
     def resume(self, values: list[Any]) -> Any:
         """What the model would return, from what `settle` gave; the list is emptied."""
         result: Any = values
-        for stage in self._stages[self._start :]:
-            result = stage(self._model, result, training=self.training and stage.partition.index < self._stop)
+        for stage, again in zip(self._stages[self._start :], self._recomputing[self._start :], strict=True):
+            index = stage.partition.index
+            if index < self._recompute and self.training and torch.is_grad_enabled():
+                result = again(self._model, result)
+            else:
+                result = stage(self._model, result, training=self.training and index < self._stop)
         return result
 
     def settled_state(self) -> dict[str, Tensor]:
