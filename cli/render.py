@@ -366,6 +366,8 @@ def render_report(report: RunReport) -> None:
         "peak memory: CUDA allocated": human(max(known("peak_allocated_bytes"), default=None), "B"),
         "peak memory: CUDA reserved": human(max(known("peak_reserved_bytes"), default=None), "B"),
         "peak memory: device (NVML)": human(max(known("device_bytes"), default=None), "B"),
+        "cache: in memory": human(max(known("cache_resident_bytes"), default=None), "B"),
+        "cache: in a file": human(max(known("cache_file_bytes"), default=None), "B"),
         "energy (NVML)": human(sum(joules) if joules else None, "J"),
     }.items():
         facts.add_row(name, Text(fact, "bold" if name == "test accuracy" else ""))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -30,15 +31,17 @@ from fxsplit.plan.schedule import Plan
 from fxsplit.plan.schedule import schedule as make_plan
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Inspection, Observer, RunReport
 from fxsplit.run import datasets
+from fxsplit.run.cache import GIB, Cache
 from fxsplit.run.checking import check_model
 from fxsplit.run.data import Data
 from fxsplit.run.executor import Executor
 from fxsplit.run.folder import RunFolder
 from fxsplit.run.forecasts import check_forecast
+from fxsplit.run.loader import Loader
 from fxsplit.run.measuring import update_seconds
 from fxsplit.run.metrics import environment
 from fxsplit.run.optimizers import make_optimizer, make_scheduler, slots_of
-from fxsplit.run.training import Loader, Trainer
+from fxsplit.run.training import MakeCache, Trainer
 from fxsplit.run.workers import call_each
 from fxsplit.spec import RunSpec
 
@@ -63,6 +66,8 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
             trace = measure_ops(trace, (torch.rand(spec.batch_size, *shape, device=device),), device=device)
         plan = _plan(spec, trace, observer)
         executor = Executor(trace, plan.partitions)
+        if spec.settled_dtype != "same":
+            executor.settled_dtype = getattr(torch, spec.settled_dtype)
         if spec.torchcompile:
             executor.compile_stages(spec.torchcompile)
         trainer = _trainer(spec, model, executor, plan, data, observer)
@@ -315,6 +320,7 @@ def _trainer(
             batch_size=spec.batch_size,
             seed=spec.seed,
             augment=spec.augment,
+            views=None if spec.augment == "none" else spec.cache_views,
             mean=spec.mean,
             std=spec.std,
             channels_last=spec.channels_last,
@@ -332,12 +338,25 @@ def _trainer(
             decay_milestones=spec.decay_milestones,
             decay_rate=spec.decay_rate,
         ),
+        make_cache=_make_cache(spec),
         smoothing=spec.smoothing,
         clip_grad=spec.clip_grad,
         amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None,
         grad_accum_steps=spec.grad_accum_steps,
         log_interval=spec.log_interval,
         observer=observer,
+    )
+
+
+def _make_cache(spec: RunSpec) -> MakeCache | None:
+    if spec.cache == "off" or spec.dry_run:
+        return None
+    return partial(
+        Cache,
+        place=spec.cache,
+        limit_bytes=None if spec.cache_limit is None else int(spec.cache_limit * GIB),
+        dtype=None if spec.cache_dtype == "exact" else getattr(torch, spec.cache_dtype),
+        folder=str(Path(spec.output).expanduser()),
     )
 
 

@@ -35,7 +35,8 @@ class EpochRecord:
 
     `epoch` counts from 0 over the whole run. Partitions [start, stop) trained. Accuracies are on the test images after
     the epoch. Memory peaks are of the run so far for the process, of the phase so far for CUDA; a figure that this
-    machine cannot give is None.
+    machine cannot give is None. A cache of the settled prefix held `cache_resident_bytes` of memory, which are part of
+    the peaks, and `cache_file_bytes` of the disk.
     """
 
     epoch: int
@@ -57,6 +58,8 @@ class EpochRecord:
     peak_reserved_bytes: int | None = None
     device_bytes: int | None = None
     energy_joules: float | None = None
+    cache_resident_bytes: int | None = None
+    cache_file_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -139,6 +139,35 @@ class RunSpec:
         "Precision and speed", "Split each batch into this many backward passes.", 1, least=1
     )
 
+    settled_dtype: str = _option(
+        "Settled partitions",
+        "Precision in which they run while others train: that of the others (same), or lower.",
+        "same",
+        choices=("same", "bfloat16", "float16"),
+    )
+    cache: str = _option(
+        "Settled partitions",
+        "Keep what the settled partitions deliver for each image: ram, disk (a file in --output, gone after the run), "
+        "auto (disk, if reading costs less than computing).",
+        "auto",
+        choices=("off", "ram", "disk", "auto"),
+    )
+    cache_limit: float | None = _option(
+        "Settled partitions", "GiB that the cache may take; half of what is free if not given.", None, above=0
+    )
+    cache_views: int | None = _option(
+        "Settled partitions",
+        "With --augment: once partitions are settled, augment each image in this many ways and keep them all.",
+        None,
+        least=1,
+    )
+    cache_dtype: str = _option(
+        "Settled partitions",
+        "Type of the numbers kept; exact keeps them bit for bit.",
+        "exact",
+        choices=("exact", "float16", "bfloat16"),
+    )
+
     device: str = _option("Run", "auto, cpu, cuda or cuda:N.", "auto", pattern=r"auto|cpu|cuda(:\d+)?")
     seed: int = _option("Run", "Seed of weights, order and augmentation.", 42, least=0, below=2**32)
     deterministic: bool = _option("Run", "Only deterministic kernels.", False)
@@ -274,6 +303,11 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
             yield beside_plan(given)
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
         yield f"grad-accum-steps is {spec.grad_accum_steps}, but must divide batch-size {spec.batch_size}"
+    if spec.cache in ("ram", "disk") and spec.augment != "none" and spec.cache_views is None:
+        yield (
+            f"cache is {spec.cache!r} and augment is {spec.augment!r}, but images that are changed at random can be "
+            "kept only in a number of views; give cache-views, or leave out the cache"
+        )
     if not {"mean", "std"} & set(wrong) and (len(spec.mean) != len(spec.std) or len(spec.mean) not in (0, 1, 3)):
         yield (
             f"mean has length {len(spec.mean)} and std has length {len(spec.std)}, "

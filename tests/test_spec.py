@@ -31,12 +31,13 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("momentum", "smoothing"), below_one),
     **dict.fromkeys(("pretrained", "amp", "channels_last", "deterministic", "dry_run"), st.booleans()),
     **dict.fromkeys(("lr", "decay_rate"), positive),
-    **dict.fromkeys(("clip_grad", "decay_epochs"), maybe | positive),
+    **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit"), maybe | positive),
     "decay_milestones": st.lists(positive).map(tuple),
     "seed": st.integers(min_value=0, max_value=2**32 - 1),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
     "batch_size": whole,
     "grad_accum_steps": st.just(1),
+    "cache_views": maybe,
     "mean": st.just(()),
     "std": st.just(()),
     "parts": maybe,
@@ -53,12 +54,19 @@ channels = st.integers(0, 2).flatmap(
     )
 )
 batches = st.tuples(whole, whole).map(lambda n: {"batch_size": n[0] * n[1], "grad_accum_steps": n[0]})
+changed_at_random = st.one_of(
+    st.fixed_dictionaries({"augment": st.just("none")}),
+    st.fixed_dictionaries({"cache": st.sampled_from(("off", "auto"))}),
+    st.fixed_dictionaries({"cache_views": whole}),
+)
 cuts = st.one_of(
     st.fixed_dictionaries({"parts": whole}),
     st.fixed_dictionaries({"at": st.lists(words)}),
     st.fixed_dictionaries({"plan": words}),
 )
-specs = st.builds(lambda *layers: resolve(*layers), st.fixed_dictionaries(STRATEGIES), channels, batches, cuts)
+specs = st.builds(
+    lambda *layers: resolve(*layers), st.fixed_dictionaries(STRATEGIES), channels, batches, changed_at_random, cuts
+)
 
 
 @given(specs)
@@ -115,6 +123,10 @@ def test_every_field_has_a_key_and_help() -> None:
         (
             {"mean": [0.5]},
             "mean has length 1 and std has length 0, but both must have 1, 3 or no numbers",
+        ),
+        (
+            {"cache": "ram", "augment": "crop-flip"},
+            "cache is 'ram' and augment is 'crop-flip', but images that are changed at random can be kept only in a",
         ),
         (
             {"batch_size": 32, "grad_accum_steps": 5},

@@ -31,18 +31,23 @@ FIGURES = ("ops", "parameters", "macs", "activation_bytes", "boundary_bytes")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """A phase by places: from the cut `begin` (the model's start where None) up to the cut `end` (its end)."""
+    """A phase by places: from the cut `begin` (the model's start where None) up to the cut `end` (its end).
+
+    Up to the cut `recompute` no activations are kept.
+    """
 
     begin: str | None
     end: str | None
     epochs: int
     fresh_optimizer: bool = False
+    recompute: str | None = None
 
     def __str__(self) -> str:
         places = (("from", self.begin), ("up to", self.end))
         trains = " ".join(f"{word} {place}" for word, place in places if place is not None) or "all"
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
-        return f"{trains}, {epochs}{', fresh optimizer' * self.fresh_optimizer}"
+        recomputes = f", recomputes up to {self.recompute}" if self.recompute else ""
+        return f"{trains}, {epochs}{', fresh optimizer' * self.fresh_optimizer}{recomputes}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +81,7 @@ class PlanFile:
                     end=places[phase.stop],
                     epochs=phase.epochs,
                     fresh_optimizer=phase.fresh_optimizer,
+                    recompute=places[phase.recompute],
                 )
                 for phase in plan.phases
             ),
@@ -107,7 +113,21 @@ class PlanFile:
                     f"phase {number} of the plan trains nothing: {window.end!r} is not after {window.begin!r}"
                 )
                 continue
-            phases.append(Phase(start=start, stop=stop, epochs=window.epochs, fresh_optimizer=window.fresh_optimizer))
+            recompute = 0 if window.recompute is None else index_of[places[window.recompute]]
+            if recompute and not start < recompute < stop:
+                faults.append(
+                    f"phase {number} of the plan cannot recompute up to {window.recompute!r}, outside of what trains"
+                )
+                continue
+            phases.append(
+                Phase(
+                    start=start,
+                    stop=stop,
+                    epochs=window.epochs,
+                    fresh_optimizer=window.fresh_optimizer,
+                    recompute=recompute,
+                )
+            )
         if faults:
             raise PartitionError("; ".join(faults))
         return Plan(schedule=self.schedule, partitions=partitions, phases=tuple(phases))
@@ -116,7 +136,13 @@ class PlanFile:
         """The text of the file, one line a cut, a phase and a partition; the same for the same plan."""
         head = {"schema": SCHEMA, **{key: getattr(self, key) for key in ("model", "graph", "torch", "schedule")}}
         windows = [
-            {"from": phase.begin, "up_to": phase.end, "epochs": phase.epochs, "fresh_optimizer": phase.fresh_optimizer}
+            {
+                "from": phase.begin,
+                "up_to": phase.end,
+                "epochs": phase.epochs,
+                "fresh_optimizer": phase.fresh_optimizer,
+                "recompute_up_to": phase.recompute,
+            }
             for phase in self.phases
         ]
         figures = [{"partition": name, **figures} for name, figures in (self.figures or {}).items()]
@@ -185,6 +211,7 @@ def read(text: str, *, source: str, graphs: tuple[Graph, Graph] | None = None) -
                 end=phase.get("up_to"),
                 epochs=phase["epochs"],
                 fresh_optimizer=phase.get("fresh_optimizer", False),
+                recompute=phase.get("recompute_up_to"),
             )
             for phase in data["phases"]
         ),
@@ -235,6 +262,7 @@ _PHASE_KEYS: _Rules = {
     "up_to": (lambda value: value is None or _is_text(value), "one of the cuts or null", True),
     "epochs": (lambda value: type(value) is int and value >= 1, "a whole number at least 1", False),
     "fresh_optimizer": (lambda value: isinstance(value, bool), "true or false", True),
+    "recompute_up_to": (lambda value: value is None or _is_text(value), "one of the cuts or null", True),
 }
 
 
@@ -245,7 +273,7 @@ def _faults(data: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"the cut {cut!r} is given twice" for cut, times in Counter(cuts).items() if times > 1)
     for number, phase in enumerate(data["phases"] if _is_rows(data.get("phases")) else (), start=1):
         yield from _wrong_keys(phase, _PHASE_KEYS, f"phase {number}: ")
-        for word in ("from", "up_to"):
+        for word in ("from", "up_to", "recompute_up_to"):
             place = phase.get(word)
             if cuts is not None and isinstance(place, str) and place not in cuts:
                 yield f"phase {number}: {word} is {place!r}, which is none of the cuts{nearest(place, cuts)}"

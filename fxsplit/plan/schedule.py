@@ -27,16 +27,23 @@ MOVES = 4
 class Phase:
     """Partitions [start, stop) train for `epochs`; those before are settled, those after frozen.
 
-    With `fresh_optimizer` the optimizer's moments start anew. Raises ValueError when nothing trains or for no
-    epoch.
+    With `fresh_optimizer` the optimizer's moments start anew. Partitions [start, recompute) keep no activations for
+    backward: their forward runs once more there. Raises ValueError when nothing trains or for no epoch, and when
+    `recompute` is neither 0 nor inside of what trains.
     """
 
     start: int
     stop: int
     epochs: int
     fresh_optimizer: bool = False
+    recompute: int = 0
 
     def __post_init__(self) -> None:
+        if self.recompute and not self.start < self.recompute < self.stop:
+            raise ValueError(
+                f"a phase that trains [{self.start}, {self.stop}) cannot recompute up to {self.recompute}; it must be "
+                "a cut between"
+            )
         if not 0 <= self.start < self.stop:
             raise ValueError(f"a phase must train partitions, and [{self.start}, {self.stop}) holds none")
         if self.epochs < 1:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,15 @@ class ImageSet(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """A fingerprint of the images, as hexadecimal digits; labels do not matter."""
+        return sha256(f"{self.img_size} ".encode() + self._identity()).hexdigest()
+
+    @abstractmethod
+    def _identity(self) -> bytes:
+        """Other bytes for other images."""
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +92,10 @@ class MemoryImages(ImageSet):
 
     def subset(self, ids: Tensor) -> MemoryImages:
         return replace(self, pixels=self.pixels[ids], labels=self.labels[ids])
+
+    def _identity(self) -> bytes:
+        pixels = self.pixels.cpu().contiguous()
+        return repr(tuple(pixels.shape)).encode() + sha256(pixels.numpy().data).digest()
 
     def read(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         size = (self.img_size, self.img_size)
@@ -124,6 +138,11 @@ class FileImages(ImageSet):
             for _ in pool.map(fill, range(0, len(self), DECODE_CHUNK)):
                 pass
         return MemoryImages(pixels=pixels, labels=self.labels, img_size=self.img_size)
+
+    def _identity(self) -> bytes:
+        files = (Path(path).stat() for path in self.paths)
+        times = [(path, file.st_size, file.st_mtime_ns) for path, file in zip(self.paths, files, strict=True)]
+        return repr(times).encode()
 
     def read(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._turns[:] = [ids.tolist() for ids in torch.split(order, batch_size)]
@@ -185,6 +204,7 @@ def batches(
     seed: int = 0,
     epoch: int = 0,
     augment: str = "none",
+    view: int | None = None,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     drop_single: bool = False,
@@ -194,28 +214,51 @@ def batches(
 
     Images are in [0, 1], then normalized by `mean` and `std`: one number, or one a channel; none leaves them.
     `augment="crop-flip"` takes a crop of each image, of its own size, after padding it with `img_size // 8` zeros
-    on every side, and mirrors it with probability 1/2.
+    on every side, and mirrors it with probability 1/2. These are drawn anew in every epoch; a `view` is a draw that all
+    epochs which name it share.
 
     Equal arguments give equal batches, bit for bit on one device. Torch's global random state is neither used
     nor changed, and nothing waits for the device within an epoch.
 
     Raises UsageError when the augmentation is unknown, and DataError when an image file cannot be decoded.
     """
-    count = steps(len(images), batch_size=batch_size, drop_single=drop_single, limit=limit)
-    if count == 0:
+    order = epoch_order(
+        len(images),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        epoch=epoch,
+        drop_single=drop_single,
+        limit=limit,
+    )
+    if not len(order):
         return  # splitting nothing would give one empty batch
-    order = torch.arange(len(images))
-    if shuffle:
-        order = torch.from_numpy(random_stream("order", seed, epoch).permutation(len(images)))
-    change = _augmentation(augment, images, seed, epoch)
+    change = _augmentation(augment, images, seed, epoch if view is None else view)
     shift, scale = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
-    for pixels, ids in images.read(order[: count * batch_size], batch_size):
+    for pixels, ids in images.read(order, batch_size):
         x = change(pixels, ids).to(torch.float32).div_(255)
         if len(mean):
             x = x.sub_(shift)
         if len(std):
             x = x.div_(scale)
         yield Batch(x, images.labels[ids], ids)
+
+
+def epoch_order(
+    samples: int,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    epoch: int,
+    drop_single: bool = False,
+    limit: int | None = None,
+) -> Tensor:
+    """The ids of an epoch's batches, one batch after the other: int64 (M,), on the CPU."""
+    order = torch.arange(samples)
+    if shuffle:
+        order = torch.from_numpy(random_stream("order", seed, epoch).permutation(samples))
+    return order[: batch_size * steps(samples, batch_size=batch_size, drop_single=drop_single, limit=limit)]
 
 
 def steps(samples: int, *, batch_size: int, drop_single: bool = False, limit: int | None = None) -> int:

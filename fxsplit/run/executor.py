@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase
+from fxsplit.run.prefix import Prefix
+from fxsplit.run.recompute import Recomputing
 from fxsplit.run.stages import stages
 
 
@@ -25,12 +27,15 @@ class Executor(nn.Module):
     """Runs `trace.model` partition by partition; takes its place in any training loop.
 
     It shares the model's modules, parameters and buffers, so `state_dict()` has the model's own keys, and moving or
-    loading either of the two does so to both. Before the first `enter`, everything trains.
+    loading either of the two does so to both. Before the first `enter`, everything trains. What is settled is folded,
+    and delivers the same within rounding. With a `settled_dtype`, such as torch.bfloat16, it runs in that precision
+    while the rest trains; in evaluation as ever.
 
     Raises PartitionError when the partitions are not those of this trace.
     """
 
     _model: nn.Module
+    settled_dtype: torch.dtype | None = None
 
     def __init__(self, trace: Trace, partitions: Sequence[Partition]) -> None:
         super().__init__()
@@ -49,13 +54,15 @@ class Executor(nn.Module):
         self._signature = trace.signature
         self._guards = {training: program.guards for training, program in trace.programs.items()}
         self._stages = stages(trace, partitions)
+        self._prefix = Prefix(trace, self._stages)
+        self._recomputing = tuple(Recomputing(trace, stage) for stage in self._stages)
         self._fed = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
         parameters = dict(model.named_parameters())
         self._owned = tuple(
             tuple(parameters[name] for name in partition.state if name in parameters and parameters[name].requires_grad)
             for partition in partitions
         )
-        self._start, self._stop = 0, len(self._stages)
+        self._start, self._stop, self._recompute = 0, len(self._stages), 0
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
@@ -78,6 +85,8 @@ class Executor(nn.Module):
                 "make the plan from this executor's partitions"
             )
         self._start, self._stop = phase.start, phase.stop
+        self._recompute = phase.recompute
+        self._prefix.forget()
         for index, parameters in enumerate(self._owned):
             trains = phase.start <= index < phase.stop
             for parameter in parameters:
@@ -92,19 +101,41 @@ class Executor(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model would return. Raises GuardError when the inputs take another path than the traced one."""
+        return self.resume(self.settle(*args, **kwargs))
+
+    def settle(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The values of the boundary after the settled partitions, without autograd; the inputs, if none is settled.
+
+        Raises GuardError as `forward` does.
+        """
         tensors = self._signature.tensors(args, kwargs)
         everything = (self._start, self._stop) == (0, len(self._stages))
         for training in {self.training, self.training and everything}:
             self._guards[training].check(tensors)
-        values: Any = [tensors[index] for index in self._fed]
-        with torch.no_grad():
-            for stage in self._stages[: self._start]:
-                values = stage(self._model, values, training=False)
-        for stage in self._stages[self._start :]:
-            values = stage(self._model, values, training=self.training and stage.partition.index < self._stop)
-        return values
+        values: list[Any] = [tensors[index] for index in self._fed]
+        if not self._start:
+            return values
+        return self._prefix(self._model, values, self._start, self.settled_dtype if self.training else None)
+
+    def resume(self, values: list[Any]) -> Any:
+        """What the model would return, from what `settle` gave; the list is emptied."""
+        result: Any = values
+        for stage, again in zip(self._stages[self._start :], self._recomputing[self._start :], strict=True):
+            index = stage.partition.index
+            if index < self._recompute and self.training and torch.is_grad_enabled():
+                result = again(self._model, result)
+            else:
+                result = stage(self._model, result, training=self.training and index < self._stop)
+        return result
+
+    def settled_state(self) -> dict[str, Tensor]:
+        """The parameters and buffers of the settled partitions, by the model's names."""
+        state: dict[str, Tensor] = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        owned = [name for stage in self._stages[: self._start] for name in stage.partition.state]
+        return {name: state[name] for name in owned if name in state}
 
     def compile_stages(self, backend: str) -> None:
         """Compile each stage with a backend of `torch.compile`; takes effect when it first runs."""
         for stage in self._stages:
             stage.compile(backend)
+        self._prefix.compile_stages(backend)

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from fxsplit.capture.naming import called_module
-from fxsplit.capture.tracing import Program, Trace
+from fxsplit.capture.tracing import Trace
 from fxsplit.plan.partition import Partition
 
 _serial = itertools.count()
@@ -73,13 +73,12 @@ class Stage:
 
     def __init__(self, trace: Trace, partition: Partition, *, is_last: bool) -> None:
         self.partition = partition
-        spans = {
-            True: (partition.start, partition.stop),
-            False: (partition.eval_start, partition.eval_stop),
-        }
         self._codes = {
-            training: _code(trace.programs[training], span, partition, is_last, training)
-            for training, span in spans.items()
+            training: code_of(
+                stage_graph(trace, partition, is_last=is_last, training=training),
+                f"partition {partition.index} in {'training' if training else 'evaluation'}",
+            )
+            for training in (True, False)
         }
         self._modules = {
             training: [
@@ -88,15 +87,19 @@ class Stage:
                 if (path := called_module(node)) is not None
                 for module in trace.model.get_submodule(path).modules()
             ]
-            for training, span in spans.items()
+            for training, span in spans(partition).items()
         }
 
     def __call__(self, model: nn.Module, values: list[Any], *, training: bool) -> Any:
         """Boundary values in, boundary values out; the last stage returns the model's own output."""
+        self.set_mode(training=training)
+        return self._codes[training](model, values)
+
+    def set_mode(self, *, training: bool) -> None:
+        """Put the modules that it calls into a mode, whatever was done to them since."""
         for module in self._modules[training]:
             if module.training is not training:
                 module.train(training)
-        return self._codes[training](model, values)
 
     def compile(self, backend: str) -> None:
         """Compile both modes, each when it first runs."""
@@ -104,7 +107,17 @@ class Stage:
             code.compile(backend)
 
 
-def _code(program: Program, span: tuple[int, int], partition: Partition, is_last: bool, training: bool) -> Code:
+def spans(partition: Partition) -> dict[bool, tuple[int, int]]:
+    """The ops of a partition, [start, stop), in training (True) and in evaluation."""
+    return {True: (partition.start, partition.stop), False: (partition.eval_start, partition.eval_stop)}
+
+
+def stage_graph(trace: Trace, partition: Partition, *, is_last: bool, training: bool) -> fx.Graph:
+    """The ops of a partition as a graph of its own, from the list of values that it reads to what it writes.
+
+    Each of its ops has the Op that it is in its node's meta, as `op`.
+    """
+    program, span = trace.programs[training], spans(partition)[training]
     names = {
         **dict(zip((op.name for op in program.graph.ops), program.nodes, strict=True)),
         **dict(zip((value.name for value in program.graph.inputs), program.inputs, strict=True)),
@@ -120,21 +133,26 @@ def _code(program: Program, span: tuple[int, int], partition: Partition, is_last
             made[node] = graph.create_node("get_attr", node.target)
         return made[node]
 
-    for node in program.nodes[slice(*span)]:
+    for node, op in zip(program.nodes[slice(*span)], program.graph.ops[slice(*span)], strict=True):
         for source in node.all_input_nodes:
             find(source)
         made[node] = graph.node_copy(node, find)
+        made[node].meta["op"] = op
     if is_last:
         graph.output(fx.node.map_arg(program.output.args[0], find))
     else:
         graph.output([made[names[name]] if name in names else None for name in partition.writes])
+    return graph
+
+
+def code_of(graph: fx.Graph, label: str) -> Code:
+    """What a stage's graph says, as a function."""
     code = graph.python_code("self")
     # Older versions of torch.fx write named tuples down by a name that they do not define.
     for node in graph.nodes:
         for kind in _named_tuples((node.args, node.kwargs)):
             code.globals.setdefault(kind.__name__, kind)
-    mode = "training" if training else "evaluation"
-    return Code(code.src, code.globals, f"partition {partition.index} in {mode}")
+    return Code(code.src, code.globals, label)
 
 
 def _named_tuples(arguments: Any) -> Iterator[type]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol
 
@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from fxsplit.errors import FxsplitError
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer, StepRecord
-from fxsplit.run.data import Batch, ImageSet, batches, steps
+from fxsplit.run.cache import Cache, SettledBatch
+from fxsplit.run.data import Batch
 from fxsplit.run.executor import Executor
+from fxsplit.run.loader import Loader
 from fxsplit.run.metrics import Accuracy, Meter, Score, now
 from fxsplit.run.optimizers import parameters_of
 
@@ -39,55 +41,18 @@ class MakeScheduler(Protocol):
     def __call__(self, optimizer: Optimizer, *, steps_per_epoch: int) -> Scheduler: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loader:
-    """Batches of both splits, on the device where the images are; `limit` and `test_limit` bound their number."""
+class MakeCache(Protocol):
+    """A cache of what the partitions deliver that are settled now, for the epochs of one phase."""
 
-    train: ImageSet
-    test: ImageSet
-    batch_size: int
-    seed: int
-    augment: str = "none"
-    mean: Sequence[float] = ()
-    std: Sequence[float] = ()
-    channels_last: bool = False
-    limit: int | None = None
-    test_limit: int | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.train.device
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return steps(len(self.train), batch_size=self.batch_size, drop_single=True, limit=self.limit)
-
-    def training(self, epoch: int) -> Iterator[Batch]:
-        """Shuffled and augmented, by the seed and the epoch."""
-        return self._laid_out(
-            batches(
-                self.train,
-                batch_size=self.batch_size,
-                shuffle=True,
-                seed=self.seed,
-                epoch=epoch,
-                augment=self.augment,
-                mean=self.mean,
-                std=self.std,
-                drop_single=True,
-                limit=self.limit,
-            )
-        )
-
-    def testing(self) -> Iterator[Batch]:
-        """Every test image once, as it is."""
-        return self._laid_out(
-            batches(self.test, batch_size=self.batch_size, mean=self.mean, std=self.std, limit=self.test_limit)
-        )
-
-    def _laid_out(self, plain: Iterator[Batch]) -> Iterator[Batch]:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return (batch._replace(images=batch.images.contiguous(memory_format=layout)) for batch in plain)
+    def __call__(
+        self,
+        *,
+        executor: Executor,
+        loader: Loader,
+        settle: Callable[[Tensor], list[Any]],
+        epochs: int,
+        notice: Callable[[str], None],
+    ) -> Cache: ...
 
 
 @dataclass(kw_only=True)
@@ -95,7 +60,8 @@ class Trainer:
     """Trains an executor by a plan: cross-entropy, one optimizer step a batch.
 
     `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
-    backward passes, with the gradient of the whole. `clip_grad` bounds the gradient's norm.
+    backward passes, with the gradient of the whole. `clip_grad` bounds the gradient's norm. Without `make_cache`, what
+    is settled is computed anew for each batch.
 
     Raises FxsplitError when there is nothing to train on, UsageError when the optimizer cannot be made.
     """
@@ -105,6 +71,7 @@ class Trainer:
     loader: Loader
     make_optimizer: MakeOptimizer
     make_scheduler: MakeScheduler
+    make_cache: MakeCache | None = None
     smoothing: float = 0.0
     clip_grad: float | None = None
     amp_dtype: torch.dtype | None = None
@@ -118,6 +85,7 @@ class Trainer:
         self.device = self.loader.device
         self._meter = Meter(self.device)
         self._optimizer: Optimizer | None = None
+        self._cache: Cache | None = None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
         # Unknown names and impossible values are refused here, before a run has left anything behind.
         self.make_scheduler(self.make_optimizer(previous=None), steps_per_epoch=self.loader.steps_per_epoch)
@@ -134,10 +102,21 @@ class Trainer:
                     yield record
                     began = now(self.device)
         finally:
+            self._close_cache()
             self.executor.release()
 
     def _enter(self, index: int, phase: Phase) -> tuple[Optimizer, Scheduler]:
         self.executor.enter(phase)
+        if self._cache is None or self._cache.cut != phase.start:
+            self._close_cache()
+            if self.make_cache and phase.start:
+                self._cache = self.make_cache(
+                    executor=self.executor,
+                    loader=self.loader,
+                    settle=self._settle,
+                    epochs=phase.epochs,
+                    notice=self.observer.notice,
+                )
         previous = None if phase.fresh_optimizer else self._optimizer
         self._optimizer = self.make_optimizer(previous=previous)
         self._meter.reset_peaks()
@@ -176,6 +155,8 @@ class Trainer:
             peak_allocated_bytes=usage.peak_allocated_bytes,
             peak_reserved_bytes=usage.peak_reserved_bytes,
             device_bytes=usage.device_bytes,
+            cache_resident_bytes=self._cache.resident_bytes if self._cache else None,
+            cache_file_bytes=self._cache.file_bytes if self._cache else None,
             energy_joules=None if energy is None or usage.energy_joules is None else usage.energy_joules - energy,
         )
 
@@ -183,21 +164,28 @@ class Trainer:
         self.executor.train()
         accuracy = Accuracy(self.device)
         last = self.loader.steps_per_epoch
-        for step, batch in enumerate(self.loader.training(epoch), start=1):
+        for step, batch in enumerate(self._batches(epoch), start=1):
             scheduler.step_update(epoch * last + step - 1)
             self._step(batch, optimizer, accuracy)
             if step % self.log_interval == 0 or step == last:
                 self._tell(epoch, step, accuracy, began)
         return accuracy.read()
 
-    def _step(self, batch: Batch, optimizer: Optimizer, accuracy: Accuracy) -> None:
+    def _batches(self, epoch: int) -> Iterator[Batch | SettledBatch]:
+        if self._cache:
+            return self._cache.batches(epoch)
+        settled = self.plan.phase_at(epoch).start > 0
+        return iter(self.loader.training(epoch, view=self.loader.view(epoch) if settled else None))
+
+    def _settle(self, images: Tensor) -> list[Any]:
+        with self._autocast():
+            return self.executor.settle(images)
+
+    def _step(self, batch: Batch | SettledBatch, optimizer: Optimizer, accuracy: Accuracy) -> None:
         optimizer.zero_grad()
-        parts = zip(
-            batch.images.chunk(self.grad_accum_steps), batch.labels.chunk(self.grad_accum_steps), strict=True
-        )  # fmt: skip
-        for images, labels in parts:
+        for part, labels in zip(self._chunks(batch), batch.labels.chunk(self.grad_accum_steps), strict=True):
             with self._autocast():
-                logits = logits_of(self.executor(images))
+                logits = logits_of(self.executor(part) if isinstance(part, Tensor) else self.executor.resume(part))
                 loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
             share = len(labels) / len(batch.labels)
             self._scaler.scale(loss * share if share < 1 else loss).backward()  # type: ignore[no-untyped-call]
@@ -207,6 +195,19 @@ class Trainer:
             nn.utils.clip_grad_norm_(parameters_of(optimizer), self.clip_grad)
         self._scaler.step(optimizer)
         self._scaler.update()
+
+    def _chunks(self, batch: Batch | SettledBatch) -> Iterable[Tensor | list[Any]]:
+        """The parts of a batch: images, or values at the cut."""
+        count = self.grad_accum_steps
+        if isinstance(batch, Batch):
+            return batch.images.chunk(count)
+        parts = [[None] * count if value is None else value.chunk(count) for value in batch.values]
+        return map(list, zip(*parts, strict=True))
+
+    def _close_cache(self) -> None:
+        if self._cache:
+            self._cache.close()
+        self._cache = None
 
     def _tell(self, epoch: int, step: int, accuracy: Accuracy, began: float) -> None:
         scores = accuracy.read()

@@ -37,11 +37,12 @@ from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
 
 TRAIN_OPTIONS = """
 --amp --amp-dtype --at --augment --balance --batch-size -b --by --channels-last --clip-grad --config -c --data
+--cache --cache-dtype --cache-limit --cache-views
 --decay-epochs --decay-milestones --decay-rate
 --data-dir --deterministic --device --dry-run --epochs --epochs-total --experiment --grad-accum-steps
 --img-size --json  --l2l --log-interval --lr --mean --min-lr --momentum --no-amp --no-channels-last
 --no-deterministic --no-dry-run --no-pretrained --no-progress --opt --output --output-dir --parts --plan
---pretrained --print-config --progress --quiet -q --sched --schedule --seed --smoothing --std --stem
+--pretrained --print-config --progress --quiet -q --sched --schedule --seed --settled-dtype --smoothing --std --stem
 --torchcompile --train-batches-per-epoch --train-limit  --verbose -v --warmup-epochs --wd --weight-decay
 --workers -j
 """
@@ -246,6 +247,11 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "train-limit": 100,
         "train-batches-per-epoch": 3,
         "epochs-total": 30,
+        "settled-dtype": "bfloat16",
+        "cache": "ram",
+        "cache-limit": 0.5,
+        "cache-views": 3,
+        "cache-dtype": "float16",
         "clip-grad": 1.5,
         "decay-epochs": 2.5,
         "decay-milestones": "3,7.5",

@@ -67,6 +67,8 @@ def test_report_shows_each_phase_and_the_last_epoch(report: RunReport, capsys: p
         "peak memory: CUDA allocated": "not available",
         "peak memory: CUDA reserved": "not available",
         "peak memory: device (NVML)": "not available",
+        "cache: in memory": "not available",
+        "cache: in a file": "not available",
         "energy (NVML)": "3.6 kJ",
     }
     assert out.endswith(f"run folder: {folder}\n")

@@ -1,0 +1,131 @@
+"""What a training step costs once the first partitions are settled, against a plain step in which everything trains.
+
+    taskset -c 1 python benchmarks/settled.py
+
+All arms take their steps in turn, so that whatever else the machine does falls on all. `by hand` is the plain model
+with the same layers frozen by `requires_grad_(False)`; `bfloat16` runs the settled partitions in that precision;
+`cached` reads what they deliver from a file. Printed are the median seconds, and the median over all turns of the ratio
+to the plain step of the same turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+
+import fxsplit
+from fxsplit.api import choose_device
+from fxsplit.capture import models
+from fxsplit.run.cache import Cache, SettledBatch
+from fxsplit.run.data import MemoryImages
+from fxsplit.run.executor import Executor
+from fxsplit.run.loader import Loader
+from fxsplit.run.metrics import now
+
+BATCHES = 4
+
+
+def stepper(net: nn.Module, feed: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    """One training step: forward, cross-entropy, backward, SGD with momentum; `feed` gives scores and labels."""
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(*feed()).backward()
+        optimizer.step()
+
+    return step
+
+
+def executor(model: nn.Module, images: Tensor, at: list[str], settled: int) -> Executor:
+    """Of a copy of the model, with the first partitions settled."""
+    trace = fxsplit.trace(copy.deepcopy(model), (images,))
+    net = fxsplit.Executor(trace, fxsplit.partition(trace, at=at))
+    net.enter(fxsplit.Phase(start=settled, stop=len(net.partitions), epochs=1))
+    return net.train()
+
+
+def cached(net: Executor, loader: Loader, folder: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores and labels, over and over, with all rows in a file before the first."""
+    cache = Cache(
+        executor=net,
+        loader=loader,
+        settle=net.settle,
+        epochs=1000,
+        notice=print,
+        place="disk",
+        limit_bytes=None,
+        dtype=None,
+        folder=folder,
+    )
+    for _ in cache.batches(0):
+        pass
+    epoch = 0
+    while True:
+        epoch += 1
+        for batch in cache.batches(epoch):
+            assert isinstance(batch, SettledBatch)
+            yield net.resume(batch.values), batch.labels
+
+
+def main(
+    model: str = "timm:resnext50_32x4d",
+    at: Annotated[str, typer.Option(help="Where to cut.")] = "layer2,layer3,layer4",
+    img_size: int = 64,
+    batch_size: int = 32,
+    steps: int = 15,
+    device: str = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    place, cuts = choose_device(device), at.split(",")
+    plain = models.build(model, num_classes=10, img_size=img_size).to(place).train()
+    pixels = torch.randint(256, (BATCHES * batch_size, 3, img_size, img_size), dtype=torch.uint8)
+    data = MemoryImages(pixels=pixels, labels=torch.randint(10, (len(pixels),)), img_size=img_size).to(place)
+    loader = Loader(train=data, test=data, batch_size=batch_size, seed=0)
+    images, labels, _ = next(loader.training(0))
+
+    def run(net: nn.Module) -> Callable[[], None]:
+        return stepper(net, lambda: (net(images), labels))
+
+    nets = [executor(plain, images, cuts, settled) for settled in range(len(cuts) + 1)]
+    by_hand, frozen = copy.deepcopy(plain), nets[-1].settled_state()
+    for name, parameter in by_hand.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    low = executor(plain, images, cuts, len(cuts))
+    low.settled_dtype = torch.bfloat16
+    from_cache = executor(plain, images, cuts, len(cuts))
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        arms = {
+            "plain": run(plain),
+            "all train": run(nets[0]),
+            **{f"{settled} settled": run(net) for settled, net in enumerate(nets) if settled},
+            f"{len(cuts)} by hand": run(by_hand),
+            f"{len(cuts)} bfloat16": run(low),
+            f"{len(cuts)} cached": stepper(from_cache, partial(next, cached(from_cache, loader, folder))),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in arms}
+        for turn in range(steps + 2):
+            for name in sorted(arms, reverse=bool(turn % 2)):
+                began = now(place)
+                arms[name]()
+                if turn >= 2:
+                    seconds[name].append(now(place) - began)
+    print(f"{model} cut at {at}, {img_size}x{img_size}, batch {batch_size}, {place}, {threads} threads, {steps} steps")
+    for name, taken in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(taken, seconds["plain"], strict=True))
+        print(f"  {name:12} {statistics.median(taken):.4f} s a step (at best {min(taken):.4f}), ratio {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,149 @@
+"""The settled prefix: settled partitions in evaluation, without autograd, cheaper because they never change again.
+
+Each settled partition has a third variant beside training and evaluation, folded, which every phase uses again; only
+the folded weights are made anew when they are missing or no longer those of the model.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxsplit.capture.meta import map_tensors
+from fxsplit.capture.tracing import Trace
+from fxsplit.run.folding import fold
+from fxsplit.run.stages import Stage, code_of, stage_graph
+
+# What depends on how a tensor lies in memory: methods that ask for it, and ops that give a view or a copy by it.
+ASKING = {
+    "view", "view_as", "unflatten", "Unflatten", "as_strided", "stride", "is_contiguous", "storage_offset", "data_ptr",
+}  # fmt: skip
+RESHAPING = {"reshape", "reshape_as", "flatten", "Flatten", "ravel", "contiguous"}
+# Modules and functions from elsewhere may do anything.
+ORIGINS = {"torch", "_operator", "math", "builtins"}
+
+Weights = list[tuple[Tensor, Tensor | None]]
+
+
+class SettledStage:
+    """A partition that is settled: what its stage computes in evaluation, within rounding.
+
+    It holds no tensor of its own. Where a module that it passes over was given hooks or a parametrization after
+    tracing, it leaves the work to the stage.
+    """
+
+    def __init__(self, trace: Trace, stage: Stage) -> None:
+        self._stage = stage
+        graph = stage_graph(trace, stage.partition, is_last=False, training=False)
+        self.takes_any_layout = _takes_any_layout(graph, trace.model)
+        self._folds, passed_over = fold(graph, trace.model)
+        self._passed_over = [(module, type(module)) for module in passed_over]
+        self._code = code_of(graph, f"partition {stage.partition.index} settled")
+
+    def sources(self) -> list[Tensor | None]:
+        """The model's tensors that the folded weights are made of."""
+        return [tensor for each in self._folds for tensor in each.sources()]
+
+    def weights(self, layout: torch.memory_format) -> Weights:
+        """The folded weights, with those of 2D convolutions in that layout."""
+        return [each.tensors(layout) for each in self._folds]
+
+    def __call__(self, model: nn.Module, values: list[Any], weights: Weights) -> Any:
+        """Boundary values in, boundary values out."""
+        if any(_has_changed(module, kind) for module, kind in self._passed_over):
+            return self._stage(model, values, training=False)
+        self._stage.set_mode(training=False)
+        values.append(weights)
+        return self._code(model, values)
+
+    def compile(self, backend: str) -> None:
+        """Compile it when it first runs."""
+        self._code.compile(backend)
+
+
+class Prefix:
+    """The partitions that can settle: all but the last. Holds the folded weights of those that are settled now."""
+
+    def __init__(self, trace: Trace, stages: Sequence[Stage]) -> None:
+        self._stages = [SettledStage(trace, stage) for stage in stages[:-1]]
+        self.forget()
+
+    def __call__(self, model: nn.Module, values: list[Any], count: int, dtype: torch.dtype | None = None) -> list[Any]:
+        """Values at the end of the first `count` partitions, from those that the first of them reads.
+
+        With a `dtype`, convolutions and matrix products run in it, and results of that type become float32 again unless
+        autocast is on.
+        """
+        stages = self._stages[:count]
+        # Convolutions in 2D run faster in channels_last on a CPU, whatever the rest of the model runs in.
+        relaid = all(stage.takes_any_layout for stage in stages) and all(map(_may_be_relaid, values))
+        layout = torch.channels_last if relaid else torch.preserve_format
+        device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
+        reduced = nullcontext() if dtype is None else torch.autocast(device, dtype)
+        with torch.no_grad(), reduced:
+            for stage, weights in zip(stages, self._folded(stages, layout), strict=True):
+                values = stage(model, values, weights)
+        if dtype is not None and not torch.is_autocast_enabled(device):
+            values = map_tensors(lambda tensor: tensor.float() if tensor.dtype is dtype else tensor, values)
+        return map_tensors(_contiguous, values) if relaid else values
+
+    def forget(self) -> None:
+        """Drop the folded weights."""
+        self._sources: list[Tensor] = []
+        self._stamp: list[Any] = []
+        self._weights: list[Weights] = []
+
+    def compile_stages(self, backend: str) -> None:
+        """Compile each settled stage with a backend of `torch.compile`, when it first runs."""
+        for stage in self._stages:
+            stage.compile(backend)
+
+    def _folded(self, stages: Sequence[SettledStage], layout: torch.memory_format) -> list[Weights]:
+        """The folded weights of each stage; made anew when a tensor of the model was replaced or written into."""
+        sources = [tensor for stage in stages for tensor in stage.sources() if tensor is not None]
+        stamp = [len(stages), layout, *((id(tensor), tensor._version, tensor.data_ptr()) for tensor in sources)]
+        if stamp != self._stamp:
+            self.forget()
+            self._weights = [stage.weights(layout) for stage in stages]
+            # The tensors themselves are kept, so that no other can get the id of one of them.
+            self._sources, self._stamp = sources, stamp
+        return self._weights
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies fold the weights of their own model.
+        return {**vars(self), "_sources": [], "_stamp": [], "_weights": []}
+
+
+def _takes_any_layout(graph: fx.Graph, model: nn.Module) -> bool:
+    """Whether all ops of a stage surely deliver the same numbers however tensors lie in memory."""
+    views = writes = False
+    for node in graph.nodes:
+        if "op" not in node.meta:
+            continue
+        op = node.meta["op"]
+        called = type(model.get_submodule(op.path)) if op.kind == "module" else node.target
+        name = called if isinstance(called, str) else called.__name__
+        origin = "torch" if isinstance(called, str) else (called.__module__ or "torch")
+        if name in ASKING or called is operator.call or origin.partition(".")[0] not in ORIGINS:
+            return False
+        views |= name in RESHAPING and op.output.storage != op.name
+        writes |= bool(op.mutates)
+    # A reshape that views its input in one layout copies it in another, and then misses what is written into it.
+    return not (views and writes)
+
+
+def _may_be_relaid(value: Any) -> bool:
+    return not isinstance(value, Tensor) or (value.device.type == "cpu" and value.is_contiguous())
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor.contiguous() if tensor.dim() == 4 else tensor
+
+
+def _has_changed(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return type(module) is not kind or bool(module._forward_hooks or module._forward_pre_hooks)

@@ -1,0 +1,81 @@
+"""Partitions whose activations are not kept: their forward runs once more when their backward needs them.
+
+forward    values at the boundary ──► stage ──► ...        nothing kept but the boundary
+backward   values at the boundary ──► stage ──► gradients  from the same buffers and with the same dropout
+
+Source: Chen et al., Training deep nets with sublinear memory cost, 2016.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fxsplit.capture.naming import called_module
+from fxsplit.capture.tracing import Trace
+from fxsplit.run.stages import Stage, spans
+
+# What a module holds: its own attributes, and its buffers.
+Content = tuple[dict[str, Any], dict[str, Tensor | None]]
+
+
+class Recomputing:
+    """A stage in training that keeps only the values at its start for backward. Gradients and buffers stay the same."""
+
+    def __init__(self, trace: Trace, stage: Stage) -> None:
+        self._stage = stage
+        span = slice(*spans(stage.partition)[True])
+        program = trace.programs[True]
+        buffers = dict(trace.model.named_buffers())
+        written = {name for op in program.graph.ops[span] for name in op.mutates if name in buffers}
+        owners = {name.rpartition(".")[0] for name in written}
+        for node in program.nodes[span]:
+            path = called_module(node)
+            if path is not None:
+                for name, module in trace.model.get_submodule(path).named_modules(prefix=path):
+                    if module._buffers or not _is_plain(module):
+                        owners.add(name)
+        self._owners = tuple(sorted(owners))
+
+    def __call__(self, model: nn.Module, values: list[Any]) -> Any:
+        """Boundary values in, boundary values out; the list is emptied."""
+        given, values[:] = tuple(values), []
+        contents = {path: _content(model.get_submodule(path)) for path in self._owners}
+
+        def run(*given: Any) -> Any:
+            return self._stage(model, list(given), training=True)
+
+        return checkpoint(
+            run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), _put_back(model, contents))
+        )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """One of torch's own, which holds nothing that forward changes but buffers."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _content(module: nn.Module) -> Content:
+    buffers = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
+    return {} if _is_plain(module) else dict(vars(module)), buffers
+
+
+@contextmanager
+def _put_back(model: nn.Module, contents: Mapping[str, Content]) -> Iterator[None]:
+    """Inside, modules hold again what they held before the first forward; what they hold now stays for later."""
+    modules = {path: model.get_submodule(path) for path in contents}
+    now = {path: (dict(vars(module)), dict(module._buffers)) for path, module in modules.items()}
+    try:
+        for path, (attributes, buffers) in contents.items():
+            vars(modules[path]).update(attributes)
+            modules[path]._buffers.update(buffers)
+        yield
+    finally:
+        for path, (attributes, buffers) in now.items():
+            for owner, before in ((vars(modules[path]), attributes), (modules[path]._buffers, buffers)):
+                owner.clear()
+                owner.update(before)

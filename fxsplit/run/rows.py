@@ -1,0 +1,113 @@
+"""Rows of tensors, one a sample, in memory or in a file."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Column(NamedTuple):
+    """How rows of one value are kept: as this type, with their dimensions in the order in which they lie in memory.
+
+    Unpacked they have their own type and order of dimensions back, so that whatever runs on them runs the same kernels.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kept: torch.dtype
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, value: Tensor, dtype: torch.dtype | None) -> Column:
+        """For values like this one (B, ...); floating-point numbers are kept as `dtype`, or as they are if None."""
+        kept = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        order = (0, *sorted(range(1, value.dim()), key=value.stride().__getitem__, reverse=True))
+        return cls(tuple(value.shape[dimension] for dimension in order[1:]), value.dtype, kept, order)
+
+    @property
+    def row_bytes(self) -> int:
+        return prod(self.shape) * self.kept.itemsize
+
+    def pack(self, value: Tensor) -> Tensor:
+        return value.detach().permute(self.order).to("cpu", self.kept).contiguous()
+
+    def unpack(self, rows: Tensor, device: torch.device) -> Tensor:
+        back = [self.order.index(dimension) for dimension in range(len(self.order))]
+        return rows.to(device, self.dtype, non_blocking=True).permute(back)
+
+
+class MemoryRows:
+    """`count` rows of each column in memory. Raises MemoryError when there is not enough."""
+
+    file_bytes = 0
+
+    def __init__(self, count: int, columns: Sequence[Column]) -> None:
+        self.resident_bytes = count * sum(column.row_bytes for column in columns)
+        try:
+            self._tensors = [torch.empty((count, *column.shape), dtype=column.kept) for column in columns]
+        except RuntimeError as error:
+            raise MemoryError(str(error)) from error
+
+    def write(self, rows: Tensor, packed: Sequence[Tensor]) -> None:
+        """Packed values (B, ...) of each column, into `rows` int64 (B,)."""
+        for tensor, value in zip(self._tensors, packed, strict=True):
+            tensor[rows] = value
+
+    def read(self, rows: Tensor) -> list[Tensor]:
+        """Packed values (B, ...) of each column: copies, which may be written into."""
+        return [tensor[rows] for tensor in self._tensors]
+
+
+class FileRows:
+    """`count` rows of each column in a nameless file in `folder`, read through a memory map.
+
+    The file ends with the object, however the process ends. Raises OSError when it cannot be made or the disk is full.
+    """
+
+    resident_bytes = 0
+
+    def __init__(self, count: int, columns: Sequence[Column], folder: str) -> None:
+        self._columns = columns
+        self._offsets, end = [], 0
+        for column in columns:
+            self._offsets.append(end)
+            end += -(-count * column.row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.file_bytes = end
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as the object
+        weakref.finalize(self, self._file.close)
+        # Space is set aside now, and rows are written by calls: on a full disk a page of the map would end the process.
+        self._file.truncate(end)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self._file.fileno(), 0, end)
+        self._map = mmap.mmap(self._file.fileno(), end)
+        self._tensors = [
+            torch.frombuffer(self._map, dtype=column.kept, count=count * prod(column.shape), offset=offset).view(
+                count, *column.shape
+            )
+            for column, offset in zip(columns, self._offsets, strict=True)
+        ]
+
+    def write(self, rows: Tensor, packed: Sequence[Tensor]) -> None:
+        """Packed values (B, ...) of each column, into `rows` int64 (B,). Raises OSError when the disk is full."""
+        for column, offset, value in zip(self._columns, self._offsets, packed, strict=True):
+            data = value.reshape(len(value), -1).view(torch.uint8).numpy()
+            for row, line in zip(rows.tolist(), data, strict=True):
+                if os.pwrite(self._file.fileno(), line, offset + row * column.row_bytes) < column.row_bytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def read(self, rows: Tensor) -> list[Tensor]:
+        """Packed values (B, ...) of each column: copies, which may be written into."""
+        found = [tensor[rows] for tensor in self._tensors]
+        # Pages that were looked at would count as this process's memory, although the system can take them back.
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+        return found

@@ -1,0 +1,84 @@
+"""Recomputing changes what is kept for backward, and nothing else: bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxsplit.plan.schedule import Phase
+from fxsplit.run.executor import Executor
+from tests.models import Chain
+from tests.run.test_executor import MODELS, _executor, _images, _loss, _train
+
+
+def recomputing(net: Executor, *, start: int = 0) -> Executor:
+    """All that trains but the last partition."""
+    count = len(net.partitions)
+    net.enter(Phase(start=start, stop=count, epochs=1, recompute=count - 1 if count - start > 1 else 0))
+    return net
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_is_the_same_bit_for_bit(name: str) -> None:
+    make, size = MODELS[name]
+    torch.manual_seed(0)
+    kept = _executor(make(), size)
+    torch.manual_seed(0)
+    again = recomputing(_executor(make(), size))
+    assert all(torch.equal(*pair) for pair in zip(_train(kept, size), _train(again, size), strict=True))
+    for key, value in kept.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+def saved_bytes(net: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """What autograd itself keeps, each storage once."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Any:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _loss(net(images), labels)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_only_the_rest_keeps_activations() -> None:
+    images, labels = _images(0, 32)
+    kept = saved_bytes(_executor(Chain(), 32, 4).train(), images, labels)
+    again = saved_bytes(recomputing(_executor(Chain(), 32, 4)).train(), images, labels)
+    assert 0 < again < 0.6 * kept
+
+
+def test_after_settled_partitions_and_in_evaluation() -> None:
+    images, labels = _images(0, 8)
+    torch.manual_seed(0)
+    nets = [_executor(Chain(), 8, 4) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[0].enter(Phase(start=1, stop=4, epochs=1))
+    recomputing(nets[1], start=1)
+    for net in nets:
+        net.train()
+        _loss(net(images), labels).backward()
+    for first, second in zip(*(net.parameters() for net in nets), strict=True):
+        assert (first.grad is None) == (second.grad is None)
+        if first.grad is not None and second.grad is not None:
+            assert torch.equal(first.grad, second.grad)
+    before = {name: value.clone() for name, value in nets[1].state_dict().items()}
+    assert torch.equal(nets[0].eval()(images), nets[1].eval()(images))
+    assert all(torch.equal(value, nets[1].state_dict()[name]) for name, value in before.items())
+
+
+def test_a_recomputation_that_fails_leaves_the_buffers() -> None:
+    net = recomputing(_executor(Chain(), 8, 4)).train()
+    images, labels = _images(0, 8)
+    buffers = dict(net.named_buffers())
+    loss = _loss(net(images), labels)
+    inner = net.get_submodule("conv2")
+    inner.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("no more")))
+    with pytest.raises(RuntimeError, match="no more"):
+        loss.backward()
+    assert all(buffers[name] is buffer for name, buffer in net.named_buffers())
