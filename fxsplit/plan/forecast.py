@@ -150,7 +150,8 @@ class _Oracle:
                     wanting.add(op.name)
                 if frozen:
                     op = _frozen(op, in_training.get(op.name))
-                yield Step(op=op, recorded=recorded, trains=trains, passes=passes)
+                recomputes = index if phase.start <= index < phase.recompute else None
+                yield Step(op=op, recorded=recorded, trains=trains, passes=passes, recomputes=recomputes)
 
     def _step_time(self, phase: Phase) -> float:
         """Seconds of a step where they are measured, else work in multiply-adds."""
@@ -164,7 +165,7 @@ class _Oracle:
         total = 0.0
         for step in self._steps(phase):
             forward, backward = times(step.op)
-            total += forward
+            total += forward if step.recomputes is None else 2 * forward
             if step.recorded:
                 # A product has two operands, and the cost is that of both gradients, unless one is an input's.
                 whole = (step.trains and step.passes) or not step.op.macs or inputs.issuperset(step.op.reads)

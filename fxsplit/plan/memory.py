@@ -2,6 +2,7 @@
 
 settled ops          no autograd: a value lives until it was read last
 training ops         what autograd saves lives until the backward of the op that saves it
+recomputing ops      what they read at their partition's start lives until then; the rest is made again for its backward
 backward             the gradient of a value lives from its first reader's backward to that of the op which made it
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from fxsplit.graph import Graph, Op, Value
 
@@ -18,12 +20,14 @@ class Step:
     """An op where it runs in a phase.
 
     `recorded`: autograd records it. `trains`: parameters of it want gradients. `passes`: values that it reads do.
+    `recomputes`: the partition with which it runs again in backward, if it does.
     """
 
     op: Op
     recorded: bool
     trains: tuple[str, ...] = ()
     passes: tuple[str, ...] = ()
+    recomputes: int | None = None
 
 
 class Heap:
@@ -86,29 +90,63 @@ class _Walk:
         self.given = {value.storage for value in graph.inputs}
         self.gradients: dict[str, object] = {}
         self._serial = 0
+        # Storages that were made again, and are other blocks than the first ones.
+        self._again: frozenset[str] = frozenset()
 
     def size(self, name: str) -> int:
         return self.values[name].bytes_per_sample * self.batch_size if name in self.values else 0
 
     def forward(self) -> None:
         for index, step in enumerate(self.steps):
-            op = step.op
-            self._hold(op.name)
-            self.heap.borrow(round(op.forward_workspace_bytes * self.share))
-            if step.recorded:
-                self.heap.hold(("hidden", op.name), op.hidden_bytes * self.batch_size)
-                for name in op.saves:
+            if step.recomputes is not None and (not index or self.steps[index - 1].recomputes != step.recomputes):
+                for name in self._given(step.recomputes):
                     self._hold(name)
-            for name in {op.name, *op.reads}:
+            self._run(step, keeps=step.recomputes is None)
+            for name in {step.op.name, *step.op.reads}:
                 if self.last_read.get(name, index) == index:
                     self._drop(name)
+
+    def _run(self, step: Step, *, keeps: bool) -> None:
+        op = step.op
+        self._hold(op.name)
+        self.heap.borrow(round(op.forward_workspace_bytes * self.share))
+        if step.recorded and keeps:
+            self.heap.hold(("hidden", op.name), op.hidden_bytes * self.batch_size)
+            for name in op.saves:
+                self._hold(name)
 
     def backward(self) -> None:
         for name in self.graph.outputs:
             self._give(name, self._new(self.size(name)))
-        for step in reversed(self.steps):
-            if step.recorded:
-                self._backward_of(step)
+        for partition, steps in groupby(reversed(self.steps), lambda step: step.recomputes):
+            if partition is not None:
+                self._run_again(partition)
+            for step in steps:
+                if step.recorded:
+                    self._backward_of(step)
+            self._again = frozenset()
+            if partition is not None:
+                for name in self._given(partition):
+                    self._drop(name)
+
+    def _run_again(self, partition: int) -> None:
+        steps = self._steps_of(partition)
+        last_read = {name: index for index, step in enumerate(steps) for name in step.op.reads}
+        self._again = frozenset(step.op.name for step in steps)
+        for index, step in enumerate(steps):
+            self._run(step, keeps=True)
+            for name in {step.op.name, *step.op.reads} & self._again:
+                if last_read.get(name, index) == index:
+                    self._drop(name)
+
+    def _steps_of(self, partition: int) -> list[Step]:
+        return [step for step in self.steps if step.recomputes == partition]
+
+    def _given(self, partition: int) -> list[str]:
+        """What the ops of a recomputing partition read from before it, in order."""
+        steps = self._steps_of(partition)
+        made = {step.op.name for step in steps}
+        return list(dict.fromkeys(name for step in steps for name in step.op.reads if name not in made))
 
     def _backward_of(self, step: Step) -> None:
         op = step.op
@@ -149,16 +187,21 @@ class _Walk:
 
     def _hold(self, name: str) -> None:
         """The memory of a value, whichever value it belongs to in the mode of this phase."""
-        if (storage := self._storage(name)) is not None:
-            self.heap.hold(storage, self.size(storage))
+        if (block := self._block(name)) is not None:
+            self.heap.hold(block, self.size(self._storage(name)))
 
     def _drop(self, name: str) -> None:
-        if (storage := self._storage(name)) is not None:
-            self.heap.drop(storage)
+        if (block := self._block(name)) is not None:
+            self.heap.drop(block)
 
-    def _storage(self, name: str) -> str | None:
-        storage = self.values[name].storage if name in self.values else name
-        return None if storage in self.given else storage
+    def _storage(self, name: str) -> str:
+        return self.values[name].storage if name in self.values else name
+
+    def _block(self, name: str) -> object:
+        storage = self._storage(name)
+        if storage in self.given:
+            return None
+        return ("again", storage) if storage in self._again else storage
 
 
 def _hands_on(op: Op, read: Value) -> bool:
