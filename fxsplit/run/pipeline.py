@@ -27,7 +27,7 @@ from fxsplit.plan.partition import Partition
 from fxsplit.run.stages import Stage, stages
 from fxsplit.run.uses import changing, ops_of, refuse_divided
 
-# Before this parameter came, a gradient was sent back for every value, of whatever type.
+# Before this parameter came, every value of whatever type had to have a gradient.
 _SENDS_INTEGERS = "input_grads" in inspect.signature(PipelineStage).parameters
 
 
@@ -218,7 +218,7 @@ def _not_sendable(train: Any, evaluation: Any) -> str | None:
     if (train.shape, train.dtype) != (evaluation.shape, evaluation.dtype):
         return f"is {_form(train)} in training and {_form(evaluation)} in evaluation"
     if not _SENDS_INTEGERS and not train.is_floating_point():
-        return f"is {_form(train)}, for which torch {torch.__version__} would want a gradient"
+        return f"is {_form(train)}, for which torch {torch.__version__} wants a gradient, as newer ones do not"
     return None
 
 

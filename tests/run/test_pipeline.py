@@ -18,10 +18,10 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleIn
 from torch.nn import functional as F  # noqa: N812
 
 import fxsplit
-from fxsplit.errors import PartitionError, UsageError
+from fxsplit.errors import GuardError, PartitionError, UsageError
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
-from fxsplit.run.pipeline import _boundaries
+from fxsplit.run.pipeline import _SENDS_INTEGERS, _boundaries
 from tests.models import HAZARDS, AssignedBuffer, Chain
 
 RANKS = 2
@@ -43,14 +43,14 @@ class MaskedTokens(nn.Module):
 
 
 class Residual(Chain):
-    """A value made at the start is needed again at the end, and passes through what lies between."""
+    """A value made at the start, transposed in memory, is needed again at the end, and passes through the middle."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv3 = nn.Conv2d(6, 6, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        first = self.norm1(self.conv1(x)).relu()
+        first = F.dropout(self.norm1(self.conv1(x)).relu(), 0.3, self.training).transpose(2, 3)
         x = self.conv3(self.norm2(self.conv2(first)).relu())
         return self.head((x + first).mean((2, 3)))
 
@@ -90,7 +90,7 @@ CASES = {
         (Residual, ("norm2",), (ScheduleGPipe, Schedule1F1B)),
         (Residual, ("conv2", "norm2", "conv3"), (ScheduleInterleaved1F1B,)),
         (AssignedBuffer, ("norm2",), (Schedule1F1B,)),
-        (MaskedTokens, ("mix",), (Schedule1F1B,)),
+        (MaskedTokens, ("mix",), (Schedule1F1B,) if _SENDS_INTEGERS else ()),
     )
     for schedule in schedules
     for micro_batches in (2, 4)
@@ -124,6 +124,7 @@ def pipelined(case: Case) -> dict[str, Any]:
         return call(**(inputs if holds_first else {}), **given), [loss.detach() for loss in losses]
 
     losses = []
+    torch.manual_seed(1)
     for number in range(STEPS):
         optimizer.zero_grad()
         losses += step(number, schedule.step)[1]
@@ -143,6 +144,7 @@ def alone(case: Case) -> dict[str, Any]:
     model = case.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
+    torch.manual_seed(1)
     for number in range(STEPS):
         optimizer.zero_grad()
         inputs, labels = case.batch(number)
@@ -306,6 +308,21 @@ def test_partitions_are_dealt_evenly_and_belong_to_the_model(monkeypatch: pytest
     monkeypatch.setattr("torch.distributed.get_world_size", lambda _: 2)
     with pytest.raises(PartitionError, match="3 partitions cannot be dealt evenly to 2 ranks"):
         fxsplit.to_pipeline_stages(trace, fxsplit.partition(trace, count=3), (x,), device="cpu")
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_where_every_value_needs_a_gradient_an_integer_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxsplit.run.pipeline._SENDS_INTEGERS", False)
+    case = Case(MaskedTokens, ("mix",), Schedule1F1B, 2)
+    with pytest.raises(PartitionError, match=r"its value 'tokens' is int64 \(3, 4\), for which torch"):
+        fxsplit.to_pipeline_stages(*case.trace(), (), case.example(), device="cpu")
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_first_stage_refuses_an_input_that_takes_another_path() -> None:
+    first, _ = modules(traced(HAZARDS["BranchOnShape"]), ["head"])
+    with pytest.raises(GuardError, match="takes another path"):
+        first(torch.randn(MICRO_BATCH, 3, 4, 4))
 
 
 def test_a_process_without_a_rank_is_told_to_get_one() -> None:
