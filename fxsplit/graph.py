@@ -70,8 +70,10 @@ class Op:
     Costs are for one sample, in training: `macs` (one multiply-add is 1) and `backward_macs`, and `activation_bytes`,
     what autograd keeps for backward because of this op, each storage counted once. `saves` are the storages of values
     that it keeps, whether or not an earlier op keeps them too, and `hidden_bytes` what it keeps besides, such as a
-    mask. Measured on a device, and for the traced batch, are `seconds` (forward and backward) and `forward_seconds`,
-    None before, and `forward_workspace_bytes` and `backward_workspace_bytes`, which kernels borrow while they run.
+    mask. An op that is `uncounted` does work that torch's counter of multiply-adds does not know.
+
+    Measured on a device, and for the traced batch, are `seconds` (forward and backward) and `forward_seconds`, None
+    before, and `forward_workspace_bytes` and `backward_workspace_bytes`, which kernels borrow while they run.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Op:
     forward_seconds: float | None = None
     saves: tuple[str, ...] = ()
     hidden_bytes: int = 0
+    uncounted: bool = False
     forward_workspace_bytes: int = 0
     backward_workspace_bytes: int = 0
 

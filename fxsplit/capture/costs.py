@@ -47,15 +47,15 @@ class CostMeter:
         """
         saved: dict[int, int] = {}
 
-        def keep(tensor: Tensor) -> Tensor:
+        def keep(tensor: Tensor) -> None:
             key = storage_key(tensor)
             if key not in self._free and key not in saved:
                 saved[key] = tensor.untyped_storage().nbytes()
-                self._kept.append(tensor)
-            return tensor
+                self._kept.append(tensor.detach())
 
         counter = FlopCounterMode(display=False)
-        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # Nothing runs backward from here. An op that held its own output would never be freed.
+        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
             value = run(given)
         new_bytes = sum(size for key, size in saved.items() if key not in self._charged)
         self._charged.update(saved)

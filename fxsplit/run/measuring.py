@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,48 +13,33 @@ from torch.utils import _pytree as pytree
 
 from fxsplit.capture import allocations
 from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.report import PhaseMeasurement
 from fxsplit.run.executor import Executor
 from fxsplit.run.metrics import now
 
 WARMUP = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseMeasurement:
-    """One step of a phase, loss and optimizer included, as `PhaseForecast` tells it before.
-
-    `step_cost` is relative to a step of `standard` that ran in turn with it. `activation_bytes` is the most that
-    forward and backward hold at a time, gradients of parameters left out; `peak_bytes` the most of everything until
-    the end of backward.
-    """
-
-    step_cost: float
-    step_seconds: float
-    activation_bytes: int
-    peak_bytes: int
-
-
 def measure_phases(
     executor: Executor,
     plan: Plan,
-    args: Sequence[Any],
-    loss: Callable[[Any], Tensor],
+    loss: Callable[[nn.Module], Tensor],
     *,
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     steps: int = 5,
 ) -> tuple[PhaseMeasurement, ...]:
-    """Train a copy of `executor` on one batch in each phase of `plan`, and `standard` in turn with it, step by step.
+    """Train a copy of `executor` in each phase of `plan`, and `standard` in turn with it, step by step.
 
-    Seconds are medians. Equal phases are measured once.
+    `loss` of a module is that on one batch, always the same. Seconds are medians. Equal phases are measured once.
     """
     whole = Phase(start=0, stop=len(plan.partitions), epochs=1)
-    standard = _Arm(executor, whole, args, loss, make_optimizer)
+    standard = _Arm(executor, whole, loss, make_optimizer)
     found: dict[tuple[int, int], PhaseMeasurement] = {}
     for phase in plan.phases:
         window = phase.start, phase.stop
         if window not in found:
             is_standard = window == (whole.start, whole.stop)
-            arm = standard if is_standard else _Arm(executor, phase, args, loss, make_optimizer)
+            arm = standard if is_standard else _Arm(executor, phase, loss, make_optimizer)
             pairs = [(standard.step(), arm.step()) for _ in range(WARMUP + steps)][WARMUP:]
             activations, peak = arm.memory()
             found[window] = PhaseMeasurement(
@@ -95,13 +78,12 @@ class _Arm:
         self,
         executor: Executor,
         phase: Phase,
-        args: Sequence[Any],
-        loss: Callable[[Any], Tensor],
+        loss: Callable[[nn.Module], Tensor],
         make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     ) -> None:
         self._net = copy.deepcopy(executor).train()
         self._net.enter(phase)
-        self._args, self._loss = args, loss
+        self._loss = loss
         self._parameters = [parameter for parameter in self._net.parameters() if parameter.requires_grad]
         self._optimizer = make_optimizer(self._parameters)
         self._device = self._parameters[0].device
@@ -110,7 +92,7 @@ class _Arm:
         """One step; its seconds."""
         began = now(self._device)
         self._optimizer.zero_grad()
-        self._loss(self._net(*self._args)).backward()  # type: ignore[no-untyped-call]
+        self._loss(self._net).backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         return now(self._device) - began
 
@@ -118,7 +100,7 @@ class _Arm:
         """Peak bytes of forward and backward without gradients of parameters, and of everything."""
         self._optimizer.zero_grad()
         with allocations.recorded(self._device) as events:
-            self._loss(self._net(*self._args)).backward()  # type: ignore[no-untyped-call]
+            self._loss(self._net).backward()  # type: ignore[no-untyped-call]
         lasting = [*self._net.parameters(), *self._net.buffers()]
         lasting += [leaf for leaf in pytree.tree_leaves(dict(self._optimizer.state)) if isinstance(leaf, Tensor)]
         held = sum(tensor.numel() * tensor.element_size() for tensor in lasting)

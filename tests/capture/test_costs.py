@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import DeformConv2d
 
 from fxsplit.capture.meta import tensors_in
 from fxsplit.capture.paper import NETWORKS
@@ -73,3 +74,25 @@ def test_a_storage_that_two_ops_save_is_saved_by_both() -> None:
     assert ops["conv1"].saves == ()
     assert ops["norm1"].saves == ("conv1",)
     assert ops["norm1"].hidden_bytes == 2 * 6 * 4 // 2  # mean and deviation of the batch
+
+
+class Deformed(nn.Module):
+    """A kernel of torchvision, and a module that looks at data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset, self.deform = nn.Conv2d(3, 18, 3, padding=1), DeformConv2d(3, 4, 3, padding=1)
+        self.inner = HAZARDS["InnerBranchOnData"]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y + self.deform(x, self.offset(x)).mean((1, 2, 3))[:, None]
+
+
+def test_what_cannot_be_counted_is_said() -> None:
+    ops = {op.name: op for op in trace(Deformed(), (torch.rand(2, 3, 8, 8),)).train.ops}
+    uncounted = {name: op.target for name, op in ops.items() if op.uncounted}
+    assert len(uncounted) == 2
+    assert "torchvision.deform_conv2d" in uncounted.values()
+    assert ops["offset"].macs == 64 * 27 * 18
+    assert not any(op.uncounted for op in trace(Chain(), (torch.rand(2, 3, 8, 8),)).train.ops)

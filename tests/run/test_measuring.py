@@ -30,8 +30,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 LABELS = torch.arange(8) % 5
 
 
-def loss(output: Tensor) -> Tensor:
-    return F.cross_entropy(output, LABELS)
+def loss(images: Tensor, net: nn.Module) -> Tensor:
+    return F.cross_entropy(net(images), LABELS)
 
 
 @pytest.mark.parametrize("schedule_name", ["settle", "grow", "window"])
@@ -45,7 +45,7 @@ def test_memory_is_as_forecast_in_every_phase(name: str, schedule_name: str) -> 
     known = measure(found, (images,), steps=1)
     told = forecast(plan, known.train, known.eval, batch_size=8, optimizer_slots=2)
     real = measure_phases(
-        Executor(found, plan.partitions), plan, (images,), loss, make_optimizer=torch.optim.AdamW, steps=1
+        Executor(found, plan.partitions), plan, partial(loss, images), make_optimizer=torch.optim.AdamW, steps=1
     )
     for ahead, measured in zip(told.phases, real, strict=True):
         assert ahead.activation_bytes == pytest.approx(measured.activation_bytes, rel=0.1)
@@ -62,7 +62,7 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     wanting = [parameter.requires_grad for parameter in model.parameters()]
     real = measure_phases(
-        net, plan, (images,), loss, make_optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9), steps=2
+        net, plan, partial(loss, images), make_optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9), steps=2
     )
     assert len(real) == len(plan.phases)
     assert real[0].step_cost == 1.0
