@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
@@ -50,7 +51,7 @@ class Executor(nn.Module):
             tuple(parameters[name] for name in partition.state if name in parameters and parameters[name].requires_grad)
             for partition in partitions
         )
-        self._start, self._stop = 0, len(self._stages)
+        self._phase = self._everything = Phase(start=0, stop=len(self._stages), epochs=1)
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
@@ -59,10 +60,13 @@ class Executor(nn.Module):
     @property
     def window(self) -> tuple[int, int]:
         """Partitions [start, stop) train."""
-        return self._start, self._stop
+        return self._phase.start, self._phase.stop
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: Phase, optimizer: Optimizer | None = None) -> None:
         """Let the phase's partitions train, and nothing else: other parameters want no gradient and hold none.
+
+        With `optimizer` they have no state in it either, and a phase with `fresh_optimizer` begins without any.
+        Entering the phase that it is in changes nothing, so a loop may do so in every epoch.
 
         Parameters that did not train when the executor was made never do. A parameter that several partitions use
         belongs to the first of them. Raises PartitionError when the phase has more partitions than there are.
@@ -72,7 +76,8 @@ class Executor(nn.Module):
                 f"the phase trains partitions [{phase.start}, {phase.stop}) of {len(self._stages)}; "
                 "make the plan from this executor's partitions"
             )
-        self._start, self._stop = phase.start, phase.stop
+        starts_anew = phase.fresh_optimizer and phase is not self._phase
+        self._phase = phase
         for index, parameters in enumerate(self._owned):
             trains = phase.start <= index < phase.stop
             for parameter in parameters:
@@ -80,23 +85,28 @@ class Executor(nn.Module):
                 if not trains:
                     # Momentum would move a parameter even with a gradient of zero.
                     parameter.grad = None
+        if optimizer is not None:
+            for held in list(optimizer.state):
+                if starts_anew or not held.requires_grad:
+                    del optimizer.state[held]
 
     def release(self) -> None:
         """Let everything train again that did when the executor was made."""
-        self.enter(Phase(start=0, stop=len(self._stages), epochs=1))
+        self.enter(self._everything)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model would return. Raises GuardError when the inputs take another path than the traced one."""
         tensors = self._signature.tensors(args, kwargs)
-        everything = (self._start, self._stop) == (0, len(self._stages))
+        start, stop = self.window
+        everything = (start, stop) == (0, len(self._stages))
         for training in {self.training, self.training and everything}:
             self._guards[training].check(tensors)
         values: Any = [tensors[index] for index in self._fed]
         with torch.no_grad():
-            for stage in self._stages[: self._start]:
+            for stage in self._stages[:start]:
                 values = stage(self._model, values, training=False)
-        for stage in self._stages[self._start :]:
-            values = stage(self._model, values, training=self.training and stage.partition.index < self._stop)
+        for stage in self._stages[start:]:
+            values = stage(self._model, values, training=self.training and stage.partition.index < stop)
         return values
 
     def compile_stages(self, backend: str) -> None:
