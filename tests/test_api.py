@@ -391,7 +391,7 @@ def test_the_notebooks_recipe_is_the_notebooks_experiment() -> None:
 
 def test_the_loop_of_the_readme_runs() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (script,) = readme.split("```python\n")[1:]
+    script, _ = readme.split("```python\n")[1:]
     scope: dict[str, Any] = {}
     exec(script.split("```")[0], scope)
     assert scope["plan"].phases[-1].start > 0
