@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from fxsplit.plan.partition import Partition
     from fxsplit.plan.schedule import Phase, Plan, schedule
     from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
+    from fxsplit.run.devices import device_map
     from fxsplit.run.executor import Executor
+    from fxsplit.run.pipeline import to_pipeline_stages
     from fxsplit.spec import RunSpec
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ __all__ = [
     "Trace",
     "check",
     "check_forecasts",
+    "device_map",
     "forecast",
     "inspect",
     "load_plan",
@@ -50,6 +53,7 @@ __all__ = [
     "partition",
     "save_plan",
     "schedule",
+    "to_pipeline_stages",
     "trace",
     "train",
 ]
@@ -64,7 +68,9 @@ _HOMES = {
     "fxsplit.plan.partition": ("Partition",),
     "fxsplit.plan.schedule": ("Phase", "Plan", "schedule"),
     "fxsplit.report": ("CheckRecord", "ForecastRecord", "Inspection", "Observer", "RunReport"),
+    "fxsplit.run.devices": ("device_map",),
     "fxsplit.run.executor": ("Executor",),
+    "fxsplit.run.pipeline": ("to_pipeline_stages",),
     "fxsplit.spec": ("RunSpec",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

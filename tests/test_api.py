@@ -14,14 +14,17 @@ import safetensors.torch
 import torch
 import yaml
 from fxsplit_cli.main import main
+from torch.nn import functional as F  # noqa: N812
 
 import fxsplit
 from fxsplit.api import choose_device, determinism
+from fxsplit.capture import models
 from fxsplit.errors import DataError, PartitionError, UsageError
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.planfile import read_file
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, RunReport
 from fxsplit.run import datasets
+from fxsplit.run.data import batches
 from fxsplit.run.folder import COLUMNS
 from fxsplit.spec import read_recipe, resolve
 
@@ -391,13 +394,40 @@ def test_the_notebooks_recipe_is_the_notebooks_experiment() -> None:
 
 def test_the_loop_of_the_readme_runs() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (script,) = readme.split("```python\n")[1:]
+    script, _ = readme.split("```python\n")[1:]
     scope: dict[str, Any] = {}
     exec(script.split("```")[0], scope)
     assert scope["plan"].phases[-1].start > 0
     settled = {name for part in scope["parts"][: scope["plan"].phases[-1].start] for name in part.state}
     assert settled
     assert all(not p.requires_grad for name, p in scope["model"].named_parameters() if name in settled)
+    assert scope["optimizer"].state.keys() == {p for p in scope["model"].parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("schedule", "epochs"), [("settle", 6), ("grow", 6), ("window", 2)])
+def test_a_plain_loop_with_the_executor_ends_with_the_weights_of_train(
+    schedule: str, epochs: int, spec: Callable[..., fxsplit.RunSpec]
+) -> None:
+    asked = spec(model="paper:cnn", img_size=16, parts=6, schedule=schedule, epochs=epochs, lr=0.01, seed=3)
+    report = train(asked)
+    assert len(report.plan.phases) > 1
+    trained = safetensors.torch.load_file(Path(report.folder) / "model.safetensors")
+    data = datasets.load(asked.data, img_size=16, data_dir="", seed=3, train_limit=40, notice=print, workers=0)
+    with determinism(3, False):
+        model = models.build(asked.model, num_classes=len(data.classes), img_size=16)
+        net = fxsplit.Executor(fxsplit.trace(model, (torch.empty(2, 3, 16, 16),)), report.plan.partitions)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.0)
+        for epoch in range(report.plan.epochs):
+            net.enter(report.plan.phase_at(epoch), optimizer)
+            net.train()
+            for batch in batches(data.train, batch_size=16, shuffle=True, seed=3, epoch=epoch):
+                optimizer.zero_grad()
+                F.cross_entropy(net(batch.images), batch.labels).backward()
+                optimizer.step()
+
+    assert trained.keys() == model.state_dict().keys()
+    assert all(torch.equal(trained[name], value) for name, value in model.state_dict().items())
+    assert optimizer.state.keys() == {p for p in model.parameters() if p.requires_grad}
 
 
 def test_the_plan_of_the_readme_is_a_whole_plan(tmp_path: Path) -> None:

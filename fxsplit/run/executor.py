@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
@@ -39,11 +40,6 @@ class Executor(nn.Module):
 
     def __init__(self, trace: Trace, partitions: Sequence[Partition]) -> None:
         super().__init__()
-        ends = [0, *(partition.stop for partition in partitions)]
-        if [partition.start for partition in partitions] != ends[:-1] or ends[-1] != len(trace.train):
-            raise PartitionError(
-                f"the partitions cover other ops than the {len(trace.train)} of this model; partition its own trace"
-            )
         model = trace.model
         # Not registered as a submodule: its names would then begin with another one.
         object.__setattr__(self, "_model", model)
@@ -62,7 +58,7 @@ class Executor(nn.Module):
             tuple(parameters[name] for name in partition.state if name in parameters and parameters[name].requires_grad)
             for partition in partitions
         )
-        self._start, self._stop, self._recompute = 0, len(self._stages), 0
+        self._phase = self._everything = Phase(start=0, stop=len(self._stages), epochs=1)
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
@@ -71,10 +67,13 @@ class Executor(nn.Module):
     @property
     def window(self) -> tuple[int, int]:
         """Partitions [start, stop) train."""
-        return self._start, self._stop
+        return self._phase.start, self._phase.stop
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: Phase, optimizer: Optimizer | None = None) -> None:
         """Let the phase's partitions train, and nothing else: other parameters want no gradient and hold none.
+
+        With `optimizer` they have no state in it either, and a phase with `fresh_optimizer` begins without any.
+        Entering the phase that it is in changes nothing, so a loop may do so in every epoch.
 
         Parameters that did not train when the executor was made never do. A parameter that several partitions use
         belongs to the first of them. Raises PartitionError when the phase has more partitions than there are.
@@ -84,9 +83,10 @@ class Executor(nn.Module):
                 f"the phase trains partitions [{phase.start}, {phase.stop}) of {len(self._stages)}; "
                 "make the plan from this executor's partitions"
             )
-        self._start, self._stop = phase.start, phase.stop
-        self._recompute = phase.recompute
-        self._prefix.forget()
+        is_new = phase is not self._phase
+        if is_new:
+            self._prefix.forget()
+        self._phase = phase
         for index, parameters in enumerate(self._owned):
             trains = phase.start <= index < phase.stop
             for parameter in parameters:
@@ -94,10 +94,14 @@ class Executor(nn.Module):
                 if not trains:
                     # Momentum would move a parameter even with a gradient of zero.
                     parameter.grad = None
+        if optimizer is not None:
+            for held in list(optimizer.state):
+                if (is_new and phase.fresh_optimizer) or not held.requires_grad:
+                    del optimizer.state[held]
 
     def release(self) -> None:
         """Let everything train again that did when the executor was made."""
-        self.enter(Phase(start=0, stop=len(self._stages), epochs=1))
+        self.enter(self._everything)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model would return. Raises GuardError when the inputs take another path than the traced one."""
@@ -109,29 +113,31 @@ class Executor(nn.Module):
         Raises GuardError as `forward` does.
         """
         tensors = self._signature.tensors(args, kwargs)
-        everything = (self._start, self._stop) == (0, len(self._stages))
+        start, stop = self.window
+        everything = (start, stop) == (0, len(self._stages))
         for training in {self.training, self.training and everything}:
             self._guards[training].check(tensors)
         values: list[Any] = [tensors[index] for index in self._fed]
-        if not self._start:
+        if not start:
             return values
-        return self._prefix(self._model, values, self._start, self.settled_dtype if self.training else None)
+        return self._prefix(self._model, values, start, self.settled_dtype if self.training else None)
 
     def resume(self, values: list[Any]) -> Any:
         """What the model would return, from what `settle` gave; the list is emptied."""
         result: Any = values
-        for stage, again in zip(self._stages[self._start :], self._recomputing[self._start :], strict=True):
-            index = stage.partition.index
-            if index < self._recompute and self.training and torch.is_grad_enabled():
-                result = again(self._model, result)
+        start, stop = self.window
+        recompute = self._phase.recompute if self.training and torch.is_grad_enabled() else 0
+        for index in range(start, len(self._stages)):
+            if index < recompute:
+                result = self._recomputing[index](self._model, result)
             else:
-                result = stage(self._model, result, training=self.training and index < self._stop)
+                result = self._stages[index](self._model, result, training=self.training and index < stop)
         return result
 
     def settled_state(self) -> dict[str, Tensor]:
         """The parameters and buffers of the settled partitions, by the model's names."""
         state: dict[str, Tensor] = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        owned = [name for stage in self._stages[: self._start] for name in stage.partition.state]
+        owned = [name for stage in self._stages[: self.window[0]] for name in stage.partition.state]
         return {name: state[name] for name in owned if name in state}
 
     def compile_stages(self, backend: str) -> None:

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from fxsplit.capture.naming import called_module
 from fxsplit.capture.tracing import Trace
+from fxsplit.errors import PartitionError
 from fxsplit.plan.partition import Partition
 
 _serial = itertools.count()
@@ -166,6 +167,16 @@ def _named_tuples(arguments: Any) -> Iterator[type]:
 
 
 def stages(trace: Trace, partitions: Sequence[Partition]) -> tuple[Stage, ...]:
-    """One stage a partition, sharing the modules of `trace.model`."""
+    """One stage a partition, sharing the modules of `trace.model`. Raises as `refuse_foreign` does."""
+    refuse_foreign(trace, partitions)
     last = len(partitions) - 1
     return tuple(Stage(trace, partition, is_last=partition.index == last) for partition in partitions)
+
+
+def refuse_foreign(trace: Trace, partitions: Sequence[Partition]) -> None:
+    """Raise PartitionError when the partitions are not those of this trace."""
+    ends = [0, *(partition.stop for partition in partitions)]
+    if [partition.start for partition in partitions] != ends[:-1] or ends[-1] != len(trace.train):
+        raise PartitionError(
+            f"the partitions cover other ops than the {len(trace.train)} of this model; partition its own trace"
+        )

@@ -1,0 +1,86 @@
+"""Which partitions use which parameters and buffers of a model."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterator, Sequence
+
+from torch import fx, nn
+
+from fxsplit.capture.naming import method_of
+from fxsplit.capture.tracing import Trace
+from fxsplit.errors import PartitionError
+from fxsplit.graph import Op
+from fxsplit.plan.partition import Partition
+
+
+def ops_of(trace: Trace, partitions: Sequence[Partition]) -> Iterator[tuple[int, Op, fx.Node]]:
+    """The ops of both modes, each with the index of its partition and its node."""
+    for partition in partitions:
+        spans = {True: (partition.start, partition.stop), False: (partition.eval_start, partition.eval_stop)}
+        for training, span in spans.items():
+            program = trace.programs[training]
+            for op, node in zip(program.graph.ops[slice(*span)], program.nodes[slice(*span)], strict=True):
+                yield partition.index, op, node
+
+
+def users_of(trace: Trace, partitions: Sequence[Partition]) -> dict[str, set[int]]:
+    """The partitions that use each parameter and buffer, and other tensors that modules hold.
+
+    A method may use all that its module holds.
+    """
+    names = dict.fromkeys(first_names(trace.model).values())
+    users: dict[str, set[int]] = {name: set() for name in names}
+    for index, op, node in ops_of(trace, partitions):
+        held = [name for name in names if op.path in prefixes(name)] if method_of(node) else op.state
+        read = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+        for name in (*held, *read, *_assigned(node)):
+            users.setdefault(name, set()).add(index)
+    return users
+
+
+def changing(trace: Trace, partitions: Sequence[Partition]) -> set[str]:
+    """The parameters, and all that ops write."""
+    written = {name for _, op, node in ops_of(trace, partitions) for name in (*op.mutates, *_assigned(node))}
+    return written.union(name for name, _ in trace.model.named_parameters())
+
+
+def _assigned(node: fx.Node) -> list[str]:
+    """What the node puts another tensor in the place of: an item of a module's `_buffers` or `__dict__`."""
+    holder = node.args[0] if node.target is operator.setitem else None
+    if not isinstance(holder, fx.Node) or holder.op != "get_attr":
+        return []
+    path = str(holder.target).rpartition(".")[0]
+    return [f"{path}.{node.args[1]}".removeprefix(".")]
+
+
+def refuse_divided(
+    trace: Trace, partitions: Sequence[Partition], names: Collection[str], places: Sequence[str | int]
+) -> None:
+    """Raise PartitionError when one of the parameters and buffers in `names` is used in two `places`."""
+    for _, op, node in ops_of(trace, partitions):
+        if method_of(node) and not op.path:
+            raise PartitionError(
+                f"the model's own method {method_of(node)!r} stays one op and may use all of the model, which can then "
+                "not be divided; move the method into a module of its own"
+            )
+    for name, users in users_of(trace, partitions).items():
+        if name in names and len({places[index] for index in users}) > 1:
+            which = " and ".join(map(str, sorted(users)))
+            raise PartitionError(
+                f"{name!r} is used by partitions {which}, which would need a copy each; "
+                "cut so that one partition holds all uses"
+            )
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer, with the first name of the same one."""
+    first: dict[int, str] = {}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
+
+
+def prefixes(path: str) -> list[str]:
+    """The path itself and the modules around it: "", "layer1", "layer1.0"."""
+    parts = path.split(".")
+    return ["", *(".".join(parts[: depth + 1]) for depth in range(len(parts)) if path)]
