@@ -22,6 +22,7 @@ from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.capture.units import units_of
 from fxsplit.errors import UsageError
+from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.forecast import forecast as forecast_graphs
 from fxsplit.plan.partition import Partition, most_partitions
@@ -279,6 +280,15 @@ def _build(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
 
 
 def _plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
+    plan = _given_plan(spec, trace, observer)
+    if spec.memory_budget is None:
+        return plan
+    images = spec.batch_size // spec.grad_accum_steps
+    slots = slots_of(lambda parameters: _optimizer(spec)(nn.ParameterList(parameters)))
+    return fit(plan, trace.train, trace.eval, budget=spec.memory_budget, batch_size=images, optimizer_slots=slots)
+
+
+def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
     if spec.plan is not None:
         return load_plan(spec.plan, trace, observer)
     count = spec.parts

@@ -145,6 +145,13 @@ class RunSpec:
         "same",
         choices=("same", "bfloat16", "float16"),
     )
+    memory_budget: float | None = _option(
+        "Memory",
+        "Let partitions recompute in backward where a phase would need more memory than this: up to 1, of the "
+        "activations of standard training; above 1, bytes of everything.",
+        None,
+        above=0,
+    )
     cache: str = _option(
         "Settled partitions",
         "Keep what the settled partitions deliver for each image: ram, disk (a file in --output, gone after the run), "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -34,22 +35,22 @@ def measure_phases(
     """
     whole = Phase(start=0, stop=len(plan.partitions), epochs=1)
     standard = _Arm(executor, whole, loss, make_optimizer)
-    found: dict[tuple[int, int], PhaseMeasurement] = {}
-    for phase in plan.phases:
-        window = phase.start, phase.stop
-        if window not in found:
-            is_standard = window == (whole.start, whole.stop)
+    alike = [replace(phase, epochs=1, fresh_optimizer=False) for phase in plan.phases]
+    found: dict[Phase, PhaseMeasurement] = {}
+    for phase in alike:
+        if phase not in found:
+            is_standard = phase == whole
             arm = standard if is_standard else _Arm(executor, phase, loss, make_optimizer)
             pairs = [(standard.step(), arm.step()) for _ in range(WARMUP + steps)][WARMUP:]
             activations, peak = arm.memory()
-            found[window] = PhaseMeasurement(
+            found[phase] = PhaseMeasurement(
                 # Of neighbours: a machine that slows down for a while slows both.
                 step_cost=1.0 if is_standard else statistics.median(mine / its for its, mine in pairs),
                 step_seconds=statistics.median(mine for _, mine in pairs),
                 activation_bytes=activations,
                 peak_bytes=peak,
             )
-    return tuple(found[phase.start, phase.stop] for phase in plan.phases)
+    return tuple(found[phase] for phase in alike)
 
 
 def update_seconds(

@@ -40,13 +40,14 @@ TRAIN_OPTIONS = """
 --cache --cache-dtype --cache-limit --cache-views
 --decay-epochs --decay-milestones --decay-rate
 --data-dir --deterministic --device --dry-run --epochs --epochs-total --experiment --grad-accum-steps
---img-size --json  --l2l --log-interval --lr --mean --min-lr --momentum --no-amp --no-channels-last
+--img-size --json  --l2l --log-interval --lr --mean --memory-budget --min-lr --momentum --no-amp --no-channels-last
 --no-deterministic --no-dry-run --no-pretrained --no-progress --opt --output --output-dir --parts --plan
 --pretrained --print-config --progress --quiet -q --sched --schedule --seed --settled-dtype --smoothing --std --stem
 --torchcompile --train-batches-per-epoch --train-limit  --verbose -v --warmup-epochs --wd --weight-decay
 --workers -j
 """
 INSPECT_OPTIONS = """
+--grad-accum-steps --memory-budget
 --at --balance --batch-size -b --by --config -c --data --device --diff --epochs --epochs-total --format --img-size
 --json --l2l --measure --momentum --opt --output -o --parts --plan --save-plan --schedule --stem --verbose -v
 """
@@ -253,6 +254,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "cache-views": 3,
         "cache-dtype": "float16",
         "clip-grad": 1.5,
+        "memory-budget": 0.5,
         "decay-epochs": 2.5,
         "decay-milestones": "3,7.5",
         "torchcompile": "inductor",

@@ -101,9 +101,9 @@ def test_the_text_of_a_plan_file_is_frozen() -> None:
         '  "schedule": "settle",\n'
         '  "cuts": [\n    "layer1",\n    "layer2",\n    "layer3"\n  ],\n'
         '  "phases": [\n'
-        '    {"from": null, "up_to": null, "epochs": 7, "fresh_optimizer": false},\n'
-        '    {"from": "layer1", "up_to": null, "epochs": 1, "fresh_optimizer": false},\n'
-        '    {"from": "layer2", "up_to": null, "epochs": 4, "fresh_optimizer": false}\n'
+        '    {"from": null, "up_to": null, "epochs": 7, "fresh_optimizer": false, "recompute_up_to": null},\n'
+        '    {"from": "layer1", "up_to": null, "epochs": 1, "fresh_optimizer": false, "recompute_up_to": null},\n'
+        '    {"from": "layer2", "up_to": null, "epochs": 4, "fresh_optimizer": false, "recompute_up_to": null}\n'
         "  ],\n"
         '  "derived": [\n'
         '    {"partition": "stem", "ops": 1, "parameters": 3, "macs": 1, "activation_bytes": 0, '
@@ -117,6 +117,18 @@ def test_the_text_of_a_plan_file_is_frozen() -> None:
         "  ]\n"
         "}\n"
     )
+
+
+def test_what_recomputes_is_named_by_its_cut() -> None:
+    phases = '[{"from": "layer1", "recompute_up_to": "layer3", "epochs": 2}]'
+    text = '{"schema": 2, "schedule": "mine", "cuts": ["layer1", "layer2", "layer3"], "phases": %s}'
+    plan = planned(text % phases)
+    assert plan.phases == (Phase(start=1, stop=4, epochs=2, recompute=3),)
+    assert planned(file_of(plan).to_json()) == plan
+    with pytest.raises(PartitionError, match="phase 1 of the plan cannot recompute up to 'layer1', outside of what trains"):
+        planned(text % phases.replace("layer3", "layer1"))
+    with pytest.raises(UsageError, match="recompute_up_to is 'layer4', which is none of the cuts"):
+        planned(text % phases.replace("layer3", "layer4"))
 
 
 def test_a_file_may_be_written_by_hand() -> None:

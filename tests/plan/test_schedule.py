@@ -346,7 +346,7 @@ def test_the_keys_of_a_plan_are_frozen() -> None:
     data = schedule("standard", partitions=partitions(1), epochs=1).to_dict()
     assert list(data) == ["schema", "schedule", "partitions", "phases"]
     assert data["schema"] == 1
-    assert data["phases"] == [{"start": 0, "stop": 1, "epochs": 1, "fresh_optimizer": False}]
+    assert data["phases"] == [{"start": 0, "stop": 1, "epochs": 1, "fresh_optimizer": False, "recompute": 0}]
     assert list(data["partitions"][0]) == [
         "index", "name", "start", "stop", "eval_start", "eval_stop", "reads", "writes", "state",
         "parameters", "state_bytes", "macs", "activation_bytes", "boundary_bytes",

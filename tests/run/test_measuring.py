@@ -17,7 +17,7 @@ from fxsplit.capture.tracing import trace
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.forecast import forecast
 from fxsplit.plan.partition import partition
-from fxsplit.plan.schedule import schedule
+from fxsplit.plan.schedule import Phase, Plan, schedule
 from fxsplit.run.executor import Executor
 from fxsplit.run.measuring import measure_phases, update_seconds
 from tests.models import HAZARDS, Chain
@@ -72,3 +72,21 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     assert update_seconds(model.parameters(), make_optimizer=torch.optim.AdamW, steps=1) > 0
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("name", ["LongSkip", "FunctionalDropout", "paper:densenet", "timm:resnet18"])
+def test_memory_is_as_forecast_where_partitions_recompute(name: str) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32)
+    found = trace(MODELS[name](), (images,))
+    partitions = partition(found.train, found.eval, count=5)
+    phases = tuple(Phase(start=start, stop=5, epochs=1, recompute=upto) for start, upto in ((0, 2), (0, 4), (1, 3)))
+    plan = Plan(schedule="mine", partitions=partitions, phases=phases)
+    known = measure(found, (images,), steps=1)
+    told = forecast(plan, known.train, known.eval, batch_size=8, optimizer_slots=2)
+    real = measure_phases(
+        Executor(found, partitions), plan, partial(loss, images), make_optimizer=torch.optim.AdamW, steps=1
+    )
+    for ahead, measured in zip(told.phases, real, strict=True):
+        assert ahead.activation_bytes == pytest.approx(measured.activation_bytes, rel=0.02)
+        assert ahead.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.02)
