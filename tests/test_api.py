@@ -298,7 +298,7 @@ def test_forecasts_are_held_against_measurement(spec: Callable[..., fxsplit.RunS
             heard.append(f"{record.model} of {count}")
 
     names = [asked.model, "paper:cnn", asked.model.replace("small", "pixels")]
-    records = fxsplit.check_forecasts(names, parts=3, img_size=32, batch_size=4, device="cpu", observer=Listener())
+    records = fxsplit.check_forecasts(names, parts=3, img_size=32, batch_size=16, device="cpu", observer=Listener())
     assert heard == [f"{name} of 3" for name in names]
     small, cnn, pixels = records
     assert [(phase.start, phase.stop) for phase in small.phases] == [(0, 3), (1, 3)]
