@@ -30,6 +30,7 @@ TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "mode
 INSPECT_FIELDS = (
     *("stem", "data", "img_size", "batch_size"),
     *("schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
+    *("opt", "momentum", "device"),
 )
 
 Model = Annotated[
@@ -119,17 +120,27 @@ def inspect(
             rich_help_panel="Plan files",
         ),
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time each op on --device, with random weights.", metavar="")
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
     **given: Any,
 ) -> Job:
-    """Show a model's partitions and the phases of a schedule, without training."""
+    """Show a model's partitions, the phases of a schedule and a forecast of what they cost, without training."""
     if diff:
-        others = {"model": model, "config": config, "l2l": l2l or None, "save-plan": save_plan, **given}
+        others = {
+            "model": model,
+            "config": config,
+            "l2l": l2l or None,
+            "save-plan": save_plan,
+            "measure": measure or None,
+            **given,
+        }
         if beside := [name.replace("_", "-") for name, value in others.items() if value is not None]:
             raise UsageError(f"--diff compares two plan files, and takes no {', '.join(beside)} beside them")
         return Job(partial(_diff, *diff, as_json), verbose)
-    return Job(partial(_inspect, _resolve(model, config, l2l, given), save_plan, as_json), verbose)
+    return Job(partial(_inspect, _resolve(model, config, l2l, given), measure, save_plan, as_json), verbose)
 
 
 def check(
@@ -141,32 +152,84 @@ def check(
     meta: Annotated[
         bool, typer.Option("--meta", help="Capture and cut only, without weights; compute nothing.", metavar="")
     ] = False,
-    parts: Annotated[int, typer.Option("--parts", help="Partitions to make of each.", metavar="INTEGER", min=1)] = 4,
+    parts: Annotated[
+        int | None,
+        typer.Option(
+            "--parts",
+            help="Partitions to make of each [dim]\\[default: 4, of a forecast 8][/dim].",
+            metavar="INTEGER",
+            min=1,
+        ),
+    ] = None,
     img_size: Annotated[
         int | None,
         typer.Option("--img-size", help="Pixels a side; by default each model's own.", metavar="INTEGER", min=1),
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Models at a time.", metavar="INTEGER", min=1)] = 1,
+    forecast: Annotated[
+        bool,
+        typer.Option(
+            "--forecast",
+            help="Hold the forecast of time and memory against a few steps of each phase instead.",
+            metavar="",
+            rich_help_panel="Forecast",
+        ),
+    ] = False,
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", help="Whose phases [dim]\\[default: settle][/dim].", rich_help_panel="Forecast"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            help="Images a step [dim]\\[default: 32][/dim].",
+            metavar="INTEGER",
+            min=2,
+            rich_help_panel="Forecast",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Where the steps run [dim]\\[default: auto][/dim].", rich_help_panel="Forecast"),
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> Job:
     """Prove that partitions compute exactly what a model computes.
 
     Output, loss, gradients, buffers and random state are compared with the plain model, in training and evaluation, at
-    two batch sizes, bit for bit. The exit code is 4 if any model fails.
+    two batch sizes, bit for bit. With --forecast it is instead memory, which may be off by a tenth, and time, which
+    may differ. The exit code is 4 if any model fails.
     """
-    return Job(partial(_check, models, meta, parts, img_size, jobs, as_json), verbose)
+    options: dict[str, Any] = {"parts": parts, "img_size": img_size}
+    if forecast:
+        if meta or jobs > 1:
+            raise UsageError("--forecast measures one model after the other, and takes no --meta and no --jobs")
+        options |= {"schedule": schedule, "batch_size": batch_size, "device": device}
+        verb = "check_forecasts"
+    else:
+        given = {"schedule": schedule, "batch-size": batch_size, "device": device}
+        if beside := [name for name, value in given.items() if value is not None]:
+            raise UsageError(f"--{beside[0]} says how a forecast is checked, and needs --forecast beside it")
+        options |= {"structure_only": meta, "jobs": jobs}
+        verb = "check"
+    options = {name: value for name, value in options.items() if value is not None}
+    return Job(partial(_check, verb, models, options, as_json), verbose)
 
 
-def _check(specs: list[str], meta: bool, parts: int, img_size: int | None, jobs: int, as_json: bool) -> None:
+def _check(verb: str, specs: list[str], options: dict[str, Any], as_json: bool) -> None:
     with render.checking() as observer, redirect_stdout(sys.stderr):
         from fxsplit import api
 
-        records = api.check(specs, structure_only=meta, parts=parts, img_size=img_size, jobs=jobs, observer=observer)
+        records = getattr(api, verb)(specs, **options, observer=observer)
     if as_json:
         render.write_json([record.to_dict() for record in records])
-    else:
+    elif verb == "check":
         render.render_checks(records)
+    else:
+        render.render_forecasts(records)
     if failed := [record.model for record in records if not record.passed]:
         raise CheckError(
             f"{len(failed)} of {len(records)} models failed: {', '.join(failed[:5])}{' ...' * (len(failed) > 5)}"
@@ -185,11 +248,11 @@ def _train(spec: RunSpec, view: render.View, as_json: bool) -> None:
         render.render_report(report)
 
 
-def _inspect(spec: RunSpec, save_plan: str | None, as_json: bool) -> None:
+def _inspect(spec: RunSpec, measure: bool, save_plan: str | None, as_json: bool) -> None:
     with render.observing(spec.model, "plain") as observer, redirect_stdout(sys.stderr):
         from fxsplit import api
 
-        inspection = api.inspect(spec, save_to=save_plan, observer=observer)
+        inspection = api.inspect(spec, measured=measure, save_to=save_plan, observer=observer)
     if save_plan:
         render.say(f"plan file: {save_plan}")
     if as_json:

@@ -14,7 +14,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import groupby
+from statistics import median
 from typing import Any, Literal
 
 from rich import box
@@ -30,7 +32,7 @@ from rich.text import Text
 
 from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan
-from fxsplit.report import CheckRecord, EpochRecord, Inspection, Observer, RunReport, StepRecord
+from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Inspection, Observer, RunReport, StepRecord
 
 View = Literal["live", "plain", "quiet"]
 
@@ -154,7 +156,7 @@ class CheckBar(Observer):
         self.progress = progress
         self.task = progress.add_task("", total=None)
 
-    def model_checked(self, record: CheckRecord, count: int) -> None:
+    def model_checked(self, record: CheckRecord | ForecastRecord, count: int) -> None:
         self.progress.update(self.task, total=count, advance=1, description=escape(record.model))
         if not record.passed:
             _print_whole(self.progress.console, f"{record.model}: {record.verdict}")
@@ -166,7 +168,7 @@ class CheckLines(Observer):
     def __init__(self) -> None:
         self.done = 0
 
-    def model_checked(self, record: CheckRecord, count: int) -> None:
+    def model_checked(self, record: CheckRecord | ForecastRecord, count: int) -> None:
         self.done += 1
         say(f"{self.done}/{count} {record.model}: {record.verdict}, {record.seconds:.1f} s")
 
@@ -196,6 +198,32 @@ def render_checks(records: Sequence[CheckRecord]) -> None:
             _print_whole(console, f"{record.model}: kept whole: {path}{also}, because {reason}")
     passed = sum(record.passed for record in records)
     console.print(f"{passed} of {len(records)} passed")
+
+
+def render_forecasts(records: Sequence[ForecastRecord]) -> None:
+    """A row for each phase of each model, forecast beside measurement; below the table by how much they differ."""
+    console = Console(highlight=False)
+    table = _table("model", "trains", ">time", ">was", ">activations", ">were", ">peak", ">was")
+    for record in records:
+        for phase in record.phases:
+            told, real = phase.forecast, phase.measured
+            table.add_row(
+                Text(record.model),
+                f"{phase.start} to {phase.stop - 1}",
+                *(f"{cost:.2f}" for cost in (told.step_cost, real.step_cost)),
+                *(human(size, "B") for size in (told.activation_bytes, real.activation_bytes)),
+                *(human(size, "B") for size in (told.peak_bytes, real.peak_bytes)),
+            )
+    console.print(table)
+    _print_whole(console, "Time is of a step, relative to one in which everything trains.\n")
+    errors = [phase.errors for record in records for phase in record.phases]
+    for name, noun in (("step_cost", "time"), ("activation_bytes", "activations"), ("peak_bytes", "peak")):
+        if off := [abs(each[name]) for each in errors]:
+            _print_whole(console, f"{noun:12} off by {median(off):.1%} (median), {max(off):.1%} (worst)")
+    for record in records:
+        if record.refusal:
+            _print_whole(console, f"{record.model}: {record.refusal}")
+    console.print(f"{sum(record.passed for record in records)} of {len(records)} passed")
 
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:
@@ -388,13 +416,23 @@ def render_inspection(inspection: Inspection) -> None:
     _print_whole(console, "MACs (multiply-adds) and bytes are of one sample; boundary is what is read.\n")
 
     _print_whole(console, f"{plan.schedule}, epochs in all: {plan.epochs}\n")
-    phases = _table("phase", "", "trains", "cut", ">epochs")
-    count = len(plan.partitions)
-    for index, phase in enumerate(plan.phases):
+    phases = _table("phase", "", "trains", "cut", ">epochs", ">time", ">activations", ">peak")
+    count, ahead = len(plan.partitions), inspection.forecast
+    for index, (phase, cost) in enumerate(zip(plan.phases, ahead.phases, strict=True)):
         drawing = draw(phase, count, min(3 * count, 30))
-        phases.add_row(str(index + 1), drawing, *_where(phase, plan), str(phase.epochs))
+        figures = (f"{cost.step_cost:.2f}", human(cost.activation_bytes, "B"), human(cost.peak_bytes, "B"))
+        phases.add_row(str(index + 1), drawing, *_where(phase, plan), str(phase.epochs), *figures)
     console.print(phases)
     _print_whole(console, "  ".join(f"{mark} {role}" for role, (mark, _) in ROLES.items()))
+    source = "from shapes alone" if ahead.standard.step_seconds is None else "from ops measured one by one"
+    _print_whole(
+        console,
+        f"Forecast {source}, batches of {ahead.batch_size}: the whole plan takes {ahead.time_ratio:.2f} of the time of "
+        f"standard training and {ahead.peak_ratio:.2f} of its peak memory. A phase's time is that of a step.",
+    )
+    for op in ops:
+        if op.uncounted:
+            _print_whole(console, f"not counted: the multiply-adds of {op.name} ({op.target})")
     for name, others in inspection.tied.items():
         _print_whole(console, f"tied: {name} is also {', '.join(others)}")
     for path, reason in inspection.opaque.items():
@@ -436,7 +474,8 @@ def inspection_to_dict(inspection: Inspection) -> dict[str, Any]:
     """Plain data for JSON.
 
     `model`, `input_shape`, `graph_digest`; `plan` (schema, schedule, partitions, phases) as in a run folder's
-    plan.json; `totals` of ops, parameters and, for one sample, macs and activation_bytes; `tied` parameters
+    plan.json; `forecast` of each phase, of `standard` and of the whole beside it; `totals` of ops, parameters and,
+    for one sample, macs and activation_bytes; `uncounted` ops, whose macs are not among them; `tied` parameters
     with their other names; `opaque` modules with the reason why each is kept whole.
     """
     return {
@@ -444,7 +483,9 @@ def inspection_to_dict(inspection: Inspection) -> dict[str, Any]:
         "input_shape": list(inspection.input_shape),
         "graph_digest": inspection.graph.digest(),
         "plan": inspection.plan.to_dict(),
+        "forecast": asdict(inspection.forecast),
         "totals": _totals(inspection),
+        "uncounted": [op.name for op in inspection.graph.ops if op.uncounted],
         "tied": {name: list(others) for name, others in inspection.tied.items()},
         "opaque": dict(inspection.opaque),
     }

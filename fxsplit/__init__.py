@@ -14,12 +14,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxsplit.api import check, inspect, load_plan, partition, save_plan, train
+    from fxsplit.api import check, check_forecasts, forecast, inspect, load_plan, partition, save_plan, train
+    from fxsplit.capture.measuring import measure
     from fxsplit.capture.tracing import Trace, trace
     from fxsplit.errors import FxsplitError
+    from fxsplit.plan.forecast import Forecast
     from fxsplit.plan.partition import Partition
     from fxsplit.plan.schedule import Phase, Plan, schedule
-    from fxsplit.report import CheckRecord, Inspection, Observer, RunReport
+    from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
     from fxsplit.run.executor import Executor
     from fxsplit.spec import RunSpec
 
@@ -28,6 +30,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckRecord",
     "Executor",
+    "Forecast",
+    "ForecastRecord",
     "FxsplitError",
     "Inspection",
     "Observer",
@@ -38,8 +42,11 @@ __all__ = [
     "RunSpec",
     "Trace",
     "check",
+    "check_forecasts",
+    "forecast",
     "inspect",
     "load_plan",
+    "measure",
     "partition",
     "save_plan",
     "schedule",
@@ -49,12 +56,14 @@ __all__ = [
 
 # Resolved on first use (PEP 562): importing fxsplit must not import torch.
 _HOMES = {
-    "fxsplit.api": ("check", "inspect", "load_plan", "partition", "save_plan", "train"),
+    "fxsplit.api": ("check", "check_forecasts", "forecast", "inspect", "load_plan", "partition", "save_plan", "train"),
+    "fxsplit.capture.measuring": ("measure",),
     "fxsplit.capture.tracing": ("Trace", "trace"),
     "fxsplit.errors": ("FxsplitError",),
+    "fxsplit.plan.forecast": ("Forecast",),
     "fxsplit.plan.partition": ("Partition",),
     "fxsplit.plan.schedule": ("Phase", "Plan", "schedule"),
-    "fxsplit.report": ("CheckRecord", "Inspection", "Observer", "RunReport"),
+    "fxsplit.report": ("CheckRecord", "ForecastRecord", "Inspection", "Observer", "RunReport"),
     "fxsplit.run.executor": ("Executor",),
     "fxsplit.spec": ("RunSpec",),
 }

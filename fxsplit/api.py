@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -14,27 +14,33 @@ from typing import Any
 import torch
 from timm.utils.random import random_seed
 from torch import nn
+from torch.optim import Optimizer
 
 from fxsplit.capture import models
+from fxsplit.capture.measuring import measure as measure_ops
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.capture.units import units_of
 from fxsplit.errors import UsageError
+from fxsplit.plan.forecast import Forecast
+from fxsplit.plan.forecast import forecast as forecast_graphs
 from fxsplit.plan.partition import Partition, most_partitions
 from fxsplit.plan.partition import partition as partition_graphs
 from fxsplit.plan.planfile import PlanFile, read_file, write_file
 from fxsplit.plan.schedule import Plan
 from fxsplit.plan.schedule import schedule as make_plan
-from fxsplit.report import CheckRecord, EpochRecord, Inspection, Observer, RunReport
+from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Inspection, Observer, RunReport
 from fxsplit.run import datasets
 from fxsplit.run.cache import GIB, Cache
 from fxsplit.run.checking import check_model
 from fxsplit.run.data import Data
 from fxsplit.run.executor import Executor
 from fxsplit.run.folder import RunFolder
+from fxsplit.run.forecasts import check_forecast
 from fxsplit.run.loader import Loader
+from fxsplit.run.measuring import update_seconds
 from fxsplit.run.metrics import environment
-from fxsplit.run.optimizers import make_optimizer, make_scheduler
+from fxsplit.run.optimizers import make_optimizer, make_scheduler, slots_of
 from fxsplit.run.training import MakeCache, Trainer
 from fxsplit.run.workers import call_each
 from fxsplit.spec import RunSpec
@@ -54,7 +60,10 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
     with determinism(spec.seed, spec.deterministic):
         data = _load(spec, observer).to(device)
         model = _build(spec, data, device)
-        trace = trace_model(model, (torch.empty(2, data.channels, data.img_size, data.img_size, device=device),))
+        shape = (data.channels, data.img_size, data.img_size)
+        trace = trace_model(model, (torch.empty(2, *shape, device=device),))
+        if spec.balance == "seconds" and spec.plan is None:
+            trace = measure_ops(trace, (torch.rand(spec.batch_size, *shape, device=device),), device=device)
         plan = _plan(spec, trace, observer)
         executor = Executor(trace, plan.partitions)
         if spec.settled_dtype != "same":
@@ -100,25 +109,48 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
     return report
 
 
-def inspect(spec: RunSpec, *, save_to: str | None = None, observer: Observer | None = None) -> Inspection:
-    """The partitions of a model and the phases of its schedule, without weights, data or a device.
+def inspect(
+    spec: RunSpec, *, measured: bool = False, save_to: str | None = None, observer: Observer | None = None
+) -> Inspection:
+    """The partitions of a model, the phases of its schedule and a forecast of what they cost.
 
-    With `save_to` they are also written there, as a plan file to edit and to train by.
+    Without weights, data or a device, unless ops are to be `measured` (or partitions balanced by seconds): then each
+    is timed on the device of `spec`, in a model with random weights. With `save_to` the plan is also written there,
+    as a file to edit and to train by.
     """
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
-    model = models.sketch(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem)
-    shape = (spec.batch_size, 3, img_size, img_size)
-    trace = trace_model(model, (torch.empty(shape, device="meta"),))
+    measured = measured or spec.balance == "seconds"
+    device = choose_device(spec.device) if measured else torch.device("meta")
+    make = models.build if measured else models.sketch
+    model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem).to(device)
+    images = torch.rand(spec.batch_size, 3, img_size, img_size, device=device)
+    trace = trace_model(model, (images,))
+    if measured:
+        trace = measure_ops(trace, (images,), device=device)
     plan = _plan(spec, trace, observer or Observer())
     if save_to is not None:
         write_file(_plan_file(plan, trace, spec.model), save_to)
     return Inspection(
         model=spec.model,
-        input_shape=shape,
+        input_shape=tuple(images.shape),
         graph=trace.train,
         plan=plan,
         tied=trace.tied,
         opaque=trace.opaque,
+        forecast=_forecast(spec, plan, trace, measured=measured),
+    )
+
+
+def _forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Forecast:
+    def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        return _optimizer(spec)(nn.ParameterList(parameters))
+
+    return forecast(
+        plan,
+        trace,
+        batch_size=spec.batch_size,
+        optimizer_slots=slots_of(optimizer),
+        update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
     )
 
 
@@ -148,6 +180,34 @@ def check(
     return tuple(found[name] for name in names)
 
 
+def check_forecasts(
+    specs: Sequence[str],
+    *,
+    schedule: str = "settle",
+    parts: int = DEFAULT_PARTS,
+    img_size: int | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+    observer: Observer | None = None,
+) -> tuple[ForecastRecord, ...]:
+    """Hold the forecast of every phase of `schedule` against a few steps of it; one record a model.
+
+    `specs` may hold wildcards. Each model has random weights and is trained by AdamW; one runs at a time, so that
+    none slows another down. Raises UsageError for a name that means no model and for a device that is not there.
+    """
+    observer = observer or Observer()
+    place = choose_device(device)
+    names = list(dict.fromkeys(name for spec in specs for name in models.expand(spec)))
+    records = []
+    for name in names:
+        record = check_forecast(
+            name, schedule=schedule, parts=parts, img_size=img_size, batch_size=batch_size, device=place
+        )
+        records.append(record)
+        observer.model_checked(record, len(names))
+    return tuple(records)
+
+
 def _died(spec: str) -> CheckRecord:
     return CheckRecord(model=spec, refusal="the process that checked it died, as it does when memory runs out")
 
@@ -161,6 +221,23 @@ def partition(
     """
     units = _units(trace, by)
     return partition_graphs(trace.train, trace.eval, count=count, at=at, balance=balance, by=by, units=units)
+
+
+def forecast(
+    plan: Plan, trace: Trace, *, batch_size: int, optimizer_slots: int = 2, update_seconds: float | None = None
+) -> Forecast:
+    """What each phase of a plan will cost: from shapes alone, or if `measure` made the trace from timed ops.
+
+    See `fxsplit.plan.forecast.forecast`.
+    """
+    return forecast_graphs(
+        plan,
+        trace.train,
+        trace.eval,
+        batch_size=batch_size,
+        optimizer_slots=optimizer_slots,
+        update_seconds=update_seconds,
+    )
 
 
 def save_plan(plan: Plan, trace: Trace, path: str) -> None:
@@ -243,14 +320,7 @@ def _trainer(
             limit=1 if spec.dry_run else spec.train_batches_per_epoch,
             test_limit=1 if spec.dry_run else None,
         ),
-        make_optimizer=partial(
-            make_optimizer,
-            model,
-            name=spec.opt,
-            lr=spec.lr,
-            momentum=spec.momentum,
-            weight_decay=spec.weight_decay,
-        ),
+        make_optimizer=partial(_optimizer(spec), model),
         make_scheduler=partial(
             make_scheduler,
             name=spec.sched,
@@ -269,6 +339,10 @@ def _trainer(
         log_interval=spec.log_interval,
         observer=observer,
     )
+
+
+def _optimizer(spec: RunSpec) -> partial[Optimizer]:
+    return partial(make_optimizer, name=spec.opt, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
 
 
 def _make_cache(spec: RunSpec) -> MakeCache | None:

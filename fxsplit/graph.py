@@ -65,9 +65,15 @@ class Op:
 
     `name` is unique and also names the value that the op delivers (`output`). `path` is the dotted path of the module
     in which the op happens, or of the module that it is. `reads` are values, `state` parameters and buffers;
-    `mutates` lists those of both that are written in place. `macs` and `backward_macs` (one multiply-add is 1) and
-    `activation_bytes` (what autograd keeps for backward because of this op, each storage counted once) are for one
-    sample; `seconds`, forward and backward of the traced batch, are None where nobody measured them.
+    `mutates` lists those of both that are written in place.
+
+    Costs are for one sample, in training: `macs` (one multiply-add is 1) and `backward_macs`, and `activation_bytes`,
+    what autograd keeps for backward because of this op, each storage counted once. `saves` are the storages of values
+    that it keeps, whether or not an earlier op keeps them too, and `hidden_bytes` what it keeps besides, such as a
+    mask. An op that is `uncounted` does work that torch's counter of multiply-adds does not know.
+
+    Measured on a device, and for the traced batch, are `seconds` (forward and backward) and `forward_seconds`, None
+    before, and `forward_workspace_bytes` and `backward_workspace_bytes`, which kernels borrow while they run.
     """
 
     name: str
@@ -82,6 +88,12 @@ class Op:
     activation_bytes: int = 0
     backward_macs: int = 0
     seconds: float | None = None
+    forward_seconds: float | None = None
+    saves: tuple[str, ...] = ()
+    hidden_bytes: int = 0
+    uncounted: bool = False
+    forward_workspace_bytes: int = 0
+    backward_workspace_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.output.name != self.name:

@@ -7,8 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fxsplit.graph import Graph
+from fxsplit.plan.forecast import Forecast, PhaseForecast
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase, Plan
+
+# By how much a forecast of memory may miss, relative to what is measured.
+FORECAST_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +99,10 @@ class RunReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """A model seen as partitions: its training graph, where it is cut, and the phases of a schedule."""
+    """A model seen as partitions: its training graph, where it is cut, the phases of a schedule and what they cost.
+
+    The costs of ops have seconds, and so has the forecast, where they were measured.
+    """
 
     model: str
     input_shape: tuple[int, ...]
@@ -103,6 +110,7 @@ class Inspection:
     plan: Plan
     tied: Mapping[str, tuple[str, ...]]
     opaque: Mapping[str, str]
+    forecast: Forecast
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
@@ -155,6 +163,71 @@ class CheckRecord:
         return {**asdict(self), "passed": self.passed, "verdict": self.verdict}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseMeasurement:
+    """One step of a phase, loss and optimizer included, as `PhaseForecast` tells it before.
+
+    `step_cost` is relative to a step of `standard` that ran in turn with it. `activation_bytes` is the most that
+    forward and backward hold at a time, gradients of parameters left out; `peak_bytes` the most of everything until
+    the end of backward.
+    """
+
+    step_cost: float
+    step_seconds: float
+    activation_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseCheck:
+    """A phase that trains partitions [start, stop), as it was forecast and as it was."""
+
+    start: int
+    stop: int
+    forecast: PhaseForecast
+    measured: PhaseMeasurement
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """By how much the forecast of each figure is too high, relative to what was measured."""
+        names = ("step_cost", "activation_bytes", "peak_bytes")
+        return {name: getattr(self.forecast, name) / getattr(self.measured, name) - 1 for name in names}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastRecord:
+    """What holding the forecast of one model's phases against measurement found.
+
+    `refusal` says why that could not be done, or is None.
+    """
+
+    model: str
+    refusal: str | None = None
+    batch_size: int = 0
+    phases: tuple[PhaseCheck, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Memory of every phase as forecast within 10 %. Time is told, but depends on what else the machine does."""
+        memory = ("activation_bytes", "peak_bytes")
+        return self.refusal is None and all(
+            abs(phase.errors[name]) <= FORECAST_TOLERANCE for phase in self.phases for name in memory
+        )
+
+    @property
+    def verdict(self) -> str:
+        """One word or two."""
+        if self.refusal is not None:
+            return "refused"
+        return "as forecast" if self.passed else "not as forecast"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        phases = [{**asdict(phase), "errors": phase.errors} for phase in self.phases]
+        return {**asdict(self), "phases": phases, "passed": self.passed, "verdict": self.verdict}
+
+
 class Observer:
     """Hears of a run while it happens. Every method may be left as it is."""
 
@@ -173,5 +246,5 @@ class Observer:
     def epoch_done(self, record: EpochRecord) -> None:
         """An epoch was trained and tested."""
 
-    def model_checked(self, record: CheckRecord, count: int) -> None:
+    def model_checked(self, record: CheckRecord | ForecastRecord, count: int) -> None:
         """One of the `count` models to check is done."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,22 @@ from fxsplit_cli.main import main
 import fxsplit
 from fxsplit.api import choose_device, determinism
 from fxsplit.errors import DataError, PartitionError, UsageError
+from fxsplit.plan.cuts import cuts
 from fxsplit.plan.planfile import read_file
-from fxsplit.report import EpochRecord, Observer, RunReport
+from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, RunReport
 from fxsplit.run import datasets
 from fxsplit.run.folder import COLUMNS
 from fxsplit.spec import read_recipe, resolve
 
 MODEL = """
 from torch import nn
+
+class Pixels(nn.Linear):
+    def forward(self, x):
+        return {"none": x.relu().shape}
+
+def pixels(num_classes):
+    return Pixels(1, 1)
 
 def small(num_classes):
     return nn.Sequential(
@@ -245,6 +254,54 @@ def test_inspect_needs_neither_weights_nor_data(spec: Callable[..., fxsplit.RunS
     assert sum(part.parameters for part in whole.partitions) == 3_907_554
 
 
+def test_inspect_measures_ops_where_it_must(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    plain = fxsplit.inspect(spec(schedule="settle"))
+    assert plain.forecast.standard.step_seconds is None
+    assert all(op.seconds is None for op in plain.graph.ops)
+    balanced = fxsplit.inspect(spec(schedule="settle", balance="seconds"))
+    for found in (balanced, fxsplit.inspect(spec(schedule="settle"), measured=True)):
+        assert (found.forecast.standard.step_seconds or 0) > 0
+        assert all((op.seconds or 0) > 0 for op in found.graph.ops)
+    seconds = [op.seconds or 0 for op in balanced.graph.ops]
+    # The largest of three runs of ops, wherever they could be divided.
+    spans = [sum(seconds[part.start : part.stop]) for part in balanced.partitions]
+    legal = [cut.index for cut in cuts(balanced.graph, balanced.graph) if cut.refusal is None]
+    best = min(
+        max(sum(seconds[:first]), sum(seconds[first:second]), sum(seconds[second:]))
+        for first, second in combinations(legal, 2)
+    )
+    assert max(spans) == pytest.approx(best, rel=1e-6)
+
+
+def test_training_balances_partitions_by_seconds(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    assert len(train(spec(balance="seconds", epochs=1)).plan.partitions) == 3
+
+
+def test_a_forecast_knows_its_optimizer(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    for opt, momentum, slots in (("adamw", 0.9, 2), ("momentum", 0.9, 1), ("momentum", 0.0, 0)):
+        standard = fxsplit.inspect(spec(opt=opt, momentum=momentum)).forecast.standard
+        assert standard.optimizer_bytes == slots * standard.gradient_bytes
+
+
+def test_forecasts_are_held_against_measurement(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    asked = spec()
+    heard: list[str] = []
+
+    class Listener(Observer):
+        def model_checked(self, record: CheckRecord | ForecastRecord, count: int) -> None:
+            heard.append(f"{record.model} of {count}")
+
+    names = [asked.model, "paper:cnn", asked.model.replace("small", "pixels")]
+    records = fxsplit.check_forecasts(names, parts=3, img_size=32, batch_size=4, device="cpu", observer=Listener())
+    assert heard == [f"{name} of 3" for name in names]
+    small, cnn, pixels = records
+    assert [(phase.start, phase.stop) for phase in small.phases] == [(0, 3), (1, 3)]
+    assert cnn.verdict == "as forecast"
+    assert all(phase.measured.step_seconds > 0 for record in (small, cnn) for phase in record.phases)
+    assert pixels.verdict == "refused"
+    assert "holds no parameter that could train" in (pixels.refusal or "")
+
+
 def test_the_default_number_of_partitions_fits_any_model(spec: Callable[..., fxsplit.RunSpec]) -> None:
     assert len(fxsplit.inspect(spec(parts=None)).partitions) == 8
     assert len(fxsplit.inspect(fxsplit.RunSpec(model="timm:test_vit")).partitions) == 8
@@ -269,7 +326,6 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         (["train", "paper:cnn", "--data", "folder:/nowhere"], 1, "'/nowhere'"),
         (["inspect", "paper:cnn", "--at", "conv1"], 3, "conv1"),
         (["inspect", "paper:cnn", "--parts", "9", "--by", "natural"], 3, "natural ones; ask for at most"),
-        (["inspect", "paper:cnn", "--balance", "seconds"], 2, "measure the ops"),
         (["train", "paper:cnn", "--plan", "nowhere.json"], 2, "the plan 'nowhere.json' cannot be read"),
     ],
 )

@@ -55,7 +55,7 @@ FILES = sorted(path for path in (ROOT / "fxsplit").rglob("*.py") if not path.nam
 
 
 def test_every_file_has_its_layer() -> None:
-    assert len(FILES) == 45
+    assert len(FILES) == 51
     assert {noun(path) for path in FILES} == set().union(*LAYERS)
 
 
@@ -103,8 +103,9 @@ def test_starting_loads_no_torch(code: str) -> None:
 
 def test_public_names() -> None:
     assert fxsplit.__all__ == [
-        "CheckRecord", "Executor", "FxsplitError", "Inspection", "Observer", "Partition", "Phase", "Plan", "RunReport",
-        "RunSpec", "Trace", "check", "inspect", "load_plan", "partition", "save_plan", "schedule", "trace", "train",
+        "CheckRecord", "Executor", "Forecast", "ForecastRecord", "FxsplitError", "Inspection", "Observer", "Partition",
+        "Phase", "Plan", "RunReport", "RunSpec", "Trace", "check", "check_forecasts", "forecast", "inspect",
+        "load_plan", "measure", "partition", "save_plan", "schedule", "trace", "train",
     ]  # fmt: skip
     assert all(getattr(fxsplit, name).__name__ == name for name in fxsplit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'compare'"):

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxsplit.capture.meta import storage_key
+from fxsplit.capture.meta import StandIn, map_tensors, storage_key, tensors_in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Of one operation on the whole batch: multiply-adds, and the storages that it keeps for backward, by key.
+
+    `new_bytes` are those of the storages that no earlier operation keeps.
+    """
+
+    macs: int = 0
+    backward_macs: int = 0
+    new_bytes: int = 0
+    saved: Mapping[int, int] = field(default_factory=dict)
 
 
 class CostMeter:
@@ -20,26 +34,59 @@ class CostMeter:
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
+        # All stay alive, so that no key is given to another storage.
         self._kept: list[Tensor] = list(known)
-        self._charged = {storage_key(tensor) for tensor in self._kept}
+        self._free = {storage_key(tensor) for tensor in self._kept}
+        self._charged = set(self._free)
+        self._backward_macs: dict[object, int] = {}
 
-    def measure(self, run: Callable[[], Any]) -> tuple[Any, int, int]:
-        """Call `run`; return its value, the multiply-adds of the batch, and the bytes newly kept for backward.
+    def measure(self, run: Callable[[Any], Any], given: Any, state: Sequence[Tensor]) -> tuple[Any, Cost]:
+        """Call `run` on what is `given`, in any nesting; return its value and what it costs. `state` it uses besides.
 
         Multiply-adds are those that torch's flop counter knows: matrix products, convolutions and attention.
         """
-        bytes_kept = 0
+        saved: dict[int, int] = {}
 
-        def keep(tensor: Tensor) -> Tensor:
-            nonlocal bytes_kept
+        def keep(tensor: Tensor) -> None:
             key = storage_key(tensor)
-            if key not in self._charged:
-                self._charged.add(key)
-                self._kept.append(tensor)
-                bytes_kept += tensor.untyped_storage().nbytes()
-            return tensor
+            if key not in self._free and key not in saved:
+                saved[key] = tensor.untyped_storage().nbytes()
+                self._kept.append(tensor.detach())
 
         counter = FlopCounterMode(display=False)
-        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            value = run()
-        return value, counter.get_total_flops() // 2, bytes_kept
+        # Nothing runs backward from here. An op that held its own output would never be freed.
+        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+            value = run(given)
+        new_bytes = sum(size for key, size in saved.items() if key not in self._charged)
+        self._charged.update(saved)
+        macs = counter.get_total_flops() // 2
+        backward_macs = 0
+        made, used = tensors_in(value), (*tensors_in(given), *state)
+        # Gradients on the meta device cannot go back into numbers elsewhere.
+        mixed = isinstance(value, StandIn) or len({tensor.device for tensor in (*made, *used)}) > 1
+        if macs and not mixed and any(tensor.requires_grad for tensor in made):
+            # Models repeat themselves: the same work on the same shapes is looked at once.
+            wanting = (tensor.shape for tensor in used if tensor.requires_grad)
+            kind = (*counter.get_flop_counts()["Global"].items(), *wanting)
+            if kind not in self._backward_macs:
+                self._backward_macs[kind] = _backward_macs(run, given, state)
+            backward_macs = self._backward_macs[kind]
+        return value, Cost(macs=macs, backward_macs=backward_macs, new_bytes=new_bytes, saved=saved)
+
+
+def _backward_macs(run: Callable[[Any], Any], given: Any, state: Sequence[Tensor]) -> int:
+    """Of the gradients of all that wants one, run once more, apart from whatever made what is given."""
+    wanting = [tensor for tensor in state if tensor.requires_grad]
+
+    def apart(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        wanting.append(tensor.detach().requires_grad_())
+        # What is no leaf of autograd may be written in place.
+        return wanting[-1].clone()
+
+    made = [tensor for tensor in tensors_in(run(map_tensors(apart, given))) if tensor.requires_grad]
+    counter = FlopCounterMode(display=False)
+    with counter:
+        torch.autograd.grad(made, wanting, [torch.empty_like(tensor) for tensor in made], allow_unused=True)
+    return counter.get_total_flops() // 2

@@ -85,7 +85,7 @@ class ValueTracer(fx.Tracer):
 
     After `trace`, `guards` are the answers that fixed the path, `opaque` the modules that became one op, with the
     reasons, and `assigned` what forward put into modules. Every node has in its meta the keys `value`, `path`, `state`,
-    `written` (nodes and state names written in place) and, with a meter, `macs` and `kept_bytes`.
+    `written` (nodes and state names written in place) and, with a meter, `cost`.
     """
 
     proxy_type = ValueProxy
@@ -374,15 +374,16 @@ class ValueTracer(fx.Tracer):
         # torch's meta kernels call it a thousand times an op, and no proxy is among the values.
         watching = builtins.isinstance
 
-        def run() -> Any:
+        def run(given: Any) -> Any:
+            args, kwargs = given
             return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
 
         self.evaluating, builtins.isinstance = True, REAL_ISINSTANCE
         try:
             if self.meter is None:
-                value = run()
+                value = run((args, kwargs))
             else:
-                value, node.meta["macs"], node.meta["kept_bytes"] = self.meter.measure(run)
+                value, node.meta["cost"] = self.meter.measure(run, (args, kwargs), [*state.values()])
         finally:
             self.evaluating, builtins.isinstance = False, watching
         inputs = node.all_input_nodes

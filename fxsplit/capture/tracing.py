@@ -11,15 +11,19 @@ The two graphs name their ops alike, so that a cut can be found in both.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.parameter import is_lazy
 
 from fxsplit.capture.batch import free_batch
+from fxsplit.capture.costs import Cost
 from fxsplit.capture.guards import Guards
 from fxsplit.capture.meta import META, storage_key, tensors_in
 from fxsplit.capture.naming import method_of, names_of
@@ -73,6 +77,19 @@ class Trace:
         return {**self.programs[True].opaque, **self.programs[False].opaque}
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Capture holds on to nearly all that it makes: looking for garbage in it, over and over, finds little."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_garbage_collection()
 def trace(
     model: nn.Module,
     args: Sequence[Any],
@@ -169,7 +186,7 @@ def _read(
     graph = Graph(
         batch_size=batch_size,
         inputs=tuple(values[node] for node in inputs),
-        ops=tuple(_op(node, names, values[node], batch_size) for node in alive),
+        ops=tuple(_op(node, names, values[node], storages, batch_size) for node in alive),
         outputs=tuple(names[node] for node in output.all_input_nodes if node in names),
         state=_state(twin),
     )
@@ -225,7 +242,8 @@ def _value(name: str, value: Any, storages: dict[int, str], batch_size: int) -> 
     )
 
 
-def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, batch_size: int) -> Op:
+def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, storages: Mapping[int, str], batch_size: int) -> Op:
+    cost: Cost = node.meta.get("cost", Cost())
     attributes = [source for source in node.all_input_nodes if source.op == "get_attr"]
     state = [*node.meta["state"], *(str(source.target) for source in attributes if source.meta["registered"])]
     written = [key if isinstance(key, str) else names.get(key, str(key.target)) for key in node.meta["written"]]
@@ -240,12 +258,26 @@ def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, batch_size: i
         output=value,
         state=tuple(dict.fromkeys(state)),
         mutates=tuple(dict.fromkeys(written)),
-        macs=node.meta.get("macs", 0) // batch_size,
-        activation_bytes=-(-node.meta.get("kept_bytes", 0) // batch_size),
+        macs=cost.macs // batch_size,
+        backward_macs=cost.backward_macs // batch_size,
+        activation_bytes=-(-cost.new_bytes // batch_size),
+        saves=tuple(dict.fromkeys(storages[key] for key in cost.saved if key in storages)),
+        hidden_bytes=-(-sum(size for key, size in cost.saved.items() if key not in storages) // batch_size),
+        uncounted=_is_uncounted(node),
     )
 
 
+def _is_uncounted(node: fx.Node) -> bool:
+    """A kernel from elsewhere, or what looks at data: how much it does depends on numbers that nobody had."""
+    if isinstance(node.target, OpOverload | OpOverloadPacket):
+        return str(node.target).partition(".")[0] not in ("aten", "prims")
+    looks = bool(node.meta.get("stand_in"))
+    return looks and not any(source.meta.get("stand_in") for source in node.all_input_nodes)
+
+
 def _qualified(function: Any) -> str:
+    if isinstance(function, OpOverload | OpOverloadPacket):
+        return str(function)
     module = getattr(function, "__module__", None) or ""
     return f"{module}.{getattr(function, '__qualname__', repr(function))}".removeprefix("_operator.").removeprefix(".")
 

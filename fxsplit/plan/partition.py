@@ -204,7 +204,7 @@ def _nanoseconds(train: Graph) -> list[int]:
     if missing := [name for name, value in seconds.items() if value is None]:
         raise UsageError(
             f"partitions cannot be balanced by seconds, because {len(missing)} of {len(seconds)} ops, such as "
-            f"{missing[0]!r}, have none; measure the ops when the model is traced, or balance by macs"
+            f"{missing[0]!r}, have none; time them with fxsplit.measure, or balance by macs"
         )
     return [round(1e9 * value) for value in seconds.values() if value is not None]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -52,6 +53,16 @@ def make_optimizer(
             if parameter in previous.state:
                 optimizer.state[parameter] = previous.state[parameter]
     return optimizer
+
+
+def slots_of(make_optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]) -> int:
+    """How many values an optimizer keeps for each parameter: found by a step on a small one."""
+    weight = nn.Parameter(torch.zeros(16, 16))
+    optimizer = make_optimizer([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor)]
+    return round(sum(value.numel() for value in kept) / weight.numel())
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
 import warnings
@@ -280,6 +281,28 @@ def test_costs_of_a_sample_do_not_depend_on_the_batch() -> None:
     small, large = (trace(Chain(), (torch.empty(n, 3, 8, 8),)).train for n in (2, 8))
     assert [op.macs for op in small.ops] == [op.macs for op in large.ops]
     assert (small.batch_size, large.batch_size) == (2, 8)
+
+
+def test_nothing_of_a_trace_outlives_it() -> None:
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(each) is Tensor for each in gc.get_objects())
+
+    model, images = Chain(), torch.rand(2, 3, 8, 8)
+    trace(model, (images,))
+    before = tensors()
+    trace(model, (images,))
+    assert tensors() == before
+    assert gc.isenabled()
+
+
+def test_device_contexts_work_after_the_first_trace_of_a_process() -> None:
+    code = (
+        "import torch; from fxsplit.capture.tracing import trace; trace(torch.nn.Linear(2, 2), (torch.empty(2, 2),))\n"
+        "with torch.device('meta'): assert torch.empty(1).is_meta and torch.nn.Linear(2, 2).weight.is_meta"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 class Caller(nn.Module):

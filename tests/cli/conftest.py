@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fxsplit.graph import Graph, Op, State, Value
+from fxsplit.plan.forecast import forecast
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Plan, schedule
 from fxsplit.report import EpochRecord, Inspection, RunReport
@@ -55,6 +56,7 @@ def inspection(graph: Graph, plan: Plan) -> Inspection:
         plan=plan,
         tied={"op0.weight": ("head.weight",)},
         opaque={"block.norm": "it has hooks"},
+        forecast=forecast(plan, graph, graph, batch_size=2, optimizer_slots=2),
     )
 
 

@@ -21,9 +21,18 @@ from fxsplit_cli.main import app, main
 
 import fxsplit
 from fxsplit.errors import CheckError, DataError, FxsplitError, PartitionError, Terminated, UsageError
+from fxsplit.plan.forecast import PhaseForecast
 from fxsplit.plan.planfile import PlanFile, write_file
 from fxsplit.plan.schedule import Plan
-from fxsplit.report import CheckRecord, Inspection, Observer, RunReport
+from fxsplit.report import (
+    CheckRecord,
+    ForecastRecord,
+    Inspection,
+    Observer,
+    PhaseCheck,
+    PhaseMeasurement,
+    RunReport,
+)  # fmt: skip
 from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
 
 TRAIN_OPTIONS = """
@@ -38,20 +47,23 @@ TRAIN_OPTIONS = """
 --workers -j
 """
 INSPECT_OPTIONS = """
---at --balance --batch-size -b --by --config -c --data --diff --epochs --epochs-total --img-size --json --l2l
---parts --plan --save-plan --schedule --stem --verbose -v
+--at --balance --batch-size -b --by --config -c --data --device --diff --epochs --epochs-total --img-size --json --l2l
+--measure --momentum --opt --parts --plan --save-plan --schedule --stem --verbose -v
 """
 
-CHECK_OPTIONS = "models --img-size --jobs -j --json --meta --parts --verbose -v"
+CHECK_OPTIONS = """
+models --batch-size -b --device --forecast --img-size --jobs -j --json --meta --parts --schedule --verbose -v
+"""
 
 
 class FakeApi(SimpleNamespace):
     """Stands for fxsplit.api: keeps the spec that it is called with and returns ready records."""
 
     spec: RunSpec
+    measured: bool
     saved_to: str | None
     checked: tuple[list[str], dict[str, object]]
-    records: tuple[CheckRecord, ...]
+    records: tuple[CheckRecord | ForecastRecord, ...]
     report: RunReport
     inspection: Inspection
 
@@ -62,15 +74,19 @@ class FakeApi(SimpleNamespace):
         print("a library prints")
         return self.report
 
-    def check(self, specs: list[str], *, observer: Observer, **options: object) -> tuple[CheckRecord, ...]:
+    def check(
+        self, specs: list[str], *, observer: Observer, **options: object
+    ) -> tuple[CheckRecord | ForecastRecord, ...]:
         self.checked = (specs, options)
         print("a library prints")
         for record in self.records:
             observer.model_checked(record, len(self.records))
         return self.records
 
-    def inspect(self, spec: RunSpec, *, save_to: str | None, observer: Observer) -> Inspection:
-        self.spec, self.saved_to = spec, save_to
+    check_forecasts = check
+
+    def inspect(self, spec: RunSpec, *, measured: bool, save_to: str | None, observer: Observer) -> Inspection:
+        self.spec, self.measured, self.saved_to = spec, measured, save_to
         observer.notice("a notice")
         print("a library prints")
         return self.inspection
@@ -157,6 +173,56 @@ def test_a_failed_check_has_its_own_exit_code(api: FakeApi, capsys: pytest.Captu
         "batch_sizes", "cuts", "differences", "eval_ops", "guards", "model", "opaque", "ops", "own_randomness",
         "parameters", "partitions", "passed", "refusal", "seconds", "verdict",
     ]  # fmt: skip
+
+
+def phase_check(*, told: int) -> PhaseCheck:
+    """A phase with a peak of 1,000,000 bytes, of which `told` were forecast."""
+    ahead = PhaseForecast(
+        step_cost=0.5, step_seconds=1.0, activation_bytes=500_000, parameter_bytes=1, buffer_bytes=1, gradient_bytes=1,
+        optimizer_bytes=1, peak_bytes=told,
+    )  # fmt: skip
+    real = PhaseMeasurement(step_cost=0.8, step_seconds=2.0, activation_bytes=500_000, peak_bytes=1_000_000)
+    return PhaseCheck(start=1, stop=4, forecast=ahead, measured=real)
+
+
+@pytest.mark.parametrize(("told", "code"), [(901_000, 0), (1_099_000, 0), (899_000, 4), (1_101_000, 4)])
+def test_a_forecast_may_miss_memory_by_a_tenth(
+    told: int, code: int, api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.records = (ForecastRecord(model="timm:a", batch_size=8, phases=(phase_check(told=told),)),)
+    arguments = ["--forecast", "--schedule", "grow", "--parts", "6", "--batch-size", "8", "--device", "cpu"]
+    assert main(["check", "timm:a", *arguments]) == code
+    options = {"schedule": "grow", "parts": 6, "batch_size": 8, "device": "cpu"}
+    assert api.checked == (["timm:a"], options)
+    out, _ = capsys.readouterr()
+    assert re.search(r"timm:a +1 to 3 +0.50 +0.80 +500.0 kB +500.0 kB ", out)
+    assert "time         off by 37.5% (median), 37.5% (worst)" in out
+    assert f"{1 - code // 4} of 1 passed" in out
+    assert main(["check", "timm:a", "--forecast", "--json"]) == code
+    assert json.loads(capsys.readouterr().out)[0]["phases"][0]["errors"]["peak_bytes"] == told / 1_000_000 - 1
+
+
+@pytest.mark.usefixtures("api")
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--forecast", "--meta"], "takes no --meta"),
+        (["--forecast", "-j", "2"], "no --jobs"),
+        (["--batch-size", "8"], "--batch-size says how a forecast is checked, and needs --forecast"),
+    ],
+)
+def test_options_of_the_two_checks_are_kept_apart(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "timm:a", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_ops_are_measured_where_asked(api: FakeApi) -> None:
+    assert main(["inspect", "paper:cnn"]) == 0
+    assert not api.measured
+    assert main(["inspect", "paper:cnn", "--measure"]) == 0
+    assert api.measured
 
 
 def test_every_field_is_an_option(api: FakeApi) -> None:

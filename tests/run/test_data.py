@@ -207,6 +207,8 @@ def test_data_moves_as_a_whole(files: FileImages) -> None:
     assert {part.device.type for part in batch} == {"meta"}
 
 
+# Of a machine with one core, torch says that two workers are too many.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_files_give_the_batches_of_memory(files: FileImages, workers: int) -> None:
     streamed = with_workers(files, workers)

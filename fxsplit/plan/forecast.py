@@ -1,0 +1,214 @@
+"""What a plan will cost, before it runs: time and memory of a step in each phase, from the costs of the ops alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from fxsplit.graph import Graph, Op, Value
+from fxsplit.plan.memory import Step, peak_bytes
+from fxsplit.plan.partition import Partition
+from fxsplit.plan.schedule import Phase, Plan
+
+# Without measured seconds: how many multiply-adds a machine does while it moves one byte.
+MACS_PER_BYTE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseForecast:
+    """One step of a phase, optimizer included, loss and data left out.
+
+    `step_cost` is relative to a step of `standard`; `step_seconds` is None where the ops were not measured.
+    `activation_bytes` is the most that values, what autograd saves and their gradients hold at a time. Optimizer state
+    and `gradient_bytes` are those of the parameters that train. `peak_bytes` is the most of everything at a time: by
+    when the last gradients of parameters arrive, most activations are gone.
+    """
+
+    step_cost: float
+    step_seconds: float | None
+    activation_bytes: int
+    parameter_bytes: int
+    buffer_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """A whole plan beside `standard`: `time_ratio` over all its epochs, `peak_ratio` of the largest peaks.
+
+    `seconds` of all training steps is None where the ops were not measured or the steps of an epoch are not known.
+    """
+
+    batch_size: int
+    phases: tuple[PhaseForecast, ...]
+    standard: PhaseForecast
+    time_ratio: float
+    peak_ratio: float
+    seconds: float | None
+
+
+def forecast(
+    plan: Plan,
+    train: Graph,
+    eval_graph: Graph,
+    *,
+    batch_size: int,
+    optimizer_slots: int,
+    update_seconds: float | None = None,
+    steps_per_epoch: int | None = None,
+) -> Forecast:
+    """What the phases of `plan` will cost with batches of `batch_size`.
+
+    `optimizer_slots` is the number of values that the optimizer keeps a parameter: 2 for Adam, 1 for SGD with momentum,
+    0 for plain SGD. Time is that of the measured ops where both graphs have seconds, with `update_seconds` for the
+    optimizer's update of all parameters; else multiply-adds and bytes moved are weighed, MACS_PER_BYTE of the ones for
+    one of the others, and so is an update whose seconds are not given.
+    """
+    oracle = _Oracle(plan.partitions, train, eval_graph, batch_size, optimizer_slots, update_seconds)
+    epochs = plan.epochs
+    standard = oracle.phase(Phase(start=0, stop=len(plan.partitions), epochs=epochs))
+    phases = tuple(oracle.phase(phase) for phase in plan.phases)
+    cost = sum(phase.epochs * found.step_cost for phase, found in zip(plan.phases, phases, strict=True))
+    seconds = None
+    if standard.step_seconds is not None and steps_per_epoch is not None:
+        seconds = steps_per_epoch * cost * standard.step_seconds
+    return Forecast(
+        batch_size=batch_size,
+        phases=phases,
+        standard=standard,
+        time_ratio=cost / epochs,
+        peak_ratio=max(phase.peak_bytes for phase in phases) / standard.peak_bytes,
+        seconds=seconds,
+    )
+
+
+class _Oracle:
+    def __init__(
+        self,
+        partitions: Sequence[Partition],
+        train: Graph,
+        eval_graph: Graph,
+        batch_size: int,
+        optimizer_slots: int,
+        update_seconds: float | None,
+    ) -> None:
+        self.partitions, self.train, self.eval_graph = partitions, train, eval_graph
+        self.batch_size, self.optimizer_slots = batch_size, optimizer_slots
+        self.values = train.values | eval_graph.values
+        self.bytes = {state.name: state.bytes for graph in (eval_graph, train) for state in graph.state}
+        self.parameters = {state.name for state in train.state if state.is_parameter}
+        self.parameter_bytes = sum(self.bytes[name] for name in self.parameters)
+        self.measured = all(op.seconds is not None for graph in (train, eval_graph) for op in graph.ops)
+        standard = Phase(start=0, stop=len(partitions), epochs=1)
+        # An update reads gradients, parameters and slots, and writes the last two.
+        self.update_time = float(MACS_PER_BYTE * (3 + 2 * optimizer_slots) * self.parameter_bytes)
+        if self.measured and update_seconds is not None:
+            self.update_time = update_seconds
+        elif self.measured and (work := self._time(standard, self._work)):
+            self.update_time *= self._time(standard, self._seconds) / work
+        self.standard_time = self._step_time(standard)
+
+    def phase(self, phase: Phase) -> PhaseForecast:
+        steps = list(self._steps(phase))
+        gradients = {name: self.bytes[name] for name in self._trained(phase)}
+        optimizer_bytes = self.optimizer_slots * sum(gradients.values())
+        activations, most = (
+            peak_bytes(steps, self.train, batch_size=self.batch_size, gradient_bytes=counted)
+            for counted in (dict.fromkeys(gradients, 0), gradients)
+        )
+        time = self._step_time(phase)
+        return PhaseForecast(
+            step_cost=time / self.standard_time if self.standard_time else 1.0,
+            step_seconds=time if self.measured else None,
+            activation_bytes=activations,
+            parameter_bytes=self.parameter_bytes,
+            buffer_bytes=sum(self.bytes.values()) - self.parameter_bytes,
+            gradient_bytes=sum(gradients.values()),
+            optimizer_bytes=optimizer_bytes,
+            peak_bytes=sum(self.bytes.values()) + optimizer_bytes + most,
+        )
+
+    def _trained(self, phase: Phase) -> frozenset[str]:
+        window = self.partitions[phase.start : phase.stop]
+        return frozenset(name for part in window for name in part.state if name in self.parameters)
+
+    def _steps(self, phase: Phase) -> Iterator[Step]:
+        """Every op in the order in which it runs: settled in evaluation, then training, then frozen in evaluation."""
+        trained = self._trained(phase)
+        in_training = {op.name: op for op in self.train.ops}
+        wanting: set[str] = set()
+        for index, part in enumerate(self.partitions):
+            settled, frozen = index < phase.start, index >= phase.stop
+            evaluated = self.eval_graph.ops[part.eval_start : part.eval_stop]
+            for op in evaluated if settled or frozen else self.train.ops[part.start : part.stop]:
+                trains = () if settled else tuple(name for name in op.state if name in trained)
+                passes = tuple(name for name in op.reads if name in wanting)
+                recorded = bool(trains or passes) and _is_differentiable(op.output)
+                if recorded:
+                    wanting.add(op.name)
+                if frozen:
+                    op = _frozen(op, in_training.get(op.name))
+                yield Step(op=op, recorded=recorded, trains=trains, passes=passes)
+
+    def _step_time(self, phase: Phase) -> float:
+        """Seconds of a step where they are measured, else work in multiply-adds."""
+        time = self._time(phase, self._seconds if self.measured else self._work)
+        trained = sum(self.bytes[name] for name in self._trained(phase))
+        return time + (self.update_time * trained / self.parameter_bytes if trained else 0.0)
+
+    def _time(self, phase: Phase, times: Callable[[Op], tuple[float, float]]) -> float:
+        """Of all ops, forward and backward."""
+        inputs = {value.name for value in self.train.inputs}
+        total = 0.0
+        for step in self._steps(phase):
+            forward, backward = times(step.op)
+            total += forward
+            if step.recorded:
+                # A product has two operands, and the cost is that of both gradients, unless one is an input's.
+                whole = (step.trains and step.passes) or not step.op.macs or inputs.issuperset(step.op.reads)
+                total += backward if whole else backward / 2
+        return total
+
+    def _seconds(self, op: Op) -> tuple[float, float]:
+        share = self.batch_size / self.train.batch_size
+        forward = op.forward_seconds or 0.0
+        return share * forward, share * ((op.seconds or 0.0) - forward)
+
+    def _work(self, op: Op) -> tuple[float, float]:
+        """In multiply-adds; backward moves gradients beside the values."""
+        moved = self.batch_size * sum(self.values[name].bytes_per_sample for name in (*op.reads, op.name))
+        moved += sum(self.bytes[name] for name in op.state)
+        return (
+            self.batch_size * op.macs + MACS_PER_BYTE * moved,
+            self.batch_size * op.backward_macs + 2 * MACS_PER_BYTE * moved,
+        )
+
+
+def _is_differentiable(value: Value) -> bool:
+    """Tuples of tensors have no type of their own, and count as such."""
+    return value.dtype.startswith(("float", "bfloat", "complex")) or (
+        value.shape is None and value.bytes_per_sample > 0
+    )
+
+
+def _frozen(op: Op, trained: Op | None) -> Op:
+    """An op of the eval graph that passes gradients on: what it saves and how long its backward takes is known of its
+    twin in training. One that delivers what it reads, as dropout does in evaluation, has neither.
+    """
+    if trained is None or op.output.storage != trained.output.storage:
+        return op
+    forward = op.forward_seconds
+    seconds = None
+    if forward is not None and trained.seconds is not None and trained.forward_seconds is not None:
+        seconds = forward + trained.seconds - trained.forward_seconds
+    return replace(
+        op,
+        macs=trained.macs,
+        backward_macs=trained.backward_macs,
+        saves=trained.saves,
+        hidden_bytes=trained.hidden_bytes,
+        seconds=seconds,
+        backward_workspace_bytes=trained.backward_workspace_bytes,
+    )

@@ -1,0 +1,74 @@
+"""Phases measured, and forecasts held against them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from fxsplit.capture.measuring import measure
+from fxsplit.capture.paper import NETWORKS
+from fxsplit.capture.tracing import trace
+from fxsplit.plan.cuts import cuts
+from fxsplit.plan.forecast import forecast
+from fxsplit.plan.partition import partition
+from fxsplit.plan.schedule import schedule
+from fxsplit.run.executor import Executor
+from fxsplit.run.measuring import measure_phases, update_seconds
+from tests.models import HAZARDS, Chain
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    **{name: HAZARDS[name] for name in ("LongSkip", "InPlace", "FunctionalDropout")},
+    "paper:densenet": lambda: NETWORKS["densenet"](5, 32, 3),
+    "timm:resnet18": lambda: timm.create_model("resnet18", num_classes=5),
+}
+LABELS = torch.arange(8) % 5
+
+
+def loss(images: Tensor, net: nn.Module) -> Tensor:
+    return F.cross_entropy(net(images), LABELS)
+
+
+@pytest.mark.parametrize("schedule_name", ["settle", "grow", "window"])
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_is_as_forecast_in_every_phase(name: str, schedule_name: str) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32)
+    found = trace(MODELS[name](), (images,))
+    most = 1 + sum(cut.refusal is None for cut in cuts(found.train, found.eval))
+    plan = schedule(schedule_name, partitions=partition(found.train, found.eval, count=min(most, 4)), epochs=8)
+    known = measure(found, (images,), steps=1)
+    told = forecast(plan, known.train, known.eval, batch_size=8, optimizer_slots=2)
+    real = measure_phases(
+        Executor(found, plan.partitions), plan, partial(loss, images), make_optimizer=torch.optim.AdamW, steps=1
+    )
+    for ahead, measured in zip(told.phases, real, strict=True):
+        assert ahead.activation_bytes == pytest.approx(measured.activation_bytes, rel=0.1)
+        assert ahead.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.1)
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model = Chain()
+    images = torch.randn(8, 3, 8, 8)
+    found = trace(model, (images,))
+    net = Executor(found, partition(found.train, found.eval, count=3))
+    plan = schedule("settle", partitions=net.partitions, epochs=8)
+    net.enter(plan.phases[-1])
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    wanting = [parameter.requires_grad for parameter in model.parameters()]
+    real = measure_phases(
+        net, plan, partial(loss, images), make_optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9), steps=2
+    )
+    assert len(real) == len(plan.phases)
+    assert real[0].step_cost == 1.0
+    assert all(each.step_seconds > 0 and each.step_cost > 0 for each in real)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanting
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert update_seconds(model.parameters(), make_optimizer=torch.optim.AdamW, steps=1) > 0
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
