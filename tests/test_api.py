@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import safetensors.torch
@@ -436,3 +436,39 @@ def test_the_plan_of_the_readme_is_a_whole_plan(tmp_path: Path) -> None:
     path.write_text(readme.split("```json\n")[1].split("```")[0], encoding="utf-8")
     plan = fxsplit.inspect(fxsplit.RunSpec(model="timm:resnet18", plan=str(path))).plan
     assert [(phase.start, phase.stop, phase.epochs) for phase in plan.phases] == [(0, 3, 6), (1, 3, 3), (2, 3, 1)]
+
+
+@pytest.fixture
+def settling(tmp_path: Path, spec: Callable[..., fxsplit.RunSpec]) -> Callable[..., fxsplit.RunSpec]:
+    """Two epochs of everything, three with the first layers settled."""
+    plan = tmp_path / "plan.json"
+    phases = [{"epochs": 2}, {"from": "3", "epochs": 3}]
+    plan.write_text(json.dumps({"schema": 2, "schedule": "mine", "cuts": ["3"], "phases": phases}), encoding="utf-8")
+    return lambda **changes: spec(plan=str(plan), parts=None, epochs=10, **changes)
+
+
+@pytest.mark.parametrize("augment", [{}, {"augment": "crop-flip", "cache_views": 2}])
+def test_a_cache_changes_nothing_but_what_is_kept(
+    settling: Callable[..., fxsplit.RunSpec], augment: dict[str, Any]
+) -> None:
+    off, ram, disk = (train(settling(cache=cache, experiment=cache, **augment)) for cache in ("off", "ram", "disk"))
+    for cached in (ram, disk):
+        assert [record.train_loss for record in cached.epochs] == [record.train_loss for record in off.epochs]
+        assert cached.accuracy_pct == off.accuracy_pct
+    kept = [(record.cache_resident_bytes, record.cache_file_bytes) for record in (ram.epochs[-1], disk.epochs[-1])]
+    assert kept[0][0]
+    assert kept[1][1]
+    assert kept[0][1] == kept[1][0] == 0
+
+
+def test_a_cache_that_is_refused_is_told(settling: Callable[..., fxsplit.RunSpec]) -> None:
+    class Heard(Observer):
+        sentences: ClassVar[list[str]] = []
+
+        def notice(self, sentence: str) -> None:
+            self.sentences.append(sentence)
+
+    train(settling(cache="ram", cache_limit=1e-6), Heard())
+    assert any("GiB and may take" in sentence for sentence in Heard.sentences)
+    with pytest.raises(UsageError, match="give cache-views"):
+        settling(cache="disk", augment="crop-flip")
