@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxsplit.api import check, check_forecasts, forecast, inspect, load_plan, partition, save_plan, train
-    from fxsplit.capture.measuring import measure
     from fxsplit.capture.tracing import Trace, trace
     from fxsplit.errors import FxsplitError
     from fxsplit.plan.forecast import Forecast
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
     from fxsplit.run.devices import device_map
     from fxsplit.run.executor import Executor
+    from fxsplit.run.op_costs import measure
     from fxsplit.run.pipeline import to_pipeline_stages
     from fxsplit.spec import RunSpec
 
@@ -61,7 +61,7 @@ __all__ = [
 # Resolved on first use (PEP 562): importing fxsplit must not import torch.
 _HOMES = {
     "fxsplit.api": ("check", "check_forecasts", "forecast", "inspect", "load_plan", "partition", "save_plan", "train"),
-    "fxsplit.capture.measuring": ("measure",),
+    "fxsplit.run.op_costs": ("measure",),
     "fxsplit.capture.tracing": ("Trace", "trace"),
     "fxsplit.errors": ("FxsplitError",),
     "fxsplit.plan.forecast": ("Forecast",),

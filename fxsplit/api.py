@@ -17,7 +17,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxsplit.capture import models
-from fxsplit.capture.measuring import measure as measure_ops
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.capture.units import units_of
@@ -41,6 +40,7 @@ from fxsplit.run.forecasts import check_forecast
 from fxsplit.run.loader import Loader
 from fxsplit.run.measuring import update_seconds
 from fxsplit.run.metrics import environment
+from fxsplit.run.op_costs import measure as measure_ops
 from fxsplit.run.optimizers import make_optimizer, make_scheduler, slots_of
 from fxsplit.run.training import MakeCache, Trainer
 from fxsplit.run.workers import call_each

@@ -73,7 +73,8 @@ class Op:
     mask. An op that is `uncounted` does work that torch's counter of multiply-adds does not know.
 
     Measured on a device, and for the traced batch, are `seconds` (forward and backward) and `forward_seconds`, None
-    before, and `forward_workspace_bytes` and `backward_workspace_bytes`, which kernels borrow while they run.
+    before, and `forward_workspace_bytes` and `backward_workspace_bytes`, which kernels borrow while they run; of an op
+    in evaluation also `settled_seconds` and `settled_workspace_bytes`, once it is settled: 0 if it was folded away.
     """
 
     name: str
@@ -94,6 +95,8 @@ class Op:
     uncounted: bool = False
     forward_workspace_bytes: int = 0
     backward_workspace_bytes: int = 0
+    settled_seconds: float | None = None
+    settled_workspace_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.output.name != self.name:

@@ -139,6 +139,7 @@ class _Oracle:
         trained = self._trained(phase)
         in_training = {op.name: op for op in self.train.ops}
         wanting: set[str] = set()
+        shared: dict[str, str] = {}
         for index, part in enumerate(self.partitions):
             settled, frozen = index < phase.start, index >= phase.stop
             evaluated = self.eval_graph.ops[part.eval_start : part.eval_stop]
@@ -150,6 +151,8 @@ class _Oracle:
                     wanting.add(op.name)
                 if frozen:
                     op = _frozen(op, in_training.get(op.name))
+                if settled:
+                    op = _settled(op, shared)
                 recomputes = index if phase.start <= index < phase.recompute else None
                 yield Step(op=op, recorded=recorded, trains=trains, passes=passes, recomputes=recomputes)
 
@@ -191,6 +194,21 @@ def _is_differentiable(value: Value) -> bool:
     """Tuples of tensors have no type of their own, and count as such."""
     return value.dtype.startswith(("float", "bfloat", "complex")) or (
         value.shape is None and value.bytes_per_sample > 0
+    )
+
+
+def _settled(op: Op, shared: dict[str, str]) -> Op:
+    """A settled op as it was measured. One that was folded away delivers what it reads; `shared` remembers that."""
+    if op.settled_seconds is None:
+        return op
+    if not op.settled_seconds and op.reads:
+        shared[op.name] = shared.get(op.reads[0], op.reads[0])
+    return replace(
+        op,
+        output=replace(op.output, storage=shared.get(op.output.storage, op.output.storage)),
+        seconds=op.settled_seconds,
+        forward_seconds=op.settled_seconds,
+        forward_workspace_bytes=op.settled_workspace_bytes,
     )
 
 

@@ -130,6 +130,7 @@ class _Folder:
             pair = self._graph.call_function(operator.getitem, (self._weights, len(self.folds)))
             weight, bias = (self._graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
             one = self._graph.call_function(affine.function, (affine.input, weight, bias), affine.options)
+            one.meta["op"] = nodes[0].meta["op"]
         self.folds.append(folded)
         for node in reversed(nodes):
             self._replace(node, one)

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from fxsplit.capture import models
 from fxsplit.capture.examples import Example, example
-from fxsplit.capture.measuring import measure
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import FxsplitError
 from fxsplit.plan.forecast import forecast
@@ -23,6 +22,7 @@ from fxsplit.plan.schedule import schedule as make_plan
 from fxsplit.report import ForecastRecord, PhaseCheck
 from fxsplit.run.executor import Executor
 from fxsplit.run.measuring import measure_phases, update_seconds
+from fxsplit.run.op_costs import measure
 from fxsplit.run.training import logits_of
 
 CLASSES = 10

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from fxsplit.capture import allocations
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import PhaseMeasurement
+from fxsplit.run import allocations
 from fxsplit.run.executor import Executor
 from fxsplit.run.metrics import now
 

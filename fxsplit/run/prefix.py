@@ -40,7 +40,7 @@ class SettledStage:
     def __init__(self, trace: Trace, stage: Stage) -> None:
         self._stage = stage
         graph = stage_graph(trace, stage.partition, is_last=False, training=False)
-        self.takes_any_layout = _takes_any_layout(graph, trace.model)
+        self.takes_any_layout = takes_any_layout(graph, trace.model)
         self._folds, passed_over = fold(graph, trace.model)
         self._passed_over = [(module, type(module)) for module in passed_over]
         self._code = code_of(graph, f"partition {stage.partition.index} settled")
@@ -80,8 +80,7 @@ class Prefix:
         autocast is on.
         """
         stages = self._stages[:count]
-        # Convolutions in 2D run faster in channels_last on a CPU, whatever the rest of the model runs in.
-        relaid = all(stage.takes_any_layout for stage in stages) and all(map(_may_be_relaid, values))
+        relaid = all(stage.takes_any_layout for stage in stages) and all(map(may_be_relaid, values))
         layout = torch.channels_last if relaid else torch.preserve_format
         device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
         reduced = nullcontext() if dtype is None else torch.autocast(device, dtype)
@@ -119,7 +118,7 @@ class Prefix:
         return {**vars(self), "_sources": [], "_stamp": [], "_weights": []}
 
 
-def _takes_any_layout(graph: fx.Graph, model: nn.Module) -> bool:
+def takes_any_layout(graph: fx.Graph, model: nn.Module) -> bool:
     """Whether all ops of a stage surely deliver the same numbers however tensors lie in memory."""
     views = writes = False
     for node in graph.nodes:
@@ -137,7 +136,8 @@ def _takes_any_layout(graph: fx.Graph, model: nn.Module) -> bool:
     return not (views and writes)
 
 
-def _may_be_relaid(value: Any) -> bool:
+def may_be_relaid(value: Any) -> bool:
+    """Whether channels_last pays for it, or it is no tensor: convolutions in 2D run faster so on a CPU."""
     return not isinstance(value, Tensor) or (value.device.type == "cpu" and value.is_contiguous())
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from fxsplit.capture.measuring import measure
 from fxsplit.capture.paper import NETWORKS
 from fxsplit.capture.tracing import trace
 from fxsplit.plan.cuts import cuts
@@ -20,6 +19,7 @@ from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan, schedule
 from fxsplit.run.executor import Executor
 from fxsplit.run.measuring import measure_phases, update_seconds
+from fxsplit.run.op_costs import measure
 from tests.models import HAZARDS, Chain
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

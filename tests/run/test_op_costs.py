@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxsplit.capture import allocations, measuring
-from fxsplit.capture.measuring import measure
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import GuardError, TraceError
+from fxsplit.run import allocations, op_costs
+from fxsplit.run.op_costs import measure
 from tests.models import HAZARDS, BranchOnShape, Chain
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ class OneSlowOp(Chain):
 
 @pytest.mark.parametrize("traced", [2, 8])
 def test_seconds_and_workspace_belong_to_the_op_that_takes_them(traced: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: _SlowTwin.seconds))
+    monkeypatch.setattr(op_costs, "time", SimpleNamespace(perf_counter=lambda: _SlowTwin.seconds))
     found = measure(trace(OneSlowOp(), (torch.empty(traced, 3, 8, 8),)), (torch.randn(2, 3, 8, 8),), steps=3)
     share = traced / 2  # figures are those of the traced batch
     for graph, backward in ((found.train, 3), (found.eval, 0)):

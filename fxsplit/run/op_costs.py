@@ -1,0 +1,216 @@
+"""What each op of a captured model takes on a device: seconds, and the memory that its kernels borrow.
+
+One training step after the other runs op by op. Forward is measured between ops, backward between the moments at which
+the gradients of their outputs are complete:
+
+    forward   op 0 ─┬─ op 1 ─┬─ op 2 ─┬─ ...      backward  ... ─┬─ op 2 ─┬─ op 1 ─┬─ op 0
+                   now      now      now                        now      now      now
+
+So memory is as full, and caches are as cold, as they are in training.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.graph import Node
+
+from fxsplit.capture.meta import tensors_in
+from fxsplit.capture.tracing import Program, Trace
+from fxsplit.errors import TraceError
+from fxsplit.plan.partition import partition
+from fxsplit.run import allocations
+from fxsplit.run.allocations import Event
+from fxsplit.run.folding import fold
+from fxsplit.run.prefix import may_be_relaid, takes_any_layout
+from fxsplit.run.stages import stage_graph
+
+WARMUP = 2
+FORWARD, BACKWARD = "forward", "backward"
+
+# An op in one of the two directions; its name is empty where none runs.
+Moment = tuple[str, str]
+# How ops run. Settled ones are folded.
+Kind = Literal["training", "evaluation", "settled"]
+
+
+def measure(
+    trace: Trace,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    steps: int = 5,
+) -> Trace:
+    """The same trace, its ops with seconds (the median of `steps` steps) and workspace bytes as measured on `device`.
+
+    In the train graph they are those of a training step, in the eval graph of a forward without autograd, as the model
+    is and as it is when it is settled. A copy of the model runs; the model stays as it is. Where `args` hold another
+    number of samples than the trace, figures are in proportion. Raises TraceError when the model has no weights, and
+    GuardError when `args` take another path than the traced one.
+    """
+    device = torch.device(device)
+    if any(tensor.is_meta for tensor in (*trace.model.parameters(), *trace.model.buffers())):
+        raise TraceError("a model on the meta device has no weights to measure it with; build it on another device")
+    given = trace.signature.tensors(args, kwargs or {})
+    model = copy.deepcopy(trace.model).to(device)
+    inputs = [tensor.detach().to(device, copy=True) for tensor in given]
+    samples = next((len(tensor) for tensor in inputs if tensor.dim()), 1)
+    runners = _runners(trace, model, inputs)
+    clocks = {kind: Clock(device) for kind in runners}
+    workspaces = {}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for program in trace.programs.values():
+            program.guards.check(given)
+        for step in range(WARMUP + steps):
+            # In turn, so that whatever else the machine does falls on all.
+            for kind, runner in runners.items():
+                runner.step(clocks[kind] if step >= WARMUP else _pass)
+        for kind, runner in runners.items():
+            with allocations.recorded(device) as events:
+                runner.step(lambda moment: allocations.mark(":".join(moment)))
+            workspaces[kind] = _workspaces(events)
+    programs = {}
+    for training, program in trace.programs.items():
+        kinds: tuple[Kind, ...] = ("training",) if training else ("evaluation", "settled")
+        figures = [Figures(clocks[kind].seconds, workspaces[kind]) for kind in kinds]
+        programs[training] = _annotated(program, figures, program.graph.batch_size / samples)
+    return replace(trace, programs=programs)
+
+
+def _runners(trace: Trace, model: nn.Module, inputs: Sequence[Tensor]) -> dict[Kind, OpRunner]:
+    runners = {}
+    kinds: tuple[tuple[Kind, bool], ...] = (("training", True), ("evaluation", False))
+    for kind, training in kinds:
+        program = trace.programs[training]
+        names = dict(zip(program.nodes, (op.name for op in program.graph.ops), strict=True))
+        runners[kind] = OpRunner(model, program.output.graph, names, inputs, training=training)
+    copied = replace(trace, model=model)
+    (whole,) = partition(trace.train, trace.eval, count=1)
+    graph = stage_graph(copied, whole, is_last=True, training=False)
+    relaid = takes_any_layout(graph, model) and all(map(may_be_relaid, inputs))
+    folds, _ = fold(graph, model)
+    weights = [each.tensors(torch.channels_last if relaid else torch.preserve_format) for each in folds]
+    read = [inputs[trace.signature.names.index(name)] for name in whole.reads]
+    names = {node: node.meta["op"].name for node in graph.nodes if "op" in node.meta}
+    runners["settled"] = OpRunner(model, graph, names, [[*read, weights]], training=False)
+    return runners
+
+
+def _pass(_moment: Moment) -> None:
+    """Measure nothing."""
+
+
+def _annotated(program: Program, figures: Sequence[Figures], share: float) -> Program:
+    """The program with the figures of its own mode, and in evaluation those of the settled model."""
+    ops = []
+    for op in program.graph.ops:
+        (forward, backward), (borrowed, borrowed_back) = figures[0].of(op.name, share)
+        op = replace(
+            op,
+            seconds=forward + backward,
+            forward_seconds=forward,
+            forward_workspace_bytes=borrowed,
+            backward_workspace_bytes=borrowed_back,
+        )
+        for settled in figures[1:]:
+            (forward, _), (borrowed, _) = settled.of(op.name, share)
+            op = replace(op, settled_seconds=forward, settled_workspace_bytes=borrowed)
+        ops.append(op)
+    return replace(program, graph=replace(program.graph, ops=tuple(ops)))
+
+
+def _workspaces(events: Sequence[Event]) -> dict[Moment, int]:
+    """The most that each op held beyond what was there before it and what is left of it afterwards."""
+    found: dict[Moment, int] = {}
+    marks = [position for position, event in enumerate(events) if event.mark]
+    for position, end in zip(marks, [*marks[1:], len(events)], strict=True):
+        way, _, name = events[position].mark.partition(":")
+        inside = events[position + 1 : end]
+        left = sum(inside[survivor].size for survivor in allocations.survivors(inside))
+        found[way, name] = max(allocations.peak(inside) - left, 0)
+    return found
+
+
+class Figures(NamedTuple):
+    """What the ops of one way to run them took."""
+
+    seconds: Mapping[Moment, list[float]]
+    workspaces: Mapping[Moment, int]
+
+    def of(self, name: str, share: float) -> tuple[tuple[float, float], tuple[int, int]]:
+        """Seconds and workspace bytes of an op, forward and backward, for a `share` of the batch."""
+        forward, backward = (
+            (share * statistics.median(self.seconds.get((way, name), [0.0])), self.workspaces.get((way, name), 0))
+            for way in (FORWARD, BACKWARD)
+        )
+        return (forward[0], backward[0]), (round(share * forward[1]), round(share * backward[1]))
+
+
+class Clock:
+    """Called at each moment; sums up the `seconds` from one to the next, once a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[Moment, list[float]] = defaultdict(list)
+        self._device = device
+        self._moment, self._began = (FORWARD, ""), 0.0
+
+    def __call__(self, moment: Moment) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        ended = time.perf_counter()
+        self.seconds[self._moment].append(ended - self._began)
+        self._moment, self._began = moment, time.perf_counter()
+
+
+class OpRunner(fx.Interpreter):
+    """Runs steps of a model op by op, and calls back whenever another op begins, in either direction.
+
+    `names` are those of the ops among the nodes of `graph`; `given` are its arguments.
+    """
+
+    def __init__(
+        self, model: nn.Module, graph: fx.Graph, names: Mapping[fx.Node, str], given: Sequence[Any], *, training: bool
+    ) -> None:
+        super().__init__(model, graph=graph)
+        self._names, self._given, self._training = names, given, training
+
+    def step(self, begins: Callable[[Moment], None]) -> None:
+        """A forward; in training also the backward, from random gradients of the outputs."""
+        self.module.train(self._training)
+        self._begins = begins
+        self._hooked: set[Node] = set()
+        # A stage empties the list that it is given.
+        given = [list(each) if isinstance(each, list) else each for each in self._given]
+        with torch.set_grad_enabled(self._training):
+            made = [tensor for tensor in tensors_in(self.run(*given)) if tensor.requires_grad]
+        directions = [torch.randn_like(tensor) for tensor in made]
+        if made:
+            torch.autograd.backward(made, directions)
+            begins((BACKWARD, ""))
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        # What a step leaves behind would be freed in the midst of the next one.
+        self.env.clear()
+        self._hooked.clear()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One op of the forward."""
+        name = self._names.get(n, "")
+        self._begins((FORWARD, name))
+        value = super().run_node(n)
+        self._begins((FORWARD, ""))
+        for tensor in tensors_in(value):
+            # What an op merely hands on belongs to the op that made it.
+            if tensor.grad_fn is not None and tensor.grad_fn not in self._hooked:
+                self._hooked.add(tensor.grad_fn)
+                tensor.grad_fn.register_prehook(lambda _gradients, name=name: self._begins((BACKWARD, name)))
+        return value
