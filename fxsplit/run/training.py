@@ -73,8 +73,8 @@ class Trainer:
     planned. What trains in the last `average` share of the run ends with the mean of its weights there.
 
     `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
-    backward passes, with the gradient of the whole. `clip_grad` bounds the gradient's norm. Without `make_cache`, what
-    is settled is computed anew for each batch.
+    backward passes, with the gradient of the whole; the micro-batches of a phase split each of them further.
+    `clip_grad` bounds the gradient's norm. Without `make_cache`, what is settled is computed anew for each batch.
 
     Raises FxsplitError when there is nothing to train on, UsageError when the optimizer cannot be made.
     """
@@ -149,6 +149,7 @@ class Trainer:
         if self._index is not None and self.recalibrate:
             self._take_statistics(epoch, phase.start)
         self._index = index
+        self._parts = self.grad_accum_steps * phase.micro_batches
         self.executor.enter(phase)
         if self._cache is None or self._cache.cut != phase.start:
             self._close_caches()
@@ -272,7 +273,7 @@ class Trainer:
     def _step(self, batch: Batch | SettledBatch, done: int, accuracy: Accuracy) -> None:
         optimizer = self._optimizer
         optimizer.zero_grad()
-        targets = (each.chunk(self.grad_accum_steps) for each in (batch.labels, batch.ids))
+        targets = (each.chunk(self._parts) for each in (batch.labels, batch.ids))
         for part, labels, ids in zip(self._chunks(batch), *targets, strict=True):
             with self._autocast():
                 logits = logits_of(self._run(part))
@@ -296,11 +297,11 @@ class Trainer:
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
 
     def _chunks(self, batch: Batch | SettledBatch) -> Iterable[Tensor | list[Any]]:
-        """The parts of a batch: images, or values at the cut."""
-        count = self.grad_accum_steps
+        """The parts of a batch: images, or values at the cut. A small batch has fewer."""
         if isinstance(batch, Batch):
-            return batch.images.chunk(count)
-        parts = [[None] * count if value is None else value.chunk(count) for value in batch.values]
+            return batch.images.chunk(self._parts)
+        count = len(batch.labels.chunk(self._parts))
+        parts = [[None] * count if value is None else value.chunk(self._parts) for value in batch.values]
         return map(list, zip(*parts, strict=True))
 
     def _close_caches(self) -> None:
