@@ -199,8 +199,8 @@ class RunSpec:
     )
     memory_budget: float | None = _option(
         "Memory",
-        "Let partitions recompute in backward where a phase would need more memory than this: up to 1, of the "
-        "activations of standard training; above 1, bytes of everything.",
+        "Let partitions recompute in backward, or take batches in parts, where a phase would need more memory than "
+        "this: up to 1, of the activations of standard training; above 1, bytes of everything.",
         None,
         above=0,
     )

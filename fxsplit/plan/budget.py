@@ -37,11 +37,10 @@ def fit(plan: Plan, train: Graph, eval_graph: Graph, *, budget: float, batch_siz
         if found is None:
             least = min(map(need, choices))
             allow = f"{-(-least * 100 // 1) / 100:.2f}" if budget <= 1 else f"{least:.0f} bytes"
-            whole = f" ({indivisible.name!r} needs a batch as a whole, so there are no micro-batches)"
             raise PartitionError(
                 f"phase {number} of the {plan.schedule} plan does not fit a memory budget of {budget:g}, whatever "
-                f"recomputes{whole if indivisible else ''}: it needs {allow}; allow that much, make more partitions or "
-                "take smaller batches"
+                f"recomputes: it needs {allow}; allow that much, make more partitions or take smaller batches"
+                + (f" (not in micro-batches: {indivisible.name!r} needs a batch as a whole)" if indivisible else "")
             )
         fitting.append(found)
     return replace(plan, phases=tuple(fitting))

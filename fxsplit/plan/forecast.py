@@ -19,10 +19,10 @@ class PhaseForecast:
     """One step of a phase, optimizer included, loss and data left out.
 
     `step_cost` is relative to a step of `standard`; `step_seconds` is None where the ops were not measured.
-    `activation_bytes` is the most that values, what autograd saves and their gradients hold at a time, with micro-batches
-    those of one, and a parameter's gradient until it is added to that of the micro-batches before. Optimizer state and
-    `gradient_bytes` are those of the parameters that train. `peak_bytes` is the most of everything at a time: by when
-    the last gradients of parameters arrive, most activations are gone.
+    `activation_bytes` is the most that values, what autograd saves and their gradients hold at a time; with
+    micro-batches those of one, and a parameter's gradient until it is added to that of the ones before. Optimizer state
+    and `gradient_bytes` are those of the parameters that train. `peak_bytes` is the most of everything at a time: by
+    when the last gradients of parameters arrive, most activations are gone.
     """
 
     step_cost: float

@@ -71,8 +71,8 @@ def peak_bytes(
 ) -> int:
     """The most that one step allocates and has not freed: values, what autograd saves, gradients.
 
-    `gradient_bytes` are those of a parameter's gradient, which lasts; 0 leaves it out. Where the step `adds` to gradients
-    that were there before, its own last until they are complete. Inputs are the caller's.
+    `gradient_bytes` are those of a parameter's gradient, which lasts; 0 leaves it out. Where the step `adds` to
+    gradients that were there before, its own last until they are complete. Inputs are the caller's.
     """
     walk = _Walk(steps, graph, batch_size, gradient_bytes, adds)
     walk.forward()
