@@ -237,7 +237,7 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            if getattr(self, item.name) is None:
+            if getattr(self, item.name) is item.default is None:
                 object.__setattr__(self, item.name, item.metadata["defaults"][self.schedule == "l2l"])
         values, problems = _read_fields({item.name: getattr(self, item.name) for item in fields(self)})
         for name, value in values.items():
@@ -360,7 +360,7 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
     if spec.parts is not None and spec.at and not {"parts", "at"} & set(wrong):
         yield f"parts is {spec.parts} and at is {','.join(spec.at)!r}, but only one can say where to cut"
     if spec.plan is not None and "plan" not in wrong:
-        defaults = {item.name: item.metadata["defaults"][0] for item in fields(spec)}
+        defaults = {item.name: item.metadata["defaults"][spec.schedule == "l2l"] for item in fields(spec)}
         if given := [name for name in PLANNED if getattr(spec, name) != defaults[name] and name not in wrong]:
             yield beside_plan(given)
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:

@@ -83,6 +83,11 @@ class Cache:
             self._give_up("this phase sees each row only once", pays=False)
 
     @property
+    def has_rows(self) -> bool:
+        """Whether it keeps anything."""
+        return self._rows is not None
+
+    @property
     def resident_bytes(self) -> int:
         """What the rows hold of this process's memory."""
         return 0 if self._rows is None else self._rows.resident_bytes

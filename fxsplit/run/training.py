@@ -266,6 +266,12 @@ class Trainer:
         settled = self.executor.window[0] > 0
         return self.loader.training(epoch, view=self.loader.view(epoch) if settled else None)
 
+    def _test_batches(self) -> Iterator[Batch | SettledBatch]:
+        """From the cache where training images come from one."""
+        if self._cache and self._cache.has_rows and self._test_cache:
+            return self._test_cache.batches(0)
+        return self.loader.for_testing().training(0)
+
     def _settle(self, images: Tensor) -> list[Any]:
         with self._autocast():
             return self.executor.settle(images)
@@ -332,7 +338,7 @@ class Trainer:
         self.executor.eval()
         accuracy = Accuracy(self.device)
         with torch.no_grad(), self._autocast():
-            for batch in self._test_cache.batches(0) if self._test_cache else self.loader.for_testing().training(0):
+            for batch in self._test_batches():
                 logits = logits_of(self._run(batch.images if isinstance(batch, Batch) else batch.values))
                 accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
         return accuracy.read()
