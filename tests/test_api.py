@@ -267,7 +267,7 @@ def test_a_budget_that_recomputing_alone_cannot_keep_is_kept_by_micro_batches() 
     assert found.forecast is not None
     most = 0.6 * found.forecast.standard.activation_bytes
     assert all(phase.activation_bytes <= most for phase in found.forecast.phases)
-    with pytest.raises(PartitionError, match="not in micro-batches: 'group1.bn1' needs a batch as a whole"):
+    with pytest.raises(PartitionError, match=r"not in micro-batches: 'group1\.bn1' needs a batch as a whole"):
         fxsplit.inspect(fxsplit.RunSpec(**asked | {"model": "paper:resnext"}, memory_budget=0.1))
 
 
