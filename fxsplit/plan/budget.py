@@ -11,13 +11,23 @@ from fxsplit.plan.forecast import Oracle
 from fxsplit.plan.schedule import Phase, Plan
 
 
-def fit(plan: Plan, train: Graph, eval_graph: Graph, *, budget: float, batch_size: int, optimizer_slots: int) -> Plan:
+def fit(
+    plan: Plan,
+    train: Graph,
+    eval_graph: Graph,
+    *,
+    budget: float,
+    batch_size: int,
+    optimizer_slots: int,
+    strict: bool = True,
+) -> Plan:
     """The fastest of the plans that differ from `plan` in what recomputes, and in micro-batches, and whose forecast
     keeps within `budget`.
 
     A budget of at most 1 is a share of the activation memory that standard training takes, a larger one bytes of
     everything at a time. Micro-batches are 1, 2, 4, ... of equal size, and 1 where an op needs the batch as a whole.
-    Raises PartitionError, which names the least that would do, when a phase fits none.
+    Raises PartitionError, which names the least that would do, when a phase fits none; unless `strict`, it then takes
+    that.
     """
     oracle = Oracle(plan.partitions, train, eval_graph, batch_size, optimizer_slots)
     standard = oracle.phase(oracle.standard)
@@ -34,6 +44,8 @@ def fit(plan: Plan, train: Graph, eval_graph: Graph, *, budget: float, batch_siz
             key=lambda choice: (oracle.step_cost(choice), choice.micro_batches, choice.recompute),
         )
         found = next((choice for choice in choices if need(choice) <= budget), None)
+        if not strict:
+            found = found or min(choices, key=need)
         if found is None:
             least = min(map(need, choices))
             allow = f"{-(-least * 100 // 1) / 100:.2f}" if budget <= 1 else f"{least:.0f} bytes"
