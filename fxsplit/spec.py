@@ -165,7 +165,7 @@ class RunSpec:
     soft_temperature: float = _option("Regularisation", "Temperature of this comparison.", 1.0, above=0)
     average: float = _option(
         "Regularisation",
-        "End with the mean of the weights over this last share of the run.",
+        "Each partition ends its training with the mean of its weights over this last share of it.",
         0.0,
         least=0,
         below=1,

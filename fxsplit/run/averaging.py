@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class WeightAverage:
-    """The running mean of parameters, each over as many epochs as it was added.
+    """The running mean of parameters, each over as many epochs as it was added in.
 
     Source: Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018, algorithm 1.
     """
@@ -19,16 +19,15 @@ class WeightAverage:
 
     @torch.no_grad()
     def add(self, parameters: Iterable[Tensor]) -> None:
-        """Count their values in; parameters that are not among them are forgotten."""
-        means = {}
+        """Count their values in."""
         for parameter in parameters:
             mean, count = self._means.get(parameter, (torch.zeros_like(parameter), 0))
-            means[parameter] = mean.lerp_(parameter, 1 / (count + 1)), count + 1
-        self._means = means
+            self._means[parameter] = mean.lerp_(parameter, 1 / (count + 1)), count + 1
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Give the parameters their means, and forget them."""
-        for parameter, (mean, _) in self._means.items():
-            parameter.copy_(mean)
-        self._means = {}
+    def apply(self, parameters: Iterable[Tensor]) -> None:
+        """Give them their means, if they have any, and forget these."""
+        for parameter in parameters:
+            if parameter in self._means:
+                mean, _ = self._means.pop(parameter)
+                parameter.copy_(mean)

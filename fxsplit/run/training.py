@@ -70,7 +70,7 @@ class Trainer:
     Besides the labels it can learn from `soft_targets`. `anneal` lets the learning rate of each partition fall to zero
     over that share of the run before the partition stops training. With `recalibrate` the BatchNorm statistics of
     partitions are taken anew before these settle; with `veto` partitions whose weights still move settle later than
-    planned. What trains in the last `average` share of the run ends with the mean of its weights there.
+    planned. Each partition ends its training with the mean of its weights over the last `average` share of it.
 
     `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
     backward passes, with the gradient of the whole; the micro-batches of a phase split each of them further.
@@ -110,6 +110,7 @@ class Trainer:
         self._test_cache: Cache | None = None
         self._average = WeightAverage()
         self._steps = self.plan.epochs * self.loader.steps_per_epoch
+        self._owned = self._parameters()
         self._plasticity = self._watch() if self.veto else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
         # Unknown names and impossible values are refused here, before a run has left anything behind.
@@ -146,8 +147,8 @@ class Trainer:
 
     def _enter(self, index: int, epoch: int) -> None:
         phase = self.plan.phases[index]
-        if self._index is not None and self.recalibrate:
-            self._take_statistics(epoch, phase.start)
+        if self._index is not None:
+            self._finish(epoch, [i for i in range(*self.executor.window) if not phase.start <= i < phase.stop])
         self._index = index
         self._parts = self.grad_accum_steps * phase.micro_batches
         self.executor.enter(phase)
@@ -176,7 +177,7 @@ class Trainer:
         ends = {}
         for number, phase in enumerate(self.plan.phases):
             end = (self.plan.first_epoch(number) + phase.epochs) * self.loader.steps_per_epoch
-            for parameters in self._parameters()[phase.start : phase.stop]:
+            for parameters in self._owned[phase.start : phase.stop]:
                 ends.update(dict.fromkeys(parameters, end))
         return ends
 
@@ -188,10 +189,21 @@ class Trainer:
     def _watch(self) -> Plasticity:
         # Quiet for as long as an epoch.
         window = max(1, self.loader.steps_per_epoch // QUIET_WINDOWS)
-        return Plasticity(self._parameters(), window=window)
+        return Plasticity(self._owned, window=window)
 
-    def _take_statistics(self, epoch: int, stop: int) -> None:
-        """Of BatchNorm in what trains before cut `stop`, with the weights as they are."""
+    def _average_in(self, epoch: int) -> None:
+        """Count the weights in of what has so much of its training behind it."""
+        for parameter, end in self._ends().items():
+            if parameter.requires_grad and (epoch + 1) * self.loader.steps_per_epoch > (1 - self.average) * end:
+                self._average.add([parameter])
+
+    def _finish(self, epoch: int, partitions: Sequence[int]) -> None:
+        """Give partitions whose training ends the weights and the statistics that they are to keep."""
+        if self.average:
+            self._average.apply(parameter for index in partitions for parameter in self._owned[index])
+        elif not self.recalibrate:
+            return
+        stop = max(partitions, default=-1) + 1
         norms = norms_of(self.executor, stop)
         if not norms:
             return
@@ -204,11 +216,10 @@ class Trainer:
     def _epoch(self, epoch: int, index: int, began: float) -> EpochRecord:
         energy = self._meter.read().energy_joules
         trained = self._train(epoch, began)
-        if epoch + 1 > (1 - self.average) * self.plan.epochs:
-            self._average.add(parameters_of(self._optimizer))
+        if self.average:
+            self._average_in(epoch)
             if epoch + 1 == self.plan.epochs:
-                self._average.apply()
-                self._take_statistics(epoch, len(self.plan.partitions))
+                self._finish(epoch, range(*self.executor.window))
         ended = now(self.device)
         tested = self.evaluate()
         finished = now(self.device)

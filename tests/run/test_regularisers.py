@@ -146,9 +146,12 @@ def test_the_average_is_the_mean_of_what_was_added() -> None:
             parameter.fill_(number)
             other.fill_(number)
         average.add([parameter, other] if number < 6 else [parameter])
-    average.apply()
+    average.apply([parameter])
     assert torch.equal(parameter, torch.full((3,), 3.0))
     assert torch.equal(other, torch.full((3,), 6.0))
+    average.apply([parameter, other])
+    assert torch.equal(parameter, torch.full((3,), 3.0))
+    assert torch.equal(other, torch.full((3,), 1.5))
 
 
 def test_a_run_ends_with_the_mean_of_its_last_epochs() -> None:
@@ -166,14 +169,26 @@ def test_a_run_ends_with_the_mean_of_its_last_epochs() -> None:
     assert records[-1].eval_loss == averaged_run.evaluate().loss
 
 
-def test_settled_partitions_are_not_averaged() -> None:
+def test_partitions_settle_with_the_mean_of_their_own_last_epochs() -> None:
+    plan = (Phase(start=0, stop=4, epochs=4), Phase(start=2, stop=4, epochs=4))
+    torch.manual_seed(0)
+    model = Chain()
+    seen = [copy.deepcopy(model) for _ in trainer(model, plan=plan[:1]).epochs()][2:]
+    averaged_run, averaged = trained(plan=plan, average=0.5)
+    for name in (name for part in averaged_run.plan.partitions[:2] for name in part.state):
+        if name in dict(model.named_parameters()):
+            mean = torch.stack([each.get_parameter(name) for each in seen]).mean(0)
+            assert torch.allclose(averaged.get_parameter(name), mean, atol=1e-6), name
+
+
+def test_settled_partitions_are_not_averaged_any_more() -> None:
     digests: list[list[Tensor]] = []
     torch.manual_seed(0)
     model = Chain()
     made = trainer(model, plan=PHASES, average=0.75)
     names = [name for part in made.plan.partitions[:2] for name in part.state]
     for record in made.epochs():
-        if record.epoch >= 1:
+        if record.epoch >= 2:
             digests.append([model.state_dict()[name].clone() for name in names])
     assert all(same(digest, digests[0]) for digest in digests)
 
