@@ -123,9 +123,9 @@ def inspect(
     measured = measured or spec.balance == "seconds"
     device = choose_device(spec.device) if measured else torch.device("meta")
     make = models.build if measured else models.sketch
-    model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem).to(device)
+    model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem, drop_path=spec.drop_path)
     images = torch.rand(spec.batch_size, 3, img_size, img_size, device=device)
-    trace = trace_model(model, (images,))
+    trace = trace_model(model.to(device), (images,))
     if measured:
         trace = measure_ops(trace, (images,), device=device)
     plan = _plan(spec, trace, observer or Observer())
@@ -273,6 +273,7 @@ def _build(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
         img_size=data.img_size,
         pretrained=spec.pretrained,
         stem=spec.stem,
+        drop_path=spec.drop_path,
     )
     if spec.channels_last:
         model = model.to(memory_format=torch.channels_last)

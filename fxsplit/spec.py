@@ -105,6 +105,15 @@ class RunSpec:
     min_lr: float = _option("Training", "Lowest learning rate of the schedule.", 0.0, least=0)
     smoothing: float = _option("Training", "Label smoothing.", 0.0, least=0, below=1)
 
+    drop_path: float = _option(
+        "Regularisation",
+        "Stochastic depth: the rate at which the last residual branch is left out in training, earlier ones less "
+        "often; 0 leaves it to the model.",
+        0.0,
+        least=0,
+        below=1,
+    )
+
     schedule: str = _option(
         "Layer-to-layer",
         "Which partitions train when: all (standard), fewer at both ends (window), "

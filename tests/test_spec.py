@@ -28,7 +28,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("img_size", "train_limit", "train_batches_per_epoch", "epochs_total"), maybe | whole),
     **dict.fromkeys(("workers", "warmup_epochs"), whole | st.just(0)),
     **dict.fromkeys(("weight_decay", "min_lr"), finite),
-    **dict.fromkeys(("momentum", "smoothing"), below_one),
+    **dict.fromkeys(("momentum", "smoothing", "drop_path"), below_one),
     **dict.fromkeys(("pretrained", "amp", "channels_last", "deterministic", "dry_run"), st.booleans()),
     **dict.fromkeys(("lr", "decay_rate"), positive),
     **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit"), maybe | positive),
