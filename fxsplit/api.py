@@ -35,6 +35,7 @@ from fxsplit.run.cache import GIB, Cache
 from fxsplit.run.checking import check_model
 from fxsplit.run.data import Data
 from fxsplit.run.executor import Executor
+from fxsplit.run.exits import Exits
 from fxsplit.run.folder import RunFolder
 from fxsplit.run.forecasts import check_forecast
 from fxsplit.run.loader import Loader
@@ -71,7 +72,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
             executor.settled_dtype = getattr(torch, spec.settled_dtype)
         if spec.torchcompile:
             executor.compile_stages(spec.torchcompile)
-        trainer = _trainer(spec, model, executor, plan, data, observer)
+        trainer = _trainer(spec, trace, executor, plan, data, observer)
         surroundings = environment(device)
         folder = None if spec.dry_run else _folder(spec, plan, trace, surroundings)
         observer.run_started(
@@ -319,9 +320,7 @@ def _inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None 
     )
 
 
-def _trainer(
-    spec: RunSpec, model: nn.Module, executor: Executor, plan: Plan, data: Data, observer: Observer
-) -> Trainer:
+def _trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: Data, observer: Observer) -> Trainer:
     return Trainer(
         executor=executor,
         plan=plan,
@@ -338,7 +337,7 @@ def _trainer(
             limit=1 if spec.dry_run else spec.train_batches_per_epoch,
             test_limit=1 if spec.dry_run else None,
         ),
-        make_optimizer=partial(_optimizer(spec), model),
+        make_optimizer=partial(_optimizer(spec), trace.model),
         make_scheduler=partial(
             make_scheduler,
             name=spec.sched,
@@ -350,12 +349,27 @@ def _trainer(
             decay_rate=spec.decay_rate,
         ),
         make_cache=_make_cache(spec),
+        exits=_exits(spec, trace, plan, data),
         smoothing=spec.smoothing,
         clip_grad=spec.clip_grad,
         amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None,
         grad_accum_steps=spec.grad_accum_steps,
         log_interval=spec.log_interval,
         observer=observer,
+    )
+
+
+def _exits(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> Exits | None:
+    if not spec.exits:
+        return None
+    return Exits(
+        trace.train,
+        plan.partitions,
+        count=spec.exits,
+        num_classes=len(data.classes),
+        weight=spec.exit_weight,
+        seed=spec.seed,
+        device=data.train.device,
     )
 
 

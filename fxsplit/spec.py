@@ -113,6 +113,13 @@ class RunSpec:
         least=0,
         below=1,
     )
+    exits: int = _option(
+        "Regularisation",
+        "Auxiliary exits: pooling and a linear layer at the ends of this many of the first partitions that train.",
+        0,
+        least=0,
+    )
+    exit_weight: float = _option("Regularisation", "Weight of the loss of each exit.", 0.3, least=0)
 
     schedule: str = _option(
         "Layer-to-layer",

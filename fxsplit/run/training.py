@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol
 
@@ -18,15 +19,18 @@ from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.run.cache import Cache, SettledBatch
 from fxsplit.run.data import Batch
 from fxsplit.run.executor import Executor
+from fxsplit.run.exits import Exits
 from fxsplit.run.loader import Loader
 from fxsplit.run.metrics import Accuracy, Meter, Score, now
 from fxsplit.run.optimizers import parameters_of
 
 
 class MakeOptimizer(Protocol):
-    """An optimizer over the parameters that train now, with what is worth keeping of the previous one."""
+    """An optimizer over the parameters of the model that train now and those of `modules`, with what is worth keeping
+    of the previous one.
+    """
 
-    def __call__(self, *, previous: Optimizer | None) -> Optimizer: ...
+    def __call__(self, *modules: nn.Module, previous: Optimizer | None) -> Optimizer: ...
 
 
 class Scheduler(Protocol):
@@ -61,7 +65,8 @@ class Trainer:
 
     `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
     backward passes, with the gradient of the whole. `clip_grad` bounds the gradient's norm. Without `make_cache`, what
-    is settled is computed anew for each batch.
+    is settled is computed anew for each batch. `exits` train beside the model: the loss that is reported is without
+    theirs, so that runs with and without can be compared, and the trainable parameters are with them.
 
     Raises FxsplitError when there is nothing to train on, UsageError when the optimizer cannot be made.
     """
@@ -72,6 +77,7 @@ class Trainer:
     make_optimizer: MakeOptimizer
     make_scheduler: MakeScheduler
     make_cache: MakeCache | None = None
+    exits: Exits | None = None
     smoothing: float = 0.0
     clip_grad: float | None = None
     amp_dtype: torch.dtype | None = None
@@ -118,7 +124,10 @@ class Trainer:
                     notice=self.observer.notice,
                 )
         previous = None if phase.fresh_optimizer else self._optimizer
-        self._optimizer = self.make_optimizer(previous=previous)
+        if self.exits:
+            self.exits.enter(phase, self.observer.notice)
+        beside = [self.exits.modules] if self.exits else []
+        self._optimizer = self.make_optimizer(*beside, previous=previous)
         self._meter.reset_peaks()
         self.observer.phase_started(index, phase)
         return self._optimizer, self.make_scheduler(self._optimizer, steps_per_epoch=self.loader.steps_per_epoch)
@@ -185,10 +194,12 @@ class Trainer:
         optimizer.zero_grad()
         for part, labels in zip(self._chunks(batch), batch.labels.chunk(self.grad_accum_steps), strict=True):
             with self._autocast():
-                logits = logits_of(self.executor(part) if isinstance(part, Tensor) else self.executor.resume(part))
+                with self.executor.heard(self.exits.hear) if self.exits else nullcontext():
+                    logits = logits_of(self.executor(part) if isinstance(part, Tensor) else self.executor.resume(part))
                 loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+                total = self.exits.add_to(loss, labels, smoothing=self.smoothing) if self.exits else loss
             share = len(labels) / len(batch.labels)
-            self._scaler.scale(loss * share if share < 1 else loss).backward()  # type: ignore[no-untyped-call]
+            self._scaler.scale(total * share if share < 1 else total).backward()  # type: ignore[no-untyped-call]
             accuracy.update(loss, logits, labels)
         if self.clip_grad is not None:
             self._scaler.unscale_(optimizer)

@@ -108,6 +108,34 @@ def test_everything_training_equals_the_plain_model_bit_for_bit(name: str) -> No
         assert torch.equal(torch.get_rng_state(), random_state)
 
 
+def test_what_partitions_deliver_is_heard_before_the_next_one_runs() -> None:
+    model = Chain()
+    net = _executor(model, 8, 4).train()
+    net.enter(Phase(start=1, stop=3, epochs=1))
+    images, _ = _images(0, 8)
+    told: list[tuple[int, int]] = []
+    ran: list[str] = []
+    model.head.register_forward_pre_hook(lambda *_: ran.append("head"))
+
+    def hear(index: int, values: list[Tensor]) -> None:
+        told.append((index, len(values)))
+        assert not ran
+        assert all(value.requires_grad for value in values)
+
+    with net.heard(hear):
+        net(images)
+    assert told == [(index, len(net.partitions[index].writes)) for index in (1, 2)]
+    net(images)
+    assert len(told) == 2
+    with pytest.raises(ZeroDivisionError), net.heard(lambda *_: 1 // 0):
+        net(images)
+    net(images)
+    module = nn.Identity()
+    module.forward = hear  # type: ignore[method-assign]
+    with net.heard(module):
+        assert module not in net.modules()
+
+
 @pytest.mark.parametrize("spec", ["timm:resnet18", "torchvision:convnext_tiny", "paper:resnext"])
 def test_stochastic_depth_drops_the_same_branches_and_none_in_evaluation(spec: str) -> None:
     torch.manual_seed(0)
