@@ -210,7 +210,7 @@ def test_autocast_and_loss_scaling_train_exits() -> None:
 
 
 def test_weights_depend_on_seed_and_partition_alone() -> None:
-    model = layers()
+    model = Chain()
     net = _executor(model, 8, 4)
 
     def made(seed: int, start: int = 0) -> list[Tensor]:
@@ -225,6 +225,8 @@ def test_weights_depend_on_seed_and_partition_alone() -> None:
     torch.manual_seed(6)
     assert same(first, made(1))
     assert not same(first, made(2))
+    assert first[0].shape == first[2].shape
+    assert not torch.equal(first[0], first[2])
     assert same(first[2:], made(1, start=1)[:2])
 
 
