@@ -30,6 +30,7 @@ TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "mode
 INSPECT_FIELDS = (
     *("stem", "drop_path", "data", "img_size", "batch_size"),
     *("schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
+    *("settle_from", "settle_until", "settle_share"),
     *("opt", "momentum", "device", "memory_budget", "grad_accum_steps"),
 )
 

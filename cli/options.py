@@ -52,7 +52,10 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
 def _help(item: Field[Any]) -> str:
     """The default is part of the text, because to typer the default of every option is "not given"."""
     notes = ["|".join(item.metadata["choices"])] if item.metadata["choices"] else []
-    if not (item.default is None or item.default is False or item.default == ()):
-        notes.append(f"default: {item.default}")
+    usual, with_l2l = item.metadata["defaults"]
+    if usual not in (None, False, ()):
+        notes.append(f"default: {usual}")
+    if with_l2l != usual:
+        notes.append(f"with --l2l: {with_l2l if with_l2l is not True else 'on'}")
     text = escape(str(item.metadata["help"]))
     return f"{text} [dim]{escape('[' + ', '.join(notes) + ']')}[/dim]" if notes else text

@@ -43,6 +43,7 @@ from fxsplit.run.measuring import update_seconds
 from fxsplit.run.metrics import environment
 from fxsplit.run.op_costs import measure as measure_ops
 from fxsplit.run.optimizers import make_optimizer, make_scheduler, slots_of
+from fxsplit.run.soft_targets import SoftTargets
 from fxsplit.run.training import MakeCache, Trainer
 from fxsplit.run.workers import call_each
 from fxsplit.spec import RunSpec
@@ -298,7 +299,15 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         most = most_partitions(trace.train, trace.eval, by=spec.by, units=_units(trace, spec.by))
         count = min(DEFAULT_PARTS, most)
     partitions = partition(trace, count=count, at=spec.at, balance=spec.balance, by=spec.by)
-    return make_plan(spec.schedule, partitions=partitions, epochs=spec.epochs, epochs_total=spec.epochs_total)
+    return make_plan(
+        spec.schedule,
+        partitions=partitions,
+        epochs=spec.epochs,
+        epochs_total=spec.epochs_total,
+        start=spec.settle_from,
+        stop=spec.settle_until,
+        share=spec.settle_share,
+    )
 
 
 def _plan_file(plan: Plan, trace: Trace, model: str) -> PlanFile:
@@ -351,6 +360,15 @@ def _trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: 
         make_cache=_make_cache(spec),
         exits=_exits(spec, trace, plan, data),
         smoothing=spec.smoothing,
+        soft_targets=(
+            SoftTargets(len(data.train), weight=spec.soft_targets, temperature=spec.soft_temperature)
+            if spec.soft_targets
+            else None
+        ),
+        anneal=spec.anneal,
+        average=spec.average,
+        recalibrate=spec.recalibrate,
+        veto=spec.veto,
         clip_grad=spec.clip_grad,
         amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None,
         grad_accum_steps=spec.grad_accum_steps,

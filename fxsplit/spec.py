@@ -22,7 +22,10 @@ from fxsplit.errors import UsageError, nearest
 ENVIRONMENT_PREFIX = "FXSPLIT_"
 
 # What a plan file says itself.
-PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs", "epochs_total")
+PLANNED = (
+    *("schedule", "parts", "at", "by", "balance", "epochs", "epochs_total"),
+    *("settle_from", "settle_until", "settle_share"),
+)
 
 
 def _option(
@@ -36,10 +39,17 @@ def _option(
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    most: float | None = None,
+    l2l: Any = None,
 ) -> Any:
-    """A field of RunSpec. The help of one with a `pattern` lists what is allowed."""
-    metadata = {"group": group, "help": text, "flags": flags, "choices": choices, "pattern": pattern}
-    return field(default=default, metadata={**metadata, "least": least, "above": above, "below": below})
+    """A field of RunSpec. The help of one with a `pattern` lists what is allowed.
+
+    With `l2l` there are two defaults, this one for the schedule l2l: the field is None until RunSpec knows which.
+    """
+    defaults = (default, default if l2l is None else l2l)
+    metadata: dict[str, Any] = {"group": group, "help": text, "flags": flags, "choices": choices, "pattern": pattern}
+    metadata |= {"least": least, "above": above, "below": below, "most": most, "defaults": defaults}
+    return field(default=None if l2l is not None else default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +113,75 @@ class RunSpec:
         "Training", "What remains of the rate after a decay; power of --sched poly.", 0.1, above=0
     )
     min_lr: float = _option("Training", "Lowest learning rate of the schedule.", 0.0, least=0)
-    smoothing: float = _option("Training", "Label smoothing.", 0.0, least=0, below=1)
 
+    schedule: str = _option(
+        "Layer-to-layer",
+        "Which partitions train when: all (standard), fewer at both ends (window), "
+        "the student (grow), the teacher (settle, l2l).",
+        "standard",
+        choices=("standard", "window", "grow", "settle", "l2l"),
+    )
+    settle_from: float | None = _option(
+        "Layer-to-layer",
+        "Share of the run after which partitions begin to settle, with settle and l2l.",
+        None,
+        least=0,
+        below=1,
+    )
+    settle_until: float | None = _option(
+        "Layer-to-layer", "Share of the run after which no more partitions settle.", None, above=0, below=1
+    )
+    settle_share: float | None = _option(
+        "Layer-to-layer", "Share of the multiply-adds that settles at most.", None, least=0, below=1
+    )
+    parts: int | None = _option("Layer-to-layer", "Number of partitions.", None, least=1)
+    at: tuple[str, ...] = _option("Layer-to-layer", "Cut before these modules instead, by dotted path.", ())
+    by: str = _option(
+        "Layer-to-layer",
+        "Where --parts may cut: anywhere (op), where the blocks of the graph meet (natural), "
+        "where the units meet that timm or Hugging Face names (block).",
+        "op",
+        choices=("op", "natural", "block"),
+        l2l="natural",
+    )
+    balance: str = _option(
+        "Layer-to-layer",
+        "What --parts makes equal.",
+        "macs",
+        choices=("macs", "params", "activations", "seconds"),
+    )
+    plan: str | None = _option(
+        "Layer-to-layer", "Take partitions and phases from a plan file, as inspect --save-plan writes it.", None
+    )
+
+    smoothing: float = _option("Regularisation", "Label smoothing.", 0.0, least=0, below=1, l2l=0.1)
+    soft_targets: float = _option(
+        "Regularisation",
+        "Share of the loss, at the end of the run, that compares with the network's own earlier output for the image.",
+        0.0,
+        least=0,
+        below=1,
+    )
+    soft_temperature: float = _option("Regularisation", "Temperature of this comparison.", 1.0, above=0)
+    average: float = _option(
+        "Regularisation",
+        "End with the mean of the weights over this last share of the run.",
+        0.0,
+        least=0,
+        below=1,
+        l2l=0.25,
+    )
+    anneal: float = _option(
+        "Regularisation",
+        "Share of the run over which the learning rate of each partition falls to zero before it stops training.",
+        0.0,
+        least=0,
+        most=1,
+    )
+    recalibrate: bool = _option(
+        "Regularisation", "Take BatchNorm statistics anew before partitions settle.", False, l2l=True
+    )
+    veto: bool = _option("Regularisation", "Settle partitions later while their weights still move.", False)
     drop_path: float = _option(
         "Regularisation",
         "Stochastic depth: the rate at which the last residual branch is left out in training, earlier ones less "
@@ -120,32 +197,6 @@ class RunSpec:
         least=0,
     )
     exit_weight: float = _option("Regularisation", "Weight of the loss of each exit.", 0.3, least=0)
-
-    schedule: str = _option(
-        "Layer-to-layer",
-        "Which partitions train when: all (standard), fewer at both ends (window), "
-        "the student (grow), the teacher (settle, l2l).",
-        "standard",
-        choices=("standard", "window", "grow", "settle", "l2l"),
-    )
-    parts: int | None = _option("Layer-to-layer", "Number of partitions.", None, least=1)
-    at: tuple[str, ...] = _option("Layer-to-layer", "Cut before these modules instead, by dotted path.", ())
-    by: str = _option(
-        "Layer-to-layer",
-        "Where --parts may cut: anywhere (op), where the blocks of the graph meet (natural), "
-        "where the units meet that timm or Hugging Face names (block).",
-        "op",
-        choices=("op", "natural", "block"),
-    )
-    balance: str = _option(
-        "Layer-to-layer",
-        "What --parts makes equal.",
-        "macs",
-        choices=("macs", "params", "activations", "seconds"),
-    )
-    plan: str | None = _option(
-        "Layer-to-layer", "Take partitions and phases from a plan file, as inspect --save-plan writes it.", None
-    )
 
     amp: bool = _option("Precision and speed", "Automatic mixed precision.", False)
     amp_dtype: str = _option("Precision and speed", "Type used by --amp.", "bfloat16", choices=("bfloat16", "float16"))
@@ -200,6 +251,9 @@ class RunSpec:
     dry_run: bool = _option("Run", "Plan, train one step, test one batch, write nothing.", False)
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            if getattr(self, item.name) is item.default is None:
+                object.__setattr__(self, item.name, item.metadata["defaults"][self.schedule == "l2l"])
         values, problems = _read_fields({item.name: getattr(self, item.name) for item in fields(self)})
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -321,7 +375,7 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
     if spec.parts is not None and spec.at and not {"parts", "at"} & set(wrong):
         yield f"parts is {spec.parts} and at is {','.join(spec.at)!r}, but only one can say where to cut"
     if spec.plan is not None and "plan" not in wrong:
-        defaults = {item.name: item.default for item in fields(spec)}
+        defaults = {item.name: item.metadata["defaults"][spec.schedule == "l2l"] for item in fields(spec)}
         if given := [name for name in PLANNED if getattr(spec, name) != defaults[name] and name not in wrong]:
             yield beside_plan(given)
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
@@ -365,6 +419,7 @@ def _is_allowed(name: str, value: Any) -> bool:
         and (rule["least"] is None or all(number >= rule["least"] for number in numbers))
         and (rule["above"] is None or all(number > rule["above"] for number in numbers))
         and (rule["below"] is None or all(number < rule["below"] for number in numbers))
+        and (rule["most"] is None or all(number <= rule["most"] for number in numbers))
     )
 
 
@@ -374,7 +429,7 @@ def _allowed(name: str) -> str:
         return f"one of {', '.join(rule['choices'])}"
     if rule["pattern"] is not None:
         return str(rule["help"]).rstrip(".")
-    words = (("least", "at least"), ("above", "above"), ("below", "below"))
+    words = (("least", "at least"), ("above", "above"), ("below", "below"), ("most", "at most"))
     limits = [f"{word} {rule[limit]}" for limit, word in words if rule[limit] is not None]
     return f"{_READERS[_KINDS[name][0]][1]} {' and '.join(limits)}".rstrip()
 

@@ -28,9 +28,12 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("img_size", "train_limit", "train_batches_per_epoch", "epochs_total"), maybe | whole),
     **dict.fromkeys(("workers", "warmup_epochs", "exits"), whole | st.just(0)),
     **dict.fromkeys(("weight_decay", "min_lr", "exit_weight"), finite),
-    **dict.fromkeys(("momentum", "smoothing", "drop_path"), below_one),
-    **dict.fromkeys(("pretrained", "amp", "channels_last", "deterministic", "dry_run"), st.booleans()),
-    **dict.fromkeys(("lr", "decay_rate"), positive),
+    **dict.fromkeys(("momentum", "smoothing", "drop_path", "soft_targets", "average", "anneal"), below_one),
+    **dict.fromkeys(("settle_from", "settle_until", "settle_share"), maybe),
+    **dict.fromkeys(
+        ("pretrained", "amp", "channels_last", "deterministic", "dry_run", "recalibrate", "veto"), st.booleans()
+    ),
+    **dict.fromkeys(("lr", "decay_rate", "soft_temperature"), positive),
     **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit"), maybe | positive),
     "decay_milestones": st.lists(positive).map(tuple),
     "seed": st.integers(min_value=0, max_value=2**32 - 1),

@@ -271,25 +271,49 @@ def settle(
     )
 
 
-SCHEDULES: Mapping[str, Callable[[Sequence[Partition], int], tuple[Phase, ...]]] = {
+def l2l(
+    partitions: Sequence[Partition], epochs: int, *, start: float = 0.1, stop: float = 0.4, share: float = 0.95
+) -> tuple[Phase, ...]:
+    """`settle`, early and far: the shares that were best in the experiments of docs/results."""
+    return settle(partitions, epochs, start=start, stop=stop, share=share)
+
+
+SCHEDULES: Mapping[str, Callable[..., tuple[Phase, ...]]] = {
     "standard": standard,
     "window": window,
     "grow": grow,
     "settle": settle,
-    "l2l": settle,
+    "l2l": l2l,
 }
 
 
-def schedule(name: str, *, partitions: Sequence[Partition], epochs: int, epochs_total: int | None = None) -> Plan:
+def schedule(
+    name: str,
+    *,
+    partitions: Sequence[Partition],
+    epochs: int,
+    epochs_total: int | None = None,
+    start: float | None = None,
+    stop: float | None = None,
+    share: float | None = None,
+) -> Plan:
     """The plan of a named schedule.
 
     `epochs` are those of the run, with "window" of each phase; `epochs_total`, if given, are those of the run
-    in every schedule. Raises UsageError for an unknown name and for too few epochs.
+    in every schedule. `start`, `stop` and `share` of "settle" and "l2l" are theirs if None. Raises UsageError for an
+    unknown name and for too few epochs.
     """
     if name not in SCHEDULES:
         raise UsageError(f"there is no schedule {name!r}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})")
     wanted = epochs if epochs_total is None else epochs_total
     if wanted < 1:
         raise UsageError(f"a run must last at least 1 epoch, not {wanted}")
-    phases = window(partitions, epochs, epochs_total) if name == "window" else SCHEDULES[name](partitions, wanted)
+    given = {"start": start, "stop": stop, "share": share}
+    if name == "window":
+        phases = window(partitions, epochs, epochs_total)
+    elif name in ("settle", "l2l"):
+        shares = {word: value for word, value in given.items() if value is not None}
+        phases = SCHEDULES[name](partitions, wanted, **shares)
+    else:
+        phases = SCHEDULES[name](partitions, wanted)
     return Plan(schedule=name, partitions=tuple(partitions), phases=phases)

@@ -43,8 +43,10 @@ class Cache:
 
     `place` is "ram", "disk" (a nameless file in `folder`, gone with the process) or "auto": disk, where reading costs
     less than computing. It takes at most `limit_bytes`, or half of what is free if None. Floating-point values are
-    kept as `dtype`, or bit for bit if None. `settle` is what makes values of images. The cut is to last for `epochs`.
+    kept as `dtype`, or bit for bit if None or `exact`. `settle` is what makes values of images. The cut is to last for
+    `epochs`.
 
+    One made `beside` another keeps within the same bytes, together with it.
     Where rows cannot be had it says why to `notice` and goes on without; "auto" is silent when they would not pay.
     """
 
@@ -65,16 +67,25 @@ class Cache:
         limit_bytes: int | None,
         dtype: torch.dtype | None,
         folder: str,
+        beside: Cache | None = None,
+        exact: bool = False,
     ) -> None:
         self.cut = executor.window[0]
         self._executor, self._loader, self._settle, self._notice = executor, loader, settle, notice
-        self._place, self._limit_bytes, self._dtype, self._folder = place, limit_bytes, dtype, folder
+        self._place, self._limit_bytes, self._folder = place, limit_bytes, folder
+        self._dtype = None if exact else dtype
+        self._beside = beside
         self._given_up = False
         self._drop()
         if loader.augment != "none" and loader.views is None:
             self._give_up("images are changed at random, and no views of them are stored", pays=False)
         elif epochs <= (loader.views or 1):
             self._give_up("this phase sees each row only once", pays=False)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it keeps anything."""
+        return self._rows is not None
 
     @property
     def resident_bytes(self) -> int:
@@ -177,7 +188,8 @@ class Cache:
 
     def _limit(self) -> int:
         if self._limit_bytes is not None:
-            return self._limit_bytes
+            taken = self._beside.resident_bytes + self._beside.file_bytes if self._beside else 0
+            return self._limit_bytes - taken
         free = psutil.virtual_memory().available if self._place == "ram" else shutil.disk_usage(self._folder).free
         return int(free // 2)
 
@@ -185,7 +197,8 @@ class Cache:
         self._drop()
         self._given_up = True
         if pays or self._place != "auto":
-            self._notice(f"the settled partitions are computed anew for each batch, without a cache: {why}")
+            batch = "batch" if self._loader.shuffle else "test batch"
+            self._notice(f"the settled partitions are computed anew for each {batch}, without a cache: {why}")
 
     def _drop(self) -> None:
         self._key = ""

@@ -124,16 +124,15 @@ class Executor(nn.Module):
             return values
         return self._prefix(self._model, values, start, self.settled_dtype if self.training else None)
 
-    def resume(self, values: list[Any]) -> Any:
-        """What the model would return, from what `settle` gave; the list is emptied."""
+    def resume(self, values: list[Any], stop: int | None = None) -> Any:
+        """What the model would return, from what `settle` gave; the list is emptied. Or the values at cut `stop`."""
         result: Any = values
-        start, stop = self.window
         recompute = self._phase.recompute if self.training and torch.is_grad_enabled() else 0
-        for index in range(start, len(self._stages)):
+        for index in range(self._phase.start, len(self._stages) if stop is None else stop):
             if index < recompute:
                 result = self._recomputing[index](self._model, result)
             else:
-                result = self._stages[index](self._model, result, training=self.training and index < stop)
+                result = self._stages[index](self._model, result, training=self.training and index < self._phase.stop)
             if self._hear is not None and index < len(self._stages) - 1:
                 self._hear(index, result)
         return result

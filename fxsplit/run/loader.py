@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class Loader:
     """Batches of both splits, on the device where the images are; `limit` and `test_limit` bound their number.
 
     With `views`, each training image is augmented in that many ways, of which an epoch takes one, wherever a view is
-    asked for.
+    asked for. Without `shuffle` every epoch has the order of the images, and all of them.
     """
 
     train: ImageSet
@@ -30,6 +30,11 @@ class Loader:
     channels_last: bool = False
     limit: int | None = None
     test_limit: int | None = None
+    shuffle: bool = True
+
+    def for_testing(self) -> Loader:
+        """A loader whose epochs are the test images, each once and as it is."""
+        return replace(self, train=self.test, augment="none", views=None, limit=self.test_limit, shuffle=False)
 
     @property
     def device(self) -> torch.device:
@@ -37,17 +42,17 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps(len(self.train), batch_size=self.batch_size, drop_single=True, limit=self.limit)
+        return steps(len(self.train), batch_size=self.batch_size, drop_single=self.shuffle, limit=self.limit)
 
     def order(self, epoch: int) -> Tensor:
         """The ids of a training epoch's images, int64 (M,), on the CPU: `batch_size` a batch."""
         return epoch_order(
             len(self.train),
             batch_size=self.batch_size,
-            shuffle=True,
+            shuffle=self.shuffle,
             seed=self.seed,
             epoch=epoch,
-            drop_single=True,
+            drop_single=self.shuffle,
             limit=self.limit,
         )
 
@@ -61,28 +66,18 @@ class Loader:
 
     def training(self, epoch: int, *, view: int | None = None) -> Iterator[Batch]:
         """Shuffled and augmented, by the seed and the epoch; augmented by the seed and the view, if there is one."""
-        return self._laid_out(
-            batches(
-                self.train,
-                batch_size=self.batch_size,
-                shuffle=True,
-                seed=self.seed,
-                epoch=epoch,
-                augment=self.augment,
-                view=view,
-                mean=self.mean,
-                std=self.std,
-                drop_single=True,
-                limit=self.limit,
-            )
+        plain = batches(
+            self.train,
+            batch_size=self.batch_size,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            epoch=epoch,
+            augment=self.augment,
+            view=view,
+            mean=self.mean,
+            std=self.std,
+            drop_single=self.shuffle,
+            limit=self.limit,
         )
-
-    def testing(self) -> Iterator[Batch]:
-        """Every test image once, as it is."""
-        return self._laid_out(
-            batches(self.test, batch_size=self.batch_size, mean=self.mean, std=self.std, limit=self.test_limit)
-        )
-
-    def _laid_out(self, plain: Iterator[Batch]) -> Iterator[Batch]:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return (batch._replace(images=batch.images.contiguous(memory_format=layout)) for batch in plain)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +70,28 @@ def slots_of(make_optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]) -> i
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """All parameters that an optimizer moves."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def split_by_end(optimizer: Optimizer, ends: Mapping[Tensor, int]) -> None:
+    """Divide the optimizer's groups so that all parameters of one stop training at the same step, its "end"."""
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        parts: dict[int, list[Tensor]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(ends[parameter], []).append(parameter)
+        groups += [{**group, "params": parameters, "end": end} for end, parameters in parts.items()]
+    optimizer.param_groups[:] = groups
+
+
+def anneal(optimizer: Optimizer, step: int, *, steps: float) -> None:
+    """Scale the learning rate of each group down to zero over the last `steps` before its end, by half a cosine.
+
+    timm's schedulers multiply theirs by this scale. With `steps` as long as a group trains, and no other schedule, this
+    is the annealing of Brock et al., FreezeOut: accelerate training by progressively freezing layers, 2017.
+    """
+    for group in optimizer.param_groups:
+        left = min(1.0, max(0, group["end"] - step) / min(steps, group["end"]))
+        group["lr_scale"] = (1 - math.cos(math.pi * left)) / 2
 
 
 def make_scheduler(

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -14,15 +16,19 @@ from torch.nn import functional as F  # noqa: N812 - the name that everybody giv
 from torch.optim import Optimizer
 
 from fxsplit.errors import FxsplitError
-from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.plan.schedule import Plan
 from fxsplit.report import EpochRecord, Observer, StepRecord
+from fxsplit.run.averaging import WeightAverage
+from fxsplit.run.batchnorm import BATCHES, norms_of, taken_anew
 from fxsplit.run.cache import Cache, SettledBatch
 from fxsplit.run.data import Batch
 from fxsplit.run.executor import Executor
 from fxsplit.run.exits import Exits
 from fxsplit.run.loader import Loader
 from fxsplit.run.metrics import Accuracy, Meter, Score, now
-from fxsplit.run.optimizers import parameters_of
+from fxsplit.run.optimizers import anneal, parameters_of, split_by_end
+from fxsplit.run.plasticity import QUIET_WINDOWS, Plasticity
+from fxsplit.run.soft_targets import SoftTargets
 
 
 class MakeOptimizer(Protocol):
@@ -56,12 +62,19 @@ class MakeCache(Protocol):
         settle: Callable[[Tensor], list[Any]],
         epochs: int,
         notice: Callable[[str], None],
+        beside: Cache | None = None,
+        exact: bool = False,
     ) -> Cache: ...
 
 
 @dataclass(kw_only=True)
 class Trainer:
     """Trains an executor by a plan: cross-entropy, one optimizer step a batch.
+
+    Besides the labels it can learn from `soft_targets`. `anneal` lets the learning rate of each partition fall to zero
+    over that share of the run before the partition stops training. With `recalibrate` the BatchNorm statistics of
+    partitions are taken anew before these settle; with `veto` partitions whose weights still move settle later than
+    planned. What trains in the last `average` share of the run ends with the mean of its weights there.
 
     `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
     backward passes, with the gradient of the whole. `clip_grad` bounds the gradient's norm. Without `make_cache`, what
@@ -71,6 +84,9 @@ class Trainer:
     Raises FxsplitError when there is nothing to train on, UsageError when the optimizer cannot be made.
     """
 
+    _optimizer: Optimizer = field(init=False, repr=False)
+    _scheduler: Scheduler = field(init=False, repr=False)
+
     executor: Executor
     plan: Plan
     loader: Loader
@@ -79,6 +95,11 @@ class Trainer:
     make_cache: MakeCache | None = None
     exits: Exits | None = None
     smoothing: float = 0.0
+    soft_targets: SoftTargets | None = None
+    anneal: float = 0.0
+    average: float = 0.0
+    recalibrate: bool = False
+    veto: bool = False
     clip_grad: float | None = None
     amp_dtype: torch.dtype | None = None
     grad_accum_steps: int = 1
@@ -90,8 +111,12 @@ class Trainer:
             raise FxsplitError("there is no batch to train on: BatchNorm needs at least 2 training images")
         self.device = self.loader.device
         self._meter = Meter(self.device)
-        self._optimizer: Optimizer | None = None
+        self._index: int | None = None
         self._cache: Cache | None = None
+        self._test_cache: Cache | None = None
+        self._average = WeightAverage()
+        self._steps = self.plan.epochs * self.loader.steps_per_epoch
+        self._plasticity = self._watch() if self.veto else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
         # Unknown names and impossible values are refused here, before a run has left anything behind.
         self.make_scheduler(self.make_optimizer(previous=None), steps_per_epoch=self.loader.steps_per_epoch)
@@ -99,42 +124,101 @@ class Trainer:
     def epochs(self) -> Iterator[EpochRecord]:
         """Train and test, an epoch at each step of the iterator. At its end everything may train again."""
         try:
-            for index, phase in enumerate(self.plan.phases):
+            for epoch in range(self.plan.epochs):
                 began = now(self.device)
-                optimizer, scheduler = self._enter(index, phase)
-                for epoch in range(self.plan.first_epoch(index), self.plan.first_epoch(index) + phase.epochs):
-                    record = self._epoch(epoch, optimizer, scheduler, began)
-                    self.observer.epoch_done(record)
-                    yield record
-                    began = now(self.device)
+                index = self._next_phase(epoch)
+                if index != self._index:
+                    self._enter(index, epoch)
+                record = self._epoch(epoch, index, began)
+                self.observer.epoch_done(record)
+                yield record
         finally:
-            self._close_cache()
+            self._close_caches()
             self.executor.release()
 
-    def _enter(self, index: int, phase: Phase) -> tuple[Optimizer, Scheduler]:
+    def _next_phase(self, epoch: int) -> int:
+        """The phase that the plan has for an epoch, or the last before it that settles nothing which still moves."""
+        planned = self.plan.phase_index_at(epoch)
+        if self._index is None or self._plasticity is None:
+            return planned
+        start = self.plan.phases[self._index].start
+        for index in range(planned, self._index, -1):
+            if all(map(self._plasticity.is_quiet, range(start, self.plan.phases[index].start))):
+                return index
+        if planned > self._index and epoch == self.plan.first_epoch(planned):
+            name = self.plan.partitions[self.plan.phases[planned].start].name
+            self.observer.notice(f"what lies before {name} still learns and settles later than in epoch {epoch}")
+        return self._index
+
+    def _enter(self, index: int, epoch: int) -> None:
+        phase = self.plan.phases[index]
+        if self._index is not None and self.recalibrate:
+            self._take_statistics(epoch, phase.start)
+        self._index = index
         self.executor.enter(phase)
         if self._cache is None or self._cache.cut != phase.start:
-            self._close_cache()
+            self._close_caches()
             if self.make_cache and phase.start:
-                self._cache = self.make_cache(
+                make = partial(
+                    self.make_cache,
                     executor=self.executor,
-                    loader=self.loader,
                     settle=self._settle,
-                    epochs=phase.epochs,
+                    epochs=self.plan.first_epoch(index) + phase.epochs - epoch,
                     notice=self.observer.notice,
                 )
-        previous = None if phase.fresh_optimizer else self._optimizer
+                self._cache = make(loader=self.loader)
+                self._test_cache = make(loader=self.loader.for_testing(), beside=self._cache, exact=True)
         if self.exits:
             self.exits.enter(phase, self.observer.notice)
-        beside = [self.exits.modules] if self.exits else []
-        self._optimizer = self.make_optimizer(*beside, previous=previous)
+        previous = None if phase.fresh_optimizer else getattr(self, "_optimizer", None)
+        self._optimizer = self.make_optimizer(*([self.exits.modules] if self.exits else []), previous=previous)
+        if self.anneal:
+            split_by_end(self._optimizer, self._ends())
+        self._scheduler = self.make_scheduler(self._optimizer, steps_per_epoch=self.loader.steps_per_epoch)
         self._meter.reset_peaks()
         self.observer.phase_started(index, phase)
-        return self._optimizer, self.make_scheduler(self._optimizer, steps_per_epoch=self.loader.steps_per_epoch)
 
-    def _epoch(self, epoch: int, optimizer: Optimizer, scheduler: Scheduler, began: float) -> EpochRecord:
+    def _ends(self) -> dict[Tensor, int]:
+        """The step at which each parameter stops training by the plan, an exit's with those of its partition."""
+        ends = {}
+        partitions = self._parameters()
+        for name, each in self.exits.modules.items() if self.exits else ():
+            partitions[int(name)] += each.parameters()
+        for number, phase in enumerate(self.plan.phases):
+            end = (self.plan.first_epoch(number) + phase.epochs) * self.loader.steps_per_epoch
+            for parameters in partitions[phase.start : phase.stop]:
+                ends.update(dict.fromkeys(parameters, end))
+        return ends
+
+    def _parameters(self) -> list[list[Tensor]]:
+        """Those of each partition; one that several use belongs to the first."""
+        known = {name: parameter for name, parameter in self.executor.named_parameters() if parameter.requires_grad}
+        return [[known.pop(name) for name in part.state if name in known] for part in self.plan.partitions]
+
+    def _watch(self) -> Plasticity:
+        # Quiet for as long as an epoch.
+        window = max(1, self.loader.steps_per_epoch // QUIET_WINDOWS)
+        return Plasticity(self._parameters(), window=window)
+
+    def _take_statistics(self, epoch: int, stop: int) -> None:
+        """Of BatchNorm in what trains before cut `stop`, with the weights as they are."""
+        norms = norms_of(self.executor, stop)
+        if not norms:
+            return
+        self.executor.train()
+        with taken_anew(norms), torch.no_grad(), self._autocast():
+            for batch in islice(self._batches(epoch), BATCHES):
+                values = self._settle(batch.images) if isinstance(batch, Batch) else batch.values
+                self.executor.resume(values, stop)
+
+    def _epoch(self, epoch: int, index: int, began: float) -> EpochRecord:
         energy = self._meter.read().energy_joules
-        trained = self._train(epoch, optimizer, scheduler, began)
+        trained = self._train(epoch, began)
+        if epoch + 1 > (1 - self.average) * self.plan.epochs:
+            self._average.add(parameters_of(self._optimizer))
+            if epoch + 1 == self.plan.epochs:
+                self._average.apply()
+                self._take_statistics(epoch, len(self.plan.partitions))
         ended = now(self.device)
         tested = self.evaluate()
         finished = now(self.device)
@@ -142,16 +226,17 @@ class Trainer:
             self.observer.notice(
                 f"the training loss of epoch {epoch} is {trained.loss}; a lower --lr or --clip-grad may help"
             )
-        phase, partitions = self.plan.phase_at(epoch), self.plan.partitions
+        phase, partitions = self.plan.phases[index], self.plan.partitions
         cut = phase.cut(len(partitions))
         usage = self._meter.read()
+        caches = [cache for cache in (self._cache, self._test_cache) if cache]
         return EpochRecord(
             epoch=epoch,
-            phase=self.plan.phase_index_at(epoch),
+            phase=index,
             start=phase.start,
             stop=phase.stop,
             cut="" if cut is None else partitions[cut].name,
-            lr=float(optimizer.param_groups[0]["lr"]),
+            lr=max(float(group["lr"]) for group in self._optimizer.param_groups),
             train_loss=trained.loss,
             eval_loss=tested.loss,
             eval_top1=tested.top1_pct,
@@ -159,23 +244,28 @@ class Trainer:
             train_seconds=ended - began,
             eval_seconds=finished - ended,
             images_per_second=trained.count / (ended - began),
-            trainable_parameters=sum(parameter.numel() for parameter in parameters_of(optimizer)),
+            trainable_parameters=sum(parameter.numel() for parameter in parameters_of(self._optimizer)),
             peak_resident_bytes=usage.peak_resident_bytes,
             peak_allocated_bytes=usage.peak_allocated_bytes,
             peak_reserved_bytes=usage.peak_reserved_bytes,
             device_bytes=usage.device_bytes,
-            cache_resident_bytes=self._cache.resident_bytes if self._cache else None,
-            cache_file_bytes=self._cache.file_bytes if self._cache else None,
+            cache_resident_bytes=sum(cache.resident_bytes for cache in caches) if caches else None,
+            cache_file_bytes=sum(cache.file_bytes for cache in caches) if caches else None,
             energy_joules=None if energy is None or usage.energy_joules is None else usage.energy_joules - energy,
         )
 
-    def _train(self, epoch: int, optimizer: Optimizer, scheduler: Scheduler, began: float) -> Score:
+    def _train(self, epoch: int, began: float) -> Score:
         self.executor.train()
         accuracy = Accuracy(self.device)
         last = self.loader.steps_per_epoch
         for step, batch in enumerate(self._batches(epoch), start=1):
-            scheduler.step_update(epoch * last + step - 1)
-            self._step(batch, optimizer, accuracy)
+            done = epoch * last + step - 1
+            if self.anneal:
+                anneal(self._optimizer, done, steps=self.anneal * self._steps)
+            self._scheduler.step_update(done)
+            self._step(batch, done, accuracy)
+            if self._plasticity:
+                self._plasticity.step_done()
             if step % self.log_interval == 0 or step == last:
                 self._tell(epoch, step, accuracy, began)
         return accuracy.read()
@@ -183,20 +273,28 @@ class Trainer:
     def _batches(self, epoch: int) -> Iterator[Batch | SettledBatch]:
         if self._cache:
             return self._cache.batches(epoch)
-        settled = self.plan.phase_at(epoch).start > 0
-        return iter(self.loader.training(epoch, view=self.loader.view(epoch) if settled else None))
+        settled = self.executor.window[0] > 0
+        return self.loader.training(epoch, view=self.loader.view(epoch) if settled else None)
+
+    def _test_batches(self) -> Iterator[Batch | SettledBatch]:
+        """From the cache where training images come from one."""
+        if self._cache and self._cache.has_rows and self._test_cache:
+            return self._test_cache.batches(0)
+        return self.loader.for_testing().training(0)
 
     def _settle(self, images: Tensor) -> list[Any]:
         with self._autocast():
             return self.executor.settle(images)
 
-    def _step(self, batch: Batch | SettledBatch, optimizer: Optimizer, accuracy: Accuracy) -> None:
+    def _step(self, batch: Batch | SettledBatch, done: int, accuracy: Accuracy) -> None:
+        optimizer = self._optimizer
         optimizer.zero_grad()
-        for part, labels in zip(self._chunks(batch), batch.labels.chunk(self.grad_accum_steps), strict=True):
+        targets = (each.chunk(self.grad_accum_steps) for each in (batch.labels, batch.ids))
+        for part, labels, ids in zip(self._chunks(batch), *targets, strict=True):
             with self._autocast():
                 with self.executor.heard(self.exits.hear) if self.exits else nullcontext():
-                    logits = logits_of(self.executor(part) if isinstance(part, Tensor) else self.executor.resume(part))
-                loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+                    logits = logits_of(self._run(part))
+                loss = self._loss(logits, labels, ids, done / self._steps)
                 total = self.exits.add_to(loss, labels, smoothing=self.smoothing) if self.exits else loss
             share = len(labels) / len(batch.labels)
             self._scaler.scale(total * share if share < 1 else total).backward()  # type: ignore[no-untyped-call]
@@ -207,6 +305,15 @@ class Trainer:
         self._scaler.step(optimizer)
         self._scaler.update()
 
+    def _run(self, part: Tensor | list[Any]) -> Any:
+        """Of images, or of values at the cut."""
+        return self.executor(part) if isinstance(part, Tensor) else self.executor.resume(part)
+
+    def _loss(self, logits: Tensor, labels: Tensor, ids: Tensor, progress: float) -> Tensor:
+        if self.soft_targets:
+            return self.soft_targets.loss(logits, labels, ids, progress=progress, smoothing=self.smoothing)
+        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+
     def _chunks(self, batch: Batch | SettledBatch) -> Iterable[Tensor | list[Any]]:
         """The parts of a batch: images, or values at the cut."""
         count = self.grad_accum_steps
@@ -215,10 +322,11 @@ class Trainer:
         parts = [[None] * count if value is None else value.chunk(count) for value in batch.values]
         return map(list, zip(*parts, strict=True))
 
-    def _close_cache(self) -> None:
-        if self._cache:
-            self._cache.close()
-        self._cache = None
+    def _close_caches(self) -> None:
+        for cache in (self._cache, self._test_cache):
+            if cache:
+                cache.close()
+        self._cache = self._test_cache = None
 
     def _tell(self, epoch: int, step: int, accuracy: Accuracy, began: float) -> None:
         scores = accuracy.read()
@@ -226,7 +334,7 @@ class Trainer:
         on_cuda = usage.peak_allocated_bytes
         self.observer.step_done(
             StepRecord(
-                phase=self.plan.phase_index_at(epoch),
+                phase=self._index or 0,
                 epoch=epoch,
                 step=step,
                 steps=self.loader.steps_per_epoch,
@@ -242,8 +350,8 @@ class Trainer:
         self.executor.eval()
         accuracy = Accuracy(self.device)
         with torch.no_grad(), self._autocast():
-            for batch in self.loader.testing():
-                logits = logits_of(self.executor(batch.images))
+            for batch in self._test_batches():
+                logits = logits_of(self._run(batch.images if isinstance(batch, Batch) else batch.values))
                 accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
         return accuracy.read()
 

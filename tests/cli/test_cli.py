@@ -44,11 +44,13 @@ TRAIN_OPTIONS = """
 --img-size --json  --l2l --log-interval --lr --mean --memory-budget --min-lr --momentum --no-amp --no-channels-last
 --no-deterministic --no-dry-run --no-pretrained --no-progress --opt --output --output-dir --parts --plan
 --pretrained --print-config --progress --quiet -q --sched --schedule --seed --settled-dtype --smoothing --std --stem
+--anneal --average --no-recalibrate --no-veto --recalibrate --settle-from --settle-share --settle-until
+--soft-targets --soft-temperature --veto
 --torchcompile --train-batches-per-epoch --train-limit  --verbose -v --warmup-epochs --wd --weight-decay
 --workers -j
 """
 INSPECT_OPTIONS = """
---grad-accum-steps --memory-budget
+--grad-accum-steps --memory-budget --settle-from --settle-share --settle-until
 --at --balance --batch-size -b --by --config -c --data --device --diff --drop-path --epochs --epochs-total --format
 --img-size --json --l2l --measure --momentum --opt --output -o --parts --plan --save-plan --schedule --stem --verbose -v
 """
@@ -256,6 +258,9 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "cache-dtype": "float16",
         "clip-grad": 1.5,
         "memory-budget": 0.5,
+        "settle-from": 0.2,
+        "settle-until": 0.6,
+        "settle-share": 0.7,
         "decay-epochs": 2.5,
         "decay-milestones": "3,7.5",
         "torchcompile": "inductor",

@@ -206,7 +206,19 @@ def test_grow(count: int, epochs: int, expected: list[tuple[int, int, int]]) -> 
 )
 def test_settle(macs: list[int], epochs: int, expected: list[tuple[int, int, int]]) -> None:
     assert drawn(settle(partitions(*macs), epochs)) == expected
-    assert drawn(SCHEDULES["l2l"](partitions(*macs), epochs)) == expected
+
+
+def test_l2l_settles_early_and_far() -> None:
+    # Moments 14, 20, 26 and 32 of 80 epochs; shares .2375, .475, .7125 and .95.
+    plan = schedule("l2l", partitions=partitions(*[1] * 20), epochs=80)
+    assert drawn(plan.phases) == [(0, 20, 14), (4, 20, 6), (9, 20, 6), (14, 20, 6), (19, 20, 48)]
+
+
+def test_shares_given_to_a_schedule_win() -> None:
+    ten = partitions(*[1] * 10)
+    for name in ("settle", "l2l"):
+        given = schedule(name, partitions=ten, epochs=20, start=0.2, stop=0.8, share=0.4)
+        assert given.phases == settle(ten, 20, start=0.2, stop=0.8, share=0.4)
 
 
 def test_settle_follows_its_parameters() -> None:

@@ -22,6 +22,7 @@ from fxsplit.run.data import batches
 from fxsplit.run.executor import Executor
 from fxsplit.run.exits import Exits, channel_dim, features_of
 from fxsplit.run.optimizers import parameters_of
+from fxsplit.run.soft_targets import SoftTargets
 from fxsplit.run.training import Trainer
 from tests.models import HAZARDS, Chain, LongSkip
 from tests.run.test_executor import _executor, _images
@@ -228,6 +229,28 @@ def test_weights_depend_on_seed_and_partition_alone() -> None:
     assert first[0].shape == first[2].shape
     assert not torch.equal(first[0], first[2])
     assert same(first[2:], made(1, start=1)[:2])
+
+
+def test_an_exit_anneals_with_its_partition() -> None:
+    net = with_exits(layers(), plan=SETTLING, anneal=1.0)
+    assert net.exits is not None
+    ends = []
+    for _ in net.epochs():
+        assert net._optimizer is not None
+        by_parameter = {p: group["end"] for group in net._optimizer.param_groups for p in group["params"]}
+        ends.append([by_parameter[p] for each in net.exits.modules.values() for p in each.parameters()])
+    # Four steps an epoch; partition 0 settles after one epoch, partition 1 after two, partition 2 never.
+    assert ends == [[4, 4, 8, 8], [8, 8, 16, 16], [16, 16], [16, 16]]
+
+
+def test_exits_learn_beside_everything_else() -> None:
+    more: dict[str, Any] = {"plan": SETTLING, "recalibrate": True, "average": 0.5, "smoothing": 0.1}
+    without, _ = run(layers, count=0, soft_targets=SoftTargets(50, weight=0.8), **more)
+    weightless, _ = run(layers, weight=0.0, soft_targets=SoftTargets(50, weight=0.8), **more)
+    weighted, exits = run(layers, soft_targets=SoftTargets(50, weight=0.8), **more)
+    assert same(without, weightless)
+    assert not same(without, weighted)
+    assert all(value.isfinite().all() for value in exits)
 
 
 def test_the_model_knows_nothing_of_its_exits() -> None:

@@ -1,0 +1,258 @@
+"""What makes training more accurate: each piece against what its definition says, and off it changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from fxsplit.plan.schedule import Phase
+from fxsplit.report import Observer
+from fxsplit.run.averaging import WeightAverage
+from fxsplit.run.batchnorm import norms_of, taken_anew
+from fxsplit.run.data import batches
+from fxsplit.run.optimizers import anneal, split_by_end
+from fxsplit.run.plasticity import Plasticity
+from fxsplit.run.soft_targets import SoftTargets
+from fxsplit.run.training import Trainer
+from tests.models import Chain
+from tests.run.test_training import TRAIN, same, trainer, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PHASES = (Phase(start=0, stop=4, epochs=2), Phase(start=2, stop=4, epochs=2))
+
+
+def trained(**changes: Any) -> tuple[Trainer, nn.Module]:
+    torch.manual_seed(0)
+    model = Chain()
+    made = trainer(model, **changes)
+    list(made.epochs())
+    return made, model
+
+
+# Soft targets
+
+
+def test_the_loss_is_the_one_of_the_paper() -> None:
+    """(1 - share) CE + share T^2 KL, each image against what was said of it last."""
+    random = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 4, 5, generator=random)
+    labels, ids = torch.tensor([0, 1, 2, 3]), torch.tensor([7, 3, 0, 5])
+    soft = SoftTargets(8, weight=0.8, temperature=2.0)
+    assert torch.allclose(soft.loss(first, labels, ids, progress=0.5), F.cross_entropy(first, labels))
+    # Image 2 is new, and image 7 comes at another place of the batch.
+    again = torch.tensor([3, 2, 5, 7])
+    found = soft.loss(second, labels, again, progress=0.5, smoothing=0.1)
+    before = {7: first[0].half().float(), 3: first[1].half().float(), 5: first[3].half().float()}
+    wanted = 0.0
+    for row, label, image in zip(second, labels, again.tolist(), strict=True):
+        hard = F.cross_entropy(row, label, label_smoothing=0.1)
+        if image in before:
+            target = (before[image] / 2).softmax(0)
+            divergence = (target * (target.log() - (row / 2).log_softmax(0))).sum()
+            hard = 0.6 * hard + 0.4 * 4 * divergence
+        wanted += hard / 4
+    assert torch.allclose(found, torch.as_tensor(wanted), atol=1e-6)
+
+
+def test_soft_targets_are_those_of_the_epoch_before() -> None:
+    """Training with them is the loop that keeps logits by image, bit for bit."""
+    torch.manual_seed(0)
+    model = Chain()
+    plain = copy.deepcopy(model)
+    made = trainer(model, soft_targets=SoftTargets(50, weight=0.5))
+    list(made.epochs())
+
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
+    soft = SoftTargets(50, weight=0.5)
+    plain.train()
+    for epoch in range(4):
+        for step, batch in enumerate(batches(TRAIN, batch_size=16, shuffle=True, seed=3, epoch=epoch)):
+            optimizer.zero_grad()
+            progress = (4 * epoch + step) / 16
+            soft.loss(plain(batch.images), batch.labels, batch.ids, progress=progress).backward()
+            optimizer.step()
+    assert same(weights(model), weights(plain))
+
+
+def test_soft_targets_keep_large_logits_finite() -> None:
+    soft, logits = SoftTargets(1, weight=0.5), torch.tensor([[1e6, 0.0]])
+    ids, labels = torch.tensor([0]), torch.tensor([0])
+    for _ in range(2):
+        assert soft.loss(logits, labels, ids, progress=1.0).isfinite()
+
+
+# Annealing
+
+
+def test_each_partition_is_annealed_up_to_its_end() -> None:
+    first, second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    optimizer = torch.optim.SGD([first, second], lr=0.1, momentum=0.5)
+    split_by_end(optimizer, {first: 10, second: 40})
+    assert [(group["params"], group["end"], group["momentum"]) for group in optimizer.param_groups] == [
+        ([first], 10, 0.5),
+        ([second], 40, 0.5),
+    ]
+    scales = []
+    for step in (0, 5, 10, 20, 30, 39):
+        anneal(optimizer, step, steps=20)
+        scales.append([group["lr_scale"] for group in optimizer.param_groups])
+    # The first trains for less than the 20 steps, and falls from its beginning.
+    early, late = zip(*scales, strict=True)
+    assert early == pytest.approx([1, 0.5, 0, 0, 0, 0])
+    assert late == pytest.approx([1, 1, 1, 1, 0.5, (1 - math.cos(math.pi / 20)) / 2])
+
+
+def test_annealing_a_standard_run_is_the_cosine_schedule() -> None:
+    rates: list[float] = []
+
+    class Rates(Observer):
+        def epoch_done(self, record: Any) -> None:
+            rates.append(record.lr)
+
+    _, annealed = trained(anneal=1.0, observer=Rates())
+    _, cosine = trained(scheduler={"name": "cosine"}, observer=Rates())
+    assert rates[:4] == pytest.approx(rates[4:])
+    assert all(map(torch.allclose, weights(annealed), weights(cosine)))
+
+
+def test_settling_partitions_are_annealed_first() -> None:
+    made, _ = trained(plan=PHASES, anneal=1.0)
+    ends = {group["end"] for group in made.make_optimizer(previous=None).param_groups if "end" in group}
+    assert not ends
+    made = trainer(Chain(), plan=PHASES, anneal=1.0)
+    run = made.epochs()
+    next(run), next(run)
+    rates = {group["end"]: group["lr"] for group in made._optimizer.param_groups}
+    assert set(rates) == {8, 16}
+    assert rates[8] == pytest.approx(0.01 * (1 - math.cos(math.pi / 8)) / 2)
+    assert rates[16] == pytest.approx(0.01 * (1 - math.cos(math.pi * 9 / 16)) / 2)
+
+
+# Averaging
+
+
+def test_the_average_is_the_mean_of_what_was_added() -> None:
+    parameter, other = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    average = WeightAverage()
+    for number in (1.0, 2.0, 6.0):
+        with torch.no_grad():
+            parameter.fill_(number)
+            other.fill_(number)
+        average.add([parameter, other] if number < 6 else [parameter])
+    average.apply()
+    assert torch.equal(parameter, torch.full((3,), 3.0))
+    assert torch.equal(other, torch.full((3,), 6.0))
+
+
+def test_a_run_ends_with_the_mean_of_its_last_epochs() -> None:
+    torch.manual_seed(0)
+    model = Chain()
+    made = trainer(model)
+    seen = [copy.deepcopy(model) for _ in made.epochs()][2:]
+    averaged_run, averaged = trained(average=0.5)
+    for name, parameter in averaged.named_parameters():
+        mean = torch.stack([each.get_parameter(name) for each in seen]).mean(0)
+        assert torch.allclose(parameter, mean, atol=1e-6), name
+    # And what is reported is what it ends with.
+    torch.manual_seed(0)
+    records = list(trainer(Chain(), average=0.5).epochs())
+    assert records[-1].eval_loss == averaged_run.evaluate().loss
+
+
+def test_settled_partitions_are_not_averaged() -> None:
+    digests: list[list[Tensor]] = []
+    torch.manual_seed(0)
+    model = Chain()
+    made = trainer(model, plan=PHASES, average=0.75)
+    names = [name for part in made.plan.partitions[:2] for name in part.state]
+    for record in made.epochs():
+        if record.epoch >= 1:
+            digests.append([model.state_dict()[name].clone() for name in names])
+    assert all(same(digest, digests[0]) for digest in digests)
+
+
+# BatchNorm statistics
+
+
+def test_statistics_taken_anew_are_the_mean_over_batches() -> None:
+    norm = nn.BatchNorm1d(2)
+    rows = torch.randn(3, 8, 2)
+    norm(100 + torch.randn(8, 2))
+    with taken_anew([norm]):
+        for batch in rows:
+            norm(batch)
+    assert norm.running_mean is not None
+    assert torch.allclose(norm.running_mean, rows.mean(dim=(0, 1)), atol=1e-6)
+    assert norm.momentum == 0.1
+
+
+def test_partitions_settle_with_statistics_of_their_last_weights() -> None:
+    torch.manual_seed(0)
+    model = Chain()
+    made = trainer(model, plan=PHASES, recalibrate=True)
+    run = made.epochs()
+    next(run), next(run)
+    norms = norms_of(made.executor, 2)
+    assert norms
+    assert {id(norm) for norm in norms} < {id(norm) for norm in norms_of(made.executor, 4)}
+    expected = copy.deepcopy(model).train()
+    for module in expected.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    with torch.no_grad():
+        for batch in batches(TRAIN, batch_size=16, shuffle=True, seed=3, epoch=2):
+            expected(batch.images)
+    next(run)
+    buffers = dict(expected.named_buffers())
+    settled = {name for part in made.plan.partitions[:2] for name in part.state}
+    checked = [name for name in buffers if name in settled and "running" in name]
+    assert checked
+    for name in checked:
+        assert torch.allclose(model.get_buffer(name), buffers[name], atol=1e-6), name
+
+
+# Plasticity
+
+
+def test_a_partition_is_quiet_after_three_slow_windows_in_a_row() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    watch = Plasticity([[weight], []], window=2)
+    found = []
+    for speed in (1.0, 0.05, 0.05, 0.5, 0.05, 0.05, 0.05):
+        for _ in range(2):
+            with torch.no_grad():
+                weight.mul_(1 + speed / 2)
+            watch.step_done()
+        found.append(watch.is_quiet(0))
+    assert found == [False] * 6 + [True]
+    assert watch.is_quiet(1)
+
+
+def test_the_veto_delays_settling_and_keeps_the_number_of_epochs() -> None:
+    class Notices(Observer):
+        def __init__(self) -> None:
+            self.heard: list[str] = []
+
+        def notice(self, text: str) -> None:
+            self.heard.append(text)
+
+    heard = Notices()
+    records = list(trainer(Chain(), plan=PHASES, veto=True, observer=heard).epochs())
+    assert [record.start for record in records] == [0, 0, 0, 0]
+    assert len(heard.heard) == 1
+    assert "still learns and settles later than in epoch 2" in heard.heard[0]
+    # Without a learning rate nothing moves.
+    still = list(
+        trainer(
+            Chain(), plan=PHASES, veto=True, scheduler={"name": "step", "decay_rate": 1e-9, "decay_epochs": 0.5}
+        ).epochs()
+    )
+    assert [record.start for record in still] == [0, 0, 2, 2]
