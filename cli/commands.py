@@ -28,7 +28,7 @@ from .options import with_spec_options
 
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
 INSPECT_FIELDS = (
-    *("stem", "data", "img_size", "batch_size"),
+    *("stem", "drop_path", "data", "img_size", "batch_size"),
     *("schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
     *("settle_from", "settle_until", "settle_share"),
     *("opt", "momentum", "device", "memory_budget", "grad_accum_steps"),

@@ -35,6 +35,7 @@ from fxsplit.run.cache import GIB, Cache
 from fxsplit.run.checking import check_model
 from fxsplit.run.data import Data
 from fxsplit.run.executor import Executor
+from fxsplit.run.exits import Exits
 from fxsplit.run.folder import RunFolder
 from fxsplit.run.forecasts import check_forecast
 from fxsplit.run.loader import Loader
@@ -74,7 +75,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
             executor.settled_dtype = getattr(torch, spec.settled_dtype)
         if spec.torchcompile:
             executor.compile_stages(spec.torchcompile)
-        trainer = _trainer(spec, model, executor, plan, data, observer)
+        trainer = _trainer(spec, trace, executor, plan, data, observer)
         surroundings = environment(device)
         folder = None if spec.dry_run else _folder(spec, plan, trace, surroundings)
         observer.run_started(
@@ -126,9 +127,9 @@ def inspect(
     measured = measured or spec.balance == "seconds"
     device = choose_device(spec.device) if measured else torch.device("meta")
     make = models.build if measured else models.sketch
-    model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem).to(device)
+    model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem, drop_path=spec.drop_path)
     images = torch.rand(spec.batch_size, 3, img_size, img_size, device=device)
-    trace = trace_model(model, (images,))
+    trace = trace_model(model.to(device), (images,))
     if measured:
         trace = measure_ops(trace, (images,), device=device)
     plan = _plan(spec, trace, observer or Observer())
@@ -276,6 +277,7 @@ def _build(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
         img_size=data.img_size,
         pretrained=spec.pretrained,
         stem=spec.stem,
+        drop_path=spec.drop_path,
     )
     if spec.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -336,9 +338,7 @@ def _inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None 
     )
 
 
-def _trainer(
-    spec: RunSpec, model: nn.Module, executor: Executor, plan: Plan, data: Data, observer: Observer
-) -> Trainer:
+def _trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: Data, observer: Observer) -> Trainer:
     return Trainer(
         executor=executor,
         plan=plan,
@@ -355,7 +355,7 @@ def _trainer(
             limit=1 if spec.dry_run else spec.train_batches_per_epoch,
             test_limit=1 if spec.dry_run else None,
         ),
-        make_optimizer=partial(_optimizer(spec), model),
+        make_optimizer=partial(_optimizer(spec), trace.model),
         make_scheduler=partial(
             make_scheduler,
             name=spec.sched,
@@ -367,6 +367,7 @@ def _trainer(
             decay_rate=spec.decay_rate,
         ),
         make_cache=_make_cache(spec),
+        exits=_exits(spec, trace, plan, data),
         smoothing=spec.smoothing,
         soft_targets=(
             SoftTargets(len(data.train), weight=spec.soft_targets, temperature=spec.soft_temperature)
@@ -382,6 +383,20 @@ def _trainer(
         grad_accum_steps=spec.grad_accum_steps,
         log_interval=spec.log_interval,
         observer=observer,
+    )
+
+
+def _exits(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> Exits | None:
+    if not spec.exits:
+        return None
+    return Exits(
+        trace.train,
+        plan.partitions,
+        count=spec.exits,
+        num_classes=len(data.classes),
+        weight=spec.exit_weight,
+        seed=spec.seed,
+        device=data.train.device,
     )
 
 

@@ -182,6 +182,21 @@ class RunSpec:
         "Regularisation", "Take BatchNorm statistics anew before partitions settle.", False, l2l=True
     )
     veto: bool = _option("Regularisation", "Settle partitions later while their weights still move.", False)
+    drop_path: float = _option(
+        "Regularisation",
+        "Stochastic depth: the rate at which the last residual branch is left out in training, earlier ones less "
+        "often; 0 leaves it to the model.",
+        0.0,
+        least=0,
+        below=1,
+    )
+    exits: int = _option(
+        "Regularisation",
+        "Auxiliary exits: pooling and a linear layer at the ends of this many of the first partitions that train.",
+        0,
+        least=0,
+    )
+    exit_weight: float = _option("Regularisation", "Weight of the loss of each exit.", 0.3, least=0)
 
     amp: bool = _option("Precision and speed", "Automatic mixed precision.", False)
     amp_dtype: str = _option("Precision and speed", "Type used by --amp.", "bfloat16", choices=("bfloat16", "float16"))

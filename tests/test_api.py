@@ -202,11 +202,30 @@ def test_options_reach_training(spec: Callable[..., fxsplit.RunSpec]) -> None:
         {"opt": "sgd"}, {"opt": "sgd", "clip_grad": 0.01}, {"lr": 0.02}, {"weight_decay": 0.3}, {"smoothing": 0.1},
         {"augment": "crop-flip"}, {"std": (0.1, 0.5, 0.9), "mean": (0.5,) * 3}, {"amp": True}, {"sched": "cosine"},
         {"train_batches_per_epoch": 1}, {"train_limit": 20}, {"batch_size": 8}, {"grad_accum_steps": 2},
-        {"warmup_epochs": 1},
+        {"warmup_epochs": 1}, {"exits": 1}, {"exits": 2}, {"exits": 2, "exit_weight": 1.0},
     ]  # fmt: skip
     losses = {plain.train_loss, *(last(**change).train_loss for change in changes)}
     assert len(losses) == 1 + len(changes)
     assert last(channels_last=True).train_loss == pytest.approx(plain.train_loss, rel=1e-4)
+
+
+def test_exits_leave_no_trace_in_what_is_saved(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    plain, more = (train(spec(epochs=6, schedule="settle", exits=count)) for count in (0, 2))
+    saved = [safetensors.torch.load_file(Path(report.folder) / "model.safetensors") for report in (plain, more)]
+    assert saved[0].keys() == saved[1].keys()
+    # The first exits are linear layers from 4 channels to 10 classes; to the last partition belongs none.
+    extra = [b.trainable_parameters - a.trainable_parameters for a, b in zip(plain.epochs, more.epochs, strict=True)]
+    assert extra[0] == 2 * 50
+    assert extra[-1] == 50 * (2 - plain.plan.phases[-1].start)
+
+
+def test_stochastic_depth_is_part_of_the_model(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    named = {"model": "paper:resnext", "img_size": 16}
+    plain, deep = (train(spec(epochs=1, drop_path=rate, **named)) for rate in (0.0, 0.5))
+    assert plain.epochs[0].train_loss != deep.epochs[0].train_loss
+    assert fxsplit.inspect(spec(drop_path=0.5, **named)).graph.digest() == deep.graph_digest != plain.graph_digest
+    with pytest.raises(UsageError, match="takes no drop_path_rate"):
+        train(spec(drop_path=0.5))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -26,9 +26,9 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("torchcompile", "experiment"), maybe | words),
     **dict.fromkeys(("epochs", "log_interval"), whole),
     **dict.fromkeys(("img_size", "train_limit", "train_batches_per_epoch", "epochs_total"), maybe | whole),
-    **dict.fromkeys(("workers", "warmup_epochs"), whole | st.just(0)),
-    **dict.fromkeys(("weight_decay", "min_lr"), finite),
-    **dict.fromkeys(("momentum", "smoothing", "soft_targets", "average", "anneal"), below_one),
+    **dict.fromkeys(("workers", "warmup_epochs", "exits"), whole | st.just(0)),
+    **dict.fromkeys(("weight_decay", "min_lr", "exit_weight"), finite),
+    **dict.fromkeys(("momentum", "smoothing", "drop_path", "soft_targets", "average", "anneal"), below_one),
     **dict.fromkeys(("settle_from", "settle_until", "settle_share"), maybe),
     **dict.fromkeys(
         ("pretrained", "amp", "channels_last", "deterministic", "dry_run", "recalibrate", "veto"), st.booleans()

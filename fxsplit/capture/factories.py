@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -16,8 +16,12 @@ from typing import Any
 from fxsplit.errors import UsageError, nearest, reason
 
 
-def call(source: str, name: str, offered: dict[str, Any], *, libraries: Collection[str]) -> object:
-    """What the function or class `name` of the file or module `source` returns for those of `offered` that it takes."""
+def call(
+    source: str, name: str, offered: dict[str, Any], asked: Mapping[str, Any], *, libraries: Collection[str]
+) -> object:
+    """What the function or class `name` of the file or module `source` returns for all that is `asked`, and those of
+    `offered` that its signature names.
+    """
     spec = f"{source}:{name}"
     is_file = source.endswith(".py")
     with _importable(Path(source).expanduser().parent if is_file else Path()):
@@ -28,7 +32,7 @@ def call(source: str, name: str, offered: dict[str, Any], *, libraries: Collecti
             raise UsageError(f"{source!r} has no function or class {name!r}{nearest(name, callables)}")
         try:
             named = inspect.signature(factory).parameters
-            return factory(**{key: value for key, value in offered.items() if key in named})
+            return factory(**{key: value for key, value in offered.items() if key in named}, **asked)
         except Exception as error:
             raise UsageError(f"{spec!r} raised {type(error).__name__}: {reason(error)}") from error
 

@@ -26,9 +26,18 @@ STEMS = ("original", "cifar")
 FORMS = "timm:NAME, torchvision:NAME, hf:TYPE, hf:ORG/NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY"
 USUAL_SIZE = 224
 HUB_CACHE = "Hugging Face's cache (HF_HOME)"
+DROP_PATH, TORCHVISION_DROP_PATH = "drop_path_rate", "stochastic_depth_prob"
 
 
-def build(spec: str, *, num_classes: int, img_size: int, pretrained: bool = False, stem: str = "original") -> nn.Module:
+def build(
+    spec: str,
+    *,
+    num_classes: int,
+    img_size: int,
+    pretrained: bool = False,
+    stem: str = "original",
+    drop_path: float = 0.0,
+) -> nn.Module:
     """The model that `spec` names, for images (N, 3, img_size, img_size) of `num_classes` classes.
 
     A factory gets those of `num_classes` and `img_size` that its signature names. Pretrained weights come
@@ -42,27 +51,35 @@ def build(spec: str, *, num_classes: int, img_size: int, pretrained: bool = Fals
     first pooling after it the identity, unless a block of several convolutions comes between. timm's models
     that are built for one image size get patches of 4 pixels instead.
 
+    `drop_path` above 0 is the rate of stochastic depth, in [0, 1): how often a residual branch is left out in training.
+    timm's models and factories take it as `drop_path_rate`, torchvision's as `stochastic_depth_prob`, and of the
+    paper's networks `resnext` does; those that fix it themselves, or have no such branches, take none.
+
     Nothing is seeded here: weights are drawn from torch's global random state.
 
-    Raises UsageError when there is no such model, it cannot be built as asked or has no such stem, and
-    DataError when it cannot be downloaded or read.
+    Raises UsageError when there is no such model, it cannot be built as asked, has no such stem or takes no
+    `drop_path`, and DataError when it cannot be downloaded or read.
     """
     source, name = _parts(spec)
     if stem not in STEMS:
         raise UsageError(f"there is no stem {stem!r}, only {' and '.join(STEMS)}{nearest(stem, STEMS)}")
     library = LIBRARIES.get(source)
     from_source = library.build if library else partial(_from_factory, source)
-    return from_source(name, num_classes=num_classes, img_size=img_size, pretrained=pretrained, stem=stem)
+    with _drop_path_of(spec, drop_path):
+        return from_source(
+            name, num_classes=num_classes, img_size=img_size, pretrained=pretrained, stem=stem, drop_path=drop_path
+        )
 
 
-def sketch(spec: str, *, num_classes: int, img_size: int, stem: str = "original") -> nn.Module:
+def sketch(spec: str, *, num_classes: int, img_size: int, stem: str = "original", drop_path: float = 0.0) -> nn.Module:
     """The model as `build` builds it, but without memory: on the meta device where it can be built there."""
+    make = partial(build, spec, num_classes=num_classes, img_size=img_size, stem=stem, drop_path=drop_path)
     try:
         with torch.device("meta"):
-            return build(spec, num_classes=num_classes, img_size=img_size, stem=stem)
+            return make()
     except Exception:
         # Some models compute while they are built, which the meta device cannot. What else is wrong shows again.
-        return build(spec, num_classes=num_classes, img_size=img_size, stem=stem)
+        return make()
 
 
 def native_size(spec: str) -> int:
@@ -109,12 +126,14 @@ def smallest(specs: Iterable[str]) -> str:
     return min(specs, key=parameter_count)
 
 
-def _from_timm(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
+def _from_timm(
+    name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
+) -> nn.Module:
     import timm
 
     if ":" not in name and not timm.is_model(name):
         raise UsageError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
-    settings: dict[str, Any] = {"num_classes": num_classes}
+    settings: dict[str, Any] = {"num_classes": num_classes, **_asked(DROP_PATH, drop_path)}
     with _errors_of("timm", name, settings, cache=HUB_CACHE):
         one_size = bool(_timm_config(name).get("fixed_input_size"))
         if one_size:
@@ -149,7 +168,9 @@ def _timm_config(name: str) -> dict[str, Any]:
     return dict(config.to_dict()) if config else {}
 
 
-def _from_torchvision(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
+def _from_torchvision(
+    name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
+) -> nn.Module:
     from torchvision import models
 
     kind = torchvision_module(name)
@@ -158,7 +179,7 @@ def _from_torchvision(name: str, *, num_classes: int, img_size: int, pretrained:
     if stem == "cifar" and {"image_size", "input_size"} & set(sizes):
         raise UsageError(f"the stem of 'torchvision:{name}' cannot change, because all its layers depend on it")
     has_classes = not kind.startswith("optical_flow.")
-    settings: dict[str, Any] = dict(sizes)
+    settings: dict[str, Any] = {**sizes, **_asked(TORCHVISION_DROP_PATH, drop_path)}
     if pretrained:
         settings["weights"] = "DEFAULT"
     elif has_classes:
@@ -214,9 +235,13 @@ def _torchvision_size(name: str) -> int:
     return min((crop if isinstance(crop, int) else crop[0] for crop in crops if crop), default=USUAL_SIZE)
 
 
-def _from_huggingface(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
+def _from_huggingface(
+    name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
+) -> nn.Module:
     if not huggingface.is_repository(name):
         _refuse_pretrained(f"hf:{name}", pretrained)
+    if drop_path:
+        raise _takes_none(f"hf:{name}", DROP_PATH)
     with _errors_of("hf", name, {"num_classes": num_classes, "img_size": img_size}, cache=HUB_CACHE):
         model = huggingface.build(name, num_classes=num_classes, img_size=img_size, pretrained=pretrained)
     if stem == "cifar":
@@ -229,22 +254,26 @@ def _huggingface_size(name: str) -> int:
         return huggingface.native_size(name) or USUAL_SIZE
 
 
-def _from_paper(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
+def _from_paper(
+    name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
+) -> nn.Module:
     spec = f"paper:{name}"
     if name not in NETWORKS:
         raise UsageError(f"the paper has no network {name!r}, only {', '.join(NETWORKS)}{nearest(name, NETWORKS)}")
     _refuse_pretrained(spec, pretrained)
-    model = NETWORKS[name](num_classes, img_size, 3)
+    model = NETWORKS[name](num_classes, img_size, 3, **_asked(DROP_PATH, drop_path))
     if stem == "cifar":
         keep_small_images(model, spec)
     return model
 
 
-def _from_factory(source: str, name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str) -> nn.Module:
+def _from_factory(
+    source: str, name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
+) -> nn.Module:
     spec = f"{source}:{name}"
     _refuse_pretrained(spec, pretrained)
     offered = {"num_classes": num_classes, "img_size": img_size}
-    model = factories.call(source, name, offered, libraries=LIBRARIES)
+    model = factories.call(source, name, offered, _asked(DROP_PATH, drop_path), libraries=LIBRARIES)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec!r} returned {type(model).__name__}, not a torch.nn.Module")
     if stem == "cifar":
@@ -290,6 +319,29 @@ def _errors_of(library: str, name: str, settings: dict[str, Any], *, cache: str)
     except Exception as error:
         asked = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         raise UsageError(f"{library} cannot build {name!r}{asked and f' with {asked}'}: {reason(error)}") from error
+
+
+def _asked(parameter: str, rate: float) -> dict[str, float]:
+    """What a builder is told of stochastic depth: nothing, if none is wanted, so that its own default holds."""
+    return {parameter: rate} if rate else {}
+
+
+@contextmanager
+def _drop_path_of(spec: str, rate: float) -> Iterator[None]:
+    """Tell in one sentence that a builder does not take the rate. Only calling it shows: many hide it in `**kwargs`."""
+    try:
+        yield
+    except (TypeError, UsageError) as error:
+        cause = error if isinstance(error, TypeError) else error.__cause__
+        for parameter in (DROP_PATH, TORCHVISION_DROP_PATH):
+            # torchvision's Swin fixes the rate, and fails with a KeyError.
+            if rate and isinstance(cause, TypeError | KeyError) and parameter in str(cause):
+                raise _takes_none(spec, parameter) from cause
+        raise
+
+
+def _takes_none(spec: str, parameter: str) -> UsageError:
+    return UsageError(f"{spec!r} takes no {parameter}, the rate of stochastic depth; leave out drop-path")
 
 
 def _refuse_pretrained(spec: str, pretrained: bool) -> None:

@@ -59,7 +59,7 @@ def vgg16(num_classes: int = 10, img_size: int = 32, in_channels: int = 3) -> nn
     return cnn(num_classes, img_size, in_channels)
 
 
-def resnext(num_classes: int = 10, img_size: int = 32, in_channels: int = 3) -> nn.Module:
+def resnext(num_classes: int = 10, img_size: int = 32, in_channels: int = 3, drop_path_rate: float = 0.0) -> nn.Module:
     """Four residual groups of two 3x3 convolutions with 64, 128, 256 and 512 filters, each followed by max
     pooling ("ResNext Architecture").
 
@@ -69,12 +69,15 @@ def resnext(num_classes: int = 10, img_size: int = 32, in_channels: int = 3) -> 
     follows the addition, the shortcut is a 1x1 convolution with BatchNorm where the filters double,
     convolutions before a BatchNorm have no bias, and BatchNorm has eps 1e-5 and momentum 0.1 (Keras'
     momentum of 0.99, torch's 0.01, needs more steps than a short run has).
+
+    The paper has no stochastic depth. With `drop_path_rate` above 0, group l of the 4 leaves out its transformed
+    paths for an image at l / 4 of that rate, as in Huang et al., "Deep Networks with Stochastic Depth".
     """
     _require_pixels(img_size, at_least=16)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = in_channels
     for number, filters in enumerate((64, 128, 256, 512), start=1):
-        layers[f"group{number}"] = ResNeXtGroup(channels, filters)
+        layers[f"group{number}"] = ResNeXtGroup(channels, filters, drop_path_rate * number / 4)
         layers[f"pool{number}"] = nn.MaxPool2d(2)
         channels = filters
     layers.update(gap=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(channels, num_classes))
@@ -118,7 +121,7 @@ def densenet(num_classes: int = 10, img_size: int = 32, in_channels: int = 3) ->
     return _glorot(nn.Sequential(layers))
 
 
-NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "cnn": cnn,
     "vgg16": vgg16,
     "resnext": resnext,
@@ -128,10 +131,10 @@ NETWORKS: dict[str, Callable[[int, int, int], nn.Module]] = {
 
 class ResNeXtGroup(nn.Module):
     """(N, channels, H, W) -> (N, filters, H, W): two 3x3 convolutions, the second in 32 paths, beside a
-    shortcut.
+    shortcut. In training the convolutions are left out for an image at the rate `drop_path`.
     """
 
-    def __init__(self, channels: int, filters: int) -> None:
+    def __init__(self, channels: int, filters: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, filters, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(filters)
@@ -142,9 +145,12 @@ class ResNeXtGroup(nn.Module):
             OrderedDict(conv=nn.Conv2d(channels, filters, 1, bias=False), bn=nn.BatchNorm2d(filters))
         )
         self.relu2 = nn.ReLU()
+        self.drop_path = _stochastic_depth(drop_path) if drop_path else None
 
     def forward(self, x: Tensor) -> Tensor:
         transformed = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        if self.drop_path is not None:
+            transformed = self.drop_path(transformed)
         merged: Tensor = self.relu2(transformed + self.shortcut(x))
         return merged
 
@@ -175,6 +181,13 @@ def _norm_conv(channels: int, filters: int, *, kernel: int) -> nn.Sequential:
             conv=nn.Conv2d(channels, filters, kernel, padding=kernel // 2, bias=False),
         )
     )
+
+
+def _stochastic_depth(rate: float) -> nn.Module:
+    from torchvision.ops import StochasticDepth  # the networks themselves need no torchvision
+
+    layer: nn.Module = StochasticDepth(rate, "row")
+    return layer
 
 
 def _glorot(network: nn.Module) -> nn.Module:

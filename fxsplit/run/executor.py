@@ -8,7 +8,8 @@ autograd                 off                on                on, for gradients 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Executor(nn.Module):
 
     _model: nn.Module
     settled_dtype: torch.dtype | None = None
+    _hear: Callable[[int, list[Any]], None] | None = None
 
     def __init__(self, trace: Trace, partitions: Sequence[Partition]) -> None:
         super().__init__()
@@ -131,7 +133,23 @@ class Executor(nn.Module):
                 result = self._recomputing[index](self._model, result)
             else:
                 result = self._stages[index](self._model, result, training=self.training and index < self._phase.stop)
+            if self._hear is not None and index < len(self._stages) - 1:
+                self._hear(index, result)
         return result
+
+    @contextmanager
+    def heard(self, hear: Callable[[int, list[Any]], None]) -> Iterator[None]:
+        """Inside, `hear(index, values)` is told what each partition delivers, before the next one runs.
+
+        The values are those that the partition `writes`, on the tape of autograd. Settled partitions and the last one
+        are not told of.
+        """
+        # As a plain attribute, a module would become one of the model's.
+        object.__setattr__(self, "_hear", hear)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_hear", None)
 
     def settled_state(self) -> dict[str, Tensor]:
         """The parameters and buffers of the settled partitions, by the model's names."""

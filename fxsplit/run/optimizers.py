@@ -20,29 +20,22 @@ SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "
 
 
 def make_optimizer(
-    model: nn.Module,
-    *,
+    *modules: nn.Module,
     name: str,
     lr: float,
     momentum: float,
     weight_decay: float,
     previous: Optimizer | None = None,
 ) -> Optimizer:
-    """An optimizer over the parameters of `model` that want a gradient, each in exactly one group.
+    """An optimizer over the parameters of `modules` that want a gradient, each in exactly one group.
 
-    Weight decay leaves out biases, norms and what the model itself lists in `no_weight_decay()`, as timm does.
+    Weight decay leaves out biases, norms and what a module itself lists in `no_weight_decay()`, as timm does.
     Parameters that `previous` holds too keep their state. Raises UsageError for an unknown name and for values
     that the optimizer refuses.
     """
     if name not in list_optimizers():
         raise UsageError(f"timm has no optimizer {name!r}{nearest(name, list_optimizers())}")
-    spared: Collection[str] = getattr(model, "no_weight_decay", tuple)()
-    groups: list[dict[str, Any]] = (
-        param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
-        if weight_decay
-        else [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
-    )
-    groups = [group for group in groups if group["params"]]
+    groups = [group for module in modules for group in _groups(module, weight_decay) if group["params"]]
     try:
         optimizer: Optimizer = create_optimizer_v2(
             groups, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay
@@ -54,6 +47,14 @@ def make_optimizer(
             if parameter in previous.state:
                 optimizer.state[parameter] = previous.state[parameter]
     return optimizer
+
+
+def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    if not weight_decay:
+        return [{"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}]
+    spared: Collection[str] = getattr(module, "no_weight_decay", tuple)()
+    groups: list[dict[str, Any]] = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=spared)
+    return groups
 
 
 def slots_of(make_optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from itertools import islice
@@ -22,6 +23,7 @@ from fxsplit.run.batchnorm import BATCHES, norms_of, taken_anew
 from fxsplit.run.cache import Cache, SettledBatch
 from fxsplit.run.data import Batch
 from fxsplit.run.executor import Executor
+from fxsplit.run.exits import Exits
 from fxsplit.run.loader import Loader
 from fxsplit.run.metrics import Accuracy, Meter, Score, now
 from fxsplit.run.optimizers import anneal, parameters_of, split_by_end
@@ -30,9 +32,11 @@ from fxsplit.run.soft_targets import SoftTargets
 
 
 class MakeOptimizer(Protocol):
-    """An optimizer over the parameters that train now, with what is worth keeping of the previous one."""
+    """An optimizer over the parameters of the model that train now and those of `modules`, with what is worth keeping
+    of the previous one.
+    """
 
-    def __call__(self, *, previous: Optimizer | None) -> Optimizer: ...
+    def __call__(self, *modules: nn.Module, previous: Optimizer | None) -> Optimizer: ...
 
 
 class Scheduler(Protocol):
@@ -75,6 +79,8 @@ class Trainer:
     `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
     backward passes, with the gradient of the whole; the micro-batches of a phase split each of them further.
     `clip_grad` bounds the gradient's norm. Without `make_cache`, what is settled is computed anew for each batch.
+    `exits` train beside the model: the loss that is reported is without theirs, so that runs with and without can be
+    compared, and the trainable parameters are with them.
 
     Raises FxsplitError when there is nothing to train on, UsageError when the optimizer cannot be made.
     """
@@ -88,6 +94,7 @@ class Trainer:
     make_optimizer: MakeOptimizer
     make_scheduler: MakeScheduler
     make_cache: MakeCache | None = None
+    exits: Exits | None = None
     smoothing: float = 0.0
     soft_targets: SoftTargets | None = None
     anneal: float = 0.0
@@ -164,8 +171,10 @@ class Trainer:
                 )
                 self._cache = make(loader=self.loader)
                 self._test_cache = make(loader=self.loader.for_testing(), beside=self._cache, exact=True)
+        if self.exits:
+            self.exits.enter(phase, self.observer.notice)
         previous = None if phase.fresh_optimizer else getattr(self, "_optimizer", None)
-        self._optimizer = self.make_optimizer(previous=previous)
+        self._optimizer = self.make_optimizer(*([self.exits.modules] if self.exits else []), previous=previous)
         if self.anneal:
             split_by_end(self._optimizer, self._ends())
         self._scheduler = self.make_scheduler(self._optimizer, steps_per_epoch=self.loader.steps_per_epoch)
@@ -173,11 +182,14 @@ class Trainer:
         self.observer.phase_started(index, phase)
 
     def _ends(self) -> dict[Tensor, int]:
-        """The step at which each parameter stops training by the plan."""
+        """The step at which each parameter stops training by the plan, an exit's with those of its partition."""
         ends = {}
+        partitions = [list(parameters) for parameters in self._owned]
+        for name, each in self.exits.modules.items() if self.exits else ():
+            partitions[int(name)] += each.parameters()
         for number, phase in enumerate(self.plan.phases):
             end = (self.plan.first_epoch(number) + phase.epochs) * self.loader.steps_per_epoch
-            for parameters in self._owned[phase.start : phase.stop]:
+            for parameters in partitions[phase.start : phase.stop]:
                 ends.update(dict.fromkeys(parameters, end))
         return ends
 
@@ -293,10 +305,12 @@ class Trainer:
         targets = (each.chunk(self._parts) for each in (batch.labels, batch.ids))
         for part, labels, ids in zip(self._chunks(batch), *targets, strict=True):
             with self._autocast():
-                logits = logits_of(self._run(part))
+                with self.executor.heard(self.exits.hear) if self.exits else nullcontext():
+                    logits = logits_of(self._run(part))
                 loss = self._loss(logits, labels, ids, done / self._steps)
+                total = self.exits.add_to(loss, labels, smoothing=self.smoothing) if self.exits else loss
             share = len(labels) / len(batch.labels)
-            self._scaler.scale(loss * share if share < 1 else loss).backward()  # type: ignore[no-untyped-call]
+            self._scaler.scale(total * share if share < 1 else total).backward()  # type: ignore[no-untyped-call]
             accuracy.update(loss, logits, labels)
         if self.clip_grad is not None:
             self._scaler.unscale_(optimizer)

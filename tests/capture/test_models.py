@@ -17,13 +17,14 @@ import torch
 import torchvision
 from torch import nn
 
-from fxsplit.capture.models import build
+from fxsplit.capture.models import build, sketch
 from fxsplit.errors import DataError, UsageError
 
 USER_FILE = """
 from __future__ import annotations
 from dataclasses import dataclass
 from torch import nn
+from torchvision.ops import StochasticDepth
 from beside import WIDTH
 
 @dataclass
@@ -40,6 +41,15 @@ def sized(img_size, *, num_classes=3, depth=1):
 
 def plain():
     return nn.Identity()
+
+def deep(num_classes, drop_path_rate=0.5):
+    return StochasticDepth(drop_path_rate, "row")
+
+def deep_by_keywords(**settings):
+    return deep(3, **settings)
+
+def needs_depth(drop_path_rate):
+    return deep(3, drop_path_rate)
 
 def pooled_after_block():
     return nn.Sequential(
@@ -314,6 +324,58 @@ def test_the_error_of_a_factory_is_kept_as_the_cause() -> None:
 def test_an_unknown_stem_is_refused() -> None:
     with pytest.raises(UsageError, match=r"no stem 'cifer'.*did you mean 'cifar'"):
         build("timm:resnet18", num_classes=7, img_size=32, stem="cifer")
+
+
+def rates(model: nn.Module) -> list[float]:
+    """Of stochastic depth, in the order of the blocks."""
+    names = {torchvision.ops.StochasticDepth: "p", timm.layers.DropPath: "drop_prob"}
+    return [getattr(module, names[type(module)]) for module in model.modules() if type(module) in names]
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        ("timm:resnet18", [0.2 * block / 7 for block in range(1, 8)]),
+        ("torchvision:convnext_tiny", [0.2 * block / 17 for block in range(18)]),
+        ("paper:resnext", [0.05, 0.1, 0.15, 0.2]),
+        ("nets.py:deep", [0.2]),
+        ("nets.py:deep_by_keywords", [0.2]),
+    ],
+)
+@pytest.mark.usefixtures("user_folder")
+def test_stochastic_depth_reaches_the_model(spec: str, wanted: list[float]) -> None:
+    assert rates(build(spec, num_classes=4, img_size=32, drop_path=0.2)) == pytest.approx(wanted)
+
+
+@pytest.mark.usefixtures("user_folder")
+def test_without_a_rate_models_keep_their_own() -> None:
+    assert max(rates(build("torchvision:convnext_tiny", num_classes=4, img_size=32))) == 0.1
+    assert rates(build("nets.py:deep", num_classes=4, img_size=32)) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("spec", "parameter"),
+    [
+        ("timm:vgg16", "drop_path_rate"),
+        ("timm:hrnet_w18_small", "drop_path_rate"),
+        ("torchvision:resnet18", "stochastic_depth_prob"),
+        ("torchvision:swin_t", "stochastic_depth_prob"),
+        ("hf:vit", "drop_path_rate"),
+        ("paper:densenet", "drop_path_rate"),
+        ("nets.py:plain", "drop_path_rate"),
+    ],
+)
+@pytest.mark.usefixtures("user_folder")
+def test_a_model_without_stochastic_depth_is_refused(spec: str, parameter: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        sketch(spec, num_classes=4, img_size=32, drop_path=0.2)
+    assert str(caught.value) == f"{spec!r} takes no {parameter}, the rate of stochastic depth; leave out drop-path"
+
+
+@pytest.mark.usefixtures("user_folder")
+def test_a_factory_that_lacks_the_rate_is_told_so_in_its_own_words() -> None:
+    with pytest.raises(UsageError, match="missing 1 required positional argument: 'drop_path_rate'"):
+        build("nets.py:needs_depth", num_classes=4, img_size=32)
 
 
 @pytest.mark.parametrize(

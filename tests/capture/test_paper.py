@@ -99,6 +99,29 @@ def test_resnext_paths_are_transformed_alone() -> None:
     assert difference[2:].max() == 0
 
 
+def test_resnext_leaves_out_transformed_paths_in_training_only() -> None:
+    group = ResNeXtGroup(32, 64, drop_path=0.5)
+    x = torch.randn(64, 32, 4, 4)
+    kept = group(x)
+    alone = torch.relu(group.shortcut(x))
+    left_out = (kept == alone).flatten(1).all(1)
+    assert 16 < left_out.sum() < 48
+    branch = group.bn2(group.conv2(torch.relu(group.bn1(group.conv1(x)))))
+    torch.testing.assert_close(kept[~left_out], torch.relu(2 * branch + group.shortcut(x))[~left_out])
+    group.eval()
+    plain = ResNeXtGroup(32, 64).eval()
+    plain.load_state_dict(group.state_dict())
+    assert torch.equal(group(x), plain(x))
+
+
+def test_resnext_without_stochastic_depth_draws_nothing() -> None:
+    network = NETWORKS["resnext"](10, 16, 3)
+    before = torch.get_rng_state()
+    network(torch.randn(2, 3, 16, 16, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any("drop" in name for name, _ in network.named_modules())
+
+
 def test_densenet_layers_keep_their_input_and_add_the_growth_rate() -> None:
     layer = DenseLayer(24, 12)
     x = torch.randn(2, 24, 8, 8)

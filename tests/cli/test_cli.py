@@ -39,7 +39,8 @@ TRAIN_OPTIONS = """
 --amp --amp-dtype --at --augment --balance --batch-size -b --by --channels-last --clip-grad --config -c --data
 --cache --cache-dtype --cache-limit --cache-views
 --decay-epochs --decay-milestones --decay-rate
---data-dir --deterministic --device --dry-run --epochs --epochs-total --experiment --grad-accum-steps
+--data-dir --deterministic --device --drop-path --dry-run --epochs --epochs-total --exit-weight --exits --experiment
+--grad-accum-steps
 --img-size --json  --l2l --log-interval --lr --mean --memory-budget --min-lr --momentum --no-amp --no-channels-last
 --no-deterministic --no-dry-run --no-pretrained --no-progress --opt --output --output-dir --parts --plan
 --pretrained --print-config --progress --quiet -q --sched --schedule --seed --settled-dtype --smoothing --std --stem
@@ -50,8 +51,8 @@ TRAIN_OPTIONS = """
 """
 INSPECT_OPTIONS = """
 --grad-accum-steps --memory-budget --settle-from --settle-share --settle-until
---at --balance --batch-size -b --by --config -c --data --device --diff --epochs --epochs-total --format --img-size
---json --l2l --measure --momentum --opt --output -o --parts --plan --save-plan --schedule --stem --verbose -v
+--at --balance --batch-size -b --by --config -c --data --device --diff --drop-path --epochs --epochs-total --format
+--img-size --json --l2l --measure --momentum --opt --output -o --parts --plan --save-plan --schedule --stem --verbose -v
 """
 
 CHECK_OPTIONS = """

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from fxsplit.capture.meta import tensors_in
+from fxsplit.capture.models import build
 from fxsplit.capture.paper import NETWORKS
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import GuardError, PartitionError
@@ -105,6 +106,52 @@ def test_everything_training_equals_the_plain_model_bit_for_bit(name: str) -> No
         ours, expected = _flat(net(images)), _flat(plain(images))
         assert _same(ours, expected)
         assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_what_partitions_deliver_is_heard_before_the_next_one_runs() -> None:
+    model = Chain()
+    net = _executor(model, 8, 4).train()
+    net.enter(Phase(start=1, stop=3, epochs=1))
+    images, _ = _images(0, 8)
+    told: list[tuple[int, int]] = []
+    ran: list[str] = []
+    model.head.register_forward_pre_hook(lambda *_: ran.append("head"))
+
+    def hear(index: int, values: list[Tensor]) -> None:
+        told.append((index, len(values)))
+        assert not ran
+        assert all(value.requires_grad for value in values)
+
+    with net.heard(hear):
+        net(images)
+    assert told == [(index, len(net.partitions[index].writes)) for index in (1, 2)]
+    net(images)
+    assert len(told) == 2
+    with pytest.raises(ZeroDivisionError), net.heard(lambda *_: 1 // 0):
+        net(images)
+    net(images)
+    module = nn.Identity()
+    module.forward = hear  # type: ignore[method-assign]
+    with net.heard(module):
+        assert module not in net.modules()
+
+
+@pytest.mark.parametrize("spec", ["timm:resnet18", "torchvision:convnext_tiny", "paper:resnext"])
+def test_stochastic_depth_drops_the_same_branches_and_none_in_evaluation(spec: str) -> None:
+    torch.manual_seed(0)
+    plain = build(spec, num_classes=5, img_size=32, drop_path=0.5)
+    net = _executor(copy.deepcopy(plain), 32)
+    assert _same(_train(net, 32), _train(plain, 32))
+    assert _same(list(net.state_dict().values()), list(plain.state_dict().values()))
+
+    undropped = build(spec, num_classes=5, img_size=32)
+    undropped.load_state_dict(net.state_dict())
+    images, _ = _images(9, 32)
+    random_state = torch.get_rng_state()
+    assert torch.equal(net.eval()(images), undropped.eval()(images))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    net.train()
+    assert not torch.equal(net(images), net(images))
 
 
 @pytest.mark.parametrize("name", HAZARDS)
