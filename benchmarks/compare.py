@@ -6,7 +6,8 @@
 What follows `--` is given to `fxsplit train` in every arm. The arms are `standard`; `regularised`, which is standard
 training with every piece of regularisation that --l2l switches on; and `l2l`. A run whose folder is there already is
 not done again. The table gives the accuracy after the last epoch and whole-run seconds, set-up and tests included, as
-means over the seeds with 95 % intervals (Student's t), and ratios of runs with the same seed.
+means over the seeds with 95 % intervals (Student's t), and ratios of runs with the same seed. Processor time is what
+other work on the machine changes least.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,7 @@ app = typer.Typer(pretty_exceptions_enable=False, help=__doc__)
 # 97.5 % quantiles of Student's t, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 # A CPU's heap gives large blocks back after each step and faults them in again, unless it is told to keep them.
+PROCESSOR = "processor-seconds"
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
 
@@ -68,7 +71,15 @@ def run(
             command = [sys.executable, "-m", "fxsplit", "train", *context.args, *options, "--seed", seed]
             command += ["--output", str(out), "--experiment", name, "--quiet"]
             print(" ".join(command), flush=True)
+            before = _children_seconds()
             subprocess.run(command, env=environment, check=True)
+            (out / name / PROCESSOR).write_text(str(_children_seconds() - before))
+
+
+def _children_seconds() -> float:
+    """Processor time of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @app.command()
@@ -78,19 +89,25 @@ def table(out: Path) -> None:
     for arm in arms():
         found = {path.parent.name.rpartition("-s")[2]: path for path in out.glob(f"{arm}-s*/report.json")}
         reports[arm] = {seed: json.loads(path.read_text()) for seed, path in sorted(found.items())}
-    print("| arm | test accuracy, % | seeds | seconds | of standard's | peak resident, MB | cache file, MB |")
-    print("|---|---|---|---|---|---|---|")
+        for seed, path in found.items():
+            reports[arm][seed]["processor"] = float((path.parent / PROCESSOR).read_text())
+    heads = ("arm", "test accuracy, %", "seeds", "seconds", "of standard's", "processor, of standard's")
+    print(f"| {' | '.join((*heads, 'peak resident, MB', 'cache file, MB'))} |")
+    print("|---|---|---|---|---|---|---|---|")
     for arm, runs in reports.items():
         if runs:
             both = [seed for seed in runs if seed in reports["standard"]]
-            ratios = [runs[s]["total_seconds"] / reports["standard"][s]["total_seconds"] for s in both]
+            ratios, busy = (
+                [runs[seed][key] / reports["standard"][seed][key] for seed in both]
+                for key in ("total_seconds", "processor")
+            )
             peaks = [run["epochs"][-1]["peak_resident_bytes"] / 1e6 for run in runs.values()]
             files = [max(epoch["cache_file_bytes"] or 0 for epoch in run["epochs"]) / 1e6 for run in runs.values()]
             accuracies = [run["accuracy_pct"] for run in runs.values()]
             print(
                 f"| {arm} | {_spread(accuracies)} | {' '.join(f'{value:.2f}' for value in accuracies)} "
                 f"| {statistics.mean(run['total_seconds'] for run in runs.values()):.0f} "
-                f"| {_spread(ratios) if ratios else ''} | {statistics.mean(peaks):.0f} | {statistics.mean(files):.0f} |"
+                f"| {_spread(ratios) if ratios else ''} | {_spread(busy) if busy else ''} | {statistics.mean(peaks):.0f} | {statistics.mean(files):.0f} |"
             )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
@@ -27,6 +28,11 @@ from fxsplit.capture.meta import Constant, Rebuild, StandIn, evaluate, expect, m
 from fxsplit.capture.patches import REAL_ISINSTANCE, UntraceableError
 from fxsplit.capture.proxy import ValueProxy
 from fxsplit.capture.sources import asserted, user_line
+
+DROPOUTS = {
+    *(torch.dropout, torch.feature_dropout, torch.alpha_dropout),
+    *(nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d),
+}
 
 # These move running statistics without telling autograd's version counter: (statistics, position of `training`).
 NORMS_WITH_STATISTICS: dict[Any, tuple[tuple[int, str], tuple[int, str], tuple[int, str]]] = {
@@ -394,6 +400,7 @@ class ValueTracer(fx.Tracer):
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
         ] + self._moved_statistics(node)
         node.meta["mixes_samples"] = self._mixes_samples(node)
+        node.meta["is_dropout"] = self._is_dropout(node)
         return value
 
     def _module_state(self, node: fx.Node) -> dict[str, Tensor]:
@@ -425,6 +432,12 @@ class ValueTracer(fx.Tracer):
                 for inner in module.modules()
             )
         return node.target in (nn.functional.batch_norm, torch.batch_norm) and bool(self._statistics(node)[2])
+
+    def _is_dropout(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            return isinstance(module, _DropoutNd) and module.training and module.p > 0
+        return node.target in DROPOUTS
 
     def _statistics(self, node: fx.Node) -> tuple[Any, Any, Any]:
         """Of a function that normalizes: running mean, running variance and whether those of the batch are used."""

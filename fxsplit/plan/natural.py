@@ -28,7 +28,8 @@ def natural_cuts(train: Graph, sizes: Sequence[int], eligible: Sequence[bool], p
     `eligible` are the legal cuts at a single tensor. That alone rules out the inside of a residual or dense block,
     over whose cuts a second tensor passes; a cut inside a module that adds or joins tensors both before and after it,
     such as that between the two halves of a transformer block, is ruled out too. Of each rest between two ops that
-    multiply, the smallest cut is a candidate; of several, one before an outer module, and the last of those.
+    multiply, the smallest cut is a candidate; of several, one before an outer module, and the last of those. None lies
+    behind a dropout: that stays with the teacher, which it goes on to regularise when the student has settled.
 
     A candidate is natural
 
@@ -40,7 +41,10 @@ def natural_cuts(train: Graph, sizes: Sequence[int], eligible: Sequence[bool], p
     """
     inside = _inside_blocks(train)
     rests = list(_rests(train))
-    best = [_best([cut for cut in rest if eligible[cut] and not inside[cut]], sizes, paths) for rest in rests]
+    best = [
+        _best([cut for cut in _before_dropout(rest, train) if eligible[cut] and not inside[cut]], sizes, paths)
+        for rest in rests
+    ]
     minima = _local_minima([cut for cut in best if cut is not None], sizes, paths)
     return {
         cut
@@ -53,6 +57,11 @@ def _rests(train: Graph) -> Iterator[range]:
     """The runs of cuts between two ops that multiply, without what lies before the first and after the last of them."""
     work = [index for index, op in enumerate(train.ops) if op.macs] or range(len(train))
     return (range(before + 1, after + 1) for before, after in pairwise(work))
+
+
+def _before_dropout(rest: range, train: Graph) -> range:
+    dropouts = (cut for cut in rest if train.ops[cut].is_dropout)
+    return range(rest.start, next(dropouts, rest.stop - 1) + 1)
 
 
 def _best(cuts: Sequence[int], sizes: Sequence[int], paths: Sequence[str]) -> int | None:

@@ -89,6 +89,15 @@ def test_the_border_of_a_module_comes_before_an_op_in_it() -> None:
     assert [cut.path for cut in cuts(net, net) if cut.natural] == ["b2"]
 
 
+def test_dropout_stays_with_what_goes_on_to_train() -> None:
+    net = line(
+        ("conv1", 9, 800), ("pool1", 0, 200), ("drop1", 0, 200), ("flat1", 0, 200), ("conv2", 9, 400), ("fc", 9, 10)
+    )  # fmt: skip
+    assert natural(net) == ["conv2"]
+    dropping = replace(net, ops=tuple(replace(op, is_dropout=op.name == "drop1") for op in net.ops))
+    assert natural(dropping) == ["drop1"]
+
+
 def test_sizes_within_a_tenth_are_the_same() -> None:
     def before_head(size: int) -> list[str]:
         return natural(line(("patches", 9, 1000), ("token", 0, size), ("head", 9, 4000), ("end", 9, 1)))
