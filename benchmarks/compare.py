@@ -101,18 +101,25 @@ def table(out: Path) -> None:
                 [runs[seed][key] / reports["standard"][seed][key] for seed in both]
                 for key in ("total_seconds", "processor")
             )
-            peaks = [run["epochs"][-1]["peak_resident_bytes"] / 1e6 for run in runs.values()]
-            files = [max(epoch["cache_file_bytes"] or 0 for epoch in run["epochs"]) / 1e6 for run in runs.values()]
+            epochs = [run["epochs"] for run in runs.values()]
             accuracies = [run["accuracy_pct"] for run in runs.values()]
-            print(
-                f"| {arm} | {_spread(accuracies)} | {' '.join(f'{value:.2f}' for value in accuracies)} "
-                f"| {statistics.mean(run['total_seconds'] for run in runs.values()):.0f} "
-                f"| {_spread(ratios) if ratios else ''} | {_spread(busy) if busy else ''} | {statistics.mean(peaks):.0f} | {statistics.mean(files):.0f} |"
-            )
+            cells = [
+                arm,
+                _spread(accuracies),
+                " ".join(f"{value:.2f}" for value in accuracies),
+                f"{statistics.mean(run['total_seconds'] for run in runs.values()):.0f}",
+                _spread(ratios),
+                _spread(busy),
+                f"{statistics.mean(each[-1]['peak_resident_bytes'] for each in epochs) / 1e6:.0f}",
+                f"{max(record['cache_file_bytes'] or 0 for each in epochs for record in each) / 1e6:.0f}",
+            ]
+            print(f"| {' | '.join(cells)} |")
 
 
 def _spread(values: list[float]) -> str:
     """Mean and half of the 95 % interval."""
+    if not values:
+        return ""
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:.2f}"

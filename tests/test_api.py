@@ -158,7 +158,7 @@ def test_where_to_cut_reaches_planning() -> None:
 def test_the_weights_file_holds_the_models_own_names_and_scores_the_same(
     spec: Callable[..., fxsplit.RunSpec], tmp_path: Path
 ) -> None:
-    report = train(spec(schedule="l2l"))
+    report = train(spec(schedule="l2l", by="op"))
     scope: dict[str, Any] = {}
     exec(MODEL, scope)
     model = scope["small"](10)
@@ -178,7 +178,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(
     spec: Callable[..., fxsplit.RunSpec], schedule: str
 ) -> None:
     def outcome(seed: int) -> list[tuple[float, float]]:
-        report = train(spec(schedule=schedule, seed=seed, augment="crop-flip", deterministic=True, epochs=2))
+        report = train(spec(schedule=schedule, seed=seed, augment="crop-flip", deterministic=True, epochs=2, by="op"))
         return [(record.train_loss, record.eval_loss) for record in report.epochs]
 
     assert outcome(1) == outcome(1) != outcome(2)

@@ -599,3 +599,17 @@ def test_factories_still_obey_a_device_context_after_tracing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_dropout_is_known_where_it_drops() -> None:
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop, self.none = nn.Dropout(0.5), nn.Dropout(0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(self.none(F.dropout(x, 0.5, self.training)))
+
+    captured = trace(Drops(), (torch.ones(2, 3),))
+    assert [op.is_dropout for op in captured.train.ops] == [True, False, True]
+    assert not captured.eval.ops[-1].is_dropout
