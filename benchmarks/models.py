@@ -1,10 +1,75 @@
-"""Models of a kind that the libraries do not have: `fxsplit check --forecast benchmarks/models.py:unet`."""
+"""Models of kinds or sizes that the libraries do not have: `fxsplit check --forecast benchmarks/models.py:unet`.
+
+`vgg`, `resnext` and `densenet` are small ones of the layer-to-layer paper's families, for images of 32 pixels, that two
+CPU cores train in minutes.
+"""
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+
+from fxsplit.capture.paper import DenseLayer, ResNeXtGroup
+
+
+def vgg(num_classes: int) -> nn.Module:
+    """Five 3x3 convolutions of 16, 32, 32, 64 and 64 filters with BatchNorm, three poolings, two linear layers."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for widths in ((16,), (32, 32), (64, 64)):
+        for width in widths:
+            layers += _norm_relu(nn.Conv2d(channels, width, 3, padding=1, bias=False), width)
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    layers += [nn.Flatten(), nn.Linear(16 * channels, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, num_classes)]
+    return nn.Sequential(*layers)
+
+
+def resnext(num_classes: int) -> nn.Module:
+    """A strided convolution, then residual groups of 32, 64 and 128 filters in 32 paths, each with a pooling."""
+    channels = 16
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=_stem(channels))
+    for number, filters in enumerate((32, 64, 128), start=1):
+        layers[f"group{number}"] = ResNeXtGroup(channels, filters)
+        layers[f"pool{number}"] = nn.MaxPool2d(2)
+        channels = filters
+    layers.update(gap=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(channels, num_classes))
+    return nn.Sequential(layers)
+
+
+def densenet(num_classes: int) -> nn.Module:
+    """A strided convolution, then three dense blocks of three bottlenecks with growth rate 12."""
+    growth, per_block, channels = 12, 3, 24
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=_stem(channels))
+    for number in range(1, 4):
+        inputs = [channels + growth * index for index in range(per_block)]
+        layers[f"block{number}"] = nn.Sequential(*(DenseLayer(count, growth) for count in inputs))
+        channels += growth * per_block
+        if number < 3:
+            half = channels // 2
+            layers[f"transition{number}"] = nn.Sequential(
+                nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, half, 1, bias=False), nn.AvgPool2d(2)
+            )
+            channels = half
+    layers.update(
+        norm=nn.BatchNorm2d(channels),
+        relu=nn.ReLU(),
+        gap=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        fc=nn.Linear(channels, num_classes),
+    )
+    return nn.Sequential(layers)
+
+
+def _stem(filters: int) -> nn.Module:
+    return nn.Sequential(*_norm_relu(nn.Conv2d(3, filters, 3, stride=2, padding=1, bias=False), filters))
+
+
+def _norm_relu(convolution: nn.Module, filters: int) -> list[nn.Module]:
+    return [convolution, nn.BatchNorm2d(filters), nn.ReLU(inplace=True)]
 
 
 def unet(num_classes: int) -> nn.Module:
@@ -38,6 +103,6 @@ def _double(channels: int, filters: int) -> nn.Module:
         *(
             layer
             for width in (channels, filters)
-            for layer in (nn.Conv2d(width, filters, 3, padding=1), nn.BatchNorm2d(filters), nn.ReLU(inplace=True))
+            for layer in _norm_relu(nn.Conv2d(width, filters, 3, padding=1), filters)
         )
     )

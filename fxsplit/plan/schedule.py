@@ -288,9 +288,19 @@ def settle(
 
 
 def l2l(
-    partitions: Sequence[Partition], epochs: int, *, start: float = 0.1, stop: float = 0.4, share: float = 0.95
+    partitions: Sequence[Partition],
+    epochs: int,
+    *,
+    start: float | None = None,
+    stop: float | None = None,
+    share: float = 0.95,
 ) -> tuple[Phase, ...]:
-    """`settle`, early and far: the shares that were best in the experiments of docs/results."""
+    """`settle`, far, and the earlier the longer the run: from epoch 3 to epoch `4 + 0.43 * epochs`, unless given.
+
+    Found by the experiments of docs/results: a long run overfits, and gains by settling; a short one has to learn first.
+    """
+    start = min(1.0, 3 / epochs) if start is None else start
+    stop = max(start, min(1.0, 0.43 + 4 / epochs)) if stop is None else stop
     return settle(partitions, epochs, start=start, stop=stop, share=share)
 
 

@@ -208,10 +208,14 @@ def test_settle(macs: list[int], epochs: int, expected: list[tuple[int, int, int
     assert drawn(settle(partitions(*macs), epochs)) == expected
 
 
-def test_l2l_settles_early_and_far() -> None:
-    # Moments 14, 20, 26 and 32 of 80 epochs; shares .2375, .475, .7125 and .95.
-    plan = schedule("l2l", partitions=partitions(*[1] * 20), epochs=80)
-    assert drawn(plan.phases) == [(0, 20, 14), (4, 20, 6), (9, 20, 6), (14, 20, 6), (19, 20, 48)]
+def test_l2l_settles_far_and_in_long_runs_early() -> None:
+    # Shares .2375, .475, .7125 and .95 at moments 9.7, 16.4, 23.1 and 29.8 of 60 epochs, 4.3, 5.7, 7.0 and 8.3 of 10.
+    plan = schedule("l2l", partitions=partitions(*[1] * 20), epochs=60)
+    assert drawn(plan.phases) == [(0, 20, 10), (4, 20, 6), (9, 20, 7), (14, 20, 7), (19, 20, 30)]
+    plan = schedule("l2l", partitions=partitions(*[1] * 20), epochs=10)
+    assert drawn(plan.phases) == [(0, 20, 4), (4, 20, 2), (9, 20, 1), (14, 20, 1), (19, 20, 2)]
+    for epochs in range(1, 8):
+        assert schedule("l2l", partitions=partitions(*[1] * 20), epochs=epochs).epochs == epochs
 
 
 def test_shares_given_to_a_schedule_win() -> None:
