@@ -297,7 +297,7 @@ def l2l(
 ) -> tuple[Phase, ...]:
     """`settle`, far, and the earlier the longer the run: from epoch 3 to epoch `4 + 0.43 * epochs`, unless given.
 
-    Found by the experiments of docs/results: a long run overfits, and gains by settling; a short one has to learn first.
+    Found by the experiments of docs/results: a long run overfits and gains by settling; a short one has to learn first.
     """
     start = min(1.0, 3 / epochs) if start is None else start
     stop = max(start, min(1.0, 0.43 + 4 / epochs)) if stop is None else stop
