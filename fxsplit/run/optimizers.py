@@ -73,12 +73,16 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def split_by_end(optimizer: Optimizer, ends: Mapping[Tensor, int]) -> None:
-    """Divide the optimizer's groups so that all parameters of one stop training at the same step, its "end"."""
+    """Divide the optimizer's groups so that all parameters of one stop training at the same step, its "end".
+
+    One that no partition uses has no end of its own, and takes the last.
+    """
     groups: list[dict[str, Any]] = []
+    last = max(ends.values())
     for group in optimizer.param_groups:
         parts: dict[int, list[Tensor]] = {}
         for parameter in group["params"]:
-            parts.setdefault(ends[parameter], []).append(parameter)
+            parts.setdefault(ends.get(parameter, last), []).append(parameter)
         groups += [{**group, "params": parameters, "end": end} for end, parameters in parts.items()]
     optimizer.param_groups[:] = groups
 

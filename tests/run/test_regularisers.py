@@ -92,12 +92,12 @@ def test_soft_targets_keep_large_logits_finite() -> None:
 
 
 def test_each_partition_is_annealed_up_to_its_end() -> None:
-    first, second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
-    optimizer = torch.optim.SGD([first, second], lr=0.1, momentum=0.5)
+    first, second, unused = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    optimizer = torch.optim.SGD([first, second, unused], lr=0.1, momentum=0.5)
     split_by_end(optimizer, {first: 10, second: 40})
     assert [(group["params"], group["end"], group["momentum"]) for group in optimizer.param_groups] == [
         ([first], 10, 0.5),
-        ([second], 40, 0.5),
+        ([second, unused], 40, 0.5),
     ]
     scales = []
     for step in (0, 5, 10, 20, 30, 39):
