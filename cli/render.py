@@ -92,18 +92,19 @@ def draw(phase: Phase, count: int, width: int) -> Text:
 
 
 def describe(phase: Phase, plan: Plan) -> Text:
-    """Student, cut and teacher in words."""
+    """Student, cut and teacher in words, and what saves memory."""
     count = len(plan.partitions)
     cut = phase.cut(count)
+    saving = f", {words}" if (words := plan.saving(phase)) else ""
     if cut is None:
-        return Text("no cut: everything trains")
+        return Text(f"no cut: everything trains{saving}")
 
     def roles(members: range) -> Text:
         found = dict.fromkeys(phase.role(index) for index in members)
         return Text(" + ").join(Text(role, ROLES[role][1]) for role in found)
 
     middle = f" │ cut before {plan.partitions[cut].name} │ teacher "
-    return Text.assemble("student ", roles(range(cut)), middle, roles(range(cut, count)))
+    return Text.assemble("student ", roles(range(cut)), middle, roles(range(cut, count)), saving)
 
 
 # Views of a run while it happens

@@ -49,6 +49,8 @@ from fxsplit.run.workers import call_each
 from fxsplit.spec import RunSpec
 
 DEFAULT_PARTS = 8
+# Of the activations of standard training: what l2l keeps within where it can.
+L2L_MEMORY = 0.6
 
 
 def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
@@ -284,11 +286,18 @@ def _build(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
 
 def _plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
     plan = _given_plan(spec, trace, observer)
-    if spec.memory_budget is None:
+    budget = spec.memory_budget
+    if budget is None and spec.schedule != "l2l":
         return plan
-    images = spec.batch_size // spec.grad_accum_steps
-    slots = slots_of(lambda parameters: _optimizer(spec)(nn.ParameterList(parameters)))
-    return fit(plan, trace.train, trace.eval, budget=spec.memory_budget, batch_size=images, optimizer_slots=slots)
+    return fit(
+        plan,
+        trace.train,
+        trace.eval,
+        budget=L2L_MEMORY if budget is None else budget,
+        batch_size=spec.batch_size // spec.grad_accum_steps,
+        optimizer_slots=slots_of(lambda parameters: _optimizer(spec)(nn.ParameterList(parameters))),
+        strict=budget is not None,
+    )
 
 
 def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:

@@ -70,7 +70,8 @@ class Op:
     Costs are for one sample, in training: `macs` (one multiply-add is 1) and `backward_macs`, and `activation_bytes`,
     what autograd keeps for backward because of this op, each storage counted once. `saves` are the storages of values
     that it keeps, whether or not an earlier op keeps them too, and `hidden_bytes` what it keeps besides, such as a
-    mask. An op that is `uncounted` does work that torch's counter of multiply-adds does not know.
+    mask. An op that is `uncounted` does work that torch's counter of multiply-adds does not know. One that
+    `mixes_samples` is BatchNorm with the statistics of its batch: what a sample gets depends on the others.
 
     Measured on a device, and for the traced batch, are `seconds` (forward and backward) and `forward_seconds`, None
     before, and `forward_workspace_bytes` and `backward_workspace_bytes`, which kernels borrow while they run; of an op
@@ -93,6 +94,7 @@ class Op:
     saves: tuple[str, ...] = ()
     hidden_bytes: int = 0
     uncounted: bool = False
+    mixes_samples: bool = False
     forward_workspace_bytes: int = 0
     backward_workspace_bytes: int = 0
     settled_seconds: float | None = None

@@ -122,8 +122,10 @@ class Inspection:
 
     @property
     def notes(self) -> list[str]:
-        """What figures leave out, what is tied and what is kept whole, in words."""
+        """How phases save memory, what figures leave out, what is tied and what is kept whole, in words."""
+        savings = map(self.plan.saving, self.plan.phases)
         return [
+            *(f"phase {number}, to save memory: {words}" for number, words in enumerate(savings, start=1) if words),
             *(f"not counted: the multiply-adds of {op.name} ({op.target})" for op in self.graph.ops if op.uncounted),
             *(f"tied: {name} is also {', '.join(others)}" for name, others in self.tied.items()),
             *(f"kept whole: {path}, because {reason}" for path, reason in self.opaque.items()),

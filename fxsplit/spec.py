@@ -214,8 +214,9 @@ class RunSpec:
     )
     memory_budget: float | None = _option(
         "Memory",
-        "Let partitions recompute in backward where a phase would need more memory than this: up to 1, of the "
-        "activations of standard training; above 1, bytes of everything.",
+        "Let partitions recompute in backward, or take batches in parts, where a phase would need more memory than "
+        "this: up to 1, of the activations of standard training; above 1, bytes of everything. Without it --l2l keeps "
+        "within 0.6 where it can.",
         None,
         above=0,
     )

@@ -279,6 +279,17 @@ def test_inspect_needs_neither_weights_nor_data(spec: Callable[..., fxsplit.RunS
     assert sum(part.parameters for part in whole.partitions) == 3_907_554
 
 
+def test_a_budget_that_recomputing_alone_cannot_keep_is_kept_by_micro_batches() -> None:
+    asked = {"model": "paper:cnn", "data": "cifar10", "batch_size": 128, "schedule": "l2l", "by": "natural"}
+    found = fxsplit.inspect(fxsplit.RunSpec(**asked, memory_budget=0.6))
+    assert [phase.micro_batches for phase in found.plan.phases[:1]] == [2]
+    assert found.forecast is not None
+    most = 0.6 * found.forecast.standard.activation_bytes
+    assert all(phase.activation_bytes <= most for phase in found.forecast.phases)
+    with pytest.raises(PartitionError, match=r"not in micro-batches: 'group1\.bn1' needs a batch as a whole"):
+        fxsplit.inspect(fxsplit.RunSpec(**asked | {"model": "paper:resnext"}, memory_budget=0.1))
+
+
 def test_inspect_measures_ops_where_it_must(spec: Callable[..., fxsplit.RunSpec]) -> None:
     plain = fxsplit.inspect(spec(schedule="settle"))
     assert plain.forecast.standard.step_seconds is None

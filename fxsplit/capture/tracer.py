@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
@@ -393,6 +393,7 @@ class ValueTracer(fx.Tracer):
         node.meta["written"] = [
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
         ] + self._moved_statistics(node)
+        node.meta["mixes_samples"] = self._mixes_samples(node)
         return value
 
     def _module_state(self, node: fx.Node) -> dict[str, Tensor]:
@@ -413,16 +414,24 @@ class ValueTracer(fx.Tracer):
                 for name, tensor in inner.named_buffers(recurse=False)
                 if name in ("running_mean", "running_var")
             ]
-        positions = NORMS_WITH_STATISTICS.get(node.target)
-        if positions is None:
-            return []
-
-        def argument(place: tuple[int, str]) -> Any:
-            position, keyword = place
-            return node.args[position] if position < len(node.args) else node.kwargs.get(keyword)
-
-        mean, variance, training = map(argument, positions)
+        mean, variance, training = self._statistics(node)
         return [statistic for statistic in (mean, variance) if training and isinstance(statistic, fx.Node)]
+
+    def _mixes_samples(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            return any(
+                isinstance(inner, _BatchNorm) and (inner.training or inner.running_mean is None)
+                for inner in module.modules()
+            )
+        return node.target in (nn.functional.batch_norm, torch.batch_norm) and bool(self._statistics(node)[2])
+
+    def _statistics(self, node: fx.Node) -> tuple[Any, Any, Any]:
+        """Of a function that normalizes: running mean, running variance and whether those of the batch are used."""
+        positions = NORMS_WITH_STATISTICS.get(node.target, ())
+        found = [node.args[at] if at < len(node.args) else node.kwargs.get(keyword) for at, keyword in positions]
+        mean, variance, training = found or (None, None, False)
+        return mean, variance, training
 
 
 def reason_to_keep_whole(module: nn.Module) -> str | None:

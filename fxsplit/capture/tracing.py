@@ -264,6 +264,7 @@ def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, storages: Map
         saves=tuple(dict.fromkeys(storages[key] for key in cost.saved if key in storages)),
         hidden_bytes=-(-sum(size for key, size in cost.saved.items() if key not in storages) // batch_size),
         uncounted=_is_uncounted(node),
+        mixes_samples=node.meta.get("mixes_samples", False),
     )
 
 

@@ -1,4 +1,4 @@
-"""A plan that keeps within memory: in each phase the fewest partitions recompute that make its forecast fit."""
+"""A plan that keeps within memory: in each phase the fastest mix of recomputing and micro-batches that fits."""
 
 from __future__ import annotations
 
@@ -6,44 +6,78 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fxsplit.errors import PartitionError
-from fxsplit.graph import Graph
-from fxsplit.plan.forecast import forecast
+from fxsplit.graph import Graph, Op
+from fxsplit.plan.forecast import Oracle
 from fxsplit.plan.schedule import Phase, Plan
 
 
-def fit(plan: Plan, train: Graph, eval_graph: Graph, *, budget: float, batch_size: int, optimizer_slots: int) -> Plan:
-    """The fastest of the plans that differ from `plan` in what recomputes and whose forecast keeps within `budget`.
+def fit(
+    plan: Plan,
+    train: Graph,
+    eval_graph: Graph,
+    *,
+    budget: float,
+    batch_size: int,
+    optimizer_slots: int,
+    strict: bool = True,
+) -> Plan:
+    """The fastest of the plans that differ from `plan` in what recomputes, and in micro-batches, and whose forecast
+    keeps within `budget`.
 
     A budget of at most 1 is a share of the activation memory that standard training takes, a larger one bytes of
-    everything at a time. Raises PartitionError, which names the least that would do, when a phase fits none.
+    everything at a time. Micro-batches are 1, 2, 4, ... of equal size, and 1 where an op needs the batch as a whole.
+    Raises PartitionError, which names the least that would do, when a phase fits none; unless `strict`, it then takes
+    that.
     """
+    oracle = Oracle(plan.partitions, train, eval_graph, batch_size, optimizer_slots)
+    standard = oracle.phase(oracle.standard)
+
+    def need(phase: Phase) -> float:
+        told = oracle.phase(phase)
+        return told.activation_bytes / standard.activation_bytes if budget <= 1 else told.peak_bytes
 
     fitting = []
     for number, phase in enumerate(plan.phases, start=1):
-        choices = tuple(_choices(phase))
-        told = forecast(
-            replace(plan, phases=choices), train, eval_graph, batch_size=batch_size, optimizer_slots=optimizer_slots
+        indivisible = needs_whole_batch(phase, plan, train, eval_graph)
+        choices = sorted(
+            _choices(phase, batch_size=1 if indivisible else batch_size),
+            key=lambda choice: (oracle.step_cost(choice), choice.micro_batches, choice.recompute),
         )
-        needs = [
-            each.activation_bytes / told.standard.activation_bytes if budget <= 1 else each.peak_bytes
-            for each in told.phases
-        ]
-        fits = [
-            (each.step_cost, choice.recompute, choice)
-            for choice, each, need in zip(choices, told.phases, needs, strict=True)
-            if need <= budget
-        ]
-        if not fits:
-            least = f"{-(-min(needs) * 100 // 1) / 100:.2f}" if budget <= 1 else f"{min(needs):.0f} bytes"
+        found = next((choice for choice in choices if need(choice) <= budget), None)
+        if not strict:
+            found = found or min(choices, key=need)
+        if found is None:
+            least = min(map(need, choices))
+            allow = f"{-(-least * 100 // 1) / 100:.2f}" if budget <= 1 else f"{least:.0f} bytes"
             raise PartitionError(
                 f"phase {number} of the {plan.schedule} plan does not fit a memory budget of {budget:g}, whatever "
-                f"recomputes: it needs {least}; allow that much, make more partitions or take smaller batches"
+                f"recomputes: it needs {allow}; allow that much, make more partitions or take smaller batches"
+                + (f" (not in micro-batches: {indivisible.name!r} needs a batch as a whole)" if indivisible else "")
             )
-        fitting.append(min(fits)[-1])
+        fitting.append(found)
     return replace(plan, phases=tuple(fitting))
 
 
-def _choices(phase: Phase) -> Iterator[Phase]:
-    yield replace(phase, recompute=0)
-    for last in range(phase.start + 1, phase.stop):
-        yield replace(phase, recompute=last)
+def needs_whole_batch(phase: Phase, plan: Plan, train: Graph, eval_graph: Graph) -> Op | None:
+    """The first op that forbids micro-batches in a phase, if there is one.
+
+    It mixes samples, or writes to a parameter or a buffer, as it then would once for each micro-batch.
+    """
+    state = {each.name for each in train.state}
+    for index, part in enumerate(plan.partitions):
+        if phase.role(index) == "training":
+            ops = train.ops[part.start : part.stop]
+        else:
+            ops = eval_graph.ops[part.eval_start : part.eval_stop]
+        for op in ops:
+            if op.mixes_samples or not state.isdisjoint(op.mutates):
+                return op
+    return None
+
+
+def _choices(phase: Phase, *, batch_size: int) -> Iterator[Phase]:
+    micro_batches = 1
+    while batch_size % micro_batches == 0:
+        for recompute in (0, *range(phase.start + 1, phase.stop)):
+            yield replace(phase, recompute=recompute, micro_batches=micro_batches)
+        micro_batches *= 2

@@ -19,7 +19,8 @@ class PhaseForecast:
     """One step of a phase, optimizer included, loss and data left out.
 
     `step_cost` is relative to a step of `standard`; `step_seconds` is None where the ops were not measured.
-    `activation_bytes` is the most that values, what autograd saves and their gradients hold at a time. Optimizer state
+    `activation_bytes` is the most that values, what autograd saves and their gradients hold at a time; with
+    micro-batches those of one, and a parameter's gradient until it is added to that of the ones before. Optimizer state
     and `gradient_bytes` are those of the parameters that train. `peak_bytes` is the most of everything at a time: by
     when the last gradients of parameters arrive, most activations are gone.
     """
@@ -66,9 +67,9 @@ def forecast(
     optimizer's update of all parameters; else multiply-adds and bytes moved are weighed, MACS_PER_BYTE of the ones for
     one of the others, and so is an update whose seconds are not given.
     """
-    oracle = _Oracle(plan.partitions, train, eval_graph, batch_size, optimizer_slots, update_seconds)
+    oracle = Oracle(plan.partitions, train, eval_graph, batch_size, optimizer_slots, update_seconds)
     epochs = plan.epochs
-    standard = oracle.phase(Phase(start=0, stop=len(plan.partitions), epochs=epochs))
+    standard = oracle.phase(oracle.standard)
     phases = tuple(oracle.phase(phase) for phase in plan.phases)
     cost = sum(phase.epochs * found.step_cost for phase, found in zip(plan.phases, phases, strict=True))
     seconds = None
@@ -84,7 +85,9 @@ def forecast(
     )
 
 
-class _Oracle:
+class Oracle:
+    """What a step costs in any phase over these partitions; the arguments are those of `forecast`."""
+
     def __init__(
         self,
         partitions: Sequence[Partition],
@@ -92,7 +95,7 @@ class _Oracle:
         eval_graph: Graph,
         batch_size: int,
         optimizer_slots: int,
-        update_seconds: float | None,
+        update_seconds: float | None = None,
     ) -> None:
         self.partitions, self.train, self.eval_graph = partitions, train, eval_graph
         self.batch_size, self.optimizer_slots = batch_size, optimizer_slots
@@ -101,27 +104,36 @@ class _Oracle:
         self.parameters = {state.name for state in train.state if state.is_parameter}
         self.parameter_bytes = sum(self.bytes[name] for name in self.parameters)
         self.measured = all(op.seconds is not None for graph in (train, eval_graph) for op in graph.ops)
-        standard = Phase(start=0, stop=len(partitions), epochs=1)
+        self.standard = Phase(start=0, stop=len(partitions), epochs=1)
+        self._times: dict[tuple[int, int, int], float] = {}
         # An update reads gradients, parameters and slots, and writes the last two.
         self.update_time = float(MACS_PER_BYTE * (3 + 2 * optimizer_slots) * self.parameter_bytes)
         if self.measured and update_seconds is not None:
             self.update_time = update_seconds
-        elif self.measured and (work := self._time(standard, self._work)):
-            self.update_time *= self._time(standard, self._seconds) / work
-        self.standard_time = self._step_time(standard)
+        elif self.measured and (work := self._time(self.standard, self._work)):
+            self.update_time *= self._time(self.standard, self._seconds) / work
+        self.standard_time = self._step_time(self.standard)
+
+    def step_cost(self, phase: Phase) -> float:
+        """The time of a step relative to one of `standard`; memory is left alone, so that this is quick."""
+        return self._step_time(phase) / self.standard_time if self.standard_time else 1.0
 
     def phase(self, phase: Phase) -> PhaseForecast:
         steps = list(self._steps(phase))
         gradients = {name: self.bytes[name] for name in self._trained(phase)}
         optimizer_bytes = self.optimizer_slots * sum(gradients.values())
-        activations, most = (
-            peak_bytes(steps, self.train, batch_size=self.batch_size, gradient_bytes=counted)
-            for counted in (dict.fromkeys(gradients, 0), gradients)
-        )
-        time = self._step_time(phase)
+        part = -(-self.batch_size // phase.micro_batches)
+        if phase.micro_batches == 1:
+            activations, most = (
+                peak_bytes(steps, self.train, batch_size=part, gradient_bytes=counted)
+                for counted in (dict.fromkeys(gradients, 0), gradients)
+            )
+        else:
+            activations = peak_bytes(steps, self.train, batch_size=part, gradient_bytes=gradients, adds=True)
+            most = activations + sum(gradients.values())
         return PhaseForecast(
-            step_cost=time / self.standard_time if self.standard_time else 1.0,
-            step_seconds=time if self.measured else None,
+            step_cost=self.step_cost(phase),
+            step_seconds=self._step_time(phase) if self.measured else None,
             activation_bytes=activations,
             parameter_bytes=self.parameter_bytes,
             buffer_bytes=sum(self.bytes.values()) - self.parameter_bytes,
@@ -158,9 +170,14 @@ class _Oracle:
 
     def _step_time(self, phase: Phase) -> float:
         """Seconds of a step where they are measured, else work in multiply-adds."""
-        time = self._time(phase, self._seconds if self.measured else self._work)
+        key = phase.start, phase.stop, phase.recompute
+        if key not in self._times:
+            self._times[key] = self._time(phase, self._seconds if self.measured else self._work)
         trained = sum(self.bytes[name] for name in self._trained(phase))
-        return time + (self.update_time * trained / self.parameter_bytes if trained else 0.0)
+        update = self.update_time * trained / self.parameter_bytes if trained else 0.0
+        # Each further micro-batch reads two gradients of a parameter and writes their sum.
+        added = (phase.micro_batches - 1) * 3 / (3 + 2 * self.optimizer_slots)
+        return self._times[key] + update * (1 + added)
 
     def _time(self, phase: Phase, times: Callable[[Op], tuple[float, float]]) -> float:
         """Of all ops, forward and backward."""

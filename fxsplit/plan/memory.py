@@ -67,21 +67,29 @@ def peak_bytes(
     *,
     batch_size: int,
     gradient_bytes: Mapping[str, int],
+    adds: bool = False,
 ) -> int:
     """The most that one step allocates and has not freed: values, what autograd saves, gradients.
 
-    `gradient_bytes` are those of a parameter's gradient, which lasts; 0 leaves it out. Inputs are the caller's.
+    `gradient_bytes` are those of a parameter's gradient, which lasts; 0 leaves it out. Where the step `adds` to
+    gradients that were there before, its own last until they are complete. Inputs are the caller's.
     """
-    walk = _Walk(steps, graph, batch_size, gradient_bytes)
+    walk = _Walk(steps, graph, batch_size, gradient_bytes, adds)
     walk.forward()
     walk.backward()
     return walk.heap.peak
 
 
 class _Walk:
-    def __init__(self, steps: Sequence[Step], graph: Graph, batch_size: int, gradient_bytes: Mapping[str, int]) -> None:
+    def __init__(
+        self, steps: Sequence[Step], graph: Graph, batch_size: int, gradient_bytes: Mapping[str, int], adds: bool
+    ) -> None:
         self.heap = Heap()
         self.steps, self.graph, self.batch_size, self.gradient_bytes = steps, graph, batch_size, gradient_bytes
+        self.adds = adds
+        uses = [(name, step.op.name) for step in steps if step.recorded for name in step.trains]
+        # Backward comes to the last op that uses a parameter first, and to the first one last.
+        self.begun_by, self.completed_by = dict(uses), dict(reversed(uses))
         self.share = batch_size / graph.batch_size
         self.values: dict[str, Value] = {value.name: value for value in graph.inputs}
         self.values |= {step.op.name: step.op.output for step in steps}
@@ -159,10 +167,14 @@ class _Walk:
             else:
                 found.append((name, self._new(self.size(name))))
         for name in step.trains:
-            self.heap.hold(("gradient", name), self.gradient_bytes[name])
+            if self.begun_by[name] == op.name:
+                self.heap.hold(("gradient", name), self.gradient_bytes[name])
         self.heap.borrow(round(op.backward_workspace_bytes * self.share))
         if arrived is not None:
             self.heap.drop(arrived)
+        for name in step.trains:
+            if self.adds and self.completed_by[name] == op.name:
+                self.heap.drop(("gradient", name))
         for name, block in found:
             self._give(name, block)
         for name in op.saves:

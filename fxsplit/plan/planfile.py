@@ -22,7 +22,7 @@ from fxsplit.errors import PartitionError, UsageError, nearest
 from fxsplit.graph import Graph
 from fxsplit.plan.cuts import places_of
 from fxsplit.plan.partition import partition, wrong_places
-from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.plan.schedule import Phase, Plan, saving_in_words
 
 # Another one than that of Plan.to_dict, which has all fields of the partitions and is not made to be edited.
 SCHEMA = 2
@@ -33,7 +33,7 @@ FIGURES = ("ops", "parameters", "macs", "activation_bytes", "boundary_bytes")
 class Window:
     """A phase by places: from the cut `begin` (the model's start where None) up to the cut `end` (its end).
 
-    Up to the cut `recompute` no activations are kept.
+    Up to the cut `recompute` no activations are kept; a batch is taken in `micro_batches` parts.
     """
 
     begin: str | None
@@ -41,13 +41,14 @@ class Window:
     epochs: int
     fresh_optimizer: bool = False
     recompute: str | None = None
+    micro_batches: int = 1
 
     def __str__(self) -> str:
         places = (("from", self.begin), ("up to", self.end))
         trains = " ".join(f"{word} {place}" for word, place in places if place is not None) or "all"
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
-        recomputes = f", recomputes up to {self.recompute}" if self.recompute else ""
-        return f"{trains}, {epochs}{', fresh optimizer' * self.fresh_optimizer}{recomputes}"
+        fresh = "fresh optimizer" * self.fresh_optimizer
+        return ", ".join(filter(None, (trains, epochs, fresh, saving_in_words(self.recompute, self.micro_batches))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +83,7 @@ class PlanFile:
                     epochs=phase.epochs,
                     fresh_optimizer=phase.fresh_optimizer,
                     recompute=places[phase.recompute],
+                    micro_batches=phase.micro_batches,
                 )
                 for phase in plan.phases
             ),
@@ -126,6 +128,7 @@ class PlanFile:
                     epochs=window.epochs,
                     fresh_optimizer=window.fresh_optimizer,
                     recompute=recompute,
+                    micro_batches=window.micro_batches,
                 )
             )
         if faults:
@@ -142,6 +145,7 @@ class PlanFile:
                 "epochs": phase.epochs,
                 "fresh_optimizer": phase.fresh_optimizer,
                 "recompute_up_to": phase.recompute,
+                **({"micro_batches": phase.micro_batches} if phase.micro_batches > 1 else {}),
             }
             for phase in self.phases
         ]
@@ -212,6 +216,7 @@ def read(text: str, *, source: str, graphs: tuple[Graph, Graph] | None = None) -
                 epochs=phase["epochs"],
                 fresh_optimizer=phase.get("fresh_optimizer", False),
                 recompute=phase.get("recompute_up_to"),
+                micro_batches=phase.get("micro_batches", 1),
             )
             for phase in data["phases"]
         ),
@@ -263,6 +268,7 @@ _PHASE_KEYS: _Rules = {
     "epochs": (lambda value: type(value) is int and value >= 1, "a whole number at least 1", False),
     "fresh_optimizer": (lambda value: isinstance(value, bool), "true or false", True),
     "recompute_up_to": (lambda value: value is None or _is_text(value), "one of the cuts or null", True),
+    "micro_batches": (lambda value: type(value) is int and value >= 1, "a whole number at least 1", True),
 }
 
 

@@ -28,7 +28,8 @@ class Phase:
     """Partitions [start, stop) train for `epochs`; those before are settled, those after frozen.
 
     With `fresh_optimizer` the optimizer's moments start anew. Partitions [start, recompute) keep no activations for
-    backward: their forward runs once more there. Raises ValueError when nothing trains or for no epoch, and when
+    backward: their forward runs once more there. The batch of a step is taken in `micro_batches` parts, one after the
+    other, and their gradients are summed. Raises ValueError when nothing trains, for no epoch and no part, and when
     `recompute` is neither 0 nor inside of what trains.
     """
 
@@ -37,6 +38,7 @@ class Phase:
     epochs: int
     fresh_optimizer: bool = False
     recompute: int = 0
+    micro_batches: int = 1
 
     def __post_init__(self) -> None:
         if self.recompute and not self.start < self.recompute < self.stop:
@@ -48,6 +50,8 @@ class Phase:
             raise ValueError(f"a phase must train partitions, and [{self.start}, {self.stop}) holds none")
         if self.epochs < 1:
             raise ValueError(f"a phase must last at least 1 epoch, not {self.epochs}")
+        if self.micro_batches < 1:
+            raise ValueError(f"a phase must take a batch in at least 1 part, not {self.micro_batches}")
 
     def role(self, index: int) -> Role:
         """What partition `index` does in this phase."""
@@ -102,7 +106,8 @@ class Plan:
         width = max(map(len, lengths), default=0)
         lines = []
         for index, (phase, length) in enumerate(zip(self.phases, lengths, strict=True)):
-            line = f"{self._window(phase)}  {length:{width}}  {self._ends(phase)}".rstrip()
+            words = ", ".join(filter(None, (self._ends(phase), self.saving(phase))))
+            line = f"{self._window(phase)}  {length:{width}}  {words}".rstrip()
             lines.append(f"> {line}  <- {faults[index]}" if index in faults else f"  {line}")
         return "\n".join([f"{self.schedule}: {partitions}, {epochs}", *lines])
 
@@ -114,6 +119,11 @@ class Plan:
         """The paths of the cuts at which the window begins and ends, where these are cuts."""
         ends = (("from", phase.start), ("up to", phase.stop))
         return " ".join(f"{word} {self.partitions[cut].name}" for word, cut in ends if 0 < cut < len(self.partitions))
+
+    def saving(self, phase: Phase) -> str:
+        """How a phase saves memory, in words; empty if it does not."""
+        is_cut = 0 < phase.recompute < len(self.partitions)
+        return saving_in_words(self.partitions[phase.recompute].name if is_cut else None, phase.micro_batches)
 
     @property
     def epochs(self) -> int:
@@ -167,6 +177,12 @@ class Plan:
         except (TypeError, ValueError) as error:
             raise UsageError(f"this is not a plan: {error}") from error
         return cls(schedule=data["schedule"], partitions=partitions, phases=phases)
+
+
+def saving_in_words(recompute: str | None, micro_batches: int) -> str:
+    """Up to which cut a phase recomputes, and in how many parts it takes a batch."""
+    recomputes = f"recomputes up to {recompute}" if recompute else ""
+    return ", ".join(filter(None, (recomputes, f"{micro_batches} micro-batches" if micro_batches > 1 else "")))
 
 
 def _counted(number: int, noun: str) -> str:

@@ -32,7 +32,10 @@ def measure_phases(
     """Train a copy of `executor` in each phase of `plan`, and `standard` in turn with it, step by step.
 
     `loss` of a module is that on one batch, always the same. Seconds are medians. Equal phases are measured once.
+    Raises ValueError for a phase with micro-batches, since a loss cannot be taken in parts.
     """
+    if any(phase.micro_batches > 1 for phase in plan.phases):
+        raise ValueError("a phase with micro-batches cannot be measured by the loss of a whole batch")
     whole = Phase(start=0, stop=len(plan.partitions), epochs=1)
     standard = _Arm(executor, whole, loss, make_optimizer)
     alike = [replace(phase, epochs=1, fresh_optimizer=False) for phase in plan.phases]

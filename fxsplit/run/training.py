@@ -77,9 +77,10 @@ class Trainer:
     planned. What trains in the last `average` share of the run ends with the mean of its weights there.
 
     `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
-    backward passes, with the gradient of the whole. `clip_grad` bounds the gradient's norm. Without `make_cache`, what
-    is settled is computed anew for each batch. `exits` train beside the model: the loss that is reported is without
-    theirs, so that runs with and without can be compared, and the trainable parameters are with them.
+    backward passes, with the gradient of the whole; the micro-batches of a phase split each of them further.
+    `clip_grad` bounds the gradient's norm. Without `make_cache`, what is settled is computed anew for each batch.
+    `exits` train beside the model: the loss that is reported is without theirs, so that runs with and without can be
+    compared, and the trainable parameters are with them.
 
     Raises FxsplitError when there is nothing to train on, UsageError when the optimizer cannot be made.
     """
@@ -155,6 +156,7 @@ class Trainer:
         if self._index is not None and self.recalibrate:
             self._take_statistics(epoch, phase.start)
         self._index = index
+        self._parts = self.grad_accum_steps * phase.micro_batches
         self.executor.enter(phase)
         if self._cache is None or self._cache.cut != phase.start:
             self._close_caches()
@@ -289,7 +291,7 @@ class Trainer:
     def _step(self, batch: Batch | SettledBatch, done: int, accuracy: Accuracy) -> None:
         optimizer = self._optimizer
         optimizer.zero_grad()
-        targets = (each.chunk(self.grad_accum_steps) for each in (batch.labels, batch.ids))
+        targets = (each.chunk(self._parts) for each in (batch.labels, batch.ids))
         for part, labels, ids in zip(self._chunks(batch), *targets, strict=True):
             with self._autocast():
                 with self.executor.heard(self.exits.hear) if self.exits else nullcontext():
@@ -315,11 +317,11 @@ class Trainer:
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
 
     def _chunks(self, batch: Batch | SettledBatch) -> Iterable[Tensor | list[Any]]:
-        """The parts of a batch: images, or values at the cut."""
-        count = self.grad_accum_steps
+        """The parts of a batch: images, or values at the cut. A small batch has fewer."""
         if isinstance(batch, Batch):
-            return batch.images.chunk(count)
-        parts = [[None] * count if value is None else value.chunk(count) for value in batch.values]
+            return batch.images.chunk(self._parts)
+        count = len(batch.labels.chunk(self._parts))
+        parts = [[None] * count if value is None else value.chunk(self._parts) for value in batch.values]
         return map(list, zip(*parts, strict=True))
 
     def _close_caches(self) -> None:

@@ -16,6 +16,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, fx, nn
+from torch.nn import functional as F  # noqa: N812
 
 from fxsplit.capture.meta import members
 from fxsplit.capture.paper import NETWORKS
@@ -244,6 +245,26 @@ def test_ops_that_overwrite_are_known_and_cuts_before_them_refused() -> None:
     assert refusals["act"] == "op 'act' writes in place into the value 'norm1' after it"
     assert refusals["conv2"] is None
     assert refusals["relu"] == "op 'relu' writes in place into the value 'iadd' after it"
+
+
+def test_norms_that_take_statistics_of_their_batch_mix_samples() -> None:
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tracked, self.untracked = nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False, track_running_stats=False)
+            self.instance, self.group = nn.InstanceNorm2d(3), nn.GroupNorm(1, 3)
+            self.whole = nn.Sequential(nn.Identity(), nn.BatchNorm2d(3))
+            self.register_buffer("mean", torch.zeros(3))
+            self.register_buffer("variance", torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.whole(self.group(self.instance(self.untracked(self.tracked(x)))))
+            x = F.batch_norm(x, self.mean, self.variance)
+            return F.batch_norm(F.instance_norm(x), self.mean, self.variance, training=self.training)
+
+    found = trace(Norms(), (torch.randn(4, 3, 8, 8),), leaves=["whole"])
+    mixing = [[op.name for op in graph.ops if op.mixes_samples] for graph in (found.train, found.eval)]
+    assert mixing == [["tracked", "untracked", "whole", "batch_norm_1"], ["untracked"]]
 
 
 def test_a_norm_entered_twice_cannot_be_cut_apart() -> None:

@@ -56,6 +56,19 @@ def test_the_table_fits_and_adds_up(
     ]
 
 
+@pytest.mark.parametrize("name", ["table", "md", "html"])
+def test_what_saves_memory_is_said(inspection: Inspection, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, third = inspection.plan.phases
+    phases = (replace(first, micro_batches=4), second, replace(third, recompute=1, micro_batches=2))
+    names = [part.name for part in inspection.partitions]
+    assert "to save memory" not in shown(inspection, name, capsys)
+    saving = replace(inspection, plan=replace(inspection.plan, phases=phases))
+    out = shown(saving, name, capsys).replace("\\", "")
+    assert out.count("to save memory") == 2
+    assert "phase 1, to save memory: 4 micro-batches" in out
+    assert f"phase 3, to save memory: recomputes up to {names[1]}, 2 micro-batches" in out
+
+
 def test_without_a_forecast_none_is_shown(inspection: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
     inspection = replace(inspection, forecast=None)
     for name in ("table", "md", "html"):

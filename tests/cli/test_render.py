@@ -47,6 +47,11 @@ def test_describes_a_phase(plan: Plan) -> None:
     assert render.describe(ALL, plan).plain == "no cut: everything trains"
     assert render.describe(GROW, plan).plain == f"student training │ cut before {cut} │ teacher frozen"
     assert render.describe(WINDOW, plan).plain == f"student settled │ cut before {cut} │ teacher training + frozen"
+    saving = replace(ALL, recompute=1, micro_batches=2)
+    words = f"recomputes up to {cut}, 2 micro-batches"
+    assert render.describe(saving, plan).plain == f"no cut: everything trains, {words}"
+    settled = replace(WINDOW, micro_batches=2)
+    assert render.describe(settled, plan).plain.endswith(" │ teacher training + frozen, 2 micro-batches")
 
 
 def test_report_shows_each_phase_and_the_last_epoch(report: RunReport, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,25 @@ def test_the_peak_of_a_step_by_hand() -> None:
     assert peak(steps("c", passes=()), p20=20) == 4 + 10 + 4 + 20
 
 
+def test_a_gradient_that_is_added_to_another_lasts_until_it_is_complete() -> None:
+    def adding(net: Graph, **gradients: int) -> int:
+        found = [
+            Step(op=each, recorded=True, trains=each.state, passes=each.reads[: each.name != "a"]) for each in net.ops
+        ]
+        return peak_bytes(found, net, batch_size=1, gradient_bytes=gradients, adds=True)
+
+    first, middle, last = (
+        op(name, before, size=10, hidden_bytes=1, state=state)
+        for name, before, state in (("a", "x", ("p40",)), ("b", "a", ("p20",)), ("c", "b", ("p40",)))
+    )
+    own = graph((first, middle, replace(last, state=())))
+    # In the backward of b, and of a: the output, what is hidden, gradients of values and that of the parameter.
+    assert adding(own, p20=20, p40=0) == 10 + 2 + 10 + 10 + 20
+    assert adding(own, p20=0, p40=40) == 10 + 1 + 10 + 40
+    # Of a parameter that a and c use the gradient is complete when that of a has arrived.
+    assert adding(graph((first, middle, last)), p20=20, p40=40) == 10 + 2 + 10 + 10 + 20 + 40
+
+
 def test_memory_that_kernels_borrow_is_on_top() -> None:
     ops = [replace(each.op, forward_workspace_bytes=50) if each.op.name == "c" else each.op for each in steps()]
     found = [replace(step, op=each) for step, each in zip(steps("c", passes=()), ops, strict=True)]
@@ -138,6 +157,23 @@ def test_time_is_that_of_the_ops_that_run() -> None:
     assert late.step_cost == late.step_seconds / standard.step_seconds
     assert found.time_ratio == (1 + late.step_cost) / 2
     assert found.seconds == pytest.approx(10 * (standard.step_seconds + late.step_seconds))
+
+
+def test_micro_batches_take_turns_and_add_gradients_up() -> None:
+    train, evaluation = timed(NET, forward=1.0, backward=BACKWARD), timed(NET, forward=0.5, backward={})
+    plan = plan_of((0, 3))
+    for micro_batches, part in ((1, 24), (2, 12), (4, 6), (5, 5)):
+        (phase,) = plan.phases
+        split = replace(plan, phases=(replace(phase, micro_batches=micro_batches),))
+        found = forecast(split, train, evaluation, batch_size=24, optimizer_slots=2, update_seconds=7.0)
+        (told,) = found.phases
+        # An update moves gradients, parameters and two slots, of which it writes the last three: 7 times their bytes.
+        assert told.step_seconds == pytest.approx(24 * (3 * 1.0 + 14.0) + 7.0 + (micro_batches - 1) * 3.0)
+        assert found.standard.activation_bytes == 24 * 35
+        assert (told.gradient_bytes, told.optimizer_bytes) == (60, 120)
+        assert told.activation_bytes == part * 35
+        # When activations take most there is c's gradient, or there are all of those of the micro-batches before.
+        assert told.peak_bytes == part * 35 + (20 if micro_batches == 1 else 60) + 60 + 8 + 120
 
 
 def test_frozen_ops_run_in_evaluation_and_pass_gradients_on() -> None:

@@ -131,6 +131,17 @@ def test_what_recomputes_is_named_by_its_cut() -> None:
         planned(text % phases.replace("layer3", "layer4"))
 
 
+def test_micro_batches_are_written_where_there_are_any() -> None:
+    text = edited(lambda data: data["phases"][1].update(micro_batches=4))
+    plan = planned(text)
+    assert [phase.micro_batches for phase in plan.phases] == [1, 4, 1]
+    again = file_of(plan).to_json()
+    assert again.count("micro_batches") == 1
+    assert planned(again) == plan
+    (change,) = diff(file_of(PLAN), file_of(plan))
+    assert (change.before, change.after) == ("from layer1, 1 epoch", "from layer1, 1 epoch, 4 micro-batches")
+
+
 def test_a_file_may_be_written_by_hand() -> None:
     phases = '[{"epochs": 2}, {"up_to": "layer2", "epochs": 1}]'
     plan = planned(f'{{"schema": 2, "schedule": "mine", "cuts": ["layer2"], "phases": {phases}}}')
@@ -218,6 +229,10 @@ def test_a_plan_may_be_used_for_another_model_that_has_its_places() -> None:
         (lambda plan: plan["phases"][0].update(epochs=True), "phase 1: epochs is true, but must be a whole number"),
         (lambda plan: plan["phases"][0].update(epochs="3"), 'phase 1: epochs is "3", but must be a whole number'),
         (lambda plan: plan["phases"][0].update(fresh_optimizer=1), "fresh_optimizer is 1, but must be true or false"),
+        (
+            lambda plan: plan["phases"][0].update(micro_batches=0),
+            "phase 1: micro_batches is 0, but must be a whole number at least 1",
+        ),
         (lambda plan: plan["phases"][0].update(up_to=2), "phase 1: up_to is 2, but must be one of the cuts or null"),
         (
             lambda plan: plan["phases"][2].update({"from": "layer4"}),
@@ -348,3 +363,5 @@ def test_a_phase_in_words() -> None:
     assert (
         str(Window(begin="a", end="b", epochs=2, fresh_optimizer=True)) == "from a up to b, 2 epochs, fresh optimizer"
     )
+    saving = Window(begin=None, end=None, epochs=1, recompute="c", micro_batches=2)
+    assert str(saving) == "all, 1 epoch, recomputes up to c, 2 micro-batches"

@@ -264,15 +264,15 @@ def test_a_plan_is_drawn() -> None:
         schedule="mine",
         partitions=partitions(1, 1, 1, 1),
         phases=(
-            Phase(start=0, stop=4, epochs=10),
-            Phase(start=1, stop=4, epochs=2),
+            Phase(start=0, stop=4, epochs=10, micro_batches=2),
+            Phase(start=1, stop=4, epochs=2, recompute=2),
             Phase(start=1, stop=3, epochs=1),
         ),
     )
     assert str(plan) == (
         "mine: 4 partitions, 13 epochs\n"
-        "  ####  10 epochs\n"
-        "  .###  2 epochs   from block1\n"
+        "  ####  10 epochs  2 micro-batches\n"
+        "  .###  2 epochs   from block1, recomputes up to block2\n"
         "  .##-  1 epoch    from block1 up to block3"
     )
 
@@ -337,6 +337,7 @@ def broken(change: Any) -> Any:
         (broken(lambda plan: plan["phases"][0].update(epochs="3")), "'epochs' of a phase cannot be '3'"),
         (broken(lambda plan: plan["phases"][0].update(epochs=True)), "'epochs' of a phase cannot be True"),
         (broken(lambda plan: plan["phases"][0].update(epochs=0)), "a phase must last at least 1 epoch"),
+        (broken(lambda plan: plan["phases"][0].update(micro_batches=0)), "a batch in at least 1 part, not 0"),
         (broken(lambda plan: plan["partitions"][0].update(stop=0)), "'block0' holds no operation"),
         (broken(lambda plan: plan["partitions"][0].update(reads=[1])), "'reads' of a partition cannot be"),
         (broken(lambda plan: plan["partitions"][0].update(reads="x")), "'reads' of a partition cannot be"),
@@ -358,7 +359,9 @@ def test_the_keys_of_a_plan_are_frozen() -> None:
     data = schedule("standard", partitions=partitions(1), epochs=1).to_dict()
     assert list(data) == ["schema", "schedule", "partitions", "phases"]
     assert data["schema"] == 1
-    assert data["phases"] == [{"start": 0, "stop": 1, "epochs": 1, "fresh_optimizer": False, "recompute": 0}]
+    assert data["phases"] == [
+        {"start": 0, "stop": 1, "epochs": 1, "fresh_optimizer": False, "recompute": 0, "micro_batches": 1}
+    ]
     assert list(data["partitions"][0]) == [
         "index", "name", "start", "stop", "eval_start", "eval_stop", "reads", "writes", "state",
         "parameters", "state_bytes", "macs", "activation_bytes", "boundary_bytes",

@@ -74,6 +74,15 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
 
 
+def test_the_loss_of_a_whole_batch_measures_no_micro_batches() -> None:
+    images = torch.randn(8, 3, 8, 8)
+    found = trace(Chain(), (images,))
+    net = Executor(found, partition(found.train, found.eval, count=1))
+    plan = Plan(schedule="mine", partitions=net.partitions, phases=(Phase(start=0, stop=1, epochs=1, micro_batches=2),))
+    with pytest.raises(ValueError, match="a phase with micro-batches cannot be measured"):
+        measure_phases(net, plan, partial(loss, images), make_optimizer=torch.optim.AdamW)
+
+
 @pytest.mark.parametrize("name", ["LongSkip", "FunctionalDropout", "paper:densenet", "timm:resnet18"])
 def test_memory_is_as_forecast_where_partitions_recompute(name: str) -> None:
     torch.manual_seed(0)

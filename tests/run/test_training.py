@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,24 +15,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from fxsplit.capture.paper import NETWORKS
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import FxsplitError, UsageError
+from fxsplit.plan.forecast import forecast
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan, schedule
 from fxsplit.report import EpochRecord, Observer, StepRecord
+from fxsplit.run import allocations
+from fxsplit.run.cache import Cache, SettledBatch
 from fxsplit.run.data import MemoryImages, batches
 from fxsplit.run.executor import Executor
+from fxsplit.run.metrics import Accuracy
+from fxsplit.run.op_costs import measure
 from fxsplit.run.optimizers import make_optimizer, make_scheduler
 from fxsplit.run.training import Loader, Trainer, logits_of
 from tests.models import Chain, FunctionalDropout
 
 
-def images(count: int, seed: int) -> MemoryImages:
+def images(count: int, seed: int, side: int = 8) -> MemoryImages:
     random = torch.Generator().manual_seed(seed)
     return MemoryImages(
-        pixels=torch.randint(256, (count, 3, 8, 8), generator=random, dtype=torch.uint8),
+        pixels=torch.randint(256, (count, 3, side, side), generator=random, dtype=torch.uint8),
         labels=torch.randint(5, (count,), generator=random),
-        img_size=8,
+        img_size=side,
     )
 
 
@@ -40,7 +47,9 @@ TRAIN, TEST = images(50, 0), images(20, 1)
 
 def trainer(model: nn.Module, *, plan: str | tuple[Phase, ...] = "standard", **changes: Any) -> Trainer:
     """4 epochs in 4 partitions, with Adam; 50 images in batches of 16 leave a last batch of 2."""
-    captured = trace(model, (torch.empty(2, 3, 8, 8),))
+    loader = {"train": TRAIN, "test": TEST, "batch_size": 16, "seed": 3, **changes.pop("loader", {})}
+    side = loader["train"].img_size
+    captured = trace(model, (torch.empty(2, 3, side, side),))
     parts = partition(captured.train, captured.eval, count=4)
     made = (
         schedule(plan, partitions=parts, epochs=4)
@@ -49,7 +58,6 @@ def trainer(model: nn.Module, *, plan: str | tuple[Phase, ...] = "standard", **c
     )
     options = {"name": "adam", "lr": 1e-2, "momentum": 0.9, "weight_decay": 0.0, **changes.pop("optimizer", {})}
     rates = {"name": "constant", "warmup_epochs": 0, "min_lr": 0.0, **changes.pop("scheduler", {})}
-    loader = {"train": TRAIN, "test": TEST, "batch_size": 16, "seed": 3, **changes.pop("loader", {})}
     return Trainer(
         executor=Executor(captured, parts),
         plan=made,
@@ -172,6 +180,81 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
 
     for whole, parts in zip(gradients(1), gradients(3), strict=True):
         torch.testing.assert_close(whole, parts)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("counts", [(2, 4), (3, 5)])
+def test_micro_batches_train_as_whole_batches_do(counts: tuple[int, int], cached: bool, tmp_path: Path) -> None:
+    """Also where parts are not equal, and where the last batch, of 2, has fewer of them."""
+
+    def trained(counts: tuple[int, int]) -> tuple[list[Tensor], list[float]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+        first, later = counts
+        phases = (
+            Phase(start=0, stop=4, epochs=1, micro_batches=first),
+            Phase(start=1, stop=4, epochs=3, micro_batches=later, recompute=2),
+        )
+        make = partial(Cache, place="ram", limit_bytes=None, dtype=None, folder=str(tmp_path)) if cached else None
+        net = trainer(model, plan=phases, make_cache=make, optimizer={"name": "momentum", "lr": 0.1})
+        losses = [record.train_loss for record in net.epochs()]
+        return weights(model), losses
+
+    whole, parts = trained((1, 1)), trained(counts)
+    assert max(float((a - b).abs().max()) for a, b in zip(whole[0], parts[0], strict=True)) < 1e-5
+    assert parts[1] == pytest.approx(whole[1], rel=1e-5)
+
+
+def test_each_micro_batch_runs_alone() -> None:
+    seen: list[int] = []
+    model = Chain()
+    model.head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    net = trainer(model, plan=(Phase(start=0, stop=4, epochs=1, micro_batches=3),), grad_accum_steps=2)
+    seen.clear()
+    list(net.epochs())
+    assert seen == [
+        *3 * [3, 3, 3, 3, 3, 1],
+        1,
+        1,
+        *(len(batch.labels) for batch in net.loader.for_testing().training(0)),
+    ]
+
+
+def test_a_value_that_is_none_is_none_in_each_micro_batch() -> None:
+    net = trainer(Chain(), plan=(Phase(start=0, stop=4, epochs=4, micro_batches=4),))
+    next(net.epochs())
+    rows, ids = torch.arange(6), torch.arange(6)
+    parts = [(none, part.tolist()) for none, part in net._chunks(SettledBatch([None, rows], ids, ids))]
+    assert parts == [(None, [0, 1]), (None, [2, 3]), (None, [4, 5])]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.usefixtures("one_thread")
+def test_a_step_allocates_what_is_forecast(recompute: int, micro_batches: int) -> None:
+    """The gradient of the large linear layer is what a micro-batch of 4 needs most of."""
+    torch.manual_seed(0)
+    phase = Phase(start=0, stop=4, epochs=1, recompute=recompute, micro_batches=micro_batches)
+    shown = images(16, 0, side=32)
+    net = trainer(
+        NETWORKS["cnn"](5, 32, 3),
+        plan=(phase,),
+        loader={"train": shown, "test": shown},
+        optimizer={"name": "momentum", "momentum": 0.0},
+    )
+    (batch,) = net.loader.training(0)
+    found = trace(net.executor, (batch.images,))
+    known = measure(found, (batch.images,), steps=1)
+    (told,) = forecast(net.plan, known.train, known.eval, batch_size=16, optimizer_slots=0).phases
+    net._enter(0, 0)
+    net._step(batch, 0, Accuracy(batch.images.device))
+    net._optimizer.zero_grad()
+    with allocations.recorded(batch.images.device) as events:
+        net._step(batch, 1, Accuracy(batch.images.device))
+    activations = allocations.peak(events, without=allocations.survivors(events))
+    assert told.activation_bytes == pytest.approx(activations, rel=0.05)
+    assert told.peak_bytes - told.parameter_bytes == pytest.approx(allocations.peak(events), rel=0.05)
 
 
 def test_clipping_bounds_the_step() -> None:
