@@ -446,7 +446,7 @@ def test_a_plain_loop_with_the_executor_ends_with_the_weights_of_train(
     with determinism(3, False):
         model = models.build(asked.model, num_classes=len(data.classes), img_size=16)
         net = fxsplit.Executor(fxsplit.trace(model, (torch.empty(2, 3, 16, 16),)), report.plan.partitions)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.0, fused=True)
         for epoch in range(report.plan.epochs):
             net.enter(report.plan.phase_at(epoch), optimizer)
             net.train()

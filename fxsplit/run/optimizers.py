@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from fxsplit.errors import UsageError, nearest
 
 # Those of timm's schedules that are functions of the step alone: plateau looks at the test images.
 SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
+
+# Those of torch that have a fused kernel for CPU and CUDA alike.
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def make_optimizer(
@@ -38,7 +41,7 @@ def make_optimizer(
     groups = [group for module in modules for group in _groups(module, weight_decay) if group["params"]]
     try:
         optimizer: Optimizer = create_optimizer_v2(
-            groups, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay
+            groups, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay, **_fused(name, groups)
         )
     except (ImportError, TypeError, ValueError) as error:
         raise UsageError(f"the optimizer {name!r} cannot be made: {error}") from error
@@ -47,6 +50,12 @@ def make_optimizer(
             if parameter in previous.state:
                 optimizer.state[parameter] = previous.state[parameter]
     return optimizer
+
+
+def _fused(name: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """The one kernel that updates everything, where torch has it: on a CPU more than twice as fast as op by op."""
+    numbers = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
+    return {"fused": True} if numbers and get_optimizer_info(name).opt_class in FUSED else {}
 
 
 def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

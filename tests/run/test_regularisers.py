@@ -69,7 +69,7 @@ def test_soft_targets_are_those_of_the_epoch_before() -> None:
     made = trainer(model, soft_targets=SoftTargets(50, weight=0.5))
     list(made.epochs())
 
-    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2, fused=True)
     soft = SoftTargets(50, weight=0.5)
     plain.train()
     for epoch in range(4):
