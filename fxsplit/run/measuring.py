@@ -6,6 +6,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +22,24 @@ from fxsplit.run.metrics import now
 WARMUP = 2
 
 
+class Loss(Protocol):
+    """What one of the `parts` of a batch adds to the mean loss of the batch."""
+
+    def __call__(self, net: nn.Module, part: int, parts: int, /) -> Tensor: ...
+
+
 def measure_phases(
     executor: Executor,
     plan: Plan,
-    loss: Callable[[nn.Module], Tensor],
+    loss: Loss,
     *,
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     steps: int = 5,
 ) -> tuple[PhaseMeasurement, ...]:
     """Train a copy of `executor` in each phase of `plan`, and `standard` in turn with it, step by step.
 
-    `loss` of a module is that on one batch, always the same. Seconds are medians. Equal phases are measured once.
-    Raises ValueError for a phase with micro-batches, since a loss cannot be taken in parts.
+    The batch is always the same. Seconds are medians. Equal phases are measured once.
     """
-    if any(phase.micro_batches > 1 for phase in plan.phases):
-        raise ValueError("a phase with micro-batches cannot be measured by the loss of a whole batch")
     whole = Phase(start=0, stop=len(plan.partitions), epochs=1)
     standard = _Arm(executor, whole, loss, make_optimizer)
     alike = [replace(phase, epochs=1, fresh_optimizer=False) for phase in plan.phases]
@@ -82,12 +86,12 @@ class _Arm:
         self,
         executor: Executor,
         phase: Phase,
-        loss: Callable[[nn.Module], Tensor],
+        loss: Loss,
         make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     ) -> None:
         self._net = copy.deepcopy(executor).train()
         self._net.enter(phase)
-        self._loss = loss
+        self._loss, self._parts = loss, phase.micro_batches
         self._parameters = [parameter for parameter in self._net.parameters() if parameter.requires_grad]
         self._optimizer = make_optimizer(self._parameters)
         self._device = self._parameters[0].device
@@ -96,15 +100,19 @@ class _Arm:
         """One step; its seconds."""
         began = now(self._device)
         self._optimizer.zero_grad()
-        self._loss(self._net).backward()  # type: ignore[no-untyped-call]
+        self._backward()
         self._optimizer.step()
         return now(self._device) - began
+
+    def _backward(self) -> None:
+        for part in range(self._parts):
+            self._loss(self._net, part, self._parts).backward()  # type: ignore[no-untyped-call]
 
     def memory(self) -> tuple[int, int]:
         """Peak bytes of forward and backward without gradients of parameters, and of everything."""
         self._optimizer.zero_grad()
         with allocations.recorded(self._device) as events:
-            self._loss(self._net).backward()  # type: ignore[no-untyped-call]
+            self._backward()
         lasting = [*self._net.parameters(), *self._net.buffers()]
         lasting += [leaf for leaf in pytree.tree_leaves(dict(self._optimizer.state)) if isinstance(leaf, Tensor)]
         held = sum(tensor.numel() * tensor.element_size() for tensor in lasting)

@@ -30,8 +30,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 LABELS = torch.arange(8) % 5
 
 
-def loss(images: Tensor, net: nn.Module) -> Tensor:
-    return F.cross_entropy(net(images), LABELS)
+def loss(images: Tensor, net: nn.Module, part: int, parts: int) -> Tensor:
+    return F.cross_entropy(net(images.chunk(parts)[part]), LABELS.chunk(parts)[part]) / parts
 
 
 @pytest.mark.parametrize("schedule_name", ["settle", "grow", "window"])
@@ -74,13 +74,21 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
 
 
-def test_the_loss_of_a_whole_batch_measures_no_micro_batches() -> None:
-    images = torch.randn(8, 3, 8, 8)
-    found = trace(Chain(), (images,))
-    net = Executor(found, partition(found.train, found.eval, count=1))
-    plan = Plan(schedule="mine", partitions=net.partitions, phases=(Phase(start=0, stop=1, epochs=1, micro_batches=2),))
-    with pytest.raises(ValueError, match="a phase with micro-batches cannot be measured"):
-        measure_phases(net, plan, partial(loss, images), make_optimizer=torch.optim.AdamW)
+def test_memory_is_as_forecast_in_micro_batches() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32)
+    found = trace(NETWORKS["cnn"](5, 32, 3), (images,))
+    partitions = partition(found.train, found.eval, count=3)
+    phases = tuple(Phase(start=0, stop=3, epochs=1, micro_batches=parts) for parts in (2, 4))
+    plan = Plan(schedule="mine", partitions=partitions, phases=phases)
+    known = measure(found, (images,), steps=1)
+    told = forecast(plan, known.train, known.eval, batch_size=8, optimizer_slots=2)
+    real = measure_phases(
+        Executor(found, partitions), plan, partial(loss, images), make_optimizer=torch.optim.AdamW, steps=1
+    )
+    for ahead, measured in zip(told.phases, real, strict=True):
+        assert ahead.activation_bytes == pytest.approx(measured.activation_bytes, rel=0.1)
+        assert ahead.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["LongSkip", "FunctionalDropout", "paper:densenet", "timm:resnet18"])
