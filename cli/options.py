@@ -53,7 +53,7 @@ def _help(item: Field[Any]) -> str:
     """The default is part of the text, because to typer the default of every option is "not given"."""
     notes = ["|".join(item.metadata["choices"])] if item.metadata["choices"] else []
     usual, with_l2l = item.metadata["defaults"]
-    if usual not in (None, False, ()):
+    if not (usual is None or usual is False or usual == ()):
         notes.append(f"default: {usual}")
     if with_l2l != usual:
         notes.append(f"with --l2l: {with_l2l if with_l2l is not True else 'on'}")
