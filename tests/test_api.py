@@ -413,7 +413,7 @@ def test_every_recipe_loads_and_can_be_planned(path: Path) -> None:
 
 
 def test_the_notebooks_recipe_is_the_notebooks_experiment() -> None:
-    assert len(RECIPES) == 3
+    assert len(RECIPES) == 4
     plan = fxsplit.inspect(resolve(read_recipe(RECIPES[0].with_name("paper-cnn-window.yaml")))).plan
     assert [(phase.start, phase.stop, phase.epochs) for phase in plan.phases] == [(i, 12 - i, 10) for i in range(6)]
     assert all(phase.fresh_optimizer for phase in plan.phases)
