@@ -67,6 +67,20 @@ def test_of_what_fits_a_phase_is_the_fastest(net: Graph, budget: float) -> None:
                 assert other.step_cost >= phases[index].step_cost
 
 
+def test_a_budget_that_is_a_wish_gets_as_near_as_it_can() -> None:
+    def wished(budget: float) -> Plan:
+        return fit(PLAN, WHOLE, WHOLE, budget=budget, batch_size=12, optimizer_slots=2, strict=False)
+
+    assert wished(0.8) == fitted(0.8, WHOLE)
+    phases = ahead(wished(0.01))[0]
+    for index, phase in enumerate(PLAN.phases):
+        for recompute in (0, *range(phase.start + 1, phase.stop)):
+            others = list(PLAN.phases)
+            others[index] = replace(phase, recompute=recompute)
+            other = ahead(replace(PLAN, phases=tuple(others)))[0][index]
+            assert phases[index].activation_bytes <= other.activation_bytes
+
+
 def test_a_budget_in_bytes_is_one_of_everything() -> None:
     standard = ahead(PLAN)[1]
     assert fitted(float(standard.peak_bytes)) == PLAN
