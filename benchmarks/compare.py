@@ -31,8 +31,8 @@ app = typer.Typer(pretty_exceptions_enable=False, help=__doc__)
 
 # 97.5 % quantiles of Student's t, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-# A CPU's heap gives large blocks back after each step and faults them in again, unless it is told to keep them.
 PROCESSOR = "processor-seconds"
+# A CPU's heap gives large blocks back after each step and faults them in again, unless it is told to keep them.
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
 

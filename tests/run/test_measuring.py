@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from fxsplit.capture.paper import NETWORKS
-from fxsplit.capture.tracing import trace
+from fxsplit.capture.tracing import Trace, trace
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.forecast import forecast
 from fxsplit.plan.partition import partition
@@ -34,6 +34,17 @@ def loss(images: Tensor, net: nn.Module, part: int, parts: int) -> Tensor:
     return F.cross_entropy(net(images.chunk(parts)[part]), LABELS.chunk(parts)[part]) / parts
 
 
+def hold_against_forecast(found: Trace, plan: Plan, images: Tensor, *, rel: float) -> None:
+    known = measure(found, (images,), steps=1)
+    told = forecast(plan, known.train, known.eval, batch_size=8, optimizer_slots=2)
+    real = measure_phases(
+        Executor(found, plan.partitions), plan, partial(loss, images), make_optimizer=torch.optim.AdamW, steps=1
+    )
+    for ahead, measured in zip(told.phases, real, strict=True):
+        assert ahead.activation_bytes == pytest.approx(measured.activation_bytes, rel=rel)
+        assert ahead.peak_bytes == pytest.approx(measured.peak_bytes, rel=rel)
+
+
 @pytest.mark.parametrize("schedule_name", ["settle", "grow", "window"])
 @pytest.mark.parametrize("name", MODELS)
 def test_memory_is_as_forecast_in_every_phase(name: str, schedule_name: str) -> None:
@@ -42,14 +53,7 @@ def test_memory_is_as_forecast_in_every_phase(name: str, schedule_name: str) -> 
     found = trace(MODELS[name](), (images,))
     most = 1 + sum(cut.refusal is None for cut in cuts(found.train, found.eval))
     plan = schedule(schedule_name, partitions=partition(found.train, found.eval, count=min(most, 4)), epochs=8)
-    known = measure(found, (images,), steps=1)
-    told = forecast(plan, known.train, known.eval, batch_size=8, optimizer_slots=2)
-    real = measure_phases(
-        Executor(found, plan.partitions), plan, partial(loss, images), make_optimizer=torch.optim.AdamW, steps=1
-    )
-    for ahead, measured in zip(told.phases, real, strict=True):
-        assert ahead.activation_bytes == pytest.approx(measured.activation_bytes, rel=0.1)
-        assert ahead.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.1)
+    hold_against_forecast(found, plan, images, rel=0.1)
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:
@@ -81,14 +85,7 @@ def test_memory_is_as_forecast_in_micro_batches() -> None:
     partitions = partition(found.train, found.eval, count=3)
     phases = tuple(Phase(start=0, stop=3, epochs=1, micro_batches=parts) for parts in (2, 4))
     plan = Plan(schedule="mine", partitions=partitions, phases=phases)
-    known = measure(found, (images,), steps=1)
-    told = forecast(plan, known.train, known.eval, batch_size=8, optimizer_slots=2)
-    real = measure_phases(
-        Executor(found, partitions), plan, partial(loss, images), make_optimizer=torch.optim.AdamW, steps=1
-    )
-    for ahead, measured in zip(told.phases, real, strict=True):
-        assert ahead.activation_bytes == pytest.approx(measured.activation_bytes, rel=0.1)
-        assert ahead.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.1)
+    hold_against_forecast(found, plan, images, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["LongSkip", "FunctionalDropout", "paper:densenet", "timm:resnet18"])
@@ -99,11 +96,4 @@ def test_memory_is_as_forecast_where_partitions_recompute(name: str) -> None:
     partitions = partition(found.train, found.eval, count=5)
     phases = tuple(Phase(start=start, stop=5, epochs=1, recompute=upto) for start, upto in ((0, 2), (0, 4), (1, 3)))
     plan = Plan(schedule="mine", partitions=partitions, phases=phases)
-    known = measure(found, (images,), steps=1)
-    told = forecast(plan, known.train, known.eval, batch_size=8, optimizer_slots=2)
-    real = measure_phases(
-        Executor(found, partitions), plan, partial(loss, images), make_optimizer=torch.optim.AdamW, steps=1
-    )
-    for ahead, measured in zip(told.phases, real, strict=True):
-        assert ahead.activation_bytes == pytest.approx(measured.activation_bytes, rel=0.02)
-        assert ahead.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.02)
+    hold_against_forecast(found, plan, images, rel=0.02)
