@@ -1,13 +1,17 @@
 """Layer-to-layer training against standard training: the same run in every arm, one fresh process a run, arms in turn.
 
     python benchmarks/compare.py run OUT --seeds 0,1,2 -- paper:cnn --epochs 60 --opt adam --lr 1e-3 -b 128
+    python benchmarks/compare.py memory OUT -- paper:cnn --epochs 6 --opt adam -b 128 --train-batches-per-epoch 2
     python benchmarks/compare.py table OUT
 
 What follows `--` is given to `fxsplit train` in every arm. The arms are `standard`; `regularised`, which is standard
-training with every piece of regularisation that --l2l switches on; and `l2l`. A run whose folder is there already is
-not done again. The table gives the accuracy after the last epoch and whole-run seconds, set-up and tests included, as
-means over the seeds with 95 % intervals (Student's t), and ratios of runs with the same seed. Processor time is what
-other work on the machine changes least.
+training with every piece of regularisation that --l2l switches on; `l2l`; and with --budget, which l2l then gets as its
+--memory-budget, `checkpointed`, which is standard training within the same. A run that has finished is not done again.
+
+The table gives the accuracy after the last epoch and whole-run seconds, set-up and tests included, as means over the
+seeds with 95 % intervals (Student's t), and differences and ratios of runs with the same seed. Processor time is what
+other work on the machine changes least. `memory` records what torch's allocator hands out in a run from the first
+step to the end, tests and cache included: activations are all that does not outlive its step.
 """
 
 from __future__ import annotations
@@ -16,64 +20,107 @@ import json
 import math
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from fxsplit_cli.main import main as fxsplit
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fxsplit.run import allocations
 from fxsplit.spec import RunSpec
 
 app = typer.Typer(pretty_exceptions_enable=False, help=__doc__)
 
 # 97.5 % quantiles of Student's t, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-PROCESSOR = "processor-seconds"
+ARMS = ("standard", "regularised", "checkpointed", "l2l")
+PROCESSOR, MEMORY = "processor-seconds", "memory.json"
 # A CPU's heap gives large blocks back after each step and faults them in again, unless it is told to keep them.
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+EVERY = ",".join(ARMS)
+
+Only = Annotated[str, typer.Option(help="Arms with commas.")]
+Budget = Annotated[float | None, typer.Option(help="--memory-budget of checkpointed and l2l.")]
+Threads = Annotated[int, typer.Option(help="CPU threads of a run.")]
 
 
-def arms() -> dict[str, list[str]]:
-    """The options by which the arms differ."""
+def options(arm: str, budget: float | None) -> list[str]:
+    """Those of `fxsplit train` by which an arm differs from the others."""
+    within = [] if budget is None else ["--memory-budget", str(budget)]
+    match arm:
+        case "l2l":
+            return ["--l2l", *within]
+        case "checkpointed":
+            return ["--schedule", "standard", *within]
+        case "regularised":
+            return ["--schedule", "standard", *_regularisation()]
+    return ["--schedule", "standard"]
+
+
+def _regularisation() -> Iterator[str]:
+    """What --l2l switches on."""
     chosen = RunSpec(model="any", schedule="l2l")
-    regularised = []
     for item in fields(RunSpec):
         usual, with_l2l = item.metadata["defaults"]
         if item.metadata["group"] == "Regularisation" and with_l2l != usual:
             value = getattr(chosen, item.name)
-            option = f"--{item.name.replace('_', '-')}"
-            regularised += [option] if value is True else [option, str(value)]
-    return {
-        "standard": ["--schedule", "standard"],
-        "regularised": ["--schedule", "standard", *regularised],
-        "l2l": ["--l2l"],
-    }
+            yield f"--{item.name.replace('_', '-')}"
+            if value is not True:
+                yield str(value)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def _arms(only: str, budget: float | None) -> list[str]:
+    return [arm for arm in ARMS if arm in only.split(",") and (arm != "checkpointed" or budget is not None)]
+
+
+@app.command(context_settings=FORWARDED)
 def run(
     context: typer.Context,
     out: Path,
     seeds: Annotated[str, typer.Option(help="Numbers with commas.")] = "0,1,2",
-    threads: Annotated[int, typer.Option(help="CPU threads of a run.")] = 1,
-    only: Annotated[str, typer.Option(help="Arms with commas.")] = "standard,regularised,l2l",
+    threads: Threads = 1,
+    only: Only = EVERY,
+    budget: Budget = None,
 ) -> None:
     """Train every arm with every seed."""
-    environment = {**os.environ, **KEEP_HEAP, "OMP_NUM_THREADS": str(threads)}
     for seed in seeds.split(","):
-        for arm, options in arms().items():
-            name = f"{arm}-s{seed}"
-            if arm not in only.split(",") or (out / name / "report.json").exists():
-                continue
-            command = [sys.executable, "-m", "fxsplit", "train", *context.args, *options, "--seed", seed]
-            command += ["--output", str(out), "--experiment", name, "--quiet"]
-            print(" ".join(command), flush=True)
-            before = _children_seconds()
-            subprocess.run(command, env=environment, check=True)
-            (out / name / PROCESSOR).write_text(str(_children_seconds() - before))
+        for arm in _arms(only, budget):
+            folder = out / f"{arm}-s{seed}"
+            if not (folder / PROCESSOR).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                own = [*options(arm, budget), "--seed", seed, "--output", str(out), "--experiment", folder.name]
+                seconds = _call("-m", "fxsplit", "train", *context.args, *own, "--quiet", threads=threads)
+                (folder / PROCESSOR).write_text(str(seconds))
+
+
+@app.command(context_settings=FORWARDED)
+def memory(context: typer.Context, out: Path, threads: Threads = 1, only: Only = EVERY, budget: Budget = None) -> None:
+    """Record what every arm allocates, in a run of its own."""
+    for arm in _arms(only, budget):
+        folder = out / f"{arm}-memory"
+        if not (folder / MEMORY).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            own = [*options(arm, budget), "--output", str(out), "--experiment", folder.name, "--quiet"]
+            _call(__file__, "record", str(folder / MEMORY), "--", *context.args, *own, threads=threads)
+
+
+def _call(*words: str, threads: int) -> float:
+    """Run Python in a fresh process; the processor seconds that it used."""
+    print("python", *words, flush=True)
+    before = _children_seconds()
+    environment = {**os.environ, **KEEP_HEAP, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run([sys.executable, *words], env=environment, check=True)
+    return _children_seconds() - before
 
 
 def _children_seconds() -> float:
@@ -82,38 +129,82 @@ def _children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@app.command(context_settings=FORWARDED, hidden=True)
+def record(context: typer.Context, path: Path) -> None:
+    """Train, recording the allocator; `memory` calls it in a process of its own."""
+    register_optimizer_step_post_hook(lambda *_: allocations.mark("step"))
+    device = torch.device("cuda" if torch.cuda.is_available() and "cpu" not in context.args else "cpu")
+    with allocations.recorded(device) as events:
+        status = fxsplit(["train", *context.args])
+    if status:
+        sys.exit(status)
+    steps = list(_steps(events))[1:]  # the first begins with the set-up
+    peak = max(allocations.peak(step, without=allocations.survivors(step)) for step in steps)
+    path.write_text(json.dumps({"activation_bytes": peak, "steps": len(steps)}))
+
+
+def _steps(events: Iterable[allocations.Event]) -> Iterator[list[allocations.Event]]:
+    """The events of each step, without the frees of what is older."""
+    step: list[allocations.Event] = []
+    own: set[int] = set()
+    for event in events:
+        if event.mark:
+            yield step
+            step, own = [], set()
+        elif event.size > 0:
+            own.add(event.address)
+            step.append(event)
+        elif event.address in own:
+            own.remove(event.address)
+            step.append(event)
+    yield step
+
+
 @app.command()
 def table(out: Path) -> None:
     """Write the table of a folder of runs, in Markdown."""
-    reports: dict[str, dict[str, Any]] = {}
-    for arm in arms():
-        found = {path.parent.name.rpartition("-s")[2]: path for path in out.glob(f"{arm}-s*/report.json")}
-        reports[arm] = {seed: json.loads(path.read_text()) for seed, path in sorted(found.items())}
-        for seed, path in found.items():
-            reports[arm][seed]["processor"] = float((path.parent / PROCESSOR).read_text())
-    heads = ("arm", "test accuracy, %", "seeds", "seconds", "of standard's", "processor, of standard's")
-    print(f"| {' | '.join((*heads, 'peak resident, MB', 'cache file, MB'))} |")
-    print("|---|---|---|---|---|---|---|---|")
-    for arm, runs in reports.items():
-        if runs:
-            both = [seed for seed in runs if seed in reports["standard"]]
-            ratios, busy = (
-                [runs[seed][key] / reports["standard"][seed][key] for seed in both]
-                for key in ("total_seconds", "processor")
-            )
-            epochs = [run["epochs"] for run in runs.values()]
-            accuracies = [run["accuracy_pct"] for run in runs.values()]
-            cells = [
-                arm,
-                _spread(accuracies),
-                " ".join(f"{value:.2f}" for value in accuracies),
-                f"{statistics.mean(run['total_seconds'] for run in runs.values()):.0f}",
-                _spread(ratios),
-                _spread(busy),
-                f"{statistics.mean(each[-1]['peak_resident_bytes'] for each in epochs) / 1e6:.0f}",
-                f"{max(record['cache_file_bytes'] or 0 for each in epochs for record in each) / 1e6:.0f}",
-            ]
-            print(f"| {' | '.join(cells)} |")
+    runs = {arm: _read(out, arm) for arm in ARMS}
+    bytes_of = {arm: json.loads(path.read_text())["activation_bytes"] for arm in ARMS for path in _memory(out, arm)}
+    rows: dict[str, list[str]] = {}
+    for arm in ARMS:
+        mine = runs[arm]
+        if not mine:
+            continue
+
+        def paired(key: str, other: str, *, ratio: bool, mine: dict[str, Any] = mine) -> str:
+            both = [(mine[seed][key], runs[other][seed][key]) for seed in mine if seed in runs[other]]
+            return _spread([a / b if ratio else a - b for a, b in both])
+
+        accuracies = [each["accuracy_pct"] for each in mine.values()]
+        rows[arm] = [
+            _spread(accuracies),
+            " ".join(f"{value:.2f}" for value in accuracies),
+            paired("accuracy_pct", "standard", ratio=False),
+            paired("accuracy_pct", "regularised", ratio=False),
+            f"{statistics.mean(each['processor'] for each in mine.values()):.0f}",
+            paired("processor", "standard", ratio=True),
+            paired("total_seconds", "standard", ratio=True),
+            f"{bytes_of[arm] / bytes_of['standard']:.3f}" if {arm, "standard"} <= set(bytes_of) else "",
+            f"{statistics.mean(each['epochs'][-1]['peak_resident_bytes'] for each in mine.values()) / 1e6:.0f}",
+            f"{max(record['cache_file_bytes'] or 0 for each in mine.values() for record in each['epochs']) / 1e6:.0f}",
+        ]
+    heads = ["arm", "test accuracy, %", "by seed", "- standard", "- regularised", "processor, s", "/ standard"]
+    heads += ["clock / standard", "activations / standard", "peak resident, MB", "cache file, MB"]
+    for cells in (heads, ["---"] * len(heads), *([arm, *row] for arm, row in rows.items())):
+        print(f"| {' | '.join(cells)} |")
+
+
+def _memory(out: Path, arm: str) -> Iterator[Path]:
+    return out.glob(f"{arm}-memory/{MEMORY}")
+
+
+def _read(out: Path, arm: str) -> dict[str, dict[str, Any]]:
+    """The reports of the finished runs of an arm, by seed."""
+    found = {}
+    for path in sorted(out.glob(f"{arm}-s*/{PROCESSOR}")):
+        report = json.loads((path.parent / "report.json").read_text())
+        found[path.parent.name.rpartition("-s")[2]] = {**report, "processor": float(path.read_text())}
+    return found
 
 
 def _spread(values: list[float]) -> str:

@@ -41,8 +41,8 @@ def resnext(num_classes: int) -> nn.Module:
 
 
 def densenet(num_classes: int) -> nn.Module:
-    """A strided convolution, then three dense blocks of three bottlenecks with growth rate 12."""
-    growth, per_block, channels = 12, 3, 24
+    """A strided convolution, then three dense blocks of three bottlenecks with growth rate 8."""
+    growth, per_block, channels = 8, 3, 16
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=_stem(channels))
     for number in range(1, 4):
         inputs = [channels + growth * index for index in range(per_block)]
