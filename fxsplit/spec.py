@@ -21,11 +21,11 @@ from fxsplit.errors import UsageError, nearest
 
 ENVIRONMENT_PREFIX = "FXSPLIT_"
 
+# What only these schedules heed.
+SETTLING = ("settle_from", "settle_until", "settle_share")
+SETTLING_SCHEDULES = ("settle", "l2l")
 # What a plan file says itself.
-PLANNED = (
-    *("schedule", "parts", "at", "by", "balance", "epochs", "epochs_total"),
-    *("settle_from", "settle_until", "settle_share"),
-)
+PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs", "epochs_total", *SETTLING)
 
 
 def _option(
@@ -348,7 +348,8 @@ def resolve(*layers: Mapping[str, Any]) -> RunSpec:
     """One RunSpec from values by field name; a later layer wins over an earlier one.
 
     A layer that gives `parts` also withdraws an earlier layer's `at`, and the other way round; one that gives a
-    `plan` withdraws all that earlier layers say about what the plan says itself.
+    `plan` withdraws all that earlier layers say about what the plan says itself, and one that gives a schedule that
+    settles nothing, what they say about settling.
 
     Raises UsageError as RunSpec does.
     """
@@ -357,6 +358,8 @@ def resolve(*layers: Mapping[str, Any]) -> RunSpec:
         for given, withdrawn in (("parts", ("at",)), ("at", ("parts",)), ("plan", PLANNED)):
             if layer.get(given):
                 merged = {name: value for name, value in merged.items() if name not in withdrawn}
+        if layer.get("schedule", "l2l") not in SETTLING_SCHEDULES:
+            merged = {name: value for name, value in merged.items() if name not in SETTLING}
         merged.update(layer)
     return RunSpec(**merged)
 
@@ -379,6 +382,12 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
         defaults = {item.name: item.metadata["defaults"][spec.schedule == "l2l"] for item in fields(spec)}
         if given := [name for name in PLANNED if getattr(spec, name) != defaults[name] and name not in wrong]:
             yield beside_plan(given)
+    unheeded = [_key(name) for name in SETTLING if getattr(spec, name) is not None and name not in wrong]
+    if unheeded and spec.plan is None and spec.schedule not in SETTLING_SCHEDULES and "schedule" not in wrong:
+        yield (
+            f"{', '.join(unheeded)} can be given only where partitions settle, and the schedule is {spec.schedule!r}; "
+            "use --schedule settle or --l2l"
+        )
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
         yield f"grad-accum-steps is {spec.grad_accum_steps}, but must divide batch-size {spec.batch_size}"
     if spec.cache in ("ram", "disk") and spec.augment != "none" and spec.cache_views is None:

@@ -267,6 +267,17 @@ def test_a_later_plan_withdraws_what_it_says_itself() -> None:
         resolve({"model": "paper:cnn", "plan": "p.json"}, {"epochs": 3})
 
 
+def test_only_schedules_that_settle_heed_when() -> None:
+    early = {"settle_from": 0.1, "settle_share": 0.5}
+    with pytest.raises(UsageError, match="settle-from, settle-share can be given only where partitions settle"):
+        RunSpec(model="paper:cnn", **early)
+    recipe = {"model": "paper:cnn", "schedule": "l2l", **early}
+    assert resolve(recipe, {"schedule": "settle"}) == RunSpec(model="paper:cnn", schedule="settle", **early)
+    assert resolve(recipe, {"schedule": "standard"}) == RunSpec(model="paper:cnn")
+    with pytest.raises(UsageError, match="the schedule is 'grow'"):
+        resolve(recipe, {"schedule": "grow", "settle_until": 0.5})
+
+
 def test_what_a_plan_says_are_all_fields_of_its_group() -> None:
     group = [item.name for item in fields(RunSpec) if item.metadata["group"] == "Layer-to-layer"]
     assert sorted(PLANNED) == sorted({*group, "epochs", "epochs_total"} - {"plan"})

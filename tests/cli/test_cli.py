@@ -240,7 +240,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "device": "cpu",
         "stem": "cifar",
         "augment": "crop-flip",
-        "schedule": "window",
+        "schedule": "settle",
         "balance": "params",
         "by": "natural",
         "amp-dtype": "float16",
