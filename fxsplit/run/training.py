@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from fxsplit.errors import FxsplitError
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import EpochRecord, Observer, StepRecord
-from fxsplit.run.averaging import WeightAverage
-from fxsplit.run.batchnorm import BATCHES, norms_of, taken_anew
+from fxsplit.run.batchnorm import BATCHES
 from fxsplit.run.cache import Cache, SettledBatch
 from fxsplit.run.data import Batch
+from fxsplit.run.endings import Endings
 from fxsplit.run.executor import Executor
 from fxsplit.run.exits import Exits
 from fxsplit.run.loader import Loader
@@ -115,9 +115,8 @@ class Trainer:
         self._index: int | None = None
         self._cache: Cache | None = None
         self._test_cache: Cache | None = None
-        self._average = WeightAverage()
         self._steps = self.plan.epochs * self.loader.steps_per_epoch
-        self._owned = self._parameters()
+        self._endings = Endings(self.executor, self.plan, average=self.average, recalibrate=self.recalibrate)
         self._plasticity = self._watch() if self.veto else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
         # Unknown names and impossible values are refused here, before a run has left anything behind.
@@ -176,62 +175,45 @@ class Trainer:
         previous = None if phase.fresh_optimizer else getattr(self, "_optimizer", None)
         self._optimizer = self.make_optimizer(*([self.exits.modules] if self.exits else []), previous=previous)
         if self.anneal:
-            split_by_end(self._optimizer, self._ends())
+            split_by_end(self._optimizer, self._last_steps())
         self._scheduler = self.make_scheduler(self._optimizer, steps_per_epoch=self.loader.steps_per_epoch)
         self._meter.reset_peaks()
         self.observer.phase_started(index, phase)
 
-    def _ends(self) -> dict[Tensor, int]:
+    def _last_steps(self) -> dict[Tensor, int]:
         """The step at which each parameter stops training by the plan, an exit's with those of its partition."""
-        ends = {}
-        partitions = [list(parameters) for parameters in self._owned]
+        partitions = [list(parameters) for parameters in self._endings.owned]
         for name, each in self.exits.modules.items() if self.exits else ():
             partitions[int(name)] += each.parameters()
-        for number, phase in enumerate(self.plan.phases):
-            end = (self.plan.first_epoch(number) + phase.epochs) * self.loader.steps_per_epoch
-            for parameters in partitions[phase.start : phase.stop]:
-                ends.update(dict.fromkeys(parameters, end))
-        return ends
-
-    def _parameters(self) -> list[list[Tensor]]:
-        """Those of each partition; one that several use belongs to the first."""
-        known = {name: parameter for name, parameter in self.executor.named_parameters() if parameter.requires_grad}
-        return [[known.pop(name) for name in part.state if name in known] for part in self.plan.partitions]
+        return {
+            parameter: end * self.loader.steps_per_epoch
+            for parameters, end in zip(partitions, self._endings.epochs, strict=True)
+            for parameter in parameters
+        }
 
     def _watch(self) -> Plasticity:
         # Quiet for as long as an epoch.
         window = max(1, self.loader.steps_per_epoch // QUIET_WINDOWS)
-        return Plasticity(self._owned, window=window)
-
-    def _average_in(self, epoch: int) -> None:
-        """Count the weights in of what has so much of its training behind it."""
-        for parameter, end in self._ends().items():
-            if parameter.requires_grad and (epoch + 1) * self.loader.steps_per_epoch > (1 - self.average) * end:
-                self._average.add([parameter])
+        return Plasticity(self._endings.owned, window=window)
 
     def _finish(self, epoch: int, partitions: Sequence[int]) -> None:
-        """Give partitions whose training ends the weights and the statistics that they are to keep."""
-        if self.average:
-            self._average.apply(parameter for index in partitions for parameter in self._owned[index])
-        elif not self.recalibrate:
-            return
-        stop = max(partitions, default=-1) + 1
-        norms = norms_of(self.executor, stop)
-        if not norms:
-            return
-        self.executor.train()
-        with taken_anew(norms), torch.no_grad(), self._autocast():
-            for batch in islice(self._batches(epoch), BATCHES):
-                values = self._settle(batch.images) if isinstance(batch, Batch) else batch.values
-                self.executor.resume(values, stop)
+        """Let partitions whose training ends have what they are to keep."""
+
+        def forward(stop: int) -> None:
+            self.executor.train()
+            with torch.no_grad(), self._autocast():
+                for batch in islice(self._batches(epoch), BATCHES):
+                    values = self._settle(batch.images) if isinstance(batch, Batch) else batch.values
+                    self.executor.resume(values, stop)
+
+        self._endings.finish(partitions, forward)
 
     def _epoch(self, epoch: int, index: int, began: float) -> EpochRecord:
         energy = self._meter.read().energy_joules
         trained = self._train(epoch, began)
-        if self.average:
-            self._average_in(epoch)
-            if epoch + 1 == self.plan.epochs:
-                self._finish(epoch, range(*self.executor.window))
+        self._endings.epoch_done(epoch)
+        if self.average and epoch + 1 == self.plan.epochs:
+            self._finish(epoch, range(*self.executor.window))
         ended = now(self.device)
         tested = self.evaluate()
         finished = now(self.device)

@@ -1,0 +1,51 @@
+"""What a partition gets when its training ends: the mean of its weights, and BatchNorm statistics that suit them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from fxsplit.plan.schedule import Plan
+from fxsplit.run.averaging import WeightAverage
+from fxsplit.run.batchnorm import norms_of, taken_anew
+from fxsplit.run.executor import Executor
+
+
+class Endings:
+    """Partitions end with their mean over the last `average` share of their training; with `recalibrate`, or after
+    averaging, BatchNorm statistics are taken anew.
+
+    `owned` are the parameters of each partition, and `epochs` the epoch before which it stops training by the plan; a
+    parameter that several partitions use belongs to the first.
+    """
+
+    def __init__(self, executor: Executor, plan: Plan, *, average: float, recalibrate: bool) -> None:
+        self._executor = executor
+        self._share, self._recalibrate = average, recalibrate
+        self._average = WeightAverage()
+        known = {name: parameter for name, parameter in executor.named_parameters() if parameter.requires_grad}
+        self.owned: list[list[Tensor]] = [
+            [known.pop(name) for name in part.state if name in known] for part in plan.partitions
+        ]
+        self.epochs = [0] * len(self.owned)
+        for number, phase in enumerate(plan.phases):
+            for index in range(phase.start, phase.stop):
+                self.epochs[index] = plan.first_epoch(number) + phase.epochs
+
+    def epoch_done(self, epoch: int) -> None:
+        """Count the weights in of what has so much of its training behind it."""
+        for parameters, end in zip(self.owned, self.epochs, strict=True):
+            if self._share and epoch + 1 > (1 - self._share) * end:
+                self._average.add(parameter for parameter in parameters if parameter.requires_grad)
+
+    def finish(self, partitions: Sequence[int], forward: Callable[[int], None]) -> None:
+        """End the training of `partitions`; `forward` runs batches up to a cut, in training."""
+        if self._share:
+            self._average.apply(parameter for index in partitions for parameter in self.owned[index])
+        elif not self._recalibrate:
+            return
+        stop = max(partitions, default=-1) + 1
+        if norms := norms_of(self._executor, stop):
+            with taken_anew(norms):
+                forward(stop)
