@@ -214,6 +214,11 @@ def test_l2l_settles_far_and_in_long_runs_early() -> None:
     assert drawn(plan.phases) == [(0, 20, 10), (4, 20, 6), (9, 20, 7), (14, 20, 7), (19, 20, 30)]
     plan = schedule("l2l", partitions=partitions(*[1] * 20), epochs=10)
     assert drawn(plan.phases) == [(0, 20, 4), (4, 20, 2), (9, 20, 1), (14, 20, 1), (19, 20, 2)]
+    # 6.5, 9.0, 11.5 and 14.0 of 20; 600 epochs settle at the shares of 60.
+    plan = schedule("l2l", partitions=partitions(*[1] * 20), epochs=20)
+    assert drawn(plan.phases) == [(0, 20, 7), (4, 20, 2), (9, 20, 3), (14, 20, 2), (19, 20, 6)]
+    plan = schedule("l2l", partitions=partitions(*[1] * 20), epochs=600)
+    assert [phase.epochs for phase in plan.phases] == [97, 67, 67, 67, 302]
     for epochs in range(1, 8):
         assert schedule("l2l", partitions=partitions(*[1] * 20), epochs=epochs).epochs == epochs
 
