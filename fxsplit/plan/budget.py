@@ -1,9 +1,13 @@
-"""A plan that keeps within memory: in each phase the fastest mix of recomputing and micro-batches that fits."""
+"""A plan that keeps within memory: in each phase the fastest mix of recomputing and micro-batches that fits.
+
+What recomputes does so partition by partition or, where less fits, segment by segment.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 from fxsplit.errors import PartitionError
 from fxsplit.graph import Graph, Op
@@ -41,7 +45,7 @@ def fit(
         indivisible = needs_whole_batch(phase, plan, train, eval_graph)
         choices = sorted(
             _choices(phase, batch_size=1 if indivisible else batch_size),
-            key=lambda choice: (oracle.step_cost(choice), choice.micro_batches, choice.recompute),
+            key=lambda choice: (oracle.step_cost(choice), choice.micro_batches, choice.recompute, choice.segmented),
         )
         found = next((choice for choice in choices if need(choice) <= budget), None)
         if not strict:
@@ -78,6 +82,7 @@ def needs_whole_batch(phase: Phase, plan: Plan, train: Graph, eval_graph: Graph)
 def _choices(phase: Phase, *, batch_size: int) -> Iterator[Phase]:
     micro_batches = 1
     while batch_size % micro_batches == 0:
-        for recompute in (0, *range(phase.start + 1, phase.stop)):
-            yield replace(phase, recompute=recompute, micro_batches=micro_batches)
+        yield replace(phase, recompute=0, segmented=False, micro_batches=micro_batches)
+        for recompute, segmented in product(range(phase.start + 1, phase.stop), (False, True)):
+            yield replace(phase, recompute=recompute, segmented=segmented, micro_batches=micro_batches)
         micro_batches *= 2

@@ -211,12 +211,13 @@ def _sizes(boundaries: Sequence[tuple[str, ...]], values: Mapping[str, Value]) -
     views = {name for name, value in values.items() if value.storage != name}
     alone = {name: value.bytes_per_sample for name, value in values.items()}
     return [
-        sum(map(alone.__getitem__, boundary)) if views.isdisjoint(boundary) else _shared_bytes(boundary, values)
+        sum(map(alone.__getitem__, boundary)) if views.isdisjoint(boundary) else shared_bytes(boundary, values)
         for boundary in boundaries
     ]
 
 
-def _shared_bytes(boundary: tuple[str, ...], values: Mapping[str, Value]) -> int:
+def shared_bytes(boundary: tuple[str, ...], values: Mapping[str, Value]) -> int:
+    """The bytes of values for one sample; views of one storage together count no more than the storage."""
     sizes: dict[str, int] = {}
     for name in boundary:
         sizes[values[name].storage] = sizes.get(values[name].storage, 0) + values[name].bytes_per_sample

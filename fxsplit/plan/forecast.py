@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 
 from fxsplit.graph import Graph, Op, Value
 from fxsplit.plan.memory import Step, peak_bytes
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.plan.segments import segments
 
 # Without measured seconds: how many multiply-adds a machine does while it moves one byte.
 MACS_PER_BYTE = 8
@@ -142,6 +145,12 @@ class Oracle:
             peak_bytes=sum(self.bytes.values()) + optimizer_bytes + most,
         )
 
+    @cached_property
+    def _segment_of(self) -> dict[str, int]:
+        """By the name of each op of the train graph, the place where its segment starts."""
+        parts = chain.from_iterable(segments(self.partitions, self.train, self.eval_graph))
+        return {op.name: part.start for part in parts for op in self.train.ops[part.start : part.stop]}
+
     def _trained(self, phase: Phase) -> frozenset[str]:
         window = self.partitions[phase.start : phase.stop]
         return frozenset(name for part in window for name in part.state if name in self.parameters)
@@ -165,7 +174,8 @@ class Oracle:
                     op = _frozen(op, in_training.get(op.name))
                 if settled:
                     op = _settled(op, shared)
-                recomputes = index if phase.start <= index < phase.recompute else None
+                again = phase.start <= index < phase.recompute
+                recomputes = (self._segment_of[op.name] if phase.segmented else part.start) if again else None
                 yield Step(op=op, recorded=recorded, trains=trains, passes=passes, recomputes=recomputes)
 
     def _step_time(self, phase: Phase) -> float:

@@ -2,7 +2,7 @@
 
 settled ops          no autograd: a value lives until it was read last
 training ops         what autograd saves lives until the backward of the op that saves it
-recomputing ops      what they read at their partition's start lives until then; the rest is made again for its backward
+recomputing ops      what they read at their segment's start lives until then; the rest is made again for its backward
 backward             the gradient of a value lives from its first reader's backward to that of the op which made it
 """
 
@@ -20,7 +20,7 @@ class Step:
     """An op where it runs in a phase.
 
     `recorded`: autograd records it. `trains`: parameters of it want gradients. `passes`: values that it reads do.
-    `recomputes`: the partition with which it runs again in backward, if it does.
+    `recomputes`: where the segment, or the partition, starts with which it runs again in backward, if it does.
     """
 
     op: Op
@@ -126,19 +126,19 @@ class _Walk:
     def backward(self) -> None:
         for name in self.graph.outputs:
             self._give(name, self._new(self.size(name)))
-        for partition, steps in groupby(reversed(self.steps), lambda step: step.recomputes):
-            if partition is not None:
-                self._run_again(partition)
+        for segment, steps in groupby(reversed(self.steps), lambda step: step.recomputes):
+            if segment is not None:
+                self._run_again(segment)
             for step in steps:
                 if step.recorded:
                     self._backward_of(step)
             self._again = frozenset()
-            if partition is not None:
-                for name in self._given(partition):
+            if segment is not None:
+                for name in self._given(segment):
                     self._drop(name)
 
-    def _run_again(self, partition: int) -> None:
-        steps = self._steps_of(partition)
+    def _run_again(self, segment: int) -> None:
+        steps = self._steps_of(segment)
         last_read = {name: index for index, step in enumerate(steps) for name in step.op.reads}
         self._again = frozenset(step.op.name for step in steps)
         for index, step in enumerate(steps):
@@ -147,12 +147,12 @@ class _Walk:
                 if last_read.get(name, index) == index:
                     self._drop(name)
 
-    def _steps_of(self, partition: int) -> list[Step]:
-        return [step for step in self.steps if step.recomputes == partition]
+    def _steps_of(self, segment: int) -> list[Step]:
+        return [step for step in self.steps if step.recomputes == segment]
 
-    def _given(self, partition: int) -> list[str]:
-        """What the ops of a recomputing partition read from before it, in order."""
-        steps = self._steps_of(partition)
+    def _given(self, segment: int) -> list[str]:
+        """What the ops of a recomputing segment read from before it, in order."""
+        steps = self._steps_of(segment)
         made = {step.op.name for step in steps}
         return list(dict.fromkeys(name for step in steps for name in step.op.reads if name not in made))
 

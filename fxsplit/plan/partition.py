@@ -131,7 +131,7 @@ def partition(
     else:
         allowed = _allowed(every[1:-1], train, by, units or {})
         inner = _cuts_by_count(count, allowed, _op_weights(train, eval_graph, owners, balance), by)
-    return _partitions(train, eval_graph, (every[0], *inner, every[-1]), owners)
+    return between(train, eval_graph, (every[0], *inner, every[-1]), owners)
 
 
 def wrong_places(train: Graph, eval_graph: Graph, at: Sequence[str]) -> list[str]:
@@ -293,9 +293,8 @@ def _fits(before: Sequence[int], count: int, limit: int) -> bool:
     return reach == len(before) - 1
 
 
-def _partitions(
-    train: Graph, eval_graph: Graph, chosen: Sequence[Cut], owners: Mapping[str, int]
-) -> tuple[Partition, ...]:
+def between(train: Graph, eval_graph: Graph, chosen: Sequence[Cut], owners: Mapping[str, int]) -> tuple[Partition, ...]:
+    """The partitions between neighbours in `chosen`; `owners` are those of `owning_ops`."""
     states = _states(train, eval_graph)
     made = []
     for index, (first, last) in enumerate(pairwise(chosen)):

@@ -33,7 +33,8 @@ FIGURES = ("ops", "parameters", "macs", "activation_bytes", "boundary_bytes")
 class Window:
     """A phase by places: from the cut `begin` (the model's start where None) up to the cut `end` (its end).
 
-    Up to the cut `recompute` no activations are kept; a batch is taken in `micro_batches` parts.
+    Up to the cut `recompute` no activations are kept, and if `segmented`, pieces of partitions are made again one after
+    the other; a batch is taken in `micro_batches` parts.
     """
 
     begin: str | None
@@ -41,6 +42,7 @@ class Window:
     epochs: int
     fresh_optimizer: bool = False
     recompute: str | None = None
+    segmented: bool = False
     micro_batches: int = 1
 
     def __str__(self) -> str:
@@ -48,7 +50,8 @@ class Window:
         trains = " ".join(f"{word} {place}" for word, place in places if place is not None) or "all"
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
         fresh = "fresh optimizer" * self.fresh_optimizer
-        return ", ".join(filter(None, (trains, epochs, fresh, saving_in_words(self.recompute, self.micro_batches))))
+        saving = saving_in_words(self.recompute, segmented=self.segmented, micro_batches=self.micro_batches)
+        return ", ".join(filter(None, (trains, epochs, fresh, saving)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,7 @@ class PlanFile:
                     epochs=phase.epochs,
                     fresh_optimizer=phase.fresh_optimizer,
                     recompute=places[phase.recompute],
+                    segmented=phase.segmented,
                     micro_batches=phase.micro_batches,
                 )
                 for phase in plan.phases
@@ -128,6 +132,7 @@ class PlanFile:
                     epochs=window.epochs,
                     fresh_optimizer=window.fresh_optimizer,
                     recompute=recompute,
+                    segmented=window.segmented,
                     micro_batches=window.micro_batches,
                 )
             )
@@ -145,6 +150,7 @@ class PlanFile:
                 "epochs": phase.epochs,
                 "fresh_optimizer": phase.fresh_optimizer,
                 "recompute_up_to": phase.recompute,
+                **({"segmented": True} if phase.segmented else {}),
                 **({"micro_batches": phase.micro_batches} if phase.micro_batches > 1 else {}),
             }
             for phase in self.phases
@@ -216,6 +222,7 @@ def read(text: str, *, source: str, graphs: tuple[Graph, Graph] | None = None) -
                 epochs=phase["epochs"],
                 fresh_optimizer=phase.get("fresh_optimizer", False),
                 recompute=phase.get("recompute_up_to"),
+                segmented=phase.get("segmented", False),
                 micro_batches=phase.get("micro_batches", 1),
             )
             for phase in data["phases"]
@@ -268,6 +275,7 @@ _PHASE_KEYS: _Rules = {
     "epochs": (lambda value: type(value) is int and value >= 1, "a whole number at least 1", False),
     "fresh_optimizer": (lambda value: isinstance(value, bool), "true or false", True),
     "recompute_up_to": (lambda value: value is None or _is_text(value), "one of the cuts or null", True),
+    "segmented": (lambda value: isinstance(value, bool), "true or false", True),
     "micro_batches": (lambda value: type(value) is int and value >= 1, "a whole number at least 1", True),
 }
 
@@ -279,6 +287,8 @@ def _faults(data: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"the cut {cut!r} is given twice" for cut, times in Counter(cuts).items() if times > 1)
     for number, phase in enumerate(data["phases"] if _is_rows(data.get("phases")) else (), start=1):
         yield from _wrong_keys(phase, _PHASE_KEYS, f"phase {number}: ")
+        if phase.get("segmented") is True and phase.get("recompute_up_to") is None:
+            yield f"phase {number}: segmented is true, but there is no recompute_up_to"
         for word in ("from", "up_to", "recompute_up_to"):
             place = phase.get(word)
             if cuts is not None and isinstance(place, str) and place not in cuts:

@@ -29,9 +29,10 @@ class Phase:
     """Partitions [start, stop) train for `epochs`; those before are settled, those after frozen.
 
     With `fresh_optimizer` the optimizer's moments start anew. Partitions [start, recompute) keep no activations for
-    backward: their forward runs once more there. The batch of a step is taken in `micro_batches` parts, one after the
-    other, and their gradients are summed. Raises ValueError when nothing trains, for no epoch and no part, and when
-    `recompute` is neither 0 nor inside of what trains.
+    backward: their forward runs once more there, and if `segmented`, that of their segments one after the other. The
+    batch of a step is taken in `micro_batches` parts, one after the other, and their gradients are summed. Raises
+    ValueError when nothing trains, for no epoch and no part, when `recompute` is neither 0 nor inside of what trains,
+    and when nothing recomputes that could be `segmented`.
     """
 
     start: int
@@ -39,6 +40,7 @@ class Phase:
     epochs: int
     fresh_optimizer: bool = False
     recompute: int = 0
+    segmented: bool = False
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
@@ -47,6 +49,8 @@ class Phase:
                 f"a phase that trains [{self.start}, {self.stop}) cannot recompute up to {self.recompute}; it must be "
                 "a cut between"
             )
+        if self.segmented and not self.recompute:
+            raise ValueError("a phase can recompute in segments only where it recomputes")
         if not 0 <= self.start < self.stop:
             raise ValueError(f"a phase must train partitions, and [{self.start}, {self.stop}) holds none")
         if self.epochs < 1:
@@ -124,7 +128,8 @@ class Plan:
     def saving(self, phase: Phase) -> str:
         """How a phase saves memory, in words; empty if it does not."""
         is_cut = 0 < phase.recompute < len(self.partitions)
-        return saving_in_words(self.partitions[phase.recompute].name if is_cut else None, phase.micro_batches)
+        recompute = self.partitions[phase.recompute].name if is_cut else None
+        return saving_in_words(recompute, segmented=phase.segmented, micro_batches=phase.micro_batches)
 
     @property
     def epochs(self) -> int:
@@ -180,9 +185,9 @@ class Plan:
         return cls(schedule=data["schedule"], partitions=partitions, phases=phases)
 
 
-def saving_in_words(recompute: str | None, micro_batches: int) -> str:
+def saving_in_words(recompute: str | None, *, segmented: bool, micro_batches: int) -> str:
     """Up to which cut a phase recomputes, and in how many parts it takes a batch."""
-    recomputes = f"recomputes up to {recompute}" if recompute else ""
+    recomputes = f"recomputes up to {recompute}{' in segments' * segmented}" if recompute else ""
     return ", ".join(filter(None, (recomputes, f"{micro_batches} micro-batches" if micro_batches > 1 else "")))
 
 

@@ -20,9 +20,10 @@ from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase
+from fxsplit.plan.segments import segments
 from fxsplit.run.prefix import Prefix
 from fxsplit.run.recompute import Recomputing
-from fxsplit.run.stages import stages
+from fxsplit.run.stages import Stage, stages
 
 
 class Executor(nn.Module):
@@ -53,7 +54,11 @@ class Executor(nn.Module):
         self._guards = {training: program.guards for training, program in trace.programs.items()}
         self._stages = stages(trace, partitions)
         self._prefix = Prefix(trace, self._stages)
-        self._recomputing = tuple(Recomputing(trace, stage) for stage in self._stages)
+        self._recomputing = tuple((Recomputing(trace, stage),) for stage in self._stages)
+        self._in_segments = tuple(
+            tuple(Recomputing(trace, Stage(trace, part, is_last=False)) for part in parts) if len(parts) > 1 else whole
+            for whole, parts in zip(self._recomputing, segments(partitions, trace.train, trace.eval), strict=True)
+        )
         self._fed = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
         parameters = dict(model.named_parameters())
         self._owned = tuple(
@@ -130,7 +135,8 @@ class Executor(nn.Module):
         recompute = self._phase.recompute if self.training and torch.is_grad_enabled() else 0
         for index in range(self._phase.start, len(self._stages) if stop is None else stop):
             if index < recompute:
-                result = self._recomputing[index](self._model, result)
+                for segment in (self._in_segments if self._phase.segmented else self._recomputing)[index]:
+                    result = segment(self._model, result)
             else:
                 result = self._stages[index](self._model, result, training=self.training and index < self._phase.stop)
             if self._hear is not None and index < len(self._stages) - 1:
@@ -159,6 +165,7 @@ class Executor(nn.Module):
 
     def compile_stages(self, backend: str) -> None:
         """Compile each stage with a backend of `torch.compile`; takes effect when it first runs."""
-        for stage in self._stages:
+        inner = (part.stage for parts in self._in_segments for part in parts)
+        for stage in dict.fromkeys([*self._stages, *inner]):
             stage.compile(backend)
         self._prefix.compile_stages(backend)

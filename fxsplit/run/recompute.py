@@ -24,10 +24,10 @@ Content = tuple[dict[str, Any], dict[str, Tensor | None]]
 
 
 class Recomputing:
-    """A stage in training that keeps only the values at its start for backward. Gradients and buffers stay the same."""
+    """A `stage` in training that keeps only the values at its start for backward, and changes nothing else."""
 
     def __init__(self, trace: Trace, stage: Stage) -> None:
-        self._stage = stage
+        self.stage = stage
         span = slice(*spans(stage.partition)[True])
         program = trace.programs[True]
         buffers = dict(trace.model.named_buffers())
@@ -47,7 +47,7 @@ class Recomputing:
         contents = {path: _content(model.get_submodule(path)) for path in self._owners}
 
         def run(*given: Any) -> Any:
-            return self._stage(model, list(given), training=True)
+            return self.stage(model, list(given), training=True)
 
         return checkpoint(
             run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), _put_back(model, contents))

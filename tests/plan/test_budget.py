@@ -59,9 +59,13 @@ def test_of_what_fits_a_phase_is_the_fastest(net: Graph, budget: float) -> None:
     assert plan != PLAN
     assert all(phase.activation_bytes <= budget * standard.activation_bytes for phase in phases)
     for index, phase in enumerate(plan.phases):
-        for recompute, micro_batches in product((0, *range(phase.start + 1, phase.stop)), counts):
+        for recompute, segmented, micro_batches in product(
+            (0, *range(phase.start + 1, phase.stop)), (False, True), counts
+        ):
             others = list(plan.phases)
-            others[index] = replace(phase, recompute=recompute, micro_batches=micro_batches)
+            others[index] = replace(
+                phase, recompute=recompute, segmented=segmented and recompute > 0, micro_batches=micro_batches
+            )
             other = ahead(replace(plan, phases=tuple(others)))[0][index]
             if other.activation_bytes <= budget * standard.activation_bytes:
                 assert other.step_cost >= phases[index].step_cost
@@ -74,9 +78,9 @@ def test_a_budget_that_is_a_wish_gets_as_near_as_it_can() -> None:
     assert wished(0.8) == fitted(0.8, WHOLE)
     phases = ahead(wished(0.01))[0]
     for index, phase in enumerate(PLAN.phases):
-        for recompute in (0, *range(phase.start + 1, phase.stop)):
+        for recompute, segmented in product((0, *range(phase.start + 1, phase.stop)), (False, True)):
             others = list(PLAN.phases)
-            others[index] = replace(phase, recompute=recompute)
+            others[index] = replace(phase, recompute=recompute, segmented=segmented and recompute > 0)
             other = ahead(replace(PLAN, phases=tuple(others)))[0][index]
             assert phases[index].activation_bytes <= other.activation_bytes
 

@@ -127,6 +127,11 @@ def test_what_recomputes_is_named_by_its_cut() -> None:
     assert planned(file_of(plan).to_json()) == plan
     with pytest.raises(PartitionError, match="cannot recompute up to 'layer1', outside of what trains"):
         planned(text % phases.replace("layer3", "layer1"))
+    segmented = planned(text % phases.replace('"epochs"', '"segmented": true, "epochs"'))
+    assert segmented.phases == (Phase(start=1, stop=4, epochs=2, recompute=3, segmented=True),)
+    assert planned(file_of(segmented).to_json()) == segmented
+    with pytest.raises(UsageError, match="segmented is true, but there is no recompute_up_to"):
+        planned(text % '[{"segmented": true, "epochs": 2}]')
     with pytest.raises(UsageError, match="recompute_up_to is 'layer4', which is none of the cuts"):
         planned(text % phases.replace("layer3", "layer4"))
 
@@ -363,5 +368,5 @@ def test_a_phase_in_words() -> None:
     assert (
         str(Window(begin="a", end="b", epochs=2, fresh_optimizer=True)) == "from a up to b, 2 epochs, fresh optimizer"
     )
-    saving = Window(begin=None, end=None, epochs=1, recompute="c", micro_batches=2)
-    assert str(saving) == "all, 1 epoch, recomputes up to c, 2 micro-batches"
+    saving = Window(begin=None, end=None, epochs=1, recompute="c", segmented=True, micro_batches=2)
+    assert str(saving) == "all, 1 epoch, recomputes up to c in segments, 2 micro-batches"

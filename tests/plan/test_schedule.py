@@ -266,6 +266,8 @@ def test_a_run_has_at_least_one_epoch(epochs: dict[str, int]) -> None:
 def test_a_phase_trains_something_for_some_time(start: int, stop: int, epochs: int) -> None:
     with pytest.raises(ValueError, match="a phase must"):
         Phase(start=start, stop=stop, epochs=epochs)
+    with pytest.raises(ValueError, match="only where it recomputes"):
+        Phase(start=0, stop=2, epochs=1, segmented=True)
 
 
 def test_a_plan_is_drawn() -> None:
@@ -274,14 +276,14 @@ def test_a_plan_is_drawn() -> None:
         partitions=partitions(1, 1, 1, 1),
         phases=(
             Phase(start=0, stop=4, epochs=10, micro_batches=2),
-            Phase(start=1, stop=4, epochs=2, recompute=2),
+            Phase(start=1, stop=4, epochs=2, recompute=2, segmented=True),
             Phase(start=1, stop=3, epochs=1),
         ),
     )
     assert str(plan) == (
         "mine: 4 partitions, 13 epochs\n"
         "  ####  10 epochs  2 micro-batches\n"
-        "  .###  2 epochs   from block1, recomputes up to block2\n"
+        "  .###  2 epochs   from block1, recomputes up to block2 in segments\n"
         "  .##-  1 epoch    from block1 up to block3"
     )
 
@@ -369,7 +371,15 @@ def test_the_keys_of_a_plan_are_frozen() -> None:
     assert list(data) == ["schema", "schedule", "partitions", "phases"]
     assert data["schema"] == 1
     assert data["phases"] == [
-        {"start": 0, "stop": 1, "epochs": 1, "fresh_optimizer": False, "recompute": 0, "micro_batches": 1}
+        {
+            "start": 0,
+            "stop": 1,
+            "epochs": 1,
+            "fresh_optimizer": False,
+            "recompute": 0,
+            "segmented": False,
+            "micro_batches": 1,
+        }
     ]
     assert list(data["partitions"][0]) == [
         "index", "name", "start", "stop", "eval_start", "eval_stop", "reads", "writes", "state",

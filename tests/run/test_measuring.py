@@ -88,12 +88,16 @@ def test_memory_is_as_forecast_in_micro_batches() -> None:
     hold_against_forecast(found, plan, images, rel=0.1)
 
 
+@pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("name", ["LongSkip", "FunctionalDropout", "paper:densenet", "timm:resnet18"])
-def test_memory_is_as_forecast_where_partitions_recompute(name: str) -> None:
+def test_memory_is_as_forecast_where_partitions_recompute(name: str, segmented: bool) -> None:
     torch.manual_seed(0)
     images = torch.randn(8, 3, 32, 32)
     found = trace(MODELS[name](), (images,))
     partitions = partition(found.train, found.eval, count=5)
-    phases = tuple(Phase(start=start, stop=5, epochs=1, recompute=upto) for start, upto in ((0, 2), (0, 4), (1, 3)))
+    phases = tuple(
+        Phase(start=start, stop=5, epochs=1, recompute=upto, segmented=segmented)
+        for start, upto in ((0, 2), (0, 4), (1, 3))
+    )
     plan = Plan(schedule="mine", partitions=partitions, phases=phases)
     hold_against_forecast(found, plan, images, rel=0.02)

@@ -14,20 +14,22 @@ from tests.models import Chain
 from tests.run.test_executor import MODELS, _executor, _images, _loss, _train
 
 
-def recomputing(net: Executor, *, start: int = 0) -> Executor:
+def recomputing(net: Executor, *, start: int = 0, segmented: bool = False) -> Executor:
     """All that trains but the last partition."""
     count = len(net.partitions)
-    net.enter(Phase(start=start, stop=count, epochs=1, recompute=count - 1 if count - start > 1 else 0))
+    recompute = count - 1 if count - start > 1 else 0
+    net.enter(Phase(start=start, stop=count, epochs=1, recompute=recompute, segmented=segmented))
     return net
 
 
+@pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_training_is_the_same_bit_for_bit(name: str) -> None:
+def test_training_is_the_same_bit_for_bit(name: str, segmented: bool) -> None:
     make, size = MODELS[name]
     torch.manual_seed(0)
     kept = _executor(make(), size)
     torch.manual_seed(0)
-    again = recomputing(_executor(make(), size))
+    again = recomputing(_executor(make(), size), segmented=segmented)
     assert all(torch.equal(*pair) for pair in zip(_train(kept, size), _train(again, size), strict=True))
     for key, value in kept.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key

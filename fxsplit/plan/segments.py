@@ -1,0 +1,64 @@
+"""The segments of a partition that recomputes: pieces of it that are made again one after the other.
+
+What a partition keeps while its backward runs is what autograd saves in the segment that was made again last, and the
+values at the starts of the segments before. So a long partition needs less memory than all that it saves, for the
+same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from fxsplit.graph import Graph
+from fxsplit.plan.cuts import Cut, shared_bytes, with_ends
+from fxsplit.plan.partition import Partition, between, owning_ops
+
+
+def segments(partitions: Sequence[Partition], train: Graph, eval_graph: Graph) -> tuple[tuple[Partition, ...], ...]:
+    """Each partition divided at legal cuts of its own into as many as 8 segments, where that lessens what it needs.
+
+    The segment that saves most is divided next, and of all these divisions the best is taken. The last partition never
+    recomputes and stays whole.
+    """
+    every = with_ends(train, eval_graph)
+    owners = owning_ops(train, eval_graph, every)
+    divider = _Divider(every, train, eval_graph)
+    *earlier, last = partitions
+    divided = (between(train, eval_graph, divider.divide(partition), owners) for partition in earlier)
+    return (*divided, (last,))
+
+
+# More would save little: what is held for the starts of segments grows with their number.
+MOST = 8
+
+
+class _Divider:
+    def __init__(self, every: Sequence[Cut], train: Graph, eval_graph: Graph) -> None:
+        self._every = every
+        self._values = {**eval_graph.values, **train.values}
+        self._saved = list(accumulate((op.activation_bytes for op in train.ops), initial=0))
+
+    def divide(self, partition: Partition) -> list[Cut]:
+        """The cuts at both ends and within; each further one divides the segment that saves most."""
+        ends = [self._every[partition.start], self._every[partition.stop]]
+        held = {*partition.reads, *partition.writes}
+        found = [ends]
+        while len(ends) <= MOST:
+            first, last = max(pairwise(ends), key=lambda pair: self._saved_between(*pair))
+            inner = [cut for cut in self._every[first.index + 1 : last.index] if cut.refusal is None]
+            if not inner:
+                break
+            options = [sorted([*ends, cut], key=lambda cut: cut.index) for cut in inner]
+            ends = min(options, key=lambda option: self._need(option, held))
+            found.append(ends)
+        return min(found, key=lambda ends: self._need(ends, held))
+
+    def _saved_between(self, first: Cut, last: Cut) -> int:
+        return self._saved[last.index] - self._saved[first.index]
+
+    def _need(self, ends: Sequence[Cut], held: set[str]) -> int:
+        """Bytes for one sample beyond what is `held` for the partition anyway."""
+        names = dict.fromkeys(name for cut in ends[1:-1] for name in cut.boundary if name not in held)
+        most = max(self._saved_between(first, last) for first, last in pairwise(ends))
+        return most + shared_bytes(tuple(names), self._values)
