@@ -71,8 +71,8 @@ class Op:
     what autograd keeps for backward because of this op, each storage counted once. `saves` are the storages of values
     that it keeps, whether or not an earlier op keeps them too, and `hidden_bytes` what it keeps besides, such as a
     mask. An op that is `uncounted` does work that torch's counter of multiply-adds does not know. One that
-    `mixes_samples` is BatchNorm with the statistics of its batch: what a sample gets depends on the others. One that
-    `is_dropout` drops values at random in training.
+    `mixes_samples`, as BatchNorm does with the statistics of its batch, gives a sample what depends on the others. One
+    that `is_dropout` drops values at random in training.
 
     Measured on a device, and for the traced batch, are `seconds` (forward and backward) and `forward_seconds`, None
     before, and `forward_workspace_bytes` and `backward_workspace_bytes`, which kernels borrow while they run; of an op

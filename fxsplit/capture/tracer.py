@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fxsplit.capture.costs import CostMeter
 from fxsplit.capture.meta import Constant, Rebuild, StandIn, evaluate, expect, members, resolve, tensors_in
+from fxsplit.capture.mixing import is_along_samples
 from fxsplit.capture.patches import REAL_ISINSTANCE, UntraceableError
 from fxsplit.capture.proxy import ValueProxy
 from fxsplit.capture.sources import asserted, user_line
@@ -122,6 +123,7 @@ class ValueTracer(fx.Tracer):
         self.evaluating = False
         self._whole = whole or {}
         self._path = ""
+        self._batch_size = 1
         self._state: dict[int, str] = {}
         self._registered: set[str] = set()
         self._state_nodes: dict[str, ValueProxy] = {}
@@ -139,6 +141,8 @@ class ValueTracer(fx.Tracer):
         registered = {id(t): name for name, t in (*self.root.named_parameters(), *self.root.named_buffers())}
         self._state |= registered
         self._registered = set(registered.values())
+        sizes = (len(tensor) for tensor in tensors_in(self.call.arguments) if tensor.dim())
+        self._batch_size = next(sizes, 1)
         names = iter(self.names)
 
         def placeholder(leaf: Any) -> Any:
@@ -399,6 +403,7 @@ class ValueTracer(fx.Tracer):
         node.meta["written"] = [
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
         ] + self._moved_statistics(node)
+        node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
         node.meta["mixes_samples"] = self._mixes_samples(node)
         node.meta["is_dropout"] = self._is_dropout(node)
         return value
@@ -431,7 +436,9 @@ class ValueTracer(fx.Tracer):
                 isinstance(inner, _BatchNorm) and (inner.training or inner.running_mean is None)
                 for inner in module.modules()
             )
-        return node.target in (nn.functional.batch_norm, torch.batch_norm) and bool(self._statistics(node)[2])
+        if node.target in (nn.functional.batch_norm, torch.batch_norm):
+            return bool(self._statistics(node)[2])
+        return is_along_samples(node, self._batch_size)
 
     def _is_dropout(self, node: fx.Node) -> bool:
         if node.op == "call_module":

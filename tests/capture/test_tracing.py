@@ -267,6 +267,31 @@ def test_norms_that_take_statistics_of_their_batch_mix_samples() -> None:
     assert mixing == [["tracked", "untracked", "whole", "batch_norm_1"], ["untracked"]]
 
 
+def test_ops_along_the_samples_of_a_batch_mix_them() -> None:
+    class Along(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x - x.mean(dim=(2, 3), keepdim=True)
+            x = x.flatten(1)
+            x = x * self.weight.mean()
+            x = torch.maximum(x, x.amax(-1, keepdim=True)).softmax(1)
+            x = x - x.mean(0)
+            x = x / torch.std(x, dim=-2) + x.sum()
+            x = F.normalize(x.flip((1,))) + F.normalize(x, dim=0)
+            return x.roll(1, 0) + torch.max(x, x.relu())
+
+    found = trace(Along(), (torch.randn(4, 3, 8, 8),))
+    mixing = [op.name for op in found.train.ops if op.mixes_samples]
+    assert mixing == ["mean_2", "std", "sum", "normalize_1", "roll"]
+    # Batch 4 is also the length of a parameter; 5 is not.
+    assert [op.mixes_samples for op in trace(Along(), (torch.randn(5, 3, 8, 8),)).train.ops] == [
+        op.mixes_samples for op in found.train.ops
+    ]
+
+
 def test_a_norm_entered_twice_cannot_be_cut_apart() -> None:
     found = captured(HAZARDS["NormTwice"]())
     refused = [cut.path for cut in cuts(found.train, found.eval) if cut.refusal and "norm1.running_mean" in cut.refusal]
