@@ -55,9 +55,12 @@ class Executor(nn.Module):
         self._stages = stages(trace, partitions)
         self._prefix = Prefix(trace, self._stages)
         self._recomputing = tuple((Recomputing(trace, stage),) for stage in self._stages)
+        divided = segments(partitions, trace.train, trace.eval)
         self._in_segments = tuple(
-            tuple(Recomputing(trace, Stage(trace, part, is_last=False)) for part in parts) if len(parts) > 1 else whole
-            for whole, parts in zip(self._recomputing, segments(partitions, trace.train, trace.eval), strict=True)
+            whole
+            if len(parts) == 1
+            else tuple(Recomputing(trace, Stage(trace, part, is_last=False, modes=(True,))) for part in parts)
+            for whole, parts in zip(self._recomputing, divided, strict=True)
         )
         self._fed = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
         parameters = dict(model.named_parameters())

@@ -66,20 +66,22 @@ def _restore(source: str, names: dict[str, Any], label: str) -> Code:
 
 
 class Stage:
-    """A partition of a traced model, in training and in evaluation.
+    """A partition of a traced model, in training (True) and in evaluation (False), or in one of these `modes` alone.
 
     Each call first puts the modules that the stage calls into the mode asked for, so that nobody's `train()` or
     `eval()` in between matters.
     """
 
-    def __init__(self, trace: Trace, partition: Partition, *, is_last: bool) -> None:
+    def __init__(
+        self, trace: Trace, partition: Partition, *, is_last: bool, modes: Sequence[bool] = (True, False)
+    ) -> None:
         self.partition = partition
         self._codes = {
             training: code_of(
                 stage_graph(trace, partition, is_last=is_last, training=training),
                 f"partition {partition.index} in {'training' if training else 'evaluation'}",
             )
-            for training in (True, False)
+            for training in modes
         }
         self._modules = {
             training: [
@@ -89,6 +91,7 @@ class Stage:
                 for module in trace.model.get_submodule(path).modules()
             ]
             for training, span in spans(partition).items()
+            if training in modes
         }
 
     def __call__(self, model: nn.Module, values: list[Any], *, training: bool) -> Any:
