@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from fxsplit import trace
 from fxsplit.capture.paper import NETWORKS
 from fxsplit.graph import Graph
-from fxsplit.plan.forecast import forecast
-from fxsplit.plan.partition import Partition, partition
+from fxsplit.plan.budget import fit
+from fxsplit.plan.forecast import Forecast, forecast
+from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.plan.segments import segments
 from tests.plan.test_partition import graph, op
@@ -65,16 +68,20 @@ def test_segments_make_up_their_partitions() -> None:
         assert {name for piece in pieces for name in piece.state} == set(part.state)
 
 
-def test_a_wide_block_needs_less_in_segments() -> None:
+def test_a_wide_block_needs_less_in_segments_and_a_budget_finds_out() -> None:
     found = trace(NETWORKS["resnext"](10, 32, 3), (torch.empty(2, 3, 32, 32),))
     parts = partition(found.train, found.eval, count=4, by="natural")
 
-    def told(*, segmented: bool, parts: tuple[Partition, ...] = parts) -> tuple[int, float]:
-        phase = Phase(start=0, stop=4, epochs=1, recompute=3, segmented=segmented)
-        plan = Plan(schedule="mine", partitions=parts, phases=(phase,))
-        (one,) = forecast(plan, found.train, found.eval, batch_size=8, optimizer_slots=2).phases
-        return one.activation_bytes, one.step_cost
+    def made(**fields: Any) -> Plan:
+        return Plan(schedule="mine", partitions=parts, phases=(Phase(start=0, stop=4, epochs=1, **fields),))
 
-    (whole, its_cost), (less, cost) = told(segmented=False), told(segmented=True)
-    assert less < 0.9 * whole
-    assert cost == pytest.approx(its_cost)
+    def told(plan: Plan) -> Forecast:
+        return forecast(plan, found.train, found.eval, batch_size=8, optimizer_slots=2)
+
+    whole, parted = (told(made(recompute=3, segmented=segmented)) for segmented in (False, True))
+    assert parted.phases[0].activation_bytes < 0.9 * whole.phases[0].activation_bytes
+    assert parted.phases[0].step_cost == pytest.approx(whole.phases[0].step_cost)
+    budget = 1.05 * parted.phases[0].activation_bytes / parted.standard.activation_bytes
+    fitted = fit(made(), found.train, found.eval, budget=budget, batch_size=8, optimizer_slots=2)
+    assert fitted.phases[0].segmented
+    assert told(fitted).phases[0].activation_bytes <= budget * whole.standard.activation_bytes
