@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,7 @@ FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 EVERY = ",".join(ARMS)
 
+Runs = dict[str, dict[str, Any]]
 Only = Annotated[str, typer.Option(help="Arms with commas.")]
 Budget = Annotated[float | None, typer.Option(help="--memory-budget of checkpointed and l2l.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of a run.")]
@@ -164,26 +166,21 @@ def _steps(events: Iterable[allocations.Event]) -> Iterator[list[allocations.Eve
 def table(out: Path) -> None:
     """Write the table of a folder of runs, in Markdown."""
     runs = {arm: _read(out, arm) for arm in ARMS}
-    bytes_of = {arm: json.loads(path.read_text())["activation_bytes"] for arm in ARMS for path in _memory(out, arm)}
+    recorded = {arm: path for arm in ARMS if (path := out / f"{arm}-memory" / MEMORY).exists()}
+    bytes_of = {arm: json.loads(path.read_text())["activation_bytes"] for arm, path in recorded.items()}
     rows: dict[str, list[str]] = {}
-    for arm in ARMS:
-        mine = runs[arm]
+    for arm, mine in runs.items():
         if not mine:
             continue
-
-        def paired(key: str, other: str, *, ratio: bool, mine: dict[str, Any] = mine) -> str:
-            both = [(mine[seed][key], runs[other][seed][key]) for seed in mine if seed in runs[other]]
-            return _spread([a / b if ratio else a - b for a, b in both])
-
         accuracies = [each["accuracy_pct"] for each in mine.values()]
         rows[arm] = [
             _spread(accuracies),
             " ".join(f"{value:.2f}" for value in accuracies),
-            paired("accuracy_pct", "standard", ratio=False),
-            paired("accuracy_pct", "regularised", ratio=False),
+            _paired(mine, runs["standard"], "accuracy_pct", operator.sub),
+            _paired(mine, runs["regularised"], "accuracy_pct", operator.sub),
             f"{statistics.mean(each['processor'] for each in mine.values()):.0f}",
-            paired("processor", "standard", ratio=True),
-            paired("total_seconds", "standard", ratio=True),
+            _paired(mine, runs["standard"], "processor", operator.truediv),
+            _paired(mine, runs["standard"], "total_seconds", operator.truediv),
             f"{bytes_of[arm] / bytes_of['standard']:.3f}" if {arm, "standard"} <= set(bytes_of) else "",
             f"{statistics.mean(each['epochs'][-1]['peak_resident_bytes'] for each in mine.values()) / 1e6:.0f}",
             f"{max(record['cache_file_bytes'] or 0 for each in mine.values() for record in each['epochs']) / 1e6:.0f}",
@@ -194,11 +191,12 @@ def table(out: Path) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-def _memory(out: Path, arm: str) -> Iterator[Path]:
-    return out.glob(f"{arm}-memory/{MEMORY}")
+def _paired(mine: Runs, others: Runs, key: str, compare: Callable[[float, float], float]) -> str:
+    """How a figure compares with that of the other arm's run with the same seed."""
+    return _spread([compare(mine[seed][key], others[seed][key]) for seed in mine if seed in others])
 
 
-def _read(out: Path, arm: str) -> dict[str, dict[str, Any]]:
+def _read(out: Path, arm: str) -> Runs:
     """The reports of the finished runs of an arm, by seed."""
     found = {}
     for path in sorted(out.glob(f"{arm}-s*/{PROCESSOR}")):
