@@ -1,11 +1,11 @@
 """What a training step costs once the first partitions are settled, against a plain step in which everything trains.
 
-    taskset -c 1 python benchmarks/settled.py
+    taskset -c 1 python benchmarks/settled.py --channels-last
 
 All arms take their steps in turn, so that whatever else the machine does falls on all. `by hand` is the plain model
 with the same layers frozen by `requires_grad_(False)`; `bfloat16` runs the settled partitions in that precision;
-`cached` reads what they deliver from a file. Printed are the median seconds, and the median over all turns of the ratio
-to the plain step of the same turn.
+`cached` reads what they deliver from a file. With --channels-last all arms but `plain` have images and weights in that
+order. Printed are the median seconds, and the median over all turns of the ratio to the plain step of the same turn.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def main(
     batch_size: int = 32,
     steps: int = 15,
     device: str = "auto",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="All but the plain arm.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     torch.set_num_threads(threads)
@@ -92,22 +93,25 @@ def main(
     plain = models.build(model, num_classes=10, img_size=img_size).to(place).train()
     pixels = torch.randint(256, (BATCHES * batch_size, 3, img_size, img_size), dtype=torch.uint8)
     data = MemoryImages(pixels=pixels, labels=torch.randint(10, (len(pixels),)), img_size=img_size).to(place)
-    loader = Loader(train=data, test=data, batch_size=batch_size, seed=0)
+    loader = Loader(train=data, test=data, batch_size=batch_size, seed=0, channels_last=channels_last)
     images, labels, _ = next(loader.training(0))
+    own = plain
+    if channels_last:
+        own = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def run(net: nn.Module) -> Callable[[], None]:
+    def run(net: nn.Module, images: Tensor = images) -> Callable[[], None]:
         return stepper(net, lambda: (net(images), labels))
 
-    nets = [executor(plain, images, cuts, settled) for settled in range(len(cuts) + 1)]
-    by_hand, frozen = copy.deepcopy(plain), nets[-1].settled_state()
+    nets = [executor(own, images, cuts, settled) for settled in range(len(cuts) + 1)]
+    by_hand, frozen = copy.deepcopy(own), nets[-1].settled_state()
     for name, parameter in by_hand.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    low = executor(plain, images, cuts, len(cuts))
+    low = executor(own, images, cuts, len(cuts))
     low.settled_dtype = torch.bfloat16
-    from_cache = executor(plain, images, cuts, len(cuts))
+    from_cache = executor(own, images, cuts, len(cuts))
     with tempfile.TemporaryDirectory(dir=".") as folder:
         arms = {
-            "plain": run(plain),
+            "plain": run(plain, images.contiguous()),
             "all train": run(nets[0]),
             **{f"{settled} settled": run(net) for settled, net in enumerate(nets) if settled},
             f"{len(cuts)} by hand": run(by_hand),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,6 +45,9 @@ def watched(tracer: ValueTracer, functions: Iterable[FunctionType] = ()) -> Iter
     """Inside, torch's tensor factories and the given functions and methods are recorded, custom autograd functions are
     refused rather than lost, and a proxy passes for an instance of its value's class.
     """
+
+    # torch imports it as soon as some op needs it; what it then lists of torch must not be ours.
+    importlib.import_module("torch._dynamo")
 
     def recorded(function: Any) -> Callable[..., Any]:
         @wraps(function)

@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from fxsplit.run import pointwise
+
 FUNCTIONS: dict[Any, Any] = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 # The rank of what they deliver, where its second dimension is the channels that a norm goes by.
 RANKS: dict[Any, int] = {F.linear: 2, F.conv1d: 3, F.conv2d: 4, F.conv3d: 5}
@@ -42,6 +44,11 @@ class Affine(NamedTuple):
     weight: Place
     bias: Place | None
     options: dict[str, Any]
+
+    def runner(self) -> Any:
+        """The function, or a faster one that does the same."""
+        is_pointwise = self.function is F.conv2d and pointwise.is_pointwise(getattr(*self.weight), **self.options)
+        return pointwise.conv2d if is_pointwise else self.function
 
 
 class Norm(NamedTuple):
@@ -129,7 +136,7 @@ class _Folder:
         with self._graph.inserting_before(nodes[0]):
             pair = self._graph.call_function(operator.getitem, (self._weights, len(self.folds)))
             weight, bias = (self._graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
-            one = self._graph.call_function(affine.function, (affine.input, weight, bias), affine.options)
+            one = self._graph.call_function(affine.runner(), (affine.input, weight, bias), affine.options)
             one.meta["op"] = nodes[0].meta["op"]
         self.folds.append(folded)
         for node in reversed(nodes):

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from fxsplit.capture.meta import map_tensors
 from fxsplit.capture.tracing import Trace
 from fxsplit.run.folding import fold
+from fxsplit.run.pointwise import is_untouched
 from fxsplit.run.stages import Stage, code_of, stage_graph
 
 # What depends on how a tensor lies in memory: methods that ask for it, and ops that give a view or a copy by it.
@@ -55,7 +56,7 @@ class SettledStage:
 
     def __call__(self, model: nn.Module, values: list[Any], weights: Weights) -> Any:
         """Boundary values in, boundary values out."""
-        if any(_has_changed(module, kind) for module, kind in self._passed_over):
+        if not all(is_untouched(module, kind) for module, kind in self._passed_over):
             return self._stage(model, values, training=False)
         self._stage.set_mode(training=False)
         values.append(weights)
@@ -143,7 +144,3 @@ def may_be_relaid(value: Any) -> bool:
 
 def _contiguous(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if tensor.dim() == 4 else tensor
-
-
-def _has_changed(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return type(module) is not kind or bool(module._forward_hooks or module._forward_pre_hooks)

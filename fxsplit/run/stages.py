@@ -21,6 +21,7 @@ from fxsplit.capture.naming import called_module
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
 from fxsplit.plan.partition import Partition
+from fxsplit.run.pointwise import use_products
 
 _serial = itertools.count()
 
@@ -78,7 +79,7 @@ class Stage:
         self.partition = partition
         self._codes = {
             training: code_of(
-                stage_graph(trace, partition, is_last=is_last, training=training),
+                use_products(stage_graph(trace, partition, is_last=is_last, training=training), trace.model),
                 f"partition {partition.index} in {'training' if training else 'evaluation'}",
             )
             for training in modes

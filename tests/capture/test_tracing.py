@@ -626,6 +626,18 @@ def test_factories_still_obey_a_device_context_after_tracing() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_tracing_first_leaves_compiling_intact() -> None:
+    script = (
+        "import torch, fxsplit\n"
+        "conv, x = torch.nn.Conv2d(1, 1, 1), torch.ones(1, 1, 2, 2)\n"
+        "fxsplit.trace(conv, (x,))\n"
+        "double = torch.compile(lambda number: number * conv.stride[0], backend='eager')\n"
+        "assert torch.equal(double(x), x)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_dropout_is_known_where_it_drops() -> None:
     class Drops(nn.Module):
         def __init__(self) -> None:
