@@ -370,7 +370,12 @@ def _trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: 
         exits=_exits(spec, trace, plan, data),
         smoothing=spec.smoothing,
         soft_targets=(
-            SoftTargets(len(data.train), weight=spec.soft_targets, temperature=spec.soft_temperature)
+            SoftTargets(
+                len(data.train),
+                weight=spec.soft_targets,
+                temperature=spec.soft_temperature,
+                of_mean=spec.soft_from == "mean",
+            )
             if spec.soft_targets
             else None
         ),

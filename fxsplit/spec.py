@@ -157,12 +157,21 @@ class RunSpec:
     smoothing: float = _option("Regularisation", "Label smoothing.", 0.0, least=0, below=1, l2l=0.1)
     soft_targets: float = _option(
         "Regularisation",
-        "Share of the loss, at the end of the run, that compares with the network's own earlier output for the image.",
+        "Share of the loss that compares with the network's own earlier output for the image.",
         0.0,
         least=0,
         below=1,
+        l2l=0.8,
     )
-    soft_temperature: float = _option("Regularisation", "Temperature of this comparison.", 1.0, above=0)
+    soft_from: str = _option(
+        "Regularisation",
+        "Which output: when it last saw the image, with a share that grows till the end of the run (last), or what the "
+        "mean of its weights says when partitions settle for the last time, else in the middle of the run (mean).",
+        "last",
+        choices=("last", "mean"),
+        l2l="mean",
+    )
+    soft_temperature: float = _option("Regularisation", "Temperature of this comparison.", 1.0, above=0, l2l=2.0)
     average: float = _option(
         "Regularisation",
         "Each partition ends its training with the mean of its weights over this last share of it.",

@@ -16,14 +16,19 @@ class Endings:
     """Partitions end with their mean over the last `average` share of their training; with `recalibrate`, or after
     averaging, BatchNorm statistics are taken anew.
 
+    At the `gathering`, an epoch inside the run, all that train take such a mean and then train on from it.
+
     `owned` are the parameters of each partition, and `epochs` the epoch before which it stops training by the plan; a
     parameter that several partitions use belongs to the first.
     """
 
-    def __init__(self, executor: Executor, plan: Plan, *, average: float, recalibrate: bool) -> None:
+    def __init__(
+        self, executor: Executor, plan: Plan, *, average: float, recalibrate: bool, gathering: int | None = None
+    ) -> None:
         self._executor = executor
         self._share, self._recalibrate = average, recalibrate
-        self._average = WeightAverage()
+        self._gathering = gathering
+        self._average, self._gathered = WeightAverage(), WeightAverage()
         known = {name: parameter for name, parameter in executor.named_parameters() if parameter.requires_grad}
         self.owned: list[list[Tensor]] = [
             [known.pop(name) for name in part.state if name in known] for part in plan.partitions
@@ -36,14 +41,26 @@ class Endings:
     def epoch_done(self, epoch: int) -> None:
         """Count the weights in of what has so much of its training behind it."""
         for parameters, end in zip(self.owned, self.epochs, strict=True):
-            if self._share and epoch + 1 > (1 - self._share) * end:
-                self._average.add(parameter for parameter in parameters if parameter.requires_grad)
+            live = [parameter for parameter in parameters if parameter.requires_grad]
+            if self._counts(epoch, end):
+                self._average.add(live)
+            if self._gathering is not None and self._counts(epoch, self._gathering):
+                self._gathered.add(live)
 
-    def finish(self, partitions: Sequence[int], forward: Callable[[int], None]) -> None:
-        """End the training of `partitions`; `forward` runs batches up to a cut, in training."""
-        if self._share:
-            self._average.apply(parameter for index in partitions for parameter in self.owned[index])
-        elif not self._recalibrate:
+    def _counts(self, epoch: int, end: int) -> bool:
+        return self._share > 0 and epoch + 1 > (1 - self._share) * end
+
+    def finish(self, partitions: Sequence[int], forward: Callable[[int], None], *, gather: bool = False) -> None:
+        """End the training of `partitions`; with `gather`, this is the gathering.
+
+        `forward` runs batches up to a cut, in training.
+        """
+        self._average.apply(parameter for index in partitions for parameter in self.owned[index])
+        if gather:
+            partitions = range(*self._executor.window)
+            self._gathered.apply(parameter for index in partitions for parameter in self.owned[index])
+            self._gathering = None
+        if not (self._share or self._recalibrate):
             return
         stop = max(partitions, default=-1) + 1
         if norms := norms_of(self._executor, stop):

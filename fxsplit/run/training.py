@@ -71,7 +71,8 @@ class MakeCache(Protocol):
 class Trainer:
     """Trains an executor by a plan: cross-entropy, one optimizer step a batch.
 
-    Besides the labels it can learn from `soft_targets`. `anneal` lets the learning rate of each partition fall to zero
+    Besides the labels it can learn from `soft_targets`; those of the mean are worked out when the last phase begins, in
+    the middle of the run if it has but one. `anneal` lets the learning rate of each partition fall to zero
     over that share of the run before the partition stops training. With `recalibrate` the BatchNorm statistics of
     partitions are taken anew before these settle; with `veto` partitions whose weights still move settle later than
     planned. Each partition ends its training with the mean of its weights over the last `average` share of it.
@@ -116,7 +117,14 @@ class Trainer:
         self._cache: Cache | None = None
         self._test_cache: Cache | None = None
         self._steps = self.plan.epochs * self.loader.steps_per_epoch
-        self._endings = Endings(self.executor, self.plan, average=self.average, recalibrate=self.recalibrate)
+        self._gathering = self._when_to_gather()
+        self._endings = Endings(
+            self.executor,
+            self.plan,
+            average=self.average,
+            recalibrate=self.recalibrate,
+            gathering=self._gathering,
+        )
         self._plasticity = self._watch() if self.veto else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
         # Unknown names and impossible values are refused here, before a run has left anything behind.
@@ -130,6 +138,8 @@ class Trainer:
                 index = self._next_phase(epoch)
                 if index != self._index:
                     self._enter(index, epoch)
+                elif epoch == self._gathering and len(self.plan.phases) == 1:
+                    self._finish(epoch, [], gather=True)
                 record = self._epoch(epoch, index, began)
                 self.observer.epoch_done(record)
                 yield record
@@ -154,7 +164,9 @@ class Trainer:
     def _enter(self, index: int, epoch: int) -> None:
         phase = self.plan.phases[index]
         if self._index is not None:
-            self._finish(epoch, [i for i in range(*self.executor.window) if not phase.start <= i < phase.stop])
+            gather = self._gathering is not None and phase is self.plan.phases[-1]
+            ended = [i for i in range(*self.executor.window) if not phase.start <= i < phase.stop]
+            self._finish(epoch, ended, gather=gather)
         self._index = index
         self._parts = self.grad_accum_steps * phase.micro_batches
         self.executor.enter(phase)
@@ -196,8 +208,14 @@ class Trainer:
         window = max(1, self.loader.steps_per_epoch // QUIET_WINDOWS)
         return Plasticity(self._endings.owned, window=window)
 
-    def _finish(self, epoch: int, partitions: Sequence[int]) -> None:
-        """Let partitions whose training ends have what they are to keep."""
+    def _when_to_gather(self) -> int | None:
+        """The epoch that begins with the mean of the weights and what it says of all images, if one does."""
+        if self.soft_targets is None or not self.soft_targets.of_mean or self.plan.epochs < 2:
+            return None
+        return self.plan.first_epoch(len(self.plan.phases) - 1) or self.plan.epochs // 2
+
+    def _finish(self, epoch: int, partitions: Sequence[int], *, gather: bool = False) -> None:
+        """Let partitions whose training ends have what they are to keep; at the gathering, keep soft targets."""
 
         def forward(stop: int) -> None:
             self.executor.train()
@@ -206,7 +224,12 @@ class Trainer:
                     values = self._settle(batch.images) if isinstance(batch, Batch) else batch.values
                     self.executor.resume(values, stop)
 
-        self._endings.finish(partitions, forward)
+        self._endings.finish(partitions, forward, gather=gather)
+        if gather and self.soft_targets:
+            self.executor.eval()
+            with torch.no_grad(), self._autocast():
+                for batch in self._batches(epoch):
+                    self.soft_targets.keep(logits_of(self._run(_given(batch))), batch.ids)
 
     def _epoch(self, epoch: int, index: int, began: float) -> EpochRecord:
         energy = self._meter.read().energy_joules
@@ -346,12 +369,16 @@ class Trainer:
         accuracy = Accuracy(self.device)
         with torch.no_grad(), self._autocast():
             for batch in self._test_batches():
-                logits = logits_of(self._run(batch.images if isinstance(batch, Batch) else batch.values))
+                logits = logits_of(self._run(_given(batch)))
                 accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
         return accuracy.read()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+
+def _given(batch: Batch | SettledBatch) -> Tensor | list[Any]:
+    return batch.images if isinstance(batch, Batch) else batch.values
 
 
 def logits_of(output: Any) -> Tensor:

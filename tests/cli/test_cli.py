@@ -45,7 +45,7 @@ TRAIN_OPTIONS = """
 --no-deterministic --no-dry-run --no-pretrained --no-progress --opt --output --output-dir --parts --plan
 --pretrained --print-config --progress --quiet -q --sched --schedule --seed --settled-dtype --smoothing --std --stem
 --anneal --average --no-recalibrate --no-veto --recalibrate --settle-from --settle-share --settle-until
---soft-targets --soft-temperature --veto
+--soft-from --soft-targets --soft-temperature --veto
 --torchcompile --train-batches-per-epoch --train-limit  --verbose -v --warmup-epochs --wd --weight-decay
 --workers -j
 """
@@ -243,6 +243,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "schedule": "settle",
         "balance": "params",
         "by": "natural",
+        "soft-from": "mean",
         "amp-dtype": "float16",
         "mean": "0.5,0.25,0.125",
         "std": "1,2,3",

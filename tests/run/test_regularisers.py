@@ -88,6 +88,72 @@ def test_soft_targets_keep_large_logits_finite() -> None:
         assert soft.loss(logits, labels, ids, progress=1.0).isfinite()
 
 
+def test_targets_of_the_mean_are_kept_once_and_weigh_the_same_from_then_on() -> None:
+    random = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 4, 5, generator=random)
+    labels, ids = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 3])
+    soft = SoftTargets(4, weight=0.8, temperature=2.0, of_mean=True)
+    hard = F.cross_entropy(second, labels)
+    assert torch.allclose(soft.loss(first, labels, ids, progress=0.1), F.cross_entropy(first, labels))
+    assert torch.allclose(soft.loss(second, labels, ids, progress=0.9), hard)
+    soft.keep(first, ids)
+    target = (first.half().float() / 2).softmax(1)
+    divergence = (target * (target.log() - (second / 2).log_softmax(1))).sum(1).mean()
+    for progress in (0.6, 0.9):
+        found = soft.loss(second, labels, ids, progress=progress)
+        assert torch.allclose(found, 0.2 * hard + 0.8 * 4 * divergence, atol=1e-5)
+
+
+class Watched(SoftTargets):
+    """Remembers the network as it is when logits are kept of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(50, weight=0.5, of_mean=True)
+        self.model, self.kept, self.ids = model, [], []  # type: ignore[var-annotated]
+
+    def keep(self, logits: Tensor, ids: Tensor) -> None:
+        super().keep(logits, ids)
+        self.kept.append((copy.deepcopy(self.model), logits.clone()))
+        self.ids += ids.tolist()
+
+
+@pytest.mark.parametrize("plan", [(Phase(start=0, stop=4, epochs=4),), PHASES], ids=["standard", "settling"])
+def test_targets_of_the_mean_are_what_it_says_of_all_images_in_evaluation(plan: tuple[Phase, ...]) -> None:
+    torch.manual_seed(0)
+    model = Chain()
+    before = [copy.deepcopy(model) for _ in trainer(model, plan=(Phase(start=0, stop=4, epochs=2),)).epochs()]
+    torch.manual_seed(0)
+    model = Chain()
+    soft = Watched(model)
+    made = trainer(model, plan=plan, average=0.75, soft_targets=soft)
+    run = made.epochs()
+    next(run), next(run)
+    assert not soft.kept
+    next(run)
+    assert sorted(soft.ids) == list(range(50))
+    taught, _ = soft.kept[0]
+    for name, parameter in taught.named_parameters():
+        mean = torch.stack([each.get_parameter(name) for each in before]).mean(0)
+        assert torch.allclose(parameter, mean, atol=1e-6), name
+    said = torch.cat([logits for _, logits in soft.kept])
+    images = torch.cat([batch.images for batch in batches(TRAIN, batch_size=16, shuffle=True, seed=3, epoch=2)])
+    assert torch.allclose(said, taught.eval()(images), atol=1e-5)
+    next(run)
+    assert len(soft.ids) == 50
+
+
+def test_the_loss_compares_with_the_mean_from_its_moment_on() -> None:
+    """Training is as ever until then, and another one afterwards."""
+    runs = {}
+    for weight in (0.0, 0.5):
+        torch.manual_seed(0)
+        soft = SoftTargets(50, weight=weight, of_mean=True)
+        made = trainer(Chain(), plan=PHASES, average=0.5, soft_targets=soft)
+        runs[weight] = [record.train_loss for record in made.epochs()]
+    assert runs[0.0][:2] == runs[0.5][:2]
+    assert all(hard != mixed for hard, mixed in zip(runs[0.0][2:], runs[0.5][2:], strict=True))
+
+
 # Annealing
 
 
