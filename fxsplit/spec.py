@@ -165,8 +165,8 @@ class RunSpec:
     )
     soft_from: str = _option(
         "Regularisation",
-        "Which output: when it last saw the image, with a share that grows till the end of the run (last), or what the "
-        "mean of its weights says when partitions settle for the last time, else in the middle of the run (mean).",
+        "Which output: when it last saw the image, with a share that grows till the end of the run (last), or in the "
+        "second half of the run what the mean of its weights said in the middle (mean).",
         "last",
         choices=("last", "mean"),
         l2l="mean",

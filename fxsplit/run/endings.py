@@ -16,7 +16,7 @@ class Endings:
     """Partitions end with their mean over the last `average` share of their training; with `recalibrate`, or after
     averaging, BatchNorm statistics are taken anew.
 
-    At the `gathering`, an epoch inside the run, all that train take such a mean and then train on from it.
+    Before the epoch `gathering` all that train take such a mean, of the run so far, and then train on from it.
 
     `owned` are the parameters of each partition, and `epochs` the epoch before which it stops training by the plan; a
     parameter that several partitions use belongs to the first.
@@ -60,6 +60,8 @@ class Endings:
             partitions = range(*self._executor.window)
             self._gathered.apply(parameter for index in partitions for parameter in self.owned[index])
             self._gathering = None
+            # What was counted so far is of weights that are no more.
+            self._average = WeightAverage()
         if not (self._share or self._recalibrate):
             return
         stop = max(partitions, default=-1) + 1

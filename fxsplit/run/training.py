@@ -71,9 +71,9 @@ class MakeCache(Protocol):
 class Trainer:
     """Trains an executor by a plan: cross-entropy, one optimizer step a batch.
 
-    Besides the labels it can learn from `soft_targets`; those of the mean are worked out when the last phase begins, in
-    the middle of the run if it has but one. `anneal` lets the learning rate of each partition fall to zero
-    over that share of the run before the partition stops training. With `recalibrate` the BatchNorm statistics of
+    Besides the labels it can learn from `soft_targets`; those of the mean are worked out in the middle of the run.
+    `anneal` lets the learning rate of each partition fall to zero over that share of the run before the partition stops
+    training. With `recalibrate` the BatchNorm statistics of
     partitions are taken anew before these settle; with `veto` partitions whose weights still move settle later than
     planned. Each partition ends its training with the mean of its weights over the last `average` share of it.
 
@@ -117,7 +117,8 @@ class Trainer:
         self._cache: Cache | None = None
         self._test_cache: Cache | None = None
         self._steps = self.plan.epochs * self.loader.steps_per_epoch
-        self._gathering = self._when_to_gather()
+        of_mean = self.soft_targets is not None and self.soft_targets.of_mean
+        self._gathering = self.plan.epochs // 2 if of_mean and self.plan.epochs > 1 else None
         self._endings = Endings(
             self.executor,
             self.plan,
@@ -138,8 +139,8 @@ class Trainer:
                 index = self._next_phase(epoch)
                 if index != self._index:
                     self._enter(index, epoch)
-                elif epoch == self._gathering and len(self.plan.phases) == 1:
-                    self._finish(epoch, [], gather=True)
+                elif epoch == self._gathering:
+                    self._finish(epoch, [])
                 record = self._epoch(epoch, index, began)
                 self.observer.epoch_done(record)
                 yield record
@@ -164,9 +165,7 @@ class Trainer:
     def _enter(self, index: int, epoch: int) -> None:
         phase = self.plan.phases[index]
         if self._index is not None:
-            gather = self._gathering is not None and phase is self.plan.phases[-1]
-            ended = [i for i in range(*self.executor.window) if not phase.start <= i < phase.stop]
-            self._finish(epoch, ended, gather=gather)
+            self._finish(epoch, [i for i in range(*self.executor.window) if not phase.start <= i < phase.stop])
         self._index = index
         self._parts = self.grad_accum_steps * phase.micro_batches
         self.executor.enter(phase)
@@ -208,13 +207,7 @@ class Trainer:
         window = max(1, self.loader.steps_per_epoch // QUIET_WINDOWS)
         return Plasticity(self._endings.owned, window=window)
 
-    def _when_to_gather(self) -> int | None:
-        """The epoch that begins with the mean of the weights and what it says of all images, if one does."""
-        if self.soft_targets is None or not self.soft_targets.of_mean or self.plan.epochs < 2:
-            return None
-        return self.plan.first_epoch(len(self.plan.phases) - 1) or self.plan.epochs // 2
-
-    def _finish(self, epoch: int, partitions: Sequence[int], *, gather: bool = False) -> None:
+    def _finish(self, epoch: int, partitions: Sequence[int]) -> None:
         """Let partitions whose training ends have what they are to keep; at the gathering, keep soft targets."""
 
         def forward(stop: int) -> None:
@@ -224,8 +217,10 @@ class Trainer:
                     values = self._settle(batch.images) if isinstance(batch, Batch) else batch.values
                     self.executor.resume(values, stop)
 
+        gather = epoch == self._gathering
         self._endings.finish(partitions, forward, gather=gather)
         if gather and self.soft_targets:
+            self._gathering = None
             self.executor.eval()
             with torch.no_grad(), self._autocast():
                 for batch in self._batches(epoch):

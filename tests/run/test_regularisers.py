@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -117,11 +118,14 @@ class Watched(SoftTargets):
         self.ids += ids.tolist()
 
 
-@pytest.mark.parametrize("plan", [(Phase(start=0, stop=4, epochs=4),), PHASES], ids=["standard", "settling"])
-def test_targets_of_the_mean_are_what_it_says_of_all_images_in_evaluation(plan: tuple[Phase, ...]) -> None:
+LATER = (Phase(start=0, stop=4, epochs=1), Phase(start=1, stop=4, epochs=3))
+
+
+@pytest.mark.parametrize("plan", ["standard", PHASES, LATER], ids=["standard", "then settling", "while settled"])
+def test_targets_of_the_mean_are_what_it_says_of_all_images_in_evaluation(plan: Any) -> None:
     torch.manual_seed(0)
     model = Chain()
-    before = [copy.deepcopy(model) for _ in trainer(model, plan=(Phase(start=0, stop=4, epochs=2),)).epochs()]
+    before = [copy.deepcopy(model) for _ in islice(trainer(model, plan=plan, average=0.75).epochs(), 2)]
     torch.manual_seed(0)
     model = Chain()
     soft = Watched(model)
