@@ -26,7 +26,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +55,7 @@ Budget = Annotated[float | None, typer.Option(help="--memory-budget of checkpoin
 Threads = Annotated[int, typer.Option(help="CPU threads of a run.")]
 
 
-def options(arm: str, budget: float | None) -> list[str]:
+def options(arm: str, budget: float | None, words: list[str]) -> list[str]:
     """Those of `fxsplit train` by which an arm differs from the others."""
     within = [] if budget is None else ["--memory-budget", str(budget)]
     match arm:
@@ -65,20 +64,17 @@ def options(arm: str, budget: float | None) -> list[str]:
         case "checkpointed":
             return ["--schedule", "standard", *within]
         case "regularised":
-            return ["--schedule", "standard", *_regularisation()]
+            return ["--schedule", "standard", *_regularisation(words)]
     return ["--schedule", "standard"]
 
 
-def _regularisation() -> Iterator[str]:
-    """What --l2l switches on."""
-    chosen = RunSpec(model="any", schedule="l2l")
-    for item in fields(RunSpec):
-        usual, with_l2l = item.metadata["defaults"]
-        if item.metadata["group"] == "Regularisation" and with_l2l != usual:
-            value = getattr(chosen, item.name)
-            yield f"--{item.name.replace('_', '-')}"
-            if value is not True:
-                yield str(value)
+def _regularisation(words: list[str]) -> Iterator[str]:
+    """What --l2l switches on in a run of as many epochs."""
+    epochs = int(words[words.index("--epochs") + 1]) if "--epochs" in words else RunSpec(model="any").epochs
+    for key, value in RunSpec(model="any", schedule="l2l", epochs=epochs).differing("Regularisation").items():
+        yield f"--{key}"
+        if value is not True:
+            yield str(value)
 
 
 def _arms(only: str, budget: float | None) -> list[str]:
@@ -100,7 +96,15 @@ def run(
             folder = out / f"{arm}-s{seed}"
             if not (folder / PROCESSOR).exists():
                 shutil.rmtree(folder, ignore_errors=True)
-                own = [*options(arm, budget), "--seed", seed, "--output", str(out), "--experiment", folder.name]
+                own = [
+                    *options(arm, budget, context.args),
+                    "--seed",
+                    seed,
+                    "--output",
+                    str(out),
+                    "--experiment",
+                    folder.name,
+                ]
                 seconds = _call("-m", "fxsplit", "train", *context.args, *own, "--quiet", threads=threads)
                 (folder / PROCESSOR).write_text(str(seconds))
 
@@ -112,7 +116,7 @@ def memory(context: typer.Context, out: Path, threads: Threads = 1, only: Only =
         folder = out / f"{arm}-memory"
         if not (folder / MEMORY).exists():
             shutil.rmtree(folder, ignore_errors=True)
-            own = [*options(arm, budget), "--output", str(out), "--experiment", folder.name, "--quiet"]
+            own = [*options(arm, budget, context.args), "--output", str(out), "--experiment", folder.name, "--quiet"]
             _call(__file__, "record", str(folder / MEMORY), "--", *context.args, *own, threads=threads)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -24,6 +24,8 @@ ENVIRONMENT_PREFIX = "FXSPLIT_"
 # What only these schedules heed.
 SETTLING = ("settle_from", "settle_until", "settle_share")
 SETTLING_SCHEDULES = ("settle", "l2l")
+# Epochs from which a run is long: by its middle, networks of the experiments of docs/results knew all their images.
+LONG_RUN = 40
 # What a plan file says itself.
 PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs", "epochs_total", *SETTLING)
 
@@ -41,15 +43,18 @@ def _option(
     below: float | None = None,
     most: float | None = None,
     l2l: Any = None,
+    long_l2l: Any = None,
 ) -> Any:
     """A field of RunSpec. The help of one with a `pattern` lists what is allowed.
 
-    With `l2l` there are two defaults, this one for the schedule l2l: the field is None until RunSpec knows which.
+    The schedule l2l may have a default of its own, `l2l`, and one for long runs, `long_l2l`: the field is then None
+    until RunSpec knows which.
     """
-    defaults = (default, default if l2l is None else l2l)
+    short = default if l2l is None else l2l
+    defaults = (default, short, short if long_l2l is None else long_l2l)
     metadata: dict[str, Any] = {"group": group, "help": text, "flags": flags, "choices": choices, "pattern": pattern}
     metadata |= {"least": least, "above": above, "below": below, "most": most, "defaults": defaults}
-    return field(default=None if l2l is not None else default, metadata=metadata)
+    return field(default=default if l2l is long_l2l is None else None, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +166,7 @@ class RunSpec:
         0.0,
         least=0,
         below=1,
-        l2l=0.8,
+        long_l2l=0.8,
     )
     soft_from: str = _option(
         "Regularisation",
@@ -263,12 +268,27 @@ class RunSpec:
     def __post_init__(self) -> None:
         for item in fields(self):
             if getattr(self, item.name) is item.default is None:
-                object.__setattr__(self, item.name, item.metadata["defaults"][self.schedule == "l2l"])
+                object.__setattr__(self, item.name, self._default(item))
         values, problems = _read_fields({item.name: getattr(self, item.name) for item in fields(self)})
         for name, value in values.items():
             object.__setattr__(self, name, value)
         if sentences := [*problems.values(), *_conflicts(self, wrong=problems.keys())]:
             raise UsageError("; ".join(sentences))
+
+    def _default(self, item: Field[Any]) -> Any:
+        """What a field is in such a run, unless given."""
+        usual, short, long = item.metadata["defaults"]
+        epochs = self.epochs_total or self.epochs
+        is_long = isinstance(epochs, int) and epochs >= LONG_RUN
+        return usual if self.schedule != "l2l" else long if is_long else short
+
+    def differing(self, group: str) -> dict[str, Any]:
+        """The fields of a group that are not as in a run of the schedule `standard` without any option, by key."""
+        return {
+            _key(item.name): getattr(self, item.name)
+            for item in fields(self)
+            if item.metadata["group"] == group and getattr(self, item.name) != item.metadata["defaults"][0]
+        }
 
     @classmethod
     def keys(cls) -> tuple[str, ...]:
@@ -388,7 +408,7 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
     if spec.parts is not None and spec.at and not {"parts", "at"} & set(wrong):
         yield f"parts is {spec.parts} and at is {','.join(spec.at)!r}, but only one can say where to cut"
     if spec.plan is not None and "plan" not in wrong:
-        defaults = {item.name: item.metadata["defaults"][spec.schedule == "l2l"] for item in fields(spec)}
+        defaults = {item.name: spec._default(item) for item in fields(spec)}
         if given := [name for name in PLANNED if getattr(spec, name) != defaults[name] and name not in wrong]:
             yield beside_plan(given)
     unheeded = [_key(name) for name in SETTLING if getattr(spec, name) is not None and name not in wrong]

@@ -278,6 +278,20 @@ def test_only_schedules_that_settle_heed_when() -> None:
         resolve(recipe, {"schedule": "grow", "settle_until": 0.5})
 
 
+def test_l2l_has_defaults_of_its_own_and_some_for_long_runs() -> None:
+    def differing(**values: Any) -> dict[str, Any]:
+        return RunSpec(model="paper:cnn", **values).differing("Regularisation")
+
+    short = {"smoothing": 0.1, "soft-from": "mean", "soft-temperature": 2.0, "average": 0.25, "recalibrate": True}
+    assert differing(epochs=60) == differing() == {}
+    assert differing(schedule="l2l", epochs=39) == short
+    assert differing(schedule="l2l", epochs=40) == {**short, "soft-targets": 0.8}
+    assert differing(schedule="l2l", epochs=10, epochs_total=40) == {**short, "soft-targets": 0.8}
+    assert differing(schedule="l2l", epochs=60, soft_targets=0.0, average=0.0) == {
+        key: value for key, value in short.items() if key != "average"
+    }
+
+
 def test_what_a_plan_says_are_all_fields_of_its_group() -> None:
     group = [item.name for item in fields(RunSpec) if item.metadata["group"] == "Layer-to-layer"]
     assert sorted(PLANNED) == sorted({*group, "epochs", "epochs_total"} - {"plan"})
