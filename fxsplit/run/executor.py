@@ -30,9 +30,10 @@ class Executor(nn.Module):
     """Runs `trace.model` partition by partition; takes its place in any training loop.
 
     It shares the model's modules, parameters and buffers, so `state_dict()` has the model's own keys, and moving or
-    loading either of the two does so to both. Before the first `enter`, everything trains. What is settled is folded,
-    and delivers the same within rounding. With a `settled_dtype`, such as torch.bfloat16, it runs in that precision
-    while the rest trains; in evaluation as ever.
+    loading either of the two does so to both. Before the first `enter`, everything trains, bit for bit as the model
+    does but for what `fxsplit.run.pointwise` does. What is settled is folded, and delivers the same within rounding.
+    With a `settled_dtype`, such as torch.bfloat16, it runs in that precision while the rest trains; in evaluation as
+    ever.
 
     Raises PartitionError when the partitions are not those of this trace.
     """
