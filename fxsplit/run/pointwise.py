@@ -33,6 +33,7 @@ def _is_faster(images: Tensor) -> bool:
     return (
         images.device.type == "cpu"
         and images.dtype is torch.float32
+        and images.dim() == 4
         and images.permute(0, 2, 3, 1).is_contiguous()
         and not images.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
@@ -44,6 +45,10 @@ def is_pointwise(weight: Tensor, *, stride: Any = 1, padding: Any = 0, groups: A
     return (
         weight.shape[2:] == (1, 1) and stride in (1, (1, 1)) and padding in (0, (0, 0), "valid", "same") and groups == 1
     )
+
+
+def _is_module_pointwise(module: nn.Conv2d) -> bool:
+    return is_pointwise(module.weight, stride=module.stride, padding=module.padding, groups=module.groups)
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -58,7 +63,7 @@ def use_products(graph: fx.Graph, model: nn.Module) -> fx.Graph:
         if node.op != "call_module":
             continue
         module = model.get_submodule(str(node.target))
-        if type(module) is nn.Conv2d and is_pointwise(module.weight, **vars(module)):
+        if type(module) is nn.Conv2d and _is_module_pointwise(module):
             with graph.inserting_before(node):
                 called = graph.create_node("get_attr", str(node.target))
                 product = graph.call_function(convolved, (called, *node.args), dict(node.kwargs))

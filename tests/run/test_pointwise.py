@@ -94,6 +94,14 @@ def test_in_the_usual_order_convolutions_stay_bit_for_bit() -> None:
     assert convolutions(net, images) == convolutions(plain, images) == 6
 
 
+def test_a_single_image_without_a_batch_is_taken() -> None:
+    model, image = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU()), torch.randn(SHAPE[1:])
+    plain = copy.deepcopy(model)
+    captured = trace(model, (image,))
+    net = Executor(captured, partition(captured.train, captured.eval, count=1))
+    assert torch.equal(net(image), plain(image))
+
+
 @pytest.mark.parametrize(
     "options",
     [{"stride": 2}, {"padding": 1}, {"groups": 2}, {"kernel_size": (1, 3)}],
