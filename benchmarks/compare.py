@@ -16,6 +16,7 @@ step to the end, tests and cache included: activations are all that does not out
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import operator
@@ -70,8 +71,10 @@ def options(arm: str, budget: float | None, words: list[str]) -> list[str]:
 
 def _regularisation(words: list[str]) -> Iterator[str]:
     """What --l2l switches on in a run of as many epochs."""
-    epochs = int(words[words.index("--epochs") + 1]) if "--epochs" in words else RunSpec(model="any").epochs
-    for key, value in RunSpec(model="any", schedule="l2l", epochs=epochs).differing("Regularisation").items():
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--epochs", type=int, default=RunSpec(model="any").epochs)
+    given, _ = parser.parse_known_args(words)
+    for key, value in RunSpec(model="any", schedule="l2l", epochs=given.epochs).differing("Regularisation").items():
         yield f"--{key}"
         if value is not True:
             yield str(value)
@@ -96,16 +99,9 @@ def run(
             folder = out / f"{arm}-s{seed}"
             if not (folder / PROCESSOR).exists():
                 shutil.rmtree(folder, ignore_errors=True)
-                own = [
-                    *options(arm, budget, context.args),
-                    "--seed",
-                    seed,
-                    "--output",
-                    str(out),
-                    "--experiment",
-                    folder.name,
-                ]
-                seconds = _call("-m", "fxsplit", "train", *context.args, *own, "--quiet", threads=threads)
+                own = [*options(arm, budget, context.args), "--output", str(out), "--experiment", folder.name]
+                words = ["train", *context.args, *own, "--seed", seed, "--quiet"]
+                seconds = _call("-m", "fxsplit", *words, threads=threads)
                 (folder / PROCESSOR).write_text(str(seconds))
 
 

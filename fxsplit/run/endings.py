@@ -27,7 +27,7 @@ class Endings:
     ) -> None:
         self._executor = executor
         self._share, self._recalibrate = average, recalibrate
-        self._gathering = gathering
+        self.gathering = gathering
         self._average, self._gathered = WeightAverage(), WeightAverage()
         known = {name: parameter for name, parameter in executor.named_parameters() if parameter.requires_grad}
         self.owned: list[list[Tensor]] = [
@@ -44,7 +44,7 @@ class Endings:
             live = [parameter for parameter in parameters if parameter.requires_grad]
             if self._counts(epoch, end):
                 self._average.add(live)
-            if self._gathering is not None and self._counts(epoch, self._gathering):
+            if self.gathering is not None and self._counts(epoch, self.gathering):
                 self._gathered.add(live)
 
     def _counts(self, epoch: int, end: int) -> bool:
@@ -59,7 +59,7 @@ class Endings:
         if gather:
             partitions = range(*self._executor.window)
             self._gathered.apply(parameter for index in partitions for parameter in self.owned[index])
-            self._gathering = None
+            self.gathering = None
             # What was counted so far is of weights that are no more.
             self._average = WeightAverage()
         if not (self._share or self._recalibrate):

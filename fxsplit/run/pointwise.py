@@ -13,20 +13,24 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
 
+from fxsplit.capture.naming import called_module
+
 
 def conv2d(images: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     """What F.conv2d gives for a pointwise convolution: images (N, C, H, W), weight (filters, C, 1, 1)."""
-    if _is_faster(images):
-        return F.linear(images.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(images, weight, bias, **options)
+    return _product(images, weight, bias) if _is_faster(images) else F.conv2d(images, weight, bias, **options)
 
 
 def convolved(module: nn.Conv2d, images: Tensor) -> Tensor:
     """What a pointwise convolution gives; with its hooks, it does it itself."""
     if _is_faster(images) and is_untouched(module, nn.Conv2d):
-        return conv2d(images, module.weight, module.bias)
+        return _product(images, module.weight, module.bias)
     result: Tensor = module(images)
     return result
+
+
+def _product(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(images.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def _is_faster(images: Tensor) -> bool:
@@ -60,12 +64,13 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
 def use_products(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     """Let pointwise convolutions in a stage's graph be `convolved`, in place; returns the graph."""
     for node in list(graph.nodes):
-        if node.op != "call_module":
+        path = called_module(node)
+        if path is None:
             continue
-        module = model.get_submodule(str(node.target))
+        module = model.get_submodule(path)
         if type(module) is nn.Conv2d and _is_module_pointwise(module):
             with graph.inserting_before(node):
-                called = graph.create_node("get_attr", str(node.target))
+                called = graph.create_node("get_attr", path)
                 product = graph.call_function(convolved, (called, *node.args), dict(node.kwargs))
             product.meta.update(node.meta)
             node.replace_all_uses_with(product)

@@ -73,9 +73,9 @@ class Trainer:
 
     Besides the labels it can learn from `soft_targets`; those of the mean are worked out in the middle of the run.
     `anneal` lets the learning rate of each partition fall to zero over that share of the run before the partition stops
-    training. With `recalibrate` the BatchNorm statistics of
-    partitions are taken anew before these settle; with `veto` partitions whose weights still move settle later than
-    planned. Each partition ends its training with the mean of its weights over the last `average` share of it.
+    training. With `recalibrate` the BatchNorm statistics of partitions are taken anew before these settle; with `veto`
+    partitions whose weights still move settle later than planned. Each partition ends its training with the mean of its
+    weights over the last `average` share of it.
 
     `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
     backward passes, with the gradient of the whole; the micro-batches of a phase split each of them further.
@@ -118,13 +118,12 @@ class Trainer:
         self._test_cache: Cache | None = None
         self._steps = self.plan.epochs * self.loader.steps_per_epoch
         of_mean = self.soft_targets is not None and self.soft_targets.of_mean
-        self._gathering = self.plan.epochs // 2 if of_mean and self.plan.epochs > 1 else None
         self._endings = Endings(
             self.executor,
             self.plan,
             average=self.average,
             recalibrate=self.recalibrate,
-            gathering=self._gathering,
+            gathering=self.plan.epochs // 2 if of_mean and self.plan.epochs > 1 else None,
         )
         self._plasticity = self._watch() if self.veto else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
@@ -139,7 +138,7 @@ class Trainer:
                 index = self._next_phase(epoch)
                 if index != self._index:
                     self._enter(index, epoch)
-                elif epoch == self._gathering:
+                elif epoch == self._endings.gathering:
                     self._finish(epoch, [])
                 record = self._epoch(epoch, index, began)
                 self.observer.epoch_done(record)
@@ -217,10 +216,9 @@ class Trainer:
                     values = self._settle(batch.images) if isinstance(batch, Batch) else batch.values
                     self.executor.resume(values, stop)
 
-        gather = epoch == self._gathering
+        gather = epoch == self._endings.gathering
         self._endings.finish(partitions, forward, gather=gather)
         if gather and self.soft_targets:
-            self._gathering = None
             self.executor.eval()
             with torch.no_grad(), self._autocast():
                 for batch in self._batches(epoch):

@@ -8,26 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxsplit.capture.tracing import trace
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
 from fxsplit.run.executor import Executor
+from tests.run.test_prefix import Calls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE = (4, 8, 6, 6)
-
-
-class Convolutions(TorchDispatchMode):
-    """Counts convolutions, forward and backward."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += "convolution" in str(func)
-        return func(*args, **(kwargs or {}))
 
 
 def bottleneck() -> nn.Module:
@@ -55,9 +45,10 @@ def channels_last(model: nn.Module) -> tuple[nn.Module, Tensor]:
 
 
 def convolutions(net: nn.Module, images: Tensor) -> int:
-    with Convolutions() as seen:
+    """Forward and backward."""
+    with Calls() as calls:
         net(images).square().sum().backward()
-    return seen.count
+    return calls.count("convolution")
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -149,9 +140,9 @@ def test_settled_partitions_use_products_once_values_are_in_channels_last(
     expected = net.eval().resume([images], stop=1)[0].detach()
     net.enter(Phase(start=1, stop=2, epochs=1))
     net.train()
-    with Convolutions() as seen:
+    with Calls() as calls:
         (value,) = net.settle(images)
-    assert seen.count == count
+    assert calls.count("convolution") == count
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 
