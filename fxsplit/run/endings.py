@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
 from fxsplit.plan.schedule import Plan
 from fxsplit.run.averaging import WeightAverage
 from fxsplit.run.batchnorm import norms_of, taken_anew
@@ -18,8 +16,7 @@ class Endings:
 
     Before the epoch `gathering` all that train take such a mean, of the run so far, and then train on from it.
 
-    `owned` are the parameters of each partition, and `epochs` the epoch before which it stops training by the plan; a
-    parameter that several partitions use belongs to the first.
+    `epochs` is by partition the epoch before which it stops training by the plan.
     """
 
     def __init__(
@@ -29,18 +26,14 @@ class Endings:
         self._share, self._recalibrate = average, recalibrate
         self.gathering = gathering
         self._average, self._gathered = WeightAverage(), WeightAverage()
-        known = {name: parameter for name, parameter in executor.named_parameters() if parameter.requires_grad}
-        self.owned: list[list[Tensor]] = [
-            [known.pop(name) for name in part.state if name in known] for part in plan.partitions
-        ]
-        self.epochs = [0] * len(self.owned)
+        self.epochs = [0] * len(plan.partitions)
         for number, phase in enumerate(plan.phases):
             for index in range(phase.start, phase.stop):
                 self.epochs[index] = plan.first_epoch(number) + phase.epochs
 
     def epoch_done(self, epoch: int) -> None:
         """Count the weights in of what has so much of its training behind it."""
-        for parameters, end in zip(self.owned, self.epochs, strict=True):
+        for parameters, end in zip(self._executor.owned, self.epochs, strict=True):
             live = [parameter for parameter in parameters if parameter.requires_grad]
             if self._counts(epoch, end):
                 self._average.add(live)
@@ -55,10 +48,10 @@ class Endings:
 
         `forward` runs batches up to a cut, in training.
         """
-        self._average.apply(parameter for index in partitions for parameter in self.owned[index])
+        self._average.apply(parameter for index in partitions for parameter in self._executor.owned[index])
         if gather:
             partitions = range(*self._executor.window)
-            self._gathered.apply(parameter for index in partitions for parameter in self.owned[index])
+            self._gathered.apply(parameter for index in partitions for parameter in self._executor.owned[index])
             self.gathering = None
             # What was counted so far is of weights that are no more.
             self._average = WeightAverage()

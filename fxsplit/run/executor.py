@@ -35,6 +35,9 @@ class Executor(nn.Module):
     With a `settled_dtype`, such as torch.bfloat16, it runs in that precision while the rest trains; in evaluation as
     ever.
 
+    `owned` are the parameters of each partition that trained when the executor was made; one that several partitions
+    use belongs to the first of them.
+
     Raises PartitionError when the partitions are not those of this trace.
     """
 
@@ -65,7 +68,7 @@ class Executor(nn.Module):
         )
         self._fed = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
         parameters = dict(model.named_parameters())
-        self._owned = tuple(
+        self.owned = tuple(
             tuple(parameters[name] for name in partition.state if name in parameters and parameters[name].requires_grad)
             for partition in partitions
         )
@@ -86,8 +89,8 @@ class Executor(nn.Module):
         With `optimizer` they have no state in it either, and a phase with `fresh_optimizer` begins without any.
         Entering the phase that it is in changes nothing, so a loop may do so in every epoch.
 
-        Parameters that did not train when the executor was made never do. A parameter that several partitions use
-        belongs to the first of them. Raises PartitionError when the phase has more partitions than there are.
+        Parameters that did not train when the executor was made never do. Raises PartitionError when the phase has more
+        partitions than there are.
         """
         if phase.stop > len(self._stages):
             raise PartitionError(
@@ -98,7 +101,7 @@ class Executor(nn.Module):
         if is_new:
             self._prefix.forget()
         self._phase = phase
-        for index, parameters in enumerate(self._owned):
+        for index, parameters in enumerate(self.owned):
             trains = phase.start <= index < phase.stop
             for parameter in parameters:
                 parameter.requires_grad_(trains)

@@ -192,7 +192,7 @@ class Trainer:
 
     def _last_steps(self) -> dict[Tensor, int]:
         """The step at which each parameter stops training by the plan, an exit's with those of its partition."""
-        partitions = [list(parameters) for parameters in self._endings.owned]
+        partitions = [list(parameters) for parameters in self.executor.owned]
         for name, each in self.exits.modules.items() if self.exits else ():
             partitions[int(name)] += each.parameters()
         return {
@@ -204,7 +204,7 @@ class Trainer:
     def _watch(self) -> Plasticity:
         # Quiet for as long as an epoch.
         window = max(1, self.loader.steps_per_epoch // QUIET_WINDOWS)
-        return Plasticity(self._endings.owned, window=window)
+        return Plasticity(self.executor.owned, window=window)
 
     def _finish(self, epoch: int, partitions: Sequence[int]) -> None:
         """Let partitions whose training ends have what they are to keep; at the gathering, keep soft targets."""
