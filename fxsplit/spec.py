@@ -179,11 +179,11 @@ class RunSpec:
     soft_temperature: float = _option("Regularisation", "Temperature of this comparison.", 1.0, above=0, l2l=2.0)
     average: float = _option(
         "Regularisation",
-        "Each partition ends its training with the mean of its weights over this last share of it.",
+        "Each partition ends its training with the mean of its weights over this last share of its steps.",
         0.0,
         least=0,
         below=1,
-        l2l=0.25,
+        l2l=0.15,
     )
     anneal: float = _option(
         "Regularisation",

@@ -11,7 +11,7 @@ from fxsplit.run.executor import Executor
 
 
 class Endings:
-    """Partitions end with their mean over the last `average` share of their training; with `recalibrate`, or after
+    """Partitions end with their mean over the last `average` share of their steps; with `recalibrate`, or after
     averaging, BatchNorm statistics are taken anew.
 
     Before the epoch `gathering` all that train take such a mean, of the run so far, and then train on from it.
@@ -20,9 +20,16 @@ class Endings:
     """
 
     def __init__(
-        self, executor: Executor, plan: Plan, *, average: float, recalibrate: bool, gathering: int | None = None
+        self,
+        executor: Executor,
+        plan: Plan,
+        *,
+        steps_per_epoch: int,
+        average: float,
+        recalibrate: bool,
+        gathering: int | None = None,
     ) -> None:
-        self._executor = executor
+        self._executor, self._steps_per_epoch = executor, steps_per_epoch
         self._share, self._recalibrate = average, recalibrate
         self.gathering = gathering
         self._average, self._gathered = WeightAverage(), WeightAverage()
@@ -31,17 +38,19 @@ class Endings:
             for index in range(phase.start, phase.stop):
                 self.epochs[index] = plan.first_epoch(number) + phase.epochs
 
-    def epoch_done(self, epoch: int) -> None:
-        """Count the weights in of what has so much of its training behind it."""
+    def step_done(self, steps: int) -> None:
+        """Count the weights in of what has so much of its training behind it, after so many steps of the run."""
+        if not self._share:
+            return
         for parameters, end in zip(self._executor.owned, self.epochs, strict=True):
             live = [parameter for parameter in parameters if parameter.requires_grad]
-            if self._counts(epoch, end):
+            if self._counts(steps, end):
                 self._average.add(live)
-            if self.gathering is not None and self._counts(epoch, self.gathering):
+            if self.gathering is not None and self._counts(steps, self.gathering):
                 self._gathered.add(live)
 
-    def _counts(self, epoch: int, end: int) -> bool:
-        return self._share > 0 and epoch + 1 > (1 - self._share) * end
+    def _counts(self, steps: int, end: int) -> bool:
+        return steps > (1 - self._share) * end * self._steps_per_epoch
 
     def finish(self, partitions: Sequence[int], forward: Callable[[int], None], *, gather: bool = False) -> None:
         """End the training of `partitions`; with `gather`, this is the gathering.

@@ -75,7 +75,7 @@ class Trainer:
     `anneal` lets the learning rate of each partition fall to zero over that share of the run before the partition stops
     training. With `recalibrate` the BatchNorm statistics of partitions are taken anew before these settle; with `veto`
     partitions whose weights still move settle later than planned. Each partition ends its training with the mean of its
-    weights over the last `average` share of it.
+    weights over the last `average` share of its steps.
 
     `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
     backward passes, with the gradient of the whole; the micro-batches of a phase split each of them further.
@@ -121,6 +121,7 @@ class Trainer:
         self._endings = Endings(
             self.executor,
             self.plan,
+            steps_per_epoch=self.loader.steps_per_epoch,
             average=self.average,
             recalibrate=self.recalibrate,
             gathering=self.plan.epochs // 2 if of_mean and self.plan.epochs > 1 else None,
@@ -227,7 +228,6 @@ class Trainer:
     def _epoch(self, epoch: int, index: int, began: float) -> EpochRecord:
         energy = self._meter.read().energy_joules
         trained = self._train(epoch, began)
-        self._endings.epoch_done(epoch)
         if self.average and epoch + 1 == self.plan.epochs:
             self._finish(epoch, range(*self.executor.window))
         ended = now(self.device)
@@ -275,6 +275,7 @@ class Trainer:
                 anneal(self._optimizer, done, steps=self.anneal * self._steps)
             self._scheduler.step_update(done)
             self._step(batch, done, accuracy)
+            self._endings.step_done(done + 1)
             if self._plasticity:
                 self._plasticity.step_done()
             if step % self.log_interval == 0 or step == last:
