@@ -303,12 +303,12 @@ def l2l(
 ) -> tuple[Phase, ...]:
     """`settle`, far, and the earlier the longer the run, unless told.
 
-    From 0.3 to 0.89 of a run of 10 epochs, from 0.05 to 0.497 of one of 60 or more, and between by the logarithm of the
+    From 0.3 to 0.83 of a run of 10 epochs, from 0.05 to 0.497 of one of 60 or more, and between by the logarithm of the
     epochs. Found by the experiments of docs/results: a short run has to learn first, a long one overfits.
     """
     length = min(1.0, math.log(epochs / 10) / math.log(60 / 10))
     start = min(1.0, 0.3 - 0.25 * length) if start is None else start
-    stop = max(start, min(1.0, 0.89 - 0.393 * length)) if stop is None else stop
+    stop = max(start, min(1.0, 0.83 - 0.333 * length)) if stop is None else stop
     return settle(partitions, epochs, start=start, stop=stop, share=share)
 
 
