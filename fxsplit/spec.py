@@ -184,6 +184,7 @@ class RunSpec:
         least=0,
         below=1,
         l2l=0.15,
+        long_l2l=0.25,
     )
     anneal: float = _option(
         "Regularisation",
