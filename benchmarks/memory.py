@@ -35,6 +35,7 @@ def main(
     steps: int = 7,
     device: str = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    channels_last: Annotated[bool, typer.Option("--channels-last")] = False,
 ) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -45,9 +46,10 @@ def main(
     )
     plan = fxsplit.inspect(spec).plan
     place = choose_device(device)
-    net = models.build(model, num_classes=10, img_size=img_size).to(place)
-    images, labels = torch.rand(batch_size, 3, img_size, img_size, device=place), torch.arange(batch_size) % 10
-    labels = labels.to(place)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    net = models.build(model, num_classes=10, img_size=img_size).to(place, memory_format=order)  # type: ignore[call-overload]
+    images = torch.rand(batch_size, 3, img_size, img_size, device=place).contiguous(memory_format=order)
+    labels = (torch.arange(batch_size) % 10).to(place)
 
     def loss(net: nn.Module, part: int, parts: int) -> Tensor:
         return F.cross_entropy(net(images.chunk(parts)[part]), labels.chunk(parts)[part]) / parts
@@ -56,7 +58,10 @@ def main(
     everything = fxsplit.Phase(start=0, stop=len(plan.partitions), epochs=1)
     whole = fxsplit.Plan(schedule="standard", partitions=plan.partitions, phases=(everything, *plan.phases))
     standard, *phases = measure_phases(executor, whole, loss, make_optimizer=torch.optim.AdamW, steps=steps)
-    print(f"{model}, {img_size}x{img_size}, batch {batch_size}, {place}, {threads} threads, torch {torch.__version__}")
+    print(
+        f"{model}, {img_size}x{img_size}{', channels last' * channels_last}, batch {batch_size}, {place}, "
+        f"{threads} threads, torch {torch.__version__}"
+    )
     print(f"standard: step {standard.step_seconds:.4f} s, activations {standard.activation_bytes / 1e6:.1f} MB")
     for phase, found in zip(plan.phases, phases, strict=True):
         print(
