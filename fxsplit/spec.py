@@ -183,7 +183,7 @@ class RunSpec:
         0.0,
         least=0,
         below=1,
-        l2l=0.15,
+        l2l=0.1,
         long_l2l=0.25,
     )
     anneal: float = _option(

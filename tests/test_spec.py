@@ -282,7 +282,7 @@ def test_l2l_has_defaults_of_its_own_and_some_for_long_runs() -> None:
     def differing(**values: Any) -> dict[str, Any]:
         return RunSpec(model="paper:cnn", **values).differing("Regularisation")
 
-    short = {"smoothing": 0.1, "soft-from": "mean", "soft-temperature": 2.0, "average": 0.15, "recalibrate": True}
+    short = {"smoothing": 0.1, "soft-from": "mean", "soft-temperature": 2.0, "average": 0.1, "recalibrate": True}
     assert differing(epochs=60) == differing() == {}
     assert differing(schedule="l2l", epochs=39) == short
     long = {**short, "soft-targets": 0.8, "average": 0.25}
