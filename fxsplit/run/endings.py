@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from fxsplit.plan.schedule import Plan
 from fxsplit.run.averaging import WeightAverage
 from fxsplit.run.batchnorm import norms_of, taken_anew
@@ -43,11 +45,10 @@ class Endings:
         if not self._share:
             return
         for parameters, end in zip(self._executor.owned, self.epochs, strict=True):
-            live = [parameter for parameter in parameters if parameter.requires_grad]
             if self._counts(steps, end):
-                self._average.add(live)
+                self._average.add(filter(_trains, parameters))
             if self.gathering is not None and self._counts(steps, self.gathering):
-                self._gathered.add(live)
+                self._gathered.add(filter(_trains, parameters))
 
     def _counts(self, steps: int, end: int) -> bool:
         return steps > (1 - self._share) * end * self._steps_per_epoch
@@ -70,3 +71,7 @@ class Endings:
         if norms := norms_of(self._executor, stop):
             with taken_anew(norms):
                 forward(stop)
+
+
+def _trains(parameter: Tensor) -> bool:
+    return parameter.requires_grad
