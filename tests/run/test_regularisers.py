@@ -246,10 +246,14 @@ def test_a_run_ends_with_the_mean_of_its_last_steps() -> None:
     model = Chain()
     with after_steps(model) as seen:
         list(trainer(model).epochs())
-    _, averaged = trained(average=0.4)
+    averaged_run, averaged = trained(average=0.4)
     for name, parameter in averaged.named_parameters():
         # Of 16 steps, those after the 9.6th.
         assert torch.allclose(parameter, mean_of(name, seen[9:]), atol=1e-6), name
+    # And what is reported is what it ends with.
+    torch.manual_seed(0)
+    records = list(trainer(Chain(), average=0.4).epochs())
+    assert records[-1].eval_loss == averaged_run.evaluate().loss
 
 
 def test_partitions_settle_with_the_mean_of_their_own_last_steps() -> None:
