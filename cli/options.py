@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import typer
 from rich.markup import escape
 
-from fxsplit.spec import LONG_RUN, RunSpec
+from fxsplit.spec import RunSpec
 
 METAVARS = {bool: "", int: "INTEGER", float: "NUMBER", str: "TEXT"}
 LIST_METAVARS = {float: "NUMBER,...", str: "PATH,..."}
@@ -52,12 +52,11 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
 def _help(item: Field[Any]) -> str:
     """The default is part of the text, because to typer the default of every option is "not given"."""
     notes = ["|".join(item.metadata["choices"])] if item.metadata["choices"] else []
-    usual, with_l2l, in_long_runs = item.metadata["defaults"]
-    if not (usual is None or usual is False or usual == ()):
-        notes.append(f"default: {usual}")
-    if with_l2l != usual:
-        notes.append(f"with --l2l: {with_l2l if with_l2l is not True else 'on'}")
-    if in_long_runs != with_l2l:
-        notes.append(f"with --l2l from {LONG_RUN} epochs: {in_long_runs}")
+    default = item.metadata["default"]
+    if not (default is None or default is False or default == ()):
+        notes.append(f"default: {default}")
+    for least, own in item.metadata["l2l"]:
+        epochs = f" from {least} epochs" if least > 1 else ""
+        notes.append(f"with --l2l{epochs}: {'on' if own is True else own}")
     text = escape(str(item.metadata["help"]))
     return f"{text} [dim]{escape('[' + ', '.join(notes) + ']')}[/dim]" if notes else text

@@ -284,7 +284,8 @@ def test_l2l_has_defaults_of_its_own_and_some_for_long_runs() -> None:
 
     short = {"smoothing": 0.1, "soft-from": "mean", "soft-temperature": 2.0, "average": 0.1, "recalibrate": True}
     assert differing(epochs=60) == differing() == {}
-    assert differing(schedule="l2l", epochs=39) == short
+    assert differing(schedule="l2l", epochs=14) == short
+    assert differing(schedule="l2l", epochs=15) == differing(schedule="l2l", epochs=39) == {**short, "average": 0.25}
     long = {**short, "soft-targets": 0.8, "average": 0.25}
     assert differing(schedule="l2l", epochs=40) == long
     assert differing(schedule="l2l", epochs=10, epochs_total=40) == long
