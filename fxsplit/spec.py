@@ -277,12 +277,10 @@ class RunSpec:
 
     def _default(self, item: Field[Any]) -> Any:
         """What a field is in such a run, unless given."""
-        default = item.metadata["default"]
-        epochs = self.epochs_total or self.epochs
-        for least, own in item.metadata["l2l"]:
-            if self.schedule == "l2l" and isinstance(epochs, int) and epochs >= least:
-                default = own
-        return default
+        default, epochs = item.metadata["default"], self.epochs_total or self.epochs
+        if self.schedule != "l2l" or not isinstance(epochs, int):
+            return default
+        return [default, *(own for least, own in item.metadata["l2l"] if epochs >= least)][-1]
 
     def differing(self, group: str) -> dict[str, Any]:
         """The fields of a group that are not as in a run of the schedule `standard` without any option, by key."""
