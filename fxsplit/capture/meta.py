@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import operator
+import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -93,6 +96,46 @@ class Constant:
         return self.value
 
 
+class External:
+    """An operation that calls a function of another language, such as a scripted one."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.__name__ = self.__qualname__ = str(getattr(function, "name", type(function).__name__))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class Outside:
+    """An operation that draws from a generator of the process, reads a clock or the contexts around the call.
+
+    It goes by names, so that a copy asks the same generator.
+    """
+
+    def __init__(self, owner: str, name: str) -> None:
+        self.owner, self.name = owner, name
+        self.__module__, self.__name__, self.__qualname__ = owner, name, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(sys.modules[self.owner], self.name)(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Outside, (self.owner, self.name)
+
+
+@contextmanager
+def unchanged_generators() -> Iterator[None]:
+    """Inside, drawing numbers changes nothing for those who draw later."""
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
 class Rebuild:
     """An operation that makes an object of a class, around the values that forward put into it."""
 
@@ -138,6 +181,9 @@ def evaluate(
         return args[0]
     if kind == "call_method" and asks and target == "to":
         args = tuple(META if isinstance(argument, str) else argument for argument in args)
+    if isinstance(target, Outside):
+        with unchanged_generators():
+            return target(*args, **kwargs)
     args, kwargs = resolve((args, kwargs), lambda leaf: META if isinstance(leaf, torch.device) else on_meta(leaf))
     if isinstance(kwargs.get("device"), str | torch.device):
         kwargs["device"] = META
@@ -153,7 +199,8 @@ def evaluate(
         except Exception:
             if not _is_leaf(called):
                 raise
-        return StandIn(_on_stand_ins(called, args, kwargs))
+        with unchanged_generators():
+            return StandIn(_on_stand_ins(called, args, kwargs))
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
@@ -180,7 +227,7 @@ def _left_alone(module: nn.Module) -> Iterator[None]:
 def _is_leaf(called: Any) -> bool:
     """A module, a method of one, or a function of the user's: of other Python functions only torch's are recorded."""
     users = isinstance(called, FunctionType) and called.__module__.partition(".")[0] != "torch"
-    return users or called is operator.call or isinstance(called, nn.Module)
+    return users or isinstance(called, External) or called is operator.call or isinstance(called, nn.Module)
 
 
 def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> Any:

@@ -1,22 +1,36 @@
-"""What Python and torch do by themselves, put under the tracer's eyes for as long as a model is traced."""
+"""What Python and torch do by themselves, put under the tracer's eyes for as long as a model is traced.
+
+Patches are seen by the whole process, so each looks first who calls: in another thread, or while the tracer itself
+runs an op, it does what was there before. One trace runs at a time.
+"""
 
 from __future__ import annotations
 
 import builtins
 import importlib
+import random
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import wraps
-from types import FunctionType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils import checkpoint
+
+from fxsplit.capture.contexts import Context
 
 if TYPE_CHECKING:
     from fxsplit.capture.tracer import ValueTracer
+
+# Held by whoever traces.
+LOCK = threading.RLock()
 
 # Creating a tensor dispatches on no argument, so torch.fx would run it once and keep the result as a constant.
 FACTORIES = (
@@ -24,16 +38,34 @@ FACTORIES = (
     "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros",
 )  # fmt: skip
 
+# What gives other numbers at each call, generators and clocks, and what says which numbers generators give.
+DRAWS: dict[Any, tuple[str, ...]] = {
+    random: (
+        "random", "uniform", "randint", "randrange", "choice", "choices", "sample", "gauss", "normalvariate",
+        "triangular", "betavariate", "expovariate", "gammavariate", "lognormvariate", "getrandbits", "seed",
+    ),
+    np.random: (
+        "rand", "randn", "randint", "random", "random_sample", "uniform", "normal", "choice", "permutation", "beta",
+        "binomial", "exponential", "gamma", "poisson", "standard_normal", "seed",
+    ),
+    torch: ("manual_seed", "seed", "initial_seed"),
+    time: ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time"),
+}  # fmt: skip
 
-# torch lists its factories when a device context is first entered, and must not find ours there.
-with torch.device("meta"):
-    torch.empty(0)
+# What a forward can ask of the contexts around it.
+AMBIENT = (
+    "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype",
+    "is_autocast_cpu_enabled", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype",
+)  # fmt: skip
 
 # Classes, of which only an instance for the type of some value is recorded.
 TYPE_LIMITS = ("finfo", "iinfo")
 
-
 REAL_ISINSTANCE = isinstance
+
+# torch lists its factories when a device context is first entered, and must not find ours there.
+with torch.device("meta"):
+    torch.empty(0)
 
 
 class UntraceableError(Exception):
@@ -41,53 +73,247 @@ class UntraceableError(Exception):
 
 
 @contextmanager
-def watched(tracer: ValueTracer, functions: Iterable[FunctionType] = ()) -> Iterator[None]:
-    """Inside, torch's tensor factories and the given functions and methods are recorded, custom autograd functions are
-    refused rather than lost, and a proxy passes for an instance of its value's class.
-    """
+def watched(tracer: ValueTracer, functions: Iterable[Any] = ()) -> Iterator[None]:
+    """Inside, the tracer records what torch.fx would miss, in this thread.
 
+    These are the tensor factories, the given functions and methods, scripted functions, numbers drawn or read from the
+    clock, and contexts. Custom autograd functions are refused rather than lost, checkpoints are looked into, and a proxy
+    passes for an instance of its value's class.
+    """
     # torch imports it as soon as some op needs it; what it then lists of torch must not be ours.
     importlib.import_module("torch._dynamo")
+    patches = _Patches()
+    try:
+        _record_calls(patches, tracer, functions)
+        _record_contexts(patches, tracer)
+        _look_into_checkpoints(patches, tracer)
+        patches.put(builtins, "isinstance", _isinstance_for(tracer.proxy_type))
+        yield
+    finally:
+        patches.take_back()
 
+
+class _Patches:
+    """Attributes with another value for a while."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def put(self, owner: Any, name: str, value: Any) -> None:
+        self._before.append((owner, name, vars(owner).get(name, _MISSING)))
+        setattr(owner, name, value)
+
+    def take_back(self) -> None:
+        while self._before:
+            owner, name, value = self._before.pop()
+            if value is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+_MISSING = object()
+
+
+def _record_calls(patches: _Patches, tracer: ValueTracer, functions: Iterable[Any]) -> None:
     def recorded(function: Any) -> Callable[..., Any]:
-        @wraps(function)
+        @wraps(function, updated=())
         def call(*args: Any, **kwargs: Any) -> Any:
-            if tracer.evaluating:
-                return function(*args, **kwargs)
-            return tracer.call_function(function, args, kwargs)
+            if tracer.is_recording:
+                return tracer.call_function(function, args, kwargs)
+            return function(*args, **kwargs)
 
         return call
 
-    def limits(kind: type) -> Callable[..., Any]:
+    def drawn(function: Any) -> Callable[..., Any]:
+        @wraps(function, updated=())
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if tracer.is_recording and _is_user(sys._getframe(1)):
+                return tracer.call_outside(*_HOMES[id(function)], args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    def asked(function: Any) -> Callable[..., Any]:
+        @wraps(function, updated=())
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if tracer.is_recording and _is_user(sys._getframe(1)):
+                return tracer.ask_ambient(function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    def limits(kind: Any) -> Callable[..., Any]:
+        record = recorded(kind)
+
         def make(*dtype: Any) -> Any:
-            return recorded(kind)(*dtype) if dtype and type(dtype[0]) is tracer.proxy_type else kind(*dtype)
+            return record(*dtype) if dtype and type(dtype[0]) is tracer.proxy_type else kind(*dtype)
 
         return make
 
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if tracer.evaluating:
+    for name in TYPE_LIMITS:
+        patches.put(torch, name, limits(getattr(torch, name)))
+    replacing = {
+        **{function: recorded(function) for function in _FACTORIES},
+        **{function: drawn(function) for function in _DRAWS},
+        **{function: asked(function) for function in _AMBIENT},
+    }
+    for owner, name, function in [*_named_in_modules()]:
+        patches.put(owner, name, replacing[function])
+    for function in functions:
+        for owner, name in _owners_of(function, tracer.model):
+            patches.put(owner, name, recorded(function))
+    scripted = torch.jit.ScriptFunction
+    call_scripted = scripted.__call__
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if tracer.is_recording:
+            return tracer.call_external(function, args, kwargs)
+        return call_scripted(function, *args, **kwargs)
+
+    patches.put(scripted, "__call__", call)
+
+
+def _record_contexts(patches: _Patches, tracer: ValueTracer) -> None:
+    """Let the tracer know which contexts are open. `torch.set_grad_enabled(...)` also acts without a `with`."""
+
+    def watch(kind: Any, describe: Callable[[Any], Context], enter: Callable[[Any], Any] | None = None) -> None:
+        plain_enter, plain_exit = kind.__enter__, kind.__exit__
+
+        def entered(context: Any) -> Any:
+            if not tracer.is_recording:
+                return plain_enter(context)
+            result = (enter or plain_enter)(context)
+            tracer.context_opened(context, describe(context))
+            return result
+
+        def left(context: Any, *error: Any) -> Any:
+            tracer.context_closed(context)
+            return plain_exit(context, *error)
+
+        patches.put(kind, "__enter__", entered)
+        patches.put(kind, "__exit__", left)
+
+    def enter_inference(context: Any) -> None:
+        # Tensors made in true inference mode have no version by which to see what is written into them.
+        context._inference_mode_context = _GradMode(not context.mode)
+        context._inference_mode_context.__enter__()
+
+    watch(torch.no_grad, lambda _: Context(kind="grad", enabled=False))
+    watch(torch.enable_grad, lambda _: Context(kind="grad", enabled=True))
+    watch(torch.set_grad_enabled, lambda context: Context(kind="grad", enabled=context.mode))
+    watch(torch.inference_mode, lambda context: Context(kind="inference", enabled=context.mode), enter_inference)
+    watch(
+        torch.autocast,
+        lambda context: Context(
+            kind="autocast",
+            enabled=context._enabled,
+            device=context.device,
+            dtype=context.fast_dtype,
+            cache=context._cache_enabled,
+        ),
+    )
+    set_grad = torch.set_grad_enabled
+    make, decorate, make_autocast = set_grad.__init__, set_grad.__call__, torch.autocast.__init__
+
+    def made(context: Any, mode: Any) -> None:
+        mode = bool(mode)
+        make(context, mode)
+        # torch's own contexts call it as well.
+        if tracer.is_recording and _is_user(sys._getframe(1)):
+            tracer.context_opened(context, Context(kind="grad", enabled=mode))
+
+    def decorated(context: Any, function: Any) -> Any:
+        tracer.context_closed(context)
+        return decorate(context, function)
+
+    def made_autocast(context: Any, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        if type(device_type) is tracer.proxy_type:
+            device_type = tracer.answer(device_type, "str")
+        make_autocast(context, device_type, *args, **kwargs)
+
+    patches.put(set_grad, "__init__", made)
+    patches.put(set_grad, "__call__", decorated)
+    patches.put(torch.autocast, "__init__", made_autocast)
+
+
+class _GradMode:
+    """What inference mode does to gradients, and no more."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+
+    def __enter__(self) -> None:
+        self._before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(self._enabled)
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._set_grad_enabled(self._before)
+
+
+def _look_into_checkpoints(patches: _Patches, tracer: ValueTracer) -> None:
+    """Let a checkpointed function run as any other, and refuse other custom autograd functions."""
+    original_apply: Any = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not tracer.is_recording:
             return original_apply.__get__(None, cls)(*args, **kwargs)
+        if cls is checkpoint.CheckpointFunction:
+            function, _preserve, *given = args
+            return tracer.call_checkpointed(function, given, reentrant=True)
         raise UntraceableError(f"it calls the custom autograd function {cls.__name__}")
 
-    original_apply: Any = vars(torch.autograd.Function)["apply"]
-    patches: list[Any] = [
-        *(patch.object(torch, name, recorded(getattr(torch, name))) for name in FACTORIES),
-        *(patch.object(torch, name, limits(getattr(torch, name))) for name in TYPE_LIMITS),
-        *(
-            patch.object(owner, name, recorded(function))
-            for function in functions
-            for owner, name in _owners_of(function, tracer.model)
-        ),
-        patch.object(torch.autograd.Function, "apply", classmethod(apply)),
-        patch.object(builtins, "isinstance", _isinstance_for(tracer.proxy_type)),
-    ]
-    with ExitStack() as stack:
-        for each in patches:
-            stack.enter_context(each)
-        yield
+    patches.put(torch.autograd.Function, "apply", classmethod(apply))
+    for name in ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"):
+        if not hasattr(checkpoint, name):
+            continue
+        around = getattr(checkpoint, name)
+
+        def nothing(*args: Any, _around: Any = around, **kwargs: Any) -> Iterator[None]:
+            if not tracer.is_recording:
+                yield from _around(*args, **kwargs)
+                return
+            tracer.checkpoints = True
+            yield
+
+        patches.put(checkpoint, name, nothing)
 
 
-def _owners_of(function: FunctionType, model: nn.Module) -> list[tuple[Any, str]]:
+def _is_user(caller: FrameType) -> bool:
+    """Not Python's own library, which logs the time, nor torch, which asks for the contexts that it changes."""
+    return _is_users_module(caller.f_globals.get("__name__", ""))
+
+
+def _is_users_module(name: str) -> bool:
+    top = name.partition(".")[0]
+    return top not in sys.stdlib_module_names and top not in ("torch", "numpy", "fxsplit")
+
+
+_FACTORIES = tuple(getattr(torch, name) for name in FACTORIES)
+_DRAWS = tuple(getattr(owner, name) for owner, names in DRAWS.items() for name in names)
+_HOMES = {id(getattr(owner, name)): (owner.__name__, name) for owner, names in DRAWS.items() for name in names}
+_AMBIENT = tuple(getattr(torch, name) for name in AMBIENT)
+_BY_ID = {id(function): function for function in (*_FACTORIES, *_DRAWS, *_AMBIENT)}
+# What was found in each module, and how many names it had then.
+_found: WeakKeyDictionary[ModuleType, tuple[int, list[tuple[str, Any]]]] = WeakKeyDictionary()
+
+
+def _named_in_modules() -> Iterator[tuple[Any, str, Any]]:
+    """Every place from which factories and drawing functions are called: the module that has them, and importers."""
+    for name, module in list(sys.modules.items()):
+        space = getattr(module, "__dict__", None)
+        if space is None or not (_is_users_module(name) or module in (torch, *DRAWS)):
+            continue
+        size, found = _found.get(module, (-1, []))
+        if size != len(space):
+            found = [(key, _BY_ID[id(value)]) for key, value in list(space.items()) if id(value) in _BY_ID]
+            _found[module] = len(space), found
+        for key, function in found:
+            if space.get(key) is function:
+                yield module, key, function
+
+
+def _owners_of(function: Any, model: nn.Module) -> list[tuple[Any, str]]:
     """All places from which the function is called: the modules that imported it, the classes whose method it is."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
     owners = [owner for owner in (*list(sys.modules.values()), *classes) if hasattr(owner, "__dict__")]

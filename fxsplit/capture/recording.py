@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -136,8 +135,7 @@ class Recorder:
         functions = {each for each in (*self.leaves, *self._whole) if isinstance(each, FunctionType)}
         with (
             watched(tracer, functions),
-            torch.random.fork_rng(devices=[]),
-            nullcontext() if self.twin.training else torch.no_grad(),
+            torch.set_grad_enabled(self.twin.training),
         ):
             try:
                 return tracer, tracer.trace(self.twin)

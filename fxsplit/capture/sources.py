@@ -6,9 +6,10 @@ import ast
 import inspect
 import linecache
 import os
+import sysconfig
 import traceback
 from collections.abc import Container
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
 from types import FrameType, FunctionType
@@ -20,14 +21,23 @@ from fxsplit.capture import meta
 
 _EVALUATION = meta.__file__
 _NOT_THE_USERS = (str(Path(__file__).parent) + os.sep, str(Path(torch.__file__).parent) + os.sep, "<")
+_LIBRARY = sysconfig.get_path("stdlib") + os.sep
+_PACKAGES = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib"))
 
 
 def user_frame() -> FrameType | None:
-    """The innermost frame on the stack that is neither torch's nor ours."""
+    """The innermost frame on the stack that is neither torch's nor ours, nor one of Python's own library."""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+    while frame is not None and not _is_users(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
+
+
+@cache
+def _is_users(file: str) -> bool:
+    if file.startswith(_NOT_THE_USERS):
+        return False
+    return not file.startswith(_LIBRARY) or file.startswith(_PACKAGES)
 
 
 def user_line() -> str:
@@ -46,7 +56,7 @@ def failing_function(error: BaseException, known: Container[object]) -> Function
         code = frame.f_code
         if code.co_filename == _EVALUATION:
             break
-        if code.co_filename.startswith(_NOT_THE_USERS) or code.co_name == "forward":
+        if not _is_users(code.co_filename) or code.co_name == "forward":
             continue
         function = _function_of(frame)
         if function is not None and function not in known:

@@ -13,6 +13,7 @@ import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from threading import get_ident
 from types import FunctionType
 from typing import Any
 
@@ -23,8 +24,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from fxsplit.capture.contexts import Context
 from fxsplit.capture.costs import CostMeter
-from fxsplit.capture.meta import Constant, Rebuild, StandIn, evaluate, expect, members, resolve, tensors_in
+from fxsplit.capture.meta import Constant, External, Outside, Rebuild, StandIn, evaluate, expect, members, resolve, tensors_in
 from fxsplit.capture.mixing import is_along_samples
 from fxsplit.capture.patches import REAL_ISINSTANCE, UntraceableError
 from fxsplit.capture.proxy import ValueProxy
@@ -43,7 +45,7 @@ NORMS_WITH_STATISTICS: dict[Any, tuple[tuple[int, str], tuple[int, str], tuple[i
 }
 
 QUESTIONS: dict[str, Callable[[Any], Any]] = {
-    "bool": bool, "int": int, "float": float, "index": operator.index, "len": len
+    "bool": bool, "int": int, "float": float, "index": operator.index, "len": len, "str": str
 }  # fmt: skip
 
 READ_DATA = ("item", "tolist", "numpy")
@@ -91,8 +93,9 @@ class ValueTracer(fx.Tracer):
     `lenient`, the model's own forward may ask for sizes that depend on data; the answers are made sure of in each run.
 
     After `trace`, `guards` are the answers that fixed the path, `opaque` the modules that became one op, with the
-    reasons, and `assigned` what forward put into modules. Every node has in its meta the keys `value`, `path`, `state`,
-    `written` (nodes and state names written in place) and, with a meter, `cost`.
+    reasons, `assigned` what forward put into modules, and `checkpoints` says whether it recomputes by itself. Every
+    node has in its meta the keys `value`, `path`, `state`, `written` (nodes and state names written in place), in
+    contexts `contexts` and, with a meter, `cost`.
     """
 
     proxy_type = ValueProxy
@@ -121,6 +124,9 @@ class ValueTracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.assigned: list[Assignment] = []
         self.evaluating = False
+        self.checkpoints = False
+        self._thread = get_ident()
+        self._open: list[tuple[object, Context]] = []
         self._whole = whole or {}
         self._path = ""
         self._batch_size = 1
@@ -178,6 +184,8 @@ class ValueTracer(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         node = proxy.node
         node.meta["path"] = str(target) if kind == "call_module" else self._path
+        if self._open:
+            node.meta["contexts"] = self._contexts()
         value = self._evaluate(node)
         node.meta["value"] = value
         # None is passed on as itself, so that `is None` holds.
@@ -205,6 +213,54 @@ class ValueTracer(fx.Tracer):
             return self.create_proxy("call_function", target, args, kwargs)
         finally:
             self._path = outer
+
+    def call_external(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a function that is no Python function, as one op."""
+        return self.create_proxy("call_function", External(function), args, kwargs)
+
+    def call_outside(self, owner: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of what gives another value each time, or changes what a generator gives next."""
+        return self.create_proxy("call_function", Outside(owner, name), args, kwargs)
+
+    def ask_ambient(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The state of a context: that of one which forward opened, or of one around the call, which is a guard."""
+        kind = next(kind for kind in ("grad", "inference", "autocast") if kind in function.__name__)
+        found = function(*args, **kwargs)
+        if any(context.kind == kind for _, context in self._open):
+            return found
+        node = self.create_proxy("call_function", Outside("torch", function.__name__), args, kwargs).node
+        self.guards.append(Guard(node=node, question="str", answer=str(found), where=user_line()))
+        return found
+
+    def call_checkpointed(self, function: Callable[..., Any], args: Sequence[Any], *, reentrant: bool) -> Any:
+        """What a checkpoint calls; the older kind gives no gradient where none of its inputs wants one."""
+        self.checkpoints = True
+        values = [a.value for a in args if type(a) is ValueProxy]
+        wanted = any(tensor.requires_grad for tensor in tensors_in(values))
+        if reentrant and torch.is_grad_enabled() and not wanted:
+            with torch.no_grad():
+                return function(*args)
+        return function(*args)
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether what happens in this thread is to be recorded now."""
+        return not self.evaluating and get_ident() == self._thread
+
+    def context_opened(self, holder: object, context: Context) -> None:
+        """From now on ops run in this context, until its `holder` is closed."""
+        self._open.append((holder, context))
+
+    def context_closed(self, holder: object) -> None:
+        """Close what was opened in the name of that holder, if anything was."""
+        self._open = [(other, context) for other, context in self._open if other is not holder]
+
+    def _contexts(self) -> tuple[Context, ...]:
+        """The open ones that count: of a kind on a device, the last one decides. Inference mode sets gradients too."""
+        contexts = [context for _, context in self._open]
+        if any(context.kind == "inference" for context in contexts):
+            return tuple(contexts)
+        return tuple({(context.kind, context.device): context for context in contexts}.values())
 
     def create_arg(self, a: Any) -> Any:
         kind = type(a)
@@ -241,7 +297,7 @@ class ValueTracer(fx.Tracer):
         return list(obj.node.meta["value"])
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        name = None if self.evaluating else self._state.get(id(attr_val))
+        name = self._state.get(id(attr_val)) if self.is_recording else None
         return attr_val if name is None else self._state_proxy(name, attr_val)
 
     def _state_proxy(self, name: str, tensor: Tensor) -> ValueProxy:
@@ -261,7 +317,7 @@ class ValueTracer(fx.Tracer):
     # Modules: traced through, or kept whole
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.evaluating:
+        if not self.is_recording:
             return forward(*args, **kwargs)
         path = self.submodule_paths.get(m) if self.submodule_paths else None
         if path is None:
@@ -317,12 +373,17 @@ class ValueTracer(fx.Tracer):
         """Call forward, and record what it puts into the module's buffers and attributes."""
         owners = {"_buffers": module._buffers, "__dict__": vars(module)}
         before = {kind: dict(owner) for kind, owner in owners.items()}
+        open_before, with_gradients = len(self._open), torch.is_grad_enabled()
         try:
             value = forward()
+            if len(self._open) != open_before:
+                raise UntraceableError("its forward calls torch.set_grad_enabled and leaves it so")
         except BaseException:
             for kind, owner in owners.items():
                 owner.clear()
                 owner.update(before[kind])
+            del self._open[open_before:]
+            torch._C._set_grad_enabled(with_gradients)
             raise
         for kind, owner in owners.items():
             for name, now in list(owner.items()):
@@ -353,6 +414,11 @@ class ValueTracer(fx.Tracer):
             self.create_proxy("call_function", expect, (proxy, expected, user_line()), {})
             return expected
         found = QUESTIONS[question](value)
+        if proxy.node.meta.get("drawn"):
+            raise UntraceableError(
+                f"{user_line()} asks for {question}() of a number that is another one at each call, drawn or read from "
+                "a clock"
+            )
         if proxy.node.meta.get("stand_in"):
             self._answer_for_stand_in(proxy, question, found)
             return found
@@ -398,6 +464,7 @@ class ValueTracer(fx.Tracer):
             self.evaluating, builtins.isinstance = False, watching
         inputs = node.all_input_nodes
         node.meta["stand_in"] = isinstance(value, StandIn) or any(each.meta.get("stand_in") for each in inputs)
+        node.meta["drawn"] = isinstance(node.target, Outside) or any(each.meta.get("drawn") for each in inputs)
         value = value.value if isinstance(value, StandIn) else value
         node.meta["state"] = tuple(state)
         node.meta["written"] = [

@@ -23,10 +23,12 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.parameter import is_lazy
 
 from fxsplit.capture.batch import free_batch
+from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.costs import Cost
 from fxsplit.capture.guards import Guards
-from fxsplit.capture.meta import META, storage_key, tensors_in
+from fxsplit.capture.meta import META, Outside, storage_key, tensors_in
 from fxsplit.capture.naming import method_of, names_of
+from fxsplit.capture.patches import AMBIENT, LOCK
 from fxsplit.capture.recording import Recorder, Recording
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.tracer import COMPILED, Leaf, reason_not_to_look_inside
@@ -78,18 +80,22 @@ class Trace:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Capture holds on to nearly all that it makes: looking for garbage in it, over and over, finds little."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _alone() -> Iterator[None]:
+    """One trace at a time, in no contexts of its caller's, and without looking for garbage.
+
+    Capture holds on to nearly all that it makes: looking for garbage in it, over and over, finds little.
+    """
+    with LOCK, torch.inference_mode(False), torch.enable_grad():
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
-@_no_garbage_collection()
+@_alone()
 def trace(
     model: nn.Module,
     args: Sequence[Any],
@@ -191,7 +197,10 @@ def _read(
         state=_state(twin),
     )
     for node in recorded.nodes:
+        contexts = contexts_of(node)
         node.meta.clear()
+        if contexts:
+            node.meta["contexts"] = contexts
     return Program(
         graph=graph, nodes=tuple(alive), inputs=inputs, output=output, guards=guards, opaque=recording.opaque
     )
@@ -209,6 +218,7 @@ def _alive(recordings: Mapping[bool, Recording], names: Mapping[fx.Node, str]) -
         for node in reversed(nodes[mode]):
             value = node.meta["value"]
             only_a_number = value is not None and not tensors_in(value) and node.op != "call_module"
+            only_a_number &= not (isinstance(node.target, Outside) and node.target.name not in AMBIENT)
             users = (user for user in node.users if user.op == "output" or names[user] in needed)
             if not only_a_number or next(users, None) is not None:
                 needed.add(names[node])
