@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxsplit.capture.meta import StandIn, map_tensors, storage_key, tensors_in
+from fxsplit.capture.meta import StandIn, storage_key
+from fxsplit.capture.structure import map_tensors, tensors_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

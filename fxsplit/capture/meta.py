@@ -6,7 +6,7 @@ import copy
 import operator
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
@@ -15,47 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from fxsplit.capture.structure import ATOMS, filled, map_tensors, tensors_in
 from fxsplit.errors import GuardError
 
 META = torch.device("meta")
-
-# Nothing in these can be a tensor.
-ATOMS = (type(None), bool, int, float, str, torch.dtype)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in a tensor, in any nesting of tuples, lists and dicts, and in the attributes of other objects."""
-    return [value] if type(value) is Tensor else list(members(value, Tensor, set()))
-
-
-def members(value: Any, kind: type, seen: set[int]) -> Iterator[Any]:
-    """What is of a kind in any nesting of tuples, lists and dicts, and in the attributes of objects not yet `seen`."""
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, kind):
-            yield leaf
-        elif not isinstance(leaf, (*ATOMS, type, torch.device, nn.Module)) and id(leaf) not in seen:
-            seen.add(id(leaf))
-            yield from members(getattr(leaf, "__dict__", {}), kind, seen)
-
-
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """The same nesting of values with `function` applied to its tensors; objects that hold tensors are copied."""
-
-    if type(value) is Tensor:
-        return function(value)
-
-    def change(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return function(leaf)
-        if not tensors_in(leaf):
-            return leaf
-        copied = copy.copy(leaf)
-        vars(copied).update(map_tensors(function, vars(leaf)))
-        return copied
-
-    return pytree.tree_map(change, value)
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -76,9 +41,9 @@ def resolve(argument: Any, lookup: Callable[[Any], Any]) -> Any:
     if kind is tuple or (isinstance(argument, tuple) and hasattr(argument, "_fields")):
         items = [resolve(item, lookup) for item in argument]
         return tuple(items) if kind is tuple else kind(*items)
-    if isinstance(argument, list):
+    if kind is list or kind is immutable_list:
         return [resolve(item, lookup) for item in argument]
-    if isinstance(argument, dict):
+    if kind is dict or kind is immutable_dict:
         return {key: resolve(item, lookup) for key, item in argument.items()}
     if kind is slice:
         return slice(*(resolve(item, lookup) for item in (argument.start, argument.stop, argument.step)))
@@ -137,16 +102,24 @@ def unchanged_generators() -> Iterator[None]:
 
 
 class Rebuild:
-    """An operation that makes an object of a class, around the values that forward put into it."""
+    """An operation that makes an object anew around the values that forward put into it.
 
-    def __init__(self, kind: Any) -> None:
-        self.kind = kind
-        self.__name__ = self.__qualname__ = kind.__name__
+    `template` is the object taken apart, with a Slot in the place of each value.
+    """
 
-    def __call__(self, attributes: dict[str, Any]) -> Any:
-        made = self.kind.__new__(self.kind)
-        vars(made).update(attributes)
-        return made
+    def __init__(self, template: Any, name: str) -> None:
+        self.template = template
+        self.__name__ = self.__qualname__ = name
+
+    def __call__(self, values: Sequence[Any]) -> Any:
+        return filled(self.template, lambda slot: values[slot.index], Slot)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of a value in an object that is to be made."""
+
+    index: int
 
 
 def expect(condition: Any, answer: bool, where: str) -> None:

@@ -77,8 +77,8 @@ def watched(tracer: ValueTracer, functions: Iterable[Any] = ()) -> Iterator[None
     """Inside, the tracer records what torch.fx would miss, in this thread.
 
     These are the tensor factories, the given functions and methods, scripted functions, numbers drawn or read from the
-    clock, and contexts. Custom autograd functions are refused rather than lost, checkpoints are looked into, and a proxy
-    passes for an instance of its value's class.
+    clock, and contexts. Custom autograd functions are refused rather than lost, checkpoints are looked into, and a
+    proxy passes for an instance of its value's class.
     """
     # torch imports it as soon as some op needs it; what it then lists of torch must not be ours.
     importlib.import_module("torch._dynamo")

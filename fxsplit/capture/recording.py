@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxsplit.capture.costs import CostMeter
-from fxsplit.capture.meta import META, map_tensors, on_meta, resolve, tensors_in
+from fxsplit.capture.meta import META, on_meta, resolve
 from fxsplit.capture.patches import UntraceableError, watched
+from fxsplit.capture.same import same_graph
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.sources import failing_function
+from fxsplit.capture.structure import map_tensors, tensors_in
 from fxsplit.capture.tracer import Assignment, Guard, Leaf, ValueTracer, reason_of
 from fxsplit.errors import TraceError
 
@@ -80,7 +82,7 @@ class Recorder:
             again, second = self._trace(batch_size)
             for assignment in (*reversed(again.assigned), *reversed(assigned)):
                 assignment.undo()
-            if str(graph) == str(second):
+            if same_graph(graph, second):
                 break
             self._whole |= {each.path: _reason(each) for each in assigned}
             if "" in self._whole:

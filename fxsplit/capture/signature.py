@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from fxsplit.capture.same import same_value
+from fxsplit.capture.structure import leaves_of
 from fxsplit.errors import GuardError
 
 Leaves = dict[str, Any]
@@ -49,21 +51,33 @@ class Signature:
         Raises GuardError when the call has another form than the traced one, TypeError when it has none at all.
         """
         leaves = _leaves(self.parameters, args, kwargs)
-        for name in {**leaves, **dict.fromkeys(self.names), **self.constants}:
-            traced = self._describe(name, self.constants) if name not in self.names else "a tensor"
-            given = self._describe(name, leaves)
-            if traced != given:
-                raise GuardError(
-                    f"the model was traced with {traced} for {name!r} and is now given {given}; "
-                    "trace it again with such a call"
-                )
-        return [leaves[name] for name in self.names]
+        for name, leaf in leaves.items():
+            if not isinstance(leaf, Tensor) and not same_value(leaf, self.constants.get(name, _NOTHING)):
+                self._refuse(name, leaves)
+        tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        if tuple(tensors) != self.names or len(leaves) != len(self.names) + len(self.constants):
+            named = dict.fromkeys((*leaves, *self.names, *self.constants))
+            self._refuse(next(name for name in named if self._traced(name) != _described(name, leaves)), leaves)
+        return list(tensors.values())
 
-    @staticmethod
-    def _describe(name: str, leaves: Leaves | Mapping[str, Any]) -> str:
-        if name not in leaves:
-            return "nothing"
-        return "a tensor" if isinstance(leaves[name], Tensor) else repr(leaves[name])
+    def _refuse(self, name: str, leaves: Leaves) -> NoReturn:
+        raise GuardError(
+            f"the model was traced with {self._traced(name)} for {name!r} and is now given "
+            f"{_described(name, leaves)}; trace it again with such a call"
+        )
+
+    def _traced(self, name: str) -> str:
+        return "a tensor" if name in self.names else _described(name, self.constants)
+
+
+# What no argument is.
+_NOTHING = object()
+
+
+def _described(name: str, leaves: Leaves | Mapping[str, Any]) -> str:
+    if name not in leaves:
+        return "nothing"
+    return "a tensor" if isinstance(leaves[name], Tensor) else reprlib.repr(leaves[name])
 
 
 def _bound(parameters: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
@@ -73,9 +87,5 @@ def _bound(parameters: inspect.Signature, args: Sequence[Any], kwargs: Mapping[s
 
 
 def _leaves(parameters: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Leaves:
-    paths, _ = pytree.tree_flatten_with_path(_bound(parameters, args, kwargs).arguments)
-    return {_name(path): leaf for path, leaf in paths}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+    arguments = _bound(parameters, args, kwargs).arguments.items()
+    return {name: leaf for argument, value in arguments for name, leaf in leaves_of(value, argument)}

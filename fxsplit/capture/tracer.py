@@ -12,25 +12,26 @@ import builtins
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from threading import get_ident
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
 from fxsplit.capture.contexts import Context
 from fxsplit.capture.costs import CostMeter
-from fxsplit.capture.meta import Constant, External, Outside, Rebuild, StandIn, evaluate, expect, members, resolve, tensors_in
+from fxsplit.capture.meta import Constant, External, Outside, Rebuild, Slot, StandIn, evaluate, expect, resolve
 from fxsplit.capture.mixing import is_along_samples
 from fxsplit.capture.patches import REAL_ISINSTANCE, UntraceableError
 from fxsplit.capture.proxy import ValueProxy
 from fxsplit.capture.sources import asserted, user_line
+from fxsplit.capture.structure import map_tensors, template, tensors_in
 
 DROPOUTS = {
     *(torch.dropout, torch.feature_dropout, torch.alpha_dropout),
@@ -151,14 +152,12 @@ class ValueTracer(fx.Tracer):
         self._batch_size = next(sizes, 1)
         names = iter(self.names)
 
-        def placeholder(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
+        def placeholder(leaf: Tensor) -> ValueProxy:
             node = self.create_node("placeholder", next(names), (), {})
             node.meta["value"] = leaf
             return self.proxy(node)
 
-        self.call.arguments = pytree.tree_map(placeholder, self.call.arguments)
+        self.call.arguments = map_tensors(placeholder, dict(self.call.arguments))
 
         def call(module: nn.Module) -> Any:
             return self._through(module, "", lambda: root_fn(module, *self.call.args, **self.call.kwargs))
@@ -272,12 +271,10 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, tuple) and hasattr(a, "_fields"):
             # torch.fx would make an op of it.
             return kind(*(self.create_arg(item) for item in a))
-        if is_dataclass(kind):
-            members = {field.name: getattr(a, field.name) for field in fields(a) if field.init}
-            return self.create_proxy("call_function", kind, (), members).node
-        if isinstance(a, dict) and kind is not dict:
-            # torch.fx would make a plain dict of it.
-            return self.create_proxy("call_function", kind, (dict(a),), {}).node
+        own_kind = isinstance(a, list | dict) and kind not in (list, dict, immutable_list, immutable_dict)
+        if own_kind or is_dataclass(kind):
+            # torch.fx would make a plain list or dict of it, or call its class.
+            return self._object(a)
         try:
             return super().create_arg(a)
         except NotImplementedError:
@@ -285,10 +282,17 @@ class ValueTracer(fx.Tracer):
             return self._object(a)
 
     def _object(self, a: Any) -> fx.Node:
-        if any(members(vars(a), ValueProxy, set())):
-            node = self.create_proxy("call_function", Rebuild(type(a)), (vars(a),), {}).node
-        else:
-            node = self._constant(a).node
+        """An object around values, made anew at each call; or one without any, which is the user's own."""
+        values: list[Any] = []
+
+        def slot(value: Any) -> Slot:
+            values.append(value)
+            return Slot(len(values) - 1)
+
+        apart = template(slot, a, (ValueProxy, Tensor))
+        if not values:
+            return self._constant(a).node
+        node = self.create_proxy("call_function", Rebuild(apart, type(a).__name__), (values,), {}).node
         assert isinstance(node, fx.Node)
         return node
 

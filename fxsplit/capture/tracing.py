@@ -26,11 +26,12 @@ from fxsplit.capture.batch import free_batch
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.costs import Cost
 from fxsplit.capture.guards import Guards
-from fxsplit.capture.meta import META, Outside, storage_key, tensors_in
+from fxsplit.capture.meta import META, Outside, storage_key
 from fxsplit.capture.naming import method_of, names_of
 from fxsplit.capture.patches import AMBIENT, LOCK
 from fxsplit.capture.recording import Recorder, Recording
 from fxsplit.capture.signature import Signature
+from fxsplit.capture.structure import tensors_in
 from fxsplit.capture.tracer import COMPILED, Leaf, reason_not_to_look_inside
 from fxsplit.errors import TraceError
 from fxsplit.graph import Graph, Op, OpKind, State, Value

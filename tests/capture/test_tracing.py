@@ -18,8 +18,8 @@ import torchvision
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
-from fxsplit.capture.meta import members
 from fxsplit.capture.paper import NETWORKS
+from fxsplit.capture.structure import members
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.errors import GuardError, TraceError
 from fxsplit.plan.cuts import cuts
