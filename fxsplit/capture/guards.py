@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxsplit.capture.meta import META, StandIn, evaluate, resolve
+from fxsplit.capture.meta import StandIn, evaluate, resolve
 from fxsplit.capture.recording import Recording
+from fxsplit.capture.structure import META
 from fxsplit.capture.tracer import QUESTIONS
 from fxsplit.errors import GuardError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import random
 import sys
@@ -17,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from fxsplit.capture.structure import ATOMS, filled, map_tensors, tensors_in
+from fxsplit.capture.structure import ATOMS, META, filled, map_tensors
+from fxsplit.capture.twins import Copier
 from fxsplit.errors import GuardError
-
-META = torch.device("meta")
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -160,6 +158,9 @@ def evaluate(
     args, kwargs = resolve((args, kwargs), lambda leaf: META if isinstance(leaf, torch.device) else on_meta(leaf))
     if isinstance(kwargs.get("device"), str | torch.device):
         kwargs["device"] = META
+    if isinstance(kwargs.get("generator"), torch.Generator):
+        # It belongs to another device, and nothing is drawn here.
+        kwargs["generator"] = None
     if kind == "call_method":
         called = getattr(args[0], target)
         args = args[1:]
@@ -224,12 +225,14 @@ def _filled(tensor: Tensor) -> Tensor:
 
 def _on_cpu(module: nn.Module) -> nn.Module:
     """A copy, its parameters and buffers zero, other tensors in it filled."""
-    copied = copy.deepcopy(module).to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*copied.parameters(), *copied.buffers()):
-            tensor.zero_()
-    for inner in copied.modules():
-        for name, value in vars(inner).items():
-            if not name.startswith("_") and tensors_in(value):
-                setattr(inner, name, map_tensors(_filled, value))
+    state = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+
+    def change(tensor: Tensor) -> Tensor:
+        if id(tensor) not in state:
+            return _filled(tensor) if tensor.is_meta else tensor.detach().clone()
+        zero = torch.zeros_like(tensor, device="cpu", requires_grad=False)
+        return nn.Parameter(zero, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zero
+
+    copied = Copier(change).copy(module)
+    assert isinstance(copied, nn.Module)
     return copied

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxsplit.capture.costs import CostMeter
-from fxsplit.capture.meta import META, on_meta, resolve
+from fxsplit.capture.meta import on_meta, resolve
 from fxsplit.capture.patches import UntraceableError, watched
 from fxsplit.capture.same import same_graph
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.sources import failing_function
-from fxsplit.capture.structure import map_tensors, tensors_in
+from fxsplit.capture.structure import META, map_tensors, tensors_in
 from fxsplit.capture.tracer import Assignment, Guard, Leaf, ValueTracer, reason_of
 from fxsplit.errors import TraceError
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+META = torch.device("meta")
 # Nothing in these can be a tensor.
 ATOMS = (type(None), bool, int, float, str, torch.dtype)
 _ATOMS = {*ATOMS, bytes, complex, torch.device, torch.Size, torch.layout, torch.memory_format, range, slice, type(...)}
@@ -49,13 +50,20 @@ def taken_apart(value: Any) -> Parts | None:
         return None
     if not _isinstance(reduced, tuple):
         return None
-    make, arguments, state, items, pairs, *_ = (*reduced, None, None, None, None)
+    make, arguments, *rest = reduced
+    state, items, pairs = (*rest, None, None, None)[:3]
     return Parts(make, arguments, state, list(items or ()), dict(pairs or ()))
 
 
 def put_together(make: Any, arguments: tuple[Any, ...], state: Any, items: list[Any], pairs: dict[Any, Any]) -> Any:
     """The object that has these parts."""
     made = make(*arguments)
+    fill(made, state, items, pairs)
+    return made
+
+
+def fill(made: Any, state: Any, items: list[Any], pairs: dict[Any, Any]) -> None:
+    """Give an object that has just been made what it held."""
     if state is not None:
         if hasattr(made, "__setstate__"):
             made.__setstate__(state)
@@ -68,7 +76,6 @@ def put_together(make: Any, arguments: tuple[Any, ...], state: Any, items: list[
         made.append(item)
     for key, value in pairs.items():
         made[key] = value
-    return made
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -10,7 +10,6 @@ The two graphs name their ops alike, so that a cut can be found in both.
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,13 +25,14 @@ from fxsplit.capture.batch import free_batch
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.costs import Cost
 from fxsplit.capture.guards import Guards
-from fxsplit.capture.meta import META, Outside, storage_key
+from fxsplit.capture.meta import Outside, storage_key
 from fxsplit.capture.naming import method_of, names_of
 from fxsplit.capture.patches import AMBIENT, LOCK
 from fxsplit.capture.recording import Recorder, Recording
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.structure import tensors_in
 from fxsplit.capture.tracer import COMPILED, Leaf, reason_not_to_look_inside
+from fxsplit.capture.twins import twin_of
 from fxsplit.errors import TraceError
 from fxsplit.graph import Graph, Op, OpKind, State, Value
 
@@ -122,7 +122,7 @@ def trace(
     signature = Signature.of(model, args, kwargs)
     recorders = {}
     for training in (True, False):
-        twin, originals = _twin(model)
+        twin, originals = twin_of(model)
         recorders[training] = Recorder(
             twin=twin.train(training),
             signature=signature,
@@ -141,27 +141,6 @@ def trace(
         for training, recorder in recorders.items()
     }
     return Trace(model=model, signature=signature, programs=programs, tied=_tied(model))
-
-
-def _twin(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
-    """The same modules over tensors of the meta device; nothing that happens to it reaches the model.
-
-    All other objects that it holds are copied whole; the originals are found by the copies' ids.
-    """
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=META), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device=META)
-    try:
-        twin = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied for tracing, which copies its modules but no weights: {error}"
-        ) from error
-    # copy.deepcopy keeps the originals alive there.
-    originals = memo.get(id(memo), ())
-    return twin, {id(memo[id(original)]): original for original in originals if id(original) in memo}
 
 
 def _record_both(recorders: Mapping[bool, Recorder]) -> dict[bool, Recording]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fxsplit.capture import models
 from fxsplit.capture.examples import Example, example
-from fxsplit.capture.meta import tensors_in
+from fxsplit.capture.structure import tensors_in
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import FxsplitError
 from fxsplit.plan.cuts import cuts

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import Node
 
-from fxsplit.capture.meta import tensors_in
+from fxsplit.capture.structure import tensors_in
 from fxsplit.capture.tracing import Program, Trace
 from fxsplit.errors import TraceError
 from fxsplit.plan.partition import partition

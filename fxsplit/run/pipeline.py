@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, distributed, fx, nn
 from torch.distributed.pipelining import PipelineStage
 
-from fxsplit.capture.meta import META, StandIn, evaluate, on_meta, resolve
+from fxsplit.capture.meta import StandIn, evaluate, on_meta, resolve
 from fxsplit.capture.naming import called_module
+from fxsplit.capture.structure import META
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError, UsageError
 from fxsplit.plan.partition import Partition

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxsplit.capture.meta import map_tensors
+from fxsplit.capture.structure import map_tensors
 from fxsplit.capture.tracing import Trace
 from fxsplit.run.folding import fold
 from fxsplit.run.pointwise import is_untouched

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import DeformConv2d
 
-from fxsplit.capture.meta import tensors_in
 from fxsplit.capture.paper import NETWORKS
+from fxsplit.capture.structure import tensors_in
 from fxsplit.capture.tracing import trace
 from tests.models import HAZARDS, Chain
 

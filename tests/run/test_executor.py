@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from fxsplit.capture.meta import tensors_in
 from fxsplit.capture.models import build
 from fxsplit.capture.paper import NETWORKS
+from fxsplit.capture.structure import tensors_in
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import GuardError, PartitionError
 from fxsplit.plan.cuts import cuts
