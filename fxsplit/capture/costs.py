@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxsplit.capture.meta import StandIn, storage_key
+from fxsplit.capture.meta import StandIn, bytes_of, storage_key
 from fxsplit.capture.structure import map_tensors, tensors_in
 
 
@@ -51,7 +51,7 @@ class CostMeter:
         def keep(tensor: Tensor) -> None:
             key = storage_key(tensor)
             if key not in self._free and key not in saved:
-                saved[key] = tensor.untyped_storage().nbytes()
+                saved[key] = bytes_of(tensor)
                 self._kept.append(tensor.detach())
 
         counter = FlopCounterMode(display=False)
@@ -87,6 +87,8 @@ def _backward_macs(run: Callable[[Any], Any], given: Any, state: Sequence[Tensor
         return wanting[-1].clone()
 
     made = [tensor for tensor in tensors_in(run(map_tensors(apart, given))) if tensor.requires_grad]
+    if not wanting:
+        return 0
     counter = FlopCounterMode(display=False)
     with counter:
         torch.autograd.grad(made, wanting, [torch.empty_like(tensor) for tensor in made], allow_unused=True)

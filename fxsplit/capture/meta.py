@@ -6,7 +6,7 @@ import operator
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -16,14 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from fxsplit.capture.structure import ATOMS, META, filled, map_tensors
+from fxsplit.capture.effects import Snapshot
+from fxsplit.capture.structure import ATOMS, META, filled, map_tensors, tensors_in
 from fxsplit.capture.twins import Copier
 from fxsplit.errors import GuardError
 
 
 def storage_key(tensor: Tensor) -> int:
     """Equal for two tensors that share memory, also on the meta device, as long as both are alive."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)
     return int(tensor.untyped_storage()._cdata)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """What its memory takes, together with all that shares it."""
+    is_dense = tensor.layout is torch.strided
+    return tensor.untyped_storage().nbytes() if is_dense else tensor._nnz() * tensor.element_size()
 
 
 def on_meta(values: Any) -> Any:
@@ -145,6 +154,8 @@ def evaluate(
 
     A module or function that looks at data, which meta tensors have none of, delivers a StandIn.
     """
+    if target is getattr and isinstance(args[0], torch.device):
+        return getattr(*args)
     asks = isinstance(args[0], Tensor) if args else False
     if target is getattr and asks and args[1] in ("device", "is_cuda"):
         return device if args[1] == "device" else device.type == "cuda"
@@ -161,20 +172,35 @@ def evaluate(
     if isinstance(kwargs.get("generator"), torch.Generator):
         # It belongs to another device, and nothing is drawn here.
         kwargs["generator"] = None
+    is_sparse = _is_sparse(args)
     if kind == "call_method":
         called = getattr(args[0], target)
         args = args[1:]
     else:
         called = _uncompiled(root.get_submodule(str(target))) if kind == "call_module" else target
-    with _left_alone(called) if kind == "call_module" else nullcontext():
+    is_module = kind == "call_module"
+    with _left_alone(called) if is_module else nullcontext(), _inlined(called):
         try:
             with META:
                 return on_meta(called(*args, **kwargs))
         except Exception:
-            if not _is_leaf(called):
+            if not _is_leaf(called) and not is_sparse:
                 raise
         with unchanged_generators():
             return StandIn(_on_stand_ins(called, args, kwargs))
+
+
+def _inlined(called: Any) -> AbstractContextManager[object]:
+    """Lets compiled functions inside of users' functions and modules run as they were before, without compiling."""
+    if not _is_leaf(called) or type(called).__module__.startswith("torch.nn."):
+        return nullcontext()
+    inlined: AbstractContextManager[object] = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
+    return inlined
+
+
+def _is_sparse(args: tuple[Any, ...]) -> bool:
+    """The meta device knows few ops on sparse tensors."""
+    return any(tensor.layout is not torch.strided for tensor in tensors_in(args))
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
@@ -188,6 +214,7 @@ def _left_alone(module: nn.Module) -> Iterator[None]:
     """Undo what a forward puts in the place of buffers and attributes; what it writes into them has no numbers."""
     # A scripted module keeps its state elsewhere.
     inner = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
+    held = Snapshot(module)
     owners = [owner for each in inner for owner in (vars(each), each._buffers)]
     before = [dict(owner) for owner in owners]
     try:
@@ -196,6 +223,7 @@ def _left_alone(module: nn.Module) -> Iterator[None]:
         for owner, content in zip(owners, before, strict=True):
             owner.clear()
             owner.update(content)
+        held.restore()
 
 
 def _is_leaf(called: Any) -> bool:
@@ -206,6 +234,9 @@ def _is_leaf(called: Any) -> bool:
 
 def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> Any:
     """Run on the CPU, on numbers that mean nothing."""
+    receiver = getattr(called, "__self__", None)
+    if isinstance(receiver, Tensor):
+        called = getattr(_filled(receiver), called.__name__)
 
     def lookup(leaf: Any) -> Any:
         return torch.device("cpu") if isinstance(leaf, torch.device) else map_tensors(_filled, leaf)
@@ -219,6 +250,8 @@ def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _filled(tensor: Tensor) -> Tensor:
+    if tensor.layout is not torch.strided:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype).to_sparse(layout=tensor.layout)
     make = torch.rand_like if tensor.is_floating_point() else torch.zeros_like
     return make(tensor, device="cpu")
 

@@ -7,6 +7,7 @@ runs an op, it does what was there before. One trace runs at a time.
 from __future__ import annotations
 
 import builtins
+import gc
 import importlib
 import random
 import sys
@@ -14,8 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
-from types import FrameType, ModuleType
+from functools import cache, wraps
+from types import CellType, FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -100,7 +101,8 @@ class _Patches:
         self._before: list[tuple[Any, str, Any]] = []
 
     def put(self, owner: Any, name: str, value: Any) -> None:
-        self._before.append((owner, name, vars(owner).get(name, _MISSING)))
+        before = owner.cell_contents if isinstance(owner, CellType) else vars(owner).get(name, _MISSING)
+        self._before.append((owner, name, before))
         setattr(owner, name, value)
 
     def take_back(self) -> None:
@@ -129,7 +131,7 @@ def _record_calls(patches: _Patches, tracer: ValueTracer, functions: Iterable[An
         @wraps(function, updated=())
         def call(*args: Any, **kwargs: Any) -> Any:
             if tracer.is_recording and _is_user(sys._getframe(1)):
-                return tracer.call_outside(*_HOMES[id(function)], args, kwargs)
+                return tracer.call_outside(*_functions()[id(function)][1:3], args, kwargs)
             return function(*args, **kwargs)
 
         return call
@@ -153,13 +155,10 @@ def _record_calls(patches: _Patches, tracer: ValueTracer, functions: Iterable[An
 
     for name in TYPE_LIMITS:
         patches.put(torch, name, limits(getattr(torch, name)))
-    replacing = {
-        **{function: recorded(function) for function in _FACTORIES},
-        **{function: drawn(function) for function in _DRAWS},
-        **{function: asked(function) for function in _AMBIENT},
-    }
+    wrappers = {"factory": recorded, "drawing": drawn, "ambient": asked}
+    replacing = {key: wrappers[kind](function) for key, (kind, _, _, function) in _functions().items()}
     for owner, name, function in [*_named_in_modules()]:
-        patches.put(owner, name, replacing[function])
+        patches.put(owner, name, replacing[id(function)])
     for function in functions:
         for owner, name in _owners_of(function, tracer.model):
             patches.put(owner, name, recorded(function))
@@ -289,24 +288,34 @@ def _is_users_module(name: str) -> bool:
     return top not in sys.stdlib_module_names and top not in ("torch", "numpy", "fxsplit")
 
 
-_FACTORIES = tuple(getattr(torch, name) for name in FACTORIES)
-_DRAWS = tuple(getattr(owner, name) for owner, names in DRAWS.items() for name in names)
-_HOMES = {id(getattr(owner, name)): (owner.__name__, name) for owner, names in DRAWS.items() for name in names}
-_AMBIENT = tuple(getattr(torch, name) for name in AMBIENT)
-_BY_ID = {id(function): function for function in (*_FACTORIES, *_DRAWS, *_AMBIENT)}
+@cache
+def _functions() -> dict[int, tuple[str, str, str, Any]]:
+    """What is recorded whoever calls it, by id: its kind, its owner, its name and the function.
+
+    Looked up once torch._dynamo is there, which puts others in the place of some.
+    """
+    return {
+        id(getattr(owner, name)): (kind, owner.__name__, name, getattr(owner, name))
+        for kind, owners in (("factory", {torch: FACTORIES}), ("drawing", DRAWS), ("ambient", {torch: AMBIENT}))
+        for owner, names in owners.items()
+        for name in names
+    }
+
+
 # What was found in each module, and how many names it had then.
 _found: WeakKeyDictionary[ModuleType, tuple[int, list[tuple[str, Any]]]] = WeakKeyDictionary()
 
 
 def _named_in_modules() -> Iterator[tuple[Any, str, Any]]:
-    """Every place from which factories and drawing functions are called: the module that has them, and importers."""
+    """Every place from which these functions are called: the module that has them, and those that imported them."""
+    functions = _functions()
     for name, module in list(sys.modules.items()):
         space = getattr(module, "__dict__", None)
         if space is None or not (_is_users_module(name) or module in (torch, *DRAWS)):
             continue
         size, found = _found.get(module, (-1, []))
         if size != len(space):
-            found = [(key, _BY_ID[id(value)]) for key, value in list(space.items()) if id(value) in _BY_ID]
+            found = [(key, value) for key, value in list(space.items()) if id(value) in functions]
             _found[module] = len(space), found
         for key, function in found:
             if space.get(key) is function:
@@ -314,10 +323,15 @@ def _named_in_modules() -> Iterator[tuple[Any, str, Any]]:
 
 
 def _owners_of(function: Any, model: nn.Module) -> list[tuple[Any, str]]:
-    """All places from which the function is called: the modules that imported it, the classes whose method it is."""
-    classes = {base for module in model.modules() for base in type(module).__mro__}
-    owners = [owner for owner in (*list(sys.modules.values()), *classes) if hasattr(owner, "__dict__")]
-    return [(owner, name) for owner in owners for name, value in list(vars(owner).items()) if value is function]
+    """All places from which the function is called: modules of Python that imported it, classes whose method it is,
+    modules of the model that hold it, and closures.
+    """
+    modules = list(model.modules())
+    classes = {base for module in modules for base in type(module).__mro__}
+    owners = [owner for owner in (*list(sys.modules.values()), *classes, *modules) if hasattr(owner, "__dict__")]
+    named = [(owner, name) for owner in owners for name, value in list(vars(owner).items()) if value is function]
+    cells = [each for each in gc.get_referrers(function) if type(each) is CellType]
+    return [*named, *((cell, "cell_contents") for cell in cells)]
 
 
 def _isinstance_for(proxy_type: Any) -> Callable[[Any, Any], bool]:

@@ -16,23 +16,28 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxsplit.capture.costs import CostMeter
+from fxsplit.capture.effects import Snapshot, generators_around, restored, state_of
 from fxsplit.capture.meta import on_meta, resolve
 from fxsplit.capture.patches import UntraceableError, watched
 from fxsplit.capture.same import same_graph
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.sources import failing_function
+from fxsplit.capture.sources import compiled_function, failing_function
 from fxsplit.capture.structure import META, map_tensors, tensors_in
-from fxsplit.capture.tracer import Assignment, Guard, Leaf, ValueTracer, reason_of
+from fxsplit.capture.tracer import COMPILED, Guard, Leaf, ValueTracer, reason_of
 from fxsplit.errors import TraceError
 
 
 @dataclass(kw_only=True)
 class Recording:
-    """`guards` are the answers that fixed the path, `opaque` the modules that became one op, with the reasons."""
+    """`guards` are the answers that fixed the path, `opaque` the modules that became one op, with the reasons.
+
+    `checkpoints` says whether the model recomputes by itself.
+    """
 
     graph: fx.Graph
     guards: list[Guard]
     opaque: dict[str, str]
+    checkpoints: bool = False
 
 
 @dataclass(kw_only=True)
@@ -63,8 +68,11 @@ class Recorder:
             except TraceError:
                 raise
             except Exception as error:
-                function = failing_function(error, known=self._whole)
-                if function is not None:
+                compiled = compiled_function(error)
+                function = compiled or failing_function(error, known=self._whole)
+                if compiled is not None and compiled not in self._whole:
+                    self._whole[compiled] = COMPILED
+                elif function is not None and function not in self._whole:
                     self._whole[function] = reason_of(error)
                 elif isinstance(error, UntraceableError) and not self._lenient:
                     self._lenient = True
@@ -73,21 +81,28 @@ class Recorder:
 
     def _record(self, batch_size: int | None, *, costs: bool) -> Recording:
         while True:
+            held = Snapshot(self.twin)
             tracer, graph = self._trace(batch_size, costs=costs)
-            assigned = tracer.assigned
-            if not assigned:
+            changed = held.changed()
+            if not tracer.assigned and not changed:
                 break
-            for assignment in assigned:
+            assigned = {each.path: each.name for each in tracer.assigned}
+            keeps_values = held.holds_values()
+            for assignment in tracer.assigned:
                 assignment.owner[assignment.name] = resolve(assignment.value, _value_of)
+            held_then = Snapshot(self.twin)
             again, second = self._trace(batch_size)
-            for assignment in (*reversed(again.assigned), *reversed(assigned)):
+            # What is kept once and for all, such as a table of positions, changes nothing the second time.
+            goes_on = keeps_values or held_then.changed()
+            for assignment in (*reversed(again.assigned), *reversed(tracer.assigned)):
                 assignment.undo()
-            if same_graph(graph, second):
+            held.restore()
+            if same_graph(graph, second) and not (changed and goes_on):
                 break
-            self._whole |= {each.path: _reason(each) for each in assigned}
+            self._whole.update({path: _reason(name) for path, name in (changed or assigned).items()})
             if "" in self._whole:
                 raise self._error(UntraceableError(self._whole[""]))
-        return Recording(graph=graph, guards=tracer.guards, opaque=tracer.opaque)
+        return Recording(graph=graph, guards=tracer.guards, opaque=tracer.opaque, checkpoints=tracer.checkpoints)
 
     def keep_whole(self, modules: dict[str, str]) -> None:
         """From now on each of these paths is one op, for the reason given."""
@@ -135,16 +150,25 @@ class Recorder:
             meter=CostMeter(known) if costs else None,
         )
         functions = {each for each in (*self.leaves, *self._whole) if isinstance(each, FunctionType)}
+        generators = generators_around(self.twin)
+        states = {name: state_of(generator) for name, generator in generators.items()}
         with (
             watched(tracer, functions),
             torch.set_grad_enabled(self.twin.training),
         ):
             try:
-                return tracer, tracer.trace(self.twin)
+                graph = tracer.trace(self.twin)
             except BaseException:
                 for assignment in reversed(tracer.assigned):
                     assignment.undo()
                 raise
+            finally:
+                drawn = [name for name, generator in generators.items() if restored(generator, states[name])]
+        if drawn:
+            raise UntraceableError(
+                f"it draws from the generator {drawn[0]!r}, whose numbers would be the same in every call"
+            )
+        return tracer, graph
 
     def _error(self, error: Exception) -> TraceError:
         mode = "training" if self.twin.training else "evaluation"
@@ -160,5 +184,5 @@ def _value_of(leaf: Any) -> Any:
     return leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
 
 
-def _reason(assignment: Assignment) -> str:
-    return f"its forward changes {assignment.name!r} in it, and would take another way the next time"
+def _reason(name: str) -> str:
+    return f"its forward changes {name!r} in it, and would take another way the next time"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxsplit.capture.contexts import contexts_of
-from fxsplit.capture.meta import Constant, External, Outside, Rebuild, Slot
 
 # How objects are equal whose class does not say.
 _IDENTITY: Any = object.__eq__
@@ -72,7 +71,7 @@ class _Comparison:
             return self._pairs((a.start, a.stop, a.step), (b.start, b.stop, b.step))
         if isinstance(a, type | FunctionType | nn.Module):
             return False
-        if isinstance(a, Constant | External | Outside | Rebuild | Slot) or type(a).__eq__ is _IDENTITY:
+        if type(a).__eq__ is _IDENTITY:
             return hasattr(a, "__dict__") and self._attributes(a, b)
         if is_dataclass(a):
             return all(self.values(getattr(a, each.name), getattr(b, each.name)) for each in fields(a))

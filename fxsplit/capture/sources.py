@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import linecache
 import os
@@ -62,6 +63,21 @@ def failing_function(error: BaseException, known: Container[object]) -> Function
         if function is not None and function not in known:
             found = function
     return found
+
+
+def compiled_function(error: BaseException) -> FunctionType | None:
+    """The function made by torch.compile that refused to be traced, if that is the error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    code = frames[-1].f_code
+    if code.co_name != "compile_wrapper":
+        return None
+    inner = frames[-1].f_locals.get("fn")
+    for found in gc.get_referrers(code):
+        cells = found.__closure__ or () if isinstance(found, FunctionType) else ()
+        if any(cell.cell_contents is inner for cell in cells):
+            made: FunctionType = found
+            return made
+    return None
 
 
 def _function_of(frame: FrameType) -> FunctionType | None:

@@ -21,7 +21,7 @@ META = torch.device("meta")
 ATOMS = (type(None), bool, int, float, str, torch.dtype)
 _ATOMS = {*ATOMS, bytes, complex, torch.device, torch.Size, torch.layout, torch.memory_format, range, slice, type(...)}
 # Never looked into.
-_WHOLE = (
+WHOLE = (
     *(type, FunctionType, BuiltinFunctionType, MethodType, ModuleType),
     *(nn.Module, fx.Node, fx.Proxy, np.ndarray, np.generic, torch.Generator, torch.jit.ScriptFunction),
 )  # fmt: skip
@@ -42,7 +42,7 @@ class Parts(NamedTuple):
 
 def taken_apart(value: Any) -> Parts | None:
     """The parts of an object, or None if it has none or cannot be copied."""
-    if _isinstance(value, _WHOLE):
+    if _isinstance(value, WHOLE):
         return None
     try:
         reduced = value.__reduce_ex__(4)
@@ -69,7 +69,8 @@ def fill(made: Any, state: Any, items: list[Any], pairs: dict[Any, Any]) -> None
             made.__setstate__(state)
         else:
             attributes, slots = state if _isinstance(state, tuple) else (state, None)
-            vars(made).update(attributes or {})
+            if attributes:
+                vars(made).update(attributes)
             for name, value in (slots or {}).items():
                 object.__setattr__(made, name, value)
     for item in items:

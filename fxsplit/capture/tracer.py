@@ -13,6 +13,7 @@ import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
+from textwrap import shorten
 from threading import get_ident
 from types import FunctionType
 from typing import Any
@@ -160,6 +161,8 @@ class ValueTracer(fx.Tracer):
         self.call.arguments = map_tensors(placeholder, dict(self.call.arguments))
 
         def call(module: nn.Module) -> Any:
+            if super(ValueTracer, self).is_leaf_module(module, ""):
+                return self.call_function(root_fn, (module, *self.call.args), self.call.kwargs)
             return self._through(module, "", lambda: root_fn(module, *self.call.args, **self.call.kwargs))
 
         return call, [self.root]
@@ -263,6 +266,9 @@ class ValueTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         kind = type(a)
+        if kind is torch.Generator:
+            # torch.fx would make it an attribute of the model.
+            return self._constant(a).node
         if kind is ValueProxy or kind is fx.proxy.Attribute:
             return a.node
         if isinstance(a, Tensor):
@@ -380,8 +386,6 @@ class ValueTracer(fx.Tracer):
         open_before, with_gradients = len(self._open), torch.is_grad_enabled()
         try:
             value = forward()
-            if len(self._open) != open_before:
-                raise UntraceableError("its forward calls torch.set_grad_enabled and leaves it so")
         except BaseException:
             for kind, owner in owners.items():
                 owner.clear()
@@ -463,7 +467,9 @@ class ValueTracer(fx.Tracer):
             if self.meter is None:
                 value = run((args, kwargs))
             else:
-                value, node.meta["cost"] = self.meter.measure(run, (args, kwargs), [*state.values()])
+                holder = getattr(args[0], "__self__", None) if node.target is operator.call else None
+                used = holder.parameters() if isinstance(holder, nn.Module) else state.values()
+                value, node.meta["cost"] = self.meter.measure(run, (args, kwargs), [*used])
         finally:
             self.evaluating, builtins.isinstance = False, watching
         inputs = node.all_input_nodes
@@ -544,10 +550,12 @@ def reason_not_to_look_inside(module: nn.Module) -> str | None:
     return None
 
 
+LONGEST_REASON = 400
+
 COMPILED = "it is compiled; trace before torch.compile to see inside"
 
 
 def reason_of(error: Exception) -> str:
-    """In one line."""
+    """In one line, of which torch fills several screens."""
     text = str(error) if isinstance(error, UntraceableError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())
+    return shorten(" ".join(text.split()), LONGEST_REASON, placeholder=" ...")

@@ -69,7 +69,9 @@ class Copier:
             return self._keep(value, MethodType(value.__func__, self.copy(value.__self__)))
         if isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
             made = self._keep(value, object.__new__(kind))
-            vars(made).update({name: self.copy(item) for name, item in vars(value).items()})
+            # As in any copy of a module, what torch.compile made of it stays with the original.
+            held = {name: item for name, item in vars(value).items() if name != "_compiled_call_impl"}
+            vars(made).update({name: self.copy(item) for name, item in held.items()})
             return made
         if isinstance(value, torch.Generator):
             return self._keep(value, torch.Generator(value.device).set_state(value.get_state()))

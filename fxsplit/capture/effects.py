@@ -1,0 +1,168 @@
+"""What a forward changes besides tensors: containers, objects and generators that the model holds.
+
+A recording shows ops on tensors. A list that is appended to, an attribute of an object, a generator that is drawn from
+go unseen there, so they are compared before and after.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from types import FunctionType, ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxsplit.capture.same import same_value
+from fxsplit.capture.structure import ATOMS, WHOLE, members
+
+# Generators are objects of C, whose state does not lie in attributes: how to read and to set it.
+GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    random.Random: (lambda each: each.getstate(), lambda each, state: each.setstate(state)),
+    np.random.RandomState: (lambda each: each.get_state(), lambda each, state: each.set_state(state)),
+    np.random.Generator: (
+        lambda each: each.bit_generator.state,
+        lambda each, state: setattr(each.bit_generator, "state", state),
+    ),
+    torch.Generator: (lambda each: each.get_state(), lambda each, state: each.set_state(state)),
+}
+# What every module has, and what the tracer itself looks after.
+_BASE = frozenset((*vars(nn.Module()), "_flat_weights"))
+_DEPTH = 6
+
+
+class Snapshot:
+    """The containers, objects and generators that a model's modules hold, as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held: list[tuple[str, str, Any, Any]] = []
+        seen: set[int] = set()
+        for path, module in model.named_modules():
+            for name, value in vars(module).items():
+                if name not in _BASE:
+                    self._look(path, name, value, seen, _DEPTH)
+
+    def changed(self) -> dict[str, str]:
+        """The modules that hold something which is different now, and the name of the first such attribute."""
+        found: dict[str, str] = {}
+        for path, name, held, before in self._held:
+            if path not in found and not _same(_content(held), before):
+                found[path] = name
+        return found
+
+    def holds_values(self) -> bool:
+        """Whether something different now holds what forward computed."""
+        different = (held for _, _, held, before in self._held if not _same(_content(held), before))
+        return any(next(members(_content(held), fx.Proxy), None) is not None for held in different)
+
+    def restore(self) -> None:
+        """Give everything back what it held."""
+        for _, _, held, before in self._held:
+            if not _same(_content(held), before):
+                _restore(held, before)
+
+    def _look(self, path: str, name: str, value: Any, seen: set[int], depth: int) -> None:
+        if type(value) in ATOMS or id(value) in seen or not depth:
+            return
+        seen.add(id(value))
+        content = _content(value)
+        if content is None:
+            return
+        self._held.append((path, name, value, content))
+        if type(value) not in GENERATORS:
+            for item in content.values() if isinstance(content, dict) else content:
+                self._look(path, name, item, seen, depth - 1)
+
+
+def generators_around(model: nn.Module) -> dict[str, Any]:
+    """Generators that the forwards of a model have at hand beside the model: global in their file, or in a closure."""
+    found: dict[str, Any] = {}
+    for kind in {type(module) for module in model.modules()}:
+        module = sys.modules.get(kind.__module__)
+        if module is None or kind.__module__.partition(".")[0] == "torch":
+            continue
+        found |= {f"{kind.__module__}.{name}": value for name, value in _generators_in(module)}
+        forward = getattr(kind, "forward", None)
+        names = forward.__code__.co_freevars if isinstance(forward, FunctionType) else ()
+        for name, cell in zip(names, getattr(forward, "__closure__", None) or (), strict=True):
+            with suppress(ValueError):  # an empty cell
+                if type(cell.cell_contents) in GENERATORS:
+                    found[name] = cell.cell_contents
+    return found
+
+
+# Looked for once, and again when a module has more names.
+_found: WeakKeyDictionary[ModuleType, tuple[int, list[tuple[str, Any]]]] = WeakKeyDictionary()
+
+
+def _generators_in(module: ModuleType) -> list[tuple[str, Any]]:
+    size, found = _found.get(module, (-1, []))
+    if size != len(vars(module)):
+        found = [(key, value) for key, value in list(vars(module).items()) if type(value) in GENERATORS]
+        _found[module] = len(vars(module)), found
+    return found
+
+
+def _content(value: Any) -> Any:
+    """What something holds now, one level deep; None of what holds nothing, or is looked after elsewhere."""
+    kind = type(value)
+    if kind in GENERATORS:
+        return GENERATORS[kind][0](value)
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, list | tuple | set):
+        return list(value)
+    is_looked_into = hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (Tensor, *WHOLE))
+    return dict(vars(value)) if is_looked_into else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether the same things are held: numbers and generators' states by value, all else by identity."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return all(_same_item(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(map(_same_item, one, other))
+    return same_value(one, other) if not isinstance(one, dict | list) else False
+
+
+def _same_item(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        return all(map(_same_item, one, other))
+    return type(one) in (*ATOMS, np.ndarray) and same_value(one, other)
+
+
+def _restore(held: Any, before: Any) -> None:
+    kind = type(held)
+    if kind in GENERATORS:
+        GENERATORS[kind][1](held, before)
+    elif isinstance(held, dict):
+        held.clear()
+        held.update(before)
+    elif isinstance(held, list):
+        held[:] = before
+    elif isinstance(held, set):
+        held.clear()
+        held.update(before)
+    elif not isinstance(held, tuple):
+        vars(held).clear()
+        vars(held).update(before)
+
+
+def state_of(generator: Any) -> Any:
+    """Of a generator of one of the kinds in GENERATORS."""
+    return GENERATORS[type(generator)][0](generator)
+
+
+def restored(generator: Any, state: Any) -> bool:
+    """Set a generator back; whether it had moved."""
+    moved = not same_value(state_of(generator), state)
+    if moved:
+        GENERATORS[type(generator)][1](generator, state)
+    return moved
