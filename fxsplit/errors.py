@@ -70,3 +70,8 @@ def reason(error: Exception) -> str:
     """The first line of what `error` says, fit to stand inside a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """`text` with escapes such as `\\x1b` for what is no letter, so that a name gives no orders to a terminal."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

@@ -9,9 +9,8 @@ are the same on every device and with any number of workers, and a sample's crop
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -20,16 +19,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from fxsplit.errors import DataError, UsageError, nearest
+from fxsplit.run.decoding import decode, image_warnings
 
 AUGMENTATIONS = ("none", "crop-flip")
 DECODE_CHUNK = 64
+
+# Takes what Pillow warns of, by the path of the image.
+Warned = Callable[[Mapping[str, str]], None]
+# Pixels (B, 3, H, W), or what is wrong with one of the images, and what Pillow warns of.
+ReadBatch = tuple[Tensor | str, Mapping[str, str]]
 
 
 class Batch(NamedTuple):
@@ -109,22 +113,28 @@ class MemoryImages(ImageSet):
 class FileImages(ImageSet):
     """Images in files, read by `workers` processes while they are needed (by this one if `workers` is 0).
 
-    One `read` at a time: a new one ends the one before. Raises DataError when a file cannot be decoded.
+    One `read` at a time: a new one ends the one before. What Pillow warns of while a batch is read goes to `warned`, by
+    path. Raises DataError when a file cannot be decoded.
     """
 
-    def __init__(self, paths: Sequence[str], labels: Tensor, *, img_size: int, workers: int) -> None:
+    def __init__(
+        self, paths: Sequence[str], labels: Tensor, *, img_size: int, workers: int, warned: Warned | None = None
+    ) -> None:
         self.paths = tuple(paths)
         self.labels = labels
         self.img_size = img_size
         self.workers = workers
+        self.warned = warned
         self._turns: list[list[int]] = []
 
     def to(self, device: torch.device) -> FileImages:
-        return FileImages(self.paths, self.labels.to(device), img_size=self.img_size, workers=self.workers)
+        return self._with(self.paths, self.labels.to(device))
 
     def subset(self, ids: Tensor) -> FileImages:
-        paths = [self.paths[index] for index in ids.tolist()]
-        return FileImages(paths, self.labels[ids], img_size=self.img_size, workers=self.workers)
+        return self._with([self.paths[index] for index in ids.tolist()], self.labels[ids])
+
+    def _with(self, paths: Sequence[str], labels: Tensor) -> FileImages:
+        return FileImages(paths, labels, img_size=self.img_size, workers=self.workers, warned=self.warned)
 
     def decoded(self) -> MemoryImages:
         """The same images in memory, decoded by `workers` threads: decoders do not hold Python's lock."""
@@ -147,13 +157,15 @@ class FileImages(ImageSet):
     def read(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._turns[:] = [ids.tolist() for ids in torch.split(order, batch_size)]
         all_ids = torch.split(order.to(self.device), batch_size)
-        for pixels, ids in zip(self._loader, all_ids, strict=True):
+        for (pixels, found), ids in zip(self._loader, all_ids, strict=True):
+            if found and self.warned:
+                self.warned(found)
             if isinstance(pixels, str):
                 raise DataError(pixels)
             yield pixels.to(self.device, non_blocking=True), ids
 
     @cached_property
-    def _loader(self) -> DataLoader[Tensor | str]:
+    def _loader(self) -> DataLoader[ReadBatch]:
         """Yields the batches listed in `_turns`; its own generator leaves the global random state alone."""
         return DataLoader(
             _Files(self.paths, self.img_size),
@@ -166,19 +178,20 @@ class FileImages(ImageSet):
         )
 
 
-class _Files(Dataset["Tensor | str"]):
+class _Files(Dataset["ReadBatch"]):
     """What a worker process reads: a whole batch at a time."""
 
     def __init__(self, paths: tuple[str, ...], img_size: int) -> None:
         self.paths = paths
         self.img_size = img_size
 
-    def __getitem__(self, ids: list[int]) -> Tensor | str:
-        """Pixels (B, 3, H, W), or what is wrong with one: raised here, it would arrive as a traceback in text."""
-        try:
-            return torch.stack([decode(self.paths[index], self.img_size) for index in ids])
-        except DataError as error:
-            return str(error)
+    def __getitem__(self, ids: list[int]) -> ReadBatch:
+        """Pixels, or what is wrong with one image: raised here, it would arrive as a traceback in text."""
+        with image_warnings() as found:
+            try:
+                return torch.stack([decode(self.paths[index], self.img_size) for index in ids]), found
+            except DataError as error:
+                return str(error), found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -299,29 +312,6 @@ def crop_flip(pixels: Tensor, corners: Tensor, flips: Tensor, *, padding: int) -
     places = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]
     index = places.view(batch, 1, -1).expand(-1, channels, -1)
     return padded.flatten(2).gather(2, index).view(pixels.shape)
-
-
-def decode(path: str | Path, img_size: int) -> Tensor:
-    """The RGB image in a file, uint8 (3, img_size, img_size): short side resized, centre cropped.
-
-    Raises DataError when the file cannot be decoded.
-    """
-    with open_image(path) as image:
-        rgb = image.convert("RGB")
-    if rgb.size != (img_size, img_size):
-        rgb = transforms.center_crop(transforms.resize(rgb, [img_size], antialias=True), [img_size])
-    pixels: Tensor = transforms.pil_to_tensor(rgb)
-    return pixels
-
-
-@contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """An image file, open; DataError whenever reading it fails, since every decoder fails in its own way."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except Exception as error:
-        raise DataError(f"the image {str(path)!r} cannot be decoded ({error}); repair or remove the file") from error
 
 
 def random_stream(purpose: str, *numbers: int) -> np.random.Generator:

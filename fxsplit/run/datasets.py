@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from http.client import HTTPException
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from fxsplit.errors import DataError, UsageError, nearest
-from fxsplit.run.data import Data, FileImages, MemoryImages, open_image, random_stream
+from fxsplit.errors import DataError, UsageError, nearest, printable
+from fxsplit.run import image_folders
+from fxsplit.run.data import Data, FileImages, MemoryImages, Warned, random_stream
+from fxsplit.run.decoding import image_warnings, short_side
 
 MEMORY_LIMIT_BYTES = 2 << 30
 TEST_SHARE = 0.2
@@ -63,10 +64,15 @@ def describe(name: str, *, img_size: int | None) -> tuple[int, int]:
     Raises UsageError and DataError as `load` does.
     """
     if path := _folder_path(name):
-        classes, paths, _ = _list_classes(_layout(path)[0])
+        train_root, _ = image_folders.layout(path, _unsaid)
+        classes, paths, _ = image_folders.list_classes(train_root, _unsaid)
         return len(classes), img_size or _own_size(paths)
     source = _source(name)
     return source.classes, img_size or source.img_size
+
+
+def _unsaid(_: str) -> None:
+    """A notice that nobody asked for."""
 
 
 def _folder_path(name: str) -> Path | None:
@@ -99,7 +105,11 @@ def _into_memory(data: Data, limit_bytes: int, notice: Notice) -> Data:
         return data
     needed = (len(train) + len(test)) * data.channels * data.img_size**2
     if needed <= limit_bytes:
-        return replace(data, train=train.decoded(), test=test.decoded())
+        with image_warnings() as found:
+            data = replace(data, train=train.decoded(), test=test.decoded())
+        if train.warned:
+            train.warned(found)
+        return data
     notice(
         f"the decoded images take {needed / 2**30:.1f} GiB, more than the {limit_bytes / 2**30:.1f} GiB that are "
         "kept in memory: they are read from their files in every epoch"
@@ -182,15 +192,13 @@ SOURCES = {
 
 
 def _folder(root: Path, img_size: int | None, seed: int, workers: int, notice: Notice) -> Data:
-    """Images in one folder a class, below `train/` and `test/` or `val/`; else below `root`, split here."""
-    train_root, test_root = _layout(root)
-    classes, paths, labels = _list_classes(train_root)
-    files = partial(FileImages, img_size=img_size or _own_size(paths), workers=workers)
+    """Images in one folder a class, below folders to train and to test on; else below `root`, split here."""
+    train_root, test_root = image_folders.layout(root, notice)
+    classes, paths, labels = image_folders.list_classes(train_root, notice)
+    files = partial(FileImages, img_size=img_size or _own_size(paths), workers=workers, warned=_say_once(notice))
     everything = files(paths, labels)
     if test_root:
-        train, test = everything, files(*_list_test(test_root, classes, notice))
-        if test_root.name == "test" and (root / "val").is_dir():
-            notice(f"{root} has both test/ and val/: test/ is used")
+        train, test = everything, files(*image_folders.list_test(test_root, classes, notice))
     else:
         _refuse_single_images(root, classes, labels)
         train, test = (everything.subset(ids) for ids in _held_out(labels, seed=seed))
@@ -201,70 +209,21 @@ def _folder(root: Path, img_size: int | None, seed: int, workers: int, notice: N
     return Data(train=train, test=test, classes=classes, img_size=everything.img_size)
 
 
-def _layout(root: Path) -> tuple[Path, Path | None]:
-    """The folders to train and to test on; the second is None when `root` itself holds the class folders."""
-    if not root.is_dir():
-        raise DataError(f"there is no folder {str(root)!r}; check the path after folder:")
-    train, test, val = (root / name for name in ("train", "test", "val"))
-    if train.is_dir() and (test.is_dir() or val.is_dir()):
-        return train, test if test.is_dir() else val
-    for lone in (train, test, val):
-        # Class folders have no folders in them, so this is a split of which the other half is missing.
-        if lone.is_dir() and _subfolders(lone):
-            raise DataError(
-                f"{str(root)!r} has {lone.name}/ but not train/ together with test/ or val/; "
-                f"add what is missing, or give folder:{lone} to hold out a part of it"
+def _say_once(notice: Notice) -> Warned:
+    """What says what Pillow warns of, the first time that it does."""
+    said = False
+
+    def say(found: Mapping[str, str]) -> None:
+        nonlocal said
+        if found and not said:
+            said = True
+            path, sentence = next(iter(found.items()))
+            notice(
+                f"Pillow warns of {len(found)} {'images, such as' if len(found) > 1 else 'image:'} {path!r} "
+                f"({printable(sentence)}); what it warns of later is not said"
             )
-    return root, None
 
-
-def _list_classes(root: Path) -> tuple[tuple[str, ...], list[str], Tensor]:
-    """The classes below `root`, the paths of their images, and the label of each image."""
-    classes = _subfolders(root)
-    if len(classes) < 2:
-        raise DataError(
-            f"{str(root)!r} has {len(classes)} class folders, but at least 2 are needed; "
-            "put the images of each class into a folder named like the class"
-        )
-    paths, labels = _list_images(root, classes)
-    for name, count in zip(classes, torch.bincount(labels, minlength=len(classes)).tolist(), strict=True):
-        if count == 0:
-            raise DataError(
-                f"the class folder {str(root / name)!r} has no image ({', '.join(IMG_EXTENSIONS)}); "
-                "add some, or remove the folder"
-            )
-    return classes, paths, labels
-
-
-def _list_test(root: Path, classes: tuple[str, ...], notice: Notice) -> tuple[list[str], Tensor]:
-    if unknown := [name for name in _subfolders(root) if name not in classes]:
-        raise DataError(
-            f"{str(root)!r} has the classes {', '.join(unknown)}, which the training images lack; "
-            "name the class folders alike in both"
-        )
-    paths, labels = _list_images(root, classes)
-    if not paths:
-        raise DataError(
-            f"{str(root)!r} has no image ({', '.join(IMG_EXTENSIONS)}) in a class folder; add some to test on"
-        )
-    tested = set(labels.tolist())
-    if missing := [name for label, name in enumerate(classes) if label not in tested]:
-        notice(f"{root} has no image of {', '.join(missing)}: accuracy is that of the other classes")
-    return paths, labels
-
-
-def _list_images(root: Path, classes: tuple[str, ...]) -> tuple[list[str], Tensor]:
-    labels = {name: label for label, name in enumerate(classes)}
-    found = make_dataset(root, labels, extensions=IMG_EXTENSIONS, allow_empty=True)
-    return [path for path, _ in found], torch.tensor([label for _, label in found], dtype=torch.int64)
-
-
-def _subfolders(root: Path) -> tuple[str, ...]:
-    try:
-        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    except OSError as error:
-        raise DataError(f"the folder {str(root)!r} cannot be read: {error.strerror}") from error
-    return tuple(name for name in names if not name.startswith("."))
+    return say
 
 
 def _refuse_single_images(root: Path, classes: tuple[str, ...], labels: Tensor) -> None:
@@ -287,5 +246,5 @@ def _held_out(labels: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _own_size(paths: list[str]) -> int:
-    with open_image(paths[0]) as image:
-        return min(*image.size, LARGEST_DEFAULT_SIZE)
+    with image_warnings():  # they come again when the image is decoded
+        return min(short_side(paths[0]), LARGEST_DEFAULT_SIZE)

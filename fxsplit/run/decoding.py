@@ -1,0 +1,187 @@
+"""One image file as square RGB pixels: any format that Pillow reads, any depth, upright and opaque.
+
+file ──open──► 16 bits, int32, float ──► 8 bits ──► over white ──► RGB ──► upright ──► resized and cropped
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+from fxsplit.errors import DataError, reason
+
+# EPS is drawn by Ghostscript, which is a program to be started. IPTC may hold an image of any format, of this one too.
+# Pillow knows an MPEG when it sees one, and no more.
+NOT_READ = ("EPS", "IPTC", "MPEG")
+# The longest of the images that are resized whole, in short sides.
+LONGEST = 8
+
+BITS_PER_SAMPLE, SAMPLE_FORMAT, UNSIGNED = 258, 339, 1  # of TIFF files
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_reading = threading.local()
+
+
+def decode(path: str | Path, img_size: int) -> Tensor:
+    """The image in a file, uint8 (3, img_size, img_size): short side resized, centre cropped.
+
+    It is turned as its EXIF orientation says, and what is transparent is laid over white. Of several frames it is the
+    first. Values of more than 8 bits are scaled to 0 .. 255: from 0 .. 65535 if they have 16 bits, from 0 .. 1 if they
+    are floats within that range, from 0 .. 255 if they are 32-bit integers within that. Others have no known range: the
+    smallest value in the image becomes 0 and the largest 255, and a warning says so.
+
+    Raises DataError when the file cannot be decoded.
+    """
+    with open_image(path) as image:
+        image.load()
+        pixels: Tensor = transforms.pil_to_tensor(_square(_upright(_opaque(_eight_bits(image)), image), img_size))
+    return pixels
+
+
+def short_side(path: str | Path) -> int:
+    """Pixels of the short side of the image in a file. Raises DataError when the file cannot be decoded."""
+    with open_image(path) as image:
+        return min(image.size)
+
+
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, open; DataError whenever reading it fails, since every decoder fails in its own way."""
+    before = getattr(_reading, "path", None)
+    _reading.path = str(path)
+    try:
+        with Image.open(path, formats=formats()) as image:
+            yield image
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"the image {str(path)!r} is too large to be read safely ({reason(error)}); "
+            "save it smaller, or take it out of the folder"
+        ) from error
+    except Exception as error:
+        raise DataError(
+            f"the image {str(path)!r} cannot be decoded ({reason(error)}); repair or remove the file"
+        ) from error
+    finally:
+        _reading.path = before
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The names of the formats that are read: those that Pillow decodes by itself, without starting a program."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in NOT_READ and not _is_stub(Image.OPEN[name][0]))
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """How the names of image files end, in small letters and with the dot."""
+    read = {*formats(), "MPO"}  # JPEG's decoder reads that too
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in read)
+
+
+def _is_stub(factory: Any) -> bool:
+    """Whether Pillow leaves decoding to somebody else."""
+    return isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+
+
+@contextmanager
+def image_warnings() -> Iterator[Mapping[str, str]]:
+    """Collects what is warned of while images are read, in whatever thread: the first sentence for each path."""
+    found: dict[str, str] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        show = warnings.showwarning
+
+        def collect(message: Warning | str, *rest: Any, **more: Any) -> None:
+            if path := getattr(_reading, "path", None):
+                found.setdefault(path, " ".join(str(message).split()).rstrip("."))
+            else:
+                show(message, *rest, **more)
+
+        warnings.showwarning = collect
+        yield found
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image with at most 8 bits a channel; Pillow would cut larger values off at 255."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    if image.mode == "I" and tags.get(BITS_PER_SAMPLE) == (32,) and tags.get(SAMPLE_FORMAT, (UNSIGNED,)) == (UNSIGNED,):
+        values = values.view(np.uint32)
+    if image.mode.startswith("I;16"):
+        low, high = 0.0, 2.0 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    elif image.format in ("PNG", "PPM") and image.mode == "I":
+        low, high = 0.0, 65535.0
+    else:
+        low, high = _range(values)
+    numbers = np.nan_to_num(values.astype(np.float64), copy=False, nan=low, posinf=high, neginf=low)
+    scaled = (numbers - low) * (255 / (high - low)) if high > low else np.zeros_like(numbers)
+    return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
+
+
+def _range(values: np.ndarray[Any, np.dtype[Any]]) -> tuple[float, float]:
+    """What becomes black and white, where the type of the values does not tell."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    most = 1.0 if values.dtype.kind == "f" else 255.0
+    if low >= 0 and high <= most:
+        return 0.0, most
+    warnings.warn(
+        f"its {values.dtype} values have no known range: from {low:g} to {high:g} they are scaled to 0 .. 255",
+        stacklevel=1,
+    )
+    return low, high
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """An RGB image; what is transparent is laid over white, as it would be on a page."""
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    coloured = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured).convert("RGB")
+
+
+def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    """The `pixels` of a loaded image, turned as it says; TIFF files have been turned by Pillow and say so no more."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception as error:  # every kind of broken data fails in its own way
+        warnings.warn(f"its EXIF data cannot be read, and it is taken as upright ({reason(error)})", stacklevel=1)
+        return pixels
+    return pixels if turn is None else pixels.transpose(turn)
+
+
+def _square(pixels: Image.Image, size: int) -> Image.Image:
+    if pixels.size == (size, size):
+        return pixels
+    resized = transforms.resize(_without_ends(pixels), [size], antialias=True)
+    cropped: Image.Image = transforms.center_crop(resized, [size])
+    return cropped
+
+
+def _without_ends(pixels: Image.Image) -> Image.Image:
+    """The middle of a very long image: resized by its short side, a line of pixels would take gigabytes."""
+    width, height = pixels.size
+    # An even number of pixels goes, so that the middle stays where it is.
+    x, y = (max(0, (long - LONGEST * short) // 2) for long, short in ((width, height), (height, width)))
+    return pixels.crop((x, y, width - x, height - y)) if x or y else pixels
