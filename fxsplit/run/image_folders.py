@@ -135,7 +135,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _class_names(root: Path, left_out: _LeftOut) -> tuple[str, ...]:
-    names, above = [], _above(root)
+    names, above = [], _above(root) | {_identity(root)}
     for entry in _entries(root, left_out):
         if entry.is_dir():
             if _identity(entry.path) in above:

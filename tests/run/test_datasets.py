@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import tarfile
 from collections.abc import Callable, Mapping
@@ -21,6 +22,9 @@ from torch import Tensor
 from fxsplit.errors import DataError, UsageError
 from fxsplit.run.data import Data, FileImages, ImageSet, MemoryImages, batches
 from fxsplit.run.datasets import SOURCES, describe, load
+
+# Python 3.12 warns of every fork in a process with threads, and the loader forks its workers.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 Folder = Callable[..., Path]
 
@@ -275,8 +279,199 @@ def test_jpeg_files_in_subfolders_count_and_other_files_do_not(folder: Folder) -
     Image.new("RGB", (12, 12), (200, 0, 0)).save(root / "train" / "cat" / "more" / "x.JPG", quality=100)
     (root / "train" / "cat" / "notes.txt").write_text("none")
     (root / "train" / ".cache").mkdir()
-    data = open_data(f"folder:{root}")
+    said: list[str] = []
+    data = open_data(f"folder:{root}", notice=said.append)
     assert (colours_of(data.train), data.train.labels.tolist()) == ([1, 200, 2], [0, 0, 1])
+    assert said == [
+        f"left out in {root}/train: 1 hidden (.cache), 1 not named like an image that Pillow reads (cat/notes.txt)"
+    ]
+
+
+@pytest.mark.parametrize("junk", [".ipynb_checkpoints", "__MACOSX", "@eaDir", "._cat"])
+def test_what_programs_leave_behind_is_no_class_and_no_image(folder: Folder, junk: str) -> None:
+    root = folder("train", cat=2, dog=1)
+    folder("test", cat=1, dog=1)
+    for place in ("train", "train/cat", "test", "test/dog"):
+        Image.new("RGB", (12, 12)).save(root / place / "._0.png")
+        (root / place / junk).mkdir()
+        Image.new("RGB", (12, 12)).save(root / place / junk / "0.png")
+    said: list[str] = []
+    data = open_data(f"folder:{root}", notice=said.append)
+    assert data.classes == ("cat", "dog")
+    assert (colours_of(data.train), colours_of(data.test)) == ([1, 2, 3], [4, 5])
+    assert len(said) == 2
+    assert said[0].startswith(f"left out in {root}/train: 4 hidden (._0.png and 3 more)")
+    assert describe(f"folder:{root}", img_size=None) == (2, 12)
+
+
+def test_images_that_lie_beside_the_class_folders_are_said(folder: Folder) -> None:
+    root = folder("train", cat=1, dog=1)
+    folder("test", cat=1, dog=1)
+    Image.new("RGB", (12, 12)).save(root / "train" / "lost.png")
+    (root / "train" / "labels.csv").write_text("")
+    said: list[str] = []
+    assert len(open_data(f"folder:{root}", notice=said.append).train) == 2
+    assert said == [f"left out in {root}/train: 1 in no class folder (lost.png)"]
+
+
+def test_images_come_in_the_order_of_their_folders_and_names(folder: Folder) -> None:
+    folder("train", dog=1)
+    for place, name in (("a/b", "0"), ("a-b", "0"), (".", "z"), ("a", "9"), ("a", "10")):
+        root = folder(f"train/cat/{place}", **{"": 1})
+        (root / "train" / "cat" / place / "0.png").rename(root / "train" / "cat" / place / f"{name}.PNG")
+    folder("test", cat=1, dog=1)
+    train = open_data(f"folder:{root}", img_size=3, memory_limit_bytes=0, notice=[].append).train
+    assert isinstance(train, FileImages)
+    expected = sorted((place, file) for place, _, files in os.walk(root / "train" / "cat") for file in files)
+    assert train.paths[:-1] == tuple(f"{place}/{file}" for place, file in expected)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "tga", "jp2", "jfif"])
+def test_every_format_that_pillow_reads_counts(folder: Folder, suffix: str) -> None:
+    root = folder("train", cat=1, dog=1)
+    folder("test", cat=1, dog=1)
+    kind = {"jfif": "jpeg", "jp2": "jpeg2000"}.get(suffix, suffix)
+    Image.new("RGB", (12, 12), "white").save(root / "train" / "cat" / f"1.{suffix.upper()}", kind)
+    assert colours_of(open_data(f"folder:{root}").train) == [1, 255, 2]
+
+
+@pytest.mark.parametrize("target", ["..", "../..", ".", "../../train/cat", "link"])
+def test_a_link_that_leads_back_up_is_not_followed(folder: Folder, target: str) -> None:
+    root = folder("train", cat=2, dog=1)
+    folder("test", cat=1, dog=1)
+    (root / "link").symlink_to(root)
+    if target == "link":
+        root = root / "link"  # the way back up is then not the one that led there
+        target = str(root)
+    (root / "train" / "cat" / "up").symlink_to(target)
+    said: list[str] = []
+    data = open_data(f"folder:{root}", notice=said.append)
+    assert colours_of(data.train) == [1, 2, 3]
+    assert said == [f"left out in {root}/train: 1 linked back up (cat/up)"]
+
+
+def test_a_link_that_leads_back_up_is_no_class(folder: Folder) -> None:
+    root = folder(cat=2, dog=2)
+    (root / "all").symlink_to(".")
+    said: list[str] = []
+    assert open_data(f"folder:{root}", notice=said.append).classes == ("cat", "dog")
+    assert "1 linked back up (all)" in said[0]
+
+
+def test_links_to_other_folders_are_followed(folder: Folder, tmp_path: Path) -> None:
+    root = folder("train", dog=1)
+    folder("test", cat=1, dog=1)
+    folder("../elsewhere/more", cat=2)
+    (root / "train" / "cat").symlink_to(tmp_path / "elsewhere" / "more" / "cat")
+    assert colours_of(open_data(f"folder:{root}").train) == [4, 5, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pipe_is_not_waited_for_and_a_link_to_nothing_is_named(folder: Folder, workers: int) -> None:
+    root = folder("train", cat=2, dog=1)
+    folder("test", cat=1, dog=1)
+    os.mkfifo(root / "train" / "cat" / "9.png")
+    said: list[str] = []
+    assert colours_of(open_data(f"folder:{root}", notice=said.append).train) == [1, 2, 3]
+    assert said == [f"left out in {root}/train: 1 not a file (cat/9.png)"]
+    (root / "train" / "cat" / "8.png").symlink_to("gone.png")
+    assert f"the image '{root}/train/cat/8.png' cannot be decoded" in refused(
+        f"folder:{root}", workers=workers, notice=said.append
+    )
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder("train", cat=1, dog=1)
+    folder("test", cat=1, dog=1)
+    (root / "train" / "cat" / "private").mkdir()
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        if str(path).endswith("private"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert f"the folder '{root}/train/cat/private' cannot be read: Permission denied" in refused(f"folder:{root}")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_pillow_warns_of_is_said_once(folder: Folder, workers: int, in_memory: bool) -> None:
+    root = folder("train", cat=3, dog=3)
+    folder("test", cat=1, dog=1)
+    for place in ("train/cat/0.png", "train/cat/1.png", "train/dog/2.png", "test/cat/0.png"):
+        (root / place).unlink()
+        values = np.arange(144, dtype=np.int32).reshape(12, 12) - 7
+        Image.fromarray(values).save((root / place).with_suffix(".tif"))
+    said: list[str] = []
+    limit = {} if in_memory else {"memory_limit_bytes": 0}
+    data = open_data(f"folder:{root}", workers=workers, notice=said.append, **limit)
+    for _ in range(2):
+        for images in (data.train, data.test):
+            assert len(colours_of(images)) == len(images)
+    notices = [sentence for sentence in said if "Pillow warns" in sentence]
+    assert len(notices) == 1
+    assert f"{root}/train/cat/0.tif" in notices[0]
+    assert "no known range: from -7 to 136" in notices[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unusual_images_are_read_alike_from_memory_and_from_files(folder: Folder, workers: int) -> None:
+    root = folder("train", cat=1, dog=1)
+    folder("test", cat=1, dog=1)
+    stream = np.random.default_rng(0)
+    deep = stream.integers(2**16, size=(30, 14))
+    Image.fromarray(deep.astype(np.uint16)).save(root / "train" / "cat" / "a.png")
+    Image.fromarray(deep.astype(np.float32)).save(root / "train" / "cat" / "b.tif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(deep.astype(np.uint8)).save(root / "train" / "dog" / "c.jpg", exif=exif)
+    Image.fromarray(stream.integers(256, size=(9, 14, 4), dtype=np.uint8)).save(root / "train" / "dog" / "d.png")
+    memory, files = (
+        open_data(f"folder:{root}", workers=workers, memory_limit_bytes=limit, notice=[].append).train
+        for limit in (2**30, 0)
+    )
+    assert isinstance(memory, MemoryImages)
+    assert isinstance(files, FileImages)
+    for one, other in zip(batches(memory, batch_size=4), batches(files, batch_size=4), strict=True):
+        assert torch.equal(one.images, other.images)
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [("Train", "Test"), ("TRAINING", "testing"), ("train", "valid"), ("training", "Validation"), ("train", "dev")],
+)
+def test_halves_are_known_by_their_usual_names(folder: Folder, train: str, held_out: str) -> None:
+    folder(train, cat=2, dog=2)
+    root = folder(held_out, cat=1, dog=1)
+    data = open_data(f"folder:{root}")
+    assert (colours_of(data.train), colours_of(data.test)) == ([1, 2, 3, 4], [5, 6])
+    assert describe(f"folder:{root}", img_size=None) == (2, 12)
+    (root / held_out).rename(root / "unlabelled")
+    assert f"has {train}/ but not" in refused(f"folder:{root}")
+
+
+def test_two_folders_for_one_half_are_refused(folder: Folder) -> None:
+    folder("train", cat=1, dog=1)
+    folder("Training", cat=1, dog=1)
+    root = folder("val", cat=1, dog=1)
+    assert "has Training/ and train/, which mean the same" in refused(f"folder:{root}")
+
+
+def test_a_name_gives_no_orders_to_a_terminal(folder: Folder) -> None:
+    name = "b\x1b]0;title\x07\x9b2J\u202e"
+    folder("train", cat=1, **{name: 1})
+    root = folder("test", cat=1)
+    (root / "train" / name / "x\x1b[31m.txt").write_text("")
+    (root / "test" / ".\x1b").mkdir()
+    said: list[str] = []
+    open_data(f"folder:{root}", notice=said.append)
+    folder("test", **{f"{name}?": 1})
+    sentences = [*said, refused(f"folder:{root}", notice=said.append)]
+    assert len(sentences) == 4
+    assert all(sentence.isprintable() for sentence in sentences)
+    assert all(r"\x1b" in sentence for sentence in sentences)
 
 
 def test_a_folder_above_the_memory_limit_stays_in_files(folder: Folder) -> None:
@@ -317,7 +512,7 @@ def test_half_a_split_is_refused(folder: Folder) -> None:
     sentence = refused(f"folder:{root}")
     assert f"{str(root)!r} has train/ but not" in sentence
     assert f"folder:{root / 'train'}" in sentence
-    folder(validation=2)
+    folder(unlabelled=2)
     assert "has train/ but not" in refused(f"folder:{root}")
 
 
