@@ -31,6 +31,7 @@ from fxsplit.plan.schedule import Plan
 from fxsplit.plan.schedule import schedule as make_plan
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Inspection, Observer, RunReport
 from fxsplit.run import datasets
+from fxsplit.run.batchnorm import check_batches
 from fxsplit.run.cache import GIB, Cache
 from fxsplit.run.checking import check_model
 from fxsplit.run.data import Data
@@ -68,7 +69,8 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         shape = (data.channels, data.img_size, data.img_size)
         trace = trace_model(model, (torch.empty(2, *shape, device=device),))
         if spec.balance == "seconds" and spec.plan is None:
-            trace = measure_ops(trace, (torch.rand(spec.batch_size, *shape, device=device),), device=device)
+            batch_size = max(2, spec.batch_size)  # BatchNorm may not take a single image
+            trace = measure_ops(trace, (torch.rand(batch_size, *shape, device=device),), device=device)
         plan = _plan(spec, trace, observer)
         executor = Executor(trace, plan.partitions)
         if spec.settled_dtype != "same":
@@ -76,6 +78,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         if spec.torchcompile:
             executor.compile_stages(spec.torchcompile)
         trainer = _trainer(spec, trace, executor, plan, data, observer)
+        check_batches(trace, plan, trainer.loader, grad_accum_steps=spec.grad_accum_steps)
         surroundings = environment(device)
         folder = None if spec.dry_run else _folder(spec, plan, trace, surroundings)
         observer.run_started(

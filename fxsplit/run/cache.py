@@ -116,11 +116,15 @@ class Cache:
         for batch in self._loader.training(epoch, view=view):
             yield batch if self._given_up else self._at_cut(batch, batch.ids.cpu() + first)
 
-    def _at_cut(self, batch: Batch, rows: Tensor) -> SettledBatch:
+    def _at_cut(self, batch: Batch, rows: Tensor) -> Batch | SettledBatch:
         if self._rows is not None and self._filled[rows].all():
             values = self._unpacked(self._rows.read(rows))
         else:
             values = self._settle(batch.images)
+            if not _are_rows(values, len(batch.images)):
+                # Whoever takes a batch in parts can divide the images, but not these.
+                self._give_up("what crosses the cut is not one row for each image")
+                return batch
             self._keep(rows, values, batch.images)
         return SettledBatch(values, batch.labels, batch.ids)
 
@@ -154,10 +158,6 @@ class Cache:
     def _open(self, values: list[Any], images: Tensor) -> tuple[str, bool] | None:
         """Make room for all rows; or tell why not, and whether they would have paid."""
         loader = self._loader
-        if not all(
-            each is None or (isinstance(each, Tensor) and each.shape[:1] == images.shape[:1]) for each in values
-        ):
-            return "what crosses the cut is not one row for each image", True
         if not self._repeats(values, images):
             return "the settled partitions do not deliver the same for an image each time", True
         self._columns = [None if value is None else Column.of(value, self._dtype) for value in values]
@@ -181,9 +181,10 @@ class Cache:
         devices = [images.device] if images.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             before = torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)
-            again = self._settle(images[:half])
+            # BatchNorm without running statistics may not take a single image.
+            again = self._settle(images[:half] if half > 1 else images[[0, 0]])
             after = torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)
-        pairs = [(a, b[:half]) for a, b in zip(again, values, strict=True) if b is not None]
+        pairs = [(a[:half], b[:half]) for a, b in zip(again, values, strict=True) if b is not None]
         return all(map(torch.equal, before, after)) and all(_alike(a, b) for a, b in pairs)
 
     def _limit(self) -> int:
@@ -219,6 +220,11 @@ def cache_key(executor: Executor, loader: Loader) -> str:
 def pays(macs: int, row_bytes: int, *, device: str) -> bool:
     """Whether computing a row, of `macs` multiply-adds, takes longer than reading it."""
     return 2 * macs > FLOPS_PER_BYTE[device] * row_bytes
+
+
+def _are_rows(values: Sequence[Any], count: int) -> bool:
+    """Whether each value is None or a tensor of `count` rows."""
+    return all(value is None or (isinstance(value, Tensor) and value.shape[:1] == (count,)) for value in values)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -285,6 +285,20 @@ def steps(samples: int, *, batch_size: int, drop_single: bool = False, limit: in
     return count if limit is None else min(count, limit)
 
 
+def part_sizes(samples: int, parts: int, *, batch_size: int) -> list[int]:
+    """How many samples are in each part of a batch that is divided into at most `parts`, as `Tensor.chunk` does it.
+
+    But no part holds a single sample, from which BatchNorm can take no statistics, unless those of a full batch of
+    `batch_size` do: one that would be left alone gets another from the part before, or joins it where that has two.
+    """
+    size = max(-(-samples // parts), 1 if batch_size <= parts else 2)
+    full, rest = divmod(samples, size)
+    sizes = [size] * full + [rest] * (rest > 0)
+    if rest == 1 and full:
+        sizes[-2:] = [size - 1, 2] if size > 2 else [3]
+    return sizes
+
+
 def _augmentation(augment: str, images: ImageSet, seed: int, epoch: int) -> Callable[[Tensor, Tensor], Tensor]:
     """What turns the pixels and ids of a batch into augmented pixels."""
     if augment not in AUGMENTATIONS:

@@ -217,7 +217,7 @@ def _say_once(notice: Notice) -> Warned:
         nonlocal said
         if found and not said:
             said = True
-            path, sentence = next(iter(found.items()))
+            path, sentence = min(found.items())  # the same one whichever thread was first
             notice(
                 f"Pillow warns of {len(found)} {'images, such as' if len(found) > 1 else 'image:'} {path!r} "
                 f"({printable(sentence)}); what it warns of later is not said"

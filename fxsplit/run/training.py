@@ -20,7 +20,7 @@ from fxsplit.plan.schedule import Plan
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.run.batchnorm import BATCHES
 from fxsplit.run.cache import Cache, SettledBatch
-from fxsplit.run.data import Batch
+from fxsplit.run.data import Batch, part_sizes
 from fxsplit.run.endings import Endings
 from fxsplit.run.executor import Executor
 from fxsplit.run.exits import Exits
@@ -78,7 +78,8 @@ class Trainer:
     weights over the last `average` share of its steps.
 
     `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
-    backward passes, with the gradient of the whole; the micro-batches of a phase split each of them further.
+    backward passes, with the gradient of the whole; the micro-batches of a phase split each of them further. No part
+    of a batch holds a single image, unless all do.
     `clip_grad` bounds the gradient's norm. Without `make_cache`, what is settled is computed anew for each batch.
     `exits` train beside the model: the loss that is reported is without theirs, so that runs with and without can be
     compared, and the trainable parameters are with them.
@@ -301,7 +302,8 @@ class Trainer:
     def _step(self, batch: Batch | SettledBatch, done: int, accuracy: Accuracy) -> None:
         optimizer = self._optimizer
         optimizer.zero_grad()
-        targets = (each.chunk(self._parts) for each in (batch.labels, batch.ids))
+        sizes = part_sizes(len(batch.labels), self._parts, batch_size=self.loader.batch_size)
+        targets = (torch.split(each, sizes) for each in (batch.labels, batch.ids))
         for part, labels, ids in zip(self._chunks(batch), *targets, strict=True):
             with self._autocast():
                 with self.executor.heard(self.exits.hear) if self.exits else nullcontext():
@@ -328,10 +330,10 @@ class Trainer:
 
     def _chunks(self, batch: Batch | SettledBatch) -> Iterable[Tensor | list[Any]]:
         """The parts of a batch: images, or values at the cut. A small batch has fewer."""
+        sizes = part_sizes(len(batch.labels), self._parts, batch_size=self.loader.batch_size)
         if isinstance(batch, Batch):
-            return batch.images.chunk(self._parts)
-        count = len(batch.labels.chunk(self._parts))
-        parts = [[None] * count if value is None else value.chunk(self._parts) for value in batch.values]
+            return torch.split(batch.images, sizes)
+        parts = [[None] * len(sizes) if value is None else torch.split(value, sizes) for value in batch.values]
         return map(list, zip(*parts, strict=True))
 
     def _close_caches(self) -> None:

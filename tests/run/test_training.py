@@ -214,9 +214,8 @@ def test_each_micro_batch_runs_alone() -> None:
     seen.clear()
     list(net.epochs())
     assert seen == [
-        *3 * [3, 3, 3, 3, 3, 1],
-        1,
-        1,
+        *3 * [3, 3, 3, 3, 2, 2],
+        2,
         *(len(batch.labels) for batch in net.loader.for_testing().training(0)),
     ]
 
