@@ -289,6 +289,31 @@ def test_rows_that_would_be_wrong_are_refused(kind: type[nn.Module], reason: str
         assert cached.same_as(Run("off", tmp_path, kind=kind, plan=plan))
 
 
+def test_values_that_are_no_rows_are_not_divided_into_parts(tmp_path: Path) -> None:
+    """Not in the batch at which this is found out, either."""
+    options = {"kind": Sizes, "plan": (Phase(start=2, stop=4, epochs=2),), "grad_accum_steps": 4}
+    cached = Run("ram", tmp_path, **options)
+    assert "not one row for each image" in cached.notices[0]
+    assert cached.same_as(Run("off", tmp_path, **options))
+
+
+class Whitens(nn.Sequential):
+    """Statistics of the batch, of which each image has one value a channel, in evaluation too."""
+
+    def __init__(self) -> None:
+        norm = nn.BatchNorm1d(4, track_running_stats=False)
+        pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        super().__init__(nn.Conv2d(3, 4, 3), *pool, norm, nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5))
+
+
+def test_settled_statistics_of_a_batch_of_two_are_not_asked_of_one_image(tmp_path: Path) -> None:
+    options = {"kind": Whitens, "plan": (Phase(start=3, stop=4, epochs=2),), "loader": {"batch_size": 2}}
+    cached = Run("ram", tmp_path, **options)
+    assert "norm" not in cached.trainer.plan.partitions[3].name
+    assert "do not deliver the same for an image each time" in cached.notices[0]
+    assert cached.same_as(Run("off", tmp_path, **options))
+
+
 def test_weights_that_change_empty_the_cache(tmp_path: Path) -> None:
     def scale(net: Trainer, epoch: int) -> None:
         if epoch == 3:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fxsplit.errors import DataError, UsageError
-from fxsplit.run.data import Batch, Data, FileImages, MemoryImages, batches, crop_flip, decode, steps
+from fxsplit.run.data import Batch, Data, FileImages, MemoryImages, batches, crop_flip, decode, part_sizes, steps
 
 # Python 3.12 warns of every fork in a process with threads, and the loader forks its workers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -176,6 +176,23 @@ def test_steps_tells_the_batches(
     found = batches(noise(samples, 2), batch_size=batch_size, drop_single=drop_single, limit=limit)
     assert [len(batch.images) for batch in found] == expected
     assert steps(samples, batch_size=batch_size, drop_single=drop_single, limit=limit) == len(expected)
+
+
+def test_a_batch_is_divided_without_leaving_an_image_alone() -> None:
+    for batch_size in range(1, 17):
+        for parts in range(1, batch_size + 1):
+            for samples in range(1, batch_size + 1):
+                sizes = part_sizes(samples, parts, batch_size=batch_size)
+                usual = [len(part) for part in torch.arange(samples).chunk(parts)]
+                assert sum(sizes) == samples
+                assert len(sizes) <= parts
+                if batch_size == parts:
+                    assert sizes == [1] * samples
+                elif 1 not in usual or samples == 1:
+                    assert sizes == usual
+                else:
+                    assert min(sizes) > 1
+                    assert max(sizes) <= max(3, *usual)
 
 
 def test_pixels_of_another_size_are_resized() -> None:
