@@ -270,6 +270,18 @@ def test_a_named_run_is_never_overwritten_and_others_get_names_of_their_own(
     assert len(folders) == 3
 
 
+def test_a_batch_of_one_image_trains_where_norms_see_more_than_one_value(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    asked = spec(epochs=1, batch_size=1, train_limit=3, balance="seconds")
+    assert train(asked).status == "finished"
+    few = {"img_size": 7, "train_limit": 10, "epochs": 1}  # a value a channel at the second norm
+    assert train(spec(**few, batch_size=4, grad_accum_steps=2)).status == "finished"
+    before = sorted(Path(asked.output).iterdir())
+    for wrong in ({"batch_size": 1, "balance": "seconds"}, {"batch_size": 4, "grad_accum_steps": 4, "dry_run": True}):
+        with pytest.raises(UsageError, match=r"BatchNorm '4' sees a single value a channel of an image"):
+            train(spec(**few, **wrong))
+    assert sorted(Path(asked.output).iterdir()) == before
+
+
 def test_inspect_needs_neither_weights_nor_data(spec: Callable[..., fxsplit.RunSpec]) -> None:
     found = fxsplit.inspect(spec(data="cifar100", img_size=None, schedule="window"))
     assert found.input_shape == (16, 3, 32, 32)

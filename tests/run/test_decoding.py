@@ -236,9 +236,9 @@ def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
     drawing = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     if where == "within another":
-        fields = [((3, 60), bytes([0, 1])), ((3, 20), b"\0\x08"), ((3, 30), b"\0\x08"), ((3, 120), b"\x01")]
-        parts = [(*tag, data) for tag, data in [*fields, ((8, 10), drawing)]]
-        drawing = b"".join(struct.pack(">BBBH", 0x1C, a, b, len(data)) + data for a, b, data in parts)
+        # IPTC: one grey layer, 8 x 8, compressed in a format that its data tells.
+        fields = [(3, 60, b"\1\0"), (3, 20, b"\0\x08"), (3, 30, b"\0\x08"), (3, 120, b"\5"), (8, 10, drawing)]
+        drawing = b"".join(struct.pack(">BBBH", 0x1C, *tag, len(data)) + data for *tag, data in fields)
     path = tmp_path / "photo.jpg"
     path.write_bytes(drawing)
     with pytest.raises(DataError, match="cannot be decoded"):
