@@ -1,7 +1,8 @@
 """The partitions between chosen cuts: pure data, from a model's two graphs.
 
-The largest of `count` partitions is made as small as the cuts allow in two steps: the smallest bottleneck by binary
-search over greedy fills, then, under it, the cheapest boundaries by dynamic programming with a sliding minimum.
+`count` partitions are found in two steps: how small the largest of them can be, by binary search over greedy fills,
+and then, among divisions that are nearly as good, the one with the best cuts, by dynamic programming with a sliding
+minimum.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -106,14 +108,15 @@ def partition(
 ) -> tuple[Partition, ...]:
     """Divide a model into partitions, either `count` of them or one more than there are places in `at`.
 
-    `at` names modules by dotted path, or single ops; the cut is before the first op of each. With `count` the
-    largest partition, in multiply-adds ("macs"), bytes of owned parameters ("params"), bytes kept for backward
-    ("activations") or measured time ("seconds"), is as small as the cuts allow, and among equals the boundaries
-    are smallest in sum. A model for which every weight is 0 is balanced by the number of ops.
+    `at` names modules by dotted path, or single ops; the cut is before the first op of each.
 
     The cuts allowed to `count` are all legal ones (`by` "op"), the natural ones ("natural") or those at the borders of
-    units ("block"), of which `units` says by module path what belongs together. Of these only cuts at a single
-    tensor are considered, those outside of residual and dense blocks, if there are enough.
+    units ("block"), of which `units` says by module path what belongs together. The optimum is the smallest largest
+    partition that they allow, in multiply-adds (`balance` "macs"), bytes of owned parameters ("params"), bytes kept
+    for backward ("activations") or measured time ("seconds"). Of all divisions whose largest partition is within 5 %
+    of it, the best is the one with the fewest cuts at several tensors, then with the most natural cuts, then with the
+    smallest largest partition, then with the smallest boundaries in sum. None has a partition that weighs 0 unless all
+    have. A model for which every weight is 0 is balanced by the number of ops.
 
     Raises UsageError when not exactly one of `count` and `at` is given, when `count`, `balance` or `by` is none
     that exists, or when seconds are wanted that nobody measured; PartitionError, which names every wrong place at
@@ -239,49 +242,92 @@ def _cuts_by_count(count: int, allowed: Sequence[Cut], op_weights: Sequence[int]
             f"{count} partitions need {count - 1} cuts and the model has {len(allowed)} {ones}; "
             f"ask for at most {len(allowed) + 1} partitions{advice}"
         )
-    single = [cut for cut in allowed if cut.single]
-    candidates = single if len(single) >= count - 1 else allowed
     before = list(accumulate(op_weights, initial=0))
-    chosen = _lightest(
-        [0, *(before[cut.index] for cut in candidates), before[-1]],
-        [0, *(cut.bytes_per_sample for cut in candidates), 0],
+    chosen = _divide(
+        [0, *(before[cut.index] for cut in allowed), before[-1]],
+        # Fewer cuts at several tensors count more than any number of natural ones.
+        [0, *((not cut.single) * count + (not cut.natural) for cut in allowed), 0],
+        [0, *(cut.bytes_per_sample for cut in allowed), 0],
         count,
     )
-    return [candidates[point - 1] for point in chosen]
+    return [allowed[point - 1] for point in chosen]
 
 
-def _lightest(before: Sequence[int], costs: Sequence[int], count: int) -> list[int]:
-    """The `count - 1` inner points that divide a line with the smallest maximum, then the least sum of costs.
+# The share of the optimum, a twentieth, that a division may weigh more for the sake of better cuts.
+TOLERANCE = 20
 
-    `before` is the weight left of each point, from 0 at the first point to the total at the last.
+
+def _divide(before: Sequence[int], flaws: Sequence[int], sizes: Sequence[int], count: int) -> list[int]:
+    """The `count - 1` inner points that divide a line best.
+
+    `before` is the weight left of each point, from 0 at the first point to the total at the last. Of the divisions
+    whose heaviest part is within the tolerance of the optimum, the best have the least sum of `flaws`, then the
+    lightest heaviest part, then the least sum of `sizes`. A part weighs nothing only where more parts are wanted than
+    there are weights between points.
     """
-    total, end = before[-1], len(before) - 1
-    limit = bisect_left(range(total + 1), True, key=lambda limit: _fits(before, count, limit))
-    # reached[p]: every point that can end part p, ascending, with the cheapest sum of costs up to it;
-    # cheapest[p][j] is the point before j on that way. `window` holds the rising minima of those still within
-    # `limit` of point j.
-    reached = [(0, 0)]
-    cheapest: list[dict[int, int]] = []
+    scale = sum(sizes) + 1
+    costs = [flaw * scale + size for flaw, size in zip(flaws, sizes, strict=True)]
+    if count > len(set(before)) - 1:
+        return _at_every_weight(before, costs, count)
+    optimum = bisect_left(range(before[-1]), True, key=lambda limit: _fits(before, count, limit))
+    cheapest = partial(_cheapest, before, costs, count)
+    points = cheapest(optimum + optimum // TOLERANCE)
+
+    def flaws_of(points: Sequence[int]) -> int:
+        return sum(flaws[point] for point in points)
+
+    fewest = flaws_of(points)
+    heaviest = max(before[b] - before[a] for a, b in pairwise([0, *points, -1]))
+    limits = range(optimum, heaviest)
+    return cheapest(optimum + bisect_left(limits, True, key=lambda limit: flaws_of(cheapest(limit)) == fewest))
+
+
+def _at_every_weight(before: Sequence[int], costs: Sequence[int], count: int) -> list[int]:
+    """The cheapest point between every two weights, and then the cheapest others."""
+    inner = sorted(range(1, len(before) - 1), key=costs.__getitem__)
+    needed = {before[point]: point for point in reversed(inner) if 0 < before[point] < before[-1]}
+    first = [*needed.values()]
+    others = [point for point in inner if point not in first]
+    return sorted([*first, *others][: count - 1])
+
+
+def _cheapest(before: Sequence[int], costs: Sequence[int], count: int, limit: int) -> list[int]:
+    """The `count - 1` inner points of the least sum of costs between which no part weighs nothing or over `limit`."""
+    # Part by part, the cheapest way to each point at which that part can end.
+    #
+    #     0 ────── a ── b ───── c ──── point ─────────── n      a, b, c: ends of the part before
+    #                   ├──── limit ────┤
+    #
+    # (1) A part can end only where the parts up to it can reach and those after it can still cover the rest.
+    # (2) Its start is the cheapest end of the part before that lies within `limit` to the left and leaves some weight
+    #     between. As `point` moves right, ends come in at the right of this window and drop out at its left. An end
+    #     that is dearer than one to its right is never needed again, so the costs in the window rise from left to
+    #     right, and its first is the cheapest: linear, not quadratic.
+    # (3) The starts that were chosen lead back from n.
+    total = before[-1]
+    ends = [(0, 0)]
+    starts: list[dict[int, int]] = []
     for part in range(1, count + 1):
-        low = bisect_left(before, total - (count - part) * limit)
-        high = bisect_right(before, part * limit)
+        coming, ends = deque(ends), []
         window: deque[tuple[int, int]] = deque()
-        entering = deque(reached)
-        reached, previous = [], {}
+        start_of: dict[int, int] = {}
+        low = bisect_left(before, total - (count - part) * limit)  # (1)
+        high = bisect_right(before, part * limit)
         for point in range(low, high):
-            while entering and entering[0][0] < point:
-                while window and window[-1][1] > entering[0][1]:
+            while coming and before[coming[0][0]] < before[point]:  # (2)
+                end = coming.popleft()
+                while window and window[-1][1] > end[1]:
                     window.pop()
-                window.append(entering.popleft())
+                window.append(end)
             while window and before[window[0][0]] < before[point] - limit:
                 window.popleft()
             if window:
-                previous[point], cost = window[0]
-                reached.append((point, cost + costs[point]))
-        cheapest.append(previous)
-    points = [end]
-    for previous in reversed(cheapest):
-        points.append(previous[points[-1]])
+                start_of[point], cost = window[0]
+                ends.append((point, cost + costs[point]))
+        starts.append(start_of)
+    points = [len(before) - 1]
+    for start_of in reversed(starts):  # (3)
+        points.append(start_of[points[-1]])
     return points[-2:0:-1]
 
 

@@ -489,7 +489,7 @@ def test_either_a_count_or_paths(how: dict[str, object]) -> None:
 @st.composite
 def networks(draw: st.DrawFn) -> Graph:
     """Chains with skips, in which some values are numbers and some writes are in place."""
-    number = st.integers(0, 20)
+    number = st.sampled_from([0, 1, 19, 20, 21, 100, 104, 105, 106])
     ops = []
     names = ["x"]
     for index in range(draw(st.integers(1, 9))):
@@ -523,58 +523,122 @@ def weight(part: Partition, net: Graph, balance: str) -> int:
 
 
 @given(networks(), st.sampled_from(BALANCES), st.sampled_from(PLACES), st.data())
-def test_the_largest_partition_is_as_small_as_can_be(net: Graph, balance: str, by: str, data: st.DataObject) -> None:
-    def tensors(cut: Cut) -> list[Value]:
-        values = [net.values[name] for name in cut.boundary]
-        return [value for value in values if value.shape is not None or value.bytes_per_sample]
-
+def test_of_all_divisions_the_best(net: Graph, balance: str, by: str, data: st.DataObject) -> None:
     units = {op.path: data.draw(st.sampled_from("AB")) for op in net.ops}
     others = [after.name for before, after in pairwise(net.ops) if units[before.path] != units[after.path]]
     allowed = [cut for cut in cuts(net, net) if cut.refusal is None]
     if by != "op":
         allowed = [cut for cut in allowed if (cut.natural if by == "natural" else cut.path in others)]
-    single = [cut for cut in allowed if len(tensors(cut)) == 1 and tensors(cut)[0].shape is not None]
     assert most_partitions(net, net, by=by, units=units) == len(allowed) + 1
     count = data.draw(st.integers(1, len(allowed) + 1))
-    candidates = single if len(single) >= count - 1 else allowed
 
-    def cost(parts: tuple[Partition, ...]) -> tuple[int, int]:
-        weights = [weight(part, net, balance) for part in parts]
-        if not any(weights):
-            weights = [part.stop - part.start for part in parts]
-        return max(weights), sum(part.boundary_bytes for part in parts[1:])
+    def weights(parts: tuple[Partition, ...]) -> list[int]:
+        found = [weight(part, net, balance) for part in parts]
+        return found if any(found) else [part.stop - part.start for part in parts]
 
-    every_way = combinations(candidates, count - 1)
-    best = min(
-        cost(partition(net, net, at=[cut.path for cut in way]) if way else partition(net, net, count=1))
-        for way in every_way
-    )
+    def idle(parts: tuple[Partition, ...]) -> int:
+        return weights(parts).count(0)
+
+    def flaws(parts: tuple[Partition, ...]) -> tuple[int, int, int, int]:
+        chosen = [cut for cut in allowed if cut.index in [part.start for part in parts[1:]]]
+        several = sum(not is_single(cut, net) for cut in chosen)
+        unnatural = sum(not cut.natural for cut in chosen)
+        return several, unnatural, max(weights(parts)), sum(part.boundary_bytes for part in parts[1:])
+
+    every = [
+        partition(net, net, at=[cut.path for cut in way]) if way else partition(net, net, count=1)
+        for way in combinations(allowed, count - 1)
+    ]
+    optimum = min(max(weights(parts)) for parts in every)
+    fewest = min(map(idle, every))
+    near = [parts for parts in every if idle(parts) == fewest and 100 * max(weights(parts)) <= 105 * optimum]
     found = partition(net, net, count=count, balance=balance, by=by, units=units)
-    assert len(found) == count
-    assert {part.start for part in found[1:]} <= {cut.index for cut in candidates}
-    assert cost(found) == best
+    assert found in every
+    assert found in near
+    assert flaws(found) == min(map(flaws, near))
 
 
-def test_cuts_lie_outside_of_residual_blocks_if_there_are_enough() -> None:
+def is_single(cut: Cut, net: Graph) -> bool:
+    values = [net.values[name] for name in cut.boundary]
+    carriers = [value for value in values if value.shape is not None or value.bytes_per_sample]
+    return len(carriers) == 1 and carriers[0].shape is not None
+
+
+@pytest.mark.parametrize(("over", "start"), [(5, 3), (6, 2)])
+def test_a_cut_at_a_single_tensor_may_cost_five_percent(over: int, start: int) -> None:
+    """Inside of the residual block two tensors cross, and both partitions weigh 100."""
     net = graph(
         [
-            op("a", "x", macs=1),
-            op("b", "a", macs=1),
-            op("add", "a", "b", macs=1),
-            op("c", "add", macs=9),
+            op("a", "x", macs=60),
+            op("b", "a", macs=40),
+            op("add", "a", "b", macs=over),
+            op("c", "add", macs=100 - over),
         ]
     )
+    assert [part.start for part in partition(net, net, count=2)] == [0, start]
+
+
+@pytest.mark.parametrize(("over", "start"), [(5, 2), (6, 1)])
+def test_a_natural_cut_may_cost_five_percent(over: int, start: int) -> None:
+    net = graph(
+        [
+            op("wide", "x", size=80, macs=100),
+            op("narrow", "wide", size=20, macs=over),
+            op("wider", "narrow", size=80, macs=100 - over),
+        ]
+    )
+    assert [cut.natural for cut in cuts(net, net)] == [False, True]
+    assert [part.start for part in partition(net, net, count=2)] == [0, start]
+
+
+def test_few_cuts_at_several_tensors_go_before_many_natural_ones() -> None:
+    net = graph(
+        [
+            op("a", "x", size=400, macs=100),
+            op("b", "a", size=10, macs=100),
+            op("add", "a", "b", size=40, macs=100),
+            op("c", "add", size=4, macs=50),
+            op("d", "c", size=40, macs=50),
+        ]
+    )
+    assert [(cut.single, cut.natural) for cut in cuts(net, net)] == [
+        (True, False), (False, False), (True, False), (True, True),
+    ]  # fmt: skip
     assert [part.start for part in partition(net, net, count=3)] == [0, 1, 3]
-    assert [part.start for part in partition(net, net, count=4)] == [0, 1, 2, 3]
+
+
+def test_dense_blocks_are_cut_within() -> None:
+    """Every layer reads what all before it in its block made, so that single tensors pass between the blocks alone."""
+    ops: list[Op] = []
+    last = "x"
+    for number in range(3):
+        features = [last]
+        for layer in range(8):
+            ops.append(op(f"block{number}.layer{layer}", *features, macs=10 + layer))
+            features.append(ops[-1].name)
+        ops += [op(f"block{number}.cat", *features), op(f"pool{number}", f"block{number}.cat")]
+        last = ops[-1].name
+    ops.append(op("head", last, macs=1))
+    net = graph(ops)
+    macs = [part.macs for part in partition(net, net, count=6)]
+    assert macs == [60, 48, 60, 48, 60, 49]
+
+
+def test_no_partition_is_without_work_while_there_is_work_for_it() -> None:
+    net = graph(chain(*"abcde"))
+    weights = (100, 0, 10, 10, 0)
+    net = replace(net, ops=tuple(replace(op, macs=macs) for op, macs in zip(net.ops, weights, strict=True)))
+    for count in (2, 3):
+        assert 0 not in [part.macs for part in partition(net, net, count=count)]
+    assert [part.macs for part in partition(net, net, count=4)].count(0) == 1
+    assert [part.macs for part in partition(net, net, count=5)] == [100, 0, 10, 10, 0]
 
 
 def test_numbers_may_cross_beside_the_tensor_but_no_tuple_of_tensors() -> None:
     sizes = op("sizes", "a", macs=1, output=value("sizes", shape=None, bytes_per_sample=0))
     halves = op("halves", "b", macs=9, output=value("halves", shape=None, bytes_per_sample=12))
     net = graph([op("a", "x", macs=1), sizes, op("b", "a", "sizes", macs=1), halves, op("c", "halves", macs=9)])
-    assert [part.start for part in partition(net, net, count=4)] == [0, 1, 2, 3]
-    assert [part.start for part in partition(net, net, count=5)] == [0, 1, 2, 3, 4]
-    assert [part.start for part in partition(net, net, count=2)] == [0, 3]
+    assert [cut.single for cut in cuts(net, net)] == [True, True, True, False]
 
 
 def test_without_any_weight_the_number_of_ops_counts() -> None:

