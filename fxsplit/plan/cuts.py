@@ -7,13 +7,13 @@ eval    stem ── conv ── relu ──┊───────────�
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
 
 from fxsplit.errors import PartitionError
-from fxsplit.graph import Graph, Value
+from fxsplit.graph import Graph, Op, Value
 from fxsplit.plan.natural import natural_cuts
 
 
@@ -42,9 +42,10 @@ def cuts(train: Graph, eval_graph: Graph) -> tuple[Cut, ...]:
     """Every cut between two ops of the train graph, with its twin in the eval graph and its refusal, if any.
 
     A cut is refused when the modes run their common ops in another order around it, when an op needs a value of
-    its boundary that exists in one mode only, when a later op overwrites a value of the boundary, or when ops on
-    both sides hold a buffer or parameter that one of them changes. A parameter that is only read on both sides is
-    no hindrance. Raises PartitionError when there is no op at all.
+    its boundary that exists in one mode only, when a later op overwrites a value of the boundary, when ops on
+    both sides hold a buffer or parameter that one of them changes, or when ops on both sides change buffers of one
+    module. A parameter that is only read on both sides is no hindrance. Raises PartitionError when there is no op at
+    all.
     """
     return with_ends(train, eval_graph)[1:-1]
 
@@ -192,18 +193,33 @@ def _overwritten(boundary: tuple[str, ...], cut: int, last_writes: Mapping[str, 
 
 
 def _moved_state(graph: Graph) -> list[str | None]:
-    """For every cut the refusal naming a parameter or buffer that both sides hold and one of them changes."""
+    """For every cut the refusal naming state that changes and that it would divide."""
     changed = {name for op in graph.ops for name in op.mutates}
-    last = {name: index for index, op in enumerate(graph.ops) for name in op.state if name in changed}
+    bonds = [list(_bonds(op, changed, graph.values)) for op in graph.ops]
+    last = {bond: index for index, mine in enumerate(bonds) for bond in mine}
     found: list[str | None] = [None]
     reach, furthest = 0, ""
-    for index, op in enumerate(graph.ops):
-        for name in op.state:
-            if last.get(name, 0) > reach:
-                reach, furthest = last[name], name
-        both = reach > index
-        found.append(f"ops on both sides hold {furthest!r}, and one of them changes it" if both else None)
+    for index, mine in enumerate(bonds):
+        for bond in mine:
+            if last[bond] > reach:
+                reach, furthest = last[bond], bond
+        found.append(furthest if reach > index else None)
     return found
+
+
+def _bonds(op: Op, changed: Container[str], values: Container[str]) -> Iterator[str]:
+    """Why an op stays together with all others of which the same is true.
+
+    A norm that is traced through counts its batches in one op and moves its statistics in another. They have one owner,
+    so that they settle together, as they do when the module itself is frozen.
+    """
+    for name in op.state:
+        if name in changed:
+            yield f"ops on both sides hold {name!r}, and one of them changes it"
+    for name in op.mutates:
+        if name not in values:
+            owner = name.rpartition(".")[0]
+            yield f"ops on both sides change buffers of {repr(owner) if owner else 'the model itself'}"
 
 
 def _sizes(boundaries: Sequence[tuple[str, ...]], values: Mapping[str, Value]) -> list[int]:

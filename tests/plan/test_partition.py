@@ -277,6 +277,24 @@ def test_one_change_is_enough_when_the_other_side_reads() -> None:
     assert [reason is None for reason in refusals(first_writes, first_writes)] == [False, False, True]
 
 
+@pytest.mark.parametrize(("holder", "words"), [("bn.", "'bn'"), ("stem.bn.", "'stem.bn'"), ("", "the model itself")])
+def test_no_cut_parts_ops_that_change_buffers_of_one_module(holder: str, words: str) -> None:
+    """As a counter of batches and the statistics that they move; another module's buffers are another matter."""
+
+    def net(last: str) -> Graph:
+        changes = [(f"{holder}counter",), (f"{holder}mean", f"{holder}variance"), (last,)]
+        ops = [*chain("a", "count", "between", "norm", "b", "last")]
+        for index, names in zip((1, 3, 5), changes, strict=True):
+            ops[index] = replace(ops[index], mutates=names)
+        return graph(ops)
+
+    reason = f"ops on both sides change buffers of {words}"
+    eval_graph = graph(chain("a", "count", "between", "norm", "b", "last"))
+    apart, together = net("other.mean"), net(f"{holder}scale")
+    assert refusals(apart, eval_graph) == refusals(eval_graph, apart) == [None, reason, reason, None, None]
+    assert refusals(together, eval_graph) == [None, reason, reason, reason, reason]
+
+
 def test_a_tied_weight_may_be_used_on_both_sides() -> None:
     net = graph(
         [

@@ -22,7 +22,16 @@ from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import SCHEDULES, Phase, schedule
 from fxsplit.run.executor import Executor
-from tests.models import HAZARDS, BranchOnShape, Chain, FunctionalDropout, OtherTensors, RootParameter, TiedWeight
+from tests.models import (
+    HAZARDS,
+    BranchOnShape,
+    Chain,
+    FunctionalDropout,
+    FunctionalNorm,
+    OtherTensors,
+    RootParameter,
+    TiedWeight,
+)
 
 
 def _resnext() -> nn.Module:
@@ -184,6 +193,45 @@ def test_exactly_the_state_of_the_training_partitions_moves(
         assert _owners(net, moved) <= training
         trained |= training
     assert trained
+
+
+class FusedNorms(nn.Sequential):
+    """timm's norm with activation, which is traced through: it counts in one op and moves its statistics in another."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 6, 3),
+            timm.layers.BatchNormAct2d(6),
+            nn.Conv2d(6, 6, 3),
+            timm.layers.BatchNormAct2d(6),
+            nn.Flatten(),
+            nn.Linear(96, 5),
+        )
+
+
+@pytest.mark.parametrize("make", [FusedNorms, FunctionalNorm])
+def test_a_counter_moves_with_the_statistics_of_its_norm(make: Callable[[], nn.Module]) -> None:
+    """Wherever the model is cut, as in the plain model with the norms before the cut frozen by hand."""
+    captured = trace(make(), (torch.empty(2, 3, 8, 8),))
+    places = [cut.path for cut in cuts(captured.train, captured.eval) if cut.refusal is None]
+    frozen = set()
+    for place in places:
+        model = make()
+        captured = trace(model, (torch.empty(2, 3, 8, 8),))
+        net = Executor(captured, partition(captured.train, captured.eval, at=[place]))
+        net.enter(Phase(start=1, stop=2, epochs=1))
+        plain = copy.deepcopy(model).train()
+        for path, module in plain.named_modules():
+            if f"{path}.running_mean" in net.partitions[0].state:
+                module.eval()
+                frozen.add(path)
+        for step in range(2):
+            images, _ = _images(step, 8)
+            net.train()(images)
+            plain(images)
+        for name, buffer in plain.named_buffers():
+            torch.testing.assert_close(net.state_dict()[name], buffer)
+    assert len(frozen) > 1
 
 
 def _owners(net: Executor, names: set[str]) -> set[str]:
