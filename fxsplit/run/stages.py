@@ -10,18 +10,22 @@ from __future__ import annotations
 import importlib
 import itertools
 import linecache
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
-from typing import Any
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
 
 from fxsplit.capture.naming import called_module
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
 from fxsplit.plan.partition import Partition
 from fxsplit.run.pointwise import use_products
+from fxsplit.run.source import NAME, source_of
 
 _serial = itertools.count()
 
@@ -33,37 +37,48 @@ class Code:
     already used up.
     """
 
-    def __init__(self, source: str, names: dict[str, Any], label: str) -> None:
-        self._source, self._names, self._label = source, names, label
+    def __init__(self, source: str, objects: dict[str, Any], label: str) -> None:
+        self._source, self._objects, self._label = source, objects, label
         file = f"<fxsplit {label} {next(_serial)}>"
-        scope = dict(names)
+        scope = dict(objects)
         exec(compile(source, file, "exec"), scope)
-        # Tracebacks and debuggers show the generated lines.
+        # Tracebacks and debuggers show the generated lines, for as long as there is something to show.
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-        self._function: Callable[[nn.Module, list[Any]], Any] = scope["forward"]
+        weakref.finalize(self, linecache.cache.pop, file, None).atexit = False
+        self._function: Callable[[nn.Module, list[Any]], Any] = scope[NAME]
 
     def __call__(self, model: nn.Module, values: list[Any]) -> Any:
         return self._function(model, values)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        names = {
-            name: _Module(value.__name__) if isinstance(value, ModuleType) else value
-            for name, value in self._names.items()
-        }
-        return _restore, (self._source, names, self._label)
+        objects = {name: _Reference.of(value) or value for name, value in self._objects.items()}
+        return _restore, (self._source, objects, self._label)
 
     def compile(self, backend: str) -> None:
         """Hand the function to `torch.compile`."""
         self._function = torch.compile(self._function, backend=backend)
 
 
-class _Module(str):
-    """A module by name, since modules cannot be pickled."""
+class _Reference(NamedTuple):
+    """Where a function is found; several of torch's cannot be pickled."""
+
+    module: str
+    path: str
+
+    @classmethod
+    def of(cls, value: Any) -> _Reference | None:
+        if isinstance(value, OpOverload | OpOverloadPacket):
+            return cls("torch", f"ops.{value}")
+        module, name = getattr(value, "__module__", None) or "", getattr(value, "__name__", None) or ""
+        return cls(module, name) if vars(sys.modules.get(module, cls)).get(name) is value else None
+
+    def resolve(self) -> Any:
+        return attrgetter(self.path)(importlib.import_module(self.module))
 
 
-def _restore(source: str, names: dict[str, Any], label: str) -> Code:
-    modules = {name: importlib.import_module(value) for name, value in names.items() if isinstance(value, _Module)}
-    return Code(source, {**names, **modules}, label)
+def _restore(source: str, objects: dict[str, Any], label: str) -> Code:
+    found = {name: value.resolve() if type(value) is _Reference else value for name, value in objects.items()}
+    return Code(source, found, label)
 
 
 class Stage:
@@ -152,22 +167,7 @@ def stage_graph(trace: Trace, partition: Partition, *, is_last: bool, training: 
 
 def code_of(graph: fx.Graph, label: str) -> Code:
     """What a stage's graph says, as a function."""
-    code = graph.python_code("self")
-    # Older versions of torch.fx write named tuples down by a name that they do not define.
-    for node in graph.nodes:
-        for kind in _named_tuples((node.args, node.kwargs)):
-            code.globals.setdefault(kind.__name__, kind)
-    return Code(code.src, code.globals, label)
-
-
-def _named_tuples(arguments: Any) -> Iterator[type]:
-    if isinstance(arguments, tuple) and hasattr(arguments, "_fields"):
-        yield type(arguments)
-    if isinstance(arguments, dict):
-        arguments = tuple(arguments.values())
-    if isinstance(arguments, tuple | list):
-        for each in arguments:
-            yield from _named_tuples(each)
+    return Code(*source_of(graph), label)
 
 
 def stages(trace: Trace, partitions: Sequence[Partition]) -> tuple[Stage, ...]:
