@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.guards import answers
 from fxsplit.capture.recording import Recorder, Recording
 from fxsplit.capture.tracer import QUESTIONS, Guard
@@ -153,5 +154,8 @@ class _Merger:
                 node = user.graph.call_function(function, (source, *factor))
             value = function(source.meta["value"], *factor)
             node.meta.update(value=value, path=source.meta.get("path", ""), state=(), written=[])
+            if contexts := contexts_of(user):
+                # A number needs none, but would divide the region around its user.
+                node.meta["contexts"] = contexts
             self._made[key] = node
         return self._made[key]

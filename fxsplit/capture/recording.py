@@ -152,10 +152,8 @@ class Recorder:
         functions = {each for each in (*self.leaves, *self._whole) if isinstance(each, FunctionType)}
         generators = generators_around(self.twin)
         states = {name: state_of(generator) for name, generator in generators.items()}
-        with (
-            watched(tracer, functions),
-            torch.set_grad_enabled(self.twin.training),
-        ):
+        # Not watched: it is no context of the model's.
+        with torch.set_grad_enabled(self.twin.training), watched(tracer, functions):
             try:
                 graph = tracer.trace(self.twin)
             except BaseException:

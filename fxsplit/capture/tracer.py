@@ -258,11 +258,14 @@ class ValueTracer(fx.Tracer):
         self._open = [(other, context) for other, context in self._open if other is not holder]
 
     def _contexts(self) -> tuple[Context, ...]:
-        """The open ones that count: of a kind on a device, the last one decides. Inference mode sets gradients too."""
+        """The open ones that count: the last one decides about gradients, unless inference mode does too.
+
+        An outer autocast counts beside an inner one: its casts of weights are kept meanwhile.
+        """
         contexts = [context for _, context in self._open]
         if any(context.kind == "inference" for context in contexts):
             return tuple(contexts)
-        return tuple({(context.kind, context.device): context for context in contexts}.values())
+        return tuple({context.kind if context.kind == "grad" else id(context): context for context in contexts}.values())
 
     def create_arg(self, a: Any) -> Any:
         kind = type(a)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from fxsplit.capture.contexts import contexts_of
 from fxsplit.run import pointwise
 
 FUNCTIONS: dict[Any, Any] = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -125,7 +126,7 @@ class _Folder:
 
     def _fold_norm(self, node: fx.Node, norm: Norm) -> None:
         affine = self._affine(norm.input)
-        if affine is None or len(norm.input.users) > 1:
+        if affine is None or len(norm.input.users) > 1 or contexts_of(norm.input) != contexts_of(node):
             return
         shape = norm.input.meta["op"].output.shape
         if shape is not None and len(shape) == RANKS[affine.function]:
@@ -137,7 +138,7 @@ class _Folder:
             pair = self._graph.call_function(operator.getitem, (self._weights, len(self.folds)))
             weight, bias = (self._graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
             one = self._graph.call_function(affine.runner(), (affine.input, weight, bias), affine.options)
-            one.meta["op"] = nodes[0].meta["op"]
+            one.meta.update(nodes[0].meta)
         self.folds.append(folded)
         for node in reversed(nodes):
             self._replace(node, one)

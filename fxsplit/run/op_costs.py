@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import Node
 
+from fxsplit.capture.contexts import contexts_of, opened
 from fxsplit.capture.structure import tensors_in
 from fxsplit.capture.tracing import Program, Trace
 from fxsplit.errors import TraceError
@@ -205,9 +206,10 @@ class OpRunner(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """One op of the forward."""
         name = self._names.get(n, "")
-        self._begins((FORWARD, name))
-        value = super().run_node(n)
-        self._begins((FORWARD, ""))
+        with opened(contexts_of(n)):
+            self._begins((FORWARD, name))
+            value = super().run_node(n)
+            self._begins((FORWARD, ""))
         for tensor in tensors_in(value):
             # What an op merely hands on belongs to the op that made it.
             if tensor.grad_fn is not None and tensor.grad_fn not in self._hooked:

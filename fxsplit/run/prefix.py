@@ -90,6 +90,8 @@ class Prefix:
                 values = stage(model, values, weights)
         if dtype is not None and not torch.is_autocast_enabled(device):
             values = map_tensors(lambda tensor: tensor.float() if tensor.dtype is dtype else tensor, values)
+        # Forward may turn gradients on again by itself.
+        values = map_tensors(lambda tensor: tensor.detach() if tensor.requires_grad else tensor, values)
         return map_tensors(_contiguous, values) if relaid else values
 
     def forget(self) -> None:
