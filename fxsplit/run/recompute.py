@@ -3,6 +3,9 @@
 forward    values at the boundary ──► stage ──► ...        nothing kept but the boundary
 backward   values at the boundary ──► stage ──► gradients  from the same buffers and with the same dropout
 
+Where an op writes into an input of the model, as a first ReLU in place does, a copy of what the input held is kept. The
+first forward writes into the caller's tensor, as the plain model does, and each further one into a copy of the copy.
+
 Source: Chen et al., Training deep nets with sublinear memory cost, 2016.
 """
 
@@ -40,18 +43,37 @@ class Recomputing:
                     if module._buffers or not _is_plain(module):
                         owners.add(name)
         self._owners = tuple(sorted(owners))
+        # No cut is legal that lets an op write into what lies before it, so these are inputs of the model.
+        values = program.graph.values
+        memory = {values[name].storage for op in program.graph.ops[span] for name in op.mutates if name in values}
+        self._written = tuple(
+            position
+            for position, name in enumerate(stage.partition.reads)
+            if name in values and values[name].storage in memory
+        )
 
     def __call__(self, model: nn.Module, values: list[Any]) -> Any:
         """Boundary values in, boundary values out; the list is emptied."""
-        given, values[:] = tuple(values), []
+        given, values[:] = list(values), []
         contents = {path: _content(model.get_submodule(path)) for path in self._owners}
+        originals = {position: given[position] for position in self._written}
+        for position, tensor in originals.items():
+            given[position] = _copy(tensor.detach()).requires_grad_(tensor.requires_grad)
 
         def run(*given: Any) -> Any:
-            return self.stage(model, list(given), training=True)
+            values = list(given)
+            for position in self._written:
+                values[position] = originals.pop(position) if position in originals else _copy(values[position])
+            return self.stage(model, values, training=True)
 
         return checkpoint(
             run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), _put_back(model, contents))
         )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """The same numbers, laid out alike: kernels may go by that."""
+    return tensor.new_empty_strided(tensor.size(), tensor.stride()).copy_(tensor)
 
 
 def _is_plain(module: nn.Module) -> bool:
