@@ -15,13 +15,13 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from fxsplit.errors import UsageError
+from fxsplit.errors import UsageError, printable
 from fxsplit.pages.figures import epochs_of, human, in_words, shape
 from fxsplit.pages.outline import Block, Costs, outline
 from fxsplit.plan.forecast import Forecast
 from fxsplit.report import Inspection
 
-from .render import ROLES, WIDEST, draw, json_text, new_table, print_whole, where, write
+from .render import ROLES, WIDEST, Terminal, draw, json_text, new_table, print_whole, visible, where, write
 
 CSV_COLUMNS = (
     *("partition", "op", "path", "class", "kind", "target", "shape", "dtype", "bytes_per_sample"),
@@ -158,7 +158,8 @@ def to_csv(inspection: Inspection) -> str:
             what = (part.index, op.name, op.path, called, op.kind, op.target, sizes, op.output.dtype)
             costs = (parameters[op.name], op.macs, op.uncounted, op.backward_macs, op.activation_bytes, op.seconds)
             names = (" ".join(op.reads), " ".join(op.state), " ".join(op.mutates))
-            writer.writerow((*what, op.output.bytes_per_sample, *costs, *names))
+            row = (*what, op.output.bytes_per_sample, *costs, *names)
+            writer.writerow(printable(cell) if isinstance(cell, str) else cell for cell in row)
     return text.getvalue()
 
 
@@ -200,11 +201,11 @@ def _rows(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator
 
 def _code(text: str) -> str:
     """A name as code, in which no mark-up acts."""
-    return "`" + text.replace("`", "'").replace("|", "\\|") + "`"
+    return "`" + printable(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _escaped(text: str) -> str:
-    return "".join(f"\\{character}" if character in "\\`*_[]<>#|" else character for character in text)
+    return "".join(f"\\{character}" if character in "\\`*_[]<>#|" else character for character in printable(text))
 
 
 def to_dot(inspection: Inspection) -> str:
@@ -254,7 +255,7 @@ def _label(block: Block) -> str:
 
 
 def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    escaped = visible(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
 
 
@@ -286,13 +287,13 @@ def show(inspection: Inspection, name: str, path: str | None) -> None:
     """Write the format called `name` to stdout, or to a file. Raises UsageError when that cannot be written."""
     if path is None:
         if name in DRAWN:
-            DRAWN[name](inspection, Console())
+            DRAWN[name](inspection, Terminal())
         else:
             write(WRITTEN[name](inspection))
         return
     if name in DRAWN:
         drawing = io.StringIO()
-        DRAWN[name](inspection, Console(file=drawing, width=WIDEST))
+        DRAWN[name](inspection, Terminal(file=drawing, width=WIDEST))
         text = drawing.getvalue()
     else:
         text = WRITTEN[name](inspection)

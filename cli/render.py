@@ -19,16 +19,18 @@ from statistics import median
 from typing import Any, Literal
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from fxsplit.errors import printable
 from fxsplit.pages.figures import epochs_of, human
 from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan, Role
@@ -63,8 +65,21 @@ def json_text(data: Any) -> str:
 
 
 def say(line: str) -> None:
-    """A line to stderr, as it is."""
-    print(line, file=sys.stderr, flush=True)
+    """A line to stderr; names in it are shown, never obeyed."""
+    print(visible(line), file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """Text whose lines are `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+class Terminal(Console):
+    """A console on which names are shown, never obeyed: only styles of its own send escape sequences."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 def _finite(data: Any) -> Any:
@@ -113,7 +128,7 @@ def describe(phase: Phase, plan: Plan) -> Text:
 @contextmanager
 def observing(model: str, view: View) -> Iterator[Observer]:
     """An observer for a run: a live one only on a terminal, and for as long as the block lasts."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     # FORCE_COLOR makes rich take anything for a terminal, but a log cannot be redrawn.
     if view == "live" and console.is_terminal and not console.is_dumb_terminal and sys.stderr.isatty():
         live_view = LiveView(model, console)
@@ -126,7 +141,7 @@ def observing(model: str, view: View) -> Iterator[Observer]:
 @contextmanager
 def checking() -> Iterator[Observer]:
     """An observer for checks: a progress bar on a terminal, otherwise a line for each model."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     if console.is_terminal and not console.is_dumb_terminal and sys.stderr.isatty():
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=console, transient=True) as progress:
@@ -161,7 +176,7 @@ class CheckLines(Observer):
 
 def render_checks(records: Sequence[CheckRecord]) -> None:
     """A row for each model; below it what failed and what was kept whole, with the reasons."""
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     table = new_table("model", "verdict", ">ops", ">opaque", ">guards", ">cuts", ">partitions", ">seconds")
     for record in records:
         style = "green" if record.passed else "red"
@@ -188,7 +203,7 @@ def render_checks(records: Sequence[CheckRecord]) -> None:
 
 def render_forecasts(records: Sequence[ForecastRecord]) -> None:
     """A row for each phase of each model, forecast beside measurement; below the table by how much they differ."""
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     table = new_table("model", "trains", ">time", ">was", ">activations", ">were", ">peak", ">was")
     for record in records:
         for phase in record.phases:
@@ -345,7 +360,7 @@ class LiveView(Observer):
 
 def render_report(report: RunReport) -> None:
     """The closing tables of a run, to stdout."""
-    console = Console()
+    console = Terminal()
     table = new_table("phase", "trains", "cut", ">epochs", ">seconds", ">test accuracy")
     for index, group in groupby(report.epochs, key=lambda record: record.phase):
         records = list(group)
@@ -379,7 +394,7 @@ def render_report(report: RunReport) -> None:
 
 def render_diff(before: str, after: str, changes: Sequence[Change], *, stale: Sequence[str]) -> None:
     """What differs between two plan files, to stdout; `stale` are those of them whose figures belong to other cuts."""
-    console = Console()
+    console = Terminal()
     table = new_table("", "before", "after")
     for change in changes:
         table.add_row(Text(change.what), _side(change.before), _side(change.after))

@@ -265,7 +265,9 @@ class ValueTracer(fx.Tracer):
         contexts = [context for _, context in self._open]
         if any(context.kind == "inference" for context in contexts):
             return tuple(contexts)
-        return tuple({context.kind if context.kind == "grad" else id(context): context for context in contexts}.values())
+        return tuple(
+            {context.kind if context.kind == "grad" else id(context): context for context in contexts}.values()
+        )
 
     def create_arg(self, a: Any) -> Any:
         kind = type(a)

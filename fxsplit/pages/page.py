@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fxsplit.errors import printable
 from fxsplit.graph import Value
 from fxsplit.pages import charts, figures
 from fxsplit.pages.outline import outline
@@ -152,12 +153,18 @@ def _trains(phase: Phase, plan: Plan) -> str:
     return str(last) if phase.start == last else f"{phase.start} to {last}"
 
 
+def _shown(value: Any) -> Any:
+    """Control characters of names as escapes: a page may be printed to a terminal."""
+    return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("fxsplit.pages"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -109,6 +109,8 @@ class _Walk:
             if step.recomputes is not None and (not index or self.steps[index - 1].recomputes != step.recomputes):
                 for name in self._given(step.recomputes):
                     self._hold(name)
+                for name in self._overwritten(step.recomputes):
+                    self.heap.hold(("kept", name), self.size(name))
             self._run(step, keeps=step.recomputes is None)
             for name in {step.op.name, *step.op.reads}:
                 if self.last_read.get(name, index) == index:
@@ -136,11 +138,16 @@ class _Walk:
             if segment is not None:
                 for name in self._given(segment):
                     self._drop(name)
+                for name in self._overwritten(segment):
+                    self.heap.drop(("copy", name))
+                    self.heap.drop(("kept", name))
 
     def _run_again(self, segment: int) -> None:
         steps = self._steps_of(segment)
         last_read = {name: index for index, step in enumerate(steps) for name in step.op.reads}
         self._again = frozenset(step.op.name for step in steps)
+        for name in self._overwritten(segment):
+            self.heap.hold(("copy", name), self.size(name))
         for index, step in enumerate(steps):
             self._run(step, keeps=True)
             for name in {step.op.name, *step.op.reads} & self._again:
@@ -155,6 +162,11 @@ class _Walk:
         steps = self._steps_of(segment)
         made = {step.op.name for step in steps}
         return list(dict.fromkeys(name for step in steps for name in step.op.reads if name not in made))
+
+    def _overwritten(self, segment: int) -> list[str]:
+        """The inputs that a recomputing segment writes into: kept as they were, and copied to run again."""
+        written = {self._storage(name) for step in self._steps_of(segment) for name in step.op.mutates}
+        return sorted(written & self.given)
 
     def _backward_of(self, step: Step) -> None:
         op = step.op
