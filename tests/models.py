@@ -392,6 +392,64 @@ class NumbersOfTypes(Chain):
         return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
 
 
+class OddNames(Chain):
+    """Modules and buffers whose names are keywords, mark-up, code or no letters at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = nn.ModuleDict({name: nn.Conv2d(6, 6, 1) for name in ODD_NAMES})
+        for name in ODD_NAMES:
+            self.odd[name].register_buffer(name, torch.full((1, 6, 1, 1), 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        for name, conv in self.odd.items():
+            x = x + conv(x) * conv.get_buffer(name)
+        return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
+
+
+ODD_NAMES = (
+    *("global", "class", "None", "model", "v0", "c0", "it's", 'a "quoted" one', "two\nlines", "back\\slash"),
+    *(
+        "{0}",
+        "%s",
+        "<b>&amp;",
+        "[red]",
+        "naïve 名",
+        "\x1b]0;title\x07\x1b[31m",
+        "\u202e",
+        "\ud800",
+        " ",
+        "# no comment",
+    ),
+    'x\'] or setattr(__import__("sys"), "ran_from_a_name", True)  # ',
+    'x", setattr(__import__("sys"), "ran_from_a_name", True), "',
+)
+
+
+class Regions(Chain):
+    """Ops in regions with their own gradients and types, nested and decorated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.conv2(x)
+            with torch.no_grad():
+                weight = self.conv2(y).sigmoid()
+                with torch.enable_grad():
+                    y = self.conv2(y)
+            y = self.conv2(y * weight)
+            with torch.autocast("cpu", enabled=False):
+                y = self.conv2(y.float())
+            y = self.conv2(y)
+        x = x + self.fixed(y.float()) + y
+        return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
+
+    @torch.no_grad()
+    def fixed(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv2(x))
+
+
 class BranchOnData(Chain):
     """A branch on data at the very top: this cannot be captured, and must be refused well."""
 
@@ -406,6 +464,8 @@ HAZARDS: dict[str, Callable[[], nn.Module]] = {
     kind.__name__: kind
     for kind in (
         Chain,
+        OddNames,
+        Regions,
         LongSkip,
         TiedWeight,
         FunctionalDropout,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from fxsplit.capture import autocast
 from fxsplit.capture.effects import Snapshot
 from fxsplit.capture.structure import ATOMS, META, filled, map_tensors, tensors_in
 from fxsplit.capture.twins import Copier
@@ -182,7 +183,7 @@ def evaluate(
     with _left_alone(called) if is_module else nullcontext(), _inlined(called):
         try:
             with META:
-                return on_meta(called(*args, **kwargs))
+                return on_meta(autocast.run(called, args, kwargs, device))
         except Exception:
             if not _is_leaf(called) and not is_sparse:
                 raise

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed, fx, nn
 from torch.distributed.pipelining import PipelineStage
 
+from fxsplit.capture.contexts import contexts_of, opened
 from fxsplit.capture.meta import StandIn, evaluate, on_meta, resolve
 from fxsplit.capture.naming import called_module
 from fxsplit.capture.structure import META
@@ -185,7 +186,8 @@ def _evaluated(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for node in program.nodes:
             args, kwargs = resolve((node.args, node.kwargs), lookup)
-            value = evaluate(twin, node.op, node.target, args, kwargs, device)
+            with opened(contexts_of(node)):
+                value = evaluate(twin, node.op, node.target, args, kwargs, device)
             found[node] = value.value if isinstance(value, StandIn) else value
     nodes = (*program.inputs, *program.nodes)
     return dict(zip(program.graph.values, map(found.get, nodes), strict=True)), resolve(program.output.args[0], lookup)
