@@ -72,7 +72,8 @@ class Op:
     that it keeps, whether or not an earlier op keeps them too, and `hidden_bytes` what it keeps besides, such as a
     mask. An op that is `uncounted` does work that torch's counter of multiply-adds does not know. One that
     `mixes_samples`, as BatchNorm does with the statistics of its batch, gives a sample what depends on the others. One
-    that `is_dropout` drops values at random in training.
+    that `is_dropout` drops values at random in training. `autocast` numbers the region of forward's own autocast in
+    which it runs, if any: a parameter is cast once for all ops of a region.
 
     Measured on a device, and for the traced batch, are `seconds` (forward and backward) and `forward_seconds`, None
     before, and `forward_workspace_bytes` and `backward_workspace_bytes`, which kernels borrow while they run; of an op
@@ -97,6 +98,7 @@ class Op:
     uncounted: bool = False
     mixes_samples: bool = False
     is_dropout: bool = False
+    autocast: int | None = None
     forward_workspace_bytes: int = 0
     backward_workspace_bytes: int = 0
     settled_seconds: float | None = None

@@ -418,7 +418,6 @@ ODD_NAMES = (
         "naïve 名",
         "\x1b]0;title\x07\x1b[31m",
         "\u202e",
-        "\ud800",
         " ",
         "# no comment",
     ),
@@ -428,26 +427,30 @@ ODD_NAMES = (
 
 
 class Regions(Chain):
-    """Ops in regions with their own gradients and types, nested and decorated."""
+    """Ops in regions with their own gradients and types, nested and decorated; a convolution is cast once for two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Conv2d(6, 6, 1) for _ in range(5))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(self.conv1(x)).relu()
         with torch.autocast("cpu", torch.bfloat16):
-            y = self.conv2(x)
+            y = self.inner[0](x)
             with torch.no_grad():
-                weight = self.conv2(y).sigmoid()
+                weight = self.inner[1](y).sigmoid()
                 with torch.enable_grad():
-                    y = self.conv2(y)
-            y = self.conv2(y * weight)
+                    y = self.inner[2](y)
+            y = y * weight
             with torch.autocast("cpu", enabled=False):
-                y = self.conv2(y.float())
-            y = self.conv2(y)
+                y = self.inner[3](y.float())
+            y = self.conv2(self.conv2(y))
         x = x + self.fixed(y.float()) + y
         return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
 
     @torch.no_grad()
     def fixed(self, x: Tensor) -> Tensor:
-        return self.norm2(self.conv2(x))
+        return self.inner[4](x)
 
 
 class BranchOnData(Chain):

@@ -1,4 +1,4 @@
-"""Autocast on the meta device, whose tensors it leaves alone: types are found on stand-ins that claim another device."""
+"""Autocast on the meta device, whose tensors it leaves alone: types are found on stand-ins that claim another one."""
 
 from __future__ import annotations
 

@@ -169,6 +169,7 @@ def _read(
     _give_state_to_methods(alive, twin)
     storages: dict[int, str] = {}
     values = {node: _value(names[node], node.meta["value"], storages, batch_size) for node in (*inputs, *alive)}
+    _number_regions(alive)
     graph = Graph(
         batch_size=batch_size,
         inputs=tuple(values[node] for node in inputs),
@@ -232,6 +233,15 @@ def _value(name: str, value: Any, storages: dict[int, str], batch_size: int) -> 
     )
 
 
+def _number_regions(nodes: Sequence[fx.Node]) -> None:
+    """Give each op in an autocast region the number of the outermost one, for as long as which casts are kept."""
+    numbers: dict[int, int] = {}
+    for node in nodes:
+        outermost = next((context for context in contexts_of(node) if context.kind == "autocast"), None)
+        if outermost is not None:
+            node.meta["autocast"] = numbers.setdefault(id(outermost), len(numbers))
+
+
 def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, storages: Mapping[int, str], batch_size: int) -> Op:
     cost: Cost = node.meta.get("cost", Cost())
     attributes = [source for source in node.all_input_nodes if source.op == "get_attr"]
@@ -256,6 +266,7 @@ def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, storages: Map
         uncounted=_is_uncounted(node),
         mixes_samples=node.meta.get("mixes_samples", False),
         is_dropout=node.meta.get("is_dropout", False),
+        autocast=node.meta.get("autocast"),
     )
 
 

@@ -41,11 +41,18 @@ class Cut:
 def cuts(train: Graph, eval_graph: Graph) -> tuple[Cut, ...]:
     """Every cut between two ops of the train graph, with its twin in the eval graph and its refusal, if any.
 
-    A cut is refused when the modes run their common ops in another order around it, when an op needs a value of
-    its boundary that exists in one mode only, when a later op overwrites a value of the boundary, when ops on
-    both sides hold a buffer or parameter that one of them changes, or when ops on both sides change buffers of one
-    module. A parameter that is only read on both sides is no hindrance. Raises PartitionError when there is no op at
-    all.
+        A cut is refused when the modes run their common ops in another order around it, when an op needs a value of
+    <<<<<<< HEAD
+        its boundary that exists in one mode only, when a later op overwrites a value of the boundary, when ops on
+        both sides hold a buffer or parameter that one of them changes, or when ops on both sides change buffers of one
+        module. A parameter that is only read on both sides is no hindrance. Raises PartitionError when there is no op at
+        all.
+    =======
+        its boundary that exists in one mode only, when a later op overwrites a value of the boundary, or when ops on
+        both sides hold a buffer or parameter that one of them changes, or that one autocast region of forward's own has
+        cast for both. A parameter that is only read on both sides is no hindrance. Raises PartitionError when there is no
+        op at all.
+    >>>>>>> 677bdf6 (Tests of sources, names, regions and inputs that are written into)
     """
     return with_ends(train, eval_graph)[1:-1]
 
@@ -193,33 +200,37 @@ def _overwritten(boundary: tuple[str, ...], cut: int, last_writes: Mapping[str, 
 
 
 def _moved_state(graph: Graph) -> list[str | None]:
-    """For every cut the refusal naming state that changes and that it would divide."""
+    """For every cut the refusal naming state that it would divide, although it changes or is cast once for all."""
     changed = {name for op in graph.ops for name in op.mutates}
     bonds = [list(_bonds(op, changed, graph.values)) for op in graph.ops]
-    last = {bond: index for index, mine in enumerate(bonds) for bond in mine}
+    last = {key: index for index, mine in enumerate(bonds) for key, _ in mine}
     found: list[str | None] = [None]
     reach, furthest = 0, ""
     for index, mine in enumerate(bonds):
-        for bond in mine:
-            if last[bond] > reach:
-                reach, furthest = last[bond], bond
+        for key, reason in mine:
+            if last[key] > reach:
+                reach, furthest = last[key], reason
         found.append(furthest if reach > index else None)
     return found
 
 
-def _bonds(op: Op, changed: Container[str], values: Container[str]) -> Iterator[str]:
-    """Why an op stays together with all others of which the same is true.
+def _bonds(op: Op, changed: Container[str], values: Container[str]) -> Iterator[tuple[object, str]]:
+    """What an op shares with all others that it must stay together with, and why it must.
 
     A norm that is traced through counts its batches in one op and moves its statistics in another. They have one owner,
     so that they settle together, as they do when the module itself is frozen.
     """
     for name in op.state:
         if name in changed:
-            yield f"ops on both sides hold {name!r}, and one of them changes it"
+            yield name, f"ops on both sides hold {name!r}, and one of them changes it"
+        if op.autocast is not None:
+            # Gradients of one cast add up in its lower precision.
+            yield (op.autocast, name), f"ops on both sides use {name!r} as one autocast region has cast it"
     for name in op.mutates:
         if name not in values:
             owner = name.rpartition(".")[0]
-            yield f"ops on both sides change buffers of {repr(owner) if owner else 'the model itself'}"
+            of = repr(owner) if owner else "the model itself"
+            yield ("buffers", owner), f"ops on both sides change buffers of {of}"
 
 
 def _sizes(boundaries: Sequence[tuple[str, ...]], values: Mapping[str, Value]) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -84,3 +86,75 @@ def test_a_recomputation_that_fails_leaves_the_buffers() -> None:
     with pytest.raises(RuntimeError, match="no more"):
         loss.backward()
     assert all(buffers[name] is buffer for name, buffer in net.named_buffers())
+
+
+class WritesItsInput(Chain):
+    """Writes into its input before anything else."""
+
+    def __init__(self, write: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write(x)
+        return super().forward(x)
+
+
+class BeginsInPlace(Chain):
+    """Its first module works in place."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.first(x))
+
+
+WRITERS: dict[str, Callable[[], nn.Module]] = {
+    "two methods": lambda: WritesItsInput(lambda x: x.sub_(0.5).div_(0.25)),
+    "a view": lambda: WritesItsInput(lambda x: x[:, 1:].mul_(2)),
+    "without autograd": lambda: WritesItsInput(lambda x: x.detach().exp_()),
+    "ReLU": lambda: BeginsInPlace(nn.ReLU(inplace=True)),
+    "Hardtanh": lambda: BeginsInPlace(nn.Hardtanh(inplace=True)),
+    "SiLU": lambda: BeginsInPlace(nn.SiLU(inplace=True)),
+    "dropout": lambda: BeginsInPlace(nn.Dropout(0.4, inplace=True)),
+}
+
+
+@pytest.mark.parametrize("given", ["data", "leaf", "made", "with gaps"])
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_input_that_is_written_into_is_kept_as_it_was(name: str, segmented: bool, given: str) -> None:
+    torch.manual_seed(0)
+    plain = WRITERS[name]()
+    net = recomputing(_executor(copy.deepcopy(plain), 8, 4), segmented=segmented)
+    images, labels = _images(0, 8)
+    if given == "with gaps":
+        images = torch.stack([images, images], -1)[..., 0]
+
+    def left(model: nn.Module) -> list[Tensor] | str:
+        """All that a step leaves behind; backward a second time changes nothing but the gradients."""
+        torch.manual_seed(1)
+        source = images.clone() if given != "with gaps" else images.detach()
+        before = source.clone()
+        source.requires_grad_(given in ("leaf", "made"))
+        x = source * 1 if given == "made" else source
+        try:
+            loss = _loss(model.train()(x), labels)
+            loss.backward(retain_graph=True)
+            loss.backward()
+        except RuntimeError as error:
+            return str(error)
+        found = [loss, x.clone(), *(p.grad for p in model.parameters()), torch.get_rng_state()]
+        if source.grad is not None:
+            found.append(source.grad)
+        source.detach().copy_(before)
+        return [tensor for tensor in found if tensor is not None]
+
+    expected, ours = left(plain), left(net)
+    if isinstance(expected, str) or isinstance(ours, str):
+        assert ours == expected
+    else:
+        assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
+        assert given == "leaf" or not torch.equal(expected[1], images)
