@@ -85,3 +85,12 @@ def called_module(node: fx.Node) -> str | None:
         return str(node.target)
     method = method_of(node)
     return None if method is None else method.rpartition(".")[0]
+
+
+def assigned_by(node: fx.Node) -> list[str]:
+    """What the node puts another object in the place of: an attribute or a buffer of a module."""
+    holder = node.args[0] if node.target is operator.setitem else None
+    if not isinstance(holder, fx.Node) or holder.op != "get_attr":
+        return []
+    path = str(holder.target).rpartition(".")[0]
+    return [f"{path}.{node.args[1]}".removeprefix(".")]

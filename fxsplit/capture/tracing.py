@@ -11,7 +11,7 @@ The two graphs name their ops alike, so that a cut can be found in both.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +25,13 @@ from fxsplit.capture.batch import free_batch
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.costs import Cost
 from fxsplit.capture.guards import Guards
-from fxsplit.capture.meta import Outside, storage_key
-from fxsplit.capture.naming import method_of, names_of
+from fxsplit.capture.meta import Outside, on_meta, storage_key
+from fxsplit.capture.naming import assigned_by, called_module, method_of, names_of
 from fxsplit.capture.patches import AMBIENT, LOCK
 from fxsplit.capture.recording import Recorder, Recording
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.structure import tensors_in
+from fxsplit.capture.snapshot import Snapshot
+from fxsplit.capture.structure import map_tensors, tensors_in
 from fxsplit.capture.tracer import COMPILED, Leaf, reason_not_to_look_inside
 from fxsplit.capture.twins import twin_of
 from fxsplit.errors import TraceError
@@ -55,16 +56,47 @@ class Program:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Call:
+    """How a model was called when it was traced, without the numbers: `devices` are where the tensors were."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    devices: tuple[torch.device, ...]
+    leaves: tuple[Leaf, ...]
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Leaf]) -> Call:
+        """Keeps no tensor of those given."""
+        devices = tuple(tensor.device for tensor in tensors_in((tuple(args), dict(kwargs))))
+        return cls(args=on_meta(tuple(args)), kwargs=on_meta(dict(kwargs)), devices=devices, leaves=tuple(leaves))
+
+    def arguments(self, dtypes: Mapping[torch.dtype, torch.dtype]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the same form, of zeros, with some types replaced by others."""
+        devices = iter(self.devices)
+
+        def zeros(tensor: Tensor) -> Tensor:
+            dtype = dtypes.get(tensor.dtype, tensor.dtype)
+            return torch.zeros_like(tensor, dtype=dtype, device=next(devices))
+
+        args, kwargs = map_tensors(zeros, (self.args, dict(self.kwargs)))
+        return args, kwargs
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trace:
     """A captured model: `train` and `eval` graphs over one set of names. The model is shared, never copied.
 
-    `tied` are the further names of parameters that have several.
+    `tied` are the further names of parameters that have several. `call` is what it was traced with, `snapshot` what the
+    model was then, and `modes` are by mode of the model those of all its modules.
     """
 
     model: nn.Module
     signature: Signature
     programs: Mapping[bool, Program]
     tied: Mapping[str, tuple[str, ...]]
+    call: Call
+    snapshot: Snapshot
+    modes: Mapping[bool, Mapping[str, bool]]
 
     @property
     def train(self) -> Graph:
@@ -111,7 +143,28 @@ def trace(
 
     Raises TraceError when the model itself, and not just a module in it, branches on data or cannot run on `args`.
     """
-    kwargs = kwargs or {}
+    return _traced(model, args, kwargs or {}, leaves, {})
+
+
+@_alone()
+def trace_again(
+    model: nn.Module, call: Call, modes: Mapping[bool, Mapping[str, bool]], dtypes: Mapping[torch.dtype, torch.dtype]
+) -> Trace:
+    """Capture `model` as it is now, called as in an earlier trace but for the `dtypes` of tensors.
+
+    `modes` are by mode of the model those of modules that are in another one. Raises TraceError as `trace` does.
+    """
+    args, kwargs = call.arguments(dtypes)
+    return _traced(model, args, kwargs, call.leaves, modes)
+
+
+def _traced(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[Leaf],
+    modes: Mapping[bool, Mapping[str, bool]],
+) -> Trace:
     if lazy := [name for name, tensor in model.named_parameters() if is_lazy(tensor)]:
         raise TraceError(f"the parameter {lazy[0]!r} has no shape yet; run the model once before it is traced")
     if unknown := [leaf for leaf in leaves if isinstance(leaf, str) and leaf not in dict(model.named_modules())]:
@@ -123,8 +176,11 @@ def trace(
     recorders = {}
     for training in (True, False):
         twin, originals = twin_of(model)
+        twin.train(training)
+        for path, mode in modes.get(training, {}).items():
+            twin.get_submodule(path).training = mode
         recorders[training] = Recorder(
-            twin=twin.train(training),
+            twin=twin,
             signature=signature,
             arguments=signature.bind(args, kwargs).arguments,
             leaves=leaves,
@@ -140,7 +196,28 @@ def trace(
         training: _read(recordings[training], alive[training], names, recorder.twin, recorder.batch_size)
         for training, recorder in recorders.items()
     }
-    return Trace(model=model, signature=signature, programs=programs, tied=_tied(model))
+    return Trace(
+        model=model,
+        signature=signature,
+        programs=programs,
+        tied=_tied(model),
+        call=Call.of(args, kwargs, leaves),
+        snapshot=_snapshot(model, programs.values()),
+        modes={
+            training: {path: module.training for path, module in recorder.twin.named_modules()}
+            for training, recorder in recorders.items()
+        },
+    )
+
+
+def _snapshot(model: nn.Module, programs: Iterable[Program]) -> Snapshot:
+    nodes = [node for program in programs for node in program.nodes]
+    return Snapshot(
+        model,
+        called={str(node.target) for node in nodes if node.op == "call_module"},
+        opaque={path for node in nodes if (path := called_module(node)) is not None},
+        assigned={path for node in nodes for path in assigned_by(node)},
+    )
 
 
 def _record_both(recorders: Mapping[bool, Recorder]) -> dict[bool, Recording]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.run import pointwise
+
+Modules = Mapping[str, nn.Module]
 
 FUNCTIONS: dict[Any, Any] = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 # The rank of what they deliver, where its second dimension is the channels that a norm goes by.
@@ -31,10 +34,14 @@ IDLE_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_drop
 
 
 class Place(NamedTuple):
-    """Where the model keeps a tensor or, for want of one, None."""
+    """Where the model keeps a tensor or, for want of one, None: a name in the module at `path`."""
 
-    module: nn.Module
+    path: str
     name: str
+
+    def of(self, modules: Modules) -> Any:
+        """What the model has there now."""
+        return getattr(modules[self.path], self.name)
 
 
 class Affine(NamedTuple):
@@ -46,9 +53,9 @@ class Affine(NamedTuple):
     bias: Place | None
     options: dict[str, Any]
 
-    def runner(self) -> Any:
+    def runner(self, modules: Modules) -> Any:
         """The function, or a faster one that does the same."""
-        is_pointwise = self.function is F.conv2d and pointwise.is_pointwise(getattr(*self.weight), **self.options)
+        is_pointwise = self.function is F.conv2d and pointwise.is_pointwise(self.weight.of(modules), **self.options)
         return pointwise.conv2d if is_pointwise else self.function
 
 
@@ -57,7 +64,22 @@ class Norm(NamedTuple):
 
     input: fx.Node
     statistics: tuple[Place | None, ...]
-    epsilon: float
+    epsilon: Place | float
+
+
+class PassedOver(NamedTuple):
+    """A module that a folded graph no longer calls: it counts on its class, and on these attributes of it."""
+
+    path: str
+    kind: type[nn.Module]
+    attributes: dict[str, Any]
+
+    def is_there(self, modules: Modules) -> bool:
+        """Whether the module is what it was when its graph was folded."""
+        module = modules.get(self.path)
+        return type(module) is self.kind and all(
+            getattr(module, name) == value for name, value in self.attributes.items()
+        )
 
 
 class Fold(NamedTuple):
@@ -65,27 +87,39 @@ class Fold(NamedTuple):
 
     weight: Place
     bias: Place | None
+    shape: torch.Size
     statistics: tuple[Place | None, ...] = ()
-    epsilon: float = 0.0
+    epsilon: Place | float = 0.0
 
-    def sources(self) -> list[Tensor | None]:
+    def is_there(self, modules: Modules) -> bool:
+        """Whether the model still has what the fold was made for."""
+        places = [place for place in (self.weight, self.bias, *self.statistics) if place is not None]
+        if not all(place.path in modules and hasattr(modules[place.path], place.name) for place in places):
+            return False
+        weight, needed = self.weight.of(modules), [place for place in self.statistics[:2] if place is not None]
+        return (
+            weight is not None and weight.shape == self.shape and all(place.of(modules) is not None for place in needed)
+        )
+
+    def sources(self, modules: Modules) -> list[Tensor | None]:
         """The model's own tensors."""
-        return [None if place is None else getattr(*place) for place in (self.weight, self.bias, *self.statistics)]
+        return [None if place is None else place.of(modules) for place in (self.weight, self.bias, *self.statistics)]
 
-    def tensors(self, layout: torch.memory_format) -> tuple[Tensor, Tensor | None]:
+    def tensors(self, modules: Modules, layout: torch.memory_format) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, worked out in double precision; the weight of a 2D convolution in that layout."""
-        tensors = [each if each is None else each.detach() for each in self.sources()]
+        tensors = [each if each is None else each.detach() for each in self.sources(modules)]
         weight, bias = tensors[:2]
         assert weight is not None
         if self.statistics:
             exact: list[Any] = [each if each is None else each.to("cpu", torch.float64) for each in tensors]
             own, own_bias, mean, variance, gain, shift = exact
-            fused = fuse_conv_bn_weights(own, own_bias, mean, variance, self.epsilon, gain, shift)
+            epsilon = self.epsilon.of(modules) if isinstance(self.epsilon, Place) else self.epsilon
+            fused = fuse_conv_bn_weights(own, own_bias, mean, variance, epsilon, gain, shift)
             weight, bias = (each.detach().to(weight) for each in fused)
         return weight.to(memory_format=layout) if weight.dim() == 4 else weight, bias
 
 
-def fold(graph: fx.Graph, model: nn.Module) -> tuple[list[Fold], list[nn.Module]]:
+def fold(graph: fx.Graph, model: nn.Module) -> tuple[list[Fold], list[PassedOver]]:
     """Fold a stage's graph in place; what is not surely exact stays as it is.
 
     Returns how the weights that it then takes are made, in their order, and the modules that it no longer calls.
@@ -97,10 +131,11 @@ def fold(graph: fx.Graph, model: nn.Module) -> tuple[list[Fold], list[nn.Module]
 
 class _Folder:
     def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
-        self._graph, self._model = graph, model
+        self._graph = graph
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self._written = {name for node in self._ops() for name in node.meta["op"].mutates}
         self.folds: list[Fold] = []
-        self.passed_over: list[nn.Module] = []
+        self.passed_over: list[PassedOver] = []
 
     def run(self) -> None:
         values = next(iter(self._graph.nodes))
@@ -116,7 +151,7 @@ class _Folder:
             affine = self._affine(node)
             # Alone, only a 2D convolution gains: from the layout of its weight.
             if affine and affine.function is F.conv2d:
-                self._put(affine, Fold(affine.weight, affine.bias), node)
+                self._put(affine, self._fold(affine), node)
         for node in reversed(self._graph.nodes):
             if node.op == "get_attr" and not node.users:
                 self._graph.erase_node(node)
@@ -130,14 +165,17 @@ class _Folder:
             return
         shape = norm.input.meta["op"].output.shape
         if shape is not None and len(shape) == RANKS[affine.function]:
-            self._put(affine, Fold(affine.weight, affine.bias, norm.statistics, norm.epsilon), norm.input, node)
+            self._put(affine, self._fold(affine, norm.statistics, norm.epsilon), norm.input, node)
+
+    def _fold(self, affine: Affine, statistics: tuple[Place | None, ...] = (), epsilon: Place | float = 0.0) -> Fold:
+        return Fold(affine.weight, affine.bias, affine.weight.of(self._modules).shape, statistics, epsilon)
 
     def _put(self, affine: Affine, folded: Fold, *nodes: fx.Node) -> None:
         """One op with folded weights in the place of `nodes`, of which each reads the one before."""
         with self._graph.inserting_before(nodes[0]):
             pair = self._graph.call_function(operator.getitem, (self._weights, len(self.folds)))
             weight, bias = (self._graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
-            one = self._graph.call_function(affine.runner(), (affine.input, weight, bias), affine.options)
+            one = self._graph.call_function(affine.runner(self._modules), (affine.input, weight, bias), affine.options)
             one.meta.update(nodes[0].meta)
         self.folds.append(folded)
         for node in reversed(nodes):
@@ -145,7 +183,9 @@ class _Folder:
 
     def _replace(self, node: fx.Node, other: fx.Node) -> None:
         if (module := self._module(node)) is not None:
-            self.passed_over.append(module)
+            names = (*OPTIONS, "padding_mode") if type(module) in FUNCTIONS else ()
+            attributes = {name: getattr(module, name) for name in names if hasattr(module, name)}
+            self.passed_over.append(PassedOver(str(node.target), type(module), attributes))
         node.replace_all_uses_with(other)
         self._graph.erase_node(node)
 
@@ -169,7 +209,8 @@ class _Folder:
             if getattr(module, "padding_mode", "zeros") != "zeros":
                 return None
             options = {name: getattr(module, name) for name in OPTIONS if function is not F.linear}
-            return Affine(function, node.all_input_nodes[0], Place(module, "weight"), Place(module, "bias"), options)
+            path = str(node.target)
+            return Affine(function, node.all_input_nodes[0], Place(path, "weight"), Place(path, "bias"), options)
         if node.target not in RANKS:
             return None
         # These are built in and have no signature.
@@ -186,7 +227,8 @@ class _Folder:
             if module.running_mean is None or module.running_var is None or len(node.args) != 1:
                 return None
             names = ("running_mean", "running_var", "weight", "bias")
-            return Norm(node.all_input_nodes[0], tuple(Place(module, name) for name in names), module.eps)
+            path = str(node.target)
+            return Norm(node.all_input_nodes[0], tuple(Place(path, name) for name in names), Place(path, "eps"))
         if node.target is not F.batch_norm:
             return None
         given = _arguments(node)
@@ -203,13 +245,13 @@ class _Folder:
                 found.append(None)
             elif isinstance(argument, fx.Node) and argument.target in node.meta["op"].state:
                 path, _, name = str(argument.target).rpartition(".")
-                found.append(Place(self._model.get_submodule(path), name))
+                found.append(Place(path, name))
             else:
                 return None
         return tuple(found)
 
     def _module(self, node: fx.Node) -> Any:
-        return self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return self._modules[str(node.target)] if node.op == "call_module" else None
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

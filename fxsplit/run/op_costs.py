@@ -99,7 +99,9 @@ def _runners(trace: Trace, model: nn.Module, inputs: Sequence[Tensor]) -> dict[K
     graph = stage_graph(copied, whole, is_last=True, training=False)
     relaid = takes_any_layout(graph, model) and all(map(may_be_relaid, inputs))
     folds, _ = fold(graph, model)
-    weights = [each.tensors(torch.channels_last if relaid else torch.preserve_format) for each in folds]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layout = torch.channels_last if relaid else torch.preserve_format
+    weights = [each.tensors(modules, layout) for each in folds]
     read = [inputs[trace.signature.names.index(name)] for name in whole.reads]
     names = {node: node.meta["op"].name for node in graph.nodes if "op" in node.meta}
     runners["settled"] = OpRunner(model, graph, names, [[*read, weights]], training=False)

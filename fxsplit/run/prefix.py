@@ -7,8 +7,8 @@ the folded weights are made anew when they are missing or no longer those of the
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxsplit.capture.structure import map_tensors
 from fxsplit.capture.tracing import Trace
-from fxsplit.run.folding import fold
+from fxsplit.run.folding import Place, fold
 from fxsplit.run.pointwise import is_untouched
 from fxsplit.run.stages import Stage, code_of, stage_graph
 
@@ -35,30 +35,44 @@ class SettledStage:
     """A partition that is settled: what its stage computes in evaluation, within rounding.
 
     It holds no tensor of its own. Where a module that it passes over was given hooks or a parametrization after
-    tracing, it leaves the work to the stage.
+    tracing, or is another one, it leaves the work to the stage.
     """
 
     def __init__(self, trace: Trace, stage: Stage) -> None:
         self._stage = stage
         graph = stage_graph(trace, stage.partition, is_last=False, training=False)
         self.takes_any_layout = takes_any_layout(graph, trace.model)
-        self._folds, passed_over = fold(graph, trace.model)
-        self._passed_over = [(module, type(module)) for module in passed_over]
+        self._folds, self._passed_over = fold(graph, trace.model)
         self._code = code_of(graph, f"partition {stage.partition.index} settled")
+
+    def arrange(self, modules: Mapping[str, nn.Module]) -> None:
+        """Find what it folds in the modules that the model has now."""
+        self._modules = {place.path: modules[place.path] for place in self._places() if place.path in modules}
+        self._is_there = all(each.is_there(modules) for each in self._passed_over) and all(
+            each.is_there(modules) for each in self._folds
+        )
+        self._skipped = [(modules[each.path], each.kind) for each in self._passed_over] if self._is_there else []
+
+    def _places(self) -> Iterator[Place]:
+        for each in self._folds:
+            yield from filter(None, (each.weight, each.bias, *each.statistics))
+
+    def is_foldable(self) -> bool:
+        """Whether to call the modules that it passes over would give nothing else."""
+        return self._is_there and all(is_untouched(module, kind) for module, kind in self._skipped)
 
     def sources(self) -> list[Tensor | None]:
         """The model's tensors that the folded weights are made of."""
-        return [tensor for each in self._folds for tensor in each.sources()]
+        return [tensor for each in self._folds for tensor in each.sources(self._modules)]
 
     def weights(self, layout: torch.memory_format) -> Weights:
         """The folded weights, with those of 2D convolutions in that layout."""
-        return [each.tensors(layout) for each in self._folds]
+        return [each.tensors(self._modules, layout) for each in self._folds]
 
-    def __call__(self, model: nn.Module, values: list[Any], weights: Weights) -> Any:
-        """Boundary values in, boundary values out."""
-        if not all(is_untouched(module, kind) for module, kind in self._passed_over):
+    def __call__(self, model: nn.Module, values: list[Any], weights: Weights | None) -> Any:
+        """Boundary values in, boundary values out; without weights, by the stage itself."""
+        if weights is None:
             return self._stage(model, values, training=False)
-        self._stage.set_mode(training=False)
         values.append(weights)
         return self._code(model, values)
 
@@ -72,7 +86,7 @@ class Prefix:
 
     def __init__(self, trace: Trace, stages: Sequence[Stage]) -> None:
         self._stages = [SettledStage(trace, stage) for stage in stages[:-1]]
-        self.forget()
+        self.arrange(trace.model)
 
     def __call__(self, model: nn.Module, values: list[Any], count: int, dtype: torch.dtype | None = None) -> list[Any]:
         """Values at the end of the first `count` partitions, from those that the first of them reads.
@@ -83,35 +97,39 @@ class Prefix:
         stages = self._stages[:count]
         relaid = all(stage.takes_any_layout for stage in stages) and all(map(may_be_relaid, values))
         layout = torch.channels_last if relaid else torch.preserve_format
-        device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
-        reduced = nullcontext() if dtype is None else torch.autocast(device, dtype)
-        with torch.no_grad(), reduced:
+        with torch.no_grad(), in_precision(values, dtype):
             for stage, weights in zip(stages, self._folded(stages, layout), strict=True):
                 values = stage(model, values, weights)
-        if dtype is not None and not torch.is_autocast_enabled(device):
-            values = map_tensors(lambda tensor: tensor.float() if tensor.dtype is dtype else tensor, values)
-        # Forward may turn gradients on again by itself.
-        values = map_tensors(lambda tensor: tensor.detach() if tensor.requires_grad else tensor, values)
+        values = without_history(out_of_precision(values, dtype))
         return map_tensors(_contiguous, values) if relaid else values
 
-    def forget(self) -> None:
-        """Drop the folded weights."""
+    def arrange(self, model: nn.Module) -> None:
+        """Find the model's modules anew, and drop the folded weights."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for stage in self._stages:
+            stage.arrange(modules)
+        self._forget()
+
+    def _forget(self) -> None:
         self._sources: list[Tensor] = []
         self._stamp: list[Any] = []
-        self._weights: list[Weights] = []
+        self._weights: list[Weights | None] = []
 
     def compile_stages(self, backend: str) -> None:
         """Compile each settled stage with a backend of `torch.compile`, when it first runs."""
         for stage in self._stages:
             stage.compile(backend)
 
-    def _folded(self, stages: Sequence[SettledStage], layout: torch.memory_format) -> list[Weights]:
+    def _folded(self, stages: Sequence[SettledStage], layout: torch.memory_format) -> list[Weights | None]:
         """The folded weights of each stage; made anew when a tensor of the model was replaced or written into."""
-        sources = [tensor for stage in stages for tensor in stage.sources() if tensor is not None]
-        stamp = [len(stages), layout, *((id(tensor), tensor._version, tensor.data_ptr()) for tensor in sources)]
+        foldable = [stage.is_foldable() for stage in stages]
+        folded = [stage for stage, fold in zip(stages, foldable, strict=True) if fold]
+        sources = [tensor for stage in folded for tensor in stage.sources() if tensor is not None]
+        stamp = [foldable, layout, *((id(tensor), tensor._version, tensor.data_ptr()) for tensor in sources)]
         if stamp != self._stamp:
-            self.forget()
-            self._weights = [stage.weights(layout) for stage in stages]
+            self._forget()
+            weights = (stage.weights(layout) if fold else None for stage, fold in zip(stages, foldable, strict=True))
+            self._weights = list(weights)
             # The tensors themselves are kept, so that no other can get the id of one of them.
             self._sources, self._stamp = sources, stamp
         return self._weights
@@ -119,6 +137,27 @@ class Prefix:
     def __getstate__(self) -> dict[str, Any]:
         # Copies fold the weights of their own model.
         return {**vars(self), "_sources": [], "_stamp": [], "_weights": []}
+
+
+def in_precision(values: Sequence[Any], dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Inside, convolutions and matrix products of such values run in `dtype`, if there is one."""
+    device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
+    return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+def out_of_precision(values: list[Any], dtype: torch.dtype | None) -> list[Any]:
+    """The values with those that are of `dtype` in float32 again, unless autocast is on."""
+    device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
+    if dtype is None or torch.is_autocast_enabled(device):
+        return values
+    converted: list[Any] = map_tensors(lambda tensor: tensor.float() if tensor.dtype is dtype else tensor, values)
+    return converted
+
+
+def without_history(values: list[Any]) -> list[Any]:
+    """The values off the tape of autograd: forward may turn gradients on again by itself."""
+    detached: list[Any] = map_tensors(lambda tensor: tensor.detach() if tensor.requires_grad else tensor, values)
+    return detached
 
 
 def takes_any_layout(graph: fx.Graph, model: nn.Module) -> bool:

@@ -20,7 +20,6 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-from fxsplit.capture.naming import called_module
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
 from fxsplit.plan.partition import Partition
@@ -84,8 +83,7 @@ def _restore(source: str, objects: dict[str, Any], label: str) -> Code:
 class Stage:
     """A partition of a traced model, in training (True) and in evaluation (False), or in one of these `modes` alone.
 
-    Each call first puts the modules that the stage calls into the mode asked for, so that nobody's `train()` or
-    `eval()` in between matters.
+    The modules that it calls are in the modes that its caller gave them.
     """
 
     def __init__(
@@ -99,27 +97,10 @@ class Stage:
             )
             for training in modes
         }
-        self._modules = {
-            training: [
-                module
-                for node in trace.programs[training].nodes[slice(*span)]
-                if (path := called_module(node)) is not None
-                for module in trace.model.get_submodule(path).modules()
-            ]
-            for training, span in spans(partition).items()
-            if training in modes
-        }
 
     def __call__(self, model: nn.Module, values: list[Any], *, training: bool) -> Any:
         """Boundary values in, boundary values out; the last stage returns the model's own output."""
-        self.set_mode(training=training)
         return self._codes[training](model, values)
-
-    def set_mode(self, *, training: bool) -> None:
-        """Put the modules that it calls into a mode, whatever was done to them since."""
-        for module in self._modules[training]:
-            if module.training is not training:
-                module.train(training)
 
     def compile(self, backend: str) -> None:
         """Compile both modes, each when it first runs."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Iterator, Sequence
 
 from torch import fx, nn
 
-from fxsplit.capture.naming import method_of
+from fxsplit.capture.naming import assigned_by, method_of
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
 from fxsplit.graph import Op
@@ -34,24 +33,15 @@ def users_of(trace: Trace, partitions: Sequence[Partition]) -> dict[str, set[int
     for index, op, node in ops_of(trace, partitions):
         held = [name for name in names if op.path in prefixes(name)] if method_of(node) else op.state
         read = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
-        for name in (*held, *read, *_assigned(node)):
+        for name in (*held, *read, *assigned_by(node)):
             users.setdefault(name, set()).add(index)
     return users
 
 
 def changing(trace: Trace, partitions: Sequence[Partition]) -> set[str]:
     """The parameters, and all that ops write."""
-    written = {name for _, op, node in ops_of(trace, partitions) for name in (*op.mutates, *_assigned(node))}
+    written = {name for _, op, node in ops_of(trace, partitions) for name in (*op.mutates, *assigned_by(node))}
     return written.union(name for name, _ in trace.model.named_parameters())
-
-
-def _assigned(node: fx.Node) -> list[str]:
-    """What the node puts another tensor in the place of: an item of a module's `_buffers` or `__dict__`."""
-    holder = node.args[0] if node.target is operator.setitem else None
-    if not isinstance(holder, fx.Node) or holder.op != "get_attr":
-        return []
-    path = str(holder.target).rpartition(".")[0]
-    return [f"{path}.{node.args[1]}".removeprefix(".")]
 
 
 def refuse_divided(
