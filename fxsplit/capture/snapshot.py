@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class TensorForm:
 def form_of(value: Any, depth: int = DEPTH) -> Any:
     """What `value` is now, so that it can be told whether it was changed: atoms themselves, else one of the above."""
     kind = type(value)
-    if kind in ATOMS:
+    if kind in ATOMS or (kind is tuple and all(type(item) in ATOMS for item in value)):
         return value
     if depth and isinstance(value, CONTAINERS) and len(value) <= LENGTH:
         return Parts(kind, {key: form_of(item, depth - 1) for key, item in _items(value).items()})
@@ -89,10 +89,14 @@ def form_of(value: Any, depth: int = DEPTH) -> Any:
 def is_unchanged(form: Any, value: Any) -> bool:
     """Whether `value` still is what it was."""
     kind = type(form)
+    if form is value:
+        return True
     if kind is Identity:
         return bool(form.is_of(value))
     if kind is TensorForm:
         return isinstance(value, Tensor) and value.shape == form.shape
+    if kind is tuple:
+        return type(value) is kind and len(form) == len(value) and all(map(is_unchanged, form, value))
     if kind is not Parts:
         # Two that are not numbers are no change.
         return type(value) is kind and bool(form == value or (form != form and value != value))
@@ -142,12 +146,19 @@ def _words(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-@dataclass(kw_only=True)
-class _Held:
-    """What one module held: forms by name. `names` are children and tensors, by the first name of each."""
+class _Structure(NamedTuple):
+    """What a module is made of: children, and shapes of tensors, each with the first of the names that it has."""
+
+    children: dict[str, Any]
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+
+
+class _Held(NamedTuple):
+    """What one module was: `attributes` are forms."""
 
     kind: type
-    names: dict[str, Any]
+    structure: _Structure
     attributes: dict[str, Any]
 
 
@@ -162,36 +173,41 @@ class Snapshot:
     def __init__(
         self, model: nn.Module, *, called: Collection[str], opaque: Collection[str], assigned: Collection[str]
     ) -> None:
-        self._called, self._opaque, self._assigned = set(called), set(opaque), set(assigned)
+        self._called, self._opaque = set(called), set(opaque)
+        self._skipped: dict[str, set[str]] = {}
+        for path, _, name in (each.rpartition(".") for each in assigned):
+            self._skipped.setdefault(path, set(BOOKKEEPING)).add(name)
+        visible = list(self._visible(model))
         self._modules = {
             path: _Held(
-                kind=type(module),
-                names=names,
-                attributes={name: _form_of_attribute(value) for name, value in self._read(path, module).items()},
+                type(module),
+                structure,
+                {name: _form_of_attribute(value) for name, value in self._read(path, module).items()},
             )
-            for path, module, names in self._visible(model)
+            for path, module, structure in visible
         }
         self._classes = {
-            kind: {name: form_of(value) for name, value in _own(kind).items()}
-            for kind in self._traced_classes(list(self._visible(model)))
+            kind: {name: form_of(value) for name, value in _own(kind).items()} for kind in self._traced_classes(visible)
         }
 
     def differences(self, model: nn.Module) -> list[Difference]:
         """What is another one now, in the order of the modules."""
-        found = []
+        found: list[Difference] = []
         visible = list(self._visible(model))
-        for path, module, names in visible:
+        for path, module, structure in visible:
             was = self._modules.get(path)
             if was is None:
-                # Told as a child of the module that holds it.
+                # Told of as a child of the module that holds it.
                 continue
             if type(module) is not was.kind:
                 found.append(Difference(path=path, what="the class", was=was.kind, now=type(module)))
-            if names != was.names:
-                found += _differing(path, "", was.names, names)
+            if structure != was.structure:
+                for word, before, after in zip(("child", "parameter", "buffer"), was.structure, structure, strict=True):
+                    found += _differing(path, f"{word} ", before, after)
             attributes = self._read(path, module)
             if attributes.keys() != was.attributes.keys() or not all(
-                is_unchanged(form, attributes[name]) for name, form in was.attributes.items()
+                form is attributes[name] or is_unchanged(form, attributes[name])
+                for name, form in was.attributes.items()
             ):
                 found += _differing(path, "attribute ", was.attributes, attributes)
         for kind in self._traced_classes(visible):
@@ -210,41 +226,41 @@ class Snapshot:
         """The modules that the graph calls and those that it goes through."""
         return [(path, module) for path, module, _ in self._visible(model)]
 
-    def _visible(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    def _visible(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, _Structure]]:
         modules = list(model.named_modules())
         first: dict[int, str] = {id(module): path for path, module in modules}
         for path, module in modules:
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    first.setdefault(id(tensor), f"{path}.{name}")
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        first.setdefault(id(tensor), f"{path}.{name}")
         inside: set[str] = set()
         for path, module in modules:
-            if path.rpartition(".")[0] in inside and path:
+            is_inside = bool(path) and path.rpartition(".")[0] in inside
+            if is_inside or (path and path in self._called):
                 inside.add(path)
-                continue
-            if path in self._called and path:
-                inside.add(path)
-            held: dict[str, Any] = {
-                f"child {name!r}": None if child is None else first[id(child)]
-                for name, child in module._modules.items()
-            }
-            for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
-                for name, tensor in tensors.items():
-                    if f"{path}.{name}".removeprefix(".") not in self._assigned:
-                        held[f"{kind} {name!r}"] = None if tensor is None else (first[id(tensor)], tuple(tensor.shape))
-            yield path, module, held
+            if not is_inside:
+                skipped = self._skipped.get(path, ())
+                tensors_by_kind = (
+                    {
+                        name: None if tensor is None else (first[id(tensor)], *tensor.shape)
+                        for name, tensor in tensors.items()
+                        if name not in skipped
+                    }
+                    for tensors in (module._parameters, module._buffers)
+                )
+                children = {
+                    name: None if child is None else first[id(child)] for name, child in module._modules.items()
+                }
+                yield path, module, _Structure(children, *tensors_by_kind)
 
     def _read(self, path: str, module: nn.Module) -> dict[str, Any]:
         is_torchs = type(module).__module__.startswith("torch.nn.modules.")
-        if (path in self._called or path in self._opaque) and not is_torchs:
+        if not is_torchs and (path in self._called or path in self._opaque):
             return {}
-        return {
-            name: value
-            for name, value in vars(module).items()
-            if name not in BOOKKEEPING
-            and not (is_torchs and name[0] == "_")
-            and f"{path}.{name}".removeprefix(".") not in self._assigned
-        }
+        attributes = vars(module)
+        names = attributes.keys() - self._skipped.get(path, BOOKKEEPING)
+        return {name: attributes[name] for name in names if not (is_torchs and name[0] == "_")}
 
     def _traced_classes(self, visible: Iterable[tuple[str, nn.Module, Any]]) -> list[type]:
         """Those with code of the user's that was traced through."""

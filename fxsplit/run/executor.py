@@ -39,6 +39,13 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__func__(self.__self__, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        # As a method does.
+        return getattr(self.__func__, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.__self__, "forward")
+
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.__self__._model.forward)
