@@ -10,16 +10,16 @@ snapshot ──► differences? ──► none: go on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.guards import Guards
-from fxsplit.capture.meta import META, resolve
+from fxsplit.capture.meta import resolve
+from fxsplit.capture.same import same_value
 from fxsplit.capture.snapshot import Difference, form_of, is_unchanged
 from fxsplit.capture.tracing import Program, Trace, trace_again
 from fxsplit.errors import GuardError, TraceError, reason
@@ -176,37 +176,6 @@ def _named(target: Any) -> Any:
 
 def _first_difference(ours: Sequence[_Step], theirs: Sequence[_Step]) -> _Step | None:
     for one, other in zip(ours, theirs, strict=False):
-        if one.name != other.name or not is_same(one.what, other.what):
+        if one.name != other.name or not same_value(one.what, other.what):
             return one
     return None if len(ours) == len(theirs) else max(ours, theirs, key=len)[min(len(ours), len(theirs))]
-
-
-def is_same(one: Any, other: Any, depth: int = 8) -> bool:
-    """Whether two arguments of ops surely say the same; never by how they are printed."""
-    kind: Any = type(one)
-    if one is other:
-        return True
-    if type(other) is not kind or not depth:
-        return False
-    if issubclass(kind, Tensor):
-        return _is_same_tensor(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(is_same(value, other[key], depth - 1) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(is_same(a, b, depth - 1) for a, b in zip(one, other, strict=True))
-    if isinstance(one, slice):
-        return is_same((one.start, one.stop, one.step), (other.start, other.stop, other.step), depth - 1)
-    if kind.__eq__ is not object.__eq__:
-        # Whatever an object of the user's raises here, nothing was made sure of.
-        try:
-            return bool(one == other or (one != one and other != other))
-        except Exception:
-            return False
-    if isinstance(one, FunctionType | ModuleType | type | nn.Module):
-        return False
-    return hasattr(one, "__dict__") and is_same(vars(one), vars(other), depth - 1)
-
-
-def _is_same_tensor(one: Tensor, other: Tensor) -> bool:
-    form, other_form = ((each.shape, each.dtype, each.device, each.layout, each.requires_grad) for each in (one, other))
-    return form == other_form and (one.device == META or bool(torch.equal(one, other)))
