@@ -163,7 +163,8 @@ class ValueTracer(fx.Tracer):
         def call(module: nn.Module) -> Any:
             if super(ValueTracer, self).is_leaf_module(module, ""):
                 return self.call_function(root_fn, (module, *self.call.args), self.call.kwargs)
-            return self._through(module, "", lambda: root_fn(module, *self.call.args, **self.call.kwargs))
+            # Not the class's: an instance may have another one.
+            return self._through(module, "", lambda: module.forward(*self.call.args, **self.call.kwargs))
 
         return call, [self.root]
 

@@ -199,7 +199,8 @@ class Executor(nn.Module):
         # By the mode of the model, and whether partitions are held.
         self._modes = {
             (training, held): _Modes(modules, self._changes.modes_of(training, tuple(modules)))
-            for training, held, modules in ((True, True, free), (True, False, visible), (False, False, visible))
+            for training in (True, False)
+            for held, modules in ((True, free), (False, visible))
         }
 
     @_forward
@@ -246,7 +247,7 @@ class Executor(nn.Module):
                 return self._prefix(self._model, values, running.start, dtype)
         with nullcontext() if wants else torch.no_grad(), in_precision(values, dtype):
             for index in range(running.start):
-                values = self._evaluate(index, values, training)
+                values = self._evaluate(index, values)
         return out_of_precision(values, dtype)
 
     def resume(self, values: list[Any], stop: int | None = None) -> Any:
@@ -265,14 +266,14 @@ class Executor(nn.Module):
             elif training and index < running.stop:
                 result = self._stages[index](self._model, result, training=True)
             else:
-                result = self._evaluate(index, result, training)
+                result = self._evaluate(index, result)
             if self._hear is not None and index < len(self._stages) - 1:
                 self._hear(index, result)
         return result
 
-    def _evaluate(self, index: int, values: list[Any], training: bool) -> Any:
-        """What a partition gives in evaluation, while the model is in training or not."""
-        with self._holding.evaluating(index) if training else nullcontext():
+    def _evaluate(self, index: int, values: list[Any]) -> Any:
+        """What a partition gives in evaluation."""
+        with self._holding.evaluating(index):
             return self._stages[index](self._model, values, training=False)
 
     @contextmanager

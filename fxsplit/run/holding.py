@@ -48,9 +48,9 @@ class _Statistics(NamedTuple):
 class Holding:
     """Holds the model of `trace` for one executor: partitions [start, stop) train, the others are frozen.
 
-    While the model is in training, the modules that only partitions outside the window call are in evaluation. One that
-    partitions on both sides call is in evaluation for some of its calls, see `evaluating`. A module outside the window
-    that has a `train` of its own is told by that, since it may do more than set a flag, such as merge weights.
+    The modules that only partitions outside the window call are in evaluation. One that partitions on both sides call
+    is in evaluation for some of its calls, see `evaluating`. A module outside the window that has a `train` of its own
+    is told by that, since it may do more than set a flag, such as merge weights.
     """
 
     def __init__(self, trace: Trace, partitions: Sequence[Partition]) -> None:
@@ -90,7 +90,7 @@ class Holding:
         self.start, self.stop = start, stop
         self.arrange()
         frozen = self._frozen()
-        self._mark = None if (start, stop) == (0, self._count) else {"parameters": [], "modes": {}}
+        self._mark = None if (start, stop) == (0, self._count) else {"parameters": [], "modes": {}, "training": None}
         for index, places in enumerate(self._places):
             trains = start <= index < stop
             for name, parameter in _parameters(places, frozen):
@@ -123,7 +123,7 @@ class Holding:
                 f"another executor over this model has entered a phase and has frozen {len(mark['parameters'])} "
                 "parameters for it; call that executor's release() first, or go on with it"
             )
-        if self._model.training:
+        if self._model.training is mark["training"]:
             _put_back(dict(self._model.named_modules()), mark["modes"])
         for name, parameter in self._model.named_parameters():
             if name in mark["parameters"]:
@@ -164,21 +164,24 @@ class Holding:
     # Modes
 
     def take(self) -> None:
-        """Put what is held into evaluation, if the model is in training."""
-        if not self._model.training:
-            return
+        """Put what is held into evaluation."""
         self._estimating = any(map(_is_reset, self._statistics))
-        if not self._estimating:
-            self._hold()
-            self._statistics = [
-                _Statistics(module, module.momentum, module.momentum is None and _batches(module) > 0)
-                for module in self._held_modules
-                if isinstance(module, _BatchNorm) and module.track_running_stats
-            ]
-            self._averaging = [each.norm for each in self._statistics if each.momentum is not None]
+        if self._mark is None or self._estimating:
+            return
+        self._hold(self._mark)
+        self._statistics = [
+            _Statistics(module, module.momentum, module.momentum is None and _batches(module) > 0)
+            for module in self._held_modules
+            if isinstance(module, _BatchNorm) and module.track_running_stats
+        ]
+        self._averaging = [each.norm for each in self._statistics if each.momentum is not None]
 
-    def _hold(self) -> None:
-        modes = self._modes()
+    def _hold(self, mark: dict[str, Any]) -> None:
+        modes = mark["modes"]
+        if mark["training"] is not self._model.training:
+            # All of the model was put into another mode, and what it held before does not matter any more.
+            modes.clear()
+            mark["training"] = self._model.training
         # All before any, because a module may put those in it into evaluation as well.
         for path, module in self._held.items():
             if module.training or path not in modes:
@@ -188,8 +191,10 @@ class Holding:
 
     def give_back(self) -> None:
         """Put what is held into the modes in which it would be without this executor."""
-        modes = self._modes()
-        if modes and self._model.training:
+        if self._mark is None:
+            return
+        modes = self._mark["modes"]
+        if modes and self._mark["training"] is self._model.training:
             # Somebody may have put a module into training since.
             modes.update({path: True for path, module in self._held.items() if module.training})
             _put_back(self._held, modes)
@@ -198,28 +203,24 @@ class Holding:
     def look(self) -> bool:
         """Hold again what somebody has put into training since. Returns whether partitions are held now.
 
-        They are not in evaluation, and not while the statistics of norms are estimated anew, as
-        `torch.optim.swa_utils.update_bn` does: reset, with a momentum of None, which means all batches alike.
+        They are not while the statistics of norms are estimated anew, as `torch.optim.swa_utils.update_bn` does: reset,
+        with a momentum of None, which means all batches alike.
 
-        Raises PartitionError when another executor holds the model that is in training.
+        Raises PartitionError when another executor holds the model and it is in training.
         """
-        modes = self._modes()
-        if not self._model.training:
-            # If not this executor, somebody has put all of the model into evaluation.
-            modes.clear()
-            return False
-        if vars(self._model).get(MARK) is not self._mark:
+        training = self._model.training
+        if training and vars(self._model).get(MARK) is not self._mark:
             self._make_way()
         if self._mark is None:
             return False
         if None in [norm.momentum for norm in self._averaging]:
-            self._estimating = self._estimating or any(map(_is_reset, self._statistics))
+            self._estimating = self._estimating or (training and any(map(_is_reset, self._statistics)))
         elif self._averaging:
             self._estimating = False
         if self._estimating:
             self.give_back()
-        elif True in [module.training for module in self._held_modules]:
-            self._hold()
+        elif self._mark["training"] is not training or True in [module.training for module in self._held_modules]:
+            self._hold(self._mark)
         return not self._estimating
 
     def covers(self, path: str) -> bool:
@@ -239,9 +240,6 @@ class Holding:
         finally:
             for module in on:
                 _put(module, True)
-
-    def _modes(self) -> dict[str, bool]:
-        return {} if self._mark is None else self._mark["modes"]
 
     def _modules_to_hold(self, modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], list[list[nn.Module]]]:
         """Those that are held all the time, by path, and by partition those that the window calls as well."""
