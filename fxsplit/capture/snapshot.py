@@ -137,13 +137,22 @@ class Difference:
 def _words(value: Any) -> str:
     value = value.value if isinstance(value, Identity) else value
     if isinstance(value, Parts):
-        return f"another {value.kind.__name__}" if value.identity else f"a {value.kind.__name__} with other items"
+        return f"another {value.kind.__name__}"
+    if isinstance(value, _Shape):
+        return f"{value.name!r} of shape {value.sizes}"
     if isinstance(value, type | FunctionType):
         return value.__qualname__
     if isinstance(value, CLOSED) or not isinstance(value, (*ATOMS, *CONTAINERS, _Missing)):
         return f"a {type(value).__name__}"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class _Shape(NamedTuple):
+    """A parameter or buffer: the first of its names, and its sizes."""
+
+    name: str
+    sizes: tuple[int, ...]
 
 
 class _Structure(NamedTuple):
@@ -233,7 +242,7 @@ class Snapshot:
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is not None:
-                        first.setdefault(id(tensor), f"{path}.{name}")
+                        first.setdefault(id(tensor), f"{path}.{name}".removeprefix("."))
         inside: set[str] = set()
         for path, module in modules:
             is_inside = bool(path) and path.rpartition(".")[0] in inside
@@ -243,7 +252,7 @@ class Snapshot:
                 skipped = self._skipped.get(path, ())
                 tensors_by_kind = (
                     {
-                        name: None if tensor is None else (first[id(tensor)], *tensor.shape)
+                        name: None if tensor is None else _Shape(first[id(tensor)], tuple(tensor.shape))
                         for name, tensor in tensors.items()
                         if name not in skipped
                     }
@@ -286,4 +295,21 @@ def _differing(path: str, word: str, was: Mapping[str, Any], now: Mapping[str, A
     for name in dict.fromkeys((*was, *now)):
         before, after = was.get(name, MISSING), now.get(name, MISSING)
         if not (name in was and name in now and is_unchanged(before, after)):
-            yield Difference(path=path, what=f"{word}{name!r}" if word else name, was=before, now=after)
+            place, before, after = _innermost(name, before, after)
+            yield Difference(path=path, what=f"{word}{place!r}" if word else place, was=before, now=after)
+
+
+def _innermost(name: str, form: Any, value: Any) -> tuple[str, Any, Any]:
+    """Where in a container or an object the first difference is."""
+    while isinstance(form, Parts) and type(value) is form.kind:
+        items = _items(value) if form.identity is None else _attributes(value)
+        if items is None or not (form.identity is None or form.identity.is_of(value)):
+            break
+        key = next(
+            key
+            for key in dict.fromkeys((*form.items, *items))
+            if not (key in form.items and key in items and is_unchanged(form.items[key], items[key]))
+        )
+        name = f"{name}[{key!r}]" if form.identity is None else f"{name}.{key}"
+        form, value = form.items.get(key, MISSING), items.get(key, MISSING)
+    return name, form, value

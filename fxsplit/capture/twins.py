@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxsplit.capture.structure import META, fill, taken_apart
+from fxsplit.capture.structure import ATOMS, META, fill, taken_apart
 
 
 def twin_of(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
@@ -53,6 +53,8 @@ class Copier:
         if id(value) in self._made:
             return self._made[id(value)][1]
         kind = type(value)
+        if kind in ATOMS:
+            return value
         if isinstance(value, Tensor):
             return self._keep(value, self._change(value))
         if kind is list:

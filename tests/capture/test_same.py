@@ -21,6 +21,11 @@ class Point:
     y: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    x: Any
+
+
 class Plain:
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -52,6 +57,7 @@ DIFFERENT = {
     "ordered dict": (OrderedDict(a=1), OrderedDict(a=2)),
     "user dict": (UserDict({"a": 1}), UserDict({"a": 2})),
     "dataclass": (Point(1.0, [torch.ones(2)]), Point(1.0, [torch.zeros(2)])),
+    "slotted dataclass": (Slotted([1]), Slotted([2])),
     "attribute": (Plain(Plain(1)), Plain(Plain(2))),
     "set": ({1, 2}, {1, 3}),
     "slice": (slice(0, 2), slice(0, 3)),
