@@ -49,22 +49,22 @@ class Changes:
         self._call, self._snapshot, self._modes = trace.call, trace.snapshot, trace.modes
         self._steps = {training: _steps(program) for training, program in trace.programs.items()}
         self._dtype = _dtype_of(trace.model)
-        # By (path, what), the forms of all that differs.
-        self._harmless: list[dict[tuple[str, str], Any]] = []
+        # By (path, what), the forms of all that differs: of the model as it was traced, nothing.
         self._state: dict[tuple[str, str], Any] = {}
+        self._harmless = [self._state]
         self._harmless_modes: dict[bool, list[dict[str, bool]]] = {True: [], False: []}
         self.guards: Mapping[bool, Guards] = {mode: program.guards for mode, program in trace.programs.items()}
 
     def look(self, model: nn.Module) -> None:
         """Raises GuardError when anything was changed since tracing that makes the model compute something else."""
         found = {(each.path, each.what): each for each in self._snapshot.differences(model)}
-        for state in ({}, *self._harmless):
+        for state in self._harmless:
             if state.keys() == found.keys() and all(is_unchanged(state[key], found[key].now) for key in state):
                 self._enter_state(state)
                 return
         self._prove(model, {}, list(found.values()))
         state = {key: form_of(each.now) for key, each in found.items()}
-        self._harmless = [*self._harmless[1 - MOST_STATES :], state]
+        self._harmless = [self._harmless[0], *self._harmless[1:][1 - MOST_STATES :], state]
         self._enter_state(state)
 
     def _enter_state(self, state: dict[tuple[str, str], Any]) -> None:
