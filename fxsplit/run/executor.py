@@ -25,7 +25,7 @@ from fxsplit.plan.schedule import Phase
 from fxsplit.plan.segments import segments
 from fxsplit.run.changes import Changes
 from fxsplit.run.holding import Holding
-from fxsplit.run.prefix import Prefix, in_precision, out_of_precision
+from fxsplit.run.prefix import Prefix, in_precision, out_of_precision, without_history
 from fxsplit.run.recompute import Recomputing
 from fxsplit.run.stages import Stage, stages
 
@@ -248,7 +248,8 @@ class Executor(nn.Module):
         with nullcontext() if wants else torch.no_grad(), in_precision(values, dtype):
             for index in range(running.start):
                 values = self._evaluate(index, values)
-        return out_of_precision(values, dtype)
+        values = out_of_precision(values, dtype)
+        return values if wants else without_history(values)
 
     def resume(self, values: list[Any], stop: int | None = None) -> Any:
         """What the model would return, from what `settle` gave; the list is emptied. Or the values at cut `stop`."""

@@ -24,6 +24,7 @@ from fxsplit.run.stages import Stage, spans
 
 # What a module holds: its own attributes, and its buffers.
 Content = tuple[dict[str, Any], dict[str, Tensor | None]]
+Modes = list[tuple[nn.Module, bool]]
 
 
 class Recomputing:
@@ -36,13 +37,15 @@ class Recomputing:
         buffers = dict(trace.model.named_buffers())
         written = {name for op in program.graph.ops[span] for name in op.mutates if name in buffers}
         owners = {name.rpartition(".")[0] for name in written}
+        called: dict[str, None] = {}
         for node in program.nodes[span]:
             path = called_module(node)
             if path is not None:
+                called[path] = None
                 for name, module in trace.model.get_submodule(path).named_modules(prefix=path):
                     if module._buffers or not _is_plain(module):
                         owners.add(name)
-        self._owners = tuple(sorted(owners))
+        self._owners, self._called = tuple(sorted(owners)), tuple(called)
         # No cut is legal that lets an op write into what lies before it, so these are inputs of the model.
         values = program.graph.values
         memory = {values[name].storage for op in program.graph.ops[span] for name in op.mutates if name in values}
@@ -56,6 +59,8 @@ class Recomputing:
         """Boundary values in, boundary values out; the list is emptied."""
         given, values[:] = list(values), []
         contents = {path: _content(model.get_submodule(path)) for path in self._owners}
+        # Somebody may put the model into evaluation before backward.
+        modes = [(each, each.training) for path in self._called for each in model.get_submodule(path).modules()]
         originals = {position: given[position] for position in self._written}
         for position, tensor in originals.items():
             given[position] = _copy(tensor.detach()).requires_grad_(tensor.requires_grad)
@@ -67,7 +72,7 @@ class Recomputing:
             return self.stage(model, values, training=True)
 
         return checkpoint(
-            run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), _put_back(model, contents))
+            run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), _put_back(model, contents, modes))
         )
 
 
@@ -87,17 +92,26 @@ def _content(module: nn.Module) -> Content:
 
 
 @contextmanager
-def _put_back(model: nn.Module, contents: Mapping[str, Content]) -> Iterator[None]:
+def _put_back(model: nn.Module, contents: Mapping[str, Content], modes: Modes) -> Iterator[None]:
     """Inside, modules hold again what they held before the first forward; what they hold now stays for later."""
     modules = {path: model.get_submodule(path) for path in contents}
     now = {path: (dict(vars(module)), dict(module._buffers)) for path, module in modules.items()}
+    modes_now = [(module, module.training) for module, _ in modes]
     try:
         for path, (attributes, buffers) in contents.items():
             vars(modules[path]).update(attributes)
             modules[path]._buffers.update(buffers)
+        _set(modes)
         yield
     finally:
+        _set(modes_now)
         for path, (attributes, buffers) in now.items():
             for owner, before in ((vars(modules[path]), attributes), (modules[path]._buffers, buffers)):
                 owner.clear()
                 owner.update(before)
+
+
+def _set(modes: Modes) -> None:
+    for module, mode in modes:
+        if module.training is not mode:
+            module.training = mode

@@ -331,7 +331,9 @@ def test_the_models_own_train_is_called_and_modes_that_do_not_matter_are_looked_
     before = model[1].running_mean.clone()
     net.train()(X)
     assert torch.equal(model[1].running_mean, before)
-    assert net.training and model[0].training and not model[1].training
+    assert net.training
+    assert model[0].training
+    assert not model[1].training
     assert not traced
     for _ in range(2):
         net.train()

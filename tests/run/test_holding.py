@@ -213,6 +213,22 @@ def test_a_momentum_of_none_alone_unsettles_nothing() -> None:
 # Gradients
 
 
+@pytest.mark.parametrize("segmented", [False, True])
+def test_a_model_put_into_evaluation_before_backward_is_recomputed_in_training(segmented: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout(0.5), nn.Flatten(), nn.Linear(216, 3))
+    plain = copy.deepcopy(model)
+    captured = trace(model, (images(),))
+    net = Executor(captured, partition(captured.train, captured.eval, at=["3"]))
+    net.enter(Phase(start=0, stop=2, epochs=1, recompute=1, segmented=segmented))
+    for each in (net, plain):
+        torch.manual_seed(0)
+        loss = each.train()(images()).square().sum()
+        each.eval()
+        loss.backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert not any(modes(model).values())
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_an_input_that_wants_a_gradient_gets_the_plain_models_through_settled_partitions(training: bool) -> None:
     model = chain()
