@@ -41,18 +41,11 @@ class Cut:
 def cuts(train: Graph, eval_graph: Graph) -> tuple[Cut, ...]:
     """Every cut between two ops of the train graph, with its twin in the eval graph and its refusal, if any.
 
-        A cut is refused when the modes run their common ops in another order around it, when an op needs a value of
-    <<<<<<< HEAD
-        its boundary that exists in one mode only, when a later op overwrites a value of the boundary, when ops on
-        both sides hold a buffer or parameter that one of them changes, or when ops on both sides change buffers of one
-        module. A parameter that is only read on both sides is no hindrance. Raises PartitionError when there is no op at
-        all.
-    =======
-        its boundary that exists in one mode only, when a later op overwrites a value of the boundary, or when ops on
-        both sides hold a buffer or parameter that one of them changes, or that one autocast region of forward's own has
-        cast for both. A parameter that is only read on both sides is no hindrance. Raises PartitionError when there is no
-        op at all.
-    >>>>>>> 677bdf6 (Tests of sources, names, regions and inputs that are written into)
+    A cut is refused when the modes run their common ops in another order around it, when an op needs a value of
+    its boundary that exists in one mode only, when a later op overwrites a value of the boundary, when ops on both
+    sides hold a buffer or parameter that one of them changes, or that one autocast region of forward's own has cast for
+    both, or when ops on both sides change buffers of one module. A parameter that is only read on both sides is no
+    hindrance. Raises PartitionError when there is no op at all.
     """
     return with_ends(train, eval_graph)[1:-1]
 
