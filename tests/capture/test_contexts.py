@@ -1,0 +1,162 @@
+"""Contexts that forward opens hold in the traced ops, wherever the graph is cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fxsplit.capture.contexts import contexts_of
+from fxsplit.capture.tracing import trace
+from fxsplit.errors import GuardError
+from tests.exact import Linears, assert_exact, executor_of, rows
+
+
+class NoGrad(Linears):
+    def forward(self, x: Any) -> Any:
+        with torch.no_grad():
+            h = self.a(x)
+        return self.c(self.b(h).relu())
+
+
+class SetGrad(Linears):
+    def forward(self, x: Any) -> Any:
+        with torch.set_grad_enabled(False):
+            h = self.b(self.a(x))
+            with torch.enable_grad():
+                h = self.b(h)
+        return self.c(h.relu())
+
+
+class SetGradByCall(Linears):
+    def forward(self, x: Any) -> Any:
+        torch.set_grad_enabled(False)
+        h = self.a(x)
+        torch.set_grad_enabled(True)
+        return self.c(self.b(h).relu())
+
+
+class Decorated(Linears):
+    @torch.no_grad()
+    def features(self, x: Any) -> Any:
+        return self.b(self.a(x)).relu()
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def head(self, x: Any) -> Any:
+        return self.c(x)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.features(x))
+
+
+class Autocast(Linears):
+    def forward(self, x: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.b(self.a(x))
+        return self.c(h.float())
+
+
+class AutocastOff(Linears):
+    def forward(self, x: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            h = self.a(x)
+        return self.c(self.b(h).relu())
+
+
+class Inference(Linears):
+    """In evaluation: what is made in inference mode cannot be trained on."""
+
+    def forward(self, x: Any) -> Any:
+        with torch.inference_mode(not self.training):
+            h = self.b(self.a(x))
+        return self.c(h.relu() if self.training else h.clone().relu())
+
+
+MODELS: list[Callable[[], Linears]] = [NoGrad, SetGrad, SetGradByCall, Decorated, Autocast, AutocastOff, Inference]
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_region_holds_also_where_a_cut_lies_in_it(make: Callable[[], Linears], count: int) -> None:
+    found = assert_exact(make(), rows(), count=count)
+    assert not found.opaque
+    assert any(contexts_of(node) for node in found.programs[True].nodes)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("make", [Autocast, AutocastOff])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_region_holds_in_autocast_of_the_callers(make: Callable[[], Linears], dtype: torch.dtype) -> None:
+    model = make().eval()
+    net = executor_of(trace(copy.deepcopy(model), (rows(),))).eval()
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(net(rows()), model(rows()))
+
+
+def test_no_grad_of_a_region_holds_in_evaluation_with_gradients() -> None:
+    model = NoGrad().eval()
+    net = executor_of(trace(copy.deepcopy(model), (rows(),))).eval()
+    gradients = []
+    for each in (net, model):
+        x = rows().requires_grad_()
+        each(x).sum().backward()
+        gradients.append((x.grad, [parameter.grad is None for parameter in each.parameters()]))
+    assert gradients[0] == gradients[1] == (None, [True, True, False, False, False, False])
+
+
+def test_what_a_forward_asks_of_the_contexts_around_it_is_guarded() -> None:
+    class Asks(Linears):
+        def forward(self, x: Any) -> Any:
+            y = super().forward(x)
+            return y * 2 if torch.is_autocast_enabled("cpu") else y
+
+    model = Asks()
+    net = executor_of(trace(model, (rows(),)))
+    assert torch.equal(net(rows()), model(rows()))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(GuardError, match="is_autocast_enabled"):
+        net(rows())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = executor_of(trace(model, (rows(),)))
+        assert torch.equal(inside(rows()), model(rows()))
+    with pytest.raises(GuardError, match="is_autocast_enabled"):
+        inside(rows())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_are_looked_into(reentrant: bool) -> None:
+    class Checkpointed(Linears):
+        def forward(self, x: Any) -> Any:
+            h = checkpoint(self.a, x, use_reentrant=reentrant) if reentrant is False else self.a(x)
+            return self.c(checkpoint(lambda given: self.b(given).relu(), h, use_reentrant=reentrant))
+
+    found = assert_exact(Checkpointed(), rows(), count=3)
+    assert not found.opaque
+    assert found.checkpoints
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_the_older_checkpoint_of_an_input_gives_no_gradient_as_in_the_plain_model() -> None:
+    class Checkpointed(Linears):
+        def forward(self, x: Any) -> Any:
+            return self.c(self.b(checkpoint(self.a, x, use_reentrant=True)).relu())
+
+    found = assert_exact(Checkpointed(), rows(), count=3)
+    net = executor_of(found)
+    net(rows()).sum().backward()
+    assert [parameter.grad is None for parameter in net.parameters()] == [True, True] + [False] * 4
+
+
+def test_dropout_in_a_checkpoint_is_drawn_alike() -> None:
+    class Checkpointed(Linears):
+        def forward(self, x: Any) -> Any:
+            h = checkpoint(
+                lambda given: nn.functional.dropout(self.a(given), 0.5, self.training), x, use_reentrant=False
+            )
+            return self.c(self.b(h).relu())
+
+    assert_exact(Checkpointed(), rows())

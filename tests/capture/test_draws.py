@@ -1,0 +1,261 @@
+"""Nothing that is drawn, read from a clock or counted while tracing is burned in."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fxsplit.capture.tracing import trace
+from fxsplit.errors import TraceError
+from tests.exact import Linears, assert_exact, executor_of, rows
+
+MODULE_RANDOM = random.Random(0)
+
+
+class PythonNumber(Linears):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) * random.uniform(1, 2)
+
+
+class NumpyNumber(Linears):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) * float_free(np.random.rand())
+
+
+def float_free(number: Any) -> Any:
+    return 1 + number
+
+
+class TorchSeed(Linears):
+    def forward(self, x: Any) -> Any:
+        torch.manual_seed(5)
+        return super().forward(x) + torch.rand(4, 1)
+
+
+class PythonSeed(Linears):
+    def forward(self, x: Any) -> Any:
+        random.seed(5)
+        return super().forward(x) * random.random()
+
+
+@pytest.mark.parametrize("make", [PythonNumber, NumpyNumber, TorchSeed, PythonSeed])
+def test_a_number_drawn_is_an_op(make: type[Linears]) -> None:
+    found = assert_exact(make(), rows())
+    assert not found.opaque
+
+
+def test_numbers_differ_from_call_to_call_and_tracing_draws_none() -> None:
+    model = PythonNumber()
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    net = executor_of(trace(model, (rows(),)))
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert not torch.equal(net(rows()), net(rows()))
+
+
+def test_functions_that_a_helper_has_imported_by_name() -> None:
+    helper = ModuleType("a_helper_of_the_users")
+    exec(
+        "from random import random\nfrom torch import rand\ndef noise(x): return x * random() + rand(4, 1)",
+        vars(helper),
+    )
+    sys.modules[helper.__name__] = helper
+    try:
+
+        class Model(Linears):
+            def forward(self, x: Any) -> Any:
+                return super().forward(helper.noise(x))
+
+        assert_exact(Model(), rows())
+    finally:
+        del sys.modules[helper.__name__]
+
+
+class LayerDrop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(6, 6)
+
+    def forward(self, x: Any) -> Any:
+        if self.training and random.random() < 0.5:
+            return x
+        return self.one(x)
+
+
+def test_the_module_that_asks_stays_one_op() -> None:
+    class Model(Linears):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(LayerDrop() for _ in range(3))
+
+        def forward(self, x: Any) -> Any:
+            for layer in self.layers:
+                x = layer(x)
+            return super().forward(x)
+
+    found = assert_exact(Model(), rows())
+    assert list(found.opaque) == ["layers.0", "layers.1", "layers.2"]
+    assert "another one at each call" in found.opaque["layers.0"]
+    net = executor_of(found).train()
+    assert len({tuple(net(rows())[0].tolist()) for _ in range(40)}) > 2
+
+
+class Generator(Linears):
+    def __init__(self, generator: Any) -> None:
+        super().__init__()
+        self.generator = generator
+
+
+class TorchGenerator(Generator):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) + torch.rand(4, 1, generator=self.generator)
+
+
+def test_a_generator_of_torch_goes_on_where_it_stood() -> None:
+    model = TorchGenerator(torch.Generator().manual_seed(1))
+    state = model.generator.get_state()
+    net = executor_of(trace(model, (rows(),)))
+    assert torch.equal(model.generator.get_state(), state)
+    ours = net(rows()), net(rows())
+    model.generator.set_state(state)
+    assert torch.equal(ours[0], model(rows()))
+    assert torch.equal(ours[1], model(rows()))
+
+
+@pytest.mark.parametrize("generator", [random.Random(1), np.random.default_rng(1), np.random.RandomState(1)])
+def test_other_generators_of_a_module_keep_it_whole(generator: Any) -> None:
+    class Noise(Generator):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * float(self.generator.uniform(1, 2))
+
+    class Model(Linears):
+        def __init__(self) -> None:
+            super().__init__()
+            self.noise = Noise(generator)
+
+        def forward(self, x: Any) -> Any:
+            return self.noise(x) + super().forward(x)
+
+    found = assert_exact(Model(), rows())
+    assert list(found.opaque) == ["noise"]
+    with pytest.raises(TraceError, match="'generator'"):
+        trace(Noise(generator), (rows(),))
+
+
+def test_a_generator_beside_the_model_is_refused_by_name_and_left_as_it_was() -> None:
+    class OfTheFile(Linears):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * MODULE_RANDOM.random()
+
+    own = random.Random(0)
+
+    class OfTheClosure(Linears):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * own.random()
+
+    for generator, model, name in (
+        (MODULE_RANDOM, OfTheFile(), "MODULE_RANDOM"),
+        (own, OfTheClosure(), "own"),
+    ):
+        state = generator.getstate()
+        with pytest.raises(TraceError, match=name):
+            trace(model, (rows(),))
+        assert generator.getstate() == state
+
+
+def test_a_clock_is_read_at_each_call() -> None:
+    class Timed(Linears):
+        elapsed = 0.0
+
+        def forward(self, x: Any) -> Any:
+            began = time.perf_counter()
+            y = super().forward(x)
+            self.elapsed = time.perf_counter() - began
+            return y
+
+    model = Timed()
+    net = executor_of(trace(model, (rows(),)))
+    seen = set()
+    for _ in range(3):
+        net(rows())
+        seen.add(model.elapsed)
+    assert len(seen) == 3
+    assert 0.0 not in seen
+
+
+class Counts(nn.Module):
+    """Counts its calls in an object that it holds, and multiplies by the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = SimpleNamespace(calls=0)
+
+    def forward(self, x: Any) -> Any:
+        self.state.calls += 1
+        return x * self.state.calls
+
+
+class Logs(nn.Module):
+    """Keeps what it saw in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def forward(self, x: Any) -> Any:
+        self.seen.append(x.detach())
+        return x * 2
+
+
+class Fills(nn.Module):
+    """Makes a table at the first call, in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[int, Any] = {}
+
+    def forward(self, x: Any) -> Any:
+        if len(x.shape) not in self.tables:
+            self.tables[len(x.shape)] = 3.0
+        return x * self.tables[len(x.shape)]
+
+
+class With(Linears):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(self.inner(x))
+
+
+@pytest.mark.parametrize(("make", "name"), [(Counts, "state"), (Logs, "seen")])
+def test_what_changes_in_objects_and_lists_keeps_the_module_whole(make: type[nn.Module], name: str) -> None:
+    found = assert_exact(With(make()), rows())
+    assert list(found.opaque) == ["inner"]
+    assert f"changes '{name}'" in found.opaque["inner"]
+    with pytest.raises(TraceError, match=f"changes '{name}'"):
+        trace(make(), (rows(),))
+
+
+def test_a_list_is_appended_to_at_each_call_and_by_tracing_never() -> None:
+    model = With(Logs())
+    net = executor_of(trace(model, (rows(),)))
+    assert model.inner.seen == []
+    net(rows())
+    net(rows() + 1)
+    assert [torch.equal(seen, rows() + number) for number, seen in enumerate(model.inner.seen)] == [True, True]
+
+
+def test_a_table_made_once_is_looked_through() -> None:
+    model = With(Fills())
+    found = assert_exact(model, rows())
+    assert not found.opaque
+    assert model.inner.tables == {}

@@ -1,0 +1,76 @@
+"""What a test asks of a traced model: that it leaves behind what the plain model does, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fxsplit.capture.same import same_value
+from fxsplit.capture.structure import tensors_in
+from fxsplit.capture.tracing import Trace, trace
+from fxsplit.plan.partition import partition
+from fxsplit.run.executor import Executor
+
+
+class Linears(nn.Module):
+    """Three linear layers of 6, 8, 8 and 3 features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.c(self.b(self.a(x)).relu())
+
+
+def rows(count: int = 4) -> torch.Tensor:
+    """What Linears takes, float32 (count, 6)."""
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(0))
+
+
+def executor_of(found: Trace, count: int = 2) -> Executor:
+    return Executor(found, partition(found.train, found.eval, count=count))
+
+
+def left_behind(net: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a call leaves behind: output, gradients, buffers, attributes of numbers, random states."""
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    args, kwargs = copy.deepcopy((args, kwargs))
+    output = net(*args, **kwargs)
+    leaves = [leaf for leaf in tensors_in(output) if leaf.requires_grad]
+    if leaves:
+        torch.stack(
+            [(leaf * torch.linspace(-1, 2, leaf.numel()).view_as(leaf)).sum() for leaf in leaves]
+        ).sum().backward()
+    return {
+        "output": output,
+        "gradients": [parameter.grad for parameter in net.parameters()],
+        "buffers": [buffer.clone() for buffer in net.buffers()],
+        "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()),
+    }
+
+
+def assert_exact(model: nn.Module, *args: Any, count: int = 2, **kwargs: Any) -> Trace:
+    """Trace it, run it beside a copy, in training and in evaluation, and compare all that is left behind."""
+    plain = copy.deepcopy(model)
+    found = trace(model, args, kwargs)
+    net = executor_of(found, count)
+    for training in (True, False):
+        results = []
+        for each in (net, plain):
+            each.zero_grad()
+            each.train(training)
+            with torch.set_grad_enabled(training):
+                results.append(left_behind(each, args, kwargs))
+        for name in results[0]:
+            assert same_value(results[0][name], results[1][name]), f"{name} differs, training: {training}"
+    return found
