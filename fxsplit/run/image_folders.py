@@ -39,15 +39,14 @@ def layout(root: Path, notice: Notice) -> tuple[Path, Path | None]:
     """
     if not root.is_dir():
         raise DataError(f"there is no folder {str(root)!r}; check the path after folder:")
-    train, test, validation = (_split(root, names) for names in (TRAIN, TEST, VALIDATION))
-    held_out = test or validation
-    if train and held_out:
+    train, test, validation = (_named(root, names) for names in (TRAIN, TEST, VALIDATION))
+    if train and (test or validation):
         if test and validation:
-            notice(f"{root} has both {test.name}/ and {validation.name}/: {test.name}/ is used")
-        return train, held_out
-    for lone in (train, test, validation):
+            notice(f"{root} has both {test[0].name}/ and {validation[0].name}/: {test[0].name}/ is used")
+        return _only(train), _only(test or validation)
+    for lone in (*train, *test, *validation):
         # Class folders have no folders in them, so this is a split of which the other half is missing.
-        if lone and any(not _is_hidden(path.name) for path in _folders(lone)):
+        if any(not _is_hidden(path.name) for path in _folders(lone)):
             raise DataError(
                 f"{str(root)!r} has {lone.name}/ but not train/ together with test/ or val/; "
                 f"add what is missing, or give folder:{lone} to hold out a part of it"
@@ -118,15 +117,18 @@ class _LeftOut:
             notice(f"left out in {printable(str(self._root))}: {', '.join(groups)}")
 
 
-def _split(root: Path, names: tuple[str, ...]) -> Path | None:
-    """The folder of a split, whatever the case of its name."""
-    found = [path for path in _folders(root) if path.name.lower() in names]
+def _named(root: Path, names: tuple[str, ...]) -> list[Path]:
+    """The folders with one of these names, whatever its case."""
+    return [path for path in _folders(root) if path.name.lower() in names]
+
+
+def _only(found: list[Path]) -> Path:
     if len(found) > 1:
         raise DataError(
-            f"{str(root)!r} has {' and '.join(f'{path.name}/' for path in found)}, which mean the same; "
+            f"{str(found[0].parent)!r} has {' and '.join(f'{path.name}/' for path in found)}, which mean the same; "
             "keep one of them"
         )
-    return found[0] if found else None
+    return found[0]
 
 
 def _folders(root: Path) -> list[Path]:

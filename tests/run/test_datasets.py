@@ -412,7 +412,7 @@ def test_what_pillow_warns_of_is_said_once(folder: Folder, workers: int, in_memo
             assert len(colours_of(images)) == len(images)
     notices = [sentence for sentence in said if "Pillow warns" in sentence]
     assert len(notices) == 1
-    assert f"{root}/train/cat/0.tif" in notices[0]
+    assert f"{root}/{'test' if in_memory else 'train'}/cat/0.tif" in notices[0]
     assert "no known range: from -7 to 136" in notices[0]
 
 
@@ -457,6 +457,10 @@ def test_two_folders_for_one_half_are_refused(folder: Folder) -> None:
     folder("Training", cat=1, dog=1)
     root = folder("val", cat=1, dog=1)
     assert "has Training/ and train/, which mean the same" in refused(f"folder:{root}")
+    (root / "Training").rename(root / "dev")
+    assert "has dev/ and val/, which mean the same" in refused(f"folder:{root}")
+    folder("test", cat=1, dog=1)
+    assert len(open_data(f"folder:{root}", notice=[].append).test) == 2
 
 
 def test_a_name_gives_no_orders_to_a_terminal(folder: Folder) -> None:
