@@ -76,11 +76,8 @@ def test_scripted_and_compiled_functions_are_one_op() -> None:
     for function, name in ((scripted, "_double"), (compiled, "_double")):
 
         class Model(Linears):
-            def forward(self, x: Any, function: Any = function) -> Any:
-                return self.c(self.call(self.b(self.a(x))))
-
-            def call(self, x: Any) -> Any:
-                return FUNCTIONS[0](x)
+            def forward(self, x: Any) -> Any:
+                return self.c(FUNCTIONS[0](self.b(self.a(x))))
 
         FUNCTIONS[:] = [function]
         model = Model()
@@ -151,7 +148,7 @@ def _patched() -> tuple[Any, ...]:
 
 def test_an_exception_leaves_nothing_patched() -> None:
     class Model(Linears):
-        def forward(self, x: Any) -> Any:
+        def forward(self, _: Any) -> Any:
             torch.set_grad_enabled(False)
             raise KeyboardInterrupt
 
