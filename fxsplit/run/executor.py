@@ -221,7 +221,7 @@ class Executor(nn.Module):
         if now not in modes.right:
             self._changes.look_at_modes(self._model, training, dict(zip(modes.paths, now, strict=True)))
             modes.right.add(now)
-        running = self._phase if held or not training else self._everything
+        running = self._everything if self._holding.estimating else self._phase
         if running is not self._running:
             self._running = running
 

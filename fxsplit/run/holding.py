@@ -70,7 +70,7 @@ class Holding:
         self._mark: dict[str, Any] | None = None
         self._statistics: list[_Statistics] = []
         self._averaging: list[_BatchNorm] = []
-        self._estimating = False
+        self.estimating = False
         self._make_way(insist=False)
         self.arrange()
         _all.add(self)
@@ -165,8 +165,8 @@ class Holding:
 
     def take(self) -> None:
         """Put what is held into evaluation."""
-        self._estimating = any(map(_is_reset, self._statistics))
-        if self._mark is None or self._estimating:
+        self.estimating = any(map(_is_reset, self._statistics))
+        if self._mark is None or self.estimating:
             return
         self._hold(self._mark)
         self._statistics = [
@@ -214,14 +214,14 @@ class Holding:
         if self._mark is None:
             return False
         if None in [norm.momentum for norm in self._averaging]:
-            self._estimating = self._estimating or (training and any(map(_is_reset, self._statistics)))
+            self.estimating = self.estimating or (training and any(map(_is_reset, self._statistics)))
         elif self._averaging:
-            self._estimating = False
-        if self._estimating:
+            self.estimating = False
+        if self.estimating:
             self.give_back()
         elif self._mark["training"] is not training or True in [module.training for module in self._held_modules]:
             self._hold(self._mark)
-        return not self._estimating
+        return not self.estimating
 
     def covers(self, path: str) -> bool:
         """Whether the mode of a module concerns partitions outside the window alone, when these are held."""

@@ -78,7 +78,9 @@ def vit_of_transformers() -> Any:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=3))
+    # Otherwise forward itself writes down, in the configuration, which of its problems this is.
+    kind = {"problem_type": "single_label_classification", "num_labels": 3}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, **kind))
 
 
 def test_the_trainer_of_transformers_trains_it_as_it_trains_the_model() -> None:
