@@ -30,6 +30,7 @@ from fxsplit.run.data import MemoryImages
 from fxsplit.run.executor import Executor
 from fxsplit.run.loader import Loader
 from fxsplit.run.metrics import now
+from fxsplit.run.passes import passes_for
 
 BATCHES = 4
 
@@ -47,9 +48,11 @@ def stepper(net: nn.Module, feed: Callable[[], tuple[Tensor, Tensor]]) -> Callab
 
 
 def executor(model: nn.Module, images: Tensor, at: list[str], settled: int) -> Executor:
-    """Of a copy of the model, with the first partitions settled."""
+    """Of a copy of the model, as `train` makes it, with the first partitions settled."""
     trace = fxsplit.trace(copy.deepcopy(model), (images,))
-    net = fxsplit.Executor(trace, fxsplit.partition(trace, at=at))
+    channels_last = not images.is_contiguous()
+    passes = passes_for(images.device, channels_last=channels_last)
+    net = fxsplit.Executor(trace, fxsplit.partition(trace, at=at), passes=passes)
     net.enter(fxsplit.Phase(start=settled, stop=len(net.partitions), epochs=1))
     return net.train()
 

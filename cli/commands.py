@@ -31,7 +31,7 @@ INSPECT_FIELDS = (
     *("stem", "drop_path", "data", "img_size", "batch_size"),
     *("schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
     *("settle_from", "settle_until", "settle_share"),
-    *("opt", "momentum", "device", "memory_budget", "grad_accum_steps"),
+    *("opt", "momentum", "device", "channels_last", "memory_budget", "grad_accum_steps"),
 )
 
 Model = Annotated[
@@ -215,6 +215,10 @@ def check(
         str | None,
         typer.Option("--device", help="Where the steps run [dim]\\[default: auto][/dim].", rich_help_panel="Forecast"),
     ] = None,
+    channels_last: Annotated[
+        bool,
+        typer.Option("--channels-last", help="Run it as train does with --channels-last.", metavar=""),
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> Job:
@@ -229,6 +233,7 @@ def check(
         if meta or jobs > 1:
             raise UsageError("--forecast measures one model after the other, and takes no --meta and no --jobs")
         options |= {"schedule": schedule, "batch_size": batch_size, "device": device}
+        options |= {"channels_last": channels_last or None}
         verb = "check_forecasts"
     else:
         given = {"schedule": schedule, "batch-size": batch_size, "device": device}

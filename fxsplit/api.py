@@ -9,7 +9,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.utils.random import random_seed
@@ -44,10 +44,13 @@ from fxsplit.run.measuring import update_seconds
 from fxsplit.run.metrics import environment
 from fxsplit.run.op_costs import measure as measure_ops
 from fxsplit.run.optimizers import make_optimizer, make_scheduler, slots_of
+from fxsplit.run.passes import Pass, names_of, passes_for
 from fxsplit.run.soft_targets import SoftTargets
 from fxsplit.run.training import MakeCache, Trainer
 from fxsplit.run.workers import call_each
 from fxsplit.spec import RunSpec
+
+Moved = TypeVar("Moved", nn.Module, torch.Tensor)
 
 DEFAULT_PARTS = 8
 # Of the activations of standard training: what l2l keeps within where it can.
@@ -67,12 +70,15 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         data = _load(spec, observer).to(device)
         model = _build(spec, data, device)
         shape = (data.channels, data.img_size, data.img_size)
-        trace = trace_model(model, (torch.empty(2, *shape, device=device),))
+        trace = trace_model(model, (_in_layout(spec, torch.empty(2, *shape, device=device)),))
+        passes = _passes(spec, device)
+        if passes:
+            observer.notice("1x1 convolutions run as matrix products: faster, and equal to the model within rounding")
         if spec.balance == "seconds" and spec.plan is None:
-            batch_size = max(2, spec.batch_size)  # BatchNorm may not take a single image
-            trace = measure_ops(trace, (torch.rand(batch_size, *shape, device=device),), device=device)
+            images = _in_layout(spec, torch.rand(spec.batch_size, *shape, device=device))
+            trace = measure_ops(trace, (images,), device=device, passes=passes)
         plan = _plan(spec, trace, observer)
-        executor = Executor(trace, plan.partitions)
+        executor = Executor(trace, plan.partitions, passes=passes)
         if spec.settled_dtype != "same":
             executor.settled_dtype = getattr(torch, spec.settled_dtype)
         if spec.torchcompile:
@@ -107,6 +113,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
                 environment=surroundings,
                 graph_digest=trace.train.digest(),
                 plan=plan,
+                passes=names_of(passes),
                 epochs=tuple(records),
                 setup_seconds=setup_seconds,
                 total_seconds=perf_counter() - began,
@@ -131,10 +138,10 @@ def inspect(
     device = choose_device(spec.device) if measured else torch.device("meta")
     make = models.build if measured else models.sketch
     model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem, drop_path=spec.drop_path)
-    images = torch.rand(spec.batch_size, 3, img_size, img_size, device=device)
-    trace = trace_model(model.to(device), (images,))
+    images = _in_layout(spec, torch.rand(spec.batch_size, 3, img_size, img_size, device=device))
+    trace = trace_model(_in_layout(spec, model.to(device)), (images,))
     if measured:
-        trace = measure_ops(trace, (images,), device=device)
+        trace = measure_ops(trace, (images,), device=device, passes=_passes(spec, device))
     plan = _plan(spec, trace, observer or Observer())
     if save_to is not None:
         write_file(_plan_file(plan, trace, spec.model), save_to)
@@ -188,12 +195,14 @@ def check_forecasts(
     img_size: int | None = None,
     batch_size: int = 32,
     device: str = "auto",
+    channels_last: bool = False,
     observer: Observer | None = None,
 ) -> tuple[ForecastRecord, ...]:
     """Hold the forecast of every phase of `schedule` against a few steps of it; one record a model.
 
     `specs` may hold wildcards. Each model has random weights and is trained by AdamW; one runs at a time, so that
-    none slows another down. Raises UsageError for a name that means no model and for a device that is not there.
+    none slows another down. With `channels_last` all runs as in `train` with that option. Raises UsageError for a name
+    that means no model and for a device that is not there.
     """
     observer = observer or Observer()
     place = choose_device(device)
@@ -201,7 +210,13 @@ def check_forecasts(
     records = []
     for name in names:
         record = check_forecast(
-            name, schedule=schedule, parts=parts, img_size=img_size, batch_size=batch_size, device=place
+            name,
+            schedule=schedule,
+            parts=parts,
+            img_size=img_size,
+            batch_size=batch_size,
+            device=place,
+            channels_last=channels_last,
         )
         records.append(record)
         observer.model_checked(record, len(names))
@@ -282,9 +297,16 @@ def _build(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
         stem=spec.stem,
         drop_path=spec.drop_path,
     )
-    if spec.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    return model.to(device)
+    return _in_layout(spec, model.to(device))
+
+
+def _in_layout(spec: RunSpec, given: Moved) -> Moved:
+    """A model or images, in the order in which the run keeps images."""
+    return given.to(memory_format=torch.channels_last) if spec.channels_last else given
+
+
+def _passes(spec: RunSpec, device: torch.device) -> tuple[Pass, ...]:
+    return passes_for(device, channels_last=spec.channels_last)
 
 
 def _plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:

@@ -64,13 +64,17 @@ class EpochRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """A whole run. `status` is "finished", "interrupted" or "failed"; `folder` is where its files lie."""
+    """A whole run. `status` is "finished", "interrupted" or "failed"; `folder` is where its files lie.
+
+    `passes` are the graph passes that rewrote what it ran; without any, it ran what the model runs, bit for bit.
+    """
 
     status: str
     spec: dict[str, Any]
     environment: dict[str, Any]
     graph_digest: str
     plan: Plan
+    passes: tuple[str, ...] = ()
     epochs: tuple[EpochRecord, ...]
     setup_seconds: float
     total_seconds: float
@@ -93,6 +97,7 @@ class RunReport:
             "spec": self.spec,
             "environment": self.environment,
             "plan": self.plan.to_dict(),
+            "passes": list(self.passes),
             "epochs": [asdict(epoch) for epoch in self.epochs],
         }
 

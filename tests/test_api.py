@@ -26,6 +26,8 @@ from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, R
 from fxsplit.run import datasets
 from fxsplit.run.data import batches
 from fxsplit.run.folder import COLUMNS
+from fxsplit.run.passes import Pass
+from fxsplit.run.pointwise import pointwise_products
 from fxsplit.spec import read_recipe, resolve
 
 MODEL = """
@@ -207,6 +209,26 @@ def test_options_reach_training(spec: Callable[..., fxsplit.RunSpec]) -> None:
     losses = {plain.train_loss, *(last(**change).train_loss for change in changes)}
     assert len(losses) == 1 + len(changes)
     assert last(channels_last=True).train_loss == pytest.approx(plain.train_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_products_are_asked_for_and_reported(
+    monkeypatch: pytest.MonkeyPatch, spec: Callable[..., fxsplit.RunSpec], channels_last: bool
+) -> None:
+    given = []
+
+    def listening(*arguments: Any, passes: tuple[Pass, ...], **options: Any) -> fxsplit.Trace:
+        given.append(passes)
+        return fxsplit.measure(*arguments, passes=passes, **options)
+
+    monkeypatch.setattr("fxsplit.api.measure_ops", listening)
+    heard = Notices()
+    report = fxsplit.train(spec(channels_last=channels_last, balance="seconds", epochs=1), heard)
+    names = ["pointwise_products"] if channels_last else []
+    assert json.loads((Path(report.folder) / "report.json").read_text(encoding="utf-8"))["passes"] == names
+    assert any("matrix products" in sentence for sentence in heard.sentences) is channels_last
+    fxsplit.inspect(spec(channels_last=channels_last), measured=True)
+    assert given == [(pointwise_products,) if channels_last else ()] * 2
 
 
 def test_exits_leave_no_trace_in_what_is_saved(spec: Callable[..., fxsplit.RunSpec]) -> None:

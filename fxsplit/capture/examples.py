@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxsplit.capture import models
+from fxsplit.capture.meta import map_tensors
 
 TOKENS = 16
 VOCABULARY = range(2, 64)  # every vocabulary has these; what comes before is padding and the like in small models
@@ -21,6 +22,14 @@ class Example:
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def in_channels_last(self) -> Example:
+        """The same call, with images (N, C, H, W) in that order."""
+
+        def relaid(tensor: Tensor) -> Tensor:
+            return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+        return Example(args=map_tensors(relaid, self.args), kwargs=map_tensors(relaid, self.kwargs))
 
 
 def example(

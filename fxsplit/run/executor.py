@@ -25,6 +25,7 @@ from fxsplit.plan.schedule import Phase
 from fxsplit.plan.segments import segments
 from fxsplit.run.changes import Changes
 from fxsplit.run.holding import Holding
+from fxsplit.run.passes import Pass
 from fxsplit.run.prefix import Prefix, in_precision, out_of_precision, without_history
 from fxsplit.run.recompute import Recomputing
 from fxsplit.run.stages import Stage, stages
@@ -75,8 +76,10 @@ class Executor(nn.Module):
 
     It shares the model's modules, parameters and buffers, so `state_dict()` has the model's own keys, and moving or
     loading either of the two does so to both. `train()`, `eval()` and `training` are the model's own, and so is every
-    attribute that the executor lacks. Before the first `enter`, everything trains, bit for bit as the model does but
-    for what `fxsplit.run.pointwise` does. What is settled is folded in training, and delivers the same within rounding.
+    attribute that the executor lacks. Before the first `enter`, everything trains, bit for bit as the model does,
+    unless graph `passes` such as `fxsplit.run.pointwise.pointwise_products` are given, which may change results by
+    rounding. What is settled is folded in training, with pointwise convolutions as products where these are faster, and
+    delivers the same within rounding.
     With a `settled_dtype`, such as torch.bfloat16, it runs in that precision while the rest trains; in evaluation as
     ever.
 
@@ -90,7 +93,7 @@ class Executor(nn.Module):
     settled_dtype: torch.dtype | None = None
     _hear: Callable[[int, list[Any]], None] | None = None
 
-    def __init__(self, trace: Trace, partitions: Sequence[Partition]) -> None:
+    def __init__(self, trace: Trace, partitions: Sequence[Partition], *, passes: Sequence[Pass] = ()) -> None:
         model = trace.model
         # Not registered as a submodule: its names would then begin with another one.
         object.__setattr__(self, "_model", model)
@@ -102,14 +105,18 @@ class Executor(nn.Module):
         # The model's own hooks go on, and hear of the executor in its place.
         vars(self).update({name: value for name, value in vars(model).items() if "_hooks" in name})
         self._signature = trace.signature
-        self._stages = stages(trace, partitions)
+        self.passes = tuple(passes)
+        self._stages = stages(trace, partitions, passes=self.passes)
         self._prefix = Prefix(trace, self._stages)
         self._recomputing = tuple((Recomputing(trace, stage),) for stage in self._stages)
         divided = segments(partitions, trace.train, trace.eval)
         self._in_segments = tuple(
             whole
             if len(parts) == 1
-            else tuple(Recomputing(trace, Stage(trace, part, is_last=False, modes=(True,))) for part in parts)
+            else tuple(
+                Recomputing(trace, Stage(trace, part, is_last=False, modes=(True,), passes=self.passes))
+                for part in parts
+            )
             for whole, parts in zip(self._recomputing, divided, strict=True)
         )
         self._fed = tuple(trace.signature.names.index(name) for name in partitions[0].reads)

@@ -23,6 +23,7 @@ from fxsplit.report import ForecastRecord, PhaseCheck
 from fxsplit.run.executor import Executor
 from fxsplit.run.measuring import measure_phases, update_seconds
 from fxsplit.run.op_costs import measure
+from fxsplit.run.passes import passes_for
 from fxsplit.run.training import logits_of
 
 CLASSES = 10
@@ -32,15 +33,24 @@ EPOCHS = 30
 
 
 def check_forecast(
-    spec: str, *, schedule: str, parts: int, img_size: int | None, batch_size: int, device: torch.device
+    spec: str,
+    *,
+    schedule: str,
+    parts: int,
+    img_size: int | None,
+    batch_size: int,
+    device: torch.device,
+    channels_last: bool = False,
 ) -> ForecastRecord:
     """Forecast the phases of a model with random weights, trained by AdamW, and run each on `device`.
+
+    With `channels_last` the model and its images have that order, and what runs is rewritten as `train` does then.
 
     Never raises for what is wrong with the model: the record says it.
     """
     began = perf_counter()
     try:
-        record = _check(spec, schedule, parts, img_size, batch_size, device)
+        record = _check(spec, schedule, parts, img_size, batch_size, device, channels_last)
     except FxsplitError as error:
         record = ForecastRecord(model=spec, refusal=str(error))
     except Exception as error:
@@ -49,17 +59,26 @@ def check_forecast(
 
 
 def _check(
-    spec: str, schedule: str, parts: int, img_size: int | None, batch_size: int, device: torch.device
+    spec: str,
+    schedule: str,
+    parts: int,
+    img_size: int | None,
+    batch_size: int,
+    device: torch.device,
+    channels_last: bool,
 ) -> ForecastRecord:
     torch.manual_seed(SEED)
     size = models.native_size(spec) if img_size is None else img_size
     model = models.build(spec, num_classes=CLASSES, img_size=size).to(device)
     given = example(spec, model, batch_size=batch_size, img_size=size, training=True, device=device)
+    if channels_last:
+        model, given = model.to(memory_format=torch.channels_last), given.in_channels_last()
+    passes = passes_for(device, channels_last=channels_last)
     captured = trace(model, given.args, given.kwargs)
     count = min(parts, most_partitions(captured.train, captured.eval))
     partitions = partition(captured.train, captured.eval, count=count)
     plan = make_plan(schedule, partitions=partitions, epochs=EPOCHS)
-    measured = measure(captured, given.args, given.kwargs, device=device)
+    measured = measure(captured, given.args, given.kwargs, device=device, passes=passes)
     ahead = forecast(
         plan,
         measured.train,
@@ -68,7 +87,8 @@ def _check(
         optimizer_slots=2,
         update_seconds=update_seconds(model.parameters(), make_optimizer=_adamw),
     )
-    found = measure_phases(Executor(captured, partitions), plan, partial(_loss, given), make_optimizer=_adamw)
+    net = Executor(captured, partitions, passes=passes)
+    found = measure_phases(net, plan, partial(_loss, given), make_optimizer=_adamw)
     return ForecastRecord(
         model=spec,
         batch_size=batch_size,

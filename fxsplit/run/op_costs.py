@@ -31,6 +31,7 @@ from fxsplit.plan.partition import partition
 from fxsplit.run import allocations
 from fxsplit.run.allocations import Event
 from fxsplit.run.folding import fold
+from fxsplit.run.passes import Pass, rewritten
 from fxsplit.run.prefix import may_be_relaid, takes_any_layout
 from fxsplit.run.stages import stage_graph
 
@@ -50,13 +51,14 @@ def measure(
     *,
     device: torch.device | str = "cpu",
     steps: int = 5,
+    passes: Sequence[Pass] = (),
 ) -> Trace:
     """The same trace, its ops with seconds (the median of `steps` steps) and workspace bytes as measured on `device`.
 
     In the train graph they are those of a training step, in the eval graph of a forward without autograd, as the model
-    is and as it is when it is settled. A copy of the model runs; the model stays as it is. Where `args` hold another
-    number of samples than the trace, figures are in proportion. Raises TraceError when the model has no weights, and
-    GuardError when `args` take another path than the traced one.
+    is and as it is when it is settled; with `passes`, as an executor with these runs it. A copy of the model runs; the
+    model stays as it is. Where `args` hold another number of samples than the trace, figures are in proportion. Raises
+    TraceError when the model has no weights, and GuardError when `args` take another path than the traced one.
     """
     device = torch.device(device)
     if any(tensor.is_meta for tensor in (*trace.model.parameters(), *trace.model.buffers())):
@@ -65,7 +67,7 @@ def measure(
     model = copy.deepcopy(trace.model).to(device)
     inputs = [tensor.detach().to(device, copy=True) for tensor in given]
     samples = next((len(tensor) for tensor in inputs if tensor.dim()), 1)
-    runners = _runners(trace, model, inputs)
+    runners = _runners(trace, model, inputs, passes)
     clocks = {kind: Clock(device) for kind in runners}
     workspaces = {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -87,24 +89,22 @@ def measure(
     return replace(trace, programs=programs)
 
 
-def _runners(trace: Trace, model: nn.Module, inputs: Sequence[Tensor]) -> dict[Kind, OpRunner]:
+def _runners(trace: Trace, model: nn.Module, inputs: Sequence[Tensor], passes: Sequence[Pass]) -> dict[Kind, OpRunner]:
+    copied = replace(trace, model=model)
+    (whole,) = partition(trace.train, trace.eval, count=1)
+    read = [inputs[trace.signature.names.index(name)] for name in whole.reads]
     runners = {}
     kinds: tuple[tuple[Kind, bool], ...] = (("training", True), ("evaluation", False))
     for kind, training in kinds:
-        program = trace.programs[training]
-        names = dict(zip(program.nodes, (op.name for op in program.graph.ops), strict=True))
-        runners[kind] = OpRunner(model, program.output.graph, names, inputs, training=training)
-    copied = replace(trace, model=model)
-    (whole,) = partition(trace.train, trace.eval, count=1)
+        graph = rewritten(stage_graph(copied, whole, is_last=True, training=training), model, passes)
+        runners[kind] = OpRunner(model, graph, [read], training=training)
     graph = stage_graph(copied, whole, is_last=True, training=False)
     relaid = takes_any_layout(graph, model) and all(map(may_be_relaid, inputs))
     folds, _ = fold(graph, model)
     modules = dict(model.named_modules(remove_duplicate=False))
     layout = torch.channels_last if relaid else torch.preserve_format
     weights = [each.tensors(modules, layout) for each in folds]
-    read = [inputs[trace.signature.names.index(name)] for name in whole.reads]
-    names = {node: node.meta["op"].name for node in graph.nodes if "op" in node.meta}
-    runners["settled"] = OpRunner(model, graph, names, [[*read, weights]], training=False)
+    runners["settled"] = OpRunner(model, graph, [[*read, weights]], training=False)
     return runners
 
 
@@ -175,16 +175,15 @@ class Clock:
 
 
 class OpRunner(fx.Interpreter):
-    """Runs steps of a model op by op, and calls back whenever another op begins, in either direction.
+    """Runs steps of a stage's `graph` op by op, and calls back whenever another op begins, in either direction.
 
-    `names` are those of the ops among the nodes of `graph`; `given` are its arguments.
+    `given` are the arguments of the graph.
     """
 
-    def __init__(
-        self, model: nn.Module, graph: fx.Graph, names: Mapping[fx.Node, str], given: Sequence[Any], *, training: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph, given: Sequence[Any], *, training: bool) -> None:
         super().__init__(model, graph=graph)
-        self._names, self._given, self._training = names, given, training
+        self._names = {node: node.meta["op"].name for node in graph.nodes if "op" in node.meta}
+        self._given, self._training = given, training
 
     def step(self, begins: Callable[[Moment], None]) -> None:
         """A forward; in training also the backward, from random gradients of the outputs."""

@@ -2,7 +2,9 @@
 
     (N, C, H, W) in channels_last  =  N*H*W rows of C numbers, without a copy;  rows @ weight.T  =  the same sums
 
-The results differ from those of the convolution by rounding. Everywhere else the convolution itself runs.
+The results differ from those of the convolution by rounding, so a stage does this only where it is given the pass
+`pointwise_products`; a settled partition, which is folded and equal within rounding anyway, always does. Everywhere
+else the convolution itself runs.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and "forward" not in vars(module) and not any(hooks)
 
 
-def use_products(graph: fx.Graph, model: nn.Module) -> fx.Graph:
+def pointwise_products(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     """Let pointwise convolutions in a stage's graph be `convolved`, in place; returns the graph."""
     for node in list(graph.nodes):
         path = called_module(node)

@@ -1,7 +1,8 @@
 """The settled prefix: settled partitions in evaluation, without autograd, cheaper because they never change again.
 
 Each settled partition has a third variant beside training and evaluation, folded, which every phase uses again; only
-the folded weights are made anew when they are missing or no longer those of the model.
+the folded weights are made anew when they are missing or no longer those of the model. What it delivers is the same
+within rounding: norms are folded, convolutions may run in another layout, and pointwise ones as matrix products.
 """
 
 from __future__ import annotations

@@ -23,8 +23,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
 from fxsplit.plan.partition import Partition
-from fxsplit.run.pointwise import use_products
-from fxsplit.run.source import NAME, source_of
+from fxsplit.run.passes import Pass, rewritten
 
 _serial = itertools.count()
 
@@ -83,16 +82,23 @@ def _restore(source: str, objects: dict[str, Any], label: str) -> Code:
 class Stage:
     """A partition of a traced model, in training (True) and in evaluation (False), or in one of these `modes` alone.
 
-    The modules that it calls are in the modes that its caller gave them.
+    The modules that it calls are in the modes that its caller gave them. What it runs is rewritten by `passes`, which
+    may change results by rounding; without any, it is what the model runs.
     """
 
     def __init__(
-        self, trace: Trace, partition: Partition, *, is_last: bool, modes: Sequence[bool] = (True, False)
+        self,
+        trace: Trace,
+        partition: Partition,
+        *,
+        is_last: bool,
+        modes: Sequence[bool] = (True, False),
+        passes: Sequence[Pass] = (),
     ) -> None:
         self.partition = partition
         self._codes = {
             training: code_of(
-                use_products(stage_graph(trace, partition, is_last=is_last, training=training), trace.model),
+                rewritten(stage_graph(trace, partition, is_last=is_last, training=training), trace.model, passes),
                 f"partition {partition.index} in {'training' if training else 'evaluation'}",
             )
             for training in modes
@@ -151,11 +157,11 @@ def code_of(graph: fx.Graph, label: str) -> Code:
     return Code(*source_of(graph), label)
 
 
-def stages(trace: Trace, partitions: Sequence[Partition]) -> tuple[Stage, ...]:
+def stages(trace: Trace, partitions: Sequence[Partition], *, passes: Sequence[Pass] = ()) -> tuple[Stage, ...]:
     """One stage a partition, sharing the modules of `trace.model`. Raises as `refuse_foreign` does."""
     refuse_foreign(trace, partitions)
     last = len(partitions) - 1
-    return tuple(Stage(trace, partition, is_last=partition.index == last) for partition in partitions)
+    return tuple(Stage(trace, partition, is_last=partition.index == last, passes=passes) for partition in partitions)
 
 
 def refuse_foreign(trace: Trace, partitions: Sequence[Partition]) -> None:

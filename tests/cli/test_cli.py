@@ -51,12 +51,14 @@ TRAIN_OPTIONS = """
 """
 INSPECT_OPTIONS = """
 --grad-accum-steps --memory-budget --settle-from --settle-share --settle-until
---at --balance --batch-size -b --by --config -c --data --device --diff --drop-path --epochs --epochs-total --format
---img-size --json --l2l --measure --momentum --opt --output -o --parts --plan --save-plan --schedule --stem --verbose -v
+--at --balance --batch-size -b --by --channels-last --config -c --data --device --diff --drop-path --epochs --epochs-total
+--format --img-size --json --l2l --measure --momentum --no-channels-last --opt --output -o --parts --plan --save-plan --schedule
+--stem --verbose -v
 """
 
 CHECK_OPTIONS = """
-models --batch-size -b --device --forecast --img-size --jobs -j --json --meta --parts --schedule --verbose -v
+models --batch-size -b --channels-last --device --forecast --img-size --jobs -j --json --meta --parts --schedule
+--verbose -v
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from fxsplit.capture.tracing import trace
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
 from fxsplit.run.executor import Executor
+from fxsplit.run.op_costs import measure
+from fxsplit.run.passes import Pass
+from fxsplit.run.pointwise import pointwise_products
 from tests.run.test_prefix import Calls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,9 +38,9 @@ def bottleneck() -> nn.Module:
     )
 
 
-def executor(model: nn.Module, at: str = "3") -> Executor:
+def executor(model: nn.Module, at: str = "3", passes: Sequence[Pass] = (pointwise_products,)) -> Executor:
     captured = trace(model, (torch.empty(SHAPE),))
-    return Executor(captured, partition(captured.train, captured.eval, at=[at]))
+    return Executor(captured, partition(captured.train, captured.eval, at=[at]), passes=passes)
 
 
 def channels_last(model: nn.Module) -> tuple[nn.Module, Tensor]:
@@ -68,6 +72,41 @@ def test_in_channels_last_they_are_products_with_the_same_results(training: bool
     assert convolutions(plain, images) == 6
 
 
+@pytest.mark.parametrize("recompute", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+def test_without_the_pass_nothing_is_a_product(training: bool, recompute: int) -> None:
+    model, images = channels_last(bottleneck())
+    plain = copy.deepcopy(model)
+    net = executor(model, passes=())
+    net.enter(Phase(start=0, stop=2, epochs=1, recompute=recompute))
+    ours, theirs = (each.train(training)(images) for each in (net, plain))
+    assert torch.equal(ours, theirs)
+    for result in (ours, theirs):
+        result.square().sum().backward()
+    assert all(
+        torch.equal(mine.grad, other.grad)  # type: ignore[arg-type]
+        for mine, other in zip(model.parameters(), plain.parameters(), strict=True)
+    )
+
+
+def test_recomputed_segments_are_rewritten_too() -> None:
+    model, images = channels_last(bottleneck())
+    net = executor(model, at="7")
+    net.enter(Phase(start=0, stop=2, epochs=1, recompute=1, segmented=True))
+    assert len(net._in_segments[0]) > 1
+    assert convolutions(net.train(), images) == 3  # the 3x3 one, twice forward and once backward
+
+
+@pytest.mark.parametrize(("passes", "count"), [((), 6 + 3 + 1), ((pointwise_products,), 2 + 1 + 1)])
+def test_what_runs_is_what_is_timed(passes: Sequence[Pass], count: int) -> None:
+    model, images = channels_last(bottleneck())
+    captured = trace(model, (images,))
+    with Calls() as calls:
+        measure(captured, (images,), steps=0, passes=passes)
+    # In training, in evaluation and settled; two steps of warm-up, and one to see the workspaces.
+    assert calls.count("convolution") == 3 * count
+
+
 def test_values_stay_in_channels_last() -> None:
     model, images = channels_last(bottleneck())
     net = executor(model, at="5")
@@ -89,7 +128,7 @@ def test_a_single_image_without_a_batch_is_taken() -> None:
     model, image = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU()), torch.randn(SHAPE[1:])
     plain = copy.deepcopy(model)
     captured = trace(model, (image,))
-    net = Executor(captured, partition(captured.train, captured.eval, count=1))
+    net = Executor(captured, partition(captured.train, captured.eval, count=1), passes=(pointwise_products,))
     assert torch.equal(net(image), plain(image))
 
 
