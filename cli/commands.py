@@ -228,12 +228,11 @@ def check(
     two batch sizes, bit for bit. With --forecast it is instead memory, which may be off by a tenth, and time, which
     may differ. The exit code is 4 if any model fails.
     """
-    options: dict[str, Any] = {"parts": parts, "img_size": img_size}
+    options: dict[str, Any] = {"parts": parts, "img_size": img_size, "channels_last": channels_last or None}
     if forecast:
         if meta or jobs > 1:
             raise UsageError("--forecast measures one model after the other, and takes no --meta and no --jobs")
         options |= {"schedule": schedule, "batch_size": batch_size, "device": device}
-        options |= {"channels_last": channels_last or None}
         verb = "check_forecasts"
     else:
         given = {"schedule": schedule, "batch-size": batch_size, "device": device}

@@ -187,11 +187,11 @@ def render_checks(records: Sequence[CheckRecord]) -> None:
     for record in records:
         if record.refusal:
             print_whole(console, f"{record.model}: {record.refusal}")
-        if record.differences:
-            more = len(record.differences) - 3
-            shown = "; ".join(record.differences[:3]) + (f"; and {more} more" if more > 0 else "")
-            cause = ", and so do two plain models" if record.own_randomness else ""
-            print_whole(console, f"{record.model} differs{cause}: {shown}")
+        for found, cause in ((record.differences, ""), (record.own_differences, ", and so do two plain models")):
+            if found:
+                more = len(found) - 3
+                shown = "; ".join(found[:3]) + (f"; and {more} more" if more > 0 else "")
+                print_whole(console, f"{record.model} differs{cause}: {shown}")
         reasons = {reason: path for path, reason in reversed(list(record.opaque.items()))}
         for reason, path in reversed(list(reasons.items())):
             alike = sum(other == reason for other in record.opaque.values()) - 1

@@ -14,9 +14,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxsplit.api import check, check_forecasts, forecast, inspect, load_plan, partition, save_plan, train
-    from fxsplit.capture.tracing import Trace, trace
-    from fxsplit.errors import FxsplitError
+    from fxsplit.api import (
+        check,
+        check_forecasts,
+        forecast,
+        inspect,
+        load_plan,
+        partition,
+        save_plan,
+        trace,
+        train,
+    )
+    from fxsplit.capture.tracing import Trace
+    from fxsplit.errors import FxsplitError, ProofError
     from fxsplit.plan.forecast import Forecast
     from fxsplit.plan.partition import Partition
     from fxsplit.plan.schedule import Phase, Plan, schedule
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
     from fxsplit.run.executor import Executor
     from fxsplit.run.op_costs import measure
     from fxsplit.run.pipeline import to_pipeline_stages
+    from fxsplit.run.proving import Proof, prove
     from fxsplit.spec import RunSpec
 
 __version__ = "0.1.0"
@@ -40,6 +51,8 @@ __all__ = [
     "Partition",
     "Phase",
     "Plan",
+    "Proof",
+    "ProofError",
     "RunReport",
     "RunSpec",
     "Trace",
@@ -51,6 +64,7 @@ __all__ = [
     "load_plan",
     "measure",
     "partition",
+    "prove",
     "save_plan",
     "schedule",
     "to_pipeline_stages",
@@ -60,10 +74,20 @@ __all__ = [
 
 # Resolved on first use (PEP 562): importing fxsplit must not import torch.
 _HOMES = {
-    "fxsplit.api": ("check", "check_forecasts", "forecast", "inspect", "load_plan", "partition", "save_plan", "train"),
+    "fxsplit.api": (
+        "check",
+        "check_forecasts",
+        "forecast",
+        "inspect",
+        "load_plan",
+        "partition",
+        "save_plan",
+        "trace",
+        "train",
+    ),
     "fxsplit.run.op_costs": ("measure",),
-    "fxsplit.capture.tracing": ("Trace", "trace"),
-    "fxsplit.errors": ("FxsplitError",),
+    "fxsplit.capture.tracing": ("Trace",),
+    "fxsplit.errors": ("FxsplitError", "ProofError"),
     "fxsplit.plan.forecast": ("Forecast",),
     "fxsplit.plan.partition": ("Partition",),
     "fxsplit.plan.schedule": ("Phase", "Plan", "schedule"),
@@ -71,6 +95,7 @@ _HOMES = {
     "fxsplit.run.devices": ("device_map",),
     "fxsplit.run.executor": ("Executor",),
     "fxsplit.run.pipeline": ("to_pipeline_stages",),
+    "fxsplit.run.proving": ("Proof", "prove"),
     "fxsplit.spec": ("RunSpec",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import torch
 from timm.utils.random import random_seed
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from fxsplit.capture import models
+from fxsplit.capture.tracer import Leaf
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.capture.units import units_of
@@ -45,8 +47,9 @@ from fxsplit.run.metrics import environment
 from fxsplit.run.op_costs import measure as measure_ops
 from fxsplit.run.optimizers import make_optimizer, make_scheduler, slots_of
 from fxsplit.run.passes import Pass, names_of, passes_for
+from fxsplit.run.proving import prove, prove_batch
 from fxsplit.run.soft_targets import SoftTargets
-from fxsplit.run.training import MakeCache, Trainer
+from fxsplit.run.training import MakeCache, Trainer, logits_of
 from fxsplit.run.workers import call_each
 from fxsplit.spec import RunSpec
 
@@ -81,8 +84,6 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         executor = Executor(trace, plan.partitions, passes=passes)
         if spec.settled_dtype != "same":
             executor.settled_dtype = getattr(torch, spec.settled_dtype)
-        if spec.torchcompile:
-            executor.compile_stages(spec.torchcompile)
         trainer = _trainer(spec, trace, executor, plan, data, observer)
         check_batches(trace, plan, trainer.loader, grad_accum_steps=spec.grad_accum_steps)
         surroundings = environment(device)
@@ -94,8 +95,12 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
             train_images=len(data.train),
             test_images=len(data.test),
         )
-        records: list[EpochRecord] = []
         setup_seconds = perf_counter() - began
+        prove_seconds = _prove_first_batch(spec, trace, trainer, observer) if spec.prove else 0.0
+        if spec.torchcompile:
+            # Compilers round as they like, so the proof comes first.
+            executor.compile_stages(spec.torchcompile)
+        records: list[EpochRecord] = []
         status = "failed"
         try:
             for record in islice(trainer.epochs(), 1 if spec.dry_run else None):
@@ -116,6 +121,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
                 passes=names_of(passes),
                 epochs=tuple(records),
                 setup_seconds=setup_seconds,
+                prove_seconds=prove_seconds,
                 total_seconds=perf_counter() - began,
                 folder=str(folder.path) if folder else "",
             )
@@ -167,6 +173,7 @@ def check(
     structure_only: bool = False,
     parts: int = 4,
     img_size: int | None = None,
+    channels_last: bool = False,
     jobs: int = 1,
     observer: Observer | None = None,
 ) -> tuple[CheckRecord, ...]:
@@ -174,12 +181,15 @@ def check(
 
     `specs` may hold wildcards, such as `timm:resnet*`. Each model gets random weights and inputs of its own size
     (`img_size` otherwise). With `structure_only` it is captured and cut on the meta device, and nothing is computed.
-    `jobs` models are checked at a time. Raises UsageError for a name that means no model; what is wrong with a model
-    is in its record.
+    With `channels_last` all runs as in `train` with that option, and each matrix product is held to the convolution in
+    its place. `jobs` models are checked at a time. Raises UsageError for a name that means no model; what is wrong with
+    a model is in its record.
     """
     observer = observer or Observer()
     names = list(dict.fromkeys(name for spec in specs for name in models.expand(spec)))
-    call = partial(check_model, structure_only=structure_only, parts=parts, img_size=img_size)
+    call = partial(
+        check_model, structure_only=structure_only, parts=parts, img_size=img_size, channels_last=channels_last
+    )
     found: dict[str, CheckRecord] = {}
     for record in call_each(call, names, jobs=jobs, died=_died):
         found[record.model] = record
@@ -225,6 +235,30 @@ def check_forecasts(
 
 def _died(spec: str) -> CheckRecord:
     return CheckRecord(model=spec, refusal="the process that checked it died, as it does when memory runs out")
+
+
+def trace(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    leaves: Sequence[Leaf] = (),
+    verify: bool = False,
+) -> Trace:
+    """Capture `model` as it would run on `args` and `kwargs`, in training and in evaluation.
+
+    Only shapes and types are looked at, so tensors may be on the meta device and the model needs no weights; give at
+    least two samples. `leaves` shall stay one op each: dotted paths or classes of modules, and functions. With `verify`
+    the captured ops are run on `args`, which then need numbers, and held against the model as `prove` does.
+
+    Raises TraceError when the model itself, and not just a module in it, branches on data or cannot run on `args`, and
+    ProofError when it is captured wrong.
+    """
+    found = trace_model(model, args, kwargs, leaves=leaves)
+    if verify:
+        most = most_partitions(found.train, found.eval)
+        prove(model, Executor(found, partition(found, count=min(DEFAULT_PARTS, most))), args, kwargs)
+    return found
 
 
 def partition(
@@ -414,6 +448,29 @@ def _trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: 
         log_interval=spec.log_interval,
         observer=observer,
     )
+
+
+def _prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: Observer) -> float:
+    """Hold the executor against the model on the first batch, as the run takes it; the seconds that it took."""
+    began = perf_counter()
+    trainer.executor.train()
+    batch = next(trainer.loader.training(0))
+    proof = prove_batch(
+        trace.model,
+        trainer.executor,
+        batch.images,
+        batch.labels,
+        parts=spec.grad_accum_steps * trainer.plan.phases[0].micro_batches,
+        loss=lambda output, labels: cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing),
+        autocast=trainer.autocast,
+        notice=observer.notice,
+    )
+    if proof is not None and proof.varying:
+        observer.notice(
+            f"two runs of the plain model differ in {len(proof.varying)} of {proof.compared} values of the first "
+            "batch; the partitions were held to these within what they vary by themselves"
+        )
+    return perf_counter() - began
 
 
 def _exits(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> Exits | None:

@@ -7,6 +7,7 @@
     ├── PartitionError           3   the graph cannot be cut or scheduled as asked
     ├── DataError                1   the data cannot be read, downloaded or split
     └── CheckError               4   a requested check failed
+        └── ProofError           4   on a batch, the partitions and the model differ
 
 A message says what is wrong, which thing is meant, why, and what to do. `Terminated` is none of them:
 like KeyboardInterrupt, of which it is one, it passes through every `except Exception`.
@@ -54,6 +55,10 @@ class CheckError(FxsplitError):
     """A check that the user asked for failed."""
 
     exit_code = 4
+
+
+class ProofError(CheckError):
+    """Partitions do not compute what the model computes, on a batch that both were given."""
 
 
 class Terminated(KeyboardInterrupt):

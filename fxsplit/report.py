@@ -67,6 +67,7 @@ class RunReport:
     """A whole run. `status` is "finished", "interrupted" or "failed"; `folder` is where its files lie.
 
     `passes` are the graph passes that rewrote what it ran; without any, it ran what the model runs, bit for bit.
+    `setup_seconds` are without the `prove_seconds` that the proof of the first batch took.
     """
 
     status: str
@@ -77,6 +78,7 @@ class RunReport:
     passes: tuple[str, ...] = ()
     epochs: tuple[EpochRecord, ...]
     setup_seconds: float
+    prove_seconds: float = 0.0
     total_seconds: float
     folder: str
 
@@ -91,6 +93,7 @@ class RunReport:
             "status": self.status,
             "accuracy_pct": self.accuracy_pct if self.epochs else None,
             "setup_seconds": self.setup_seconds,
+            "prove_seconds": self.prove_seconds,
             "total_seconds": self.total_seconds,
             "folder": self.folder,
             "graph_digest": self.graph_digest,
@@ -143,7 +146,7 @@ class CheckRecord:
 
     `refusal` says why it cannot be captured or cut, or is None. `guards` counts those of both modes, `cuts` the legal
     ones. `batch_sizes` are those at which it ran beside the plain model, none if only its structure was looked at;
-    `differences` is what was not equal then, and `own_randomness` that two plain models differ too.
+    `differences` is what was not equal then; `own_differences` was not either, but is not with two plain models.
     """
 
     model: str
@@ -157,13 +160,13 @@ class CheckRecord:
     partitions: int = 0
     batch_sizes: tuple[int, ...] = ()
     differences: tuple[str, ...] = ()
-    own_randomness: bool = False
+    own_differences: tuple[str, ...] = ()
     seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
         """Captured, cut, and equal to the plain model wherever that equals itself."""
-        return self.refusal is None and (not self.differences or self.own_randomness)
+        return self.refusal is None and not self.differences
 
     @property
     def verdict(self) -> str:
@@ -171,7 +174,9 @@ class CheckRecord:
         if self.refusal is not None:
             return "refused"
         if self.differences:
-            return "not deterministic" if self.own_randomness else "differs"
+            return "differs"
+        if self.own_differences:
+            return "not deterministic"
         return "equal" if self.batch_sizes else "captured"
 
     def after(self, seconds: float) -> CheckRecord:

@@ -260,6 +260,11 @@ class RunSpec:
     device: str = _option("Run", "auto, cpu, cuda or cuda:N.", "auto", pattern=r"auto|cpu|cuda(:\d+)?")
     seed: int = _option("Run", "Seed of weights, order and augmentation.", 42, least=0, below=2**32)
     deterministic: bool = _option("Run", "Only deterministic kernels.", False)
+    prove: bool = _option(
+        "Run",
+        "Hold the first batch through the partitions against the plain model before the first step.",
+        True,
+    )
     output: str = _option("Run", "Folder that gets one folder a run.", "output/train", flags=("--output-dir",))
     experiment: str | None = _option("Run", "Name of the run's folder, instead of one from the time.", None)
     log_interval: int = _option("Run", "Steps between two progress reports.", 10, least=1)

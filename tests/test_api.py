@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 import fxsplit
 from fxsplit.api import choose_device, determinism
 from fxsplit.capture import models
-from fxsplit.errors import DataError, PartitionError, UsageError
+from fxsplit.errors import DataError, PartitionError, ProofError, UsageError
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.planfile import read_file
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, RunReport
@@ -185,6 +185,47 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(
 
     assert outcome(1) == outcome(1) != outcome(2)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"schedule": "settle", "grad_accum_steps": 2, "batch_size": 20},
+        {"amp": True, "augment": "crop-flip"},
+        {"channels_last": True},
+    ],
+    ids=lambda given: ",".join(given),
+)
+def test_the_proof_of_the_first_batch_changes_nothing(
+    spec: Callable[..., fxsplit.RunSpec], changes: dict[str, Any]
+) -> None:
+    weights, losses = [], []
+    for prove in (True, False):
+        report = train(spec(prove=prove, epochs=2, **changes))
+        weights.append(safetensors.torch.load_file(Path(report.folder) / "model.safetensors"))
+        losses.append([(record.train_loss, record.eval_loss) for record in report.epochs])
+        data = json.loads((Path(report.folder) / "report.json").read_text(encoding="utf-8"))
+        assert (data["prove_seconds"] > 0) is prove
+        assert data["setup_seconds"] + data["prove_seconds"] < data["total_seconds"]
+    assert losses[0] == losses[1]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_run_whose_partitions_are_wrong_ends_before_its_first_step(
+    spec: Callable[..., fxsplit.RunSpec], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true = fxsplit.Executor.forward
+    monkeypatch.setattr(fxsplit.Executor, "forward", lambda self, *args: true(self, *args) * 1.001)
+    asked = spec(epochs=1)
+    with pytest.raises(ProofError, match="output"):
+        train(asked)
+    model = ["train", asked.model, "--data", "synthetic", "--img-size", "12", "--train-limit", "40", "--epochs", "1"]
+    options = [*model, "--parts", "3", "--output", asked.output, "--no-progress"]
+    capsys.readouterr()
+    assert main(options) == 4
+    assert "do not compute what the model computes" in capsys.readouterr().err
+    assert main([*options, "--no-prove"]) == 0
 
 
 def test_the_seed_fixes_what_weights_are_drawn() -> None:

@@ -56,7 +56,7 @@ FILES = sorted(path for path in (ROOT / "fxsplit").rglob("*.py") if not path.nam
 
 
 def test_every_file_has_its_layer() -> None:
-    assert len(FILES) == 71
+    assert len(FILES) == 85
     assert {noun(path) for path in FILES} == set().union(*LAYERS)
 
 
@@ -105,8 +105,9 @@ def test_starting_loads_no_torch(code: str) -> None:
 def test_public_names() -> None:
     assert fxsplit.__all__ == [
         "CheckRecord", "Executor", "Forecast", "ForecastRecord", "FxsplitError", "Inspection", "Observer", "Partition",
-        "Phase", "Plan", "RunReport", "RunSpec", "Trace", "check", "check_forecasts", "device_map", "forecast",
-        "inspect", "load_plan", "measure", "partition", "save_plan", "schedule", "to_pipeline_stages", "trace", "train",
+        "Phase", "Plan", "Proof", "ProofError", "RunReport", "RunSpec", "Trace", "check", "check_forecasts",
+        "device_map", "forecast", "inspect", "load_plan", "measure", "partition", "prove", "save_plan", "schedule",
+        "to_pipeline_stages", "trace", "train",
     ]  # fmt: skip
     assert all(getattr(fxsplit, name).__name__ == name for name in fxsplit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'compare'"):

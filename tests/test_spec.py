@@ -31,7 +31,8 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("momentum", "smoothing", "drop_path", "soft_targets", "average", "anneal"), below_one),
     **dict.fromkeys(("settle_from", "settle_until", "settle_share"), maybe),
     **dict.fromkeys(
-        ("pretrained", "amp", "channels_last", "deterministic", "dry_run", "recalibrate", "veto"), st.booleans()
+        ("pretrained", "amp", "channels_last", "deterministic", "dry_run", "prove", "recalibrate", "veto"),
+        st.booleans(),
     ),
     **dict.fromkeys(("lr", "decay_rate", "soft_temperature"), positive),
     **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit"), maybe | positive),

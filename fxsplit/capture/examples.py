@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxsplit.capture import models
-from fxsplit.capture.meta import map_tensors
+from fxsplit.capture.structure import map_tensors
 
 TOKENS = 16
 VOCABULARY = range(2, 64)  # every vocabulary has these; what comes before is padding and the like in small models

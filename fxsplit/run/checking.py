@@ -3,20 +3,26 @@
 plain model ──► output, loss, gradients, buffers, random state ┐
                                                                ├── equal, in training and evaluation,
 executor    ──► output, loss, gradients, buffers, random state ┘   at two batch sizes
+
+What is not equal is held against a third and a fourth copy, both plain: only where these two differ as well, in the
+very same name, is it the model's own doing.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxsplit.capture import models
 from fxsplit.capture.examples import Example, example
@@ -26,21 +32,29 @@ from fxsplit.errors import FxsplitError
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import most_partitions, partition
 from fxsplit.report import CheckRecord
+from fxsplit.run.equality import Difference, differences, loss_of, outcome, random_states, set_random_states
 from fxsplit.run.executor import Executor
+from fxsplit.run.passes import passes_for
+from fxsplit.run.pointwise import held_to_convolutions
 
 CLASSES = 10
 BATCH_SIZES = (2, 3)
 SEED = 0
 
 
-def check_model(spec: str, *, structure_only: bool, parts: int, img_size: int | None) -> CheckRecord:
+def check_model(
+    spec: str, *, structure_only: bool, parts: int, img_size: int | None, channels_last: bool = False
+) -> CheckRecord:
     """Capture a model with random weights, cut it, and unless `structure_only` prove it equal to the plain model.
 
+    With `channels_last` it runs as `train` runs it then, and each product is held to the convolution in its place.
     Never raises for what is wrong with the model: the record says it.
     """
     began = perf_counter()
     try:
-        record = _check(spec, structure_only=structure_only, parts=parts, img_size=img_size)
+        record = _check(
+            spec, structure_only=structure_only, parts=parts, img_size=img_size, channels_last=channels_last
+        )
     except FxsplitError as error:
         record = CheckRecord(model=spec, refusal=str(error))
     except Exception as error:
@@ -48,24 +62,30 @@ def check_model(spec: str, *, structure_only: bool, parts: int, img_size: int | 
     return record.after(perf_counter() - began)
 
 
-def _check(spec: str, *, structure_only: bool, parts: int, img_size: int | None) -> CheckRecord:
+def _check(spec: str, *, structure_only: bool, parts: int, img_size: int | None, channels_last: bool) -> CheckRecord:
     size = models.native_size(spec) if img_size is None else img_size
 
     def build() -> nn.Module:
         torch.manual_seed(SEED)
         make = models.sketch if structure_only else models.build
-        return make(spec, num_classes=CLASSES, img_size=size)
+        made = make(spec, num_classes=CLASSES, img_size=size)
+        return made.to(memory_format=torch.channels_last) if channels_last else made
 
     model = build()
     inputs = _inputs(spec, model, size, structure_only=structure_only)
+    if channels_last:
+        inputs = [each.in_channels_last() for each in inputs]
     captured = trace(model, inputs[0].args, inputs[0].kwargs)
     most = most_partitions(captured.train, captured.eval)
     partitions = partition(captured.train, captured.eval, count=min(parts, most))
-    differences: tuple[str, ...] = ()
-    own = False
+    found: list[Difference] = []
+    own: set[tuple[str, bool]] = set()
     if not structure_only:
-        differences = tuple(differing(build(), Executor(captured, partitions), inputs))
-        own = bool(differences) and bool(differing(build(), build(), inputs))
+        net = Executor(captured, partitions, passes=passes_for(torch.device("cpu"), channels_last=channels_last))
+        with held_to_convolutions():
+            found = list(differing(build(), net, inputs))
+        if found:
+            own = {_what(each) for each in differing(build(), build(), inputs)}
     return CheckRecord(
         model=spec,
         ops=len(captured.train),
@@ -76,8 +96,8 @@ def _check(spec: str, *, structure_only: bool, parts: int, img_size: int | None)
         cuts=sum(cut.refusal is None for cut in cuts(captured.train, captured.eval)),
         partitions=len(partitions),
         batch_sizes=() if structure_only else tuple(map(_batch_size, inputs)),
-        differences=differences,
-        own_randomness=own,
+        differences=tuple(str(each) for each in found if _what(each) not in own),
+        own_differences=tuple(str(each) for each in found if _what(each) in own),
     )
 
 
@@ -89,56 +109,39 @@ def _inputs(spec: str, model: nn.Module, size: int, *, structure_only: bool) -> 
     return [first, second if len(set(counts)) == 1 else draw(batch_size=BATCH_SIZES[0], seed=SEED + 1)]
 
 
-def differing(plain: nn.Module, other: nn.Module, inputs: Sequence[Example]) -> Iterator[str]:
-    """What differs between two modules with equal weights, in words: nothing, if they compute the same."""
+def differing(plain: nn.Module, other: nn.Module, inputs: Sequence[Example]) -> Iterator[Difference]:
+    """In what two modules with equal weights differ, in training and evaluation: nothing, if they compute the same."""
     for training in (True, False):
         plain.train(training)
         other.train(training)
         for given in inputs:
             expected, found = (_outcome(module, given, training) for module in (plain, other))
             where = f"in {'training' if training else 'evaluation'}, batch of {_batch_size(given)}"
-            for name in {**expected, **found}:
-                if not _same(expected.get(name), found.get(name)):
-                    yield f"{name} {where}"
+            for each in differences(expected, found):
+                yield replace(each, name=f"{each.name} {where}")
 
 
-def _outcome(module: nn.Module, given: Example, training: bool) -> dict[str, Any]:
+def _outcome(net: nn.Module, given: Example, training: bool) -> dict[str, Any]:
     """All that a call leaves behind, by name."""
     given = copy.deepcopy(given)
-    with _seeded():
+
+    def step(net: nn.Module) -> Iterator[tuple[str, Any]]:
         with torch.set_grad_enabled(training):
-            output = module(*given.args, **given.kwargs)
-        found: dict[str, Any] = {f"output {index}": leaf.detach() for index, leaf in enumerate(tensors_in(output))}
-        found["type of the output"] = type(output)
-        loss = _loss(output) if training else None
+            output = net(*given.args, **given.kwargs)
+        yield "output", output
+        yield "input", tensors_in((given.args, given.kwargs))
+        loss = loss_of(output) if training else None
         if loss is not None:
-            module.zero_grad(set_to_none=True)
+            yield "loss", loss
             loss.backward()  # type: ignore[no-untyped-call]
-            found["loss"] = loss.detach()
-            found |= {f"gradient of {name}": parameter.grad for name, parameter in module.named_parameters()}
-        found |= {f"buffer {name}": buffer.clone() for name, buffer in module.named_buffers()}
-        found["random state of torch"] = torch.get_rng_state()
-        found["random state of Python"] = random.getstate()
-    return found
+
+    with _seeded():
+        return outcome(net, step)
 
 
-def _loss(output: Any) -> Tensor | None:
-    """A number that depends on every element of the output, and on each one differently."""
-    leaves = [leaf.float() for leaf in tensors_in(output) if leaf.requires_grad]
-    if not leaves:
-        return None
-    return torch.stack([(leaf * torch.linspace(-1, 2, leaf.numel()).view_as(leaf)).mean() for leaf in leaves]).sum()
-
-
-def _same(expected: Any, found: Any) -> bool:
-    if isinstance(expected, Tensor) and isinstance(found, Tensor):
-        # As bytes, so that not-a-number equals itself.
-        return (
-            expected.shape == found.shape
-            and expected.dtype == found.dtype
-            and torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (expected, found)))
-        )
-    return type(expected) is type(found) and bool(expected == found)
+def _what(difference: Difference) -> tuple[str, bool]:
+    """What two plain models must differ in as well: a model with random numbers has no right to another shape."""
+    return difference.name, math.isinf(difference.size)
 
 
 def _batch_size(given: Example) -> int:
@@ -148,11 +151,11 @@ def _batch_size(given: Example) -> int:
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    before = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        random.seed(SEED)
-        try:
-            yield
-        finally:
-            random.setstate(before)
+    before = random_states()
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    np.random.seed(SEED)
+    try:
+        yield
+    finally:
+        set_random_states(before)

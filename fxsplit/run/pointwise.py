@@ -9,6 +9,9 @@ else the convolution itself runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +19,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
 
 from fxsplit.capture.naming import called_module
+from fxsplit.errors import CheckError
+
+_held_to_convolutions = ContextVar("held_to_convolutions", default=False)
 
 
 def conv2d(images: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
@@ -26,8 +32,46 @@ def conv2d(images: Tensor, weight: Tensor, bias: Tensor | None = None, **options
 def convolved(module: nn.Conv2d, images: Tensor) -> Tensor:
     """What a pointwise convolution gives; with its hooks, it does it itself."""
     if _is_faster(images) and is_untouched(module, nn.Conv2d):
+        if _held_to_convolutions.get():
+            return _held_to_convolution(module, images)
         return _product(images, module.weight, module.bias)
     result: Tensor = module(images)
+    return result
+
+
+@contextmanager
+def held_to_convolutions() -> Iterator[None]:
+    """Inside, each product is computed beside its convolution and held against it; the convolution's result goes on.
+
+    So what runs inside is equal to the model bit for bit, but for a product that differs by more than any order of
+    summation can: that raises CheckError. A sum of n products, taken in whatever order, is off by at most n * u / (1 -
+    n * u) of the sum of their absolute values, where u is half the distance from 1 to the next number; two such sums
+    differ by at most twice that (Higham, Accuracy and stability of numerical algorithms, 2002, section 3.1).
+    """
+    token = _held_to_convolutions.set(True)
+    try:
+        yield
+    finally:
+        _held_to_convolutions.reset(token)
+
+
+def _held_to_convolution(module: nn.Conv2d, images: Tensor) -> Tensor:
+    result: Tensor = module(images)
+    with torch.no_grad():
+        terms = module.in_channels + (module.bias is not None)
+        rounding = terms * torch.finfo(images.dtype).eps / 2
+        sizes = [None if each is None else each.abs() for each in (images, module.weight, module.bias)]
+        # These sums of absolute values are themselves rounded, by as much.
+        bound = 2 * rounding / (1 - rounding) ** 2 * _product(*sizes)  # type: ignore[arg-type]
+        product = _product(images, module.weight, module.bias)
+        # Where the model itself has no finite numbers, there is nothing to be held to.
+        wrong = ((product - result).abs() > bound) | (product.isfinite() != result.isfinite())
+        if wrong.any():
+            raise CheckError(
+                f"as a matrix product, {module} gives numbers that differ from the convolution's by "
+                f"{(product - result)[wrong].abs().max().item():.2g}, which rounding cannot explain; run without "
+                "--channels-last"
+            )
     return result
 
 

@@ -24,6 +24,7 @@ from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
 from fxsplit.plan.partition import Partition
 from fxsplit.run.passes import Pass, rewritten
+from fxsplit.run.source import NAME, source_of
 
 _serial = itertools.count()
 

@@ -213,7 +213,7 @@ class Trainer:
 
         def forward(stop: int) -> None:
             self.executor.train()
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self.autocast():
                 for batch in islice(self._batches(epoch), BATCHES):
                     values = self._settle(batch.images) if isinstance(batch, Batch) else batch.values
                     self.executor.resume(values, stop)
@@ -222,7 +222,7 @@ class Trainer:
         self._endings.finish(partitions, forward, gather=gather)
         if gather and self.soft_targets:
             self.executor.eval()
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self.autocast():
                 for batch in self._batches(epoch):
                     self.soft_targets.keep(logits_of(self._run(_given(batch))), batch.ids)
 
@@ -296,7 +296,7 @@ class Trainer:
         return self.loader.for_testing().training(0)
 
     def _settle(self, images: Tensor) -> list[Any]:
-        with self._autocast():
+        with self.autocast():
             return self.executor.settle(images)
 
     def _step(self, batch: Batch | SettledBatch, done: int, accuracy: Accuracy) -> None:
@@ -305,7 +305,7 @@ class Trainer:
         sizes = part_sizes(len(batch.labels), self._parts, batch_size=self.loader.batch_size)
         targets = (torch.split(each, sizes) for each in (batch.labels, batch.ids))
         for part, labels, ids in zip(self._chunks(batch), *targets, strict=True):
-            with self._autocast():
+            with self.autocast():
                 with self.executor.heard(self.exits.hear) if self.exits else nullcontext():
                     logits = logits_of(self._run(part))
                 loss = self._loss(logits, labels, ids, done / self._steps)
@@ -363,13 +363,14 @@ class Trainer:
         """Accuracy and cross-entropy, without smoothing, on the test images."""
         self.executor.eval()
         accuracy = Accuracy(self.device)
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             for batch in self._test_batches():
                 logits = logits_of(self._run(_given(batch)))
                 accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
         return accuracy.read()
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """What forward runs in."""
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
 

@@ -42,8 +42,9 @@ TRAIN_OPTIONS = """
 --data-dir --deterministic --device --drop-path --dry-run --epochs --epochs-total --exit-weight --exits --experiment
 --grad-accum-steps
 --img-size --json  --l2l --log-interval --lr --mean --memory-budget --min-lr --momentum --no-amp --no-channels-last
---no-deterministic --no-dry-run --no-pretrained --no-progress --opt --output --output-dir --parts --plan
---pretrained --print-config --progress --quiet -q --sched --schedule --seed --settled-dtype --smoothing --std --stem
+--no-deterministic --no-dry-run --no-pretrained --no-progress --no-prove --opt --output --output-dir
+--parts --plan --pretrained --print-config --progress --prove --quiet -q --sched --schedule --seed --settled-dtype
+--smoothing --std --stem
 --anneal --average --no-recalibrate --no-veto --recalibrate --settle-from --settle-share --settle-until
 --soft-from --soft-targets --soft-temperature --veto
 --torchcompile --train-batches-per-epoch --train-limit  --verbose -v --warmup-epochs --wd --weight-decay
@@ -51,9 +52,9 @@ TRAIN_OPTIONS = """
 """
 INSPECT_OPTIONS = """
 --grad-accum-steps --memory-budget --settle-from --settle-share --settle-until
---at --balance --batch-size -b --by --channels-last --config -c --data --device --diff --drop-path --epochs --epochs-total
---format --img-size --json --l2l --measure --momentum --no-channels-last --opt --output -o --parts --plan --save-plan --schedule
---stem --verbose -v
+--at --balance --batch-size -b --by --channels-last --config -c --data --device --diff --drop-path --epochs
+--epochs-total --format --img-size --json --l2l --measure --momentum --no-channels-last --opt --output -o --parts
+--plan --save-plan --schedule --stem --verbose -v
 """
 
 CHECK_OPTIONS = """
@@ -176,7 +177,7 @@ def test_a_failed_check_has_its_own_exit_code(api: FakeApi, capsys: pytest.Captu
     found = json.loads(capsys.readouterr().out)
     assert [record["verdict"] for record in found] == ["equal", "differs", "refused"]
     assert sorted(found[0]) == [
-        "batch_sizes", "cuts", "differences", "eval_ops", "guards", "model", "opaque", "ops", "own_randomness",
+        "batch_sizes", "cuts", "differences", "eval_ops", "guards", "model", "opaque", "ops", "own_differences",
         "parameters", "partitions", "passed", "refusal", "seconds", "verdict",
     ]  # fmt: skip
 
