@@ -11,14 +11,15 @@ Source: Chen et al., Training deep nets with sublinear memory cost, 2016.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fxsplit.capture.naming import called_module
+from fxsplit.capture.structure import map_tensors
 from fxsplit.capture.tracing import Trace
 from fxsplit.run.stages import Stage, spans
 
@@ -71,9 +72,8 @@ class Recomputing:
                 values[position] = originals.pop(position) if position in originals else _copy(values[position])
             return self.stage(model, values, training=True)
 
-        return checkpoint(
-            run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), _put_back(model, contents, modes))
-        )
+        again = _Anew(lambda: _put_back(model, contents, modes))
+        return checkpoint(run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -91,6 +91,20 @@ def _content(module: nn.Module) -> Content:
     return {} if _is_plain(module) else dict(vars(module)), buffers
 
 
+class _Anew:
+    """A context that is made anew whenever it is entered: backward may run several times."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+
+    def __enter__(self) -> None:
+        self._context = self._make()
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
 @contextmanager
 def _put_back(model: nn.Module, contents: Mapping[str, Content], modes: Modes) -> Iterator[None]:
     """Inside, modules hold again what they held before the first forward; what they hold now stays for later."""
@@ -100,7 +114,8 @@ def _put_back(model: nn.Module, contents: Mapping[str, Content], modes: Modes) -
     try:
         for path, (attributes, buffers) in contents.items():
             vars(modules[path]).update(attributes)
-            modules[path]._buffers.update(buffers)
+            # Copies, since each further run starts from the same buffers.
+            modules[path]._buffers.update(map_tensors(Tensor.clone, buffers))
         _set(modes)
         yield
     finally:

@@ -17,9 +17,9 @@ import torch
 from fxsplit_cli.main import main
 from torch import Tensor, fx, nn
 
+import fxsplit
 from fxsplit.capture.contexts import Context
 from fxsplit.capture.tracing import trace
-from fxsplit.plan.partition import partition
 from fxsplit.run.executor import Executor
 from fxsplit.run.source import source_of
 from fxsplit.run.stages import code_of
@@ -99,7 +99,7 @@ def test_arguments_arrive_as_they_are(argument: Any) -> None:
 def test_no_name_is_code() -> None:
     model = OddNames()
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
-    net = Executor(captured, partition(captured, count=3))
+    net = Executor(captured, fxsplit.partition(captured, count=3))
     for code in net._stages[0]._codes.values():
         assert code._source.isascii()
     plain = copy.deepcopy(model)
@@ -111,7 +111,7 @@ def test_no_name_is_code() -> None:
 def test_a_replaced_module_is_followed() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
     captured = trace(model, (torch.empty(2, 2),))
-    net = Executor(captured, partition(captured, count=1))
+    net = Executor(captured, fxsplit.partition(captured, count=1))
     model[0][0] = nn.Linear(2, 2)
     x = torch.randn(3, 2)
     assert torch.equal(net(x), model(x))
@@ -121,7 +121,7 @@ def test_sources_leave_with_their_executor() -> None:
     gc.collect()
     before = set(entries())
     captured = trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.empty(2, 2),))
-    nets = [Executor(captured, partition(captured, count=2))]
+    nets = [Executor(captured, fxsplit.partition(captured, count=2))]
     nets += [copy.deepcopy(nets[0]), pickle.loads(pickle.dumps(nets[0]))]
     assert len(entries()) > len(before)
     nets.clear()
@@ -131,7 +131,7 @@ def test_sources_leave_with_their_executor() -> None:
 
 def test_a_traceback_shows_the_line_and_the_op() -> None:
     captured = trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.empty(2, 2),))
-    net = Executor(captured, partition(captured, count=1))
+    net = Executor(captured, fxsplit.partition(captured, count=1))
     with pytest.raises(RuntimeError) as caught:
         net(torch.empty(2, 3))
     shown = "".join(traceback.format_tb(caught.value.__traceback__))
