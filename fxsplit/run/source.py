@@ -1,8 +1,8 @@
 """A graph of ops as the source of a Python function. No name of the model stands in it as code.
 
-    heads["global"](x) * 2   becomes   v0 = values.pop()
-                                       v1 = model._modules['heads']._modules['global'](v0); v0 = None  # 'heads.global'
-                                       v2 = c0(v1, 2); v1 = None  # 'mul'
+    heads["global"](x) * 2  becomes  v1 = getattr(values, 'pop')()
+                                     v2 = model._modules['heads']._modules['global'](v1); v1 = None  # 'heads.global'
+                                     v3 = c0(v2, 2); v2 = None  # 'mul'
 
 Variables and objects get names of our own, and what the model calls something is an escaped string. A module is looked
 up at each call, so that the function serves any copy of the model and follows a module that is replaced.

@@ -135,7 +135,7 @@ def test_a_traceback_shows_the_line_and_the_op() -> None:
     with pytest.raises(RuntimeError) as caught:
         net(torch.empty(2, 3))
     shown = "".join(traceback.format_tb(caught.value.__traceback__))
-    assert "v1 = model._modules['0'](v0); v0 = None  # '0'" in shown
+    assert "v2 = model._modules['0'](v1); v1 = None  # '0'" in shown
 
 
 def test_functions_of_torch_are_pickled_by_name() -> None:
