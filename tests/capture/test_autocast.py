@@ -29,7 +29,7 @@ class AsksForItsType(Chain):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             x = self.conv1(x)
-        return super().forward(x.float()[:, :3]) if x.dtype is torch.bfloat16 else x
+        return super().forward(x.float()[:, :3]) if x.dtype == torch.bfloat16 else x
 
 
 def test_forward_is_told_the_type() -> None:
