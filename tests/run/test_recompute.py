@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxsplit.capture.tracing import trace
+from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
 from fxsplit.run.executor import Executor
 from tests.models import Chain
@@ -128,7 +130,10 @@ WRITERS: dict[str, Callable[[], nn.Module]] = {
 def test_an_input_that_is_written_into_is_kept_as_it_was(name: str, segmented: bool, given: str) -> None:
     torch.manual_seed(0)
     plain = WRITERS[name]()
-    net = recomputing(_executor(copy.deepcopy(plain), 8, 4), segmented=segmented)
+    captured = trace(copy.deepcopy(plain), (torch.empty(2, 3, 8, 8),))
+    # The first partition writes into the input, and saves it.
+    parts = partition(captured.train, captured.eval, at=["norm1", "head"])
+    net = recomputing(Executor(captured, parts), segmented=segmented)
     images, labels = _images(0, 8)
     if given == "with gaps":
         images = torch.stack([images, images], -1)[..., 0]
