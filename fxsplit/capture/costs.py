@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from fxsplit.capture.kernels import Kernels
 from fxsplit.capture.meta import StandIn, bytes_of, storage_key
 from fxsplit.capture.structure import map_tensors, tensors_in
 
@@ -34,7 +34,8 @@ class CostMeter:
     that several operations keep is charged to the first of them.
     """
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Iterable[Tensor], kernels: Kernels) -> None:
+        self._kernels = kernels
         # All stay alive, so that no key is given to another storage.
         self._kept: list[Tensor] = list(known)
         self._free = {storage_key(tensor) for tensor in self._kept}
@@ -54,13 +55,12 @@ class CostMeter:
                 saved[key] = bytes_of(tensor)
                 self._kept.append(tensor.detach())
 
-        counter = FlopCounterMode(display=False)
         # Nothing runs backward from here. An op that held its own output would never be freed.
-        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+        with self._kernels.counting() as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
             value = run(given)
         new_bytes = sum(size for key, size in saved.items() if key not in self._charged)
         self._charged.update(saved)
-        macs = counter.get_total_flops() // 2
+        macs = sum(flops.values()) // 2
         backward_macs = 0
         made, used = tensors_in(value), (*tensors_in(given), *state)
         # Gradients on the meta device cannot go back into numbers elsewhere.
@@ -68,28 +68,26 @@ class CostMeter:
         if macs and not mixed and any(tensor.requires_grad for tensor in made):
             # Models repeat themselves: the same work on the same shapes is looked at once.
             wanting = (tensor.shape for tensor in used if tensor.requires_grad)
-            kind = (*counter.get_flop_counts()["Global"].items(), *wanting)
+            kind = (*flops.items(), *wanting)
             if kind not in self._backward_macs:
-                self._backward_macs[kind] = _backward_macs(run, given, state)
+                self._backward_macs[kind] = self._count_backward(run, given, state)
             backward_macs = self._backward_macs[kind]
         return value, Cost(macs=macs, backward_macs=backward_macs, new_bytes=new_bytes, saved=saved)
 
+    def _count_backward(self, run: Callable[[Any], Any], given: Any, state: Sequence[Tensor]) -> int:
+        """Of the gradients of all that wants one, run once more, apart from whatever made what is given."""
+        wanting = [tensor for tensor in state if tensor.requires_grad]
 
-def _backward_macs(run: Callable[[Any], Any], given: Any, state: Sequence[Tensor]) -> int:
-    """Of the gradients of all that wants one, run once more, apart from whatever made what is given."""
-    wanting = [tensor for tensor in state if tensor.requires_grad]
+        def apart(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            wanting.append(tensor.detach().requires_grad_())
+            # What is no leaf of autograd may be written in place.
+            return wanting[-1].clone()
 
-    def apart(tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        wanting.append(tensor.detach().requires_grad_())
-        # What is no leaf of autograd may be written in place.
-        return wanting[-1].clone()
-
-    made = [tensor for tensor in tensors_in(run(map_tensors(apart, given))) if tensor.requires_grad]
-    if not wanting:
-        return 0
-    counter = FlopCounterMode(display=False)
-    with counter:
-        torch.autograd.grad(made, wanting, [torch.empty_like(tensor) for tensor in made], allow_unused=True)
-    return counter.get_total_flops() // 2
+        made = [tensor for tensor in tensors_in(run(map_tensors(apart, given))) if tensor.requires_grad]
+        if not wanting:
+            return 0
+        with self._kernels.counting() as flops:
+            torch.autograd.grad(made, wanting, [torch.empty_like(tensor) for tensor in made], allow_unused=True)
+        return int(sum(flops.values()) // 2)

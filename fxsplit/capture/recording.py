@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from fxsplit.capture.costs import CostMeter
 from fxsplit.capture.effects import Snapshot, generators_around, restored, state_of
+from fxsplit.capture.kernels import Kernels
 from fxsplit.capture.meta import on_meta, resolve
 from fxsplit.capture.patches import UntraceableError, watched
 from fxsplit.capture.same import same_graph
@@ -53,6 +54,7 @@ class Recorder:
     leaves: Sequence[Leaf]
     originals: Mapping[int, Any]
     compiled: Mapping[str | FunctionType, str]
+    kernels: Kernels
     _whole: dict[str | FunctionType, str] = field(default_factory=dict)
     _lenient: bool = False
 
@@ -147,7 +149,8 @@ class Recorder:
             whole=dict(self.compiled) | self._whole,
             originals=self.originals,
             lenient=self._lenient,
-            meter=CostMeter(known) if costs else None,
+            kernels=self.kernels,
+            meter=CostMeter(known, self.kernels) if costs else None,
         )
         functions = {each for each in (*self.leaves, *self._whole) if isinstance(each, FunctionType)}
         generators = generators_around(self.twin)

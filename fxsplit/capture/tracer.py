@@ -27,6 +27,7 @@ from torch.nn.utils import parametrize
 
 from fxsplit.capture.contexts import Context
 from fxsplit.capture.costs import CostMeter
+from fxsplit.capture.kernels import Kernels
 from fxsplit.capture.meta import Constant, External, Outside, Rebuild, Slot, StandIn, evaluate, expect, resolve
 from fxsplit.capture.mixing import is_along_samples
 from fxsplit.capture.patches import REAL_ISINSTANCE, UntraceableError
@@ -113,6 +114,7 @@ class ValueTracer(fx.Tracer):
         whole: Mapping[str | FunctionType, str] | None = None,
         originals: Mapping[int, Any] | None = None,
         lenient: bool = False,
+        kernels: Kernels,
         meter: CostMeter | None = None,
     ) -> None:
         super().__init__()
@@ -121,7 +123,7 @@ class ValueTracer(fx.Tracer):
         self.leaves = leaves
         self.originals = originals or {}
         self.lenient = lenient
-        self.meter = meter
+        self.kernels, self.meter = kernels, meter
         self.guards: list[Guard] = []
         self.opaque: dict[str, str] = {}
         self.assigned: list[Assignment] = []
@@ -471,7 +473,8 @@ class ValueTracer(fx.Tracer):
         self.evaluating, builtins.isinstance = True, REAL_ISINSTANCE
         try:
             if self.meter is None:
-                value = run((args, kwargs))
+                with self.kernels:
+                    value = run((args, kwargs))
             else:
                 holder = getattr(args[0], "__self__", None) if node.target is operator.call else None
                 used = holder.parameters() if isinstance(holder, nn.Module) else state.values()

@@ -25,6 +25,7 @@ from fxsplit.capture.batch import free_batch
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.costs import Cost
 from fxsplit.capture.guards import Guards
+from fxsplit.capture.kernels import Kernels
 from fxsplit.capture.meta import Outside, on_meta, storage_key
 from fxsplit.capture.naming import assigned_by, called_module, method_of, names_of
 from fxsplit.capture.patches import AMBIENT, LOCK
@@ -174,6 +175,7 @@ def _traced(
         raise TraceError(f"{type(model).__name__} cannot be traced: {reason}")
     signature = Signature.of(model, args, kwargs)
     recorders = {}
+    kernels = Kernels()
     for training in (True, False):
         twin, originals = twin_of(model)
         twin.train(training)
@@ -186,6 +188,7 @@ def _traced(
             leaves=leaves,
             originals=originals,
             compiled=compiled,
+            kernels=kernels,
         )
     recordings = _record_both(recorders)
     for training, recorder in recorders.items():
