@@ -643,9 +643,13 @@ def test_dense_blocks_are_cut_within() -> None:
 
 
 def test_no_partition_is_without_work_while_there_is_work_for_it() -> None:
-    net = graph(chain(*"abcde"))
-    weights = (100, 0, 10, 10, 0)
-    net = replace(net, ops=tuple(replace(op, macs=macs) for op, macs in zip(net.ops, weights, strict=True)))
+    # The two cuts around `b` are the cheapest.
+    sizes, weights = (8, 8, 80, 8, 8), (100, 0, 10, 10, 0)
+    before = ("x", *"abcd")
+    net = graph(
+        op(name, read, size=size, macs=macs)
+        for name, read, size, macs in zip("abcde", before, sizes, weights, strict=True)
+    )
     for count in (2, 3):
         assert 0 not in [part.macs for part in partition(net, net, count=count)]
     assert [part.macs for part in partition(net, net, count=4)].count(0) == 1
