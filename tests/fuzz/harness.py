@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import copy
 import random
 import traceback
 import warnings
@@ -260,7 +259,8 @@ class _Run:
 
     def all(self) -> None:
         case = self.case
-        plain = copy.deepcopy(self.model)
+        # Not a copy: some models cannot be copied.
+        plain = build(case, self.names)
         _seed(case.seed)
         before, randoms = state_of(self.model), random_states()
         trace = fxsplit.trace(self.model, (_wrapped(case, self.names, _input(case, 0)),))
