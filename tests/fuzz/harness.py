@@ -235,6 +235,9 @@ def compare(expected: Mapping[str, Any], found: Mapping[str, Any], where: str, *
 
 
 def difference(expected: Any, found: Any, *, exact: bool) -> str:
+    if isinstance(expected, Tensor) is not isinstance(found, Tensor):
+        names = ["a tensor" if isinstance(each, Tensor) else repr(each) for each in (expected, found)]
+        return " and ".join(names)
     if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
         return "" if type(expected) is type(found) and expected == found else _short(f"{expected} and {found}")
     if expected.shape != found.shape or expected.dtype != found.dtype:
@@ -248,7 +251,7 @@ def difference(expected: Any, found: Any, *, exact: bool) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) < 200 else f"{text[:200]} ..."
+    return text if len(text) < 300 else f"{text[:300]} ..."
 
 
 class _Run:
@@ -398,7 +401,7 @@ class _Run:
 def divide(trace: Trace, places: tuple[float, ...]) -> tuple[Partition, ...]:
     """The partitions between the legal cuts at these places."""
     legal = [cut for cut in cuts(trace.train, trace.eval) if cut.refusal is None]
-    if not legal:
+    if not legal or not places:
         return fxsplit.partition(trace, count=1)
     chosen = {legal[int(place * len(legal))].index for place in places}
     return fxsplit.partition(trace, at=[trace.train.ops[index].name for index in sorted(chosen)])

@@ -29,7 +29,8 @@ def shrink(result: Result, tries: int = 300) -> Result:
 
 
 def _kind(result: Result) -> str:
-    return " ".join(result.why.split()[:2])
+    words = result.why.split(" differs ")[0].split()
+    return " ".join(word for word in words[:5] if not any(letter.isdigit() for letter in word))
 
 
 def _smaller(case: Case) -> Iterator[Case]:
