@@ -275,6 +275,7 @@ class _Run:
         self.net = Executor(trace, self.partitions)
         self.frozen = Frozen(plain, self.calls, self.partitions)
         self.optimizers = [torch.optim.SGD(each.parameters(), lr=0.05, momentum=0.9) for each in (self.net, plain)]
+        self.phase = Phase(start=0, stop=len(self.partitions), epochs=1)
         step = 0
         for stretch in case.stretches:
             self._enter(stretch)
@@ -298,13 +299,14 @@ class _Run:
         return self.phase.start == 0 or "double" not in self.case.options
 
     def _enter(self, stretch: Stretch) -> None:
+        before = self.phase
         self.phase = phase_of(stretch, len(self.partitions), self.calls.apart())
         mine, theirs = self.optimizers
         self.net.enter(self.phase, mine if "optimizer given" in self.case.options else None)
         self.frozen.enter(self.phase)
         if "optimizer given" in self.case.options:
             for held in list(theirs.state):
-                if not held.requires_grad or self.phase.fresh_optimizer:
+                if not held.requires_grad or (self.phase.fresh_optimizer and self.phase != before):
                     del theirs.state[held]
 
     def _step(self, step: int) -> None:
