@@ -43,7 +43,9 @@ def _all(options: argparse.Namespace, features: frozenset[str]) -> int:
     seeds = [seed for seed in range(options.seed, options.seed + options.count) if seed not in done]
     counts, used = Counter(done.values()), Counter[str]()
     began = time.monotonic()
-    for index, (seed, result, text) in enumerate(_results(seeds, features, options.jobs, smallest=options.show or bool(options.output)), start=1):
+    for index, (seed, result, text) in enumerate(
+        _results(seeds, features, options.jobs, smallest=options.show or bool(options.output)), start=1
+    ):
         counts[result.status] += 1
         used.update(result.case.features)
         if options.output:

@@ -24,7 +24,7 @@ from tests.fuzz.draw import draw
 from tests.fuzz.events import EVENTS
 from tests.fuzz.frozen import Calls, Frozen
 from tests.fuzz.source import build, names_of
-from tests.fuzz.units import CHANNELS, CONTAINERS, WIDTH, SIZE
+from tests.fuzz.units import CHANNELS, CONTAINERS, SIZE, WIDTH
 
 # What fxsplit may refuse, in words, rather than compute.
 REFUSABLE = frozenset(
@@ -345,12 +345,14 @@ class _Run:
         self.frozen.model.eval()
         backward = "evaluation with gradients" in self.case.options
         batch = 3 if "other batch size" in self.case.options else 4
-        self._both(1000 + step, f"in evaluation after step {step - 1} ({self._words()})", backward=backward, batch=batch)
+        self._both(
+            1000 + step, f"in evaluation after step {step - 1} ({self._words()})", backward=backward, batch=batch
+        )
         self._compare_state(f"after evaluation ({self._words()})", exact=self.exact)
 
     def _both(self, step: int, where: str, *, backward: bool, batch: int = 4) -> None:
         for optimizer in self.optimizers:
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none="kept gradients" not in self.case.options)
         try:
             with self.frozen.modes():
                 expected = self._outcome(self.frozen.model, step, backward, batch)

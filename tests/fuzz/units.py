@@ -181,7 +181,7 @@ def concatenate(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
     scope.put(f"{scope.hold(text)}(torch.cat(({scope.x}, {earlier(scope, dice)}), 1))")
 
 
-def again(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def again(scope: Scope, unit: Unit, dice: Random) -> None:
     """A module that was called before, or a second name for it."""
     if not scope.layers:
         affine(scope, unit, dice)
@@ -383,7 +383,7 @@ def checkpointed(scope: Scope, unit: Unit, dice: Random) -> None:
     scope.put(f"checkpoint({scope.hold(inner.name + '()')}, {scope.x}, use_reentrant={reentrant})")
 
 
-def hooked(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def hooked(scope: Scope, unit: Unit, dice: Random) -> None:
     """A block or a layer whose hook changes what it is given or delivers."""
     name = scope.hold(f"{scope.inner(unit.children).name}()")
     kind = dice.choice(["forward_hook(halve)", "forward_pre_hook(negate)"])
