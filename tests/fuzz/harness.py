@@ -60,11 +60,11 @@ PATCHED = (
 ORIGINALS = tuple((owner, name, getattr(owner, name)) for owner, name in PATCHED)
 
 
-class Difference(Exception):
+class DifferenceError(Exception):
     """The executor left another thing behind than the reference."""
 
 
-class Void(Exception):
+class VoidError(Exception):
     """The plain model itself does not run."""
 
 
@@ -110,7 +110,7 @@ def run(case: Case) -> Result:
     with _quiet():
         try:
             _Run(case).all()
-        except Void as error:
+        except VoidError as error:
             return Result(case=case, status="void", why=str(error))
         except FxsplitError as error:
             allowed = case.features & REFUSABLE
@@ -118,7 +118,7 @@ def run(case: Case) -> Result:
             if allowed:
                 return Result(case=case, status="refused", why=why)
             return Result(case=case, status="failed", why=f"refused without need: {why}", detail=traceback.format_exc())
-        except Difference as error:
+        except DifferenceError as error:
             return Result(case=case, status="failed", why=str(error))
         except Exception as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -226,12 +226,12 @@ def random_states() -> dict[str, Any]:
 
 
 def compare(expected: Mapping[str, Any], found: Mapping[str, Any], where: str, *, exact: bool) -> None:
-    """Raise Difference, naming the first thing that differs."""
+    """Raise DifferenceError, naming the first thing that differs."""
     for name in {**expected, **found}:
         if name not in expected or name not in found:
-            raise Difference(f"{name} is {'missing' if name in expected else 'there'} {where}")
+            raise DifferenceError(f"{name} is {'missing' if name in expected else 'there'} {where}")
         if fault := difference(expected[name], found[name], exact=exact):
-            raise Difference(f"{name} differs {where}: {fault}")
+            raise DifferenceError(f"{name} differs {where}: {fault}")
 
 
 def difference(expected: Any, found: Any, *, exact: bool) -> str:
@@ -357,7 +357,7 @@ class _Run:
             with self.frozen.modes():
                 expected = self._outcome(self.frozen.model, step, backward, batch)
         except Exception as error:
-            raise Void(f"the plain model {where}: {type(error).__name__}: {error}") from error
+            raise VoidError(f"the plain model {where}: {type(error).__name__}: {error}") from error
         found = self._outcome(self.net, step, backward, batch)
         compare(expected, found, where, exact=self.exact)
 
