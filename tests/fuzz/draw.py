@@ -65,6 +65,9 @@ def draw(seed: int, features: Collection[str] = FEATURES) -> Case:
         events=events,
         options=frozenset(options),
     )
+    if "shape question" in case.features and case.outputs in ("dataclass", *OWN_CONTAINERS):
+        # Beside such an output the batch size is a fixed one.
+        case = replace(case, options=case.options - {"other batch size"})
     if "training branch" in case.features:
         # What a settled partition returns early, and only evaluation makes, has no name in the training that follows.
         case = replace(case, options=case.options - {"early output"})
