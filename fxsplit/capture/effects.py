@@ -51,19 +51,19 @@ class Snapshot:
         """The modules that hold something which is different now, and the name of the first such attribute."""
         found: dict[str, str] = {}
         for path, name, held, before in self._held:
-            if path not in found and not _same(_content(held), before):
+            if path not in found and not _holds(held, before):
                 found[path] = name
         return found
 
     def holds_values(self) -> bool:
         """Whether something different now holds what forward computed."""
-        different = (held for _, _, held, before in self._held if not _same(_content(held), before))
+        different = (held for _, _, held, before in self._held if not _holds(held, before))
         return any(next(members(_content(held), fx.Proxy), None) is not None for held in different)
 
     def restore(self) -> None:
         """Give everything back what it held."""
         for _, _, held, before in self._held:
-            if not _same(_content(held), before):
+            if not _holds(held, before):
                 _restore(held, before)
 
     def _look(self, path: str, name: str, value: Any, seen: set[int], depth: int) -> None:
@@ -121,13 +121,18 @@ def _content(value: Any) -> Any:
     return dict(vars(value)) if is_looked_into else None
 
 
+def _holds(held: Any, before: Any) -> bool:
+    """Whether the same is held as before: numbers and generators' states by value, all else by identity."""
+    now = _content(held)
+    return same_value(now, before) if type(held) in GENERATORS else _same(now, before)
+
+
 def _same(one: Any, other: Any) -> bool:
-    """Whether the same things are held: numbers and generators' states by value, all else by identity."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return all(_same_item(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return all(map(_same_item, one, other))
-    return same_value(one, other) if not isinstance(one, dict | list) else False
+    return False
 
 
 def _same_item(one: Any, other: Any) -> bool:

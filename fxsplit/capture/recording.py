@@ -101,9 +101,11 @@ class Recorder:
             held.restore()
             if same_graph(graph, second) and not (changed and goes_on):
                 break
-            self._whole.update({path: _reason(name) for path, name in (changed or assigned).items()})
-            if "" in self._whole:
-                raise self._error(UntraceableError(self._whole[""]))
+            reasons = {path: _reason(name) for path, name in (changed or assigned).items()}
+            # One that is whole already is changed from elsewhere.
+            if known := [path for path in reasons if not path or path in self._whole]:
+                raise self._error(UntraceableError(reasons[known[0]]))
+            self._whole.update(reasons)
         return Recording(graph=graph, guards=tracer.guards, opaque=tracer.opaque, checkpoints=tracer.checkpoints)
 
     def keep_whole(self, modules: dict[str, str]) -> None:
