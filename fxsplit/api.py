@@ -393,6 +393,7 @@ def _inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None 
         plan=plan,
         tied=trace.tied,
         opaque=trace.opaque,
+        checkpoints=trace.checkpoints,
         forecast=ahead,
     )
 

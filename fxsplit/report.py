@@ -11,6 +11,10 @@ from fxsplit.plan.forecast import Forecast, PhaseForecast
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase, Plan
 
+CHECKPOINTS = (
+    "the model's own gradient checkpointing is looked through, so its partitions keep their activations; "
+    "--memory-budget recomputes them here"
+)
 # By how much a forecast of memory may miss, relative to what is measured.
 FORECAST_TOLERANCE = 0.1
 
@@ -110,7 +114,7 @@ class Inspection:
     """A model seen as partitions: its graph in training and in evaluation, where it is cut, the phases of a schedule.
 
     `classes` are those of its modules, by path. `tied` are parameters with their other names, `opaque` the modules that
-    are kept whole, with the reasons. `forecast` is what the phases will cost, or None of a run, which measures it. The
+    are kept whole, with the reasons. `checkpoints` says whether the model recomputes by itself. `forecast` is what the phases will cost, or None of a run, which measures it. The
     costs of ops have seconds, and so has the forecast, where they were measured.
     """
 
@@ -122,6 +126,7 @@ class Inspection:
     plan: Plan
     tied: Mapping[str, tuple[str, ...]]
     opaque: Mapping[str, str]
+    checkpoints: bool = False
     forecast: Forecast | None = None
 
     @property
@@ -137,6 +142,7 @@ class Inspection:
             *(f"not counted: the multiply-adds of {op.name} ({op.target})" for op in self.graph.ops if op.uncounted),
             *(f"tied: {name} is also {', '.join(others)}" for name, others in self.tied.items()),
             *(f"kept whole: {path}, because {reason}" for path, reason in self.opaque.items()),
+            *([CHECKPOINTS] * self.checkpoints),
         ]
 
 

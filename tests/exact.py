@@ -48,9 +48,9 @@ def left_behind(net: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     output = net(*args, **kwargs)
     leaves = [leaf for leaf in tensors_in(output) if leaf.requires_grad]
     if leaves:
-        torch.stack(
-            [(leaf * torch.linspace(-1, 2, leaf.numel()).view_as(leaf)).sum() for leaf in leaves]
-        ).sum().backward()
+        with torch.enable_grad():
+            weighed = [(leaf * torch.linspace(-1, 2, leaf.numel()).view_as(leaf)).sum() for leaf in leaves]
+            torch.stack(weighed).sum().backward()
     return {
         "output": output,
         "gradients": [parameter.grad for parameter in net.parameters()],

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FunctionType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from fxsplit.capture.patches import UntraceableError
 from fxsplit.capture.same import same_value
 from fxsplit.capture.structure import ATOMS, WHOLE, members
 
@@ -36,7 +37,7 @@ _BASE = frozenset((*vars(nn.Module()), "_flat_weights"))
 _DEPTH = 6
 
 
-class Snapshot:
+class Contents:
     """The containers, objects and generators that a model's modules hold, as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,7 +46,7 @@ class Snapshot:
         for path, module in model.named_modules():
             for name, value in vars(module).items():
                 if name not in _BASE:
-                    self._look(path, name, value, seen, _DEPTH)
+                    self._look(path, name, value, seen)
 
     def changed(self) -> dict[str, str]:
         """The modules that hold something which is different now, and the name of the first such attribute."""
@@ -66,17 +67,31 @@ class Snapshot:
             if not _holds(held, before):
                 _restore(held, before)
 
-    def _look(self, path: str, name: str, value: Any, seen: set[int], depth: int) -> None:
-        if type(value) in ATOMS or id(value) in seen or not depth:
-            return
-        seen.add(id(value))
-        content = _content(value)
-        if content is None:
-            return
-        self._held.append((path, name, value, content))
-        if type(value) not in GENERATORS:
-            for item in content.values() if isinstance(content, dict) else content:
-                self._look(path, name, item, seen, depth - 1)
+    def _look(self, path: str, name: str, value: Any, seen: set[int]) -> None:
+        self._held += [(path, name, held, content) for held, content in _held_by(value, seen, _DEPTH)]
+
+
+@contextmanager
+def unchanged(given: Any) -> Iterator[None]:
+    """Inside, what is in a nesting of containers and objects must stay there. Raises UntraceableError otherwise."""
+    held = list(_held_by(given, set(), _DEPTH))
+    yield
+    if not all(_holds(each, before) for each, before in held):
+        raise UntraceableError("it changes what it is given, a list or an object, and tracing would lose that")
+
+
+def _held_by(value: Any, seen: set[int], depth: int) -> Iterator[tuple[Any, Any]]:
+    """What can change in a value, each with its content now."""
+    if type(value) in ATOMS or id(value) in seen or not depth:
+        return
+    seen.add(id(value))
+    content = _content(value)
+    if content is None:
+        return
+    yield value, content
+    if type(value) not in GENERATORS:
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _held_by(item, seen, depth - 1)
 
 
 def generators_around(model: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxsplit.capture.meta import StandIn, evaluate, resolve
+from fxsplit.capture.meta import Outside, StandIn, evaluate, resolve
 from fxsplit.capture.recording import Recording
 from fxsplit.capture.structure import META
 from fxsplit.capture.tracer import QUESTIONS
@@ -85,13 +85,15 @@ class Guards:
         """
         if not self.questions:
             return
-        form = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+        form: tuple[Any, ...] = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+        around = {step.name: step.target(*step.args, **step.kwargs) for step in self.steps if _is_around(step)}
+        form += tuple(around.values())
         if form in self._passed:
             return
         asked: dict[str, list[_Question]] = {}
         for question in self.questions:
             asked.setdefault(question.step, []).append(question)
-        with closing(_values(self.steps, self.inputs, self.twin, tensors, tensors[0].device)) as values:
+        with closing(_values(self.steps, self.inputs, self.twin, tensors, tensors[0].device, around)) as values:
             for name, value in values:
                 for question in asked.get(name, ()):
                     question.ask(value)
@@ -107,7 +109,9 @@ MOST_FORMS = 1024
 def answers(recording: Recording, twin: nn.Module, tensors: Sequence[Tensor], device: torch.device) -> list[Any]:
     """What these inputs answer to the questions of the guards."""
     inputs = [node.name for node in recording.graph.nodes if node.op == "placeholder"]
-    values = dict(_values(_steps(recording), inputs, twin, tensors, device))
+    steps = _steps(recording)
+    around = {step.name: step.target(*step.args, **step.kwargs) for step in steps if _is_around(step)}
+    values = dict(_values(steps, inputs, twin, tensors, device, around))
     return [QUESTIONS[guard.question](values[guard.node.name]) for guard in recording.guards]
 
 
@@ -121,13 +125,24 @@ def _steps(recording: Recording) -> tuple[_Step, ...]:
 
 
 def _values(
-    steps: Sequence[_Step], inputs: Sequence[str], twin: nn.Module, tensors: Sequence[Tensor], device: torch.device
+    steps: Sequence[_Step],
+    inputs: Sequence[str],
+    twin: nn.Module,
+    tensors: Sequence[Tensor],
+    device: torch.device,
+    around: Mapping[str, Any],
 ) -> Generator[tuple[str, Any], None, None]:
-    """The inputs and then the steps, by name; a step may fail once an earlier one has another value than traced."""
+    """The inputs, what is asked of the contexts `around` the call, and then the steps, by name.
+
+    A step may fail once an earlier one has another value than traced.
+    """
     values: dict[str, Any] = dict(zip(inputs, (tensor.detach().to(META) for tensor in tensors), strict=True))
-    yield from values.items()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    values.update(around)
+    yield from list(values.items())
+    with torch.no_grad():
         for step in steps:
+            if step.name in around:
+                continue
             args, kwargs = resolve(
                 (step.args, step.kwargs), lambda leaf: values[leaf] if isinstance(leaf, _Ref) else leaf
             )
@@ -138,6 +153,10 @@ def _values(
             )
             values[step.name] = value.value if isinstance(value, StandIn) else value
             yield step.name, values[step.name]
+
+
+def _is_around(step: _Step) -> bool:
+    return isinstance(step.target, Outside)
 
 
 def _step(node: fx.Node) -> _Step:

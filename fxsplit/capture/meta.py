@@ -6,7 +6,7 @@ import operator
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from fxsplit.capture import autocast
-from fxsplit.capture.effects import Snapshot
+from fxsplit.capture.effects import Contents, unchanged
 from fxsplit.capture.structure import ATOMS, META, filled, map_tensors, tensors_in
 from fxsplit.capture.twins import Copier
 from fxsplit.errors import GuardError
@@ -179,24 +179,26 @@ def evaluate(
         args = args[1:]
     else:
         called = _uncompiled(root.get_submodule(str(target))) if kind == "call_module" else target
-    is_module = kind == "call_module"
-    with _left_alone(called) if is_module else nullcontext(), _inlined(called):
+    with _left_alone(called) if kind == "call_module" else nullcontext():
         try:
-            with META:
+            with META, _users(called, (args, kwargs)):
                 return on_meta(autocast.run(called, args, kwargs, device))
         except Exception:
             if not _is_leaf(called) and not is_sparse:
                 raise
-        with unchanged_generators():
-            return StandIn(_on_stand_ins(called, args, kwargs))
+        return StandIn(_on_stand_ins(called, args, kwargs))
 
 
-def _inlined(called: Any) -> AbstractContextManager[object]:
-    """Lets compiled functions inside of users' functions and modules run as they were before, without compiling."""
+@contextmanager
+def _users(called: Any, given: Any) -> Iterator[None]:
+    """Around code of the user's: it may draw, call compiled functions, which then do not compile, and refuses to
+    change what it is given.
+    """
     if not _is_leaf(called) or type(called).__module__.startswith("torch.nn."):
-        return nullcontext()
-    inlined: AbstractContextManager[object] = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
-    return inlined
+        yield
+        return
+    with unchanged_generators(), torch._dynamo.config.patch(error_on_nested_fx_trace=False), unchanged(given):
+        yield
 
 
 def _is_sparse(args: tuple[Any, ...]) -> bool:
@@ -215,7 +217,7 @@ def _left_alone(module: nn.Module) -> Iterator[None]:
     """Undo what a forward puts in the place of buffers and attributes; what it writes into them has no numbers."""
     # A scripted module keeps its state elsewhere.
     inner = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
-    held = Snapshot(module)
+    held = Contents(module)
     owners = [owner for each in inner for owner in (vars(each), each._buffers)]
     before = [dict(owner) for owner in owners]
     try:
@@ -247,7 +249,8 @@ def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> Any:
     elif called is operator.call:
         args = (getattr(_on_cpu(args[0].__self__), args[0].__name__), *args[1:])
     args, kwargs = resolve((args, kwargs), lookup)
-    return on_meta(called(*args, **kwargs))
+    with _users(called, (args, kwargs)):
+        return on_meta(called(*args, **kwargs))
 
 
 def _filled(tensor: Tensor) -> Tensor:

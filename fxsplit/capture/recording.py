@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxsplit.capture.costs import CostMeter
-from fxsplit.capture.effects import Snapshot, generators_around, restored, state_of
+from fxsplit.capture.effects import Contents, generators_around, restored, state_of
 from fxsplit.capture.kernels import Kernels
 from fxsplit.capture.meta import on_meta, resolve
 from fxsplit.capture.patches import UntraceableError, watched
@@ -72,7 +72,9 @@ class Recorder:
             except Exception as error:
                 compiled = compiled_function(error)
                 function = compiled or failing_function(error, known=self._whole)
-                if compiled is not None and compiled not in self._whole:
+                if compiled is not None and compiled in self._whole:
+                    raise self._error(UntraceableError(f"it calls {compiled.__name__!r}, which {COMPILED}")) from error
+                if compiled is not None:
                     self._whole[compiled] = COMPILED
                 elif function is not None and function not in self._whole:
                     self._whole[function] = reason_of(error)
@@ -83,7 +85,7 @@ class Recorder:
 
     def _record(self, batch_size: int | None, *, costs: bool) -> Recording:
         while True:
-            held = Snapshot(self.twin)
+            held = Contents(self.twin)
             tracer, graph = self._trace(batch_size, costs=costs)
             changed = held.changed()
             if not tracer.assigned and not changed:
@@ -92,7 +94,7 @@ class Recorder:
             keeps_values = held.holds_values()
             for assignment in tracer.assigned:
                 assignment.owner[assignment.name] = resolve(assignment.value, _value_of)
-            held_then = Snapshot(self.twin)
+            held_then = Contents(self.twin)
             again, second = self._trace(batch_size)
             # What is kept once and for all, such as a table of positions, changes nothing the second time.
             goes_on = keeps_values or held_then.changed()

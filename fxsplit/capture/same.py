@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from types import FunctionType
 from typing import Any
 
@@ -12,14 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxsplit.capture.contexts import contexts_of
-
-# How objects are equal whose class does not say.
-_IDENTITY: Any = object.__eq__
+from fxsplit.capture.structure import taken_apart
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Equal in type, structure and every bit. Objects of classes that do not say when they are equal: attribute by
-    attribute; modules, and what cannot be looked into: only if they are one and the same.
+    """Equal in type, structure and every bit, objects by what they hold.
+
+    Modules, and what cannot be looked into, only if they are one and the same.
     """
     return _Comparison().values(a, b)
 
@@ -71,12 +69,8 @@ class _Comparison:
             return self._pairs((a.start, a.stop, a.step), (b.start, b.stop, b.step))
         if isinstance(a, type | FunctionType | nn.Module):
             return False
-        if type(a).__eq__ is _IDENTITY:
-            return hasattr(a, "__dict__") and self._attributes(a, b)
-        if is_dataclass(a):
-            return all(self.values(getattr(a, each.name), getattr(b, each.name)) for each in fields(a))
-        equal = a == b
-        return equal is True
+        first, second = taken_apart(a), taken_apart(b)
+        return first is not None and second is not None and self._pairs(first, second)
 
     def _pairs(self, a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(self.values(one, other) for one, other in zip(a, b, strict=True))

@@ -359,10 +359,10 @@ class ValueTracer(fx.Tracer):
             self.opaque[path] = reason
             try:
                 return self.create_proxy("call_module", path, args, kwargs)
-            except Exception:
+            except Exception as error:
                 # It does not run whole on the meta device either: let the module around it try.
                 del self.opaque[path]
-                raise first_error from None
+                raise (error if isinstance(error, UntraceableError) else first_error) from None
         self.opaque[path] = reason
         return self.create_proxy("call_module", path, args, kwargs)
 

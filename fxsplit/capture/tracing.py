@@ -45,7 +45,8 @@ KINDS: dict[str, OpKind] = {"call_module": "module", "call_function": "function"
 class Program:
     """A mode of the model, ready to be cut: its graph as data, and the node behind each op, in the same order.
 
-    `opaque` are the modules that became one op although they hold others, with the reasons.
+    `opaque` are the modules that became one op although they hold others, with the reasons. `checkpoints` says whether
+    the model recomputes by itself (gradient checkpointing), which tracing looks through.
     """
 
     graph: Graph
@@ -54,6 +55,7 @@ class Program:
     output: fx.Node
     guards: Guards
     opaque: Mapping[str, str]
+    checkpoints: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,11 @@ class Trace:
     def opaque(self) -> dict[str, str]:
         """The modules that became one op in either mode, with the reasons."""
         return {**self.programs[True].opaque, **self.programs[False].opaque}
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether the model recomputes by itself in training, which its partitions do only if a phase says so."""
+        return self.programs[True].checkpoints
 
 
 @contextmanager
@@ -263,7 +270,13 @@ def _read(
         if contexts:
             node.meta["contexts"] = contexts
     return Program(
-        graph=graph, nodes=tuple(alive), inputs=inputs, output=output, guards=guards, opaque=recording.opaque
+        graph=graph,
+        nodes=tuple(alive),
+        inputs=inputs,
+        output=output,
+        guards=guards,
+        opaque=recording.opaque,
+        checkpoints=recording.checkpoints,
     )
 
 
