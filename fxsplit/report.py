@@ -114,8 +114,9 @@ class Inspection:
     """A model seen as partitions: its graph in training and in evaluation, where it is cut, the phases of a schedule.
 
     `classes` are those of its modules, by path. `tied` are parameters with their other names, `opaque` the modules that
-    are kept whole, with the reasons. `checkpoints` says whether the model recomputes by itself. `forecast` is what the phases will cost, or None of a run, which measures it. The
-    costs of ops have seconds, and so has the forecast, where they were measured.
+    are kept whole, with the reasons. `checkpoints` says whether the model recomputes by itself. `forecast` is what the
+    phases will cost, or None of a run, which measures it. The costs of ops have seconds, and so has the forecast, where
+    they were measured.
     """
 
     model: str

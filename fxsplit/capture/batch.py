@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.guards import answers
 from fxsplit.capture.recording import Recorder, Recording
+from fxsplit.capture.same import same_value
 from fxsplit.capture.tracer import QUESTIONS, Guard
 from fxsplit.errors import TraceError
 
@@ -83,7 +84,9 @@ class _Merger:
             raise _NotFreeError
         changed = []
         for nodes in zip(*graphs, strict=True):
-            if len({(node.op, node.name, str(node.target)) for node in nodes}) > 1:
+            if len({(node.op, node.name) for node in nodes}) > 1:
+                raise _NotFreeError
+            if not all(same_value(node.target, nodes[0].target) for node in nodes):
                 raise _NotFreeError
             arguments = self._merged(tuple((node.args, node.kwargs) for node in nodes), nodes[0])
             changed.append((nodes[0], arguments))
@@ -122,7 +125,7 @@ class _Merger:
         if isinstance(first, slice):
             ends = [(value.start, value.stop, value.step) for value in values]
             return slice(*(self._merged(parts, user) for parts in zip(*ends, strict=True)))
-        if all(type(value) is type(first) and (value is first or value == first) for value in values):
+        if all(same_value(value, first) for value in values):
             return first
         return self._expression(values, user)
 
