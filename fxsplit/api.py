@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from fxsplit.capture import models
+from fxsplit.capture.examples import Example, example, takes_images
 from fxsplit.capture.tracer import Leaf
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
@@ -72,6 +73,11 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
     with determinism(spec.seed, spec.deterministic):
         data = _load(spec, observer).to(device)
         model = _build(spec, data, device)
+        if not takes_images(model):
+            raise UsageError(
+                f"train takes image classifiers, and {spec.model!r} takes no images; give it its own data in a loop of "
+                "your own around fxsplit.Executor"
+            )
         shape = (data.channels, data.img_size, data.img_size)
         trace = trace_model(model, (_in_layout(spec, torch.empty(2, *shape, device=device)),))
         passes = _passes(spec, device)
@@ -144,14 +150,21 @@ def inspect(
     device = choose_device(spec.device) if measured else torch.device("meta")
     make = models.build if measured else models.sketch
     model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem, drop_path=spec.drop_path)
-    images = _in_layout(spec, torch.rand(spec.batch_size, 3, img_size, img_size, device=device))
-    trace = trace_model(_in_layout(spec, model.to(device)), (images,))
+    given = _example(spec, model, img_size, device)
+    trace = trace_model(_in_layout(spec, model.to(device)), given.args, given.kwargs)
     if measured:
-        trace = measure_ops(trace, (images,), device=device, passes=_passes(spec, device))
+        trace = measure_ops(trace, given.args, given.kwargs, device=device, passes=_passes(spec, device))
     plan = _plan(spec, trace, observer or Observer())
     if save_to is not None:
         write_file(_plan_file(plan, trace, spec.model), save_to)
     return _inspection(spec, trace, plan, _forecast(spec, plan, trace, measured=measured))
+
+
+def _example(spec: RunSpec, model: nn.Module, img_size: int, device: torch.device) -> Example:
+    """A batch of images as `train` would give them, or whatever else the model takes."""
+    if not takes_images(model):
+        return example(spec.model, model, batch_size=spec.batch_size, img_size=img_size, training=True, device=device)
+    return Example(args=(_in_layout(spec, torch.rand(spec.batch_size, 3, img_size, img_size, device=device)),))
 
 
 def _forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Forecast:
@@ -383,10 +396,9 @@ def _plan_file(plan: Plan, trace: Trace, model: str) -> PlanFile:
 
 
 def _inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None = None) -> Inspection:
-    (images,) = trace.train.inputs
     return Inspection(
         model=spec.model,
-        input_shape=images.shape or (),
+        input_shape=trace.train.inputs[0].shape or (),
         graph=trace.train,
         eval_graph=trace.eval,
         classes={path: type(module).__name__ for path, module in trace.model.named_modules(remove_duplicate=False)},

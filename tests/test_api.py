@@ -581,3 +581,11 @@ def test_a_cache_that_is_refused_is_told(settling: Callable[..., fxsplit.RunSpec
     assert any("GiB and may take" in sentence for sentence in Heard.sentences)
     with pytest.raises(UsageError, match="give cache-views"):
         settling(cache="disk", augment="crop-flip")
+
+
+def test_a_model_without_images_is_inspected_and_not_trained() -> None:
+    pytest.importorskip("transformers")
+    found = fxsplit.inspect(fxsplit.RunSpec(model="hf:bert", batch_size=4, parts=3))
+    assert found.input_shape == (4, 16)
+    with pytest.raises(UsageError, match="train takes image classifiers, and 'hf:bert' takes no images"):
+        fxsplit.train(fxsplit.RunSpec(model="hf:bert", data="digits", dry_run=True))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fxsplit.capture import models
-from fxsplit.capture.structure import map_tensors
+from fxsplit.capture.structure import map_tensors, tensors_in
 
 TOKENS = 16
+TOKEN_IDS = "input_ids"  # what transformers calls them
 VOCABULARY = range(2, 64)  # every vocabulary has these; what comes before is padding and the like in small models
 FRAMES = 16  # of a clip: what torchvision's video models are trained on
 
@@ -65,6 +66,14 @@ def example(
     return Example(args=(draw.normal(batch_size, 3, side, side),))
 
 
+def takes_images(model: nn.Module) -> bool:
+    """Whether a model is called with a batch of images (N, C, H, W) alone, as far as it says what it takes."""
+    given = tensors_in(getattr(model, "example_input_array", None))
+    if given:
+        return len(given) == 1 and given[0].dim() == 4
+    return getattr(model, "main_input_name", None) != TOKEN_IDS
+
+
 class _Draw:
     """Random tensors on a device, drawn on the CPU so that every device gets the same."""
 
@@ -101,9 +110,9 @@ def _for_torchvision(name: str, draw: _Draw, batch_size: int, side: int, trainin
 
 
 def _for_huggingface(model: Any, draw: _Draw, batch_size: int, side: int) -> Example:
-    if model.main_input_name != "input_ids":
+    if model.main_input_name != TOKEN_IDS:
         return Example(kwargs={model.main_input_name: draw.normal(batch_size, 3, side, side)})
-    names = ["input_ids", "decoder_input_ids"] if model.config.is_encoder_decoder else ["input_ids"]
+    names = [TOKEN_IDS, "decoder_input_ids"] if model.config.is_encoder_decoder else [TOKEN_IDS]
     return Example(kwargs={name: draw.tokens(batch_size, TOKENS) for name in names})
 
 

@@ -6,7 +6,6 @@ counts its calls, or takes another way once it has kept something, would not run
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -18,9 +17,9 @@ from torch import Tensor, fx, nn
 from fxsplit.capture.costs import CostMeter
 from fxsplit.capture.effects import Contents, generators_around, restored, state_of
 from fxsplit.capture.kernels import Kernels
-from fxsplit.capture.meta import on_meta, resolve
-from fxsplit.capture.patches import UntraceableError, watched
-from fxsplit.capture.same import same_graph
+from fxsplit.capture.meta import Outside, on_meta, resolve
+from fxsplit.capture.patches import AMBIENT, UntraceableError, watched
+from fxsplit.capture.same import same_nodes
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.sources import compiled_function, failing_function
 from fxsplit.capture.structure import META, map_tensors, tensors_in
@@ -101,7 +100,7 @@ class Recorder:
             for assignment in (*reversed(again.assigned), *reversed(tracer.assigned)):
                 assignment.undo()
             held.restore()
-            if same_graph(graph, second) and not (changed and goes_on):
+            if same_nodes(needed_nodes(graph), needed_nodes(second)) and not (changed and goes_on):
                 break
             reasons = {path: _reason(name) for path, name in (changed or assigned).items()}
             # One that is whole already is changed from elsewhere.
@@ -128,9 +127,9 @@ class Recorder:
 
     def inputs(self, batch_size: int) -> list[Tensor]:
         """The tensors of the call at another batch size, on the meta device."""
-        return tensors_in(self._call(batch_size).arguments)
+        return tensors_in(self._resized(batch_size))
 
-    def _call(self, batch_size: int | None) -> inspect.BoundArguments:
+    def _resized(self, batch_size: int | None) -> dict[str, Any]:
         own = self.batch_size
 
         def resized(tensor: Tensor) -> Tensor:
@@ -138,16 +137,16 @@ class Recorder:
                 return tensor
             return tensor.new_empty((batch_size, *tensor.shape[1:]))
 
-        arguments = map_tensors(resized, on_meta(self.arguments))
-        return inspect.BoundArguments(self.signature.parameters, arguments)
+        arguments: dict[str, Any] = map_tensors(resized, on_meta(self.arguments))
+        return arguments
 
     def _trace(self, batch_size: int | None, *, costs: bool = False) -> tuple[ValueTracer, fx.Graph]:
-        call = self._call(batch_size)
-        known = [*self.twin.parameters(), *self.twin.buffers(), *tensors_in(call.arguments)]
+        arguments = self._resized(batch_size)
+        known = [*self.twin.parameters(), *self.twin.buffers(), *tensors_in(arguments)]
         tracer = ValueTracer(
             self.twin,
-            call,
-            self.signature.names,
+            self.signature,
+            arguments,
             device=self.device,
             leaves=self.leaves,
             whole=dict(self.compiled) | self._whole,
@@ -183,6 +182,26 @@ class Recorder:
             else ""
         )
         return TraceError(f"{type(self.twin).__name__} cannot be traced in {mode}: {reason_of(error)}{advice}")
+
+
+def needed_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes without the sizes, numbers and flags that only guards looked at."""
+    needed: dict[fx.Node, None] = {}
+    for node in reversed(graph.nodes):
+        if not (is_only_a_number(node) or node.op == "get_attr") or any(user in needed for user in node.users):
+            needed[node] = None
+    return list(reversed(needed))
+
+
+def is_only_a_number(node: fx.Node) -> bool:
+    """Whether an op has no use but the number, size or flag that it delivers.
+
+    A tensor may be of none either, but making it may draw or write.
+    """
+    value = node.meta.get("value")
+    if value is None or node.op not in ("call_function", "call_method") or tensors_in(value):
+        return False
+    return not isinstance(node.target, Outside) or node.target.name in AMBIENT
 
 
 def _value_of(leaf: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -22,9 +22,8 @@ def same_value(a: Any, b: Any) -> bool:
     return _Comparison().values(a, b)
 
 
-def same_graph(a: fx.Graph, b: fx.Graph) -> bool:
-    """Whether two recordings do the same, op by op, in the same contexts."""
-    first, second = list(a.nodes), list(b.nodes)
+def same_nodes(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> bool:
+    """Whether the nodes of two recordings do the same, one by one, in the same contexts."""
     if len(first) != len(second):
         return False
     comparison = _Comparison(dict(zip(first, second, strict=True)))

@@ -21,10 +21,12 @@ Leaves = dict[str, Any]
 class Signature:
     """The form of the traced call: every argument, or part of one, by a name such as `x` or `batch.image`.
 
-    `names` are those of the tensors, in order; `constants` are all other parts, with their values.
+    `names` are those of the tensors, in order; `constants` are all other parts, with their values. `positions` says how
+    many arguments were given by position.
     """
 
     parameters: inspect.Signature
+    positions: int
     names: tuple[str, ...]
     constants: Mapping[str, Any]
 
@@ -37,6 +39,7 @@ class Signature:
         leaves = _leaves(parameters, args, kwargs)
         return cls(
             parameters=parameters,
+            positions=len(args),
             names=tuple(name for name, leaf in leaves.items() if isinstance(leaf, Tensor)),
             constants={name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)},
         )
@@ -44,6 +47,25 @@ class Signature:
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """The call with its defaults filled in."""
         return _bound(self.parameters, args, kwargs)
+
+    def call(self, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments, by name, as they were given: a decorator around forward may look for them by position.
+
+        What has its default is not given.
+        """
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for name, parameter in self.parameters.parameters.items():
+            value = arguments[name]
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                args.extend(value)
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                kwargs.update(value)
+            elif parameter.kind is parameter.POSITIONAL_ONLY or len(args) < self.positions:
+                args.append(value)
+            elif value is not parameter.default:
+                kwargs[name] = value
+        return args, kwargs
 
     def tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a call, in the order of `names`.

@@ -9,7 +9,6 @@ is here.
 from __future__ import annotations
 
 import builtins
-import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -27,11 +26,13 @@ from torch.nn.utils import parametrize
 
 from fxsplit.capture.contexts import Context
 from fxsplit.capture.costs import CostMeter
+from fxsplit.capture.effects import unchanged
 from fxsplit.capture.kernels import Kernels
 from fxsplit.capture.meta import Constant, External, Outside, Rebuild, Slot, StandIn, evaluate, expect, resolve
 from fxsplit.capture.mixing import is_along_samples
 from fxsplit.capture.patches import REAL_ISINSTANCE, UntraceableError
 from fxsplit.capture.proxy import ValueProxy
+from fxsplit.capture.signature import Signature
 from fxsplit.capture.sources import asserted, user_line
 from fxsplit.capture.structure import map_tensors, template, tensors_in
 
@@ -90,15 +91,15 @@ MISSING = object()
 class ValueTracer(fx.Tracer):
     """Records one call of `model`, whose tensors are on the meta device.
 
-    `call` holds the arguments, `names` a name for each tensor in them. `device` is where the inputs really are.
+    It is called as `signature` says, with `arguments` by name. `device` is where the inputs really are.
     `leaves` are paths, classes and functions to keep whole, `whole` are paths and functions with a reason. `originals`
     finds the user's own object behind a copied one that is neither parameter nor buffer, by the id of the copy. If
     `lenient`, the model's own forward may ask for sizes that depend on data; the answers are made sure of in each run.
 
     After `trace`, `guards` are the answers that fixed the path, `opaque` the modules that became one op, with the
-    reasons, `assigned` what forward put into modules, and `checkpoints` says whether it recomputes by itself. Every
-    node has in its meta the keys `value`, `path`, `state`, `written` (nodes and state names written in place), in
-    contexts `contexts` and, with a meter, `cost`.
+    reasons, `assigned` what forward put into modules, and `checkpoints` says
+    whether it recomputes by itself. Every node has in its meta the keys `value`, `path`, `state`, `written` (nodes and
+    state names written in place), in contexts `contexts` and, with a meter, `cost`.
     """
 
     proxy_type = ValueProxy
@@ -106,8 +107,8 @@ class ValueTracer(fx.Tracer):
     def __init__(
         self,
         model: nn.Module,
-        call: inspect.BoundArguments,
-        names: Sequence[str],
+        signature: Signature,
+        arguments: Mapping[str, Any],
         *,
         device: torch.device,
         leaves: Sequence[Leaf] = (),
@@ -118,7 +119,7 @@ class ValueTracer(fx.Tracer):
         meter: CostMeter | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.call, self.names = model, call, names
+        self.model, self.signature, self.arguments = model, signature, arguments
         self.device = device
         self.leaves = leaves
         self.originals = originals or {}
@@ -151,22 +152,23 @@ class ValueTracer(fx.Tracer):
         registered = {id(t): name for name, t in (*self.root.named_parameters(), *self.root.named_buffers())}
         self._state |= registered
         self._registered = set(registered.values())
-        sizes = (len(tensor) for tensor in tensors_in(self.call.arguments) if tensor.dim())
+        sizes = (len(tensor) for tensor in tensors_in(self.arguments) if tensor.dim())
         self._batch_size = next(sizes, 1)
-        names = iter(self.names)
+        names = iter(self.signature.names)
 
         def placeholder(leaf: Tensor) -> ValueProxy:
             node = self.create_node("placeholder", next(names), (), {})
             node.meta["value"] = leaf
             return self.proxy(node)
 
-        self.call.arguments = map_tensors(placeholder, dict(self.call.arguments))
+        args, kwargs = self.signature.call(map_tensors(placeholder, dict(self.arguments)))
 
         def call(module: nn.Module) -> Any:
             if super(ValueTracer, self).is_leaf_module(module, ""):
-                return self.call_function(root_fn, (module, *self.call.args), self.call.kwargs)
-            # Not the class's: an instance may have another one.
-            return self._through(module, "", lambda: module.forward(*self.call.args, **self.call.kwargs))
+                return self.call_function(root_fn, (module, *args), kwargs)
+            with unchanged((args, kwargs)):
+                # Not the class's: an instance may have another one.
+                return self._through(module, "", lambda: module.forward(*args, **kwargs))
 
         return call, [self.root]
 

@@ -26,10 +26,10 @@ from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.costs import Cost
 from fxsplit.capture.guards import Guards
 from fxsplit.capture.kernels import Kernels
-from fxsplit.capture.meta import Outside, on_meta, storage_key
+from fxsplit.capture.meta import on_meta, storage_key
 from fxsplit.capture.naming import assigned_by, called_module, method_of, names_of
-from fxsplit.capture.patches import AMBIENT, LOCK
-from fxsplit.capture.recording import Recorder, Recording
+from fxsplit.capture.patches import LOCK
+from fxsplit.capture.recording import Recorder, Recording, is_only_a_number
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.snapshot import Snapshot
 from fxsplit.capture.structure import map_tensors, tensors_in
@@ -281,20 +281,14 @@ def _read(
 
 
 def _alive(recordings: Mapping[bool, Recording], names: Mapping[fx.Node, str]) -> dict[bool, list[fx.Node]]:
-    """The ops of each mode without the sizes, numbers and flags that only guards looked at, in either mode.
-
-    Tensors stay: making them may draw or write.
-    """
+    """The ops of each mode without the sizes, numbers and flags that only guards looked at, in either mode."""
     nodes = {mode: [node for node in each.graph.nodes if node.op in KINDS] for mode, each in recordings.items()}
     needed: set[str] = set()
     # What the second mode needs may be dead in the first, which is looked at once more.
     for mode in (True, False, True):
         for node in reversed(nodes[mode]):
-            value = node.meta["value"]
-            only_a_number = value is not None and not tensors_in(value) and node.op != "call_module"
-            only_a_number &= not (isinstance(node.target, Outside) and node.target.name not in AMBIENT)
             users = (user for user in node.users if user.op == "output" or names[user] in needed)
-            if not only_a_number or next(users, None) is not None:
+            if not is_only_a_number(node) or next(users, None) is not None:
                 needed.add(names[node])
     return {mode: [node for node in each if names[node] in needed] for mode, each in nodes.items()}
 

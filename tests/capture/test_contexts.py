@@ -161,3 +161,15 @@ def test_dropout_in_a_checkpoint_is_drawn_alike() -> None:
             return self.c(self.b(h).relu())
 
     assert_exact(Checkpointed(), rows())
+
+
+def test_what_is_asked_of_the_contexts_is_asked_again_at_each_call() -> None:
+    class Asks(Linears):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x * 2 if self.training and torch.is_grad_enabled() else x)
+
+    found = assert_exact(Asks(), rows())
+    net = executor_of(found).train()
+    net(rows())
+    with torch.no_grad(), pytest.raises(GuardError, match="'is_grad_enabled' was True and is now False"):
+        net(rows())

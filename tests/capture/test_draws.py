@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from fxsplit.capture.tracing import trace
-from fxsplit.errors import TraceError
+from fxsplit.errors import GuardError, TraceError
 from tests.exact import Linears, assert_exact, executor_of, rows
 
 MODULE_RANDOM = random.Random(0)
@@ -227,6 +228,19 @@ class Fills(nn.Module):
         return x * self.tables[len(x.shape)]
 
 
+class Settles(nn.Module):
+    """Finds out from its first input what it is for, and asks no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(problem=None)
+
+    def forward(self, x: Any) -> Any:
+        if self.config.problem is None:
+            self.config.problem = "regression" if x.dtype == torch.float32 and x.shape[1] > 2 else "classes"
+        return x * 2 if self.config.problem == "regression" else x
+
+
 class With(Linears):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -234,6 +248,15 @@ class With(Linears):
 
     def forward(self, x: Any) -> Any:
         return super().forward(self.inner(x))
+
+
+def test_what_is_found_out_once_and_for_all_is_looked_through_in_the_model_itself_too() -> None:
+    for model in (Settles(), With(Settles())):
+        found = trace(model, (rows(),))
+        assert not found.opaque
+        assert torch.equal(executor_of(found, 1)(rows()), copy.deepcopy(model)(rows()))
+        with pytest.raises(GuardError, match="takes another path"):
+            executor_of(found, 1)(rows().double())
 
 
 @pytest.mark.parametrize(("make", "name"), [(Counts, "state"), (Logs, "seen")])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxsplit.capture import models
-from fxsplit.capture.examples import Example, example
+from fxsplit.capture.examples import Example, example, takes_images
 
 
 def built(spec: str, **settings: Any) -> nn.Module:
@@ -157,6 +157,17 @@ def test_a_type_of_transformers_is_small_and_runs(kind: str, class_name: str, ou
         answer = model(**suited.kwargs)
     assert answer.logits.shape == output
     assert "past_key_values" not in answer
+
+
+def test_a_model_says_whether_it_takes_images() -> None:
+    huggingface()
+    assert [takes_images(built(spec)) for spec in ("hf:vit", "hf:bert", "hf:t5")] == [True, False, False]
+    assert takes_images(nn.Identity())
+    assert [takes_images(Stated(given)) for given in (torch.ones(1, 3, 8, 8), torch.ones(1, 8), None)] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_tokens_reach_a_type_without_images() -> None:

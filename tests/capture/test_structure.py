@@ -215,3 +215,19 @@ def test_gpt2_with_its_cache_and_labels() -> None:
     net = fxsplit.Executor(found, fxsplit.partition(found, count=3)).eval()
     ours, plain = (each(input_ids=ids, labels=ids).past_key_values for each in (net, model.eval()))
     assert ours.get_seq_length() == plain.get_seq_length() == 8
+
+
+def test_an_argument_that_forward_changes_is_refused() -> None:
+    class Pops(Linears):
+        def forward(self, batch: Any) -> Any:
+            return super().forward(batch.pop("x"))
+
+    class Appends(Linears):
+        def forward(self, x: Any, seen: Any) -> Any:
+            seen.x.append(self.a(x))
+            return super().forward(x)
+
+    with pytest.raises(TraceError, match="it changes what it is given"):
+        trace(Pops(), ({"x": rows()},))
+    with pytest.raises(TraceError, match="it changes what it is given"):
+        trace(Appends(), (rows(), Plain([])))
