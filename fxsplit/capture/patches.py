@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import checkpoint
 
 from fxsplit.capture.contexts import Context
@@ -338,8 +338,12 @@ def _isinstance_for(proxy_type: Any) -> Callable[[Any, Any], bool]:
     """A `__class__` on the proxy would do as well, if torch's C code did not believe it and read foreign memory."""
 
     def check(instance: Any, classinfo: Any) -> bool:
-        if type(instance) is proxy_type and REAL_ISINSTANCE(instance.value, classinfo):
-            return True
+        if type(instance) is proxy_type:
+            if REAL_ISINSTANCE(instance.value, classinfo):
+                return True
+            if classinfo is fx.Proxy and _is_user(sys._getframe(1)) and instance.tracer.knows(instance):
+                # A model that spares a tracer its branches on data need not.
+                return False
         return REAL_ISINSTANCE(instance, classinfo)
 
     return check

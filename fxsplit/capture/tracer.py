@@ -28,6 +28,7 @@ from fxsplit.capture.contexts import Context
 from fxsplit.capture.costs import CostMeter
 from fxsplit.capture.effects import unchanged
 from fxsplit.capture.kernels import Kernels
+from fxsplit.capture.known import is_known, numbers_of
 from fxsplit.capture.meta import Constant, External, Outside, Rebuild, Slot, StandIn, evaluate, expect, resolve
 from fxsplit.capture.mixing import is_along_samples
 from fxsplit.capture.patches import REAL_ISINSTANCE, UntraceableError
@@ -426,7 +427,7 @@ class ValueTracer(fx.Tracer):
         """What Python wants to know of a value; a guard from now on. An assertion about data becomes an op."""
         value = proxy.value
         if isinstance(value, Tensor) and question != "len":
-            expected = asserted() if question == "bool" else None
+            expected = self._expected(proxy) if question == "bool" else None
             if expected is None:
                 raise UntraceableError(f"{user_line()} branches on data: it asks for {question}() of a tensor")
             self.create_proxy("call_function", expect, (proxy, expected, user_line()), {})
@@ -442,6 +443,22 @@ class ValueTracer(fx.Tracer):
             return found
         self.guards.append(Guard(node=proxy.node, question=question, answer=found, where=user_line()))
         return found
+
+    def _expected(self, proxy: ValueProxy) -> bool | None:
+        """The answer about data that a run is held to, if there is one."""
+        numbers = self._numbers_of(proxy)
+        return asserted() if numbers is None else bool(numbers)
+
+    def knows(self, proxy: ValueProxy) -> bool:
+        """Whether the numbers of a tensor follow from sizes, so that a model may ask for them."""
+        return self._numbers_of(proxy) is not None
+
+    def _numbers_of(self, proxy: ValueProxy) -> Tensor | None:
+        self.evaluating = True
+        try:
+            return numbers_of(proxy.node)
+        finally:
+            self.evaluating = False
 
     def _answer_for_stand_in(self, proxy: ValueProxy, question: str, found: Any) -> None:
         """How many parts a value has is made sure of when it is there; its sizes cannot be relied upon."""
@@ -491,6 +508,7 @@ class ValueTracer(fx.Tracer):
         node.meta["written"] = [
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
         ] + self._moved_statistics(node)
+        node.meta["known"] = is_known(node, value)
         node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
         node.meta["mixes_samples"] = self._mixes_samples(node)
         node.meta["is_dropout"] = self._is_dropout(node)

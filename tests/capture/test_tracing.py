@@ -24,6 +24,7 @@ from fxsplit.capture.tracing import Trace, trace
 from fxsplit.errors import GuardError, TraceError
 from fxsplit.plan.cuts import cuts
 from tests import models
+from tests.exact import executor_of
 from tests.models import HAZARDS, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
 
 
@@ -650,3 +651,37 @@ def test_dropout_is_known_where_it_drops() -> None:
     captured = trace(Drops(), (torch.ones(2, 3),))
     assert [op.is_dropout for op in captured.train.ops] == [True, False, True]
     assert not captured.eval.ops[-1].is_dropout
+
+
+class Masks(nn.Module):
+    """Makes a mask from the size of its input, and takes another way where it hides nothing."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.make, self.linear = make, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        mask = self.make(x)
+        return self.linear(x) if mask.all() else self.linear(x) * mask
+
+
+@pytest.mark.parametrize("make", [lambda x: torch.ones(x.shape) == 1, lambda x: torch.arange(x.shape[1]) > 1])
+def test_a_branch_on_numbers_that_follow_from_sizes_is_taken_and_made_sure_of(
+    make: Callable[[Tensor], Tensor],
+) -> None:
+    model = Masks(make)
+    net = executor_of(trace(model, (torch.rand(2, 4),)))
+    for x in (torch.rand(2, 4), torch.rand(5, 4)):
+        assert torch.equal(net(x), model(x))
+
+
+def _written(x: Tensor) -> Tensor:
+    mask = torch.ones(x.shape)
+    mask[0] = 0
+    return mask
+
+
+@pytest.mark.parametrize("make", [_written, lambda x: torch.rand(x.shape) > 0.5, lambda x: x > 0])
+def test_a_branch_on_numbers_that_are_written_drawn_or_given_is_refused(make: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(TraceError, match="branches on data"):
+        trace(Masks(make), (torch.rand(2, 4),))
