@@ -186,7 +186,8 @@ def evaluate(
         except Exception:
             if not _is_leaf(called) and not is_sparse:
                 raise
-        return StandIn(_on_stand_ins(called, args, kwargs))
+        with unchanged_generators():
+            return StandIn(_on_stand_ins(called, args, kwargs))
 
 
 @contextmanager

@@ -276,7 +276,10 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         for key, value in plain.items()
         if key not in ("model", "parts", "plan")
     }
-    arguments = [f"--{key}" if value is True else f"--{key}={value}" for key, value in changed.items()]
+    flags = {True: "--{}", False: "--no-{}"}
+    arguments = [
+        flags[value].format(key) if isinstance(value, bool) else f"--{key}={value}" for key, value in changed.items()
+    ]
     assert main(["train", "paper:vgg16", *arguments]) == 0
     assert api.spec == resolve(read_values({"model": "paper:vgg16", **changed}, source="test"))
     assert all(api.spec.to_flat()[key] != value for key, value in plain.items() if key not in ("parts", "plan"))

@@ -282,7 +282,7 @@ class Sizes(Chain):
     ],
 )
 def test_rows_that_would_be_wrong_are_refused(kind: type[nn.Module], reason: str, tmp_path: Path) -> None:
-    plan = (Phase(start=2 if kind is Sizes else 3, stop=4, epochs=3),)
+    plan = (Phase(start=1 if kind is Sizes else 3, stop=4, epochs=3),)
     cached = Run("ram", tmp_path, kind=kind, plan=plan)
     assert reason in cached.notices[0]
     if kind is not HAZARDS["CountsCalls"]:
@@ -291,7 +291,7 @@ def test_rows_that_would_be_wrong_are_refused(kind: type[nn.Module], reason: str
 
 def test_values_that_are_no_rows_are_not_divided_into_parts(tmp_path: Path) -> None:
     """Not in the batch at which this is found out, either."""
-    options = {"kind": Sizes, "plan": (Phase(start=2, stop=4, epochs=2),), "grad_accum_steps": 4}
+    options = {"kind": Sizes, "plan": (Phase(start=1, stop=4, epochs=2),), "grad_accum_steps": 4}
     cached = Run("ram", tmp_path, **options)
     assert "not one row for each image" in cached.notices[0]
     assert cached.same_as(Run("off", tmp_path, **options))

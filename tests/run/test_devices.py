@@ -42,7 +42,7 @@ def device_of(name: str, devices: dict[str, str | int]) -> str | int:
     [
         (Chain, ["conv2"]),
         (Unused, ["conv2", "head"]),
-        (FunctionalNorm, ["fused:batch_norm"]),
+        (FunctionalNorm, ["fused:relu"]),
         (RootParameter, ["head"]),
         (resnet, ["layer2.0.conv2", "layer3", "fc"]),
     ],
