@@ -236,6 +236,7 @@ def _is_leaf(called: Any) -> bool:
     return users or isinstance(called, External) or called is operator.call or isinstance(called, nn.Module)
 
 
+@unchanged_generators()
 def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> Any:
     """Run on the CPU, on numbers that mean nothing."""
     receiver = getattr(called, "__self__", None)

@@ -61,6 +61,19 @@ def test_numbers_differ_from_call_to_call_and_tracing_draws_none() -> None:
     assert not torch.equal(net(rows()), net(rows()))
 
 
+class Branch(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x if x.sum() > 0 else -x
+
+
+def test_to_try_a_module_on_numbers_draws_none_that_others_draw_later() -> None:
+    model = nn.Sequential(Branch(), Linears())
+    before = torch.get_rng_state()
+    found = trace(model, (rows(),))
+    assert "0" in found.opaque
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_functions_that_a_helper_has_imported_by_name() -> None:
     helper = ModuleType("a_helper_of_the_users")
     exec(
