@@ -99,8 +99,8 @@ def _runners(trace: Trace, model: nn.Module, inputs: Sequence[Tensor], passes: S
         graph = rewritten(stage_graph(copied, whole, is_last=True, training=training), model, passes)
         runners[kind] = OpRunner(model, graph, [read], training=training)
     graph = stage_graph(copied, whole, is_last=True, training=False)
-    relaid = takes_any_layout(graph, model) and all(map(may_be_relaid, inputs))
     folds, _ = fold(graph, model)
+    relaid = takes_any_layout(graph, model) and all(map(may_be_relaid, inputs))
     modules = dict(model.named_modules(remove_duplicate=False))
     layout = torch.channels_last if relaid else torch.preserve_format
     weights = [each.tensors(modules, layout) for each in folds]

@@ -26,6 +26,13 @@ ASKING = {
     "view", "view_as", "unflatten", "Unflatten", "as_strided", "stride", "is_contiguous", "storage_offset", "data_ptr",
 }  # fmt: skip
 RESHAPING = {"reshape", "reshape_as", "flatten", "Flatten", "ravel", "contiguous"}
+# What draws a number for each element, in the order in which they lie in memory.
+DRAWING = {
+    "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "normal", "normal_", "log_normal_",
+    "uniform_", "random_", "exponential_", "geometric_", "cauchy_", "poisson", "binomial", "rrelu", "rrelu_",
+    "gumbel_softmax", "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "alpha_dropout_",
+    "feature_dropout", "feature_alpha_dropout", "native_dropout",
+}  # fmt: skip
 # Modules and functions from elsewhere may do anything.
 ORIGINS = {"torch", "_operator", "math", "builtins"}
 
@@ -42,8 +49,9 @@ class SettledStage:
     def __init__(self, trace: Trace, stage: Stage) -> None:
         self._stage = stage
         graph = stage_graph(trace, stage.partition, is_last=False, training=False)
-        self.takes_any_layout = takes_any_layout(graph, trace.model)
         self._folds, self._passed_over = fold(graph, trace.model)
+        # Dropout that does nothing in evaluation is out of the graph by now.
+        self.takes_any_layout = takes_any_layout(graph, trace.model)
         self._code = code_of(graph, f"partition {stage.partition.index} settled")
 
     def arrange(self, modules: Mapping[str, nn.Module]) -> None:
@@ -171,7 +179,7 @@ def takes_any_layout(graph: fx.Graph, model: nn.Module) -> bool:
         called = type(model.get_submodule(op.path)) if op.kind == "module" else node.target
         name = called if isinstance(called, str) else called.__name__
         origin = "torch" if isinstance(called, str) else (called.__module__ or "torch")
-        if name in ASKING or called is operator.call or origin.partition(".")[0] not in ORIGINS:
+        if name in ASKING | DRAWING or called is operator.call or origin.partition(".")[0] not in ORIGINS:
             return False
         views |= name in RESHAPING and op.output.storage != op.name
         writes |= bool(op.mutates)

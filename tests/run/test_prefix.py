@@ -336,7 +336,17 @@ class WritingThroughReshape(Chain):
         return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("kind", [Viewing, WritingThroughReshape])
+class Drawing(Chain):
+    """A number is drawn for each element of what a convolution delivers, in the order in which these lie in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        torch.manual_seed(0)
+        x = self.norm2(self.conv2(x + torch.rand_like(x))).relu()
+        return self.head(F.dropout(x, 0.5, training=self.training).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Viewing, WritingThroughReshape, Drawing])
 def test_layouts_that_the_model_counts_on_are_kept(kind: type[nn.Module]) -> None:
     shape = (4, 3, 8, 8)
     images = torch.randn(shape)
