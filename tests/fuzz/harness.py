@@ -295,7 +295,7 @@ class _Run:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is folded: neither a norm nor the layout of a convolution."""
+        """Whether training folds nothing: neither a norm nor the layout of a convolution. Evaluation never does."""
         return self.phase.start == 0 or "double" not in self.case.options
 
     def _enter(self, stretch: Stretch) -> None:
@@ -328,7 +328,7 @@ class _Run:
                 for model in models:
                     EVENTS[event.kind](model, Random(event.choice))
         where = f"in step {step} ({self._words()})"
-        self._both(step, where, backward=True)
+        self._both(step, where, backward=True, exact=self.exact)
         for optimizer in self.optimizers:
             optimizer.step()
         self._compare_state(where, exact=self.exact)
@@ -345,12 +345,11 @@ class _Run:
         self.frozen.model.eval()
         backward = "evaluation with gradients" in self.case.options
         batch = 3 if "other batch size" in self.case.options else 4
-        self._both(
-            1000 + step, f"in evaluation after step {step - 1} ({self._words()})", backward=backward, batch=batch
-        )
-        self._compare_state(f"after evaluation ({self._words()})", exact=self.exact)
+        where = f"in evaluation after step {step - 1} ({self._words()})"
+        self._both(1000 + step, where, backward=backward, batch=batch, exact=True)
+        self._compare_state(f"after evaluation ({self._words()})", exact=True)
 
-    def _both(self, step: int, where: str, *, backward: bool, batch: int = 4) -> None:
+    def _both(self, step: int, where: str, *, backward: bool, exact: bool, batch: int = 4) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none="kept gradients" not in self.case.options)
         try:
@@ -359,7 +358,7 @@ class _Run:
         except Exception as error:
             raise VoidError(f"the plain model {where}: {type(error).__name__}: {error}") from error
         found = self._outcome(self.net, step, backward, batch)
-        compare(expected, found, where, exact=self.exact)
+        compare(expected, found, where, exact=exact)
 
     def _outcome(self, module: nn.Module, step: int, backward: bool, batch: int) -> dict[str, Any]:
         case = self.case

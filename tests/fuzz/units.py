@@ -275,9 +275,11 @@ def training_branch(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: AR
     scope.put(text.format(x=x))
 
 
-def random_number(source: str) -> Write:
+def random_number(*sources: str) -> Write:
+    """A number drawn outside of torch."""
+
     def write(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
-        scope.put(f"{scope.x} * {source}")
+        scope.put(f"{scope.x} * {dice.choice(sources)}")
 
     return write
 
@@ -431,8 +433,8 @@ UNITS: dict[str, Write] = {
     "shape question": shape_question,
     "data branch": data_branch,
     "torch noise": statement("{x} + 0.1 * torch.rand_like({x})", "{x} * torch.rand({x}.shape, dtype={x}.dtype)"),
-    "python number": random_number("random.random()"),
-    "numpy number": random_number("float(np.random.rand())"),
+    "python number": random_number("random.random()", "random.uniform(0.5, 1.5)"),
+    "numpy number": random_number("np.random.rand()", "np.random.uniform(0.5, 1.5)", "float(np.random.rand())"),
     "random branch": random_branch,
     "no grad": context("torch.no_grad()", "torch.set_grad_enabled(False)"),
     "grad on": context("torch.enable_grad()", "torch.set_grad_enabled(True)"),
