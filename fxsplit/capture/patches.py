@@ -283,6 +283,7 @@ def _is_user(caller: FrameType) -> bool:
     return _is_users_module(caller.f_globals.get("__name__", ""))
 
 
+@cache
 def _is_users_module(name: str) -> bool:
     top = name.partition(".")[0]
     return top not in sys.stdlib_module_names and top not in ("torch", "numpy", "fxsplit")

@@ -11,6 +11,7 @@ model. So what is remembered travels with the model, as one attribute that it ha
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,11 +29,15 @@ from fxsplit.plan.partition import Partition
 from fxsplit.run.stages import spans
 from fxsplit.run.uses import ops_of, prefixes
 
+# What torch.nn.utils.parametrize and torch.nn.utils.prune make of a parameter's name.
+RENAMED = re.compile(r"parametrizations\.([^.]+)\.original\d*$|(?<=[^.])_orig$")
+
 
 class _Place(NamedTuple):
-    """Where the model keeps a parameter, under its full name."""
+    """Where the model keeps a parameter, under its full name, and under which one it may have been frozen."""
 
     name: str
+    earlier: str
     parameters: dict[str, Parameter | None]
     key: str
 
@@ -126,7 +131,7 @@ class Holding:
         if self._model.training is mark["training"]:
             _put_back(dict(self._model.named_modules()), mark["modes"])
         for name, parameter in self._model.named_parameters():
-            if name in mark["parameters"]:
+            if not {name, self._earlier(name)}.isdisjoint(mark["parameters"]):
                 parameter.requires_grad_(True)
         del vars(self._model)[MARK]
 
@@ -140,7 +145,7 @@ class Holding:
             index = self._owner_of(name)
             if index is not None:
                 path, _, key = name.rpartition(".")
-                self._places[index].append(_Place(name, modules[path]._parameters, key))
+                self._places[index].append(_Place(name, self._earlier(name), modules[path]._parameters, key))
 
     # Gradients
 
@@ -153,6 +158,10 @@ class Holding:
     def _frozen(self) -> set[str]:
         """The names of those that are frozen, but not by the user."""
         return set(vars(self._model).get(MARK, {}).get("parameters", ()))
+
+    def _earlier(self, name: str) -> str:
+        """The name that a parameter had before it was parametrized or pruned, if that was after tracing."""
+        return name if name in self._known else RENAMED.sub(lambda match: match[1] or "", name)
 
     def _owner_of(self, name: str) -> int | None:
         """The first partition that uses a parameter. One that came after tracing is used where its module is."""
@@ -284,9 +293,9 @@ def _below(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Iterator[t
 
 def _parameters(places: Iterable[_Place], frozen: Container[str]) -> Iterator[tuple[str, Parameter]]:
     """Those that want a gradient, or would if they were not frozen."""
-    for name, parameters, key in places:
+    for name, earlier, parameters, key in places:
         parameter = parameters.get(key)
-        if parameter is not None and (parameter.requires_grad or name in frozen):
+        if parameter is not None and (parameter.requires_grad or name in frozen or earlier in frozen):
             yield name, parameter
 
 

@@ -11,10 +11,12 @@ Source: Chen et al., Training deep nets with sublinear memory cost, 2016.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -62,6 +64,8 @@ class Recomputing:
         contents = {path: _content(model.get_submodule(path)) for path in self._owners}
         # Somebody may put the model into evaluation before backward.
         modes = [(each, each.training) for path in self._called for each in model.get_submodule(path).modules()]
+        # torch's own is put back by the checkpoint.
+        numbers = random.getstate(), np.random.get_state()
         originals = {position: given[position] for position in self._written}
         for position, tensor in originals.items():
             given[position] = _copy(tensor.detach()).requires_grad_(tensor.requires_grad)
@@ -72,7 +76,7 @@ class Recomputing:
                 values[position] = originals.pop(position) if position in originals else _copy(values[position])
             return self.stage(model, values, training=True)
 
-        again = _Anew(lambda: _put_back(model, contents, modes))
+        again = _Anew(lambda: _put_back(model, contents, modes, numbers))
         return checkpoint(run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
 
@@ -106,12 +110,19 @@ class _Anew:
 
 
 @contextmanager
-def _put_back(model: nn.Module, contents: Mapping[str, Content], modes: Modes) -> Iterator[None]:
-    """Inside, modules hold again what they held before the first forward; what they hold now stays for later."""
+def _put_back(
+    model: nn.Module, contents: Mapping[str, Content], modes: Modes, numbers: tuple[Any, Any]
+) -> Iterator[None]:
+    """Inside, modules hold again what they held before the first forward, and the same numbers are drawn.
+
+    What they hold now stays for later, as do the generators.
+    """
     modules = {path: model.get_submodule(path) for path in contents}
     now = {path: (dict(vars(module)), dict(module._buffers)) for path, module in modules.items()}
     modes_now = [(module, module.training) for module, _ in modes]
+    numbers_now = random.getstate(), np.random.get_state()
     try:
+        _set_generators(*numbers)
         for path, (attributes, buffers) in contents.items():
             vars(modules[path]).update(attributes)
             # Copies, since each further run starts from the same buffers.
@@ -119,11 +130,17 @@ def _put_back(model: nn.Module, contents: Mapping[str, Content], modes: Modes) -
         _set(modes)
         yield
     finally:
+        _set_generators(*numbers_now)
         _set(modes_now)
         for path, (attributes, buffers) in now.items():
             for owner, before in ((vars(modules[path]), attributes), (modules[path]._buffers, buffers)):
                 owner.clear()
                 owner.update(before)
+
+
+def _set_generators(of_python: Any, of_numpy: Any) -> None:
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
 
 
 def _set(modes: Modes) -> None:

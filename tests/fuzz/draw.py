@@ -71,6 +71,9 @@ def draw(seed: int, features: Collection[str] = FEATURES) -> Case:
     if "training branch" in case.features:
         # What a settled partition returns early, and only evaluation makes, has no name in the training that follows.
         case = replace(case, options=case.options - {"early output"})
+    if "checkpoint" in case.features:
+        # One of the reentrant kind gives no gradients to weights where its input wants none, in evaluation as well.
+        case = replace(case, options=case.options - {"evaluation with gradients"})
     if case.features & {"settled", "window"} and any(word in source_of(case) for word in FOLDED):
         # A norm in the weights before it is equal within rounding, which double precision makes small.
         return replace(case, options=case.options | {"double"})

@@ -60,7 +60,7 @@ def source_of(case: Case) -> str:
 
 def names_of(case: Case) -> dict[str, Any]:
     """What the source of the case defines."""
-    text, file = source_of(case), f"<fuzz {case.seed}>"
+    text, file = source_of(case), f"fuzz{case.seed}.py"
     # The tracer looks at the lines of a user's own code.
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     names: dict[str, Any] = {"__name__": "fuzzed"}
