@@ -8,6 +8,7 @@ import pytest
 
 from tests.fuzz.draw import SOUND
 from tests.fuzz.harness import drawn, run
+from tests.fuzz.mutations import MUTATIONS, found
 from tests.fuzz.report import reproducer
 from tests.fuzz.shrink import shrink
 
@@ -30,6 +31,12 @@ def test_most_cases_are_not_refused() -> None:
         pytest.skip("only counted after all of them")
     assert STATUSES["same"] >= 0.9 * COUNT
     assert STATUSES["void"] <= 0.02 * COUNT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_fault_is_found(name: str) -> None:
+    assert found(MUTATIONS[name], COUNT) is not None
 
 
 def test_a_seed_gives_one_case() -> None:

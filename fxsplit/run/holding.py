@@ -130,8 +130,9 @@ class Holding:
             )
         if self._model.training is mark["training"]:
             _put_back(dict(self._model.named_modules()), mark["modes"])
-        for name, parameter in self._model.named_parameters():
-            if not {name, self._earlier(name)}.isdisjoint(mark["parameters"]):
+        parameters = dict(self._model.named_parameters())
+        for name, parameter in parameters.items():
+            if not {name, _earlier(name, parameters)}.isdisjoint(mark["parameters"]):
                 parameter.requires_grad_(True)
         del vars(self._model)[MARK]
 
@@ -141,11 +142,12 @@ class Holding:
         self._held, self._shared = self._modules_to_hold(modules)
         self._held_modules = list(self._held.values())
         self._places: list[list[_Place]] = [[] for _ in range(self._count)]
-        for name, _ in self._model.named_parameters():
+        names = dict.fromkeys(name for name, _ in self._model.named_parameters())
+        for name in names:
             index = self._owner_of(name)
             if index is not None:
                 path, _, key = name.rpartition(".")
-                self._places[index].append(_Place(name, self._earlier(name), modules[path]._parameters, key))
+                self._places[index].append(_Place(name, _earlier(name, names), modules[path]._parameters, key))
 
     # Gradients
 
@@ -158,10 +160,6 @@ class Holding:
     def _frozen(self) -> set[str]:
         """The names of those that are frozen, but not by the user."""
         return set(vars(self._model).get(MARK, {}).get("parameters", ()))
-
-    def _earlier(self, name: str) -> str:
-        """The name that a parameter had before it was parametrized or pruned, if that was after tracing."""
-        return name if name in self._known else RENAMED.sub(lambda match: match[1] or "", name)
 
     def _owner_of(self, name: str) -> int | None:
         """The first partition that uses a parameter. One that came after tracing is used where its module is."""
@@ -297,6 +295,12 @@ def _parameters(places: Iterable[_Place], frozen: Container[str]) -> Iterator[tu
         parameter = parameters.get(key)
         if parameter is not None and (parameter.requires_grad or name in frozen or earlier in frozen):
             yield name, parameter
+
+
+def _earlier(name: str, names: Container[str]) -> str:
+    """The name that a parameter may have had before it was parametrized or pruned."""
+    earlier = RENAMED.sub(lambda match: match[1] or "", name)
+    return name if earlier in names else earlier
 
 
 def _has_own_train(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import update_bn
 
 from fxsplit.capture.snapshot import MARK
@@ -326,6 +327,33 @@ def test_what_the_user_freezes_between_phases_stays_frozen() -> None:
     net.release()
     assert len(wanting(model)) == 8
     assert wanting(model).isdisjoint({"conv1.weight", "conv2.weight"})
+
+
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_what_is_parametrized_or_pruned_while_it_is_frozen_thaws_under_its_new_name(is_gone: bool) -> None:
+    model = chain()
+    model.head.bias.requires_grad_(False)
+    net = executor(model)
+    net.enter(Phase(start=0, stop=1, epochs=1))
+    parametrize.register_parametrization(model.conv2, "weight", Half())
+    prune.l1_unstructured(model.head, "weight", 0.5)
+    if is_gone:
+        del net
+        gc.collect()
+        executor(model)
+    else:
+        net.enter(MIDDLE)
+        assert wanting(model) == {
+            "conv2.parametrizations.weight.original", "conv2.bias", "norm2.weight", "norm2.bias",
+        }  # fmt: skip
+        net.release()
+    assert len(wanting(model)) == 9
+    assert wanting(model) > {"conv2.parametrizations.weight.original", "head.weight_orig"}
 
 
 def test_a_second_executor_is_refused_until_the_first_lets_go() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -163,3 +165,27 @@ def test_an_input_that_is_written_into_is_kept_as_it_was(name: str, segmented: b
     else:
         assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
         assert given == "leaf" or not torch.equal(expected[1], images)
+
+
+class DrawsNumbers(nn.Module):
+    """Numbers of Python's and numpy's generators, in forward itself and in a module that stays one op."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(np.random.rand()) * float(random.random())
+
+
+def test_numbers_of_python_and_numpy_are_drawn_again() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), DrawsNumbers(), nn.LayerNorm(6), nn.Linear(6, 4))
+    captured = trace(model, (torch.zeros(4, 6),))
+    net = recomputing(Executor(captured, partition(captured.train, captured.eval, at=["3"])))
+    x = torch.randn(4, 6)
+    found = []
+    for each in (model, net):
+        random.seed(0)
+        np.random.seed(0)
+        model.zero_grad()
+        (each(x) ** 2).sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+        found[-1] += [torch.tensor([random.random(), np.random.rand()])]
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
