@@ -58,7 +58,7 @@ def kept_gradients() -> AbstractContextManager[Any]:
 
 def lost_contexts() -> AbstractContextManager[Any]:
     """Ops run outside of the contexts that forward opens."""
-    return patch.object(source, "contexts_of", lambda node: ())
+    return patch.object(source, "contexts_of", lambda _: ())
 
 
 def moved_twice() -> AbstractContextManager[Any]:
