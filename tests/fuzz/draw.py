@@ -85,7 +85,7 @@ FOLDED = ("Conv2d", "BatchNorm", "batch_norm")
 
 
 def _few(dice: Random) -> int:
-    return dice.choice([0, 1, 1, 1, 2])
+    return dice.choice([0, 0, 1, 1, 2])
 
 
 def _units(dice: Random, known: Collection[str], count: int, *, depth: int, image: bool) -> tuple[Unit, ...]:
