@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FunctionType, ModuleType
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from fxsplit.capture.patches import UntraceableError
 from fxsplit.capture.same import same_value
-from fxsplit.capture.structure import ATOMS, WHOLE, members
+from fxsplit.capture.structure import ATOMS, WHOLE, members, taken_apart
 
 # Generators are objects of C, whose state does not lie in attributes: how to read and to set it.
 GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
@@ -41,6 +42,7 @@ class Contents:
     """The containers, objects and generators that a model's modules hold, as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._held: list[tuple[str, str, Any, Any]] = []
         seen: set[int] = set()
         for path, module in model.named_modules():
@@ -67,6 +69,10 @@ class Contents:
             if not _holds(held, before):
                 _restore(held, before)
 
+    def again(self) -> Contents:
+        """Of the same model, as they are now."""
+        return Contents(self._model)
+
     def _look(self, path: str, name: str, value: Any, seen: set[int]) -> None:
         self._held += [(path, name, held, content) for held, content in _held_by(value, seen, _DEPTH)]
 
@@ -89,7 +95,7 @@ def _held_by(value: Any, seen: set[int], depth: int) -> Iterator[tuple[Any, Any]
     if content is None:
         return
     yield value, content
-    if type(value) not in GENERATORS:
+    if type(value) not in GENERATORS and not isinstance(value, Iterator):
         for item in content.values() if isinstance(content, dict) else content:
             yield from _held_by(item, seen, depth - 1)
 
@@ -130,8 +136,11 @@ def _content(value: Any) -> Any:
         return GENERATORS[kind][0](value)
     if isinstance(value, dict):
         return dict(value)
-    if isinstance(value, list | tuple | set):
+    if isinstance(value, list | tuple | set | deque):
         return list(value)
+    if isinstance(value, Iterator):
+        # Where it stands; one that cannot be copied is shared, and not looked at.
+        return taken_apart(value)
     is_looked_into = hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (Tensor, *WHOLE))
     return dict(vars(value)) if is_looked_into else None
 
@@ -139,7 +148,8 @@ def _content(value: Any) -> Any:
 def _holds(held: Any, before: Any) -> bool:
     """Whether the same is held as before: numbers and generators' states by value, all else by identity."""
     now = _content(held)
-    return same_value(now, before) if type(held) in GENERATORS else _same(now, before)
+    by_value = type(held) in GENERATORS or isinstance(held, Iterator)
+    return same_value(now, before) if by_value else _same(now, before)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -167,10 +177,13 @@ def _restore(held: Any, before: Any) -> None:
         held.update(before)
     elif isinstance(held, list):
         held[:] = before
+    elif isinstance(held, deque):
+        held.clear()
+        held.extend(before)
     elif isinstance(held, set):
         held.clear()
         held.update(before)
-    elif not isinstance(held, tuple):
+    elif not isinstance(held, tuple | Iterator):
         vars(held).clear()
         vars(held).update(before)
 

@@ -33,7 +33,7 @@ def call(
         try:
             named = inspect.signature(factory).parameters
             return factory(**{key: value for key, value in offered.items() if key in named}, **asked)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"{spec!r} raised {type(error).__name__}: {reason(error)}") from error
 
 
@@ -53,7 +53,7 @@ def _import_file(source: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(found)
     try:
         found.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UsageError(f"{source!r} cannot be imported: {type(error).__name__}: {reason(error)}") from error
     return module

@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import gc
 import importlib
+import os
 import random
 import sys
 import threading
@@ -30,25 +31,38 @@ from fxsplit.capture.contexts import Context
 if TYPE_CHECKING:
     from fxsplit.capture.tracer import ValueTracer
 
+
+def _methods_of(module: ModuleType, method: Any) -> tuple[str, ...]:
+    """The functions of a module that are methods of its one generator, but for those that read or set its state."""
+    owner = method.__self__
+    names = [name for name, value in vars(module).items() if getattr(value, "__self__", None) is owner]
+    return tuple(name for name in names if name not in ("getstate", "setstate", "get_state", "set_state", "shuffle"))
+
+
 # Held by whoever traces.
 LOCK = threading.RLock()
 
 # Creating a tensor dispatches on no argument, so torch.fx would run it once and keep the result as a constant.
 FACTORIES = (
     "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace",
-    "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros",
+    "normal", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros",
 )  # fmt: skip
+
+# What acts on the process or on modules around an op, and would be lost.
+REFUSED: dict[Any, tuple[str, ...]] = {
+    torch.random: ("fork_rng",),
+    torch.nn.attention: ("sdpa_kernel",),
+    torch.backends.mkldnn: ("flags",),
+    torch.backends.cudnn: ("flags",),
+    random: ("shuffle", "setstate"),
+    np.random: ("shuffle", "set_state"),
+}
 
 # What gives other numbers at each call, generators and clocks, and what says which numbers generators give.
 DRAWS: dict[Any, tuple[str, ...]] = {
-    random: (
-        "random", "uniform", "randint", "randrange", "choice", "choices", "sample", "gauss", "normalvariate",
-        "triangular", "betavariate", "expovariate", "gammavariate", "lognormvariate", "getrandbits", "seed",
-    ),
-    np.random: (
-        "rand", "randn", "randint", "random", "random_sample", "uniform", "normal", "choice", "permutation", "beta",
-        "binomial", "exponential", "gamma", "poisson", "standard_normal", "seed",
-    ),
+    random: _methods_of(random, random.random),
+    np.random: (*_methods_of(np.random, np.random.rand), "ranf", "sample"),
+    os: ("urandom",),
     torch: ("manual_seed", "seed", "initial_seed"),
     time: ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time"),
 }  # fmt: skip
@@ -145,6 +159,15 @@ def _record_calls(patches: _Patches, tracer: ValueTracer, functions: Iterable[An
 
         return call
 
+    def refused(function: Any) -> Callable[..., Any]:
+        @wraps(function, updated=())
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if tracer.is_recording and _is_user(sys._getframe(1)):
+                raise UntraceableError(f"it calls {function.__name__}, which acts on more than a recording shows")
+            return function(*args, **kwargs)
+
+        return call
+
     def limits(kind: Any) -> Callable[..., Any]:
         record = recorded(kind)
 
@@ -155,7 +178,7 @@ def _record_calls(patches: _Patches, tracer: ValueTracer, functions: Iterable[An
 
     for name in TYPE_LIMITS:
         patches.put(torch, name, limits(getattr(torch, name)))
-    wrappers = {"factory": recorded, "drawing": drawn, "ambient": asked}
+    wrappers = {"factory": recorded, "drawing": drawn, "ambient": asked, "refused": refused}
     replacing = {key: wrappers[kind](function) for key, (kind, _, _, function) in _functions().items()}
     for owner, name, function in [*_named_in_modules()]:
         patches.put(owner, name, replacing[id(function)])
@@ -171,6 +194,20 @@ def _record_calls(patches: _Patches, tracer: ValueTracer, functions: Iterable[An
         return call_scripted(function, *args, **kwargs)
 
     patches.put(scripted, "__call__", call)
+    for name in ("train", "requires_grad_"):
+        patches.put(nn.Module, name, _only_outside(tracer, getattr(nn.Module, name)))
+
+
+def _only_outside(tracer: ValueTracer, method: Any) -> Callable[..., Any]:
+    """A method of modules that changes how later ops run, which a recording does not show."""
+
+    @wraps(method)
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if tracer.is_recording:
+            raise UntraceableError(f"its forward calls {method.__name__}() of a module")
+        return method(module, *args, **kwargs)
+
+    return call
 
 
 def _record_contexts(patches: _Patches, tracer: ValueTracer) -> None:
@@ -297,7 +334,10 @@ def _functions() -> dict[int, tuple[str, str, str, Any]]:
     """
     return {
         id(getattr(owner, name)): (kind, owner.__name__, name, getattr(owner, name))
-        for kind, owners in (("factory", {torch: FACTORIES}), ("drawing", DRAWS), ("ambient", {torch: AMBIENT}))
+        for kind, owners in (
+            *(("factory", {torch: FACTORIES}), ("drawing", DRAWS)),
+            *(("ambient", {torch: AMBIENT}), ("refused", REFUSED)),
+        )
         for owner, names in owners.items()
         for name in names
     }
@@ -312,7 +352,7 @@ def _named_in_modules() -> Iterator[tuple[Any, str, Any]]:
     functions = _functions()
     for name, module in list(sys.modules.items()):
         space = getattr(module, "__dict__", None)
-        if space is None or not (_is_users_module(name) or module in (torch, *DRAWS)):
+        if space is None or not (_is_users_module(name) or module in (torch, *DRAWS, *REFUSED)):
             continue
         size, found = _found.get(module, (-1, []))
         if size != len(space):

@@ -54,6 +54,8 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 READ_DATA = ("item", "tolist", "numpy")
+# What acts on the tape of autograd, and leaves no value behind by which it would be kept.
+ON_THE_TAPE = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward")
 
 Leaf = str | type[nn.Module] | FunctionType
 
@@ -189,6 +191,8 @@ class ValueTracer(fx.Tracer):
             return None
         if kind == "call_method" and target in READ_DATA and isinstance(args[0].value, Tensor):
             raise UntraceableError(f"{user_line()} reads data: it calls {target}() of a tensor")
+        if kind == "call_method" and target in ON_THE_TAPE:
+            raise UntraceableError(f"{user_line()} calls {target}() of a tensor")
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         node = proxy.node
         node.meta["path"] = str(target) if kind == "call_module" else self._path

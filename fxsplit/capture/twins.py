@@ -6,7 +6,9 @@ is shared, and so is nothing else.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import suppress
 from types import MethodType
 from typing import Any
 
@@ -75,6 +77,11 @@ class Copier:
             held = {name: item for name, item in vars(value).items() if name != "_compiled_call_impl"}
             vars(made).update({name: self.copy(item) for name, item in held.items()})
             return made
+        if isinstance(value, torch.jit.ScriptModule):
+            # Its tensors lie where no attribute leads to.
+            with suppress(Exception):
+                return self._keep(value, copy.deepcopy(value))
+            return self._keep(value, value)
         if isinstance(value, torch.Generator):
             return self._keep(value, torch.Generator(value.device).set_state(value.get_state()))
         if isinstance(value, np.ndarray):

@@ -63,6 +63,15 @@ class _forward:  # noqa: N801 - used as a decorator
         return self._function if instance is None else _Forward(self._function, instance)
 
 
+# What an executor holds; its model may have a submodule of the same name.
+OWN = frozenset(
+    (
+        *("_signature", "passes", "_stages", "_prefix", "_recomputing", "_in_segments", "_fed"),
+        *("_phase", "_everything", "_running", "_changes", "_holding", "_hooks", "_modes"),
+    )
+)
+
+
 class _Modes:
     """Modules whose modes matter, and those modes that are known to run the traced graph."""
 
@@ -329,6 +338,9 @@ class Executor(nn.Module):
         return getattr(self._model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in OWN:
+            vars(self)[name] = value
+            return
         known = name in vars(self) or hasattr(type(self), name)
         if not known and "_holding" in vars(self) and name in vars(self._model):
             setattr(self._model, name, value)

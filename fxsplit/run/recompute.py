@@ -12,7 +12,7 @@ Source: Chen et al., Training deep nets with sublinear memory cost, 2016.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fxsplit.capture.effects import Contents
 from fxsplit.capture.naming import called_module
 from fxsplit.capture.structure import map_tensors
 from fxsplit.capture.tracing import Trace
@@ -49,6 +50,8 @@ class Recomputing:
                     if module._buffers or not _is_plain(module):
                         owners.add(name)
         self._owners, self._called = tuple(sorted(owners)), tuple(called)
+        # What else they hold may change too: lists, counters, generators.
+        self._holders = tuple(path for path in called if not _is_plain(trace.model.get_submodule(path)))
         # No cut is legal that lets an op write into what lies before it, so these are inputs of the model.
         values = program.graph.values
         memory = {values[name].storage for op in program.graph.ops[span] for name in op.mutates if name in values}
@@ -66,6 +69,7 @@ class Recomputing:
         modes = [(each, each.training) for path in self._called for each in model.get_submodule(path).modules()]
         # torch's own is put back by the checkpoint.
         numbers = random.getstate(), np.random.get_state()
+        held = [Contents(model.get_submodule(path)) for path in self._holders]
         originals = {position: given[position] for position in self._written}
         for position, tensor in originals.items():
             given[position] = _copy(tensor.detach()).requires_grad_(tensor.requires_grad)
@@ -76,7 +80,7 @@ class Recomputing:
                 values[position] = originals.pop(position) if position in originals else _copy(values[position])
             return self.stage(model, values, training=True)
 
-        again = _Anew(lambda: _put_back(model, contents, modes, numbers))
+        again = _Anew(lambda: _put_back(model, contents, modes, numbers, held))
         return checkpoint(run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
 
@@ -111,7 +115,11 @@ class _Anew:
 
 @contextmanager
 def _put_back(
-    model: nn.Module, contents: Mapping[str, Content], modes: Modes, numbers: tuple[Any, Any]
+    model: nn.Module,
+    contents: Mapping[str, Content],
+    modes: Modes,
+    numbers: tuple[Any, Any],
+    held: Sequence[Contents],
 ) -> Iterator[None]:
     """Inside, modules hold again what they held before the first forward, and the same numbers are drawn.
 
@@ -121,7 +129,10 @@ def _put_back(
     now = {path: (dict(vars(module)), dict(module._buffers)) for path, module in modules.items()}
     modes_now = [(module, module.training) for module, _ in modes]
     numbers_now = random.getstate(), np.random.get_state()
+    held_now = [each.again() for each in held]
     try:
+        for each in held:
+            each.restore()
         _set_generators(*numbers)
         for path, (attributes, buffers) in contents.items():
             vars(modules[path]).update(attributes)
@@ -131,6 +142,8 @@ def _put_back(
         yield
     finally:
         _set_generators(*numbers_now)
+        for each in held_now:
+            each.restore()
         _set(modes_now)
         for path, (attributes, buffers) in now.items():
             for owner, before in ((vars(modules[path]), attributes), (modules[path]._buffers, buffers)):
