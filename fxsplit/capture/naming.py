@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import fx
 
+from fxsplit.capture.contexts import contexts_of
+
 NAMED = ("placeholder", "call_module", "call_function", "call_method")
 
 
@@ -41,14 +43,26 @@ def names_of(train: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, str]:
 
 
 def _aligned(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Pairs that do the same to the same; and between these, pairs that do the same."""
+    """Pairs that do the same to the same; and between these, pairs that do the same, where both have as many of them.
+
+    Of two additions in training and one in evaluation nobody knows which of the two that one is.
+    """
     mine, other = 0, 0
     for ours, theirs, length in _matching(first, second, _signature):
-        between = first[mine:ours], second[other:theirs]
-        for start, twin, count in _matching(*between, lambda node: _signature(node)[:-1]):
+        between = _as_many(first[mine:ours], second[other:theirs])
+        for start, twin, count in _matching(*between, _kind):
             yield from zip(between[0][start : start + count], between[1][twin : twin + count], strict=True)
         mine, other = ours + length, theirs + length
         yield from zip(first[ours:mine], second[theirs:other], strict=True)
+
+
+def _as_many(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Those of which both have as many of the same kind."""
+    ours, theirs = (Counter(map(_kind, nodes)) for nodes in (first, second))
+    return (
+        [node for node in first if ours[_kind(node)] == theirs[_kind(node)]],
+        [node for node in second if ours[_kind(node)] == theirs[_kind(node)]],
+    )
 
 
 def _matching(
@@ -62,8 +76,13 @@ def _matching(
 
 def _signature(node: fx.Node) -> Any:
     """What a node does, and to what."""
-    sources = tuple(_base_name(source) for source in node.all_input_nodes)
-    return node.op, _base_name(node), sources
+    return *_kind(node), tuple(_base_name(source) for source in node.all_input_nodes)
+
+
+def _kind(node: fx.Node) -> Any:
+    """What a node does, and in which contexts."""
+    kinds = tuple((each.kind, each.enabled, each.device, each.dtype) for each in contexts_of(node))
+    return node.op, _base_name(node), kinds
 
 
 def _base_name(node: fx.Node) -> str:

@@ -211,7 +211,8 @@ def _traced(
         signature=signature,
         programs=programs,
         tied=_tied(model),
-        call=Call.of(args, kwargs, leaves),
+        # What is whole stays whole when the model is traced again: a table may have been made in it since.
+        call=Call.of(args, kwargs, (*leaves, *_whole_modules(model, programs.values()))),
         snapshot=_snapshot(model, programs.values()),
         modes={
             training: {path: module.training for path, module in recorder.twin.named_modules()}
@@ -228,6 +229,11 @@ def _snapshot(model: nn.Module, programs: Iterable[Program]) -> Snapshot:
         opaque={path for node in nodes if (path := called_module(node)) is not None},
         assigned={path for node in nodes for path in assigned_by(node)},
     )
+
+
+def _whole_modules(model: nn.Module, programs: Iterable[Program]) -> list[str]:
+    paths = {path for path, _ in model.named_modules()}
+    return [path for path in dict.fromkeys(path for program in programs for path in program.opaque) if path in paths]
 
 
 def _record_both(recorders: Mapping[bool, Recorder]) -> dict[bool, Recording]:

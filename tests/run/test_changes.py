@@ -361,3 +361,29 @@ def test_copies_follow_their_own_model(copy_of: Callable[[Executor], Executor]) 
     net.train()
     with pytest.raises(GuardError, match="'slope' of 'second'"):
         other.train()
+
+
+class Tabulates(nn.Module):
+    """Makes a table at its first call, of the size of what it is given."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.table) != x.shape[1]:
+            self.table = torch.arange(float(x.shape[1]))
+        return x + self.table if x.sum() != 0 else x
+
+
+def test_a_table_that_a_whole_module_makes_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Tabulates(), nn.Linear(6, 3))
+    plain = copy.deepcopy(model)
+    x = torch.randn(4, 6)
+    found = trace(model, (x,))
+    assert list(found.opaque) == ["1"]
+    net = Executor(found, partition(found.train, found.eval, count=2))
+    for mode in (True, False, True):
+        assert torch.equal(net.train(mode)(x), plain.train(mode)(x))
