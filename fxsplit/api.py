@@ -84,7 +84,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         if passes:
             observer.notice("1x1 convolutions run as matrix products: faster, and equal to the model within rounding")
         if spec.balance == "seconds" and spec.plan is None:
-            images = _in_layout(spec, torch.rand(spec.batch_size, *shape, device=device))
+            images = _in_layout(spec, torch.rand(max(2, spec.batch_size), *shape, device=device))
             trace = measure_ops(trace, (images,), device=device, passes=passes)
         plan = _plan(spec, trace, observer)
         executor = Executor(trace, plan.partitions, passes=passes)
