@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from types import FunctionType, ModuleType
 from typing import Any
@@ -50,10 +50,15 @@ class Contents:
                 if name not in _BASE:
                     self._look(path, name, value, seen)
 
-    def changed(self) -> dict[str, str]:
-        """The modules that hold something which is different now, and the name of the first such attribute."""
+    def changed(self, whole: Container[Any] = ()) -> dict[str, str]:
+        """The modules that hold something which is different now, and the name of the first such attribute.
+
+        Iterators, which nobody can set back, may go on in modules that are `whole`.
+        """
         found: dict[str, str] = {}
         for path, name, held, before in self._held:
+            if isinstance(held, Iterator) and path in whole:
+                continue
             if path not in found and not _holds(held, before):
                 found[path] = name
         return found

@@ -86,7 +86,7 @@ class Recorder:
         while True:
             held = Contents(self.twin)
             tracer, graph = self._trace(batch_size, costs=costs)
-            changed = held.changed()
+            changed = held.changed(self._whole)
             if not tracer.assigned and not changed:
                 break
             assigned = {each.path: each.name for each in tracer.assigned}
@@ -96,7 +96,7 @@ class Recorder:
             held_then = Contents(self.twin)
             again, second = self._trace(batch_size)
             # What is kept once and for all, such as a table of positions, changes nothing the second time.
-            goes_on = keeps_values or held_then.changed()
+            goes_on = keeps_values or held_then.changed(self._whole)
             for assignment in (*reversed(again.assigned), *reversed(tracer.assigned)):
                 assignment.undo()
             held.restore()
