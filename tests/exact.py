@@ -30,6 +30,17 @@ class Linears(nn.Module):
         return self.c(self.b(self.a(x)).relu())
 
 
+class With(Linears):
+    """Linears behind another module, which takes and gives 6 features."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(self.inner(x))
+
+
 def rows(count: int = 4) -> torch.Tensor:
     """What Linears takes, float32 (count, 6)."""
     return torch.randn(count, 6, generator=torch.Generator().manual_seed(0))

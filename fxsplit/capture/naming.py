@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import fx
 
-from fxsplit.capture.contexts import contexts_of
-
 NAMED = ("placeholder", "call_module", "call_function", "call_method")
 
 
@@ -80,9 +78,8 @@ def _signature(node: fx.Node) -> Any:
 
 
 def _kind(node: fx.Node) -> Any:
-    """What a node does, and in which contexts."""
-    kinds = tuple((each.kind, each.enabled, each.device, each.dtype) for each in contexts_of(node))
-    return node.op, _base_name(node), kinds
+    """What a node does."""
+    return node.op, _base_name(node)
 
 
 def _base_name(node: fx.Node) -> str:

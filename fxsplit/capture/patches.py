@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
 from types import CellType, FrameType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -141,32 +141,25 @@ def _record_calls(patches: _Patches, tracer: ValueTracer, functions: Iterable[An
 
         return call
 
-    def drawn(function: Any) -> Callable[..., Any]:
-        @wraps(function, updated=())
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if tracer.is_recording and _is_user(sys._getframe(1)):
-                return tracer.call_outside(*_functions()[id(function)][1:3], args, kwargs)
-            return function(*args, **kwargs)
+    def of_users(record: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Callable[[Any], Any]:
+        """Calls of libraries among themselves do what they do; those of the model's own code are for the tracer."""
 
-        return call
+        def wrap(function: Any) -> Callable[..., Any]:
+            @wraps(function, updated=())
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if tracer.is_recording and _is_user(sys._getframe(1)):
+                    return record(function, args, kwargs)
+                return function(*args, **kwargs)
 
-    def asked(function: Any) -> Callable[..., Any]:
-        @wraps(function, updated=())
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if tracer.is_recording and _is_user(sys._getframe(1)):
-                return tracer.ask_ambient(function, args, kwargs)
-            return function(*args, **kwargs)
+            return call
 
-        return call
+        return wrap
 
-    def refused(function: Any) -> Callable[..., Any]:
-        @wraps(function, updated=())
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if tracer.is_recording and _is_user(sys._getframe(1)):
-                raise UntraceableError(f"it calls {function.__name__}, which acts on more than a recording shows")
-            return function(*args, **kwargs)
+    def draw(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return tracer.call_outside(*_functions()[id(function)][1:3], args, kwargs)
 
-        return call
+    def refuse(function: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> NoReturn:
+        raise UntraceableError(f"it calls {function.__name__}, which acts on more than a recording shows")
 
     def limits(kind: Any) -> Callable[..., Any]:
         record = recorded(kind)
@@ -178,7 +171,12 @@ def _record_calls(patches: _Patches, tracer: ValueTracer, functions: Iterable[An
 
     for name in TYPE_LIMITS:
         patches.put(torch, name, limits(getattr(torch, name)))
-    wrappers = {"factory": recorded, "drawing": drawn, "ambient": asked, "refused": refused}
+    wrappers = {
+        "factory": recorded,
+        "drawing": of_users(draw),
+        "ambient": of_users(tracer.ask_ambient),
+        "refused": of_users(refuse),
+    }
     replacing = {key: wrappers[kind](function) for key, (kind, _, _, function) in _functions().items()}
     for owner, name, function in [*_named_in_modules()]:
         patches.put(owner, name, replacing[id(function)])

@@ -14,7 +14,7 @@ from torch import nn
 
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import TraceError
-from tests.exact import Linears, assert_exact, executor_of, rows
+from tests.exact import Linears, With, assert_exact, executor_of, rows
 
 
 class Inner(nn.Module):
@@ -72,15 +72,6 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "fork_rng": (ForksTheGenerator, "calls fork_rng"),
     "shuffle": (Shuffles, "calls shuffle"),
 }
-
-
-class With(Linears):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Any) -> Any:
-        return super().forward(self.inner(x))
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -16,7 +16,7 @@ from torch import nn
 
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import GuardError, TraceError
-from tests.exact import Linears, assert_exact, executor_of, rows
+from tests.exact import Linears, With, assert_exact, executor_of, rows
 
 MODULE_RANDOM = random.Random(0)
 
@@ -252,15 +252,6 @@ class Settles(nn.Module):
         if self.config.problem is None:
             self.config.problem = "regression" if x.dtype == torch.float32 and x.shape[1] > 2 else "classes"
         return x * 2 if self.config.problem == "regression" else x
-
-
-class With(Linears):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Any) -> Any:
-        return super().forward(self.inner(x))
 
 
 def test_what_is_found_out_once_and_for_all_is_looked_through_in_the_model_itself_too() -> None:
