@@ -310,6 +310,11 @@ class Trainer:
                     logits = logits_of(self._run(part))
                 loss = self._loss(logits, labels, ids, done / self._steps)
                 total = self.exits.add_to(loss, labels, smoothing=self.smoothing) if self.exits else loss
+            if not total.requires_grad:
+                raise FxsplitError(
+                    "the loss depends on no parameter that trains now, so nothing would be learnt: the model's forward "
+                    "runs under torch.no_grad, or what trains is not used"
+                )
             share = len(labels) / len(batch.labels)
             self._scaler.scale(total * share if share < 1 else total).backward()  # type: ignore[no-untyped-call]
             accuracy.update(loss, logits, labels)

@@ -355,6 +355,17 @@ def test_nothing_to_train_on_is_an_error() -> None:
         trainer(Chain(), loader={"train": TRAIN.subset(torch.tensor([0]))})
 
 
+class Ungraded(Chain):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_a_loss_that_nothing_can_learn_from_is_an_error() -> None:
+    with pytest.raises(FxsplitError, match="depends on no parameter that trains"):
+        next(trainer(Ungraded()).epochs())
+
+
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="no optimizer 'addam'; did you mean 'adam'"):
         trainer(Chain(), optimizer={"name": "addam"})
