@@ -86,7 +86,7 @@ class Guards:
         if not self.questions:
             return
         form: tuple[Any, ...] = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        around = {step.name: step.target(*step.args, **step.kwargs) for step in self.steps if _is_around(step)}
+        around = _asked_around(self.steps)
         form += tuple(around.values())
         if form in self._passed:
             return
@@ -110,7 +110,7 @@ def answers(recording: Recording, twin: nn.Module, tensors: Sequence[Tensor], de
     """What these inputs answer to the questions of the guards."""
     inputs = [node.name for node in recording.graph.nodes if node.op == "placeholder"]
     steps = _steps(recording)
-    around = {step.name: step.target(*step.args, **step.kwargs) for step in steps if _is_around(step)}
+    around = _asked_around(steps)
     values = dict(_values(steps, inputs, twin, tensors, device, around))
     return [QUESTIONS[guard.question](values[guard.node.name]) for guard in recording.guards]
 
@@ -155,8 +155,9 @@ def _values(
             yield step.name, values[step.name]
 
 
-def _is_around(step: _Step) -> bool:
-    return isinstance(step.target, Outside)
+def _asked_around(steps: Sequence[_Step]) -> dict[str, Any]:
+    """What the contexts around the call answer now, by the name of the step that asks."""
+    return {step.name: step.target(*step.args, **step.kwargs) for step in steps if isinstance(step.target, Outside)}
 
 
 def _step(node: fx.Node) -> _Step:
