@@ -20,8 +20,8 @@ from torch.nn import functional as F  # noqa: N812 - the name that everybody giv
 
 import fxsplit
 from fxsplit.api import choose_device
-from fxsplit.capture import models
-from fxsplit.run.measuring import measure_phases
+from fxsplit.measuring.phase_costs import measure_phases
+from fxsplit.models import registry
 from fxsplit.spec import RunSpec, from_text, read_values
 
 
@@ -47,7 +47,7 @@ def main(
     plan = fxsplit.inspect(spec).plan
     place = choose_device(device)
     order = torch.channels_last if channels_last else torch.contiguous_format
-    net = models.build(model, num_classes=10, img_size=img_size).to(place, memory_format=order)  # type: ignore[call-overload]
+    net = registry.build(model, num_classes=10, img_size=img_size).to(place, memory_format=order)  # type: ignore[call-overload]
     images = torch.rand(batch_size, 3, img_size, img_size, device=place).contiguous(memory_format=order)
     labels = (torch.arange(batch_size) % 10).to(place)
 

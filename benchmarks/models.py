@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
 
-from fxsplit.capture.paper import DenseLayer, ResNeXtGroup
+from fxsplit.models.paper import DenseLayer, ResNeXtGroup
 
 
 def vgg(num_classes: int) -> nn.Module:

@@ -23,11 +23,11 @@ from typing import Annotated, Any
 import torchvision
 import typer
 
-from fxsplit.capture import models
 from fxsplit.errors import FxsplitError
+from fxsplit.models import registry
+from fxsplit.proving.checking import check_model
+from fxsplit.proving.workers import call_each
 from fxsplit.report import CheckRecord
-from fxsplit.run.checking import check_model
-from fxsplit.run.workers import call_each
 
 LARGEST = 60_000_000
 PIXELS = 128
@@ -45,11 +45,11 @@ GROUPS = {
 
 def wanted(done: Set[str], only: str) -> Iterator[str]:
     """The models of the proof that are not done yet."""
-    for members in models.families().values():
+    for members in registry.families().values():
         # To find the smallest means to build them all.
         if "timm:".startswith(only[:5]) and done.isdisjoint(members):
-            yield models.smallest(members)
-    for name in (*models.expand("torchvision:*"), *models.expand("hf:*")):
+            yield registry.smallest(members)
+    for name in (*registry.expand("torchvision:*"), *registry.expand("hf:*")):
         if name not in done and (name.startswith("hf:") or _parameters(name) <= LARGEST):
             yield name
 
@@ -67,13 +67,13 @@ def group_of(name: str) -> str:
         return "timm, the smallest model of each family"
     if source == "hf":
         return "Hugging Face, every type that builds small"
-    return GROUPS.get(models.torchvision_module(own).partition(".")[0], GROUPS["classification"])
+    return GROUPS.get(registry.torchvision_module(own).partition(".")[0], GROUPS["classification"])
 
 
 def check(name: str, *, parts: int) -> CheckRecord:
     """At 128 pixels, or at the model's own size where it cannot be built or called at that."""
     record = check_model(name, structure_only=False, parts=parts, img_size=PIXELS)
-    if record.refusal is not None and models.native_size(name) != PIXELS:
+    if record.refusal is not None and registry.native_size(name) != PIXELS:
         record = check_model(name, structure_only=False, parts=parts, img_size=None)
     return record
 

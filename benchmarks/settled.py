@@ -24,13 +24,13 @@ from torch.nn import functional as F  # noqa: N812 - the name that everybody giv
 
 import fxsplit
 from fxsplit.api import choose_device
-from fxsplit.capture import models
-from fxsplit.run.cache import Cache, SettledBatch
-from fxsplit.run.data import MemoryImages
-from fxsplit.run.executor import Executor
-from fxsplit.run.loader import Loader
-from fxsplit.run.metrics import now
-from fxsplit.run.passes import passes_for
+from fxsplit.data.images import MemoryImages
+from fxsplit.data.loader import Loader
+from fxsplit.execute.executor import Executor
+from fxsplit.execute.passes import passes_for
+from fxsplit.measuring.meter import now
+from fxsplit.models import registry
+from fxsplit.training.cache import Cache, SettledBatch
 
 BATCHES = 4
 
@@ -93,7 +93,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     place, cuts = choose_device(device), at.split(",")
-    plain = models.build(model, num_classes=10, img_size=img_size).to(place).train()
+    plain = registry.build(model, num_classes=10, img_size=img_size).to(place).train()
     pixels = torch.randint(256, (BATCHES * batch_size, 3, img_size, img_size), dtype=torch.uint8)
     data = MemoryImages(pixels=pixels, labels=torch.randint(10, (len(pixels),)), img_size=img_size).to(place)
     loader = Loader(train=data, test=data, batch_size=batch_size, seed=0, channels_last=channels_last)

@@ -20,8 +20,8 @@ from torch.nn import functional as F  # noqa: N812 - the name that everybody giv
 
 import fxsplit
 from fxsplit.api import choose_device
-from fxsplit.capture import models
-from fxsplit.run.metrics import now
+from fxsplit.measuring.meter import now
+from fxsplit.models import registry
 
 
 def stepper(net: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
@@ -48,7 +48,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     place = choose_device(device)
-    plain = models.build(model, num_classes=10, img_size=img_size).to(place)
+    plain = registry.build(model, num_classes=10, img_size=img_size).to(place)
     ours = copy.deepcopy(plain)
     images = torch.rand(batch_size, 3, img_size, img_size, device=place)
     labels = torch.randint(10, (batch_size,), device=place)

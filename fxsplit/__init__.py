@@ -26,16 +26,16 @@ if TYPE_CHECKING:
         train,
     )
     from fxsplit.capture.tracing import Trace
+    from fxsplit.distribute.device_map import device_map
+    from fxsplit.distribute.pipeline import to_pipeline_stages
     from fxsplit.errors import FxsplitError, ProofError
+    from fxsplit.execute.executor import Executor
+    from fxsplit.measuring.op_costs import measure
     from fxsplit.plan.forecast import Forecast
     from fxsplit.plan.partition import Partition
     from fxsplit.plan.schedule import Phase, Plan, schedule
+    from fxsplit.proving.first_batch import Proof, prove
     from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
-    from fxsplit.run.devices import device_map
-    from fxsplit.run.executor import Executor
-    from fxsplit.run.op_costs import measure
-    from fxsplit.run.pipeline import to_pipeline_stages
-    from fxsplit.run.proving import Proof, prove
     from fxsplit.spec import RunSpec
 
 __version__ = "0.1.0"
@@ -85,17 +85,17 @@ _HOMES = {
         "trace",
         "train",
     ),
-    "fxsplit.run.op_costs": ("measure",),
+    "fxsplit.measuring.op_costs": ("measure",),
     "fxsplit.capture.tracing": ("Trace",),
     "fxsplit.errors": ("FxsplitError", "ProofError"),
     "fxsplit.plan.forecast": ("Forecast",),
     "fxsplit.plan.partition": ("Partition",),
     "fxsplit.plan.schedule": ("Phase", "Plan", "schedule"),
     "fxsplit.report": ("CheckRecord", "ForecastRecord", "Inspection", "Observer", "RunReport"),
-    "fxsplit.run.devices": ("device_map",),
-    "fxsplit.run.executor": ("Executor",),
-    "fxsplit.run.pipeline": ("to_pipeline_stages",),
-    "fxsplit.run.proving": ("Proof", "prove"),
+    "fxsplit.distribute.device_map": ("device_map",),
+    "fxsplit.execute.executor": ("Executor",),
+    "fxsplit.distribute.pipeline": ("to_pipeline_stages",),
+    "fxsplit.proving.first_batch": ("Proof", "prove"),
     "fxsplit.spec": ("RunSpec",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

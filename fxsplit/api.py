@@ -17,13 +17,21 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from fxsplit.capture import models
-from fxsplit.capture.examples import Example, example, takes_images
 from fxsplit.capture.tracer import Leaf
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
-from fxsplit.capture.units import units_of
+from fxsplit.data import datasets
+from fxsplit.data.images import Data
+from fxsplit.data.loader import Loader
 from fxsplit.errors import UsageError
+from fxsplit.execute.executor import Executor
+from fxsplit.execute.passes import Pass, names_of, passes_for
+from fxsplit.measuring.environment import environment
+from fxsplit.measuring.op_costs import measure as measure_ops
+from fxsplit.measuring.phase_costs import update_seconds
+from fxsplit.models import registry
+from fxsplit.models.examples import Example, example, takes_images
+from fxsplit.models.units import units_of
 from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.forecast import forecast as forecast_graphs
@@ -32,27 +40,19 @@ from fxsplit.plan.partition import partition as partition_graphs
 from fxsplit.plan.planfile import PlanFile, read_file, write_file
 from fxsplit.plan.schedule import Plan
 from fxsplit.plan.schedule import schedule as make_plan
+from fxsplit.proving.checking import check_model
+from fxsplit.proving.first_batch import prove, prove_batch
+from fxsplit.proving.forecasts import check_forecast
+from fxsplit.proving.workers import call_each
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Inspection, Observer, RunReport
-from fxsplit.run import datasets
-from fxsplit.run.batchnorm import check_batches
-from fxsplit.run.cache import GIB, Cache
-from fxsplit.run.checking import check_model
-from fxsplit.run.data import Data
-from fxsplit.run.executor import Executor
-from fxsplit.run.exits import Exits
-from fxsplit.run.folder import RunFolder
-from fxsplit.run.forecasts import check_forecast
-from fxsplit.run.loader import Loader
-from fxsplit.run.measuring import update_seconds
-from fxsplit.run.metrics import environment
-from fxsplit.run.op_costs import measure as measure_ops
-from fxsplit.run.optimizers import make_optimizer, make_scheduler, slots_of
-from fxsplit.run.passes import Pass, names_of, passes_for
-from fxsplit.run.proving import prove, prove_batch
-from fxsplit.run.soft_targets import SoftTargets
-from fxsplit.run.training import MakeCache, Trainer, logits_of
-from fxsplit.run.workers import call_each
 from fxsplit.spec import RunSpec
+from fxsplit.training.batchnorm import check_batches
+from fxsplit.training.cache import GIB, Cache
+from fxsplit.training.exits import Exits
+from fxsplit.training.optimizers import make_optimizer, make_scheduler, slots_of
+from fxsplit.training.run_folder import RunFolder
+from fxsplit.training.soft_targets import SoftTargets
+from fxsplit.training.trainer import MakeCache, Trainer, logits_of
 
 Moved = TypeVar("Moved", nn.Module, torch.Tensor)
 
@@ -148,7 +148,7 @@ def inspect(
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     measured = measured or spec.balance == "seconds"
     device = choose_device(spec.device) if measured else torch.device("meta")
-    make = models.build if measured else models.sketch
+    make = registry.build if measured else registry.sketch
     model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem, drop_path=spec.drop_path)
     given = _example(spec, model, img_size, device)
     trace = trace_model(_in_layout(spec, model.to(device)), given.args, given.kwargs)
@@ -199,7 +199,7 @@ def check(
     a model is in its record.
     """
     observer = observer or Observer()
-    names = list(dict.fromkeys(name for spec in specs for name in models.expand(spec)))
+    names = list(dict.fromkeys(name for spec in specs for name in registry.expand(spec)))
     call = partial(
         check_model, structure_only=structure_only, parts=parts, img_size=img_size, channels_last=channels_last
     )
@@ -229,7 +229,7 @@ def check_forecasts(
     """
     observer = observer or Observer()
     place = choose_device(device)
-    names = list(dict.fromkeys(name for spec in specs for name in models.expand(spec)))
+    names = list(dict.fromkeys(name for spec in specs for name in registry.expand(spec)))
     records = []
     for name in names:
         record = check_forecast(
@@ -336,7 +336,7 @@ def _load(spec: RunSpec, observer: Observer) -> Data:
 
 
 def _build(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
-    model = models.build(
+    model = registry.build(
         spec.model,
         num_classes=len(data.classes),
         img_size=data.img_size,

@@ -9,8 +9,8 @@
     └── CheckError               4   a requested check failed
         └── ProofError           4   on a batch, the partitions and the model differ
 
-A message says what is wrong, which thing is meant, why, and what to do. `Terminated` is none of them:
-like KeyboardInterrupt, of which it is one, it passes through every `except Exception`.
+A message says what is wrong, which thing is meant, why, and what to do. Two are none of them: `Terminated`, which like
+KeyboardInterrupt passes through every `except Exception`, and `UntraceableError`, which does not leave tracing.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ class CheckError(FxsplitError):
 
 class ProofError(CheckError):
     """Partitions do not compute what the model computes, on a batch that both were given."""
+
+
+class UntraceableError(Exception):
+    """Something that cannot be recorded; the module around it becomes one op. The message is the reason."""
 
 
 class Terminated(KeyboardInterrupt):

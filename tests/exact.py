@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxsplit.capture.same import same_value
-from fxsplit.capture.structure import tensors_in
 from fxsplit.capture.tracing import Trace, trace
+from fxsplit.execute.executor import Executor
+from fxsplit.objects.same import same_value
+from fxsplit.objects.structure import tensors_in
 from fxsplit.plan.partition import partition
-from fxsplit.run.executor import Executor
 
 
 class Linears(nn.Module):

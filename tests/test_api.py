@@ -13,22 +13,22 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from fxsplit_cli.main import main
 from torch.nn import functional as F  # noqa: N812
 
 import fxsplit
 from fxsplit.api import choose_device, determinism
-from fxsplit.capture import models
+from fxsplit.data import datasets
+from fxsplit.data.images import batches
 from fxsplit.errors import DataError, PartitionError, ProofError, UsageError
+from fxsplit.execute.passes import Pass
+from fxsplit.execute.pointwise import pointwise_products
+from fxsplit.models import registry
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.planfile import read_file
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, RunReport
-from fxsplit.run import datasets
-from fxsplit.run.data import batches
-from fxsplit.run.folder import COLUMNS
-from fxsplit.run.passes import Pass
-from fxsplit.run.pointwise import pointwise_products
 from fxsplit.spec import read_recipe, resolve
+from fxsplit.training.run_folder import COLUMNS
+from fxsplit_cli.main import main
 
 MODEL = """
 from torch import nn
@@ -523,7 +523,7 @@ def test_a_plain_loop_with_the_executor_ends_with_the_weights_of_train(
     trained = safetensors.torch.load_file(Path(report.folder) / "model.safetensors")
     data = datasets.load(asked.data, img_size=16, data_dir="", seed=3, train_limit=40, notice=print, workers=0)
     with determinism(3, False):
-        model = models.build(asked.model, num_classes=len(data.classes), img_size=16)
+        model = registry.build(asked.model, num_classes=len(data.classes), img_size=16)
         net = fxsplit.Executor(fxsplit.trace(model, (torch.empty(2, 3, 16, 16),)), report.plan.partitions)
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.0, fused=True)
         for epoch in range(report.plan.epochs):

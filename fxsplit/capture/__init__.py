@@ -1,1 +1,1 @@
-"""A model to a graph: building it, tracing it, and what its operations cost."""
+"""A model to a graph: one call of it recorded in each mode, and the answers that fixed its path."""

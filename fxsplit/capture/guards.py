@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxsplit.capture.meta import Outside, StandIn, evaluate, resolve
 from fxsplit.capture.recording import Recording
-from fxsplit.capture.structure import META
 from fxsplit.capture.tracer import QUESTIONS
 from fxsplit.errors import GuardError
+from fxsplit.meta.evaluate import Outside, StandIn, evaluate, resolve
+from fxsplit.objects.structure import META
 
 
 class _Ref(str):

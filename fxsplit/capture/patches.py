@@ -27,6 +27,7 @@ from torch import fx, nn
 from torch.utils import checkpoint
 
 from fxsplit.capture.contexts import Context
+from fxsplit.errors import UntraceableError
 
 if TYPE_CHECKING:
     from fxsplit.capture.tracer import ValueTracer
@@ -81,10 +82,6 @@ REAL_ISINSTANCE = isinstance
 # torch lists its factories when a device context is first entered, and must not find ours there.
 with torch.device("meta"):
     torch.empty(0)
-
-
-class UntraceableError(Exception):
-    """Something that cannot be recorded; the module around it becomes one op. The message is the reason."""
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from fxsplit.capture.patches import UntraceableError
-from fxsplit.capture.sources import user_line
+from fxsplit.capture.user_code import user_line
+from fxsplit.errors import UntraceableError
 
 if TYPE_CHECKING:
     from fxsplit.capture.tracer import ValueTracer

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxsplit.capture.costs import CostMeter
-from fxsplit.capture.effects import Contents, generators_around, restored, state_of
-from fxsplit.capture.kernels import Kernels
-from fxsplit.capture.meta import Outside, on_meta, resolve
-from fxsplit.capture.patches import AMBIENT, UntraceableError, watched
-from fxsplit.capture.same import same_nodes
+from fxsplit.capture.contexts import contexts_of
+from fxsplit.capture.patches import AMBIENT, watched
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.sources import compiled_function, failing_function
-from fxsplit.capture.structure import META, map_tensors, tensors_in
 from fxsplit.capture.tracer import COMPILED, Guard, Leaf, ValueTracer, reason_of
-from fxsplit.errors import TraceError
+from fxsplit.capture.user_code import compiled_function, failing_function
+from fxsplit.errors import TraceError, UntraceableError
+from fxsplit.meta.costs import CostMeter
+from fxsplit.meta.evaluate import Outside, on_meta, resolve
+from fxsplit.meta.kernels import Kernels
+from fxsplit.objects.contents import Contents, generators_around, restored, state_of
+from fxsplit.objects.same import Comparison
+from fxsplit.objects.structure import META, map_tensors, tensors_in
 
 
 @dataclass(kw_only=True)
@@ -182,6 +183,20 @@ class Recorder:
             else ""
         )
         return TraceError(f"{type(self.twin).__name__} cannot be traced in {mode}: {reason_of(error)}{advice}")
+
+
+def same_nodes(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> bool:
+    """Whether the nodes of two recordings do the same, one by one, in the same contexts."""
+    if len(first) != len(second):
+        return False
+    comparison = Comparison(dict(zip(first, second, strict=True)))
+    return all(
+        one.op == other.op
+        and comparison.values(one.target, other.target)
+        and comparison.values((one.args, one.kwargs), (other.args, other.kwargs))
+        and contexts_of(one) == contexts_of(other)
+        for one, other in zip(first, second, strict=True)
+    )
 
 
 def needed_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from fxsplit.capture.same import same_value
-from fxsplit.capture.structure import leaves_of
 from fxsplit.errors import GuardError
+from fxsplit.objects.same import same_value
+from fxsplit.objects.structure import leaves_of
 
 Leaves = dict[str, Any]
 

@@ -25,17 +25,18 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 from fxsplit.capture.contexts import Context
-from fxsplit.capture.costs import CostMeter
-from fxsplit.capture.effects import unchanged
-from fxsplit.capture.kernels import Kernels
-from fxsplit.capture.known import is_known, numbers_of
-from fxsplit.capture.meta import Constant, External, Outside, Rebuild, Slot, StandIn, evaluate, expect, resolve
 from fxsplit.capture.mixing import is_along_samples
-from fxsplit.capture.patches import REAL_ISINSTANCE, UntraceableError
+from fxsplit.capture.patches import REAL_ISINSTANCE
 from fxsplit.capture.proxy import ValueProxy
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.sources import asserted, user_line
-from fxsplit.capture.structure import map_tensors, template, tensors_in
+from fxsplit.capture.user_code import asserted, user_line
+from fxsplit.errors import UntraceableError
+from fxsplit.meta.costs import CostMeter
+from fxsplit.meta.evaluate import Constant, External, Outside, Rebuild, Slot, StandIn, evaluate, expect, resolve
+from fxsplit.meta.kernels import Kernels
+from fxsplit.meta.known import is_known, numbers_of
+from fxsplit.objects.contents import unchanged
+from fxsplit.objects.structure import map_tensors, template, tensors_in
 
 DROPOUTS = {
     *(torch.dropout, torch.feature_dropout, torch.alpha_dropout),

@@ -21,22 +21,22 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.parameter import is_lazy
 
-from fxsplit.capture.batch import free_batch
 from fxsplit.capture.contexts import contexts_of
-from fxsplit.capture.costs import Cost
+from fxsplit.capture.free_batch import free_batch
 from fxsplit.capture.guards import Guards
-from fxsplit.capture.kernels import Kernels
-from fxsplit.capture.meta import on_meta, storage_key
 from fxsplit.capture.naming import assigned_by, called_module, method_of, names_of
 from fxsplit.capture.patches import LOCK
 from fxsplit.capture.recording import Recorder, Recording, is_only_a_number
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.snapshot import Snapshot
-from fxsplit.capture.structure import map_tensors, tensors_in
 from fxsplit.capture.tracer import COMPILED, Leaf, reason_not_to_look_inside
-from fxsplit.capture.twins import twin_of
 from fxsplit.errors import TraceError
 from fxsplit.graph import Graph, Op, OpKind, State, Value
+from fxsplit.meta.costs import Cost
+from fxsplit.meta.evaluate import on_meta, storage_key
+from fxsplit.meta.kernels import Kernels
+from fxsplit.objects.snapshot import Snapshot
+from fxsplit.objects.structure import map_tensors, tensors_in
+from fxsplit.objects.twins import twin_of
 
 KINDS: dict[str, OpKind] = {"call_module": "module", "call_function": "function", "call_method": "method"}
 

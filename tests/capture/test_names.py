@@ -11,8 +11,8 @@ import timm
 import torch
 import torchvision
 
-from fxsplit.capture.models import build, expand, families, native_size, sketch, smallest
 from fxsplit.errors import DataError, UsageError
+from fxsplit.models.registry import build, expand, families, native_size, sketch, smallest
 
 
 def test_a_pattern_means_all_that_match_in_the_librarys_order() -> None:

@@ -18,14 +18,14 @@ import torchvision
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
-from fxsplit.capture.paper import NETWORKS
-from fxsplit.capture.structure import members
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.errors import GuardError, TraceError
+from fxsplit.models.paper import NETWORKS
+from fxsplit.objects.structure import members
 from fxsplit.plan.cuts import cuts
 from tests import models
 from tests.exact import executor_of
-from tests.models import HAZARDS, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
+from tests.networks import HAZARDS, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
 
 
 def captured(model: nn.Module, size: int = 8) -> Trace:
@@ -144,10 +144,10 @@ def test_a_branch_on_data_at_the_top_is_refused_in_one_sentence_that_points_at_i
     message = str(caught.value)
     line = next(
         number
-        for number, text in enumerate(Path("tests/models.py").read_text(encoding="utf-8").splitlines(), 1)
+        for number, text in enumerate(Path("tests/networks.py").read_text(encoding="utf-8").splitlines(), 1)
         if number > BranchOnData.forward.__code__.co_firstlineno and "if x.mean() > 0" in text
     )
-    assert f"tests/models.py:{line} branches on data" in message
+    assert f"tests/networks.py:{line} branches on data" in message
     assert "\n" not in message
 
 
@@ -465,7 +465,7 @@ def test_the_first_answer_that_differs_is_told_even_if_the_model_then_fails() ->
 def test_methods_and_functions_that_depend_on_data_are_ops_with_reasons() -> None:
     method = captured(HAZARDS["MethodOnData"]())
     assert list(method.opaque) == ["pick"]
-    assert "tests/models.py" in method.opaque["pick"]
+    assert "tests/networks.py" in method.opaque["pick"]
     pick = next(op for op in method.train.ops if op.name == ":pick" or op.name == "pick")
     assert set(pick.state) >= {"norm2.weight", "norm2.running_mean"}
     function = captured(HAZARDS["FunctionOnData"]())

@@ -15,12 +15,12 @@ from unittest.mock import patch
 from torch import fx
 
 from fxsplit.capture import tracing
-from fxsplit.capture.structure import map_tensors
+from fxsplit.execute import recompute, source
+from fxsplit.execute.executor import Executor
+from fxsplit.execute.holding import Holding
+from fxsplit.execute.prefix import Prefix
+from fxsplit.objects.structure import map_tensors
 from fxsplit.plan import cuts
-from fxsplit.run import recompute, source
-from fxsplit.run.executor import Executor
-from fxsplit.run.holding import Holding
-from fxsplit.run.prefix import Prefix
 from tests.fuzz.draw import SOUND
 from tests.fuzz.harness import Result, drawn, run
 

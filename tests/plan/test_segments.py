@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fxsplit import trace
-from fxsplit.capture.paper import NETWORKS
 from fxsplit.graph import Graph
+from fxsplit.models.paper import NETWORKS
 from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import Forecast, forecast
 from fxsplit.plan.partition import partition

@@ -1,0 +1,160 @@
+"""The user's lines: where a model asks about a value, and whether it only makes sure of something there."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import inspect
+import linecache
+import os
+import sysconfig
+import traceback
+from collections.abc import Container
+from functools import cache, lru_cache
+from itertools import islice
+from pathlib import Path
+from types import FrameType, FunctionType
+
+import torch
+from torch import nn
+
+from fxsplit.meta import evaluate
+
+_EVALUATION = evaluate.__file__
+_NOT_THE_USERS = (str(Path(__file__).parent) + os.sep, str(Path(torch.__file__).parent) + os.sep, "<")
+_LIBRARY = sysconfig.get_path("stdlib") + os.sep
+_PACKAGES = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib"))
+
+
+def user_frame() -> FrameType | None:
+    """The innermost frame on the stack that is neither torch's nor ours, nor one of Python's own library."""
+    frame = inspect.currentframe()
+    while frame is not None and not _is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+@cache
+def _is_users(file: str) -> bool:
+    if file.startswith(_NOT_THE_USERS):
+        return False
+    return not file.startswith(_LIBRARY) or file.startswith(_PACKAGES)
+
+
+def user_line() -> str:
+    """`file.py:12`, the line of `user_frame`."""
+    frame = user_frame()
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown"
+
+
+def failing_function(error: BaseException, known: Container[object]) -> FunctionType | None:
+    """The innermost function, or method of a module, that the user's forward was in when it failed.
+
+    None when that is a forward itself, or nothing that is not `known` already.
+    """
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if code.co_filename == _EVALUATION:
+            break
+        if not _is_users(code.co_filename) or code.co_name == "forward":
+            continue
+        function = _function_of(frame)
+        if function is not None and function not in known:
+            found = function
+    return found
+
+
+def compiled_function(error: BaseException) -> FunctionType | None:
+    """The function made by torch.compile that refused to be traced, if that is the error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    code = frames[-1].f_code
+    if code.co_name != "compile_wrapper":
+        return None
+    inner = frames[-1].f_locals.get("fn")
+    for found in gc.get_referrers(code):
+        cells = found.__closure__ or () if isinstance(found, FunctionType) else ()
+        if any(cell.cell_contents is inner for cell in cells):
+            made: FunctionType = found
+            return made
+    return None
+
+
+def _function_of(frame: FrameType) -> FunctionType | None:
+    name = frame.f_code.co_name
+    owner = frame.f_locals.get("self")
+    classes = type(owner).__mro__ if isinstance(owner, nn.Module) else ()
+    for space in (frame.f_globals, *(vars(each) for each in classes)):
+        function = space.get(name)
+        if isinstance(function, FunctionType) and function.__code__ is frame.f_code:
+            return function
+    return None
+
+
+def asserted() -> bool | None:
+    """The answer after which the model goes on, where `user_line` only makes sure of something; else None.
+
+    assert mask.any()                       True
+    if x.isnan().any(): raise ...           False
+    if (a < b).any() or not c.all(): ...    False, True: all parts of an `or` are asked
+    """
+    frame = user_frame()
+    if frame is None:
+        return None
+    statements = [
+        node
+        for node in ast.walk(_parsed(frame.f_code.co_filename))
+        if isinstance(node, ast.Assert | ast.If)
+        and node.test.lineno <= frame.f_lineno <= (node.test.end_lineno or node.test.lineno)
+    ]
+    if not statements:
+        return None
+    statement = statements[-1]
+    position = _position(frame)
+    if isinstance(statement, ast.Assert):
+        return _answer_for(statement.test, True, position)
+    if _always_raises(statement.body):
+        return _answer_for(statement.test, False, position)
+    return None
+
+
+def _position(frame: FrameType) -> tuple[int, int]:
+    """Line and column of what a frame has just evaluated: a jump itself has the position of the whole statement."""
+    line, _, column, _ = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2 - 1, None))
+    return line or frame.f_lineno, column or 0
+
+
+@lru_cache(maxsize=64)
+def _parsed(file: str) -> ast.Module:
+    try:
+        return ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return ast.Module([], [])
+
+
+def _answer_for(test: ast.expr, wanted: bool, position: tuple[int, int]) -> bool | None:
+    """What the part of `test` at `position` must answer for the whole to be `wanted`; None if that is not certain."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return _answer_for(test.operand, not wanted, position)
+    if not isinstance(test, ast.BoolOp):
+        return wanted
+    part = next((part for part in test.values if _holds(part, position)), None)
+    # `a or b` is false, and `a and b` true, only if both are; otherwise the last part decides.
+    if part is None or (isinstance(test.op, ast.And) is not wanted and part is not test.values[-1]):
+        return None
+    return _answer_for(part, wanted, position)
+
+
+def _holds(part: ast.expr, position: tuple[int, int]) -> bool:
+    end = part.end_lineno or part.lineno, part.end_col_offset or part.col_offset
+    return (part.lineno, part.col_offset) <= position <= end
+
+
+def _always_raises(body: list[ast.stmt]) -> bool:
+    last = body[-1]
+    if isinstance(last, ast.Assert):
+        return isinstance(last.test, ast.Constant) and not last.test.value
+    call = last.value if isinstance(last, ast.Expr) else None
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "_assert":
+        return bool(call.args) and isinstance(call.args[0], ast.Constant) and not call.args[0].value
+    return isinstance(last, ast.Raise)

@@ -1,0 +1,250 @@
+"""Where images come from: embedded, downloaded, in a folder, or made up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from fxsplit.data import image_folders
+from fxsplit.data.decoding import image_warnings, short_side
+from fxsplit.data.images import Data, FileImages, MemoryImages, Warned, random_stream
+from fxsplit.errors import DataError, UsageError, nearest, printable
+
+MEMORY_LIMIT_BYTES = 2 << 30
+TEST_SHARE = 0.2
+LARGEST_DEFAULT_SIZE = 224
+
+Notice = Callable[[str], None]
+
+
+def load(
+    name: str,
+    *,
+    img_size: int | None,
+    data_dir: str,
+    seed: int,
+    train_limit: int | None,
+    notice: Notice,
+    workers: int,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+) -> Data:
+    """The data set `name`, on the CPU: digits, cifar10, cifar100, synthetic or folder:PATH.
+
+    `img_size` None takes the data's own size; of a folder, the short side of its first image, at most 224.
+    `train_limit` keeps the first images of a permutation drawn with `seed`. A folder whose decoded images need
+    more than `memory_limit_bytes` stays in files, read by `workers` processes. What was decided for the user is
+    said to `notice`.
+
+    Raises UsageError when there is no such data set or it has fewer images than `train_limit`, and DataError
+    when it cannot be read, downloaded or split.
+    """
+    if path := _folder_path(name):
+        data = _folder(path, img_size, seed, workers, notice)
+    else:
+        source = _source(name)
+        data = source.load(img_size or source.img_size, Path(data_dir).expanduser(), seed)
+    if train_limit is not None:
+        data = replace(data, train=data.train.subset(_drawn(name, len(data.train), train_limit, seed)))
+    return _into_memory(data, memory_limit_bytes, notice)
+
+
+def describe(name: str, *, img_size: int | None) -> tuple[int, int]:
+    """Number of classes and side of the images that `load` would give, without loading them.
+
+    Raises UsageError and DataError as `load` does.
+    """
+    if path := _folder_path(name):
+        train_root, _ = image_folders.layout(path, _unsaid)
+        classes, paths, _ = image_folders.list_classes(train_root, _unsaid)
+        return len(classes), img_size or _own_size(paths)
+    source = _source(name)
+    return source.classes, img_size or source.img_size
+
+
+def _unsaid(_: str) -> None:
+    """A notice that nobody asked for."""
+
+
+def _folder_path(name: str) -> Path | None:
+    scheme, _, path = name.partition(":")
+    return Path(path).expanduser() if scheme == "folder" and path else None
+
+
+def _source(name: str) -> Source:
+    if name in SOURCES:
+        return SOURCES[name]
+    hint = nearest(name, [*SOURCES, "folder:PATH"])
+    if Path(name).expanduser().is_dir():
+        hint = f"; write folder:{name} for the images in that folder"
+    raise UsageError(f"there is no data set {name!r}, only {', '.join(SOURCES)} and folder:PATH{hint}")
+
+
+def _drawn(name: str, images: int, limit: int, seed: int) -> Tensor:
+    if limit > images:
+        raise UsageError(
+            f"train-limit is {limit}, but {name} has only {images} training images; "
+            "lower it, or leave it out to use them all"
+        )
+    return torch.from_numpy(random_stream("train-limit", seed).permutation(images)[:limit])
+
+
+def _into_memory(data: Data, limit_bytes: int, notice: Notice) -> Data:
+    """Images in files, decoded if those of both sets fit into `limit_bytes`."""
+    train, test = data.train, data.test
+    if not (isinstance(train, FileImages) and isinstance(test, FileImages)):
+        return data
+    needed = (len(train) + len(test)) * data.channels * data.img_size**2
+    if needed <= limit_bytes:
+        with image_warnings() as found:
+            data = replace(data, train=train.decoded(), test=test.decoded())
+        if train.warned:
+            train.warned(found)
+        return data
+    notice(
+        f"the decoded images take {needed / 2**30:.1f} GiB, more than the {limit_bytes / 2**30:.1f} GiB that are "
+        "kept in memory: they are read from their files in every epoch"
+    )
+    return data
+
+
+def _digits(img_size: int, _data_dir: Path, _seed: int) -> Data:
+    """scikit-learn's 1797 scans of handwritten digits, 8x8 pixels of 0 .. 16, as three equal channels.
+
+    The split does not depend on the seed: every run is tested on the same images.
+    """
+    from sklearn.datasets import load_digits  # takes most of a second to import
+
+    digits = load_digits()
+    grey = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))
+    scans = MemoryImages(
+        pixels=grey[:, None].repeat(1, 3, 1, 1),
+        labels=torch.from_numpy(digits.target).long(),
+        img_size=img_size,
+    )
+    train, test = _held_out(scans.labels, seed=0)
+    return Data(
+        train=scans.subset(train),
+        test=scans.subset(test),
+        classes=tuple(str(name) for name in digits.target_names),
+        img_size=img_size,
+    )
+
+
+def _cifar(kind: type[CIFAR10], img_size: int, data_dir: Path, _seed: int) -> Data:
+    """CIFAR (Krizhevsky, 2009): 50,000 + 10,000 images, 32x32, downloaded once into `data_dir`."""
+    try:
+        parts = [kind(data_dir, train=train, download=True) for train in (True, False)]
+    except (OSError, HTTPException, RuntimeError) as error:
+        reason = str(getattr(error, "reason", error)).rstrip(".")
+        raise DataError(
+            f"{kind.__name__} is not in {str(data_dir)!r} and cannot be downloaded ({reason}); "
+            f"put {kind.filename} from {kind.url} there, or use images at hand with folder:PATH"
+        ) from error
+    train, test = (
+        MemoryImages(
+            pixels=torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+            labels=torch.tensor(part.targets),
+            img_size=img_size,
+        )
+        for part in parts
+    )
+    return Data(train=train, test=test, classes=tuple(parts[0].classes), img_size=img_size)
+
+
+def _synthetic(img_size: int, _data_dir: Path, seed: int) -> Data:
+    """Noise in 10 classes, for benchmarks: 512 images to train and 128 to test on. Nothing can be learnt."""
+    stream = random_stream("synthetic", seed)
+    train, test = (
+        MemoryImages(
+            pixels=torch.from_numpy(stream.integers(256, size=(count, 3, img_size, img_size), dtype=np.uint8)),
+            labels=torch.from_numpy(stream.integers(10, size=count)),
+            img_size=img_size,
+        )
+        for count in (512, 128)
+    )
+    return Data(train=train, test=test, classes=tuple("0123456789"), img_size=img_size)
+
+
+class Source(NamedTuple):
+    """A data set by name: its number of classes, the side its images have unless told, and what loads it."""
+
+    classes: int
+    img_size: int
+    load: Callable[[int, Path, int], Data]
+
+
+SOURCES = {
+    "digits": Source(10, 32, _digits),
+    "cifar10": Source(10, 32, partial(_cifar, CIFAR10)),
+    "cifar100": Source(100, 32, partial(_cifar, CIFAR100)),
+    "synthetic": Source(10, 64, _synthetic),
+}
+
+
+def _folder(root: Path, img_size: int | None, seed: int, workers: int, notice: Notice) -> Data:
+    """Images in one folder a class, below folders to train and to test on; else below `root`, split here."""
+    train_root, test_root = image_folders.layout(root, notice)
+    classes, paths, labels = image_folders.list_classes(train_root, notice)
+    files = partial(FileImages, img_size=img_size or _own_size(paths), workers=workers, warned=_say_once(notice))
+    everything = files(paths, labels)
+    if test_root:
+        train, test = everything, files(*image_folders.list_test(test_root, classes, notice))
+    else:
+        _refuse_single_images(root, classes, labels)
+        train, test = (everything.subset(ids) for ids in _held_out(labels, seed=seed))
+        notice(
+            f"{root} has no train/ with test/ or val/: {len(test)} of its {len(paths)} images, "
+            f"drawn with seed {seed}, are held out for testing"
+        )
+    return Data(train=train, test=test, classes=classes, img_size=everything.img_size)
+
+
+def _say_once(notice: Notice) -> Warned:
+    """What says what Pillow warns of, the first time that it does."""
+    said = False
+
+    def say(found: Mapping[str, str]) -> None:
+        nonlocal said
+        if found and not said:
+            said = True
+            path, sentence = min(found.items())  # the same one whichever thread was first
+            notice(
+                f"Pillow warns of {len(found)} {'images, such as' if len(found) > 1 else 'image:'} {path!r} "
+                f"({printable(sentence)}); what it warns of later is not said"
+            )
+
+    return say
+
+
+def _refuse_single_images(root: Path, classes: tuple[str, ...], labels: Tensor) -> None:
+    for name, count in zip(classes, torch.bincount(labels).tolist(), strict=True):
+        if count < 2:
+            raise DataError(
+                f"the class folder {str(root / name)!r} has one image, too few to train and to test on; "
+                "add images, or give folders train/ and test/"
+            )
+
+
+def _held_out(labels: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Ids to train and to test on, 4 to 1 and stratified by class; drawn by `seed` alone."""
+    from sklearn.model_selection import train_test_split  # takes most of a second to import
+
+    count = max(math.ceil(TEST_SHARE * len(labels)), int(labels.max()) + 1)
+    ids = np.arange(len(labels))
+    train, test = train_test_split(ids, test_size=count, stratify=labels.numpy(), random_state=seed)
+    return torch.from_numpy(train), torch.from_numpy(test)
+
+
+def _own_size(paths: list[str]) -> int:
+    with image_warnings():  # they come again when the image is decoded
+        return min(short_side(paths[0]), LARGEST_DEFAULT_SIZE)

@@ -1,0 +1,215 @@
+"""Folders of images as people have them: which images there are, of which class, and what is left out and said.
+
+ROOT/train/CLASS/**/*.jpg          ROOT/CLASS/**/*.jpg
+ROOT/test/CLASS/**/*.jpg
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fxsplit.data.decoding import suffixes
+from fxsplit.errors import DataError, printable
+
+# Names of the folders of each split, in small letters.
+TRAIN = ("train", "training")
+TEST = ("test", "testing")
+VALIDATION = ("val", "valid", "validation", "dev")
+# What programs leave behind in folders, besides names that begin with a dot; most of it is copies of the images.
+JUNK = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
+LEADS_UP = "linked back up"
+
+Notice = Callable[[str], None]
+# Device and number of a folder, by whatever path it is reached.
+Identity = tuple[int, int]
+
+
+def layout(root: Path, notice: Notice) -> tuple[Path, Path | None]:
+    """The folders to train and to test on; the second is None when `root` itself holds the class folders.
+
+    Raises DataError when there is no such folder, or one of the two is missing or there twice.
+    """
+    if not root.is_dir():
+        raise DataError(f"there is no folder {str(root)!r}; check the path after folder:")
+    train, test, validation = (_named(root, names) for names in (TRAIN, TEST, VALIDATION))
+    if train and (test or validation):
+        if test and validation:
+            notice(f"{root} has both {test[0].name}/ and {validation[0].name}/: {test[0].name}/ is used")
+        return _only(train), _only(test or validation)
+    for lone in (*train, *test, *validation):
+        # Class folders have no folders in them, so this is a split of which the other half is missing.
+        if any(not _is_hidden(path.name) for path in _folders(lone)):
+            raise DataError(
+                f"{str(root)!r} has {lone.name}/ but not train/ together with test/ or val/; "
+                f"add what is missing, or give folder:{lone} to hold out a part of it"
+            )
+    return root, None
+
+
+def list_classes(root: Path, notice: Notice) -> tuple[tuple[str, ...], list[str], Tensor]:
+    """The classes below `root`, the paths of their images, and the label of each image, int64 (N,).
+
+    Raises DataError when there are fewer than two classes, or one without images.
+    """
+    left_out = _LeftOut(root)
+    classes = _class_names(root, left_out)
+    paths, labels = _list_images(root, classes, left_out)
+    left_out.tell(notice)
+    if len(classes) < 2:
+        raise DataError(
+            f"{str(root)!r} has {len(classes)} class folders, but at least 2 are needed; "
+            "put the images of each class into a folder named like the class"
+        )
+    for name, count in zip(classes, torch.bincount(labels, minlength=len(classes)).tolist(), strict=True):
+        if count == 0:
+            raise DataError(
+                f"the class folder {str(root / name)!r} has no image that Pillow reads; add some, or remove the folder"
+            )
+    return classes, paths, labels
+
+
+def list_test(root: Path, classes: tuple[str, ...], notice: Notice) -> tuple[list[str], Tensor]:
+    """The paths of the images to test on, and their labels, as positions in `classes`.
+
+    Raises DataError when there are other classes, or no images.
+    """
+    left_out = _LeftOut(root)
+    if unknown := [printable(name) for name in _class_names(root, left_out) if name not in classes]:
+        raise DataError(
+            f"{str(root)!r} has the classes {', '.join(unknown)}, which the training images lack; "
+            "name the class folders alike in both"
+        )
+    paths, labels = _list_images(root, classes, left_out)
+    left_out.tell(notice)
+    if not paths:
+        raise DataError(f"{str(root)!r} has no image that Pillow reads in a class folder; add some to test on")
+    tested = set(labels.tolist())
+    if missing := [printable(name) for label, name in enumerate(classes) if label not in tested]:
+        notice(f"{root} has no image of {', '.join(missing)}: accuracy is that of the other classes")
+    return paths, labels
+
+
+class _LeftOut:
+    """What is not read of a folder, by the reason."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._paths: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, why: str, path: str) -> None:
+        self._paths[why].append(printable(os.path.relpath(path, self._root)))
+
+    def tell(self, notice: Notice) -> None:
+        """Say it in one notice, if there is anything."""
+        groups = [
+            f"{len(paths)} {why} ({paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''})"
+            for why, paths in self._paths.items()
+        ]
+        if groups:
+            notice(f"left out in {printable(str(self._root))}: {', '.join(groups)}")
+
+
+def _named(root: Path, names: tuple[str, ...]) -> list[Path]:
+    """The folders with one of these names, whatever its case."""
+    return [path for path in _folders(root) if path.name.lower() in names]
+
+
+def _only(found: list[Path]) -> Path:
+    if len(found) > 1:
+        raise DataError(
+            f"{str(found[0].parent)!r} has {' and '.join(f'{path.name}/' for path in found)}, which mean the same; "
+            "keep one of them"
+        )
+    return found[0]
+
+
+def _folders(root: Path) -> list[Path]:
+    with _readable(root):
+        return sorted(path for path in root.iterdir() if path.is_dir())
+
+
+def _class_names(root: Path, left_out: _LeftOut) -> tuple[str, ...]:
+    names, above = [], _above(root) | {_identity(root)}
+    for entry in _entries(root, left_out):
+        if entry.is_dir():
+            if _identity(entry.path) in above:
+                left_out.add(LEADS_UP, entry.path)
+            else:
+                names.append(entry.name)
+        elif _is_named_like_an_image(entry.name):
+            left_out.add("in no class folder", entry.path)
+    return tuple(names)
+
+
+def _list_images(root: Path, classes: tuple[str, ...], left_out: _LeftOut) -> tuple[list[str], Tensor]:
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        folder = root / name
+        found = list(_images_below(str(folder), _above(folder), left_out)) if folder.is_dir() else []
+        paths += sorted(found, key=os.path.split)
+        labels += [label] * len(found)
+    return paths, torch.tensor(labels, dtype=torch.int64)
+
+
+def _images_below(folder: str, above: frozenset[Identity], left_out: _LeftOut) -> Iterator[str]:
+    """The paths of images in `folder` and the folders in it; `above` are those that it lies in."""
+    above |= {_identity(folder)}
+    for entry in _entries(folder, left_out):
+        if entry.is_dir():
+            if _identity(entry.path) in above:
+                left_out.add(LEADS_UP, entry.path)
+            else:
+                yield from _images_below(entry.path, above, left_out)
+        elif not _is_named_like_an_image(entry.name):
+            left_out.add("not named like an image that Pillow reads", entry.path)
+        elif os.path.exists(entry.path) and not entry.is_file():
+            # Reading a pipe would wait for ever. A link to nothing is kept, so that whoever reads it names it.
+            left_out.add("not a file", entry.path)
+        else:
+            yield entry.path
+
+
+def _entries(folder: str | Path, left_out: _LeftOut) -> list[os.DirEntry[str]]:
+    """What lies in a folder, by name, without what is hidden."""
+    with _readable(folder), os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        if _is_hidden(entry.name):
+            left_out.add("hidden", entry.path)
+    return [entry for entry in entries if not _is_hidden(entry.name)]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in JUNK
+
+
+def _is_named_like_an_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in suffixes()
+
+
+def _above(folder: Path) -> frozenset[Identity]:
+    """All folders that `folder` lies in, on the way that was taken to it and on the one without links."""
+    return frozenset(_identity(path) for each in (folder.absolute(), folder.resolve()) for path in each.parents)
+
+
+def _identity(folder: str | Path) -> Identity:
+    with _readable(folder):
+        found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+@contextmanager
+def _readable(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"the folder {str(folder)!r} cannot be read: {error.strerror}") from error

@@ -1,0 +1,1 @@
+"""Partitions over several devices and processes."""

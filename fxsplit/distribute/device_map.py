@@ -1,0 +1,51 @@
+"""Partitions as a device map: which module goes to which device, for accelerate and Hugging Face models."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from fxsplit.capture.tracing import Trace
+from fxsplit.errors import UsageError
+from fxsplit.execute.ownership import first_names, ops_of, prefixes, refuse_divided, users_of
+from fxsplit.execute.stages import refuse_foreign
+from fxsplit.plan.partition import Partition
+
+
+def device_map(trace: Trace, partitions: Sequence[Partition], devices: Sequence[str | int]) -> dict[str, str | int]:
+    """Where each module goes, for `accelerate.dispatch_model` and the `device_map` of Hugging Face models.
+
+    Partition `i` goes to `devices[i]`, such as `"cpu"` or GPU `0`. Keys are the shortest paths that lie on one device
+    as a whole, `""` for the model itself; parameters and buffers of a module that is divided have keys of their own. A
+    module without any that runs on several devices has no key; what no op uses goes to the first device. The model's
+    own forward runs, so cut where no function joins values of two devices: between blocks.
+
+    Raises UsageError when there is not one device a partition, PartitionError when the partitions are not those of the
+    trace, or when a parameter or buffer is used on two devices.
+    """
+    if len(devices) != len(partitions):
+        raise UsageError(f"there are {len(partitions)} partitions and {len(devices)} devices; give one device for each")
+    refuse_foreign(trace, partitions)
+    first = first_names(trace.model)
+    refuse_divided(trace, partitions, first.values(), devices)
+    users = users_of(trace, partitions)
+    homes = {name: devices[min(users[first[name]])] for name in first if users[first[name]]}
+    found: dict[str, set[str | int]] = defaultdict(set)
+    for path, device in (*homes.items(), *((op.path, devices[index]) for index, op, _ in ops_of(trace, partitions))):
+        for prefix in prefixes(path):
+            found[prefix].add(device)
+
+    def place(path: str, module: nn.Module) -> Iterator[tuple[str, str | int]]:
+        held = [name for name in first if path in prefixes(name)]
+        within = found.get(path, set(devices[:1]) if held else set())
+        if len(within) == 1:
+            yield path, next(iter(within))
+            return
+        yield from ((name, homes.get(name, devices[0])) for name in held if name.rpartition(".")[0] == path)
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from place(f"{path}.{name}".removeprefix("."), child)
+
+    return dict(place("", trace.model))

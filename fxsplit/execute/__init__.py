@@ -1,0 +1,1 @@
+"""A graph and its partitions to an nn.Module: stages, and the executor that runs any phase of a plan."""

@@ -1,0 +1,348 @@
+"""The executor: a traced model that runs any phase. It is the one place where the state of training changes.
+
+phase [start, stop)      [0, start)                   [start, stop)     [stop, n)
+                         settled                      trains            frozen
+in training, modules     in evaluation                as found          in evaluation
+autograd                 for an input that wants it   on                on, for gradients that pass through
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from fxsplit.capture.tracing import Trace
+from fxsplit.errors import PartitionError
+from fxsplit.execute.changes import Changes
+from fxsplit.execute.holding import Holding
+from fxsplit.execute.passes import Pass
+from fxsplit.execute.prefix import Prefix, in_precision, out_of_precision, without_history
+from fxsplit.execute.recompute import Recomputing
+from fxsplit.execute.stages import Stage, stages
+from fxsplit.plan.partition import Partition
+from fxsplit.plan.schedule import Phase
+from fxsplit.plan.segments import segments
+
+
+class _Forward:
+    """The forward of one executor, with the signature that its model's forward has."""
+
+    def __init__(self, function: Callable[..., Any], executor: Executor) -> None:
+        self.__func__, self.__self__ = function, executor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # As a method does.
+        return getattr(self.__func__, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.__self__, "forward")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__self__._model.forward)
+
+
+class _forward:  # noqa: N801 - used as a decorator
+    """A method `forward` that tools see with the model's signature: they look which arguments it takes."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Executor | None, owner: type[Executor]) -> Callable[..., Any]:
+        return self._function if instance is None else _Forward(self._function, instance)
+
+
+# What an executor holds; its model may have a submodule of the same name.
+OWN = frozenset(
+    (
+        *("_signature", "passes", "_stages", "_prefix", "_recomputing", "_in_segments", "_fed"),
+        *("_phase", "_everything", "_running", "_changes", "_holding", "_hooks", "_modes"),
+    )
+)
+
+
+class _Modes:
+    """Modules whose modes matter, and those modes that are known to run the traced graph."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], traced: Sequence[bool]) -> None:
+        self.paths, self.modules = tuple(modules), list(modules.values())
+        self.right = {tuple(traced)}
+
+
+class Executor(nn.Module):
+    """Runs `trace.model` partition by partition; takes its place in any training loop.
+
+    It shares the model's modules, parameters and buffers, so `state_dict()` has the model's own keys, and moving or
+    loading either of the two does so to both. `train()`, `eval()` and `training` are the model's own, and so is every
+    attribute that the executor lacks. Before the first `enter`, everything trains, bit for bit as the model does,
+    unless graph `passes` such as `fxsplit.execute.pointwise.pointwise_products` are given, which may change results by
+    rounding. What is settled is folded in training, with pointwise convolutions as products where these are faster, and
+    delivers the same within rounding.
+    With a `settled_dtype`, such as torch.bfloat16, it runs in that precision while the rest trains; in evaluation as
+    ever.
+
+    What is changed in the model after tracing is followed or refused, with a GuardError that names it: weights, modules
+    and attributes at the next `enter`, `train()` or `eval()`, hooks and modes at the next call.
+
+    Raises PartitionError when the partitions are not those of this trace.
+    """
+
+    _model: nn.Module
+    settled_dtype: torch.dtype | None = None
+    _hear: Callable[[int, list[Any]], None] | None = None
+
+    def __init__(self, trace: Trace, partitions: Sequence[Partition], *, passes: Sequence[Pass] = ()) -> None:
+        model = trace.model
+        # Not registered as a submodule: its names would then begin with another one.
+        object.__setattr__(self, "_model", model)
+        training = model.training
+        super().__init__()
+        model.training = training
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        # The model's own hooks go on, and hear of the executor in its place.
+        vars(self).update({name: value for name, value in vars(model).items() if "_hooks" in name})
+        self._signature = trace.signature
+        self.passes = tuple(passes)
+        self._stages = stages(trace, partitions, passes=self.passes)
+        self._prefix = Prefix(trace, self._stages)
+        self._recomputing = tuple((Recomputing(trace, stage),) for stage in self._stages)
+        divided = segments(partitions, trace.train, trace.eval)
+        self._in_segments = tuple(
+            whole
+            if len(parts) == 1
+            else tuple(
+                Recomputing(trace, Stage(trace, part, is_last=False, modes=(True,), passes=self.passes))
+                for part in parts
+            )
+            for whole, parts in zip(self._recomputing, divided, strict=True)
+        )
+        self._fed = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
+        self._phase = self._everything = self._running = Phase(start=0, stop=len(self._stages), epochs=1)
+        self._changes = Changes(trace)
+        self._holding = Holding(trace, partitions)
+        self._arrange()
+
+    @property
+    def partitions(self) -> tuple[Partition, ...]:
+        return tuple(stage.partition for stage in self._stages)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Partitions [start, stop) train."""
+        return self._phase.start, self._phase.stop
+
+    @property
+    def owned(self) -> tuple[tuple[Parameter, ...], ...]:
+        """The parameters of each partition, without those that the user froze.
+
+        One that several partitions use belongs to the first of them.
+        """
+        return self._holding.owned
+
+    @property
+    def training(self) -> bool:
+        """The model's own mode."""
+        return self._model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self._model.training = mode
+
+    def train(self, mode: bool = True) -> Executor:
+        """Put the model into a mode by its own `train()`, and what the phase freezes into evaluation.
+
+        Raises GuardError when the model was changed since tracing and computes something else.
+        """
+        self._holding.give_back()
+        self._model.train(mode)
+        self._changes.look(self._model)
+        self._arrange()
+        self._holding.take()
+        return self
+
+    def enter(self, phase: Phase, optimizer: Optimizer | None = None) -> None:
+        """Let the phase's partitions train, and nothing else: other parameters want no gradient and hold none.
+
+        With `optimizer` they have no state in it either, and a phase with `fresh_optimizer` begins without any.
+        Entering the phase that it is in, or one that is equal to it, keeps that state, so a loop may do so in every
+        epoch.
+
+        Parameters that the user froze, in the model or in one that it is a copy of, never train. Raises PartitionError
+        when the phase has more partitions than there are, or when another executor has entered a phase over the model;
+        GuardError when the model was changed since tracing and computes something else.
+        """
+        if phase.stop > len(self._stages):
+            raise PartitionError(
+                f"the phase trains partitions [{phase.start}, {phase.stop}) of {len(self._stages)}; "
+                "make the plan from this executor's partitions"
+            )
+        self._changes.look(self._model)
+        is_new = phase != self._phase
+        self._enter(phase)
+        if optimizer is not None:
+            for held in list(optimizer.state):
+                if (is_new and phase.fresh_optimizer) or not held.requires_grad:
+                    del optimizer.state[held]
+
+    def release(self) -> None:
+        """Give the model back as it was: what trained before `enter` does so again, and modes are the user's."""
+        self._enter(self._everything)
+
+    def _enter(self, phase: Phase) -> None:
+        self._holding.enter(phase.start, phase.stop)
+        self._phase = self._running = phase
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Find the modules and parameters that the model has now; what was folded of them is folded anew."""
+        self._holding.arrange()
+        self._prefix.arrange(self._model)
+        self._hooks = self._changes.hooks(self._model)
+        visible = dict(self._changes.visible(self._model))
+        free = {path: module for path, module in visible.items() if not self._holding.covers(path)}
+        # By the mode of the model, and whether partitions are held.
+        self._modes = {
+            (training, held): _Modes(modules, self._changes.modes_of(training, tuple(modules)))
+            for training in (True, False)
+            for held, modules in ((True, free), (False, visible))
+        }
+
+    @_forward
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model would return. Raises GuardError when the inputs take another path than the traced one."""
+        return self._resume(self.settle(*args, **kwargs))
+
+    def _look(self) -> None:
+        """See what may have changed since the last call: hooks and modes. Takes microseconds."""
+        if torch.compiler.is_compiling():
+            return
+        if any(self._hooks):
+            self._changes.refuse_hook(self._model)
+        held = self._holding.look()
+        training = self._model.training
+        modes = self._modes[training, held]
+        now = tuple([module.training for module in modes.modules])
+        if now not in modes.right:
+            self._changes.look_at_modes(self._model, training, dict(zip(modes.paths, now, strict=True)))
+            modes.right.add(now)
+        running = self._everything if self._holding.estimating else self._phase
+        if running is not self._running:
+            self._running = running
+
+    def settle(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The values of the boundary after the settled partitions; the inputs, if none is settled.
+
+        They are worked out without autograd, unless one of the inputs wants a gradient. Raises GuardError as `forward`
+        does.
+        """
+        tensors = self._signature.tensors(args, kwargs)
+        self._look()
+        training, running = self.training, self._running
+        everything = (running.start, running.stop) == (0, len(self._stages))
+        for mode in {training, training and everything}:
+            self._changes.guards[mode].check(tensors)
+        values: list[Any] = [tensors[index] for index in self._fed]
+        if not running.start:
+            return values
+        dtype = self.settled_dtype if training else None
+        wants = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in values)
+        if training and not wants:
+            with self._holding.evaluating(*range(running.start)):
+                return self._prefix(self._model, values, running.start, dtype)
+        with nullcontext() if wants else torch.no_grad(), in_precision(values, dtype):
+            for index in range(running.start):
+                values = self._evaluate(index, values)
+        values = out_of_precision(values, dtype)
+        return values if wants else without_history(values)
+
+    def resume(self, values: list[Any], stop: int | None = None) -> Any:
+        """What the model would return, from what `settle` gave; the list is emptied. Or the values at cut `stop`."""
+        self._look()
+        return self._resume(values, stop)
+
+    def _resume(self, values: list[Any], stop: int | None = None) -> Any:
+        result: Any = values
+        training, running = self.training, self._running
+        recompute = running.recompute if training and torch.is_grad_enabled() else 0
+        for index in range(running.start, len(self._stages) if stop is None else stop):
+            if index < recompute:
+                for segment in (self._in_segments if running.segmented else self._recomputing)[index]:
+                    result = segment(self._model, result)
+            elif training and index < running.stop:
+                result = self._stages[index](self._model, result, training=True)
+            else:
+                result = self._evaluate(index, result)
+            if self._hear is not None and index < len(self._stages) - 1:
+                self._hear(index, result)
+        return result
+
+    def _evaluate(self, index: int, values: list[Any]) -> Any:
+        """What a partition gives in evaluation."""
+        with self._holding.evaluating(index):
+            return self._stages[index](self._model, values, training=False)
+
+    @contextmanager
+    def heard(self, hear: Callable[[int, list[Any]], None]) -> Iterator[None]:
+        """Inside, `hear(index, values)` is told what each partition delivers, before the next one runs.
+
+        The values are those that the partition `writes`, on the tape of autograd. Settled partitions and the last one
+        are not told of.
+        """
+        # As a plain attribute, a module would become one of the model's.
+        object.__setattr__(self, "_hear", hear)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_hear", None)
+
+    def settled_state(self) -> dict[str, Tensor]:
+        """The parameters and buffers of the settled partitions, by the model's names."""
+        state: dict[str, Tensor] = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        owned = [name for stage in self._stages[: self.window[0]] for name in stage.partition.state]
+        return {name: state[name] for name in owned if name in state}
+
+    def compile_stages(self, backend: str) -> None:
+        """Compile each stage with a backend of `torch.compile`; takes effect when it first runs."""
+        inner = (part.stage for parts in self._in_segments for part in parts)
+        for stage in dict.fromkeys([*self._stages, *inner]):
+            stage.compile(backend)
+        self._prefix.compile_stages(backend)
+
+    # What tools ask of a model
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """For the Trainer of transformers: whether the number of items in the batch was among the traced arguments."""
+        names = (*self._signature.names, *self._signature.constants)
+        return any(name.rpartition(".")[2] == "num_items_in_batch" for name in names)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Copying and pickling look for methods that are the model's own business.
+            if "_model" not in vars(self) or (name.startswith("__") and name.endswith("__")):
+                raise
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OWN:
+            vars(self)[name] = value
+            return
+        known = name in vars(self) or hasattr(type(self), name)
+        if not known and "_holding" in vars(self) and name in vars(self._model):
+            setattr(self._model, name, value)
+        else:
+            super().__setattr__(name, value)

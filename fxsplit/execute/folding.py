@@ -1,0 +1,260 @@
+"""What evaluation does not need, out of the graph of a partition that never changes again.
+
+    conv ─► norm ─► dropout ─► relu      becomes      conv, with the norm in its weights ─► relu
+
+The graph then takes folded weights as one more value, a list. They are tensors of their own: the model's parameters
+and buffers stay as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from fxsplit.capture.contexts import contexts_of
+from fxsplit.execute import pointwise
+
+Modules = Mapping[str, nn.Module]
+
+FUNCTIONS: dict[Any, Any] = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+# The rank of what they deliver, where its second dimension is the channels that a norm goes by.
+RANKS: dict[Any, int] = {F.linear: 2, F.conv1d: 3, F.conv2d: 4, F.conv3d: 5}
+OPTIONS = ("stride", "padding", "dilation", "groups")
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# In evaluation these deliver the very tensor that they are given.
+IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+IDLE_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+
+
+class Place(NamedTuple):
+    """Where the model keeps a tensor or, for want of one, None: a name in the module at `path`."""
+
+    path: str
+    name: str
+
+    def of(self, modules: Modules) -> Any:
+        """What the model has there now."""
+        return getattr(modules[self.path], self.name)
+
+
+class Affine(NamedTuple):
+    """A linear op or a convolution: `function(input, weight, bias, **options)`."""
+
+    function: Any
+    input: fx.Node
+    weight: Place
+    bias: Place | None
+    options: dict[str, Any]
+
+    def runner(self, modules: Modules) -> Any:
+        """The function, or a faster one that does the same."""
+        is_pointwise = self.function is F.conv2d and pointwise.is_pointwise(self.weight.of(modules), **self.options)
+        return pointwise.conv2d if is_pointwise else self.function
+
+
+class Norm(NamedTuple):
+    """A BatchNorm in evaluation; `statistics` are its mean, variance, weight and bias."""
+
+    input: fx.Node
+    statistics: tuple[Place | None, ...]
+    epsilon: Place | float
+
+
+class PassedOver(NamedTuple):
+    """A module that a folded graph no longer calls: it counts on its class, and on these attributes of it."""
+
+    path: str
+    kind: type[nn.Module]
+    attributes: dict[str, Any]
+
+    def is_there(self, modules: Modules) -> bool:
+        """Whether the module is what it was when its graph was folded."""
+        module = modules.get(self.path)
+        return type(module) is self.kind and all(
+            getattr(module, name) == value for name, value in self.attributes.items()
+        )
+
+
+class Fold(NamedTuple):
+    """What the weight and the bias of one op are made of: an op's own, and the `statistics` of a norm or ()."""
+
+    weight: Place
+    bias: Place | None
+    shape: torch.Size
+    statistics: tuple[Place | None, ...] = ()
+    epsilon: Place | float = 0.0
+
+    def is_there(self, modules: Modules) -> bool:
+        """Whether the model still has what the fold was made for."""
+        places = [place for place in (self.weight, self.bias, *self.statistics) if place is not None]
+        if not all(place.path in modules and hasattr(modules[place.path], place.name) for place in places):
+            return False
+        weight, needed = self.weight.of(modules), [place for place in self.statistics[:2] if place is not None]
+        return (
+            weight is not None and weight.shape == self.shape and all(place.of(modules) is not None for place in needed)
+        )
+
+    def sources(self, modules: Modules) -> list[Tensor | None]:
+        """The model's own tensors."""
+        return [None if place is None else place.of(modules) for place in (self.weight, self.bias, *self.statistics)]
+
+    def tensors(self, modules: Modules, layout: torch.memory_format) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, worked out in double precision; the weight of a 2D convolution in that layout."""
+        tensors = [each if each is None else each.detach() for each in self.sources(modules)]
+        weight, bias = tensors[:2]
+        assert weight is not None
+        if self.statistics:
+            exact: list[Any] = [each if each is None else each.to("cpu", torch.float64) for each in tensors]
+            own, own_bias, mean, variance, gain, shift = exact
+            epsilon = self.epsilon.of(modules) if isinstance(self.epsilon, Place) else self.epsilon
+            fused = fuse_conv_bn_weights(own, own_bias, mean, variance, epsilon, gain, shift)
+            weight, bias = (each.detach().to(weight) for each in fused)
+        return weight.to(memory_format=layout) if weight.dim() == 4 else weight, bias
+
+
+def fold(graph: fx.Graph, model: nn.Module) -> tuple[list[Fold], list[PassedOver]]:
+    """Fold a stage's graph in place; what is not surely exact stays as it is.
+
+    Returns how the weights that it then takes are made, in their order, and the modules that it no longer calls.
+    """
+    folder = _Folder(graph, model)
+    folder.run()
+    return folder.folds, folder.passed_over
+
+
+class _Folder:
+    def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
+        self._graph = graph
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._written = {name for node in self._ops() for name in node.meta["op"].mutates}
+        self.folds: list[Fold] = []
+        self.passed_over: list[PassedOver] = []
+
+    def run(self) -> None:
+        values = next(iter(self._graph.nodes))
+        with self._graph.inserting_after(values):
+            self._weights = self._graph.call_method("pop", (values,))
+        for node in self._ops():
+            if source := self._idle(node):
+                self._replace(node, source)
+        for node in self._ops():
+            if norm := self._norm(node):
+                self._fold_norm(node, norm)
+        for node in self._ops():
+            affine = self._affine(node)
+            # Alone, only a 2D convolution gains: from the layout of its weight.
+            if affine and affine.function is F.conv2d:
+                self._put(affine, self._fold(affine), node)
+        for node in reversed(self._graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                self._graph.erase_node(node)
+
+    def _ops(self) -> list[fx.Node]:
+        return [node for node in self._graph.nodes if "op" in node.meta]
+
+    def _fold_norm(self, node: fx.Node, norm: Norm) -> None:
+        affine = self._affine(norm.input)
+        if affine is None or len(norm.input.users) > 1 or contexts_of(norm.input) != contexts_of(node):
+            return
+        shape = norm.input.meta["op"].output.shape
+        if shape is not None and len(shape) == RANKS[affine.function]:
+            self._put(affine, self._fold(affine, norm.statistics, norm.epsilon), norm.input, node)
+
+    def _fold(self, affine: Affine, statistics: tuple[Place | None, ...] = (), epsilon: Place | float = 0.0) -> Fold:
+        return Fold(affine.weight, affine.bias, affine.weight.of(self._modules).shape, statistics, epsilon)
+
+    def _put(self, affine: Affine, folded: Fold, *nodes: fx.Node) -> None:
+        """One op with folded weights in the place of `nodes`, of which each reads the one before."""
+        with self._graph.inserting_before(nodes[0]):
+            pair = self._graph.call_function(operator.getitem, (self._weights, len(self.folds)))
+            weight, bias = (self._graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
+            one = self._graph.call_function(affine.runner(self._modules), (affine.input, weight, bias), affine.options)
+            one.meta.update(nodes[0].meta)
+        self.folds.append(folded)
+        for node in reversed(nodes):
+            self._replace(node, one)
+
+    def _replace(self, node: fx.Node, other: fx.Node) -> None:
+        if (module := self._module(node)) is not None:
+            names = (*OPTIONS, "padding_mode") if type(module) in FUNCTIONS else ()
+            attributes = {name: getattr(module, name) for name in names if hasattr(module, name)}
+            self.passed_over.append(PassedOver(str(node.target), type(module), attributes))
+        node.replace_all_uses_with(other)
+        self._graph.erase_node(node)
+
+    def _idle(self, node: fx.Node) -> fx.Node | None:
+        """The input of an op that does nothing in evaluation."""
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            return None
+        if node.target in IDLE_FUNCTIONS:
+            return source if _arguments(node)["training"] is False else None
+        return source if type(self._module(node)) in IDLE else None
+
+    def _affine(self, node: fx.Node) -> Affine | None:
+        if "op" not in node.meta or not self._written.isdisjoint(node.meta["op"].state):
+            return None
+        module = self._module(node)
+        if module is not None:
+            function = FUNCTIONS.get(type(module))
+            if function is None or "weight" not in module._parameters or len(node.args) != 1:
+                return None
+            if getattr(module, "padding_mode", "zeros") != "zeros":
+                return None
+            options = {name: getattr(module, name) for name in OPTIONS if function is not F.linear}
+            path = str(node.target)
+            return Affine(function, node.all_input_nodes[0], Place(path, "weight"), Place(path, "bias"), options)
+        if node.target not in RANKS:
+            return None
+        # These are built in and have no signature.
+        given = dict(zip(("input", "weight", "bias", *OPTIONS), node.args, strict=False)) | node.kwargs
+        places = self._places(node, given.pop("weight"), given.pop("bias", None))
+        source: Any = given.pop("input")
+        return None if places is None else Affine(node.target, source, places[0], places[1], given)
+
+    def _norm(self, node: fx.Node) -> Norm | None:
+        if not self._written.isdisjoint(node.meta["op"].state):
+            return None
+        module = self._module(node)
+        if type(module) in NORMS:
+            if module.running_mean is None or module.running_var is None or len(node.args) != 1:
+                return None
+            names = ("running_mean", "running_var", "weight", "bias")
+            path = str(node.target)
+            return Norm(node.all_input_nodes[0], tuple(Place(path, name) for name in names), Place(path, "eps"))
+        if node.target is not F.batch_norm:
+            return None
+        given = _arguments(node)
+        if given["training"] is not False:
+            return None
+        statistics = self._places(node, *(given[name] for name in ("running_mean", "running_var", "weight", "bias")))
+        return None if statistics is None else Norm(given["input"], statistics, given["eps"])
+
+    def _places(self, node: fx.Node, *arguments: Any) -> tuple[Any, ...] | None:
+        """Where the model keeps what is given to an op; None when any of it was worked out."""
+        found: list[Place | None] = []
+        for argument in arguments:
+            if argument is None:
+                found.append(None)
+            elif isinstance(argument, fx.Node) and argument.target in node.meta["op"].state:
+                path, _, name = str(argument.target).rpartition(".")
+                found.append(Place(path, name))
+            else:
+                return None
+        return tuple(found)
+
+    def _module(self, node: fx.Node) -> Any:
+        return self._modules[str(node.target)] if node.op == "call_module" else None
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    given = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    given.apply_defaults()
+    return given.arguments

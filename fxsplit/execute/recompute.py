@@ -1,0 +1,162 @@
+"""Partitions whose activations are not kept: their forward runs once more when their backward needs them.
+
+forward    values at the boundary ──► stage ──► ...        nothing kept but the boundary
+backward   values at the boundary ──► stage ──► gradients  from the same buffers and with the same dropout
+
+Where an op writes into an input of the model, as a first ReLU in place does, a copy of what the input held is kept. The
+first forward writes into the caller's tensor, as the plain model does, and each further one into a copy of the copy.
+
+Source: Chen et al., Training deep nets with sublinear memory cost, 2016.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fxsplit.capture.naming import called_module
+from fxsplit.capture.tracing import Trace
+from fxsplit.execute.stages import Stage, spans
+from fxsplit.objects.contents import Contents
+from fxsplit.objects.structure import map_tensors
+
+# What a module holds: its own attributes, and its buffers.
+Content = tuple[dict[str, Any], dict[str, Tensor | None]]
+Modes = list[tuple[nn.Module, bool]]
+
+
+class Recomputing:
+    """A `stage` in training that keeps only the values at its start for backward, and changes nothing else."""
+
+    def __init__(self, trace: Trace, stage: Stage) -> None:
+        self.stage = stage
+        span = slice(*spans(stage.partition)[True])
+        program = trace.programs[True]
+        buffers = dict(trace.model.named_buffers())
+        written = {name for op in program.graph.ops[span] for name in op.mutates if name in buffers}
+        owners = {name.rpartition(".")[0] for name in written}
+        called: dict[str, None] = {}
+        for node in program.nodes[span]:
+            path = called_module(node)
+            if path is not None:
+                called[path] = None
+                for name, module in trace.model.get_submodule(path).named_modules(prefix=path):
+                    if module._buffers or not _is_plain(module):
+                        owners.add(name)
+        self._owners, self._called = tuple(sorted(owners)), tuple(called)
+        # What else they hold may change too: lists, counters, generators.
+        self._holders = tuple(path for path in called if not _is_plain(trace.model.get_submodule(path)))
+        # No cut is legal that lets an op write into what lies before it, so these are inputs of the model.
+        values = program.graph.values
+        memory = {values[name].storage for op in program.graph.ops[span] for name in op.mutates if name in values}
+        self._written = tuple(
+            position
+            for position, name in enumerate(stage.partition.reads)
+            if name in values and values[name].storage in memory
+        )
+
+    def __call__(self, model: nn.Module, values: list[Any]) -> Any:
+        """Boundary values in, boundary values out; the list is emptied."""
+        given, values[:] = list(values), []
+        contents = {path: _content(model.get_submodule(path)) for path in self._owners}
+        # Somebody may put the model into evaluation before backward.
+        modes = [(each, each.training) for path in self._called for each in model.get_submodule(path).modules()]
+        # torch's own is put back by the checkpoint.
+        numbers = random.getstate(), np.random.get_state()
+        held = [Contents(model.get_submodule(path)) for path in self._holders]
+        originals = {position: given[position] for position in self._written}
+        for position, tensor in originals.items():
+            given[position] = _copy(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+        def run(*given: Any) -> Any:
+            values = list(given)
+            for position in self._written:
+                values[position] = originals.pop(position) if position in originals else _copy(values[position])
+            return self.stage(model, values, training=True)
+
+        again = _Anew(lambda: _put_back(model, contents, modes, numbers, held))
+        return checkpoint(run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """The same numbers, laid out alike: kernels may go by that."""
+    return tensor.new_empty_strided(tensor.size(), tensor.stride()).copy_(tensor)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """One of torch's own, which holds nothing that forward changes but buffers."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _content(module: nn.Module) -> Content:
+    buffers = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
+    return {} if _is_plain(module) else dict(vars(module)), buffers
+
+
+class _Anew:
+    """A context that is made anew whenever it is entered: backward may run several times."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+
+    def __enter__(self) -> None:
+        self._context = self._make()
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
+@contextmanager
+def _put_back(
+    model: nn.Module,
+    contents: Mapping[str, Content],
+    modes: Modes,
+    numbers: tuple[Any, Any],
+    held: Sequence[Contents],
+) -> Iterator[None]:
+    """Inside, modules hold again what they held before the first forward, and the same numbers are drawn.
+
+    What they hold now stays for later, as do the generators.
+    """
+    modules = {path: model.get_submodule(path) for path in contents}
+    now = {path: (dict(vars(module)), dict(module._buffers)) for path, module in modules.items()}
+    modes_now = [(module, module.training) for module, _ in modes]
+    numbers_now = random.getstate(), np.random.get_state()
+    held_now = [each.again() for each in held]
+    try:
+        for each in held:
+            each.restore()
+        _set_generators(*numbers)
+        for path, (attributes, buffers) in contents.items():
+            vars(modules[path]).update(attributes)
+            # Copies, since each further run starts from the same buffers.
+            modules[path]._buffers.update(map_tensors(Tensor.clone, buffers))
+        _set(modes)
+        yield
+    finally:
+        _set_generators(*numbers_now)
+        for each in held_now:
+            each.restore()
+        _set(modes_now)
+        for path, (attributes, buffers) in now.items():
+            for owner, before in ((vars(modules[path]), attributes), (modules[path]._buffers, buffers)):
+                owner.clear()
+                owner.update(before)
+
+
+def _set_generators(of_python: Any, of_numpy: Any) -> None:
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
+
+
+def _set(modes: Modes) -> None:
+    for module, mode in modes:
+        if module.training is not mode:
+            module.training = mode

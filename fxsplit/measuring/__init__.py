@@ -1,0 +1,1 @@
+"""What operations, phases and runs take: seconds, bytes and joules."""

@@ -1,0 +1,1 @@
+"""Single operations on tensors without numbers: what they deliver, and what they cost."""

@@ -1,0 +1,93 @@
+"""What one operation costs: multiply-adds, and the bytes that autograd keeps for its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxsplit.meta.evaluate import StandIn, bytes_of, storage_key
+from fxsplit.meta.kernels import Kernels
+from fxsplit.objects.structure import map_tensors, tensors_in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Of one operation on the whole batch: multiply-adds, and the storages that it keeps for backward, by key.
+
+    `new_bytes` are those of the storages that no earlier operation keeps.
+    """
+
+    macs: int = 0
+    backward_macs: int = 0
+    new_bytes: int = 0
+    saved: Mapping[int, int] = field(default_factory=dict)
+
+
+class CostMeter:
+    """Measures operations one after the other, on the meta device as well as on a real one.
+
+    `known` are tensors that cost nothing when they are kept: parameters, buffers and the inputs of the model. A storage
+    that several operations keep is charged to the first of them.
+    """
+
+    def __init__(self, known: Iterable[Tensor], kernels: Kernels) -> None:
+        self._kernels = kernels
+        # All stay alive, so that no key is given to another storage.
+        self._kept: list[Tensor] = list(known)
+        self._free = {storage_key(tensor) for tensor in self._kept}
+        self._charged = set(self._free)
+        self._backward_macs: dict[object, int] = {}
+
+    def measure(self, run: Callable[[Any], Any], given: Any, state: Sequence[Tensor]) -> tuple[Any, Cost]:
+        """Call `run` on what is `given`, in any nesting; return its value and what it costs. `state` it uses besides.
+
+        Multiply-adds are those that torch's flop counter knows: matrix products, convolutions and attention.
+        """
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> None:
+            key = storage_key(tensor)
+            if key not in self._free and key not in saved:
+                saved[key] = bytes_of(tensor)
+                self._kept.append(tensor.detach())
+
+        # Nothing runs backward from here. An op that held its own output would never be freed.
+        with self._kernels.counting() as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+            value = run(given)
+        new_bytes = sum(size for key, size in saved.items() if key not in self._charged)
+        self._charged.update(saved)
+        macs = sum(flops.values()) // 2
+        backward_macs = 0
+        made, used = tensors_in(value), (*tensors_in(given), *state)
+        # Gradients on the meta device cannot go back into numbers elsewhere.
+        mixed = isinstance(value, StandIn) or len({tensor.device for tensor in (*made, *used)}) > 1
+        if macs and not mixed and any(tensor.requires_grad for tensor in made):
+            # Models repeat themselves: the same work on the same shapes is looked at once.
+            wanting = (tensor.shape for tensor in used if tensor.requires_grad)
+            kind = (*flops.items(), *wanting)
+            if kind not in self._backward_macs:
+                self._backward_macs[kind] = self._count_backward(run, given, state)
+            backward_macs = self._backward_macs[kind]
+        return value, Cost(macs=macs, backward_macs=backward_macs, new_bytes=new_bytes, saved=saved)
+
+    def _count_backward(self, run: Callable[[Any], Any], given: Any, state: Sequence[Tensor]) -> int:
+        """Of the gradients of all that wants one, run once more, apart from whatever made what is given."""
+        wanting = [tensor for tensor in state if tensor.requires_grad]
+
+        def apart(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            wanting.append(tensor.detach().requires_grad_())
+            # What is no leaf of autograd may be written in place.
+            return wanting[-1].clone()
+
+        made = [tensor for tensor in tensors_in(run(map_tensors(apart, given))) if tensor.requires_grad]
+        if not wanting:
+            return 0
+        with self._kernels.counting() as flops:
+            torch.autograd.grad(made, wanting, [torch.empty_like(tensor) for tensor in made], allow_unused=True)
+        return int(sum(flops.values()) // 2)

@@ -1,0 +1,360 @@
+"""A model from one line of text: `timm:NAME`, `torchvision:NAME`, `hf:TYPE`, `paper:NAME`, `file.py:FACTORY` or
+`pkg.module:FACTORY`. What stands before the first colon says where to look, the rest what to take there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxsplit.errors import DataError, UsageError, nearest, reason
+from fxsplit.models import factories, huggingface
+from fxsplit.models.paper import NETWORKS
+from fxsplit.models.surgery import fit_classifier, keep_small_images
+
+STEMS = ("original", "cifar")
+FORMS = "timm:NAME, torchvision:NAME, hf:TYPE, hf:ORG/NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY"
+USUAL_SIZE = 224
+HUB_CACHE = "Hugging Face's cache (HF_HOME)"
+DROP_PATH, TORCHVISION_DROP_PATH = "drop_path_rate", "stochastic_depth_prob"
+
+
+def build(
+    spec: str,
+    *,
+    num_classes: int,
+    img_size: int,
+    pretrained: bool = False,
+    stem: str = "original",
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """The model that `spec` names, for images (N, 3, img_size, img_size) of `num_classes` classes.
+
+    A factory gets those of `num_classes` and `img_size` that its signature names. Pretrained weights come
+    from timm, torchvision or a repository `hf:ORG/NAME`; a classifier for another number of classes starts
+    anew. torchvision's detectors resize their images to `img_size` and count the background as a class, its
+    optical flow has no classes, and what it calls quantized is built before quantization. `hf:TYPE` is a
+    small model of that type; one for language has neither classes nor images (see `huggingface`).
+
+    `stem="cifar"` keeps a stem made for large images from throwing small ones away. A strided first
+    convolution becomes 3x3 at stride 1 (a 3x3 kernel keeps its weights, a larger one starts anew), and the
+    first pooling after it the identity, unless a block of several convolutions comes between. timm's models
+    that are built for one image size get patches of 4 pixels instead.
+
+    `drop_path` above 0 is the rate of stochastic depth, in [0, 1): how often a residual branch is left out in training.
+    timm's models and factories take it as `drop_path_rate`, torchvision's as `stochastic_depth_prob`, and of the
+    paper's networks `resnext` does; those that fix it themselves, or have no such branches, take none.
+
+    Nothing is seeded here: weights are drawn from torch's global random state.
+
+    Raises UsageError when there is no such model, it cannot be built as asked, has no such stem or takes no
+    `drop_path`, and DataError when it cannot be downloaded or read.
+    """
+    source, name = _parts(spec)
+    if stem not in STEMS:
+        raise UsageError(f"there is no stem {stem!r}, only {' and '.join(STEMS)}{nearest(stem, STEMS)}")
+    library = LIBRARIES.get(source)
+    from_source = library.build if library else partial(_from_factory, source)
+    with _drop_path_of(spec, drop_path):
+        return from_source(
+            name, num_classes=num_classes, img_size=img_size, pretrained=pretrained, stem=stem, drop_path=drop_path
+        )
+
+
+def sketch(spec: str, *, num_classes: int, img_size: int, stem: str = "original", drop_path: float = 0.0) -> nn.Module:
+    """The model as `build` builds it, but without memory: on the meta device where it can be built there."""
+    make = partial(build, spec, num_classes=num_classes, img_size=img_size, stem=stem, drop_path=drop_path)
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception:
+        # Some models compute while they are built, which the meta device cannot. What else is wrong shows again.
+        return make()
+
+
+def native_size(spec: str) -> int:
+    """The side in pixels of the images that the model is made for; 224 where nothing says it."""
+    source, name = _parts(spec)
+    library = LIBRARIES.get(source)
+    return library.native_size(name) if library else USUAL_SIZE
+
+
+def expand(pattern: str) -> tuple[str, ...]:
+    """The full names of all models that a spec with wildcards means, such as `timm:resnet*`, in the library's order.
+
+    A spec without wildcards (`*`, `?`, `[...]`) means itself, whether there is such a model or not.
+    """
+    source, _, wanted = pattern.partition(":")
+    if not set("*?[") & set(wanted):
+        return (pattern,)
+    if source not in LIBRARIES:
+        raise UsageError(
+            f"the models of {source!r} cannot be listed, only those of {', '.join(LIBRARIES)}"
+            f"{nearest(source, LIBRARIES)}; replace {wanted!r} by the name of a function"
+        )
+    known = LIBRARIES[source].names()
+    names = [name for name in known if fnmatchcase(name, wanted)]
+    if not names:
+        raise UsageError(f"no model of {source} matches {wanted!r}{nearest(wanted, known)}")
+    return tuple(f"{source}:{name}" for name in names)
+
+
+def families() -> dict[str, tuple[str, ...]]:
+    """timm's models by the module that defines them: `{"beit": ("timm:beit_base_patch16_224", ...), ...}`."""
+    import timm
+
+    return {module: tuple(f"timm:{name}" for name in timm.list_models(module=module)) for module in timm.list_modules()}
+
+
+def smallest(specs: Iterable[str]) -> str:
+    """The one with the fewest parameters, the first of equals."""
+
+    def parameter_count(spec: str) -> int:
+        model = sketch(spec, num_classes=1000, img_size=native_size(spec))
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    return min(specs, key=parameter_count)
+
+
+def _from_timm(
+    name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
+) -> nn.Module:
+    import timm
+
+    if ":" not in name and not timm.is_model(name):
+        raise UsageError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
+    settings: dict[str, Any] = {"num_classes": num_classes, **_asked(DROP_PATH, drop_path)}
+    with _errors_of("timm", name, settings, cache=HUB_CACHE):
+        one_size = bool(_timm_config(name).get("fixed_input_size"))
+        if one_size:
+            settings["img_size"] = img_size
+            if stem == "cifar":
+                settings["patch_size"] = 4
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **settings)
+    if stem == "cifar" and not one_size:
+        keep_small_images(model, f"timm:{name}")
+    return model
+
+
+def _timm_names() -> list[str]:
+    import timm
+
+    return list(timm.list_models())
+
+
+def _timm_size(name: str) -> int:
+    with _errors_of("timm", name, {}, cache=HUB_CACHE):
+        return min(_timm_config(name).get("input_size", (USUAL_SIZE,))[1:], default=USUAL_SIZE)
+
+
+def _timm_config(name: str) -> dict[str, Any]:
+    """What timm says of a model's images: whether it must be told their size, and which size it is made for."""
+    from timm import models
+
+    source, address = models.parse_model_name(name)
+    if source == "hf-hub":
+        return dict(models.load_model_config_from_hf(address)[0])
+    config = models.get_pretrained_cfg(name)
+    return dict(config.to_dict()) if config else {}
+
+
+def _from_torchvision(
+    name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
+) -> nn.Module:
+    from torchvision import models
+
+    kind = torchvision_module(name)
+    builder = models.get_model_builder(name)
+    sizes = _torchvision_sizes(kind, img_size)
+    if stem == "cifar" and {"image_size", "input_size"} & set(sizes):
+        raise UsageError(f"the stem of 'torchvision:{name}' cannot change, because all its layers depend on it")
+    has_classes = not kind.startswith("optical_flow.")
+    settings: dict[str, Any] = {**sizes, **_asked(TORCHVISION_DROP_PATH, drop_path)}
+    if pretrained:
+        settings["weights"] = "DEFAULT"
+    elif has_classes:
+        settings["num_classes"] = num_classes
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        settings["weights_backbone"] = None
+    with (
+        _errors_of("torchvision", name, settings, cache="torch's cache (TORCH_HOME)"),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "The default weight initialization of", FutureWarning)
+        model: nn.Module = builder(**settings)
+    if pretrained and has_classes:
+        weights = models.get_model_weights(name).DEFAULT
+        fit_classifier(model, f"torchvision:{name}", len(weights.meta.get("categories", ())), num_classes)
+    if stem == "cifar":
+        keep_small_images(model, f"torchvision:{name}")
+    return model
+
+
+def _torchvision_sizes(kind: str, img_size: int) -> dict[str, Any]:
+    """The argument that tells a builder the image size, hidden behind its **kwargs, where it takes one."""
+    if kind == "vision_transformer":
+        return {"image_size": img_size}
+    if kind == "maxvit":
+        return {"input_size": (img_size, img_size)}
+    if kind.startswith("detection.") and not kind.startswith("detection.ssd"):
+        return {"min_size": img_size}
+    return {}
+
+
+def torchvision_module(name: str) -> str:
+    """The module below `torchvision.models` that defines a model, such as "resnet" or "detection.ssd"."""
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise UsageError(f"torchvision has no model {name!r}{nearest(name, models.list_models())}")
+    return str(models.get_model_builder(name).__module__).removeprefix("torchvision.models.")
+
+
+def _torchvision_names() -> list[str]:
+    from torchvision import models
+
+    return list(models.list_models())
+
+
+def _torchvision_size(name: str) -> int:
+    from torchvision import models
+
+    torchvision_module(name)
+    transforms = [weights.transforms for weights in models.get_model_weights(name)]
+    crops = [known.keywords.get("crop_size", ()) for known in transforms if isinstance(known, partial)]
+    return min((crop if isinstance(crop, int) else crop[0] for crop in crops if crop), default=USUAL_SIZE)
+
+
+def _from_huggingface(
+    name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
+) -> nn.Module:
+    if not huggingface.is_repository(name):
+        _refuse_pretrained(f"hf:{name}", pretrained)
+    if drop_path:
+        raise _takes_none(f"hf:{name}", DROP_PATH)
+    with _errors_of("hf", name, {"num_classes": num_classes, "img_size": img_size}, cache=HUB_CACHE):
+        model = huggingface.build(name, num_classes=num_classes, img_size=img_size, pretrained=pretrained)
+    if stem == "cifar":
+        keep_small_images(model, f"hf:{name}")
+    return model
+
+
+def _huggingface_size(name: str) -> int:
+    with _errors_of("hf", name, {}, cache=HUB_CACHE):
+        return huggingface.native_size(name) or USUAL_SIZE
+
+
+def _from_paper(
+    name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
+) -> nn.Module:
+    spec = f"paper:{name}"
+    if name not in NETWORKS:
+        raise UsageError(f"the paper has no network {name!r}, only {', '.join(NETWORKS)}{nearest(name, NETWORKS)}")
+    _refuse_pretrained(spec, pretrained)
+    model = NETWORKS[name](num_classes, img_size, 3, **_asked(DROP_PATH, drop_path))
+    if stem == "cifar":
+        keep_small_images(model, spec)
+    return model
+
+
+def _from_factory(
+    source: str, name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
+) -> nn.Module:
+    spec = f"{source}:{name}"
+    _refuse_pretrained(spec, pretrained)
+    offered = {"num_classes": num_classes, "img_size": img_size}
+    model = factories.call(source, name, offered, _asked(DROP_PATH, drop_path), libraries=LIBRARIES)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{spec!r} returned {type(model).__name__}, not a torch.nn.Module")
+    if stem == "cifar":
+        keep_small_images(model, spec)
+    return model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """How a source of named models builds one, what it calls them all, and the image size that one is made for."""
+
+    build: Callable[..., nn.Module]
+    names: Callable[[], list[str]]
+    native_size: Callable[[str], int]
+
+
+LIBRARIES = {
+    "timm": Library(build=_from_timm, names=_timm_names, native_size=_timm_size),
+    "torchvision": Library(build=_from_torchvision, names=_torchvision_names, native_size=_torchvision_size),
+    "hf": Library(build=_from_huggingface, names=huggingface.names, native_size=_huggingface_size),
+    "paper": Library(build=_from_paper, names=lambda: list(NETWORKS), native_size=lambda _name: 32),
+}
+
+
+def _parts(spec: str) -> tuple[str, str]:
+    source, _, name = spec.partition(":")
+    if not (source and name):
+        raise UsageError(f"{spec!r} is not the full name of a model{_full_names(spec) or f'; write {FORMS}'}")
+    return source, name
+
+
+@contextmanager
+def _errors_of(library: str, name: str, settings: dict[str, Any], *, cache: str) -> Iterator[None]:
+    try:
+        yield
+    except UsageError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"'{library}:{name}' cannot be downloaded or read ({reason(error)}); connect to the network, "
+            f"copy its files into {cache}, or do without pretrained weights"
+        ) from error
+    except Exception as error:
+        asked = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        raise UsageError(f"{library} cannot build {name!r}{asked and f' with {asked}'}: {reason(error)}") from error
+
+
+def _asked(parameter: str, rate: float) -> dict[str, float]:
+    """What a builder is told of stochastic depth: nothing, if none is wanted, so that its own default holds."""
+    return {parameter: rate} if rate else {}
+
+
+@contextmanager
+def _drop_path_of(spec: str, rate: float) -> Iterator[None]:
+    """Tell in one sentence that a builder does not take the rate. Only calling it shows: many hide it in `**kwargs`."""
+    try:
+        yield
+    except (TypeError, UsageError) as error:
+        cause = error if isinstance(error, TypeError) else error.__cause__
+        for parameter in (DROP_PATH, TORCHVISION_DROP_PATH):
+            # torchvision's Swin fixes the rate, and fails with a KeyError.
+            if rate and isinstance(cause, TypeError | KeyError) and parameter in str(cause):
+                raise _takes_none(spec, parameter) from cause
+        raise
+
+
+def _takes_none(spec: str, parameter: str) -> UsageError:
+    return UsageError(f"{spec!r} takes no {parameter}, the rate of stochastic depth; leave out drop-path")
+
+
+def _refuse_pretrained(spec: str, pretrained: bool) -> None:
+    if pretrained:
+        raise UsageError(f"{spec!r} has no pretrained weights; only models of timm, torchvision and hf:ORG/NAME have")
+
+
+def _full_names(name: str) -> str:
+    """A hint naming the model that is called `name`, or nearly so, in every library that has it."""
+    libraries: dict[str, list[str]] = {}
+    for source, library in LIBRARIES.items():
+        with suppress(UsageError):  # what is not installed has none
+            libraries[source] = library.names()
+    best = get_close_matches(name, sorted({model for known in libraries.values() for model in known}), n=1)
+    full = [f"{source}:{model}" for model in best for source, known in libraries.items() if model in known]
+    return f"; did you mean {' or '.join(map(repr, full))}?" if full else ""

@@ -1,0 +1,206 @@
+"""What a forward changes besides tensors: containers, objects and generators that the model holds.
+
+A recording shows ops on tensors. A list that is appended to, an attribute of an object, a generator that is drawn from
+go unseen there, so they are compared before and after.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
+from types import FunctionType, ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxsplit.errors import UntraceableError
+from fxsplit.objects.same import same_value
+from fxsplit.objects.structure import ATOMS, WHOLE, members, taken_apart
+
+# Generators are objects of C, whose state does not lie in attributes: how to read and to set it.
+GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    random.Random: (lambda each: each.getstate(), lambda each, state: each.setstate(state)),
+    np.random.RandomState: (lambda each: each.get_state(), lambda each, state: each.set_state(state)),
+    np.random.Generator: (
+        lambda each: each.bit_generator.state,
+        lambda each, state: setattr(each.bit_generator, "state", state),
+    ),
+    torch.Generator: (lambda each: each.get_state(), lambda each, state: each.set_state(state)),
+}
+# What every module has, and what the tracer itself looks after.
+_BASE = frozenset((*vars(nn.Module()), "_flat_weights"))
+_DEPTH = 6
+
+
+class Contents:
+    """The containers, objects and generators that a model's modules hold, as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._held: list[tuple[str, str, Any, Any]] = []
+        seen: set[int] = set()
+        for path, module in model.named_modules():
+            for name, value in vars(module).items():
+                if name not in _BASE:
+                    self._look(path, name, value, seen)
+
+    def changed(self, whole: Container[Any] = ()) -> dict[str, str]:
+        """The modules that hold something which is different now, and the name of the first such attribute.
+
+        Iterators, which nobody can set back, may go on in modules that are `whole`.
+        """
+        found: dict[str, str] = {}
+        for path, name, held, before in self._held:
+            if isinstance(held, Iterator) and path in whole:
+                continue
+            if path not in found and not _holds(held, before):
+                found[path] = name
+        return found
+
+    def holds_values(self) -> bool:
+        """Whether something different now holds what forward computed."""
+        different = (held for _, _, held, before in self._held if not _holds(held, before))
+        return any(next(members(_content(held), fx.Proxy), None) is not None for held in different)
+
+    def restore(self) -> None:
+        """Give everything back what it held."""
+        for _, _, held, before in self._held:
+            if not _holds(held, before):
+                _restore(held, before)
+
+    def again(self) -> Contents:
+        """Of the same model, as they are now."""
+        return Contents(self._model)
+
+    def _look(self, path: str, name: str, value: Any, seen: set[int]) -> None:
+        self._held += [(path, name, held, content) for held, content in _held_by(value, seen, _DEPTH)]
+
+
+@contextmanager
+def unchanged(given: Any) -> Iterator[None]:
+    """Inside, what is in a nesting of containers and objects must stay there. Raises UntraceableError otherwise."""
+    held = list(_held_by(given, set(), _DEPTH))
+    yield
+    if not all(_holds(each, before) for each, before in held):
+        raise UntraceableError("it changes what it is given, a list or an object, and tracing would lose that")
+
+
+def _held_by(value: Any, seen: set[int], depth: int) -> Iterator[tuple[Any, Any]]:
+    """What can change in a value, each with its content now."""
+    if type(value) in ATOMS or id(value) in seen or not depth:
+        return
+    seen.add(id(value))
+    content = _content(value)
+    if content is None:
+        return
+    yield value, content
+    if type(value) not in GENERATORS and not isinstance(value, Iterator):
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _held_by(item, seen, depth - 1)
+
+
+def generators_around(model: nn.Module) -> dict[str, Any]:
+    """Generators that the forwards of a model have at hand beside the model: global in their file, or in a closure."""
+    found: dict[str, Any] = {}
+    for kind in {type(module) for module in model.modules()}:
+        module = sys.modules.get(kind.__module__)
+        if module is None or kind.__module__.partition(".")[0] == "torch":
+            continue
+        found |= {f"{kind.__module__}.{name}": value for name, value in _generators_in(module)}
+        forward = getattr(kind, "forward", None)
+        names = forward.__code__.co_freevars if isinstance(forward, FunctionType) else ()
+        for name, cell in zip(names, getattr(forward, "__closure__", None) or (), strict=True):
+            with suppress(ValueError):  # an empty cell
+                if type(cell.cell_contents) in GENERATORS:
+                    found[name] = cell.cell_contents
+    return found
+
+
+# Looked for once, and again when a module has more names.
+_found: WeakKeyDictionary[ModuleType, tuple[int, list[tuple[str, Any]]]] = WeakKeyDictionary()
+
+
+def _generators_in(module: ModuleType) -> list[tuple[str, Any]]:
+    size, found = _found.get(module, (-1, []))
+    if size != len(vars(module)):
+        found = [(key, value) for key, value in list(vars(module).items()) if type(value) in GENERATORS]
+        _found[module] = len(vars(module)), found
+    return found
+
+
+def _content(value: Any) -> Any:
+    """What something holds now, one level deep; None of what holds nothing, or is looked after elsewhere."""
+    kind = type(value)
+    if kind in GENERATORS:
+        return GENERATORS[kind][0](value)
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, list | tuple | set | deque):
+        return list(value)
+    if isinstance(value, Iterator):
+        # Where it stands; one that cannot be copied is shared, and not looked at.
+        return taken_apart(value)
+    is_looked_into = hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (Tensor, *WHOLE))
+    return dict(vars(value)) if is_looked_into else None
+
+
+def _holds(held: Any, before: Any) -> bool:
+    """Whether the same is held as before: numbers and generators' states by value, all else by identity."""
+    now = _content(held)
+    by_value = type(held) in GENERATORS or isinstance(held, Iterator)
+    return same_value(now, before) if by_value else _same(now, before)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return all(_same_item(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(map(_same_item, one, other))
+    return False
+
+
+def _same_item(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        return all(map(_same_item, one, other))
+    return type(one) in (*ATOMS, np.ndarray) and same_value(one, other)
+
+
+def _restore(held: Any, before: Any) -> None:
+    kind = type(held)
+    if kind in GENERATORS:
+        GENERATORS[kind][1](held, before)
+    elif isinstance(held, dict):
+        held.clear()
+        held.update(before)
+    elif isinstance(held, list):
+        held[:] = before
+    elif isinstance(held, deque):
+        held.clear()
+        held.extend(before)
+    elif isinstance(held, set):
+        held.clear()
+        held.update(before)
+    elif not isinstance(held, tuple | Iterator):
+        vars(held).clear()
+        vars(held).update(before)
+
+
+def state_of(generator: Any) -> Any:
+    """Of a generator of one of the kinds in GENERATORS."""
+    return GENERATORS[type(generator)][0](generator)
+
+
+def restored(generator: Any, state: Any) -> bool:
+    """Set a generator back; whether it had moved."""
+    moved = not same_value(state_of(generator), state)
+    if moved:
+        GENERATORS[type(generator)][1](generator, state)
+    return moved

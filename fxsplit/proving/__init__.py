@@ -1,0 +1,1 @@
+"""The executor held against the plain model, and forecasts held against what they foretell."""

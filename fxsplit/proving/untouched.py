@@ -1,0 +1,80 @@
+"""Run a model, and have it afterwards as it was before, bit for bit."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxsplit.proving.equality import differences, leaves, random_states, set_random_states
+
+CONTAINERS = (list, dict, set, OrderedDict, defaultdict)
+
+
+@contextmanager
+def untouched(*roots: nn.Module) -> Iterator[None]:
+    """Put back, in the end, all that a forward or backward of these modules may have changed, also after an exception.
+
+    That is the random states; each module's attributes and mode, hooks, and what is registered in it; contents of
+    parameters and buffers, of tensors and generators in attributes, and of lists, dicts and sets in attributes;
+    gradients and whether they are wanted. Other objects in attributes are the same afterwards, but what they hold is
+    theirs.
+    """
+    modules = dict.fromkeys(module for root in roots for module in root.modules())
+    kept = _Kept()
+    for module in modules:
+        kept.keep(vars(module))
+    states = random_states()
+    try:
+        yield
+    finally:
+        kept.put_back()
+        set_random_states(states)
+
+
+class _Kept:
+    """Contents of what can be changed in place, by the id of what holds them."""
+
+    def __init__(self) -> None:
+        self._containers: dict[int, tuple[Any, Any]] = {}
+        self._tensors: dict[int, tuple[Tensor, Tensor, Tensor | None, bool]] = {}
+        self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+
+    def keep(self, value: Any) -> None:
+        """What is in it, and in what it holds."""
+        if isinstance(value, Tensor):
+            self._keep_tensor(value)
+        elif isinstance(value, torch.Generator):
+            self._generators[id(value)] = value, value.get_state()
+        elif type(value) in CONTAINERS and id(value) not in self._containers:
+            self._containers[id(value)] = value, value.copy()
+            for item in value.values() if isinstance(value, dict) else value:
+                self.keep(item)
+        elif isinstance(value, tuple):
+            for item in value:
+                self.keep(item)
+
+    def _keep_tensor(self, tensor: Tensor) -> None:
+        if id(tensor) not in self._tensors:
+            grad = tensor.grad if tensor.is_leaf else None
+            self._tensors[id(tensor)] = tensor, tensor.detach().clone(), grad, tensor.requires_grad
+
+    def put_back(self) -> None:
+        """All of it, into the very objects; what is still the same is not written."""
+        for container, content in self._containers.values():
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+        for generator, state in self._generators.values():
+            generator.set_state(state)
+        for tensor, content, grad, wants_gradient in self._tensors.values():
+            if differences(leaves(content, "", copied=False), leaves(tensor.detach(), "", copied=False)):
+                with torch.no_grad():
+                    tensor.copy_(content)
+            if tensor.is_leaf:
+                tensor.grad = grad
+                if tensor.requires_grad != wants_gradient:
+                    tensor.requires_grad_(wants_gradient)

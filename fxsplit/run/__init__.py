@@ -1,1 +1,0 @@
-"""A plan to numbers: data, stages, the executor, and training."""

@@ -1,0 +1,1 @@
+"""Phases, epochs and batches of a plan through one executor."""

@@ -1,0 +1,41 @@
+"""Loss and accuracy, summed up over batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Mean loss and accuracies over `count` samples."""
+
+    loss: float
+    top1_pct: float
+    top5_pct: float
+    count: int
+
+
+class Accuracy:
+    """Sums losses and hits on the device; only `read` waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._count = 0
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._hits = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: its mean loss (), logits (B, K) and labels (B,). With K < 5, top-5 means top-K."""
+        samples, classes = logits.shape
+        hits = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+        self._hits += torch.stack((hits[:, 0].sum(), hits.sum()))
+        self._loss += loss.detach().double() * samples
+        self._count += samples
+
+    def read(self) -> Score:
+        """The means so far; not a number before the first batch."""
+        sums = torch.cat((self._loss[None], self._hits.double())).tolist()
+        loss, top1, top5 = (total / self._count if self._count else float("nan") for total in sums)
+        return Score(loss=loss, top1_pct=100 * top1, top5_pct=100 * top5, count=self._count)

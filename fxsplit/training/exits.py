@@ -1,0 +1,122 @@
+"""Auxiliary exits: the classes told early, at the ends of the first partitions that train.
+
+images ──► settled ──► trains ──┬──► trains ──┬──► trains ──► ... ──► scores
+                              exit          exit
+
+An exit brings a gradient to the partitions before it on a short way. It goes when its partition has settled, and is no
+part of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+
+from fxsplit.data.images import random_stream
+from fxsplit.graph import Graph, Value
+from fxsplit.plan.partition import Partition
+from fxsplit.plan.schedule import Phase
+
+
+class Exit(nn.Module):
+    """Global average pooling and a linear layer: class scores (N, classes) from the values that a partition writes."""
+
+    def __init__(self, value: Value, partition: Partition, *, num_classes: int) -> None:
+        super().__init__()
+        shape = value.shape
+        assert shape is not None
+        channels = channel_dim(shape)
+        self._position = partition.writes.index(value.name)
+        self._pooled_dims = [dim for dim in range(1, len(shape)) if dim != channels]
+        self.linear = nn.Linear(shape[channels], num_classes, dtype=getattr(torch, value.dtype))
+
+    def forward(self, values: Sequence[Any]) -> Tensor:
+        features = values[self._position]
+        # To torch, no dimension means all of them.
+        scores: Tensor = self.linear(features.mean(self._pooled_dims) if self._pooled_dims else features)
+        return scores
+
+
+class Exits:
+    """The exits of a phase: at the ends of its first `count` training partitions, of the last one of the model never.
+
+    `modules` holds them by the index of their partition, for the optimizer. Their weights depend on `seed`, and leave
+    torch's random state as it is. A partition that delivers no floating-point row for each image has no exit.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        partitions: Sequence[Partition],
+        *,
+        count: int,
+        num_classes: int,
+        weight: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.modules = nn.ModuleDict()
+        self._graph, self._partitions = graph, partitions
+        self._count, self._num_classes, self._weight = count, num_classes, weight
+        self._seed, self._device = seed, device
+        self._scores: list[Tensor] = []
+        self._told: set[int] = set()
+
+    def enter(self, phase: Phase, notice: Callable[[str], None]) -> None:
+        """Keep the exits that the phase has too, drop others, make new ones; tell once of each that cannot be made."""
+        before, self.modules = self.modules, nn.ModuleDict()
+        for index in range(phase.start, min(phase.start + self._count, phase.stop, len(self._partitions) - 1)):
+            name, value = str(index), features_of(self._graph, self._partitions[index])
+            if value is not None:
+                self.modules[name] = before[name] if name in before else self._new(index, value)
+            elif index not in self._told:
+                self._told.add(index)
+                notice(
+                    f"there is no exit after partition {self._partitions[index].name!r}, "
+                    "because it delivers no floating-point row for each image"
+                )
+
+    def hear(self, index: int, values: Sequence[Any]) -> None:
+        """Take what partition `index` delivers, as `Executor.heard` tells it, for the next loss."""
+        if str(index) in self.modules:
+            self._scores.append(self.modules[str(index)](values))
+
+    def add_to(self, loss: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
+        """A loss and the weighted cross-entropies of all that was heard since the last call; labels int64 (N,)."""
+        heard, self._scores = self._scores, []
+        for scores in heard:
+            loss = loss + self._weight * F.cross_entropy(scores, labels, label_smoothing=smoothing)
+        return loss
+
+    def _new(self, index: int, value: Value) -> Exit:
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would change the random state of GPUs, too.
+            torch.default_generator.manual_seed(int(random_stream("exit", self._seed, index).integers(2**32)))
+            made = Exit(value, self._partitions[index], num_classes=self._num_classes)
+        return made.to(self._device)
+
+
+def features_of(graph: Graph, partition: Partition) -> Value | None:
+    """The largest value with a floating-point row for each image that a partition makes and delivers, the last of
+    equals; None if there is none.
+    """
+    ops = reversed(graph.ops[partition.start : partition.stop])
+    rows = [
+        value
+        for value in (op.output for op in ops if op.name in partition.writes)
+        if value.shape is not None
+        and len(value.shape) > 1
+        and value.shape[0] == graph.batch_size
+        and getattr(torch, value.dtype).is_floating_point
+    ]
+    return max(rows, key=lambda value: value.bytes_per_sample, default=None)
+
+
+def channel_dim(shape: Sequence[int]) -> int:
+    """Where the channels are: last in tokens (N, T, C) and in square maps (N, H, H, C), else second."""
+    is_last = len(shape) == 3 or (len(shape) == 4 and shape[1] == shape[2] != shape[3])
+    return len(shape) - 1 if is_last else 1

@@ -1,0 +1,116 @@
+"""Batches of one image: planned around, or refused before the run, where BatchNorm needs two."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fxsplit.capture.tracing import trace
+from fxsplit.data.loader import Loader
+from fxsplit.errors import UsageError
+from fxsplit.plan.partition import partition
+from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.training.batchnorm import check_batches
+from fxsplit.training.cache import Cache
+from tests.training.test_trainer import images, trainer
+
+
+class Functional(nn.Module):
+    """A norm without a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("variance", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(x, self.mean, self.variance, training=self.training)
+
+
+def pooled(norm: nn.Module) -> nn.Sequential:
+    """A norm of maps, and one that sees a value a channel of each image, in four partitions with one op to train."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), norm, nn.Linear(4, 5)
+    )  # fmt: skip
+
+
+def check(
+    model: nn.Module,
+    phase: Phase,
+    *,
+    batch_size: int,
+    grad_accum_steps: int = 1,
+    test_images: int = 8,
+    test_limit: int | None = None,
+) -> None:
+    captured = trace(model, (torch.empty(2, 3, 8, 8),))
+    parts = partition(captured.train, captured.eval, at=["1", "4", "5"])
+    loader = Loader(
+        train=images(10, 0), test=images(test_images, 1), batch_size=batch_size, seed=0, test_limit=test_limit
+    )
+    plan = Plan(schedule="mine", partitions=parts, phases=(Phase(start=0, stop=2, epochs=1), phase))
+    check_batches(captured, plan, loader, grad_accum_steps=grad_accum_steps)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm1d(4), Functional])
+@pytest.mark.parametrize(
+    ("batch_size", "grad_accum_steps", "micro_batches", "parts"),
+    [(1, 1, 1, "1 part;"), (4, 4, 1, "4 parts"), (4, 1, 4, "4 parts"), (4, 2, 2, "4 parts"), (6, 2, 4, "8 parts")],
+)
+def test_parts_of_one_image_are_refused_where_a_norm_takes_one_value_of_it(
+    norm: Any, batch_size: int, grad_accum_steps: int, micro_batches: int, parts: str
+) -> None:
+    given = {"batch_size": batch_size, "grad_accum_steps": grad_accum_steps}
+    with pytest.raises(UsageError, match=rf"^BatchNorm '4' sees a single value .* phase 2 takes .* {parts}.*larger"):
+        check(pooled(norm()), Phase(start=0, stop=4, epochs=1, micro_batches=micro_batches), **given)
+    # Settled or frozen it has its statistics, and the other norm has many values.
+    for start, stop in ((3, 4), (0, 2)):
+        check(pooled(norm()), Phase(start=start, stop=stop, epochs=1, micro_batches=micro_batches), **given)
+    check(pooled(nn.LayerNorm(4)), Phase(start=0, stop=4, epochs=1, micro_batches=micro_batches), **given)
+
+
+def test_a_norm_without_statistics_is_refused_one_image_settled_too() -> None:
+    norm = nn.BatchNorm1d(4, track_running_stats=False)
+    for start, stop in ((0, 4), (3, 4), (0, 2)):
+        with pytest.raises(UsageError, match="BatchNorm '4' sees a single value"):
+            check(pooled(norm), Phase(start=start, stop=stop, epochs=1), batch_size=4, grad_accum_steps=4)
+        check(pooled(norm), Phase(start=start, stop=stop, epochs=1), batch_size=4, grad_accum_steps=2)
+
+
+def test_a_norm_without_statistics_is_refused_a_last_test_image() -> None:
+    model, phase = pooled(nn.BatchNorm1d(4, track_running_stats=False)), Phase(start=0, stop=4, epochs=1)
+    with pytest.raises(
+        UsageError, match=r"^BatchNorm '4' has no running statistics .* batches of 4 leave of 9 to test"
+    ):
+        check(model, phase, batch_size=4, test_images=9)
+    check(model, phase, batch_size=4, test_images=9, test_limit=2)
+    check(model, phase, batch_size=4, test_images=10)
+    check(pooled(nn.BatchNorm1d(4)), phase, batch_size=4, test_images=9)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("count", "batch_size", "parts"), [(10, 4, 2), (11, 4, 2), (13, 6, 2), (9, 4, 2), (16, 5, 2)])
+def test_batches_that_leave_an_image_over_train(
+    count: int, batch_size: int, parts: int, cached: bool, tmp_path: Path
+) -> None:
+    """Before and after the pooled norm is settled; with the statistics that are taken when it is."""
+    seen: list[int] = []
+    model = pooled(nn.BatchNorm1d(4))
+    model[4].register_forward_pre_hook(lambda norm, given: seen.append(len(given[0])) if norm.training else None)
+    make = partial(Cache, place="ram", limit_bytes=None, dtype=None, folder=str(tmp_path)) if cached else None
+    run = trainer(
+        model,
+        loader={"train": images(count, 0), "test": images(9, 1), "batch_size": batch_size},
+        plan=(Phase(start=0, stop=4, epochs=1), Phase(start=1, stop=4, epochs=2)),
+        grad_accum_steps=parts,
+        make_cache=make,
+        recalibrate=True,
+    )
+    seen.clear()
+    assert len(list(run.epochs())) == 3
+    assert min(seen) > 1

@@ -1,0 +1,426 @@
+"""The cache changes how long training takes, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from fxsplit.data.images import MemoryImages
+from fxsplit.execute.executor import Executor
+from fxsplit.plan.schedule import Phase
+from fxsplit.report import EpochRecord, Observer
+from fxsplit.training.cache import Cache, cache_key, pays
+from fxsplit.training.rows import Column, FileRows, MemoryRows
+from fxsplit.training.trainer import Trainer
+from tests.networks import HAZARDS, Chain, LongSkip
+from tests.training.test_trainer import TRAIN, same, trainer, weights
+
+# All trains; then the first two of four partitions are settled.
+PHASES = (Phase(start=0, stop=4, epochs=1), Phase(start=2, stop=4, epochs=3))
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Run(Observer):
+    """A training, finished: what it left, what it was told, and how many images went through the settled partitions."""
+
+    def __init__(
+        self,
+        place: str,
+        folder: Path,
+        *,
+        kind: Callable[[], nn.Module] = Chain,
+        plan: tuple[Phase, ...] = PHASES,
+        limit_bytes: int | None = None,
+        dtype: torch.dtype | None = None,
+        before_epoch: Callable[[Trainer, int], None] | None = None,
+        **changes: Any,
+    ) -> None:
+        torch.manual_seed(0)
+        self.notices: list[str] = []
+        self.settled = [0] * sum(phase.epochs for phase in plan)
+        self.records: list[EpochRecord] = []
+        make = partial(Cache, place=place, folder=str(folder), limit_bytes=limit_bytes, dtype=dtype)
+        model = kind()
+        self.trainer = trainer(
+            model, plan=plan, make_cache=None if place == "off" else make, observer=self, log_interval=1000, **changes
+        )
+        settle = Executor.settle
+
+        def counted(net: Executor, images: Tensor) -> list[Any]:
+            if net.training and net.window[0]:
+                self.settled[len(self.records)] += len(images)
+            return settle(net, images)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Executor, "settle", counted)
+            epochs = self.trainer.epochs()
+            for record in epochs:
+                self.records.append(record)
+                if before_epoch:
+                    before_epoch(self.trainer, len(self.records))
+        self.weights = weights(model)
+
+    def notice(self, sentence: str) -> None:
+        self.notices.append(sentence)
+
+    def same_as(self, other: Run) -> bool:
+        losses, others = ([(r.train_loss, r.eval_loss) for r in run.records] for run in (self, other))
+        return losses == others and same(self.weights, other.weights)
+
+
+@pytest.mark.parametrize("place", ["ram", "disk"])
+@pytest.mark.parametrize("kind", [Chain, LongSkip, HAZARDS["InPlace"], HAZARDS["RootParameter"]])
+def test_training_from_the_cache_is_the_same_bit_for_bit(
+    kind: Callable[[], nn.Module], place: str, tmp_path: Path
+) -> None:
+    plain = Run("off", tmp_path, kind=kind)
+    threads = threading.active_count()
+    cached = Run(place, tmp_path, kind=kind)
+    assert cached.same_as(plain)
+    assert plain.settled == [0, 50, 50, 50]
+    # Half of the first batch is computed twice, to see that images do not depend on each other.
+    assert cached.settled == [0, 58, 0, 0]
+    assert cached.notices == []
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loader": {"channels_last": True}, "kind": lambda: Chain().to(memory_format=torch.channels_last)},
+        {"amp_dtype": torch.bfloat16},
+    ],
+)
+def test_layout_and_precision_are_kept(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert Run("disk", tmp_path, **changes).same_as(Run("off", tmp_path, **changes))
+
+
+def test_gradients_accumulate_over_parts_of_rows(tmp_path: Path) -> None:
+    plain, cached = (Run(place, tmp_path, grad_accum_steps=3).records for place in ("off", "ram"))
+    assert [r.train_loss for r in cached] == pytest.approx([r.train_loss for r in plain], rel=1e-5)
+
+
+@pytest.mark.parametrize("place", ["ram", "disk"])
+def test_half_precision_halves_the_rows_and_hardly_changes_training(place: str, tmp_path: Path) -> None:
+    exact, half = (Run(place, tmp_path, dtype=dtype) for dtype in (None, torch.float16))
+    large, small = (
+        (r.cache_resident_bytes or 0) + (r.cache_file_bytes or 0) for r in (exact.records[-1], half.records[-1])
+    )
+    # Those of 50 training images, while those of the test images stay exact. Files take whole pages.
+    halved = 25 * exact.trainer.plan.partitions[2].boundary_bytes
+    assert large - small == halved if place == "ram" else abs(large - small - halved) < 2 * 4096
+    assert not half.same_as(exact)
+    assert half.records[-1].train_loss == pytest.approx(exact.records[-1].train_loss, rel=1e-2)
+
+
+def test_memory_and_file_are_reported_apart(tmp_path: Path) -> None:
+    ram, disk, off = (Run(place, tmp_path).records for place in ("ram", "disk", "off"))
+    crossing = sum(partition.boundary_bytes for partition in Run("off", tmp_path).trainer.plan.partitions[2:3])
+    assert [(r.cache_resident_bytes, r.cache_file_bytes) for r in ram] == [(None, None), *[(70 * crossing, 0)] * 3]
+    assert [r.cache_resident_bytes for r in disk] == [None, 0, 0, 0]
+    assert all(70 * crossing <= (r.cache_file_bytes or 0) < 70 * crossing + 2 * 8192 for r in disk[1:])
+    assert {(r.cache_resident_bytes, r.cache_file_bytes) for r in off} == {(None, None)}
+
+
+def test_test_images_go_through_the_settled_partitions_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tested = []
+    settle = Executor.settle
+
+    def counting(self: Executor, images: Tensor) -> list[Any]:
+        if not self.training:
+            tested.append(len(images))
+        return settle(self, images)
+
+    plain = Run("off", tmp_path)
+    monkeypatch.setattr(Executor, "settle", counting)
+    cached = Run("ram", tmp_path)
+    assert cached.same_as(plain)
+    # Unsettled, settled, and half of the first batch once more, to see that it repeats.
+    assert sum(tested) == 20 + 20 + 8
+
+
+def test_both_kinds_of_rows_keep_within_the_limit(tmp_path: Path) -> None:
+    row = Run("off", tmp_path).trainer.plan.partitions[2].boundary_bytes
+    cached = Run("ram", tmp_path, limit_bytes=69 * row)
+    assert cached.records[-1].cache_resident_bytes == 50 * row
+    (notice,) = cached.notices
+    assert notice.startswith("the settled partitions are computed anew for each test batch")
+
+
+def test_views_are_what_augmentation_would_give(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "plan": (Phase(start=0, stop=4, epochs=1), Phase(start=2, stop=4, epochs=5)),
+        "loader": {"augment": "crop-flip", "views": 2},
+    }
+    plain, cached = Run("off", tmp_path, **changes), Run("disk", tmp_path, **changes)
+    assert cached.same_as(plain)
+    assert cached.settled == [0, 58, 50, 0, 0, 0]
+    # The two views differ, and where nothing is settled each epoch draws anew.
+    loader = cached.trainer.loader
+    first, second, again, free = (
+        next(loader.training(3, view=view)).images for view in (*map(loader.view, (2, 3, 4)), None)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, free)
+
+
+def test_random_augmentation_without_views_is_not_cached(tmp_path: Path) -> None:
+    changes = {"loader": {"augment": "crop-flip"}}
+    plain = Run("off", tmp_path, **changes)
+    for place in ("ram", "auto"):
+        cached = Run(place, tmp_path, **changes)
+        assert cached.same_as(plain)
+        assert [("changed at random" in sentence) for sentence in cached.notices] == ([True] if place == "ram" else [])
+
+
+def test_auto_weighs_bytes_against_work(tmp_path: Path) -> None:
+    assert pays(1000, 99, device="cpu")
+    assert not pays(1000, 100, device="cpu")
+    assert not pays(1000, 99, device="cuda")
+    assert pays(2001, 1, device="cuda")
+    cheap = Run("auto", tmp_path, kind=HAZARDS["TiedWeight"], plan=(Phase(start=1, stop=4, epochs=2),))
+    assert cheap.settled == [58, 50]
+    assert cheap.notices == []
+    dear = Run("auto", tmp_path, plan=(Phase(start=3, stop=4, epochs=2),))
+    assert dear.settled == [58, 0]
+    assert dear.records[-1].cache_file_bytes
+
+
+def test_what_would_be_read_once_is_not_kept(tmp_path: Path) -> None:
+    once = (Phase(start=0, stop=4, epochs=3), Phase(start=2, stop=4, epochs=1))
+    assert "only once" in Run("ram", tmp_path, plan=once).notices[0]
+    assert Run("auto", tmp_path, plan=once).notices == []
+
+
+@pytest.mark.parametrize("place", ["ram", "disk", "auto"])
+def test_a_limit_that_is_too_small_is_told_and_loses_nothing(place: str, tmp_path: Path) -> None:
+    plan = (Phase(start=3, stop=4, epochs=2),)
+    (needed,) = {partition.boundary_bytes for partition in Run("off", tmp_path).trainer.plan.partitions[3:]}
+    cached = Run(place, tmp_path, plan=plan, limit_bytes=50 * needed - 1)
+    assert cached.same_as(Run("off", tmp_path, plan=plan))
+    assert len(cached.notices) == 1
+    assert "GiB and may take" in cached.notices[0]
+    assert Run(place, tmp_path, plan=plan, limit_bytes=50 * needed).settled == [58, 0]
+
+
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "short pwrite"])
+def test_a_full_disk_is_told_and_loses_nothing(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Run("off", tmp_path)
+    if call == "posix_fallocate":
+        monkeypatch.setattr(os, call, full)
+    else:
+        pwrite, written = os.pwrite, []
+
+        def fails_later(file: int, data: Any, offset: int) -> int:
+            written.append(offset)
+            if len(written) < 20:
+                return pwrite(file, data, offset)
+            return full() if call == "pwrite" else 7
+
+        monkeypatch.setattr(os, "pwrite", fails_later)
+    cached = Run("disk", tmp_path)
+    assert cached.same_as(plain)
+    assert cached.notices == [
+        "the settled partitions are computed anew for each batch, without a cache: No space left on device"
+    ]
+    assert cached.records[-1].cache_file_bytes == 0
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    cached = Run("disk", tmp_path / "missing")
+    assert cached.same_as(Run("off", tmp_path))
+    assert "No such file or directory" in cached.notices[0]
+
+
+class Mixes(Chain):
+    """What an image gives depends on the batch that it is in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0))
+
+
+class Noisy(Chain):
+    """Random numbers, in evaluation too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 1e-9 * torch.rand_like(x))
+
+
+class Sizes(Chain):
+    """A tensor crosses that has nothing to do with images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.norm1.weight.view(1, -1, 1, 1) * 2
+        return self.head((self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())).relu() * scale).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Mixes, "do not deliver the same for an image each time"),
+        (Noisy, "do not deliver the same for an image each time"),
+        (HAZARDS["CountsCalls"], "do not deliver the same for an image each time"),
+        (Sizes, "not one row for each image"),
+    ],
+)
+def test_rows_that_would_be_wrong_are_refused(kind: type[nn.Module], reason: str, tmp_path: Path) -> None:
+    plan = (Phase(start=1 if kind is Sizes else 3, stop=4, epochs=3),)
+    cached = Run("ram", tmp_path, kind=kind, plan=plan)
+    assert reason in cached.notices[0]
+    if kind is not HAZARDS["CountsCalls"]:
+        assert cached.same_as(Run("off", tmp_path, kind=kind, plan=plan))
+
+
+def test_values_that_are_no_rows_are_not_divided_into_parts(tmp_path: Path) -> None:
+    """Not in the batch at which this is found out, either."""
+    options = {"kind": Sizes, "plan": (Phase(start=1, stop=4, epochs=2),), "grad_accum_steps": 4}
+    cached = Run("ram", tmp_path, **options)
+    assert "not one row for each image" in cached.notices[0]
+    assert cached.same_as(Run("off", tmp_path, **options))
+
+
+class Whitens(nn.Sequential):
+    """Statistics of the batch, of which each image has one value a channel, in evaluation too."""
+
+    def __init__(self) -> None:
+        norm = nn.BatchNorm1d(4, track_running_stats=False)
+        pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        super().__init__(nn.Conv2d(3, 4, 3), *pool, norm, nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5))
+
+
+def test_settled_statistics_of_a_batch_of_two_are_not_asked_of_one_image(tmp_path: Path) -> None:
+    options = {"kind": Whitens, "plan": (Phase(start=3, stop=4, epochs=2),), "loader": {"batch_size": 2}}
+    cached = Run("ram", tmp_path, **options)
+    assert "norm" not in cached.trainer.plan.partitions[3].name
+    assert "do not deliver the same for an image each time" in cached.notices[0]
+    assert cached.same_as(Run("off", tmp_path, **options))
+
+
+def test_weights_that_change_empty_the_cache(tmp_path: Path) -> None:
+    def scale(net: Trainer, epoch: int) -> None:
+        if epoch == 3:
+            with torch.no_grad():
+                next(net.executor.parameters()).mul_(2)
+
+    plain, cached = (Run(place, tmp_path, before_epoch=scale) for place in ("off", "ram"))
+    assert cached.same_as(plain)
+    assert cached.settled == [0, 58, 0, 58]
+
+
+def test_the_key_is_that_of_weights_and_images() -> None:
+    torch.manual_seed(0)
+    net = trainer(Chain(), plan=PHASES)
+    executor, loader = net.executor, net.loader
+    executor.enter(PHASES[1])
+
+    def key(**changes: Any) -> str:
+        return cache_key(executor, type(loader)(**{**vars(loader), **changes}))
+
+    first = key()
+    assert key() == key(batch_size=7, limit=1, test=loader.train) == first
+    pixels = TRAIN.pixels.clone()
+    pixels[49, 2, 7, 7] ^= 1
+    others = [
+        key(train=MemoryImages(pixels=pixels, labels=TRAIN.labels, img_size=8)),
+        key(train=MemoryImages(pixels=TRAIN.pixels, labels=TRAIN.labels, img_size=9)),
+        key(mean=(0.5,)),
+        key(std=(0.5,)),
+        key(channels_last=True),
+        key(augment="crop-flip"),
+        key(seed=4),
+    ]
+    state = list(executor.settled_state().values())
+    for tensor in (state[0], executor.get_buffer("norm1.running_var")):
+        with torch.no_grad():
+            tensor.view(-1)[0] += 1e-6
+        others.append(key())
+    executor.enter(Phase(start=1, stop=4, epochs=1))
+    others.append(key())
+    executor.enter(PHASES[1])
+    assert len({first, *others}) == 1 + len(others)
+    # Weights that train do not matter.
+    same_weights = key()
+    with torch.no_grad():
+        executor.get_parameter("head.weight").add_(1)
+    assert key() == same_weights
+
+
+def test_a_cut_that_stays_keeps_its_rows(tmp_path: Path) -> None:
+    plan = (Phase(start=2, stop=4, epochs=2), Phase(start=2, stop=4, epochs=2), Phase(start=3, stop=4, epochs=2))
+    cached = Run("disk", tmp_path, plan=plan)
+    assert cached.settled == [58, 0, 0, 0, 58, 0]
+    assert cached.same_as(Run("off", tmp_path, plan=plan))
+
+
+def test_epochs_of_some_images_are_kept_as_far_as_they_go(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "plan": (Phase(start=0, stop=4, epochs=1), Phase(start=2, stop=4, epochs=12)),
+        "loader": {"limit": 1},
+    }
+    cached = Run("ram", tmp_path, **changes)
+    assert cached.same_as(Run("off", tmp_path, **changes))
+
+
+def test_columns_come_back_in_their_layout_and_type() -> None:
+    cpu = torch.device("cpu")
+    value = torch.randn(4, 3, 5, 2)
+    for each in (
+        value,
+        value.contiguous(memory_format=torch.channels_last),
+        value.transpose(1, 3),
+        value.to(torch.bfloat16),
+        value[:, 0, 0, 0].contiguous(),
+        torch.arange(4),
+        value > 0,
+    ):
+        column = Column.of(each, None)
+        back = column.unpack(column.pack(each), cpu)
+        assert torch.equal(back, each)
+        assert back.dtype is each.dtype
+        assert back.stride() == each.stride()
+        half = Column.of(each, torch.float16)
+        assert half.kept is (torch.float16 if each.is_floating_point() else each.dtype)
+        assert half.unpack(half.pack(each), cpu).dtype is each.dtype
+
+
+@pytest.mark.parametrize("kind", [MemoryRows, lambda count, columns: FileRows(count, columns, ".")])
+def test_rows_are_copies(kind: Callable[..., MemoryRows | FileRows]) -> None:
+    values = [torch.randn(3, 2, 5), torch.randn(3).to(torch.bfloat16), torch.tensor([[True], [False], [True]])]
+    columns = [Column.of(value, None) for value in values]
+    rows = kind(7, columns)
+    places = torch.tensor([6, 0, 3])
+    rows.write(places, values)
+    found = rows.read(places)
+    assert same(found, values)
+    found[0].fill_(0)
+    assert same(rows.read(places), values)
+    assert torch.equal(rows.read(torch.tensor([3]))[0], values[0][2:])
+
+
+def test_settling_and_resuming_is_running() -> None:
+    net = trainer(Chain(), plan=PHASES).executor
+    images = torch.randn(4, 3, 8, 8)
+    for start in (0, 1, 2):
+        net.enter(Phase(start=start, stop=4, epochs=1))
+        net.eval()
+        assert torch.equal(net.resume(net.settle(images)), net(images))
+    loss = F.cross_entropy(net.train().resume(net.settle(images)), torch.tensor([0, 1, 2, 3]))
+    assert loss.requires_grad
