@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
 
 import fxsplit
-from fxsplit.api import choose_device
+from fxsplit.assembly import choose_device
 from fxsplit.measuring.phase_costs import measure_phases
 from fxsplit.models import registry
 from fxsplit.spec import RunSpec, from_text, read_values

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
 
 import fxsplit
-from fxsplit.api import choose_device
+from fxsplit.assembly import choose_device
 from fxsplit.measuring.meter import now
 from fxsplit.models import registry
 

@@ -14,17 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxsplit.api import (
-        check,
-        check_forecasts,
-        forecast,
-        inspect,
-        load_plan,
-        partition,
-        save_plan,
-        trace,
-        train,
-    )
+    from fxsplit.api import check, check_forecasts, inspect, trace, train
     from fxsplit.capture.tracing import Trace
     from fxsplit.distribute.device_map import device_map
     from fxsplit.distribute.pipeline import to_pipeline_stages
@@ -34,6 +24,7 @@ if TYPE_CHECKING:
     from fxsplit.plan.forecast import Forecast
     from fxsplit.plan.partition import Partition
     from fxsplit.plan.schedule import Phase, Plan, schedule
+    from fxsplit.planning import forecast, load_plan, partition, save_plan
     from fxsplit.proving.first_batch import Proof, prove
     from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
     from fxsplit.spec import RunSpec
@@ -74,17 +65,8 @@ __all__ = [
 
 # Resolved on first use (PEP 562): importing fxsplit must not import torch.
 _HOMES = {
-    "fxsplit.api": (
-        "check",
-        "check_forecasts",
-        "forecast",
-        "inspect",
-        "load_plan",
-        "partition",
-        "save_plan",
-        "trace",
-        "train",
-    ),
+    "fxsplit.api": ("check", "check_forecasts", "inspect", "trace", "train"),
+    "fxsplit.planning": ("forecast", "load_plan", "partition", "save_plan"),
     "fxsplit.measuring.op_costs": ("measure",),
     "fxsplit.capture.tracing": ("Trace",),
     "fxsplit.errors": ("FxsplitError", "ProofError"),

@@ -16,7 +16,7 @@ import yaml
 from torch.nn import functional as F  # noqa: N812
 
 import fxsplit
-from fxsplit.api import choose_device, determinism
+from fxsplit.assembly import choose_device, determinism
 from fxsplit.data import datasets
 from fxsplit.data.images import batches
 from fxsplit.errors import DataError, PartitionError, ProofError, UsageError

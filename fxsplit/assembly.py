@@ -1,0 +1,305 @@
+"""From a RunSpec to what it stands for: data, model, plan, executor, trainer. Nothing else reads its fields."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from timm.utils.random import random_seed
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from fxsplit import planning
+from fxsplit.capture.tracing import Trace
+from fxsplit.data import datasets
+from fxsplit.data.images import Data
+from fxsplit.data.loader import Loader
+from fxsplit.errors import UsageError
+from fxsplit.execute.executor import Executor
+from fxsplit.execute.passes import Pass, passes_for
+from fxsplit.measuring.phase_costs import update_seconds
+from fxsplit.models import registry
+from fxsplit.models.examples import Example, example, takes_images
+from fxsplit.plan.budget import fit
+from fxsplit.plan.forecast import Forecast
+from fxsplit.plan.partition import most_partitions
+from fxsplit.plan.schedule import Plan, schedule
+from fxsplit.proving.first_batch import prove_batch
+from fxsplit.report import Inspection, Observer
+from fxsplit.spec import RunSpec
+from fxsplit.training.cache import GIB, Cache
+from fxsplit.training.exits import Exits
+from fxsplit.training.optimizers import make_optimizer, make_scheduler, slots_of
+from fxsplit.training.run_folder import RunFolder
+from fxsplit.training.soft_targets import SoftTargets
+from fxsplit.training.trainer import MakeCache, Trainer, logits_of
+
+Moved = TypeVar("Moved", nn.Module, torch.Tensor)
+
+DEFAULT_PARTS = 8
+# Of the activations of standard training: what l2l keeps within where it can.
+L2L_MEMORY = 0.6
+
+
+def data(spec: RunSpec, observer: Observer) -> Data:
+    """The images and labels of a run."""
+    return datasets.load(
+        spec.data,
+        img_size=spec.img_size,
+        data_dir=spec.data_dir,
+        seed=spec.seed,
+        train_limit=spec.train_limit,
+        workers=spec.workers,
+        notice=observer.notice,
+    )
+
+
+def model(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
+    """The model of a run, for the classes and sizes of its data."""
+    model = registry.build(
+        spec.model,
+        num_classes=len(data.classes),
+        img_size=data.img_size,
+        pretrained=spec.pretrained,
+        stem=spec.stem,
+        drop_path=spec.drop_path,
+    )
+    return in_layout(spec, model.to(device))
+
+
+def in_layout(spec: RunSpec, given: Moved) -> Moved:
+    """A model or images, in the order in which the run keeps images."""
+    return given.to(memory_format=torch.channels_last) if spec.channels_last else given
+
+
+def passes(spec: RunSpec, device: torch.device) -> tuple[Pass, ...]:
+    """The graph passes that a run asks for."""
+    return passes_for(device, channels_last=spec.channels_last)
+
+
+def example_inputs(spec: RunSpec, model: nn.Module, img_size: int, device: torch.device) -> Example:
+    """A batch of images as `train` would give them, or whatever else the model takes."""
+    if not takes_images(model):
+        return example(spec.model, model, batch_size=spec.batch_size, img_size=img_size, training=True, device=device)
+    return Example(args=(in_layout(spec, torch.rand(spec.batch_size, 3, img_size, img_size, device=device)),))
+
+
+def plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
+    """Cut the model and say which partitions train when; `l2l` and a memory budget also say what is recomputed."""
+    plan = _given_plan(spec, trace, observer)
+    budget = spec.memory_budget
+    if budget is None and spec.schedule != "l2l":
+        return plan
+    return fit(
+        plan,
+        trace.train,
+        trace.eval,
+        budget=L2L_MEMORY if budget is None else budget,
+        batch_size=spec.batch_size // spec.grad_accum_steps,
+        optimizer_slots=slots_of(lambda parameters: _optimizer(spec)(nn.ParameterList(parameters))),
+        strict=budget is not None,
+    )
+
+
+def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
+    if spec.plan is not None:
+        return planning.load_plan(spec.plan, trace, observer)
+    count = spec.parts
+    if count is None and not spec.at:
+        most = most_partitions(trace.train, trace.eval, by=spec.by, units=planning.units(trace, spec.by))
+        count = min(DEFAULT_PARTS, most)
+    partitions = planning.partition(trace, count=count, at=spec.at, balance=spec.balance, by=spec.by)
+    return schedule(
+        spec.schedule,
+        partitions=partitions,
+        epochs=spec.epochs,
+        epochs_total=spec.epochs_total,
+        start=spec.settle_from,
+        stop=spec.settle_until,
+        share=spec.settle_share,
+    )
+
+
+def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Forecast:
+    """What the phases of a plan will cost in this run."""
+
+    def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        return _optimizer(spec)(nn.ParameterList(parameters))
+
+    return planning.forecast(
+        plan,
+        trace,
+        batch_size=spec.batch_size,
+        optimizer_slots=slots_of(optimizer),
+        update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
+    )
+
+
+def inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None = None) -> Inspection:
+    """What there is to show of a plan, its model and what is ahead."""
+    return Inspection(
+        model=spec.model,
+        input_shape=trace.train.inputs[0].shape or (),
+        graph=trace.train,
+        eval_graph=trace.eval,
+        classes={path: type(module).__name__ for path, module in trace.model.named_modules(remove_duplicate=False)},
+        plan=plan,
+        tied=trace.tied,
+        opaque=trace.opaque,
+        checkpoints=trace.checkpoints,
+        forecast=ahead,
+    )
+
+
+def trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: Data, observer: Observer) -> Trainer:
+    """The trainer of a run, with all that its spec switches on."""
+    return Trainer(
+        executor=executor,
+        plan=plan,
+        loader=Loader(
+            train=data.train,
+            test=data.test,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            augment=spec.augment,
+            views=None if spec.augment == "none" else spec.cache_views,
+            mean=spec.mean,
+            std=spec.std,
+            channels_last=spec.channels_last,
+            limit=1 if spec.dry_run else spec.train_batches_per_epoch,
+            test_limit=1 if spec.dry_run else None,
+        ),
+        make_optimizer=partial(_optimizer(spec), trace.model),
+        make_scheduler=partial(
+            make_scheduler,
+            name=spec.sched,
+            epochs=plan.epochs,
+            warmup_epochs=spec.warmup_epochs,
+            min_lr=spec.min_lr,
+            decay_epochs=spec.decay_epochs,
+            decay_milestones=spec.decay_milestones,
+            decay_rate=spec.decay_rate,
+        ),
+        make_cache=_make_cache(spec),
+        exits=_exits(spec, trace, plan, data),
+        smoothing=spec.smoothing,
+        soft_targets=(
+            SoftTargets(
+                len(data.train),
+                weight=spec.soft_targets,
+                temperature=spec.soft_temperature,
+                of_mean=spec.soft_from == "mean",
+            )
+            if spec.soft_targets
+            else None
+        ),
+        anneal=spec.anneal,
+        average=spec.average,
+        recalibrate=spec.recalibrate,
+        veto=spec.veto,
+        clip_grad=spec.clip_grad,
+        amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None,
+        grad_accum_steps=spec.grad_accum_steps,
+        log_interval=spec.log_interval,
+        observer=observer,
+    )
+
+
+def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: Observer) -> float:
+    """Hold the executor against the model on the first batch, as the run takes it; the seconds that it took."""
+    began = perf_counter()
+    trainer.executor.train()
+    batch = next(trainer.loader.training(0))
+    proof = prove_batch(
+        trace.model,
+        trainer.executor,
+        batch.images,
+        batch.labels,
+        parts=spec.grad_accum_steps * trainer.plan.phases[0].micro_batches,
+        loss=lambda output, labels: cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing),
+        autocast=trainer.autocast,
+        notice=observer.notice,
+    )
+    if proof is not None and proof.varying:
+        observer.notice(
+            f"two runs of the plain model differ in {len(proof.varying)} of {proof.compared} values of the first "
+            "batch; the partitions were held to these within what they vary by themselves"
+        )
+    return perf_counter() - began
+
+
+def _exits(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> Exits | None:
+    if not spec.exits:
+        return None
+    return Exits(
+        trace.train,
+        plan.partitions,
+        count=spec.exits,
+        num_classes=len(data.classes),
+        weight=spec.exit_weight,
+        seed=spec.seed,
+        device=data.train.device,
+    )
+
+
+def _make_cache(spec: RunSpec) -> MakeCache | None:
+    if spec.cache == "off" or spec.dry_run:
+        return None
+    return partial(
+        Cache,
+        place=spec.cache,
+        limit_bytes=None if spec.cache_limit is None else int(spec.cache_limit * GIB),
+        dtype=None if spec.cache_dtype == "exact" else getattr(torch, spec.cache_dtype),
+        folder=str(Path(spec.output).expanduser()),
+    )
+
+
+def _optimizer(spec: RunSpec) -> partial[Optimizer]:
+    return partial(make_optimizer, name=spec.opt, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+
+
+def run_folder(spec: RunSpec, plan: Plan, trace: Trace, surroundings: dict[str, Any]) -> RunFolder:
+    """A folder of its own, with what was asked and planned in it."""
+    folder = RunFolder(
+        spec.output, model=spec.model, schedule=plan.schedule, seed=spec.seed, experiment=spec.experiment
+    )
+    plan_json = planning.plan_file(plan, trace, spec.model).to_json()
+    folder.start(args_yaml=spec.to_yaml(), plan_json=plan_json, environment=surroundings)
+    return folder
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is a GPU, else the CPU. Raises UsageError when there is no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"there is no device {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+            "use --device cpu, or auto"
+        )
+    return device
+
+
+@contextmanager
+def determinism(seed: int, deterministic: bool) -> Iterator[None]:
+    """Seed every generator. With `deterministic` torch refuses kernels that are not; else cuDNN looks for fast ones."""
+    random_seed(seed)
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # cuBLAS reads this when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

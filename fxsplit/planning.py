@@ -1,0 +1,71 @@
+"""Plans of a traced model: its partitions, what their phases will cost, and the files that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fxsplit.capture.tracing import Trace
+from fxsplit.models.units import units_of
+from fxsplit.plan.forecast import Forecast
+from fxsplit.plan.forecast import forecast as forecast_graphs
+from fxsplit.plan.partition import Partition
+from fxsplit.plan.partition import partition as partition_graphs
+from fxsplit.plan.planfile import PlanFile, read_file, write_file
+from fxsplit.plan.schedule import Plan
+from fxsplit.report import Observer
+
+
+def partition(
+    trace: Trace, *, count: int | None = None, at: Sequence[str] = (), balance: str = "macs", by: str = "op"
+) -> tuple[Partition, ...]:
+    """Divide a traced model into `count` partitions of equal weight, or before the modules named in `at`.
+
+    See `fxsplit.plan.partition.partition`.
+    """
+    return partition_graphs(trace.train, trace.eval, count=count, at=at, balance=balance, by=by, units=units(trace, by))
+
+
+def forecast(
+    plan: Plan, trace: Trace, *, batch_size: int, optimizer_slots: int = 2, update_seconds: float | None = None
+) -> Forecast:
+    """What each phase of a plan will cost: from shapes alone, or if `measure` made the trace from timed ops.
+
+    See `fxsplit.plan.forecast.forecast`.
+    """
+    return forecast_graphs(
+        plan,
+        trace.train,
+        trace.eval,
+        batch_size=batch_size,
+        optimizer_slots=optimizer_slots,
+        update_seconds=update_seconds,
+    )
+
+
+def save_plan(plan: Plan, trace: Trace, path: str) -> None:
+    """Write a plan of a traced model as a file that people can read and edit, and that `load_plan` reads."""
+    write_file(plan_file(plan, trace, type(trace.model).__name__), path)
+
+
+def load_plan(path: str, trace: Trace, observer: Observer | None = None) -> Plan:
+    """The plan in a file, for a traced model. It need not be the one for which the file was made, if its cuts fit.
+
+    Raises UsageError when the file cannot be read or is no plan, PartitionError when it does not fit the model; both
+    tell all that is wrong at once.
+    """
+    file = read_file(path, graphs=(trace.train, trace.eval))
+    if observer and file.graph not in ("", trace.train.digest()):
+        observer.notice(f"the plan {path!r} was made for another model, but fits this one")
+    return file.plan(trace.train, trace.eval)
+
+
+def units(trace: Trace, by: str) -> dict[str, str]:
+    """The unit of each module, where partitions are to be cut between units."""
+    return units_of(trace.model) if by == "block" else {}
+
+
+def plan_file(plan: Plan, trace: Trace, model: str) -> PlanFile:
+    """A plan as a file for a traced model, which is called `model` in it."""
+    return PlanFile.of(plan, model=model, graph=trace.train.digest(), torch=torch.__version__)
