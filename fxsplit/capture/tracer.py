@@ -481,7 +481,8 @@ class ValueTracer(fx.Tracer):
         args, kwargs = resolve(
             (node.args, node.kwargs), lambda leaf: leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
         )
-        state = self._module_state(node)
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        state = {} if module is None else self._module_state(str(node.target), module)
         watched: dict[str | fx.Node, list[Tensor]] = {
             **{argument: tensors_in(argument.meta["value"]) for argument in node.all_input_nodes},
             **{name: [tensor] for name, tensor in state.items()},
@@ -512,24 +513,19 @@ class ValueTracer(fx.Tracer):
         node.meta["state"] = tuple(state)
         node.meta["written"] = [
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
-        ] + self._moved_statistics(node)
+        ] + self._moved_statistics(node, module)
         node.meta["known"] = is_known(node, value)
         node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
-        node.meta["mixes_samples"] = self._mixes_samples(node)
-        node.meta["is_dropout"] = self._is_dropout(node)
+        node.meta["mixes_samples"] = self._mixes_samples(node, module)
+        node.meta["is_dropout"] = self._is_dropout(node, module)
         return value
 
-    def _module_state(self, node: fx.Node) -> dict[str, Tensor]:
-        if node.op != "call_module":
-            return {}
-        path = str(node.target)
-        module = self.root.get_submodule(path)
+    def _module_state(self, path: str, module: nn.Module) -> dict[str, Tensor]:
         named = (*module.named_parameters(prefix=path), *module.named_buffers(prefix=path))
         return {self._state.get(id(tensor), name): tensor for name, tensor in named}
 
-    def _moved_statistics(self, node: fx.Node) -> list[str | fx.Node]:
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
+    def _moved_statistics(self, node: fx.Node, module: nn.Module | None) -> list[str | fx.Node]:
+        if module is not None:
             return [
                 self._state[id(tensor)]
                 for inner in module.modules()
@@ -540,9 +536,8 @@ class ValueTracer(fx.Tracer):
         mean, variance, training = self._statistics(node)
         return [statistic for statistic in (mean, variance) if training and isinstance(statistic, fx.Node)]
 
-    def _mixes_samples(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
+    def _mixes_samples(self, node: fx.Node, module: nn.Module | None) -> bool:
+        if module is not None:
             return any(
                 isinstance(inner, _BatchNorm) and (inner.training or inner.running_mean is None)
                 for inner in module.modules()
@@ -551,9 +546,8 @@ class ValueTracer(fx.Tracer):
             return bool(self._statistics(node)[2])
         return is_along_samples(node, self._batch_size)
 
-    def _is_dropout(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
+    def _is_dropout(self, node: fx.Node, module: nn.Module | None) -> bool:
+        if module is not None:
             return isinstance(module, _DropoutNd) and module.training and module.p > 0
         return node.target in DROPOUTS
 
