@@ -36,7 +36,7 @@ from fxsplit.meta.evaluate import Constant, External, Outside, Rebuild, Slot, St
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
 from fxsplit.objects.contents import unchanged
-from fxsplit.objects.structure import map_tensors, template, tensors_in
+from fxsplit.objects.structure import map_tensors, module_at, template, tensors_in
 
 DROPOUTS = {
     *(torch.dropout, torch.feature_dropout, torch.alpha_dropout),
@@ -481,7 +481,7 @@ class ValueTracer(fx.Tracer):
         args, kwargs = resolve(
             (node.args, node.kwargs), lambda leaf: leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
         )
-        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = module_at(self.root, str(node.target)) if node.op == "call_module" else None
         state = {} if module is None else self._module_state(str(node.target), module)
         watched: dict[str | fx.Node, list[Tensor]] = {
             **{argument: tensors_in(argument.meta["value"]) for argument in node.all_input_nodes},
@@ -521,8 +521,12 @@ class ValueTracer(fx.Tracer):
         return value
 
     def _module_state(self, path: str, module: nn.Module) -> dict[str, Tensor]:
-        named = (*module.named_parameters(prefix=path), *module.named_buffers(prefix=path))
-        return {self._state.get(id(tensor), name): tensor for name, tensor in named}
+        return {
+            self._state.get(id(tensor), f"{prefix}.{name}"): tensor
+            for prefix, inner in module.named_modules(prefix=path)
+            for name, tensor in (*inner._parameters.items(), *inner._buffers.items())
+            if tensor is not None
+        }
 
     def _moved_statistics(self, node: fx.Node, module: nn.Module | None) -> list[str | fx.Node]:
         if module is not None:

@@ -19,7 +19,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from fxsplit.errors import GuardError
 from fxsplit.meta import autocast
 from fxsplit.objects.contents import Contents, unchanged
-from fxsplit.objects.structure import ATOMS, META, filled, map_tensors, tensors_in
+from fxsplit.objects.structure import ATOMS, META, filled, map_tensors, module_at, tensors_in
 from fxsplit.objects.twins import Copier
 
 
@@ -178,7 +178,7 @@ def evaluate(
         called = getattr(args[0], target)
         args = args[1:]
     else:
-        called = _uncompiled(root.get_submodule(str(target))) if kind == "call_module" else target
+        called = _uncompiled(module_at(root, str(target))) if kind == "call_module" else target
     with _left_alone(called) if kind == "call_module" and not _is_plain(called) else nullcontext():
         try:
             with META, _users(called, (args, kwargs)):
