@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from fxsplit_cli.main import main
 from torch.nn import functional as F  # noqa: N812
 
 import fxsplit
@@ -28,7 +29,6 @@ from fxsplit.plan.planfile import read_file
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, RunReport
 from fxsplit.spec import read_recipe, resolve
 from fxsplit.training.run_folder import COLUMNS
-from fxsplit_cli.main import main
 
 MODEL = """
 from torch import nn

@@ -35,7 +35,7 @@ from fxsplit.meta.costs import CostMeter
 from fxsplit.meta.evaluate import Constant, External, Outside, Rebuild, Slot, StandIn, evaluate, expect, resolve
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
-from fxsplit.objects.contents import unchanged
+from fxsplit.objects.contents import drawing_nothing, of_this_thread, unchanged
 from fxsplit.objects.structure import map_tensors, module_at, template, tensors_in
 
 DROPOUTS = {
@@ -401,7 +401,9 @@ class ValueTracer(fx.Tracer):
         before = {kind: dict(owner) for kind, owner in owners.items()}
         open_before, with_gradients = len(self._open), torch.is_grad_enabled()
         try:
-            value = forward()
+            # torch's own containers draw nothing themselves.
+            with drawing_nothing({} if type(module).__module__.startswith("torch.") else of_this_thread()):
+                value = forward()
         except BaseException:
             for kind, owner in owners.items():
                 owner.clear()

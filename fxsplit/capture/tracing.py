@@ -26,7 +26,7 @@ from fxsplit.capture.free_batch import free_batch
 from fxsplit.capture.guards import Guards
 from fxsplit.capture.naming import assigned_by, called_module, method_of, names_of
 from fxsplit.capture.patches import LOCK
-from fxsplit.capture.recording import Recorder, Recording, is_only_a_number
+from fxsplit.capture.recording import Recorder, Recording, has_numbers_of_its_own, is_only_a_number
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.tracer import COMPILED, Leaf, reason_not_to_look_inside
 from fxsplit.errors import TraceError
@@ -238,17 +238,25 @@ def _whole_modules(model: nn.Module, programs: Iterable[Program]) -> list[str]:
 
 def _record_both(recorders: Mapping[bool, Recorder]) -> dict[bool, Recording]:
     """Both modes. What one of them must keep whole, both do, so that they have their ops in common."""
-    recordings = {training: recorder.record(costs=training) for training, recorder in recorders.items()}
-    for training, recorder in recorders.items():
-        modules = dict(recorder.twin.named_modules())
-        opaque = recordings[not training].opaque
-        only_there = {
-            path: opaque[path] for path in (opaque.keys() & modules.keys()) - recordings[training].opaque.keys()
-        }
-        if only_there:
-            recorder.keep_whole(only_there)
-            recordings[training] = recorder.record(costs=training)
-    return recordings
+    while True:
+        recordings = {training: recorder.record(costs=training) for training, recorder in recorders.items()}
+        for training, recorder in recorders.items():
+            modules = dict(recorder.twin.named_modules())
+            opaque = recordings[not training].opaque
+            only_there = {
+                path: opaque[path] for path in (opaque.keys() & modules.keys()) - recordings[training].opaque.keys()
+            }
+            if only_there:
+                recorder.keep_whole(only_there)
+                recordings[training] = recorder.record(costs=training)
+        unsteady: dict[str, str] = {}
+        for training, recorder in recorders.items():
+            if has_numbers_of_its_own(recordings[training], recordings[not training]):
+                unsteady |= recorder.unsteady(recordings[training])
+        if not unsteady:
+            return recordings
+        for recorder in recorders.values():
+            recorder.keep_whole(unsteady)
 
 
 def _read(

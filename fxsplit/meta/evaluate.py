@@ -83,7 +83,7 @@ class External:
 class Outside:
     """An operation that draws from a generator of the process, reads a clock or the contexts around the call.
 
-    It goes by names, so that a copy asks the same generator.
+    It goes by names, which may be dotted, so that a copy asks the same generator.
     """
 
     def __init__(self, owner: str, name: str) -> None:
@@ -91,7 +91,7 @@ class Outside:
         self.__module__, self.__name__, self.__qualname__ = owner, name, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(sys.modules[self.owner], self.name)(*args, **kwargs)
+        return operator.attrgetter(self.name)(sys.modules[self.owner])(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Outside, (self.owner, self.name)

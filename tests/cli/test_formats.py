@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fxsplit_cli import formats
 
 from fxsplit.errors import UsageError
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import Inspection
-from fxsplit_cli import formats
 
 
 def shown(inspection: Inspection, name: str, capsys: pytest.CaptureFixture[str]) -> str:

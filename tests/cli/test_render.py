@@ -8,12 +8,12 @@ import re
 from dataclasses import replace
 
 import pytest
+from fxsplit_cli import render
 from rich.console import Console
 
 from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer, RunReport, StepRecord
-from fxsplit_cli import render
 
 GROW, WINDOW, ALL = (
     Phase(start=0, stop=1, epochs=2),
