@@ -289,9 +289,9 @@ class Executor(nn.Module):
         return result
 
     def _evaluate(self, index: int, values: list[Any]) -> Any:
-        """What a partition gives in evaluation."""
+        """What a partition gives in evaluation; in training, the last one returns all that training does."""
         with self._holding.evaluating(index):
-            return self._stages[index](self._model, values, training=False)
+            return self._stages[index](self._model, values, training=False, returned=self.training)
 
     @contextmanager
     def heard(self, hear: Callable[[int, list[Any]], None]) -> Iterator[None]:
