@@ -204,9 +204,9 @@ def _as_in_training(
     def of_nodes(ours: fx.Node, theirs: fx.Node | None) -> fx.Node | None:
         if ours not in names:
             return find(ours)
-        name, other = names[ours], None if theirs is None else at_hand.get(names.get(theirs, ""))
-        own = at_hand.get(name)
-        if other is None or own is other or (own is not None and name not in taken):
+        own = at_hand.get(names[ours])
+        other = None if theirs is None else at_hand.get(names.get(theirs, ""))
+        if theirs is None or own is other is not None or (own is not None and names[ours] not in taken):
             return own
         return graph.call_function(_if_made, (own, other))
 
