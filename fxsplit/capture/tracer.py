@@ -9,6 +9,7 @@ is here.
 from __future__ import annotations
 
 import builtins
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -23,6 +24,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from fxsplit.capture.contexts import Context
 from fxsplit.capture.mixing import is_along_samples
@@ -497,17 +499,21 @@ class ValueTracer(fx.Tracer):
             args, kwargs = given
             return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
 
+        holder = getattr(args[0], "__self__", None) if node.target is operator.call else None
+        called = self.root.get_submodule(str(node.target)) if node.op == "call_module" else holder
+        sizes, hooks = _watch_norms(called) if isinstance(called, nn.Module) else ({}, [])
         self.evaluating, builtins.isinstance = True, REAL_ISINSTANCE
         try:
             if self.meter is None:
                 with self.kernels:
                     value = run((args, kwargs))
             else:
-                holder = getattr(args[0], "__self__", None) if node.target is operator.call else None
                 used = holder.parameters() if isinstance(holder, nn.Module) else state.values()
                 value, node.meta["cost"] = self.meter.measure(run, (args, kwargs), [*used])
         finally:
             self.evaluating, builtins.isinstance = False, watching
+            for hook in hooks:
+                hook.remove()
         inputs = node.all_input_nodes
         node.meta["stand_in"] = isinstance(value, StandIn) or any(each.meta.get("stand_in") for each in inputs)
         node.meta["drawn"] = isinstance(node.target, Outside) or any(each.meta.get("drawn") for each in inputs)
@@ -519,6 +525,11 @@ class ValueTracer(fx.Tracer):
         node.meta["known"] = is_known(node, value)
         node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
         node.meta["mixes_samples"] = self._mixes_samples(node, module)
+        if node.target in (nn.functional.batch_norm, torch.batch_norm) and node.meta["mixes_samples"]:
+            sizes[""] = value.shape
+        small = (name for name, size in sizes.items() if math.prod(size) <= size[1] * self._batch_size)
+        if (name := next(small, None)) is not None:
+            node.meta["single_value_norm"] = f"{node.meta['path']}.{name}".strip(".")
         node.meta["is_dropout"] = self._is_dropout(node, module)
         return value
 
@@ -544,10 +555,7 @@ class ValueTracer(fx.Tracer):
 
     def _mixes_samples(self, node: fx.Node, module: nn.Module | None) -> bool:
         if module is not None:
-            return any(
-                isinstance(inner, _BatchNorm) and (inner.training or inner.running_mean is None)
-                for inner in module.modules()
-            )
+            return any(map(_norms_by_batch, module.modules()))
         if node.target in (nn.functional.batch_norm, torch.batch_norm):
             return bool(self._statistics(node)[2])
         return is_along_samples(node, self._batch_size)
@@ -563,6 +571,22 @@ class ValueTracer(fx.Tracer):
         found = [node.args[at] if at < len(node.args) else node.kwargs.get(keyword) for at, keyword in positions]
         mean, variance, training = found or (None, None, False)
         return mean, variance, training
+
+
+def _norms_by_batch(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm that takes the statistics of its batch now."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def _watch_norms(called: nn.Module) -> tuple[dict[str, torch.Size], list[RemovableHandle]]:
+    """The sizes of what reaches each BatchNorm in a module that takes the statistics of its batch, once it has run."""
+    sizes: dict[str, torch.Size] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _norm, given: sizes.update({name: given[0].shape})
+
+    norms = [(name, module) for name, module in called.named_modules() if _norms_by_batch(module)]
+    return sizes, [module.register_forward_pre_hook(note(name)) for name, module in norms]
 
 
 def reason_to_keep_whole(module: nn.Module) -> str | None:

@@ -366,6 +366,7 @@ def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, storages: Map
         hidden_bytes=-(-sum(size for key, size in cost.saved.items() if key not in storages) // batch_size),
         uncounted=_is_uncounted(node),
         mixes_samples=node.meta.get("mixes_samples", False),
+        single_value_norm=node.meta.get("single_value_norm"),
         is_dropout=node.meta.get("is_dropout", False),
         autocast=node.meta.get("autocast"),
     )

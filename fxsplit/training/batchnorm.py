@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -74,13 +73,5 @@ def needs_two_images(trace: Trace, start: int, stop: int, *, training: bool) -> 
 
     It takes statistics from the batch, of which each image has one value a channel.
     """
-    graph = trace.train if training else trace.eval
-    for op in graph.ops[start:stop]:
-        if op.kind == "module":
-            is_norm = isinstance(trace.model.get_submodule(op.path), _BatchNorm)
-        else:
-            is_norm = op.target.endswith("batch_norm")
-        shape = op.output.shape or ()
-        if is_norm and op.mixes_samples and math.prod(shape) <= shape[1] * graph.batch_size:
-            return op.path
-    return None
+    ops = (trace.train if training else trace.eval).ops[start:stop]
+    return next((op.single_value_norm for op in ops if op.single_value_norm is not None), None)
