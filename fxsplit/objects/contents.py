@@ -210,7 +210,7 @@ def drawing_nothing(generators: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        drawn = [name for name, generator in generators.items() if _restored(generator, before[name])]
+        drawn = [name for name, generator in generators.items() if restored(generator, before[name])]
     if drawn:
         raise UntraceableError(
             f"it draws from the generator {drawn[0]!r} where no op shows it, and its numbers would be the same in "
@@ -228,7 +228,7 @@ def state_of(generator: Any) -> Any:
     return GENERATORS[type(generator)][0](generator)
 
 
-def _restored(generator: Any, state: Any) -> bool:
+def restored(generator: Any, state: Any) -> bool:
     """Set a generator back; whether it had moved."""
     moved = not same_value(state_of(generator), state)
     if moved:
