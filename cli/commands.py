@@ -226,7 +226,7 @@ def check(
 
     Output, loss, gradients, buffers and random state are compared with the plain model, in training and evaluation, at
     two batch sizes, bit for bit. With --forecast it is instead memory, which may be off by a tenth, and time, which
-    may differ. The exit code is 4 if any model fails.
+    may differ. The exit code is 4 if any model fails, and 2 if all that is wrong is a name.
     """
     options: dict[str, Any] = {"parts": parts, "img_size": img_size, "channels_last": channels_last or None}
     if forecast:
@@ -255,6 +255,10 @@ def _check(verb: str, specs: list[str], options: dict[str, Any], as_json: bool) 
         render.render_checks(records)
     else:
         render.render_forecasts(records)
+    if unknown := [record for record in records if record.unknown]:
+        known = [record for record in records if not record.unknown]
+        if all(record.passed for record in known):
+            raise UsageError("; ".join(record.refusal for record in unknown))
     if failed := [record.model for record in records if not record.passed]:
         raise CheckError(
             f"{len(failed)} of {len(records)} models failed: {', '.join(failed[:5])}{' ...' * (len(failed) > 5)}"

@@ -151,13 +151,15 @@ class Inspection:
 class CheckRecord:
     """What checking one model found.
 
-    `refusal` says why it cannot be captured or cut, or is None. `guards` counts those of both modes, `cuts` the legal
-    ones. `batch_sizes` are those at which it ran beside the plain model, none if only its structure was looked at;
-    `differences` is what was not equal then; `own_differences` was not either, but is not with two plain models.
+    `refusal` says why it cannot be captured or cut, or is None; `unknown`, that there is no such model. `guards` counts
+    those of both modes, `cuts` the legal ones. `batch_sizes` are those at which it ran beside the plain model, none if
+    only its structure was looked at; `differences` is what was not equal then; `own_differences` was not either, but is
+    not with two plain models.
     """
 
     model: str
     refusal: str | None = None
+    unknown: bool = False
     ops: int = 0
     eval_ops: int = 0
     parameters: int = 0
@@ -179,7 +181,7 @@ class CheckRecord:
     def verdict(self) -> str:
         """One word or two."""
         if self.refusal is not None:
-            return "refused"
+            return "unknown" if self.unknown else "refused"
         if self.differences:
             return "differs"
         if self.own_differences:
@@ -230,11 +232,12 @@ class PhaseCheck:
 class ForecastRecord:
     """What holding the forecast of one model's phases against measurement found.
 
-    `refusal` says why that could not be done, or is None.
+    `refusal` says why that could not be done, or is None; `unknown`, that there is no such model.
     """
 
     model: str
     refusal: str | None = None
+    unknown: bool = False
     batch_size: int = 0
     phases: tuple[PhaseCheck, ...] = ()
     seconds: float = 0.0
@@ -251,7 +254,7 @@ class ForecastRecord:
     def verdict(self) -> str:
         """One word or two."""
         if self.refusal is not None:
-            return "refused"
+            return "unknown" if self.unknown else "refused"
         return "as forecast" if self.passed else "not as forecast"
 
     def to_dict(self) -> dict[str, Any]:

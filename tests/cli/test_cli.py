@@ -178,8 +178,25 @@ def test_a_failed_check_has_its_own_exit_code(api: FakeApi, capsys: pytest.Captu
     assert [record["verdict"] for record in found] == ["equal", "differs", "refused"]
     assert sorted(found[0]) == [
         "batch_sizes", "cuts", "differences", "eval_ops", "guards", "model", "opaque", "ops", "own_differences",
-        "parameters", "partitions", "passed", "refusal", "seconds", "verdict",
+        "parameters", "partitions", "passed", "refusal", "seconds", "unknown", "verdict",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [CheckRecord, ForecastRecord])
+def test_where_only_a_name_is_wrong_the_exit_code_says_so(
+    kind: type[CheckRecord | ForecastRecord], api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = kind(model="timm:nope", refusal="timm has no model 'nope'", unknown=True)
+    arguments = ["check", "timm:a", "timm:nope", *(["--forecast"] if kind is ForecastRecord else [])]
+    api.records = (kind(model="timm:a"), missing)
+    assert main(arguments) == UsageError.exit_code == 2
+    out, err = capsys.readouterr()
+    assert "timm:nope: timm has no model 'nope'" in out
+    assert "1 of 2 passed" in out
+    assert err.endswith("fxsplit: timm has no model 'nope'\n")
+    api.records = (kind(model="timm:a", refusal="it cannot be traced"), missing)
+    assert main(arguments) == 4
+    assert "2 of 2 models failed: timm:a, timm:nope" in capsys.readouterr().err
 
 
 def phase_check(*, told: int) -> PhaseCheck:

@@ -231,6 +231,19 @@ def test_what_is_wrong_with_a_model_is_in_its_record(factories: str) -> None:
         fxsplit.check(["paper:x*"])
 
 
+@pytest.mark.parametrize("wrong", ["paper:x*", "timm:nope", "nope.py:fine", "nowhere:fine", "nope", "hf:nope"])
+def test_a_name_that_means_no_model_keeps_no_other_from_its_check(factories: str, wrong: str) -> None:
+    asks, unknown, fine = fxsplit.check([f"{factories}:asks", wrong, f"{factories}:fine"], img_size=8)
+    assert (unknown.model, unknown.verdict, unknown.passed) == (wrong, "unknown", False)
+    assert (asks.verdict, fine.verdict) == ("refused", "equal")
+    with pytest.raises(UsageError) as raised:
+        fxsplit.check([wrong])
+    assert str(raised.value) == unknown.refusal
+    forecast = fxsplit.api.check_forecasts([wrong, f"{factories}:asks"], img_size=8, device="cpu")
+    assert [each.verdict for each in forecast] == ["unknown", "refused"]
+    assert main(["check", wrong]) == 2
+
+
 def test_a_process_that_dies_loses_its_own_model_only(factories: str) -> None:
     names = [f"{factories}:{name}" for name in ("fine", "dies", "asks")]
     fine, dies, asks = fxsplit.check(names, img_size=8, jobs=2)
