@@ -73,6 +73,11 @@ class TensorForm:
         self.shape = shape
 
 
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """The hooks around a module's forward and backward, by kind."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def form_of(value: Any, depth: int = DEPTH) -> Any:
     """What `value` is now, so that it can be told whether it was changed: atoms themselves, else one of the above."""
     kind = type(value)
@@ -194,6 +199,7 @@ class Snapshot:
             path: {name: _form_of_attribute(value) for name, value in attributes.items()}
             for path, attributes in self._named_inside(model, visible)
         }
+        self._hooked = {path for path, module, _ in visible if any(hooks_of(module))}
         self._modules = {
             path: _Held(
                 type(module),
@@ -237,8 +243,12 @@ class Snapshot:
         return found
 
     def traced_through(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The modules below the model whose ops are in the graph, instead of a call of the module."""
-        return [(path, module) for path, module, _ in self._visible(model) if path and path not in self._called]
+        """The modules below the model whose ops are in the graph, instead of a call of the module.
+
+        Not those that had hooks when it was traced: with hooks a module stays one op, if it is called at all.
+        """
+        without = self._called | self._hooked
+        return [(path, module) for path, module, _ in self._visible(model) if path and path not in without]
 
     def visible(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules that the graph calls and those that it goes through."""

@@ -253,6 +253,27 @@ def test_hooks_on_what_was_traced_through_are_refused_at_the_next_call(kind: str
     net(X)
 
 
+def test_a_hook_of_a_module_that_is_never_called_is_left_alone() -> None:
+    """Such as the embedding of BART, which lends its weight to those that are called."""
+
+    class Lends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.one.weight = self.shared.weight
+            self.shared.register_forward_hook(lambda *_: pytest.fail("nobody calls it"))
+            self.one.register_forward_hook(lambda *given: given[2] * 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x).relu())
+
+    model = Lends()
+    net = executor(model, at="two")
+    assert torch.equal(net.train()(X), copy.deepcopy(model)(X))
+    net.enter(Phase(start=1, stop=2, epochs=1))
+    torch.testing.assert_close(net(X), model(X))
+
+
 def test_a_broken_tie_is_refused_where_the_graph_goes_by_the_first_name() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
