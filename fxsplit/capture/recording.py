@@ -33,13 +33,15 @@ from fxsplit.objects.structure import META, map_tensors, tensors_in
 class Recording:
     """`guards` are the answers that fixed the path, `opaque` the modules that became one op, with the reasons.
 
-    `checkpoints` says whether the model recomputes by itself.
+    `checkpoints` says whether the model recomputes by itself, `cuts_gradients` whether that gives parameters no
+    gradient because no input wants one.
     """
 
     graph: fx.Graph
     guards: list[Guard]
     opaque: dict[str, str]
     checkpoints: bool = False
+    cuts_gradients: bool = False
 
 
 @dataclass(kw_only=True)
@@ -109,7 +111,13 @@ class Recorder:
             if known := [path for path in reasons if not path or path in self._whole]:
                 raise self._error(UntraceableError(reasons[known[0]]))
             self._whole.update(reasons)
-        return Recording(graph=graph, guards=tracer.guards, opaque=tracer.opaque, checkpoints=tracer.checkpoints)
+        return Recording(
+            graph=graph,
+            guards=tracer.guards,
+            opaque=tracer.opaque,
+            checkpoints=tracer.checkpoints,
+            cuts_gradients=tracer.cuts_gradients,
+        )
 
     def keep_whole(self, modules: dict[str, str]) -> None:
         """From now on each of these paths is one op, for the reason given."""

@@ -103,9 +103,10 @@ class ValueTracer(fx.Tracer):
     `lenient`, the model's own forward may ask for sizes that depend on data; the answers are made sure of in each run.
 
     After `trace`, `guards` are the answers that fixed the path, `opaque` the modules that became one op, with the
-    reasons, `assigned` what forward put into modules, and `checkpoints` says
-    whether it recomputes by itself. Every node has in its meta the keys `value`, `path`, `state`, `written` (nodes and
-    state names written in place), in contexts `contexts` and, with a meter, `cost`.
+    reasons, `assigned` what forward put into modules, `checkpoints` says whether it recomputes by itself, and
+    `cuts_gradients` whether it does so in the older way where an input wants no gradient. Every node has in its meta
+    the keys `value`, `path`, `state`, `written` (nodes and state names written in place), in contexts `contexts` and,
+    with a meter, `cost`.
     """
 
     proxy_type = ValueProxy
@@ -135,7 +136,7 @@ class ValueTracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.assigned: list[Assignment] = []
         self.evaluating = False
-        self.checkpoints = False
+        self.checkpoints = self.cuts_gradients = False
         self._thread = get_ident()
         self._open: list[tuple[object, Context]] = []
         self._whole = whole or {}
@@ -250,9 +251,10 @@ class ValueTracer(fx.Tracer):
     def call_checkpointed(self, function: Callable[..., Any], args: Sequence[Any], *, reentrant: bool) -> Any:
         """What a checkpoint calls; the older kind gives no gradient where none of its inputs wants one."""
         self.checkpoints = True
-        values = [a.value for a in args if type(a) is ValueProxy]
-        wanted = any(tensor.requires_grad for tensor in tensors_in(values))
-        if reentrant and torch.is_grad_enabled() and not wanted:
+        # Evaluation is recorded without gradients, and may run with them.
+        records = torch.is_grad_enabled() or not self.model.training
+        if reentrant and records and not any(map(_wants_gradient, args)):
+            self.cuts_gradients = True
             with torch.no_grad():
                 return function(*args)
         return function(*args)
@@ -500,7 +502,7 @@ class ValueTracer(fx.Tracer):
             return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
 
         holder = getattr(args[0], "__self__", None) if node.target is operator.call else None
-        called = self.root.get_submodule(str(node.target)) if node.op == "call_module" else holder
+        called = holder if module is None else module
         sizes, hooks = _watch_norms(called) if isinstance(called, nn.Module) else ({}, [])
         self.evaluating, builtins.isinstance = True, REAL_ISINSTANCE
         try:
@@ -522,6 +524,7 @@ class ValueTracer(fx.Tracer):
         node.meta["written"] = [
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
         ] + self._moved_statistics(node, module)
+        node.meta["wants"] = any(map(_node_wants, inputs)) or any(tensor.requires_grad for tensor in state.values())
         node.meta["known"] = is_known(node, value)
         node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
         node.meta["mixes_samples"] = self._mixes_samples(node, module)
@@ -571,6 +574,19 @@ class ValueTracer(fx.Tracer):
         found = [node.args[at] if at < len(node.args) else node.kwargs.get(keyword) for at, keyword in positions]
         mean, variance, training = found or (None, None, False)
         return mean, variance, training
+
+
+def _wants_gradient(argument: Any) -> bool:
+    if type(argument) is ValueProxy:
+        return isinstance(argument.value, Tensor) and _node_wants(argument.node)
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def _node_wants(node: fx.Node) -> bool:
+    """Whether a value would want a gradient, were it recorded with gradients."""
+    if "wants" in node.meta:
+        return bool(node.meta["wants"])
+    return any(tensor.requires_grad for tensor in tensors_in(node.meta["value"]))
 
 
 def _norms_by_batch(module: nn.Module) -> bool:

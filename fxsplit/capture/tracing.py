@@ -46,7 +46,8 @@ class Program:
     """A mode of the model, ready to be cut: its graph as data, and the node behind each op, in the same order.
 
     `opaque` are the modules that became one op although they hold others, with the reasons. `checkpoints` says whether
-    the model recomputes by itself (gradient checkpointing), which tracing looks through.
+    the model recomputes by itself (gradient checkpointing), which tracing looks through; `cuts_gradients`, whether the
+    older kind of it gives parameters no gradient because no input wants one.
     """
 
     graph: Graph
@@ -56,6 +57,7 @@ class Program:
     guards: Guards
     opaque: Mapping[str, str]
     checkpoints: bool
+    cuts_gradients: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +293,7 @@ def _read(
         guards=guards,
         opaque=recording.opaque,
         checkpoints=recording.checkpoints,
+        cuts_gradients=recording.cuts_gradients,
     )
 
 
