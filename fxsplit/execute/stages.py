@@ -20,12 +20,12 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-from fxsplit.capture.meta import resolve
-from fxsplit.capture.same import same_value
 from fxsplit.capture.tracing import Program, Trace
 from fxsplit.errors import PartitionError
 from fxsplit.execute.passes import Pass, rewritten
 from fxsplit.execute.source import NAME, source_of
+from fxsplit.meta.evaluate import resolve
+from fxsplit.objects.same import same_value
 from fxsplit.plan.partition import Partition
 
 _serial = itertools.count()
