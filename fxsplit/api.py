@@ -128,9 +128,10 @@ def inspect(
     if measured:
         trace = measure_ops(trace, given.args, given.kwargs, device=device, passes=assembly.passes(spec, device))
     plan = assembly.plan(spec, trace, observer or Observer())
+    found = assembly.inspection(spec, trace, plan, assembly.forecast(spec, plan, trace, measured=measured))
     if save_to is not None:
-        write_file(planning.plan_file(plan, trace, spec.model), save_to)
-    return assembly.inspection(spec, trace, plan, assembly.forecast(spec, plan, trace, measured=measured))
+        write_file(found.plan_file, save_to)
+    return found
 
 
 def check(

@@ -1,6 +1,6 @@
 """Everything a run is asked to do, as plain values, and the strict reading of it.
 
-Order of precedence: defaults < recipe file < `FXSPLIT_*` environment < command line. The field `batch_size`
+Order of precedence: defaults < preset < recipe file < `FXSPLIT_*` environment < command line. The field `batch_size`
 is the key `batch-size` of a recipe, the variable `FXSPLIT_BATCH_SIZE` and the option `--batch-size`; the
 options of the command line are made from the fields below, so a field's metadata is its documentation.
 """
@@ -10,22 +10,32 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import yaml
 
 from fxsplit.errors import UsageError, nearest
+from fxsplit.plan.partition import BALANCES, PLACES
+from fxsplit.plan.planfile import read_file
+from fxsplit.plan.schedule import NO_SCHEDULE, SCHEDULES, SETTLING
+from fxsplit.presets import PRESETS, preset
 
 ENVIRONMENT_PREFIX = "FXSPLIT_"
 
-# What only these schedules heed.
-SETTLING = ("settle_from", "settle_until", "settle_share")
-SETTLING_SCHEDULES = ("settle", "l2l")
-# What a plan file says itself.
-PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs", "epochs_total", *SETTLING)
+# When partitions settle: heeded only by schedules that settle any.
+MOMENTS = ("settle_from", "settle_until", "settle_share")
+# What a plan file says itself, and no field may say beside it.
+PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs_total", *MOMENTS)
+# What a field takes back that a later layer gives: earlier words about the same thing.
+WITHDRAWN = {
+    "parts": ("at",),
+    "at": ("parts",),
+    "plan": (*PLANNED, "epochs", "memory_aim"),
+    "preset": ("schedule",),
+}
 
 
 def _option(
@@ -40,23 +50,19 @@ def _option(
     above: float | None = None,
     below: float | None = None,
     most: float | None = None,
-    l2l: Any = None,
-    long_l2l: tuple[int, Any] | None = None,
 ) -> Any:
-    """A field of RunSpec. The help of one with a `pattern` lists what is allowed.
-
-    The schedule l2l may have a default of its own, `l2l`, and another one from so many epochs on, `long_l2l`: the
-    field is then None until RunSpec knows which.
-    """
-    own = ([] if l2l is None else [(1, l2l)]) + ([] if long_l2l is None else [long_l2l])
+    """A field of RunSpec. The help of one with a `pattern` lists what is allowed."""
     metadata: dict[str, Any] = {"group": group, "help": text, "flags": flags, "choices": choices, "pattern": pattern}
-    metadata |= {"least": least, "above": above, "below": below, "most": most, "default": default, "l2l": own}
-    return field(default=None if own else default, metadata=metadata)
+    metadata |= {"least": least, "above": above, "below": below, "most": most}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
     """One training run. Every field is also a key of a recipe and an option of `fxsplit train`.
+
+    A field that is not given is as the `preset` has it in a run of so many epochs, else as below: `preset="l2l"` means
+    what `--l2l` means. With a `plan`, the preset and the number of epochs are those of the file, unless given.
 
     Raises UsageError, which tells all that is wrong at once, when a value has another type than its field, is
     not one that the field allows, or contradicts another one.
@@ -116,16 +122,22 @@ class RunSpec:
     )
     min_lr: float = _option("Training", "Lowest learning rate of the schedule.", 0.0, least=0)
 
+    preset: str = _option(
+        "Layer-to-layer",
+        "A set of options that go together, each of which gives way to its own: layer-to-layer training (l2l).",
+        "none",
+        choices=tuple(PRESETS),
+    )
     schedule: str = _option(
         "Layer-to-layer",
-        "Which partitions train when: all (standard), fewer at both ends (window), "
-        "the student (grow), the teacher (settle, l2l).",
+        "Which partitions train when: all (standard), fewer at both ends (window), the student (grow), the teacher "
+        "(settle; settle-far up to nearly all of the work, and the earlier the longer the run).",
         "standard",
-        choices=("standard", "window", "grow", "settle", "l2l"),
+        choices=tuple(SCHEDULES),
     )
     settle_from: float | None = _option(
         "Layer-to-layer",
-        "Share of the run after which partitions begin to settle, with settle and l2l.",
+        "Share of the run after which partitions begin to settle.",
         None,
         least=0,
         below=1,
@@ -143,28 +155,27 @@ class RunSpec:
         "Where --parts may cut: anywhere (op), where the blocks of the graph meet (natural), "
         "where the units meet that timm or Hugging Face names (block).",
         "op",
-        choices=("op", "natural", "block"),
-        l2l="natural",
+        choices=PLACES,
     )
     balance: str = _option(
         "Layer-to-layer",
         "What --parts makes equal.",
         "macs",
-        choices=("macs", "params", "activations", "seconds"),
+        choices=BALANCES,
     )
     plan: str | None = _option(
-        "Layer-to-layer", "Take partitions and phases from a plan file, as inspect --save-plan writes it.", None
+        "Layer-to-layer",
+        "Take partitions and phases from a plan file, as inspect --save-plan writes it; --epochs stretches the phases.",
+        None,
     )
 
-    smoothing: float = _option("Regularisation", "Label smoothing.", 0.0, least=0, below=1, l2l=0.1)
+    smoothing: float = _option("Regularisation", "Label smoothing.", 0.0, least=0, below=1)
     soft_targets: float = _option(
         "Regularisation",
         "Share of the loss that compares with the network's own earlier output for the image.",
         0.0,
         least=0,
         below=1,
-        # In 20 epochs they cost accuracy; in 60 the network knows all its images by the middle, and they give some.
-        long_l2l=(40, 0.8),
     )
     soft_from: str = _option(
         "Regularisation",
@@ -172,18 +183,14 @@ class RunSpec:
         "second half of the run what the mean of its weights said in the middle (mean).",
         "last",
         choices=("last", "mean"),
-        l2l="mean",
     )
-    soft_temperature: float = _option("Regularisation", "Temperature of this comparison.", 1.0, above=0, l2l=2.0)
+    soft_temperature: float = _option("Regularisation", "Temperature of this comparison.", 1.0, above=0)
     average: float = _option(
         "Regularisation",
         "Each partition ends its training with the mean of its weights over this last share of its steps.",
         0.0,
         least=0,
         below=1,
-        l2l=0.1,
-        # In 10 epochs the weights still move fast, and a longer mean lags behind; in 20 it no longer does.
-        long_l2l=(15, 0.25),
     )
     anneal: float = _option(
         "Regularisation",
@@ -192,9 +199,7 @@ class RunSpec:
         least=0,
         most=1,
     )
-    recalibrate: bool = _option(
-        "Regularisation", "Take BatchNorm statistics anew before partitions settle.", False, l2l=True
-    )
+    recalibrate: bool = _option("Regularisation", "Take BatchNorm statistics anew before partitions settle.", False)
     veto: bool = _option("Regularisation", "Settle partitions later while their weights still move.", False)
     drop_path: float = _option(
         "Regularisation",
@@ -217,7 +222,10 @@ class RunSpec:
     channels_last: bool = _option("Precision and speed", "Keep images in channels-last order.", False)
     torchcompile: str | None = _option("Precision and speed", "Compile each stage with this backend.", None)
     grad_accum_steps: int = _option(
-        "Precision and speed", "Split each batch into this many backward passes.", 1, least=1
+        "Precision and speed",
+        "Take each batch in this many micro-batches, or in more where the plan of a phase says so.",
+        1,
+        least=1,
     )
 
     settled_dtype: str = _option(
@@ -229,8 +237,13 @@ class RunSpec:
     memory_budget: float | None = _option(
         "Memory",
         "Let partitions recompute in backward, or take batches in parts, where a phase would need more memory than "
-        "this: up to 1, of the activations of standard training; above 1, bytes of everything. Without it --l2l keeps "
-        "within 0.6 where it can.",
+        "this: up to 1, of the activations of standard training; above 1, bytes of everything.",
+        None,
+        above=0,
+    )
+    memory_aim: float | None = _option(
+        "Memory",
+        "The same where there is no --memory-budget, but a phase that cannot keep within it takes the least it can.",
         None,
         above=0,
     )
@@ -270,30 +283,18 @@ class RunSpec:
     log_interval: int = _option("Run", "Steps between two progress reports.", 10, least=1)
     dry_run: bool = _option("Run", "Plan, train one step, test one batch, write nothing.", False)
 
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            if getattr(self, item.name) is item.default is None:
-                object.__setattr__(self, item.name, self._default(item))
-        values, problems = _read_fields({item.name: getattr(self, item.name) for item in fields(self)})
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-        if sentences := [*problems.values(), *_conflicts(self, wrong=problems.keys())]:
-            raise UsageError("; ".join(sentences))
+    if not TYPE_CHECKING:  # checkers know the constructor that dataclass makes of the fields: it takes the same
 
-    def _default(self, item: Field[Any]) -> Any:
-        """What a field is in such a run, unless given."""
-        default, epochs = item.metadata["default"], self.epochs_total or self.epochs
-        if self.schedule != "l2l" or not isinstance(epochs, int):
-            return default
-        return [default, *(own for least, own in item.metadata["l2l"] if epochs >= least)][-1]
-
-    def differing(self, group: str) -> dict[str, Any]:
-        """The fields of a group that are not as in a run of the schedule `standard` without any option, by key."""
-        return {
-            _key(item.name): getattr(self, item.name)
-            for item in fields(self)
-            if item.metadata["group"] == group and getattr(self, item.name) != item.metadata["default"]
-        }
+        def __init__(self, **given: Any) -> None:
+            """Fill the fields from what is `given` and what lies under it, and check them."""
+            if unknown := [name for name in given if name not in _KINDS]:
+                raise TypeError(f"RunSpec has no field {unknown[0]!r}{nearest(unknown[0], _KINDS)}")
+            merged = _DEFAULTS | _under(given)
+            values, problems = _read_fields(merged)
+            for name, value in (merged | values).items():
+                object.__setattr__(self, name, value)
+            if sentences := [*problems.values(), *_conflicts(self, wrong=problems.keys())]:
+                raise UsageError("; ".join(sentences))
 
     @classmethod
     def keys(cls) -> tuple[str, ...]:
@@ -382,20 +383,38 @@ def resolve(*layers: Mapping[str, Any]) -> RunSpec:
     """One RunSpec from values by field name; a later layer wins over an earlier one.
 
     A layer that gives `parts` also withdraws an earlier layer's `at`, and the other way round; one that gives a
-    `plan` withdraws all that earlier layers say about what the plan says itself, and one that gives a schedule that
-    settles nothing, what they say about settling.
+    `plan` withdraws all that earlier layers say about what the plan says itself, one that gives a `preset` their
+    schedule, and one that gives a schedule that settles nothing, what they say about settling.
 
     Raises UsageError as RunSpec does.
     """
+    return RunSpec(**_layered(*layers))
+
+
+def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for layer in layers:
-        for given, withdrawn in (("parts", ("at",)), ("at", ("parts",)), ("plan", PLANNED)):
-            if layer.get(given):
-                merged = {name: value for name, value in merged.items() if name not in withdrawn}
-        if layer.get("schedule", "l2l") not in SETTLING_SCHEDULES:
-            merged = {name: value for name, value in merged.items() if name not in SETTLING}
-        merged.update(layer)
-    return RunSpec(**merged)
+        given = [name for name in WITHDRAWN if layer.get(name, _DEFAULTS[name]) != _DEFAULTS[name]]
+        gone = [name for each in given for name in WITHDRAWN[each]]
+        if layer.get("schedule", "settle") not in SETTLING:
+            gone += MOMENTS
+        merged = {name: value for name, value in merged.items() if name not in gone} | dict(layer)
+    return merged
+
+
+def _under(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, and under it what the preset has, which a plan file may name, as it may say the epochs."""
+    path = given.get("plan")
+    of_file = {}
+    if path and isinstance(path, str) and not {"preset", "epochs"} <= given.keys():
+        file = read_file(path)
+        of_file = {"preset": file.preset, "epochs": file.epochs}
+    known = {**_DEFAULTS, **of_file, **given}
+    name, epochs = known["preset"], known["epochs_total"] or known["epochs"]
+    # What is neither is told when the fields are read.
+    of_preset = preset(name, epochs) if name in list(PRESETS) and isinstance(epochs, int) else {}
+    options = {name: value for name, value in given.items() if name != "preset"}
+    return of_file | _layered(of_preset, options) | dict(given)
 
 
 def _key(name: str) -> str:
@@ -412,18 +431,22 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
     """Fields that contradict each other; those that are `wrong` by themselves are left out."""
     if spec.parts is not None and spec.at and not {"parts", "at"} & set(wrong):
         yield f"parts is {spec.parts} and at is {','.join(spec.at)!r}, but only one can say where to cut"
-    if spec.plan is not None and "plan" not in wrong:
-        defaults = {item.name: spec._default(item) for item in fields(spec)}
-        if given := [name for name in PLANNED if getattr(spec, name) != defaults[name] and name not in wrong]:
-            yield beside_plan(given)
-    unheeded = [_key(name) for name in SETTLING if getattr(spec, name) is not None and name not in wrong]
-    if unheeded and spec.plan is None and spec.schedule not in SETTLING_SCHEDULES and "schedule" not in wrong:
+    doubled = [name for name in PLANNED if getattr(spec, name) != _DEFAULTS[name] and name not in wrong]
+    if doubled and spec.plan is not None and "plan" not in wrong:
+        yield beside_plan(doubled)
+    unheeded = [_key(name) for name in MOMENTS if getattr(spec, name) is not None and name not in wrong]
+    if unheeded and spec.plan is None and spec.schedule not in SETTLING and "schedule" not in wrong:
         yield (
             f"{', '.join(unheeded)} can be given only where partitions settle, and the schedule is {spec.schedule!r}; "
             "use --schedule settle or --l2l"
         )
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
         yield f"grad-accum-steps is {spec.grad_accum_steps}, but must divide batch-size {spec.batch_size}"
+    if spec.veto and spec.anneal and "anneal" not in wrong:
+        yield (
+            f"anneal is {spec.anneal} and veto is true, but a partition that settles later than planned would stand "
+            "still at a learning rate of 0; leave out one of them"
+        )
     if spec.cache in ("ram", "disk") and spec.augment != "none" and spec.cache_views is None:
         yield (
             f"cache is {spec.cache!r} and augment is {spec.augment!r}, but images that are changed at random can be "
@@ -450,6 +473,8 @@ def _read_fields(values: Mapping[str, object]) -> tuple[dict[str, Any], dict[str
         if not suits:
             read.pop(name, None)
             hint = nearest(value, _METADATA[name]["choices"]) if isinstance(value, str) else ""
+            if name == "schedule" and value in list(NO_SCHEDULE):
+                hint = f"; {NO_SCHEDULE[value]}"
             problems[name] = f"{_key(name)} is {value!r}, but must be {_allowed(name)}{hint}"
     return read, problems
 
@@ -533,3 +558,4 @@ def _kind(hint: Any) -> tuple[Any, bool]:
 
 _KINDS = {name: _kind(hint) for name, hint in get_type_hints(RunSpec).items()}
 _METADATA = {item.name: item.metadata for item in fields(RunSpec)}
+_DEFAULTS = {item.name: item.default for item in fields(RunSpec)}

@@ -59,6 +59,8 @@ def spec(tmp_path: Path) -> Callable[..., fxsplit.RunSpec]:
             "model": f"{file}:small", "data": "synthetic", "img_size": 12, "train_limit": 40, "batch_size": 16,
             "epochs": 4, "parts": 3, "output": str(tmp_path / "runs"), "device": "cpu", **changes,
         }  # fmt: skip
+        if "plan" in changes:  # which says these itself
+            given = {name: value for name, value in given.items() if name in changes or name not in ("parts", "epochs")}
         return fxsplit.RunSpec(**given)
 
     return make
@@ -112,17 +114,43 @@ def test_a_plan_is_saved_edited_and_trained_by(spec: Callable[..., fxsplit.RunSp
     path.write_text(json.dumps(data), encoding="utf-8")
 
     heard = Notices()
-    asked = spec(plan=str(path), parts=None, epochs=10)
+    asked = spec(plan=str(path))
     report = train(asked, heard)
     assert [(record.start, record.stop) for record in report.epochs] == [(0, 3), (1, 3), (1, 3)]
     assert "-by-hand-" in Path(report.folder).name
     assert not any("plan" in sentence for sentence in heard.sentences)
     # What the run leaves behind runs again, and says the same.
     kept = str(Path(report.folder) / "plan.json")
-    again = fxsplit.inspect(spec(plan=kept, parts=None, epochs=10)).plan
+    again = fxsplit.inspect(spec(plan=kept)).plan
     assert (again.schedule, again.phases) == ("by hand", report.plan.phases)
     assert [part.state for part in again.partitions] == [part.state for part in report.plan.partitions]
-    assert read_file(kept).figures is not None
+    assert read_file(kept).recorded_plan() == report.plan
+
+
+def test_a_plan_keeps_its_preset_and_the_report_can_be_trained_by(
+    spec: Callable[..., fxsplit.RunSpec], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "plan.json")
+    asked = {"by": "op", "deterministic": True}
+    inspected = fxsplit.inspect(spec(preset="l2l", epochs=15, **asked), save_to=path)
+    whole = train(spec(preset="l2l", epochs=15, **asked))
+    assert "-l2l-settle-far-s42" in Path(whole.folder).name
+    assert "l2l (settle-far), 15 epochs" in (Path(whole.folder) / "report.html").read_text(encoding="utf-8")
+    assert whole.plan.phases == inspected.plan.phases
+    planned = train(spec(plan=path, deterministic=True))
+    assert (planned.plan, planned.spec["average"]) == (whole.plan, 0.25)
+    figures = [(record.train_loss, record.eval_loss) for record in whole.epochs]
+    assert [(record.train_loss, record.eval_loss) for record in planned.epochs] == figures
+    text = (Path(whole.folder) / "report.json").read_text(encoding="utf-8")
+    assert RunReport.from_dict(json.loads(text)) == whole
+    saved = tmp_path / "of-report.json"
+    saved.write_text(json.dumps(json.loads(text)["plan"]), encoding="utf-8")
+    again = fxsplit.inspect(spec(plan=str(saved), epochs=30)).plan
+    assert (again.epochs, again.preset) == (30, "l2l")
+    assert [phase.epochs for phase in again.phases] == [2 * phase.epochs for phase in whole.plan.phases]
+    plain = train(spec(plan=path, preset="none", deterministic=True))
+    assert (plain.plan.preset, plain.plan.phases, plain.spec["smoothing"]) == ("none", whole.plan.phases, 0)
+    assert [(record.train_loss, record.eval_loss) for record in plain.epochs] != figures
 
 
 def test_a_plan_for_another_model_is_used_where_it_fits(spec: Callable[..., fxsplit.RunSpec], tmp_path: Path) -> None:
@@ -133,7 +161,7 @@ def test_a_plan_for_another_model_is_used_where_it_fits(spec: Callable[..., fxsp
     assert [part.name for part in found.partitions] == ["conv1", "layer2", "layer4.1"]
     assert heard.sentences == [f"the plan {path!r} was made for another model, but fits this one"]
     with pytest.raises(PartitionError, match=r"was made for another model .*'layer4\.1'"):
-        fxsplit.inspect(spec(plan=path, parts=None, epochs=10))
+        fxsplit.inspect(spec(plan=path))
 
 
 def test_a_plan_of_ones_own_loop_is_saved_and_read_back(tmp_path: Path) -> None:
@@ -160,7 +188,7 @@ def test_where_to_cut_reaches_planning() -> None:
 def test_the_weights_file_holds_the_models_own_names_and_scores_the_same(
     spec: Callable[..., fxsplit.RunSpec], tmp_path: Path
 ) -> None:
-    report = train(spec(schedule="l2l", by="op"))
+    report = train(spec(preset="l2l", by="op"))
     scope: dict[str, Any] = {}
     exec(MODEL, scope)
     model = scope["small"](10)
@@ -175,7 +203,7 @@ def test_the_weights_file_holds_the_models_own_names_and_scores_the_same(
     assert report.accuracy_pct == 100 * (scores == test.labels).sum().item() / len(test)
 
 
-@pytest.mark.parametrize("schedule", ["standard", "window", "grow", "settle", "l2l"])
+@pytest.mark.parametrize("schedule", ["standard", "window", "grow", "settle", "settle-far"])
 def test_the_same_seed_gives_the_same_run_and_another_one_another(
     spec: Callable[..., fxsplit.RunSpec], schedule: str
 ) -> None:
@@ -355,7 +383,7 @@ def test_inspect_needs_neither_weights_nor_data(spec: Callable[..., fxsplit.RunS
 
 
 def test_a_budget_that_recomputing_alone_cannot_keep_is_kept_by_micro_batches() -> None:
-    asked = {"model": "paper:cnn", "data": "cifar10", "batch_size": 128, "schedule": "l2l", "by": "natural"}
+    asked = {"model": "paper:cnn", "data": "cifar10", "batch_size": 128, "preset": "l2l"}
     found = fxsplit.inspect(fxsplit.RunSpec(**asked, memory_budget=0.6))
     assert [phase.micro_batches for phase in found.plan.phases[:1]] == [2]
     assert found.forecast is not None
@@ -552,8 +580,8 @@ def settling(tmp_path: Path, spec: Callable[..., fxsplit.RunSpec]) -> Callable[.
     """Two epochs of everything, three with the first layers settled."""
     plan = tmp_path / "plan.json"
     phases = [{"epochs": 2}, {"from": "3", "epochs": 3}]
-    plan.write_text(json.dumps({"schema": 2, "schedule": "mine", "cuts": ["3"], "phases": phases}), encoding="utf-8")
-    return lambda **changes: spec(plan=str(plan), parts=None, epochs=10, **changes)
+    plan.write_text(json.dumps({"schema": 3, "schedule": "mine", "cuts": ["3"], "phases": phases}), encoding="utf-8")
+    return lambda **changes: spec(plan=str(plan), **changes)
 
 
 @pytest.mark.parametrize("augment", [{}, {"augment": "crop-flip", "cache_views": 2}])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from dataclasses import replace
 
@@ -107,11 +106,6 @@ def test_a_comparison_of_plans_fits(capsys: pytest.CaptureFixture[str], monkeypa
     assert lines[-1].endswith("fxsplit inspect MODEL --plan old.json --save-plan old.json works them out")
     render.render_diff("old.json", "old.json", [], stale=[])
     assert capsys.readouterr().out == "old.json -> old.json\n\nThe plans are the same.\n"
-
-
-def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    render.write_json({"loss": float("nan"), "losses": [(1.5, float("inf"))]})
-    assert json.loads(capsys.readouterr().out) == {"loss": None, "losses": [[1.5, None]]}
 
 
 def drive(observer: Observer, plan: Plan, epochs: tuple[EpochRecord, ...]) -> None:
