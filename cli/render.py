@@ -210,8 +210,8 @@ def render_forecasts(records: Sequence[ForecastRecord]) -> None:
 def epoch_line(record: EpochRecord, epochs: int) -> str:
     """One epoch in one line."""
     return (
-        f"epoch {record.epoch + 1}/{epochs}: loss {record.train_loss:.4f}, "
-        f"test {record.eval_top1:.2f} %, "
+        f"epoch {record.epoch}/{epochs}: loss {record.train_loss:.4f}, "
+        f"train {record.train_top1:.2f} %, test {record.eval_top1:.2f} %, "
         f"{record.train_seconds:.1f} s + {record.eval_seconds:.1f} s test, "
         f"{record.images_per_second:,.0f} images/s"
     )
@@ -246,7 +246,7 @@ class PlainView(Observer):
         if record.step == record.steps:
             return  # the line of the epoch says it all
         say(
-            f"epoch {record.epoch + 1}/{self.plan.epochs} step {record.step}/{record.steps}: "
+            f"epoch {record.epoch}/{self.plan.epochs} step {record.step}/{record.steps}: "
             f"loss {record.train_loss:.4f}, train {record.train_accuracy_pct:.2f} %, "
             f"{record.images_per_second:,.0f} images/s, {human(record.memory_bytes, 'B')}"
         )
@@ -315,8 +315,8 @@ class LiveView(Observer):
         if step and step.phase == self.phase_index:
             epoch, done, steps = step.epoch, step.step, step.steps
         else:
-            epoch, done, steps = plan.first_epoch(self.phase_index), 0, step.steps if step else 1
-        bar.add_row(f"epoch {epoch + 1}/{plan.epochs}", ProgressBar(steps, done), f"{done}/{steps}")
+            epoch, done, steps = plan.first_epoch(self.phase_index) + 1, 0, step.steps if step else 1
+        bar.add_row(f"epoch {epoch}/{plan.epochs}", ProgressBar(steps, done), f"{done}/{steps}")
         return head, draw(phase, len(plan.partitions), width), describe(phase, plan), bar, self._figures()
 
     def _figures(self) -> Table:

@@ -26,7 +26,10 @@ FORECAST_TOLERANCE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """Where training stands inside an epoch; means and `images_per_second` are over the epoch so far."""
+    """Where training stands inside an epoch, counted from 1; means and `images_per_second` are over the epoch so far.
+
+    `phase` is its index in the plan.
+    """
 
     phase: int
     epoch: int
@@ -42,10 +45,13 @@ class StepRecord:
 class EpochRecord:
     """One epoch: what was trained, how well, how fast, and at what cost.
 
-    `epoch` counts from 0 over the whole run. Partitions [start, stop) trained. Accuracies are on the test images after
-    the epoch. Memory peaks are of the run so far for the process, of the phase so far for CUDA; a figure that this
-    machine cannot give is None. A cache of the settled prefix held `cache_resident_bytes` of memory, which are part of
-    the peaks, and `cache_file_bytes` of the disk.
+    `epoch` counts from 1 over the whole run; `phase` is its index in the plan, and partitions [start, stop) trained.
+    `train_loss` and `train_top1` are of the training images, as they were seen and while the weights moved;
+    `eval_loss`, `eval_top1` and `eval_top5` of the test images after the epoch. Accuracies are in per cent.
+
+    Memory peaks are of the run so far for the process, of the phase so far for CUDA; a figure that this machine cannot
+    give is None. A cache of the settled prefix held `cache_resident_bytes` of memory, which are part of the peaks, and
+    `cache_file_bytes` of the disk.
     """
 
     epoch: int
@@ -55,6 +61,7 @@ class EpochRecord:
     cut: str
     lr: float
     train_loss: float
+    train_top1: float
     eval_loss: float
     eval_top1: float
     eval_top5: float

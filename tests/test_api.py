@@ -87,12 +87,14 @@ def test_a_run_leaves_all_its_files(spec: Callable[..., fxsplit.RunSpec]) -> Non
     assert tuple(rows[0]) == COLUMNS
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [EpochRecord(**line) for line in lines] == list(report.epochs)
-    assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3]
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert [float(row["train_top1"]) for row in rows] == [record.train_top1 for record in report.epochs]
     assert [float(row["eval_top1"]) for row in rows] == [record.eval_top1 for record in report.epochs]
     data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert (data["status"], data["accuracy_pct"]) == ("finished", report.epochs[-1].eval_top1)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert all(f"epoch {index}: test {record.eval_top1:.2f} %" in page for index, record in enumerate(report.epochs, 1))
+    told = [f"epoch {r.epoch}: training {r.train_top1:.2f} %, test {r.eval_top1:.2f} %" for r in report.epochs]
+    assert all(words in page for words in told)
 
 
 class Notices(Observer):
@@ -338,7 +340,7 @@ def test_a_dry_run_writes_nothing(spec: Callable[..., fxsplit.RunSpec], tmp_path
 
 class Stop(Observer):
     def epoch_done(self, record: EpochRecord) -> None:
-        if record.epoch == 1:
+        if record.epoch == 2:
             raise KeyboardInterrupt
 
 
@@ -347,7 +349,7 @@ def test_an_interrupted_run_keeps_its_epochs_and_weights(spec: Callable[..., fxs
         train(spec(experiment="mine"), Stop())
     folder = Path(spec().output) / "mine"
     data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert (data["status"], [epoch["epoch"] for epoch in data["epochs"]]) == ("interrupted", [0])
+    assert (data["status"], [epoch["epoch"] for epoch in data["epochs"]]) == ("interrupted", [1])
     assert safetensors.torch.load_file(folder / "model.safetensors")["0.weight"].shape == (4, 3, 3, 3)
 
 

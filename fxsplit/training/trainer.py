@@ -161,7 +161,7 @@ class Trainer:
                 return index
         if planned > self._index and epoch == self.plan.first_epoch(planned):
             name = self.plan.partitions[self.plan.phases[planned].start].name
-            self.observer.notice(f"what lies before {name} still learns and settles later than in epoch {epoch}")
+            self.observer.notice(f"what lies before {name} still learns and settles later than in epoch {epoch + 1}")
         return self._index
 
     def _enter(self, index: int, epoch: int) -> None:
@@ -237,20 +237,21 @@ class Trainer:
         finished = now(self.device)
         if not math.isfinite(trained.loss):
             self.observer.notice(
-                f"the training loss of epoch {epoch} is {trained.loss}; a lower --lr or --clip-grad may help"
+                f"the training loss of epoch {epoch + 1} is {trained.loss}; a lower --lr or --clip-grad may help"
             )
         phase, partitions = self.plan.phases[index], self.plan.partitions
         cut = phase.cut(len(partitions))
         usage = self._meter.read()
         caches = [cache for cache in (self._cache, self._test_cache) if cache]
         return EpochRecord(
-            epoch=epoch,
+            epoch=epoch + 1,
             phase=index,
             start=phase.start,
             stop=phase.stop,
             cut="" if cut is None else partitions[cut].name,
             lr=max(float(group["lr"]) for group in self._optimizer.param_groups),
             train_loss=trained.loss,
+            train_top1=trained.top1_pct,
             eval_loss=tested.loss,
             eval_top1=tested.top1_pct,
             eval_top5=tested.top5_pct,
@@ -355,7 +356,7 @@ class Trainer:
         self.observer.step_done(
             StepRecord(
                 phase=self._index or 0,
-                epoch=epoch,
+                epoch=epoch + 1,
                 step=step,
                 steps=self.loader.steps_per_epoch,
                 train_loss=scores.loss,

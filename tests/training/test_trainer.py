@@ -103,7 +103,7 @@ def test_standard_training_equals_a_hand_written_loop_bit_for_bit() -> None:
     assert same(weights(model), weights(plain))
     assert math.isclose(records[-1].train_loss, losses / 50, rel_tol=1e-6)
     assert records[-1].eval_top1 == 100 * hits / 20
-    assert [record.epoch for record in records] == [0, 1, 2, 3]
+    assert [record.epoch for record in records] == [1, 2, 3, 4]
     assert records[0].trainable_parameters == sum(p.numel() for p in plain.parameters())
 
 
@@ -338,8 +338,8 @@ def test_an_observer_hears_everything_in_order() -> None:
     list(net.epochs())
     cut = net.plan.partitions[1].name
     assert listener.heard == [
-        ("phase", 0, 0), ("step", 0, 3, 4), ("step", 0, 4, 4), ("epoch", 0, 0, ""),
-        ("phase", 1, 1), ("step", 1, 3, 4), ("step", 1, 4, 4), ("epoch", 1, 1, cut),
+        ("phase", 0, 0), ("step", 1, 3, 4), ("step", 1, 4, 4), ("epoch", 1, 0, ""),
+        ("phase", 1, 1), ("step", 2, 3, 4), ("step", 2, 4, 4), ("epoch", 2, 1, cut),
     ]  # fmt: skip
 
 
@@ -347,7 +347,7 @@ def test_a_diverging_loss_is_said_aloud() -> None:
     listener = Listener()
     net = trainer(Chain(), observer=listener, optimizer={"name": "momentum", "lr": 1e30, "momentum": 0.0})
     next(net.epochs())
-    assert any("the training loss of epoch 0 is nan" in str(heard) for heard in listener.heard)
+    assert any("the training loss of epoch 1 is nan" in str(heard) for heard in listener.heard)
 
 
 def test_nothing_to_train_on_is_an_error() -> None:
