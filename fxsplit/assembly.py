@@ -92,7 +92,9 @@ def example_inputs(spec: RunSpec, model: nn.Module, img_size: int, device: torch
 
 def plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
     """Cut the model and say which partitions train when, and what is recomputed to keep within memory."""
-    plan = replace(_given_plan(spec, trace, observer), preset=spec.preset)
+    plan = _given_plan(spec, trace, observer)
+    phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
+    plan = replace(plan, preset=spec.preset, phases=tuple(phases))
     budget = spec.memory_aim if spec.memory_budget is None else spec.memory_budget
     if budget is None:
         return plan
@@ -101,7 +103,8 @@ def plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         trace.train,
         trace.eval,
         budget=budget,
-        batch_size=spec.batch_size // spec.grad_accum_steps,
+        batch_size=spec.batch_size,
+        micro_batches=spec.grad_accum_steps,
         optimizer_slots=slots_of(lambda parameters: _optimizer(spec)(nn.ParameterList(parameters))),
         strict=spec.memory_budget is not None,
     )
@@ -138,6 +141,7 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Fore
         batch_size=spec.batch_size,
         optimizer_slots=slots_of(optimizer),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
+        micro_batches=spec.grad_accum_steps,
     )
 
 
@@ -206,7 +210,6 @@ def trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: D
         veto=spec.veto,
         clip_grad=spec.clip_grad,
         amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None,
-        grad_accum_steps=spec.grad_accum_steps,
         log_interval=spec.log_interval,
         observer=observer,
     )
@@ -222,7 +225,7 @@ def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: O
         trainer.executor,
         batch.images,
         batch.labels,
-        parts=spec.grad_accum_steps * trainer.plan.phases[0].micro_batches,
+        parts=trainer.plan.phases[0].micro_batches,
         loss=lambda output, labels: cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing),
         autocast=trainer.autocast,
         notice=observer.notice,

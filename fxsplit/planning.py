@@ -28,7 +28,13 @@ def partition(
 
 
 def forecast(
-    plan: Plan, trace: Trace, *, batch_size: int, optimizer_slots: int = 2, update_seconds: float | None = None
+    plan: Plan,
+    trace: Trace,
+    *,
+    batch_size: int,
+    optimizer_slots: int = 2,
+    update_seconds: float | None = None,
+    micro_batches: int = 1,
 ) -> Forecast:
     """What each phase of a plan will cost: from shapes alone, or if `measure` made the trace from timed ops.
 
@@ -41,6 +47,7 @@ def forecast(
         batch_size=batch_size,
         optimizer_slots=optimizer_slots,
         update_seconds=update_seconds,
+        micro_batches=micro_batches,
     )
 
 

@@ -399,6 +399,27 @@ def test_a_budget_that_recomputing_alone_cannot_keep_is_kept_by_micro_batches() 
         fxsplit.inspect(fxsplit.RunSpec(**asked | {"model": "paper:resnext"}, memory_budget=0.1))
 
 
+def test_gradients_that_accumulate_are_micro_batches_of_the_plan(
+    spec: Callable[..., fxsplit.RunSpec], tmp_path: Path
+) -> None:
+    asked = {"model": "paper:cnn", "data": "cifar10", "batch_size": 128, "preset": "l2l", "memory_budget": 0.6}
+    found = fxsplit.inspect(fxsplit.RunSpec(**asked, grad_accum_steps=4)).forecast
+    whole = fxsplit.inspect(fxsplit.RunSpec(**asked)).forecast
+    assert found is not None
+    assert whole is not None
+    assert all(phase.activation_bytes <= 0.6 * found.standard.activation_bytes for phase in found.phases)
+    # Of 32 images instead of 128, and of a gradient until it is added.
+    assert 0.25 < found.standard.activation_bytes / whole.standard.activation_bytes < 0.5
+    # What the plan says more of is not multiplied by what is asked for, and stays.
+    path = tmp_path / "plan.json"
+    phases = [{"epochs": 1, "micro_batches": 4}, {"from": "3", "epochs": 1}]
+    path.write_text(json.dumps({"schema": 3, "schedule": "mine", "cuts": ["3"], "phases": phases}), encoding="utf-8")
+    report = train(spec(plan=str(path), grad_accum_steps=2))
+    assert [phase.micro_batches for phase in report.plan.phases] == [4, 2]
+    again = train(spec(plan=f"{report.folder}/plan.json", grad_accum_steps=2))
+    assert [r.train_loss for r in again.epochs] == [r.train_loss for r in report.epochs]
+
+
 def test_inspect_measures_ops_where_it_must(spec: Callable[..., fxsplit.RunSpec]) -> None:
     plain = fxsplit.inspect(spec(schedule="settle"))
     assert plain.forecast.standard.step_seconds is None

@@ -78,9 +78,8 @@ class Trainer:
     partitions whose weights still move settle later than planned. Each partition ends its training with the mean of its
     weights over the last `average` share of its steps.
 
-    `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
-    backward passes, with the gradient of the whole; the micro-batches of a phase split each of them further. No part
-    of a batch holds a single image, unless all do.
+    `amp_dtype` turns on autocast, with loss scaling for float16. The micro-batches of a phase split a batch into that
+    many backward passes, with the gradient of the whole. None of them holds a single image, unless all do.
     `clip_grad` bounds the gradient's norm. Without `make_cache`, what is settled is computed anew for each batch.
     `exits` train beside the model: the loss that is reported is without theirs, so that runs with and without can be
     compared, and the trainable parameters are with them.
@@ -106,7 +105,6 @@ class Trainer:
     veto: bool = False
     clip_grad: float | None = None
     amp_dtype: torch.dtype | None = None
-    grad_accum_steps: int = 1
     log_interval: int = 10
     observer: Observer = field(default_factory=Observer)
 
@@ -169,7 +167,7 @@ class Trainer:
         if self._index is not None:
             self._finish(epoch, [i for i in range(*self.executor.window) if not phase.start <= i < phase.stop])
         self._index = index
-        self._parts = self.grad_accum_steps * phase.micro_batches
+        self._parts = phase.micro_batches
         self.executor.enter(phase)
         if self._cache is None or self._cache.cut != phase.start:
             self._close_caches()

@@ -174,7 +174,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     def gradients(steps: int) -> list[Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
-        net = trainer(model, grad_accum_steps=steps, optimizer={"name": "momentum", "momentum": 0.0, "lr": 1.0})
+        plan = (Phase(start=0, stop=4, epochs=4, micro_batches=steps),)
+        net = trainer(model, plan=plan, optimizer={"name": "momentum", "momentum": 0.0, "lr": 1.0})
         next(net.epochs())
         return weights(model)
 
@@ -210,7 +211,7 @@ def test_each_micro_batch_runs_alone() -> None:
     seen: list[int] = []
     model = Chain()
     model.head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    net = trainer(model, plan=(Phase(start=0, stop=4, epochs=1, micro_batches=3),), grad_accum_steps=2)
+    net = trainer(model, plan=(Phase(start=0, stop=4, epochs=1, micro_batches=6),))
     seen.clear()
     list(net.epochs())
     assert seen == [
