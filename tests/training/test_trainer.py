@@ -344,6 +344,17 @@ def test_an_observer_hears_everything_in_order() -> None:
     ]  # fmt: skip
 
 
+def test_the_training_accuracy_is_that_of_the_images_as_they_were_trained_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    with torch.no_grad():
+        right = (model(TRAIN.pixels / 255).argmax(1) == TRAIN.labels).sum().item()
+    still = {"name": "momentum", "momentum": 0.0, "lr": 1e-30}
+    record = next(trainer(model, optimizer=still).epochs())
+    assert record.train_top1 == 100 * right / 50
+    assert record.train_top1 != record.eval_top1
+
+
 def test_a_diverging_loss_is_said_aloud() -> None:
     listener = Listener()
     net = trainer(Chain(), observer=listener, optimizer={"name": "momentum", "lr": 1e30, "momentum": 0.0})
