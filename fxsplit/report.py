@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from fxsplit.errors import UsageError
@@ -220,10 +220,6 @@ class CheckRecord:
         if self.own_differences:
             return "not deterministic"
         return "equal" if self.batch_sizes else "captured"
-
-    def after(self, seconds: float) -> CheckRecord:
-        """The same, with the time that it took."""
-        return replace(self, seconds=seconds)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
