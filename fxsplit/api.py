@@ -64,7 +64,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         if spec.settled_dtype != "same":
             executor.settled_dtype = getattr(torch, spec.settled_dtype)
         trainer = assembly.trainer(spec, trace, executor, plan, data, observer)
-        check_batches(trace, plan, trainer.loader, grad_accum_steps=spec.grad_accum_steps)
+        check_batches(trace, plan, trainer.loader)
         surroundings = environment(device)
         folder = None if spec.dry_run else assembly.run_folder(spec, plan, trace, surroundings)
         observer.run_started(
@@ -128,9 +128,10 @@ def inspect(
     if measured:
         trace = measure_ops(trace, given.args, given.kwargs, device=device, passes=assembly.passes(spec, device))
     plan = assembly.plan(spec, trace, observer or Observer())
+    found = assembly.inspection(spec, trace, plan, assembly.forecast(spec, plan, trace, measured=measured))
     if save_to is not None:
-        write_file(planning.plan_file(plan, trace, spec.model), save_to)
-    return assembly.inspection(spec, trace, plan, assembly.forecast(spec, plan, trace, measured=measured))
+        write_file(found.plan_file, save_to)
+    return found
 
 
 def check(

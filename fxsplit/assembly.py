@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -44,8 +45,6 @@ from fxsplit.training.trainer import MakeCache, Trainer, logits_of
 Moved = TypeVar("Moved", nn.Module, torch.Tensor)
 
 DEFAULT_PARTS = 8
-# Of the activations of standard training: what l2l keeps within where it can.
-L2L_MEMORY = 0.6
 
 
 def data(spec: RunSpec, observer: Observer) -> Data:
@@ -92,25 +91,28 @@ def example_inputs(spec: RunSpec, model: nn.Module, img_size: int, device: torch
 
 
 def plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
-    """Cut the model and say which partitions train when; `l2l` and a memory budget also say what is recomputed."""
+    """Cut the model and say which partitions train when, and what is recomputed to keep within memory."""
     plan = _given_plan(spec, trace, observer)
-    budget = spec.memory_budget
-    if budget is None and spec.schedule != "l2l":
+    phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
+    plan = replace(plan, preset=spec.preset, phases=tuple(phases))
+    budget = spec.memory_aim if spec.memory_budget is None else spec.memory_budget
+    if budget is None:
         return plan
     return fit(
         plan,
         trace.train,
         trace.eval,
-        budget=L2L_MEMORY if budget is None else budget,
-        batch_size=spec.batch_size // spec.grad_accum_steps,
+        budget=budget,
+        batch_size=spec.batch_size,
+        micro_batches=spec.grad_accum_steps,
         optimizer_slots=slots_of(lambda parameters: _optimizer(spec)(nn.ParameterList(parameters))),
-        strict=budget is not None,
+        strict=spec.memory_budget is not None,
     )
 
 
 def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
     if spec.plan is not None:
-        return planning.load_plan(spec.plan, trace, observer)
+        return planning.load_plan(spec.plan, trace, observer).lasting(spec.epochs)
     count = spec.parts
     if count is None and not spec.at:
         most = most_partitions(trace.train, trace.eval, by=spec.by, units=planning.units(trace, spec.by))
@@ -139,6 +141,7 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Fore
         batch_size=spec.batch_size,
         optimizer_slots=slots_of(optimizer),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
+        micro_batches=spec.grad_accum_steps,
     )
 
 
@@ -153,6 +156,7 @@ def inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None =
         plan=plan,
         tied=trace.tied,
         opaque=trace.opaque,
+        torch=torch.__version__,
         checkpoints=trace.checkpoints,
         forecast=ahead,
     )
@@ -206,7 +210,6 @@ def trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: D
         veto=spec.veto,
         clip_grad=spec.clip_grad,
         amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None,
-        grad_accum_steps=spec.grad_accum_steps,
         log_interval=spec.log_interval,
         observer=observer,
     )
@@ -222,7 +225,7 @@ def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: O
         trainer.executor,
         batch.images,
         batch.labels,
-        parts=spec.grad_accum_steps * trainer.plan.phases[0].micro_batches,
+        parts=trainer.plan.phases[0].micro_batches,
         loss=lambda output, labels: cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing),
         autocast=trainer.autocast,
         notice=observer.notice,
@@ -267,10 +270,8 @@ def _optimizer(spec: RunSpec) -> partial[Optimizer]:
 
 def run_folder(spec: RunSpec, plan: Plan, trace: Trace, surroundings: dict[str, Any]) -> RunFolder:
     """A folder of its own, with what was asked and planned in it."""
-    folder = RunFolder(
-        spec.output, model=spec.model, schedule=plan.schedule, seed=spec.seed, experiment=spec.experiment
-    )
-    plan_json = planning.plan_file(plan, trace, spec.model).to_json()
+    folder = RunFolder(spec.output, model=spec.model, schedule=plan.title, seed=spec.seed, experiment=spec.experiment)
+    plan_json = inspection(spec, trace, plan).plan_file.to_json()
     folder.start(args_yaml=spec.to_yaml(), plan_json=plan_json, environment=surroundings)
     return folder
 

@@ -59,7 +59,7 @@ def check_model(
         record = CheckRecord(model=spec, refusal=str(error), unknown=isinstance(error, NoModelError))
     except Exception as error:
         record = CheckRecord(model=spec, refusal=f"{type(error).__name__}: {' '.join(str(error).split())}")
-    return record.after(perf_counter() - began)
+    return replace(record, seconds=perf_counter() - began)
 
 
 def _check(spec: str, *, structure_only: bool, parts: int, img_size: int | None, channels_last: bool) -> CheckRecord:

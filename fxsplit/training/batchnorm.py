@@ -39,13 +39,13 @@ def taken_anew(norms: Sequence[_BatchNorm]) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def check_batches(trace: Trace, plan: Plan, loader: Loader, *, grad_accum_steps: int) -> None:
+def check_batches(trace: Trace, plan: Plan, loader: Loader) -> None:
     """Raise UsageError if a single image would reach a BatchNorm that needs two to take statistics from.
 
     Where a batch only leaves one image over, it is divided otherwise; here are those of which no part has two.
     """
     for number, phase in enumerate(plan.phases, start=1):
-        parts = grad_accum_steps * phase.micro_batches
+        parts = phase.micro_batches
         if loader.batch_size > parts:
             continue
         for index, part in enumerate(plan.partitions):

@@ -78,9 +78,8 @@ class Trainer:
     partitions whose weights still move settle later than planned. Each partition ends its training with the mean of its
     weights over the last `average` share of its steps.
 
-    `amp_dtype` turns on autocast, with loss scaling for float16. `grad_accum_steps` splits a batch into that many
-    backward passes, with the gradient of the whole; the micro-batches of a phase split each of them further. No part
-    of a batch holds a single image, unless all do.
+    `amp_dtype` turns on autocast, with loss scaling for float16. The micro-batches of a phase split a batch into that
+    many backward passes, with the gradient of the whole. None of them holds a single image, unless all do.
     `clip_grad` bounds the gradient's norm. Without `make_cache`, what is settled is computed anew for each batch.
     `exits` train beside the model: the loss that is reported is without theirs, so that runs with and without can be
     compared, and the trainable parameters are with them.
@@ -106,7 +105,6 @@ class Trainer:
     veto: bool = False
     clip_grad: float | None = None
     amp_dtype: torch.dtype | None = None
-    grad_accum_steps: int = 1
     log_interval: int = 10
     observer: Observer = field(default_factory=Observer)
 
@@ -161,7 +159,7 @@ class Trainer:
                 return index
         if planned > self._index and epoch == self.plan.first_epoch(planned):
             name = self.plan.partitions[self.plan.phases[planned].start].name
-            self.observer.notice(f"what lies before {name} still learns and settles later than in epoch {epoch}")
+            self.observer.notice(f"what lies before {name} still learns and settles later than in epoch {epoch + 1}")
         return self._index
 
     def _enter(self, index: int, epoch: int) -> None:
@@ -169,7 +167,7 @@ class Trainer:
         if self._index is not None:
             self._finish(epoch, [i for i in range(*self.executor.window) if not phase.start <= i < phase.stop])
         self._index = index
-        self._parts = self.grad_accum_steps * phase.micro_batches
+        self._parts = phase.micro_batches
         self.executor.enter(phase)
         if self._cache is None or self._cache.cut != phase.start:
             self._close_caches()
@@ -237,20 +235,21 @@ class Trainer:
         finished = now(self.device)
         if not math.isfinite(trained.loss):
             self.observer.notice(
-                f"the training loss of epoch {epoch} is {trained.loss}; a lower --lr or --clip-grad may help"
+                f"the training loss of epoch {epoch + 1} is {trained.loss}; a lower --lr or --clip-grad may help"
             )
         phase, partitions = self.plan.phases[index], self.plan.partitions
         cut = phase.cut(len(partitions))
         usage = self._meter.read()
         caches = [cache for cache in (self._cache, self._test_cache) if cache]
         return EpochRecord(
-            epoch=epoch,
+            epoch=epoch + 1,
             phase=index,
             start=phase.start,
             stop=phase.stop,
             cut="" if cut is None else partitions[cut].name,
             lr=max(float(group["lr"]) for group in self._optimizer.param_groups),
             train_loss=trained.loss,
+            train_top1=trained.top1_pct,
             eval_loss=tested.loss,
             eval_top1=tested.top1_pct,
             eval_top5=tested.top5_pct,
@@ -355,7 +354,7 @@ class Trainer:
         self.observer.step_done(
             StepRecord(
                 phase=self._index or 0,
-                epoch=epoch,
+                epoch=epoch + 1,
                 step=step,
                 steps=self.loader.steps_per_epoch,
                 train_loss=scores.loss,

@@ -66,7 +66,6 @@ def check(
     phase: Phase,
     *,
     batch_size: int,
-    grad_accum_steps: int = 1,
     test_images: int = 8,
     test_limit: int | None = None,
 ) -> None:
@@ -76,18 +75,17 @@ def check(
         train=images(10, 0), test=images(test_images, 1), batch_size=batch_size, seed=0, test_limit=test_limit
     )
     plan = Plan(schedule="mine", partitions=parts, phases=(Phase(start=0, stop=2, epochs=1), phase))
-    check_batches(captured, plan, loader, grad_accum_steps=grad_accum_steps)
+    check_batches(captured, plan, loader)
 
 
 @pytest.mark.parametrize("norm", [lambda: nn.BatchNorm1d(4), Functional, Whole, Method])
 @pytest.mark.parametrize(
-    ("batch_size", "grad_accum_steps", "micro_batches", "parts"),
-    [(1, 1, 1, "1 part;"), (4, 4, 1, "4 parts"), (4, 1, 4, "4 parts"), (4, 2, 2, "4 parts"), (6, 2, 4, "8 parts")],
+    ("batch_size", "micro_batches", "parts"), [(1, 1, "1 part;"), (4, 4, "4 parts"), (6, 8, "8 parts")]
 )
 def test_parts_of_one_image_are_refused_where_a_norm_takes_one_value_of_it(
-    norm: Any, batch_size: int, grad_accum_steps: int, micro_batches: int, parts: str
+    norm: Any, batch_size: int, micro_batches: int, parts: str
 ) -> None:
-    given = {"batch_size": batch_size, "grad_accum_steps": grad_accum_steps}
+    given = {"batch_size": batch_size}
     with pytest.raises(UsageError, match=rf"^BatchNorm '4(.norm)?' sees a single value .* phase 2 .* {parts}.*larger"):
         check(pooled(norm()), Phase(start=0, stop=4, epochs=1, micro_batches=micro_batches), **given)
     # Settled or frozen it has its statistics, and the other norm has many values.
@@ -100,8 +98,8 @@ def test_a_norm_without_statistics_is_refused_one_image_settled_too() -> None:
     norm = nn.BatchNorm1d(4, track_running_stats=False)
     for start, stop in ((0, 4), (3, 4), (0, 2)):
         with pytest.raises(UsageError, match="BatchNorm '4' sees a single value"):
-            check(pooled(norm), Phase(start=start, stop=stop, epochs=1), batch_size=4, grad_accum_steps=4)
-        check(pooled(norm), Phase(start=start, stop=stop, epochs=1), batch_size=4, grad_accum_steps=2)
+            check(pooled(norm), Phase(start=start, stop=stop, epochs=1, micro_batches=4), batch_size=4)
+        check(pooled(norm), Phase(start=start, stop=stop, epochs=1, micro_batches=2), batch_size=4)
 
 
 def test_a_norm_without_statistics_is_refused_a_last_test_image() -> None:
@@ -128,8 +126,10 @@ def test_batches_that_leave_an_image_over_train(
     run = trainer(
         model,
         loader={"train": images(count, 0), "test": images(9, 1), "batch_size": batch_size},
-        plan=(Phase(start=0, stop=4, epochs=1), Phase(start=1, stop=4, epochs=2)),
-        grad_accum_steps=parts,
+        plan=(
+            Phase(start=0, stop=4, epochs=1, micro_batches=parts),
+            Phase(start=1, stop=4, epochs=2, micro_batches=parts),
+        ),
         make_cache=make,
         recalibrate=True,
     )

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def test_layout_and_precision_are_kept(changes: dict[str, Any], tmp_path: Path) 
 
 
 def test_gradients_accumulate_over_parts_of_rows(tmp_path: Path) -> None:
-    plain, cached = (Run(place, tmp_path, grad_accum_steps=3).records for place in ("off", "ram"))
+    phases = tuple(replace(phase, micro_batches=3) for phase in PHASES)
+    plain, cached = (Run(place, tmp_path, plan=phases).records for place in ("off", "ram"))
     assert [r.train_loss for r in cached] == pytest.approx([r.train_loss for r in plain], rel=1e-5)
 
 
@@ -291,10 +293,10 @@ def test_rows_that_would_be_wrong_are_refused(kind: type[nn.Module], reason: str
 
 def test_values_that_are_no_rows_are_not_divided_into_parts(tmp_path: Path) -> None:
     """Not in the batch at which this is found out, either."""
-    options = {"kind": Sizes, "plan": (Phase(start=1, stop=4, epochs=2),), "grad_accum_steps": 4}
-    cached = Run("ram", tmp_path, **options)
+    plan = (Phase(start=1, stop=4, epochs=2, micro_batches=4),)
+    cached = Run("ram", tmp_path, kind=Sizes, plan=plan)
     assert "not one row for each image" in cached.notices[0]
-    assert cached.same_as(Run("off", tmp_path, **options))
+    assert cached.same_as(Run("off", tmp_path, kind=Sizes, plan=plan))
 
 
 class Whitens(nn.Sequential):

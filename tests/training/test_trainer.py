@@ -103,7 +103,7 @@ def test_standard_training_equals_a_hand_written_loop_bit_for_bit() -> None:
     assert same(weights(model), weights(plain))
     assert math.isclose(records[-1].train_loss, losses / 50, rel_tol=1e-6)
     assert records[-1].eval_top1 == 100 * hits / 20
-    assert [record.epoch for record in records] == [0, 1, 2, 3]
+    assert [record.epoch for record in records] == [1, 2, 3, 4]
     assert records[0].trainable_parameters == sum(p.numel() for p in plain.parameters())
 
 
@@ -174,7 +174,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     def gradients(steps: int) -> list[Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
-        net = trainer(model, grad_accum_steps=steps, optimizer={"name": "momentum", "momentum": 0.0, "lr": 1.0})
+        plan = (Phase(start=0, stop=4, epochs=4, micro_batches=steps),)
+        net = trainer(model, plan=plan, optimizer={"name": "momentum", "momentum": 0.0, "lr": 1.0})
         next(net.epochs())
         return weights(model)
 
@@ -210,7 +211,7 @@ def test_each_micro_batch_runs_alone() -> None:
     seen: list[int] = []
     model = Chain()
     model.head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    net = trainer(model, plan=(Phase(start=0, stop=4, epochs=1, micro_batches=3),), grad_accum_steps=2)
+    net = trainer(model, plan=(Phase(start=0, stop=4, epochs=1, micro_batches=6),))
     seen.clear()
     list(net.epochs())
     assert seen == [
@@ -338,16 +339,27 @@ def test_an_observer_hears_everything_in_order() -> None:
     list(net.epochs())
     cut = net.plan.partitions[1].name
     assert listener.heard == [
-        ("phase", 0, 0), ("step", 0, 3, 4), ("step", 0, 4, 4), ("epoch", 0, 0, ""),
-        ("phase", 1, 1), ("step", 1, 3, 4), ("step", 1, 4, 4), ("epoch", 1, 1, cut),
+        ("phase", 0, 0), ("step", 1, 3, 4), ("step", 1, 4, 4), ("epoch", 1, 0, ""),
+        ("phase", 1, 1), ("step", 2, 3, 4), ("step", 2, 4, 4), ("epoch", 2, 1, cut),
     ]  # fmt: skip
+
+
+def test_the_training_accuracy_is_that_of_the_images_as_they_were_trained_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    with torch.no_grad():
+        right = (model(TRAIN.pixels / 255).argmax(1) == TRAIN.labels).sum().item()
+    still = {"name": "momentum", "momentum": 0.0, "lr": 1e-30}
+    record = next(trainer(model, optimizer=still).epochs())
+    assert record.train_top1 == 100 * right / 50
+    assert record.train_top1 != record.eval_top1
 
 
 def test_a_diverging_loss_is_said_aloud() -> None:
     listener = Listener()
     net = trainer(Chain(), observer=listener, optimizer={"name": "momentum", "lr": 1e30, "momentum": 0.0})
     next(net.epochs())
-    assert any("the training loss of epoch 0 is nan" in str(heard) for heard in listener.heard)
+    assert any("the training loss of epoch 1 is nan" in str(heard) for heard in listener.heard)
 
 
 def test_nothing_to_train_on_is_an_error() -> None:
