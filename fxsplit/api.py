@@ -64,7 +64,8 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         if spec.settled_dtype != "same":
             executor.settled_dtype = getattr(torch, spec.settled_dtype)
         trainer = assembly.trainer(spec, trace, executor, plan, data, observer)
-        check_batches(trace, plan, trainer.loader, grad_accum_steps=spec.grad_accum_steps)
+        feed = trainer.feed
+        check_batches(trace, plan, feed.train_loader, feed.test_loader, grad_accum_steps=spec.grad_accum_steps)
         surroundings = environment(device)
         folder = None if spec.dry_run else assembly.run_folder(spec, plan, trace, surroundings)
         observer.run_started(
