@@ -110,13 +110,12 @@ class Exits:
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the exits' weights, and which partitions were refused one."""
-        return {"modules": dict(self.modules.state_dict()), "refused": sorted(self._refused)}
+        """Return the weights of the exits, by the index of their partition."""
+        return dict(self.modules.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned in the phase that was entered."""
-        self.modules.load_state_dict(state["modules"])
-        self._refused = set(state["refused"])
+        self.modules.load_state_dict(state)
 
     def _new(self, index: int, value: Value) -> Exit:
         with torch.random.fork_rng(devices=[]):

@@ -168,12 +168,5 @@ def load_named_state(optimizer: Optimizer, state: Mapping[str, Any], names: Mapp
     saved = [name for group in state["param_groups"] for name in group["params"]]
     if saved != order:
         raise ValueError(f"the state is of {len(saved)} parameters, which are not the {len(order)} of this optimizer")
-    numbers = {name: number for number, name in enumerate(order)}
-    optimizer.load_state_dict(
-        {
-            "state": {numbers[name]: values for name, values in state["state"].items()},
-            "param_groups": [
-                {**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]
-            ],
-        }
-    )
+    # To torch, a parameter's number is any key by which its state is found.
+    optimizer.load_state_dict(dict(state))

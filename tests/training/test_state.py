@@ -203,7 +203,7 @@ def keys_of(state: Any) -> set[Any]:
 def test_state_is_plain_data_by_the_names_of_parameters(make: Make, tmp_path: Path) -> None:
     net = made(make, tmp_path, 0)
     names = {name for name, _ in net.executor.named_parameters()}
-    for _ in net.epochs():
+    for epoch, _ in enumerate(net.epochs(), start=1):
         state = net.state_dict()
         assert all(isinstance(key, str) for key in keys_of(state))
         held = set(state["optimizer"]["optimizer"]["state"])
@@ -211,6 +211,8 @@ def test_state_is_plain_data_by_the_names_of_parameters(make: Make, tmp_path: Pa
         assert held - of_exits == {name for name, p in net.executor.named_parameters() if p.requires_grad}
         assert set(state["endings"]["mean"]["means"]) <= names
         assert bool(of_exits) is (make is with_exits)
+        # What the midpoint has used is not kept, and nothing is added to it.
+        assert bool(state["endings"]["midpoint_mean"]["means"]) is (make is with_midpoint and epoch <= 2)
 
 
 @pytest.mark.parametrize("name", ["adamw", "momentum", "lion", "adafactor"])
@@ -266,3 +268,26 @@ def test_a_learning_rate_goes_on(name: str) -> None:
         scheduler.step_update(step)
         other.step_update(step)
         assert optimizer.param_groups[0]["lr"] == other_optimizer.param_groups[0]["lr"]
+
+
+def test_plasticity_goes_on_within_an_interval() -> None:
+    def moved(watch: Plasticity, weight: Tensor, speeds: tuple[float, ...]) -> list[bool]:
+        found = []
+        for speed in speeds:
+            with torch.no_grad():
+                weight.mul_(1 + speed)
+            watch.step_done()
+            found.append(watch.is_quiet(0))
+        return found
+
+    weight, twin = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    first, second = (Plasticity([{"weight": each}], interval=2) for each in (weight, twin))
+    moved(first, weight, (0.5, 0.5, 0.02, 0.02, 0.02))
+    with torch.no_grad():
+        twin.copy_(weight)
+    second.load_state_dict(loaded(first.state_dict()))
+    left = (0.02, 0.02, 0.02)
+    assert moved(first, weight, left) == moved(second, twin, left) == [False, False, True]
+    ours, theirs = (each.state_dict()["partitions"][0] for each in (first, second))
+    assert torch.equal(ours.pop("before")["weight"], theirs.pop("before")["weight"])
+    assert ours == theirs
