@@ -1,10 +1,10 @@
-"""Auxiliary exits: the classes told early, at the ends of the first partitions that train.
+"""Auxiliary exits: classifiers at the ends of the first partitions that train.
 
 images ──► settled ──► trains ──┬──► trains ──┬──► trains ──► ... ──► scores
                               exit          exit
 
-An exit brings a gradient to the partitions before it on a short way. It goes when its partition has settled, and is no
-part of the model.
+An exit gives the partitions before it a gradient that has a short way to come. It goes when its partition settles, and
+is no part of the model.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Exits:
         self._graph, self._partitions = graph, partitions
         self._count, self._num_classes, self._weight = count, num_classes, weight
         self._seed, self._device = seed, device
-        # Partitions of which it was said that they have no exit.
+        # Partitions without an exit, of which a notice said so.
         self._refused: set[int] = set()
 
     def enter(self, phase: Phase, notice: Callable[[str], None]) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
@@ -22,6 +22,14 @@ from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.plasticity import Plasticity
 from fxsplit.training.step import Step
 from fxsplit.training.telemetry import Telemetry
+
+
+class Stateful(Protocol):
+    """A part that saves its state and goes on from it; torch.distributed.checkpoint has the same protocol."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +56,7 @@ class Trainer:
         optimizer: the optimizer and the learning rate of each phase.
         endings: what a partition keeps when it stops training.
         plasticity: lets partitions whose weights still move settle later than planned; None to keep to the plan.
-        log_interval: steps between two that are told to the observer.
+        log_interval: the observer hears of every so many steps.
         observer: hears of the run.
     """
 
@@ -217,8 +225,8 @@ class Trainer:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 
-    def _parts(self) -> dict[str, Any]:
-        parts = {
+    def _parts(self) -> dict[str, Stateful]:
+        parts: dict[str, Stateful | None] = {
             "objective": self.objective,
             "optimizer": self.optimizer,
             "step": self.step,

@@ -143,7 +143,7 @@ def agrees(whole: list[tuple[Tensor, ...]], rest: list[tuple[Tensor, ...]]) -> b
 
 @pytest.mark.parametrize("make", [with_exits, with_midpoint, with_veto, with_scaling])
 @pytest.mark.parametrize(
-    "where", [{"step": 3}, {"step": 8}, {"step": 10}, {"step": 15}, {"epoch": 0}, {"epoch": 1}, {"epoch": 2}]
+    "where", [{"step": 3}, {"step": 8}, {"step": 10}, {"step": 16}, {"epoch": 0}, {"epoch": 1}, {"epoch": 2}]
 )
 def test_training_goes_on_bit_for_bit(make: Make, where: dict[str, int], tmp_path: Path) -> None:
     whole = finished(made(make, tmp_path, 0))
