@@ -64,7 +64,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         if spec.settled_dtype != "same":
             executor.settled_dtype = getattr(torch, spec.settled_dtype)
         trainer = assembly.trainer(spec, trace, executor, plan, data, observer)
-        check_batches(trace, plan, trainer.loader)
+        check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader)
         surroundings = environment(device)
         folder = None if spec.dry_run else assembly.run_folder(spec, plan, trace, surroundings)
         observer.run_started(

@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 import fxsplit
 from fxsplit.assembly import choose_device, determinism
 from fxsplit.data import datasets
-from fxsplit.data.images import batches
+from fxsplit.data.loader import Loader
 from fxsplit.errors import DataError, PartitionError, ProofError, UsageError
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.pointwise import pointwise_products
@@ -580,7 +580,7 @@ def test_a_plain_loop_with_the_executor_ends_with_the_weights_of_train(
         for epoch in range(report.plan.epochs):
             net.enter(report.plan.phase_at(epoch), optimizer)
             net.train()
-            for batch in batches(data.train, batch_size=16, shuffle=True, seed=3, epoch=epoch):
+            for batch in Loader(data.train, batch_size=16, training=True, seed=3).batches(epoch):
                 optimizer.zero_grad()
                 F.cross_entropy(net(batch.images), batch.labels).backward()
                 optimizer.step()

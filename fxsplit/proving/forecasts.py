@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import FxsplitError, NoModelError
 from fxsplit.execute.executor import Executor
+from fxsplit.execute.forward import logits_of
 from fxsplit.execute.passes import passes_for
 from fxsplit.measuring.op_costs import measure
 from fxsplit.measuring.phase_costs import measure_phases, update_seconds
@@ -24,7 +25,6 @@ from fxsplit.plan.forecast import forecast
 from fxsplit.plan.partition import most_partitions, partition
 from fxsplit.plan.schedule import schedule as make_plan
 from fxsplit.report import ForecastRecord, PhaseCheck
-from fxsplit.training.trainer import logits_of
 
 CLASSES = 10
 SEED = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from fxsplit.errors import UsageError
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.training.batchnorm import check_batches
-from fxsplit.training.cache import Cache
+from fxsplit.training.cache import CachePolicy
 from tests.training.test_trainer import images, trainer
 
 
@@ -71,11 +70,10 @@ def check(
 ) -> None:
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
     parts = partition(captured.train, captured.eval, at=["1", "4", "5"])
-    loader = Loader(
-        train=images(10, 0), test=images(test_images, 1), batch_size=batch_size, seed=0, test_limit=test_limit
-    )
+    train_loader = Loader(images(10, 0), batch_size=batch_size, training=True)
+    test_loader = Loader(images(test_images, 1), batch_size=batch_size, limit=test_limit)
     plan = Plan(schedule="mine", partitions=parts, phases=(Phase(start=0, stop=2, epochs=1), phase))
-    check_batches(captured, plan, loader)
+    check_batches(captured, plan, train_loader, test_loader)
 
 
 @pytest.mark.parametrize("norm", [lambda: nn.BatchNorm1d(4), Functional, Whole, Method])
@@ -122,7 +120,6 @@ def test_batches_that_leave_an_image_over_train(
     seen: list[int] = []
     model = pooled(nn.BatchNorm1d(4))
     model[4].register_forward_pre_hook(lambda norm, given: seen.append(len(given[0])) if norm.training else None)
-    make = partial(Cache, place="ram", limit_bytes=None, dtype=None, folder=str(tmp_path)) if cached else None
     run = trainer(
         model,
         loader={"train": images(count, 0), "test": images(9, 1), "batch_size": batch_size},
@@ -130,7 +127,7 @@ def test_batches_that_leave_an_image_over_train(
             Phase(start=0, stop=4, epochs=1, micro_batches=parts),
             Phase(start=1, stop=4, epochs=2, micro_batches=parts),
         ),
-        make_cache=make,
+        cache=CachePolicy(place="ram", folder=str(tmp_path)) if cached else None,
         recalibrate=True,
     )
     seen.clear()
