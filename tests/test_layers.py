@@ -21,7 +21,7 @@ LAYERS = (
     {"spec", "report"},
     {"capture"},
     {"execute", "pages"},
-    {"measuring", "distribute"},
+    {"caching", "measuring", "distribute"},
     {"training"},
     {"proving"},
     {"planning"},

@@ -14,11 +14,11 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from fxsplit.caching.cache import CachePolicy
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.training import phase_optimizer
 from fxsplit.training.accuracy import Accuracy
-from fxsplit.training.cache import CachePolicy
 from fxsplit.training.endings import Endings, WeightAverage
 from fxsplit.training.exits import Exits
 from fxsplit.training.optimizers import SCHEDULES, load_named_state, make_optimizer, make_scheduler, named_state
