@@ -313,7 +313,7 @@ def test_exits_leave_no_trace_in_what_is_saved(spec: Callable[..., fxsplit.RunSp
 
 
 def test_stochastic_depth_is_part_of_the_model(spec: Callable[..., fxsplit.RunSpec]) -> None:
-    named = {"model": "paper:resnext", "img_size": 16}
+    named = {"model": "paper:resnext", "img_size": 16, "train_limit": 32}
     plain, deep = (train(spec(epochs=1, drop_path=rate, **named)) for rate in (0.0, 0.5))
     assert plain.epochs[0].train_loss != deep.epochs[0].train_loss
     assert fxsplit.inspect(spec(drop_path=0.5, **named)).graph.digest() == deep.graph_digest != plain.graph_digest
