@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
+import fxsplit.plan.forecast
 from fxsplit import planning
 from fxsplit.capture.tracing import Trace
 from fxsplit.data import datasets
@@ -99,8 +100,7 @@ def plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         return plan
     return fit(
         plan,
-        trace.train,
-        trace.eval,
+        trace,
         budget=L2L_MEMORY if budget is None else budget,
         batch_size=spec.batch_size // spec.grad_accum_steps,
         optimizer_slots=slots_of(lambda parameters: _optimizer(spec)(nn.ParameterList(parameters))),
@@ -113,7 +113,7 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         return planning.load_plan(spec.plan, trace, observer)
     count = spec.parts
     if count is None and not spec.at:
-        most = most_partitions(trace.train, trace.eval, by=spec.by, units=planning.units(trace, spec.by))
+        most = most_partitions(trace, by=spec.by, units=planning.units(trace, spec.by))
         count = min(DEFAULT_PARTS, most)
     partitions = planning.partition(trace, count=count, at=spec.at, balance=spec.balance, by=spec.by)
     return schedule(
@@ -133,7 +133,7 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Fore
     def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
         return _optimizer(spec)(nn.ParameterList(parameters))
 
-    return planning.forecast(
+    return fxsplit.plan.forecast.forecast(
         plan,
         trace,
         batch_size=spec.batch_size,
@@ -147,14 +147,25 @@ def inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None =
     return Inspection(
         model=spec.model,
         input_shape=trace.train.inputs[0].shape or (),
-        graph=trace.train,
-        eval_graph=trace.eval,
+        train=trace.train,
+        eval=trace.eval,
         classes={path: type(module).__name__ for path, module in trace.model.named_modules(remove_duplicate=False)},
         plan=plan,
         tied=trace.tied,
         opaque=trace.opaque,
         checkpoints=trace.checkpoints,
         forecast=ahead,
+    )
+
+
+def executor(spec: RunSpec, trace: Trace, plan: Plan, passes: Sequence[Pass]) -> Executor:
+    """The executor of a run, with its precision, its passes and its compiler."""
+    return Executor(
+        trace,
+        plan.partitions,
+        passes=passes,
+        settled_dtype=None if spec.settled_dtype == "same" else getattr(torch, spec.settled_dtype),
+        backend=spec.torchcompile or None,
     )
 
 
@@ -213,20 +224,24 @@ def trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: D
 
 
 def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: Observer) -> float:
-    """Hold the executor against the model on the first batch, as the run takes it; the seconds that it took."""
+    """Hold the executor against the model on the first batch, as the run takes it; the seconds that it took.
+
+    Compilers round as they like, so the proof is of what they are given: stages run as they are.
+    """
     began = perf_counter()
     trainer.executor.train()
     batch = next(trainer.loader.training(0))
-    proof = prove_batch(
-        trace.model,
-        trainer.executor,
-        batch.images,
-        batch.labels,
-        parts=spec.grad_accum_steps * trainer.plan.phases[0].micro_batches,
-        loss=lambda output, labels: cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing),
-        autocast=trainer.autocast,
-        notice=observer.notice,
-    )
+    with torch.compiler.set_stance("force_eager") if spec.torchcompile else nullcontext():
+        proof = prove_batch(
+            trace.model,
+            trainer.executor,
+            batch.images,
+            batch.labels,
+            parts=spec.grad_accum_steps * trainer.plan.phases[0].micro_batches,
+            loss=lambda output, labels: cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing),
+            autocast=trainer.autocast,
+            notice=observer.notice,
+        )
     if proof is not None and proof.varying:
         observer.notice(
             f"two runs of the plain model differ in {len(proof.varying)} of {proof.compared} values of the first "

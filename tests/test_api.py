@@ -105,7 +105,7 @@ def test_a_plan_is_saved_edited_and_trained_by(spec: Callable[..., fxsplit.RunSp
     path = tmp_path / "plan.json"
     inspected = fxsplit.inspect(spec(schedule="settle", batch_size=8, img_size=16), save_to=str(path))
     data = json.loads(path.read_text(encoding="utf-8"))
-    assert data["graph"] == inspected.graph.digest()
+    assert data["graph"] == inspected.train.digest()
     assert (data["model"], data["torch"]) == (inspected.model, torch.__version__)
     data["phases"] = [{"epochs": 1}, {"from": data["cuts"][0], "epochs": 2}]
     data["schedule"] = "by hand"
@@ -286,7 +286,7 @@ def test_stochastic_depth_is_part_of_the_model(spec: Callable[..., fxsplit.RunSp
     named = {"model": "paper:resnext", "img_size": 16}
     plain, deep = (train(spec(epochs=1, drop_path=rate, **named)) for rate in (0.0, 0.5))
     assert plain.epochs[0].train_loss != deep.epochs[0].train_loss
-    assert fxsplit.inspect(spec(drop_path=0.5, **named)).graph.digest() == deep.graph_digest != plain.graph_digest
+    assert fxsplit.inspect(spec(drop_path=0.5, **named)).train.digest() == deep.graph_digest != plain.graph_digest
     with pytest.raises(UsageError, match="takes no drop_path_rate"):
         train(spec(drop_path=0.5))
 
@@ -348,7 +348,7 @@ def test_a_batch_of_one_image_trains_where_norms_see_more_than_one_value(spec: C
 def test_inspect_needs_neither_weights_nor_data(spec: Callable[..., fxsplit.RunSpec]) -> None:
     found = fxsplit.inspect(spec(data="cifar100", img_size=None, schedule="window"))
     assert found.input_shape == (16, 3, 32, 32)
-    assert found.graph.values["8"].shape == (16, 100)
+    assert found.train.values["8"].shape == (16, 100)
     assert [part.name for part in found.partitions] == [part.name for part in found.plan.partitions]
     whole = fxsplit.inspect(fxsplit.RunSpec(model="torchvision:regnet_y_400mf", parts=2))
     assert sum(part.parameters for part in whole.partitions) == 3_907_554
@@ -372,15 +372,15 @@ def test_a_budget_that_recomputing_alone_cannot_keep_is_kept_by_micro_batches() 
 def test_inspect_measures_ops_where_it_must(spec: Callable[..., fxsplit.RunSpec]) -> None:
     plain = fxsplit.inspect(spec(schedule="settle"))
     assert plain.forecast.standard.step_seconds is None
-    assert all(op.seconds is None for op in plain.graph.ops)
+    assert all(op.seconds is None for op in plain.train.ops)
     balanced = fxsplit.inspect(spec(schedule="settle", balance="seconds"))
     for found in (balanced, fxsplit.inspect(spec(schedule="settle"), measured=True)):
         assert (found.forecast.standard.step_seconds or 0) > 0
-        assert all((op.seconds or 0) > 0 for op in found.graph.ops)
-    seconds = [op.seconds or 0 for op in balanced.graph.ops]
+        assert all((op.seconds or 0) > 0 for op in found.train.ops)
+    seconds = [op.seconds or 0 for op in balanced.train.ops]
     # The largest of three runs of ops, wherever they could be divided.
     spans = [sum(seconds[part.start : part.stop]) for part in balanced.partitions]
-    legal = [cut.index for cut in cuts(balanced.graph, balanced.graph) if cut.refusal is None]
+    legal = [cut.index for cut in cuts(balanced) if cut.refusal is None]
     best = min(
         max(sum(seconds[:first]), sum(seconds[first:second]), sum(seconds[second:]))
         for first, second in combinations(legal, 2)

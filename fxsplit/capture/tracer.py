@@ -36,6 +36,7 @@ from fxsplit.meta.evaluate import Constant, External, Outside, Rebuild, Slot, St
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
 from fxsplit.objects.contents import unchanged
+from fxsplit.objects.hooks import hooks_of
 from fxsplit.objects.structure import map_tensors, template, tensors_in
 
 DROPOUTS = {
@@ -567,8 +568,7 @@ class ValueTracer(fx.Tracer):
 
 def reason_to_keep_whole(module: nn.Module) -> str | None:
     """Why a module must not be traced through, although it could be."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks):
+    if any(hooks_of(module)):
         return "it has hooks, which tracing through it would drop; take them off to see inside"
     return reason_not_to_look_inside(module)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fxsplit.errors import PartitionError, UsageError, nearest
-from fxsplit.graph import Graph
+from fxsplit.graph import Modes
 from fxsplit.plan.cuts import places_of
 from fxsplit.plan.partition import partition, wrong_places
 from fxsplit.plan.schedule import Phase, Plan, saving_in_words
@@ -102,14 +102,14 @@ class PlanFile:
         """Epochs of all phases together."""
         return sum(phase.epochs for phase in self.phases)
 
-    def plan(self, train: Graph, eval_graph: Graph) -> Plan:
+    def plan(self, modes: Modes) -> Plan:
         """The plan for a model with these graphs, of which all figures are worked out.
 
         Raises PartitionError when a cut is not one of this model or its phases cannot run.
         """
-        partitions = partition(train, eval_graph, at=self.cuts) if self.cuts else partition(train, eval_graph, count=1)
+        partitions = partition(modes, at=self.cuts) if self.cuts else partition(modes, count=1)
         index_of = {part.start: part.index for part in partitions}
-        places = places_of(train)
+        places = places_of(modes.train)
         phases, faults = [], []
         for number, window in enumerate(self.phases, start=1):
             start = 0 if window.begin is None else index_of[places[window.begin]]
@@ -177,7 +177,7 @@ def write_file(file: PlanFile, path: str) -> None:
 # Reading
 
 
-def read_file(path: str, *, graphs: tuple[Graph, Graph] | None = None) -> PlanFile:
+def read_file(path: str, *, modes: Modes | None = None) -> PlanFile:
     """The plan file at `path`. Raises as `read` does, and UsageError when it cannot be read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -185,11 +185,11 @@ def read_file(path: str, *, graphs: tuple[Graph, Graph] | None = None) -> PlanFi
         raise UsageError(f"the plan {path!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"the plan {path!r} cannot be read: it is no text") from error
-    return read(text, source=path, graphs=graphs)
+    return read(text, source=path, modes=modes)
 
 
-def read(text: str, *, source: str, graphs: tuple[Graph, Graph] | None = None) -> PlanFile:
-    """What the text of a plan file says; with the train and eval `graphs` of a model its cuts are looked for there.
+def read(text: str, *, source: str, modes: Modes | None = None) -> PlanFile:
+    """What the text of a plan file says; with the `modes` of a model its cuts are looked for there.
 
     Raises an error, which tells all that is wrong at once and begins with `source`: UsageError when this is no plan
     of a known schema, PartitionError when no more than its cuts are wrong.
@@ -206,9 +206,9 @@ def read(text: str, *, source: str, graphs: tuple[Graph, Graph] | None = None) -
         )
     faults = list(_faults(data))
     cuts = data.get("cuts", ())
-    misfits = wrong_places(*graphs, cuts) if graphs and _KEYS["cuts"][0](cuts) else []
+    misfits = wrong_places(modes, cuts) if modes and _KEYS["cuts"][0](cuts) else []
     if faults or misfits:
-        another = graphs and data.get("graph") not in (None, "", graphs[0].digest())
+        another = modes and data.get("graph") not in (None, "", modes.train.digest())
         hint = " (it was made for another model than this one)" if another and misfits else ""
         kind = UsageError if faults else PartitionError
         raise kind(f"the plan {source!r} cannot be used{hint}: {'; '.join([*faults, *misfits])}")

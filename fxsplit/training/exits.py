@@ -81,7 +81,7 @@ class Exits:
                 )
 
     def hear(self, index: int, values: Sequence[Any]) -> None:
-        """Take what partition `index` delivers, as `Executor.heard` tells it, for the next loss."""
+        """Take what partition `index` delivers, as `Executor.tapped` gives it, for the next loss."""
         if str(index) in self.modules:
             self._scores.append(self.modules[str(index)](values))
 

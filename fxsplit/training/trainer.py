@@ -307,7 +307,7 @@ class Trainer:
         targets = (torch.split(each, sizes) for each in (batch.labels, batch.ids))
         for part, labels, ids in zip(self._chunks(batch), *targets, strict=True):
             with self.autocast():
-                with self.executor.heard(self.exits.hear) if self.exits else nullcontext():
+                with self.executor.tapped(self.exits.hear) if self.exits else nullcontext():
                     logits = logits_of(self._run(part))
                 loss = self._loss(logits, labels, ids, done / self._steps)
                 total = self.exits.add_to(loss, labels, smoothing=self.smoothing) if self.exits else loss

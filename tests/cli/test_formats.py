@@ -122,7 +122,7 @@ def test_json(inspection: Inspection, capsys: pytest.CaptureFixture[str]) -> Non
 def test_csv_has_a_row_for_each_op(inspection: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
     rows = list(csv.DictReader(io.StringIO(shown(inspection, "csv", capsys))))
     assert tuple(rows[0]) == formats.CSV_COLUMNS
-    assert [row["op"] for row in rows] == [op.name for op in inspection.graph.ops]
+    assert [row["op"] for row in rows] == [op.name for op in inspection.train.ops]
     assert [row["partition"] for row in rows] == ["0", "0", "1", "1", "2", "2"]
     assert rows[1] == {
         "partition": "0", "op": "op1", "path": "[red].1", "class": "Linear", "kind": "module", "target": "Linear",

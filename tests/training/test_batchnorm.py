@@ -49,7 +49,7 @@ def check(
     test_limit: int | None = None,
 ) -> None:
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
-    parts = partition(captured.train, captured.eval, at=["1", "4", "5"])
+    parts = partition(captured, at=["1", "4", "5"])
     loader = Loader(
         train=images(10, 0), test=images(test_images, 1), batch_size=batch_size, seed=0, test_limit=test_limit
     )

@@ -50,7 +50,7 @@ def trainer(model: nn.Module, *, plan: str | tuple[Phase, ...] = "standard", **c
     loader = {"train": TRAIN, "test": TEST, "batch_size": 16, "seed": 3, **changes.pop("loader", {})}
     side = loader["train"].img_size
     captured = trace(model, (torch.empty(2, 3, side, side),))
-    parts = partition(captured.train, captured.eval, count=4)
+    parts = partition(captured, count=4)
     made = (
         schedule(plan, partitions=parts, epochs=4)
         if isinstance(plan, str)
@@ -245,7 +245,7 @@ def test_a_step_allocates_what_is_forecast(recompute: int, micro_batches: int) -
     (batch,) = net.loader.training(0)
     found = trace(net.executor, (batch.images,))
     known = measure(found, (batch.images,), steps=1)
-    (told,) = forecast(net.plan, known.train, known.eval, batch_size=16, optimizer_slots=0).phases
+    (told,) = forecast(net.plan, known, batch_size=16, optimizer_slots=0).phases
     net._enter(0, 0)
     net._step(batch, 0, Accuracy(batch.images.device))
     net._optimizer.zero_grad()
