@@ -300,6 +300,21 @@ def test_compiled_stages_train_alike(spec: Callable[..., fxsplit.RunSpec]) -> No
     assert compiled == pytest.approx(plain, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_the_proof_is_of_stages_as_they_are_and_the_training_of_compiled_ones(
+    spec: Callable[..., fxsplit.RunSpec],
+) -> None:
+    def rounded(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        return lambda *given: [value * 1.001 for value in graph(*given)]
+
+    torch._dynamo.register_backend(rounded, name="rounded")
+    torch.compiler.reset()
+    plain, compiled = (train(spec(epochs=1, torchcompile=backend)) for backend in (None, "rounded"))
+    assert compiled.prove_seconds > 0
+    assert compiled.epochs[0].train_loss != plain.epochs[0].train_loss
+    torch.compiler.reset()
+
+
 def test_a_dry_run_writes_nothing(spec: Callable[..., fxsplit.RunSpec], tmp_path: Path) -> None:
     report = train(spec(dry_run=True, data="digits"))
     assert (len(report.epochs), report.folder) == (1, "")
