@@ -19,8 +19,8 @@ from torch import Tensor, fx
 
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.guards import answers
+from fxsplit.capture.questions import QUESTIONS, Guard
 from fxsplit.capture.recording import Recorder, Recording
-from fxsplit.capture.tracer import QUESTIONS, Guard
 from fxsplit.errors import TraceError
 from fxsplit.objects.same import same_value
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import builtins
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from textwrap import shorten
 from threading import get_ident
 from types import FunctionType
@@ -20,14 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 from fxsplit.capture.contexts import Context
-from fxsplit.capture.mixing import is_along_samples
-from fxsplit.capture.patches import REAL_ISINSTANCE
+from fxsplit.capture.op_effects import is_dropout, mixes_samples, moved_statistics
 from fxsplit.capture.proxy import ValueProxy
+from fxsplit.capture.questions import MISSING, QUESTIONS, REAL_ISINSTANCE, Assignment, Guard
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.user_code import asserted, user_line
 from fxsplit.errors import UntraceableError
@@ -39,58 +37,11 @@ from fxsplit.objects.contents import unchanged
 from fxsplit.objects.hooks import hooks_of
 from fxsplit.objects.structure import map_tensors, template, tensors_in
 
-DROPOUTS = {
-    *(torch.dropout, torch.feature_dropout, torch.alpha_dropout),
-    *(nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d),
-}
-
-# These move running statistics without telling autograd's version counter: (statistics, position of `training`).
-NORMS_WITH_STATISTICS: dict[Any, tuple[tuple[int, str], tuple[int, str], tuple[int, str]]] = {
-    nn.functional.batch_norm: ((1, "running_mean"), (2, "running_var"), (5, "training")),
-    torch.batch_norm: ((3, "running_mean"), (4, "running_var"), (5, "training")),
-    nn.functional.instance_norm: ((1, "running_mean"), (2, "running_var"), (5, "use_input_stats")),
-}
-
-QUESTIONS: dict[str, Callable[[Any], Any]] = {
-    "bool": bool, "int": int, "float": float, "index": operator.index, "len": len, "str": str
-}  # fmt: skip
-
 READ_DATA = ("item", "tolist", "numpy")
 # What acts on the tape of autograd, and leaves no value behind by which it would be kept.
 ON_THE_TAPE = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward")
 
 Leaf = str | type[nn.Module] | FunctionType
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Guard:
-    """An answer that fixed a path: `question` was asked of the value of `node` at the user's line `where`."""
-
-    node: fx.Node
-    question: str
-    answer: Any
-    where: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
-    """A forward that put `value` (nodes in it) into `owner`, the buffers or attributes of the module `path`."""
-
-    path: str
-    owner: dict[str, Any]
-    name: str
-    before: Any
-    value: Any
-
-    def undo(self) -> None:
-        """Put back what was there."""
-        if self.before is MISSING:
-            del self.owner[self.name]
-        else:
-            self.owner[self.name] = self.before
-
-
-MISSING = object()
 
 
 class ValueTracer(fx.Tracer):
@@ -513,11 +464,11 @@ class ValueTracer(fx.Tracer):
         node.meta["state"] = tuple(state)
         node.meta["written"] = [
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
-        ] + self._moved_statistics(node)
+        ] + [self._state[id(each)] if isinstance(each, Tensor) else each for each in moved_statistics(node, self.root)]
         node.meta["known"] = is_known(node, value)
         node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
-        node.meta["mixes_samples"] = self._mixes_samples(node)
-        node.meta["is_dropout"] = self._is_dropout(node)
+        node.meta["mixes_samples"] = mixes_samples(node, self.root, self._batch_size)
+        node.meta["is_dropout"] = is_dropout(node, self.root)
         return value
 
     def _module_state(self, node: fx.Node) -> dict[str, Tensor]:
@@ -527,43 +478,6 @@ class ValueTracer(fx.Tracer):
         module = self.root.get_submodule(path)
         named = (*module.named_parameters(prefix=path), *module.named_buffers(prefix=path))
         return {self._state.get(id(tensor), name): tensor for name, tensor in named}
-
-    def _moved_statistics(self, node: fx.Node) -> list[str | fx.Node]:
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
-            return [
-                self._state[id(tensor)]
-                for inner in module.modules()
-                if isinstance(inner, _NormBase) and inner.training
-                for name, tensor in inner.named_buffers(recurse=False)
-                if name in ("running_mean", "running_var")
-            ]
-        mean, variance, training = self._statistics(node)
-        return [statistic for statistic in (mean, variance) if training and isinstance(statistic, fx.Node)]
-
-    def _mixes_samples(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
-            return any(
-                isinstance(inner, _BatchNorm) and (inner.training or inner.running_mean is None)
-                for inner in module.modules()
-            )
-        if node.target in (nn.functional.batch_norm, torch.batch_norm):
-            return bool(self._statistics(node)[2])
-        return is_along_samples(node, self._batch_size)
-
-    def _is_dropout(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
-            return isinstance(module, _DropoutNd) and module.training and module.p > 0
-        return node.target in DROPOUTS
-
-    def _statistics(self, node: fx.Node) -> tuple[Any, Any, Any]:
-        """Of a function that normalizes: running mean, running variance and whether those of the batch are used."""
-        positions = NORMS_WITH_STATISTICS.get(node.target, ())
-        found = [node.args[at] if at < len(node.args) else node.kwargs.get(keyword) for at, keyword in positions]
-        mean, variance, training = found or (None, None, False)
-        return mean, variance, training
 
 
 def reason_to_keep_whole(module: nn.Module) -> str | None:
