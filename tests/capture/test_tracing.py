@@ -23,7 +23,7 @@ from fxsplit.errors import GuardError, TraceError
 from fxsplit.models.paper import NETWORKS
 from fxsplit.objects.structure import members
 from fxsplit.plan.cuts import cuts
-from tests import models
+from tests import networks
 from tests.exact import executor_of
 from tests.networks import HAZARDS, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
 
@@ -469,8 +469,8 @@ def test_methods_and_functions_that_depend_on_data_are_ops_with_reasons() -> Non
     pick = next(op for op in method.train.ops if op.name == ":pick" or op.name == "pick")
     assert set(pick.state) >= {"norm2.weight", "norm2.running_mean"}
     function = captured(HAZARDS["FunctionOnData"]())
-    assert list(function.opaque) == ["tests.models.largest"]
-    assert "reads data: it calls item() of a tensor" in function.opaque["tests.models.largest"]
+    assert list(function.opaque) == ["tests.networks.largest"]
+    assert "reads data: it calls item() of a tensor" in function.opaque["tests.networks.largest"]
     assert len(function.train) == len(captured(Chain()).train)
 
 
@@ -517,7 +517,7 @@ def test_a_size_that_depends_on_data_is_never_relied_upon() -> None:
 def test_functions_and_methods_can_be_named_as_leaves() -> None:
     model = HAZARDS["MethodOnData"]()
     assert trace(model, (torch.empty(2, 3, 8, 8),), leaves=[type(model).pick]).opaque == {}
-    found = trace(HAZARDS["FunctionOnData"](), (torch.empty(2, 3, 8, 8),), leaves=[models.largest])
+    found = trace(HAZARDS["FunctionOnData"](), (torch.empty(2, 3, 8, 8),), leaves=[networks.largest])
     assert found.opaque == {}
     assert "largest" in [op.name for op in found.train.ops]
 
@@ -538,7 +538,7 @@ class GivesUpLate(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.average = nn.Conv2d(3, 6, 1), models.Average()
+        self.conv, self.average = nn.Conv2d(3, 6, 1), networks.Average()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.average(self.conv(x))
@@ -549,7 +549,7 @@ class TriesAgain(GivesUpLate):
     """The same, and then a function of its own reads data."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return models.largest(self.average(self.conv(x)))
+        return networks.largest(self.average(self.conv(x)))
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(GivesUpLate()), TriesAgain, HAZARDS["OtherTensors"]])
