@@ -1,6 +1,6 @@
 """What single ops of torch do beside giving a value: mix the samples of a batch, move statistics, drop values.
 
-An op is a node of torch.fx that was just recorded, in a model whose `root` holds the modules that nodes call.
+An op is a node of torch.fx that was just recorded, with the `module` that it calls, if it calls one.
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ ALONG: dict[str, tuple[int, int | None]] = {
 PLACES = (torch, functional, Tensor)
 
 
-def moved_statistics(node: fx.Node, root: nn.Module) -> list[Tensor | fx.Node]:
+def moved_statistics(node: fx.Node, module: nn.Module | None) -> list[Tensor | fx.Node]:
     """The running statistics that an op moves: tensors of a module that it calls, or what a function was given."""
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
+    if module is not None:
         return [
             tensor
             for inner in module.modules()
@@ -56,10 +55,9 @@ def moved_statistics(node: fx.Node, root: nn.Module) -> list[Tensor | fx.Node]:
     return [statistic for statistic in (mean, variance) if training and isinstance(statistic, fx.Node)]
 
 
-def mixes_samples(node: fx.Node, root: nn.Module, batch_size: int) -> bool:
+def mixes_samples(node: fx.Node, module: nn.Module | None, batch_size: int) -> bool:
     """Whether what an op gives for a sample of the batch depends on the others."""
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
+    if module is not None:
         return any(
             isinstance(inner, _BatchNorm) and (inner.training or inner.running_mean is None)
             for inner in module.modules()
@@ -69,10 +67,9 @@ def mixes_samples(node: fx.Node, root: nn.Module, batch_size: int) -> bool:
     return _is_along_samples(node, batch_size)
 
 
-def is_dropout(node: fx.Node, root: nn.Module) -> bool:
+def is_dropout(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether an op drops values at random."""
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
+    if module is not None:
         return isinstance(module, _DropoutNd) and module.training and module.p > 0
     return node.target in DROPOUTS
 

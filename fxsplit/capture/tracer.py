@@ -433,7 +433,8 @@ class ValueTracer(fx.Tracer):
         args, kwargs = resolve(
             (node.args, node.kwargs), lambda leaf: leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
         )
-        state = self._module_state(node)
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        state = {} if module is None else self._module_state(str(node.target), module)
         watched: dict[str | fx.Node, list[Tensor]] = {
             **{argument: tensors_in(argument.meta["value"]) for argument in node.all_input_nodes},
             **{name: [tensor] for name, tensor in state.items()},
@@ -464,18 +465,17 @@ class ValueTracer(fx.Tracer):
         node.meta["state"] = tuple(state)
         node.meta["written"] = [
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
-        ] + [self._state[id(each)] if isinstance(each, Tensor) else each for each in moved_statistics(node, self.root)]
+        ]
+        node.meta["written"] += [
+            self._state[id(each)] if isinstance(each, Tensor) else each for each in moved_statistics(node, module)
+        ]
         node.meta["known"] = is_known(node, value)
         node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
-        node.meta["mixes_samples"] = mixes_samples(node, self.root, self._batch_size)
-        node.meta["is_dropout"] = is_dropout(node, self.root)
+        node.meta["mixes_samples"] = mixes_samples(node, module, self._batch_size)
+        node.meta["is_dropout"] = is_dropout(node, module)
         return value
 
-    def _module_state(self, node: fx.Node) -> dict[str, Tensor]:
-        if node.op != "call_module":
-            return {}
-        path = str(node.target)
-        module = self.root.get_submodule(path)
+    def _module_state(self, path: str, module: nn.Module) -> dict[str, Tensor]:
         named = (*module.named_parameters(prefix=path), *module.named_buffers(prefix=path))
         return {self._state.get(id(tensor), name): tensor for name, tensor in named}
 

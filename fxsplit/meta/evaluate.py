@@ -179,7 +179,7 @@ def evaluate(
         args = args[1:]
     else:
         called = _uncompiled(root.get_submodule(str(target))) if kind == "call_module" else target
-    with _left_alone(called) if kind == "call_module" else nullcontext():
+    with _left_alone(called) if kind == "call_module" and not _is_plain(called) else nullcontext():
         try:
             with META, _users(called, (args, kwargs)):
                 return on_meta(autocast.run(called, args, kwargs, device))
@@ -211,6 +211,12 @@ def _uncompiled(module: nn.Module) -> nn.Module:
     original = getattr(module, "_orig_mod", module)
     assert isinstance(original, nn.Module)
     return original
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A single module of torch's own, whose forward replaces nothing in it."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module).__module__.startswith("torch.nn.modules.") and not module._modules and not hooked
 
 
 @contextmanager
