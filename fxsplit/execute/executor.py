@@ -81,22 +81,25 @@ class _Modes:
 
 
 class Executor(nn.Module):
-    """Runs `trace.model` partition by partition; takes its place in any training loop.
+    """Runs `trace.model` partition by partition, in any phase; takes the model's place in any training loop.
 
     It shares the model's modules, parameters and buffers, so `state_dict()` has the model's own keys, and moving or
     loading either of the two does so to both. `train()`, `eval()` and `training` are the model's own, and so is every
-    attribute that the executor lacks. Before the first `enter`, everything trains, bit for bit as the model does,
-    unless graph `passes` such as `fxsplit.execute.pointwise.pointwise_products` are given, which may change results by
-    rounding, or a `backend` of torch.compile, such as "inductor", which compiles each stage when it first runs.
-    What is settled is folded in training, with pointwise convolutions as products where these are faster, and
-    delivers the same within rounding. With a `settled_dtype`, such as torch.bfloat16, it runs in that precision while
-    the rest trains; in evaluation as ever.
-
-    Each partition runs as a module, its `stage_at(index)`, and a forward hook on that fires, but for one that
-    recomputes in segments.
+    attribute that the executor lacks. Before the first `enter`, everything trains, bit for bit as the model does. What
+    is settled is folded in training, with pointwise convolutions as products where these are faster, and delivers the
+    same within rounding.
 
     What is changed in the model after tracing is followed or refused, with a GuardError that names it: weights, modules
     and attributes at the next `enter`, `train()` or `eval()`, hooks and modes at the next call.
+
+    Args:
+        trace: the captured model.
+        partitions: all partitions of this trace, in order.
+        passes: what rewrites the graph of each stage, such as `fxsplit.execute.pointwise.pointwise_products`. A pass
+            may change results by rounding.
+        settled_dtype: the precision, such as torch.bfloat16, in which settled partitions run while the rest trains;
+            None is that of the rest. In evaluation all run as ever.
+        backend: of torch.compile, such as "inductor": compiles each stage when it first runs.
 
     Raises PartitionError when the partitions are not those of this trace.
     """
@@ -139,7 +142,11 @@ class Executor(nn.Module):
         return tuple(stage.partition for stage in self._stages)
 
     def stage_at(self, index: int) -> Stage:
-        """The module as which partition `index` runs, for hooks and for what wraps modules, such as FSDP2."""
+        """The module as which partition `index` runs, for hooks and for what wraps modules, such as FSDP2.
+
+        It is called in every phase and mode, settled and recomputed too; only what recomputes in segments runs as
+        modules of its own.
+        """
         return self._stages[index]
 
     @property

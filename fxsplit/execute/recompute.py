@@ -38,9 +38,9 @@ Modes = list[tuple[nn.Module, bool]]
 
 
 class Recomputation:
-    """What runs in place of the `stages` that recompute, as wholes or in segments; made when a phase first needs it.
+    """Makes what runs in place of `stages` that recompute, as wholes or in segments, when a phase first needs it.
 
-    Segments are stages of their own, with the same `passes` and `backend`.
+    Segments are stages of their own, planned by `fxsplit.plan.segments`, with the same `passes` and `backend`.
     """
 
     def __init__(
