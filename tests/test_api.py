@@ -22,7 +22,10 @@ from fxsplit.data.images import batches
 from fxsplit.errors import DataError, PartitionError, ProofError, UsageError
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.pointwise import pointwise_products
+from fxsplit.graph import Graph
 from fxsplit.models import registry
+from fxsplit.pages.page import inspection_page
+from fxsplit.plan import cuts as cut_places
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.planfile import read_file
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, RunReport
@@ -313,6 +316,22 @@ def test_the_proof_is_of_stages_as_they_are_and_the_training_of_compiled_ones(
     assert compiled.prove_seconds > 0
     assert compiled.epochs[0].train_loss != plain.epochs[0].train_loss
     torch.compiler.reset()
+
+
+def test_cuts_are_worked_out_once_a_run(spec: Callable[..., fxsplit.RunSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    worked: list[int] = []
+    twins = cut_places._twins
+
+    def counted(train: Graph, evaluation: Graph) -> list[int]:
+        worked.append(len(train))
+        return twins(train, evaluation)
+
+    monkeypatch.setattr(cut_places, "_twins", counted)
+    report = train(spec(schedule="l2l", by="op"))
+    assert (Path(report.folder) / "report.html").exists()
+    assert len(worked) == 1
+    inspection_page(fxsplit.inspect(spec(schedule="l2l", by="op")))
+    assert len(worked) == 2
 
 
 def test_a_dry_run_writes_nothing(spec: Callable[..., fxsplit.RunSpec], tmp_path: Path) -> None:
