@@ -8,8 +8,6 @@ A phase is drawn as one bar, in marks that also tell the roles apart where there
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,16 +52,6 @@ def write(text: str) -> None:
     sys.stdout.write(text)
 
 
-def write_json(data: Any) -> None:
-    """JSON to stdout."""
-    write(json_text(data))
-
-
-def json_text(data: Any) -> str:
-    """JSON, a line each. Numbers that JSON does not know, such as the loss of a diverged run, are null."""
-    return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
-
-
 def say(line: str) -> None:
     """A line to stderr; names in it are shown, never obeyed."""
     print(visible(line), file=sys.stderr, flush=True)
@@ -80,14 +68,6 @@ class Terminal(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 # What a phase looks like
@@ -230,8 +210,8 @@ def render_forecasts(records: Sequence[ForecastRecord]) -> None:
 def epoch_line(record: EpochRecord, epochs: int) -> str:
     """One epoch in one line."""
     return (
-        f"epoch {record.epoch + 1}/{epochs}: loss {record.train_loss:.4f}, "
-        f"test {record.eval_top1:.2f} %, "
+        f"epoch {record.epoch}/{epochs}: loss {record.train_loss:.4f}, "
+        f"train {record.train_top1:.2f} %, test {record.eval_top1:.2f} %, "
         f"{record.train_seconds:.1f} s + {record.eval_seconds:.1f} s test, "
         f"{record.images_per_second:,.0f} images/s"
     )
@@ -266,7 +246,7 @@ class PlainView(Observer):
         if record.step == record.steps:
             return  # the line of the epoch says it all
         say(
-            f"epoch {record.epoch + 1}/{self.plan.epochs} step {record.step}/{record.steps}: "
+            f"epoch {record.epoch}/{self.plan.epochs} step {record.step}/{record.steps}: "
             f"loss {record.train_loss:.4f}, train {record.train_accuracy_pct:.2f} %, "
             f"{record.images_per_second:,.0f} images/s, {human(record.memory_bytes, 'B')}"
         )
@@ -312,7 +292,7 @@ class LiveView(Observer):
     def panel(self) -> Panel:
         """How things stand."""
         width = min(self.console.width, WIDEST)
-        words = (self.model, self.plan.schedule if self.plan else "", self.device)
+        words = (self.model, self.plan.title if self.plan else "", self.device)
         return Panel(
             Group(*self._rows(self.plan, width - 4)) if self.plan else self.spinner,
             title=Text(" · ".join(filter(None, words))),
@@ -335,8 +315,8 @@ class LiveView(Observer):
         if step and step.phase == self.phase_index:
             epoch, done, steps = step.epoch, step.step, step.steps
         else:
-            epoch, done, steps = plan.first_epoch(self.phase_index), 0, step.steps if step else 1
-        bar.add_row(f"epoch {epoch + 1}/{plan.epochs}", ProgressBar(steps, done), f"{done}/{steps}")
+            epoch, done, steps = plan.first_epoch(self.phase_index) + 1, 0, step.steps if step else 1
+        bar.add_row(f"epoch {epoch}/{plan.epochs}", ProgressBar(steps, done), f"{done}/{steps}")
         return head, draw(phase, len(plan.partitions), width), describe(phase, plan), bar, self._figures()
 
     def _figures(self) -> Table:

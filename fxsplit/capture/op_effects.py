@@ -5,6 +5,7 @@ An op is a node of torch.fx that was just recorded, with the `module` that it ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
 
 DROPOUTS = {
     *(torch.dropout, torch.feature_dropout, torch.alpha_dropout),
@@ -58,13 +60,26 @@ def moved_statistics(node: fx.Node, module: nn.Module | None) -> list[Tensor | f
 def mixes_samples(node: fx.Node, module: nn.Module | None, batch_size: int) -> bool:
     """Whether what an op gives for a sample of the batch depends on the others."""
     if module is not None:
-        return any(
-            isinstance(inner, _BatchNorm) and (inner.training or inner.running_mean is None)
-            for inner in module.modules()
-        )
+        return any(map(_norms_by_batch, module.modules()))
     if node.target in (functional.batch_norm, torch.batch_norm):
         return bool(_statistics(node)[2])
     return _is_along_samples(node, batch_size)
+
+
+def _norms_by_batch(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm that takes the statistics of its batch now."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def watch_norms(called: nn.Module) -> tuple[dict[str, torch.Size], list[RemovableHandle]]:
+    """The sizes of what reaches each BatchNorm in a module that takes the statistics of its batch, once it has run."""
+    sizes: dict[str, torch.Size] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _norm, given: sizes.update({name: given[0].shape})
+
+    norms = [(name, module) for name, module in called.named_modules() if _norms_by_batch(module)]
+    return sizes, [module.register_forward_pre_hook(note(name)) for name, module in norms]
 
 
 def is_dropout(node: fx.Node, module: nn.Module | None) -> bool:

@@ -9,6 +9,7 @@ is here.
 from __future__ import annotations
 
 import builtins
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -23,7 +24,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.utils import parametrize
 
 from fxsplit.capture.contexts import Context
-from fxsplit.capture.op_effects import is_dropout, mixes_samples, moved_statistics
+from fxsplit.capture.op_effects import is_dropout, mixes_samples, moved_statistics, watch_norms
 from fxsplit.capture.proxy import ValueProxy
 from fxsplit.capture.questions import MISSING, QUESTIONS, REAL_ISINSTANCE, Assignment, Guard
 from fxsplit.capture.signature import Signature
@@ -33,9 +34,9 @@ from fxsplit.meta.costs import CostMeter
 from fxsplit.meta.evaluate import Constant, External, Outside, Rebuild, Slot, StandIn, evaluate, expect, resolve
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
-from fxsplit.objects.contents import unchanged
+from fxsplit.objects.contents import drawing_nothing, of_this_thread, unchanged
 from fxsplit.objects.hooks import hooks_of
-from fxsplit.objects.structure import map_tensors, template, tensors_in
+from fxsplit.objects.structure import map_tensors, module_at, template, tensors_in
 
 READ_DATA = ("item", "tolist", "numpy")
 # What acts on the tape of autograd, and leaves no value behind by which it would be kept.
@@ -53,9 +54,10 @@ class ValueTracer(fx.Tracer):
     `lenient`, the model's own forward may ask for sizes that depend on data; the answers are made sure of in each run.
 
     After `trace`, `guards` are the answers that fixed the path, `opaque` the modules that became one op, with the
-    reasons, `assigned` what forward put into modules, and `checkpoints` says
-    whether it recomputes by itself. Every node has in its meta the keys `value`, `path`, `state`, `written` (nodes and
-    state names written in place), in contexts `contexts` and, with a meter, `cost`.
+    reasons, `assigned` what forward put into modules, `checkpoints` says whether it recomputes by itself, and
+    `cuts_gradients` whether it does so in the older way where an input wants no gradient. Every node has in its meta
+    the keys `value`, `path`, `state`, `written` (nodes and state names written in place), in contexts `contexts` and,
+    with a meter, `cost`.
     """
 
     proxy_type = ValueProxy
@@ -85,7 +87,7 @@ class ValueTracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.assigned: list[Assignment] = []
         self.evaluating = False
-        self.checkpoints = False
+        self.checkpoints = self.cuts_gradients = False
         self._thread = get_ident()
         self._open: list[tuple[object, Context]] = []
         self._whole = whole or {}
@@ -200,9 +202,10 @@ class ValueTracer(fx.Tracer):
     def call_checkpointed(self, function: Callable[..., Any], args: Sequence[Any], *, reentrant: bool) -> Any:
         """What a checkpoint calls; the older kind gives no gradient where none of its inputs wants one."""
         self.checkpoints = True
-        values = [a.value for a in args if type(a) is ValueProxy]
-        wanted = any(tensor.requires_grad for tensor in tensors_in(values))
-        if reentrant and torch.is_grad_enabled() and not wanted:
+        # Evaluation is recorded without gradients, and may run with them.
+        records = torch.is_grad_enabled() or not self.model.training
+        if reentrant and records and not any(map(_wants_gradient, args)):
+            self.cuts_gradients = True
             with torch.no_grad():
                 return function(*args)
         return function(*args)
@@ -353,7 +356,9 @@ class ValueTracer(fx.Tracer):
         before = {kind: dict(owner) for kind, owner in owners.items()}
         open_before, with_gradients = len(self._open), torch.is_grad_enabled()
         try:
-            value = forward()
+            # torch's own containers draw nothing themselves.
+            with drawing_nothing({} if type(module).__module__.startswith("torch.") else of_this_thread()):
+                value = forward()
         except BaseException:
             for kind, owner in owners.items():
                 owner.clear()
@@ -433,7 +438,7 @@ class ValueTracer(fx.Tracer):
         args, kwargs = resolve(
             (node.args, node.kwargs), lambda leaf: leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
         )
-        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = module_at(self.root, str(node.target)) if node.op == "call_module" else None
         state = {} if module is None else self._module_state(str(node.target), module)
         watched: dict[str | fx.Node, list[Tensor]] = {
             **{argument: tensors_in(argument.meta["value"]) for argument in node.all_input_nodes},
@@ -447,17 +452,21 @@ class ValueTracer(fx.Tracer):
             args, kwargs = given
             return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
 
+        holder = getattr(args[0], "__self__", None) if node.target is operator.call else None
+        called = holder if module is None else module
+        sizes, hooks = watch_norms(called) if isinstance(called, nn.Module) else ({}, [])
         self.evaluating, builtins.isinstance = True, REAL_ISINSTANCE
         try:
             if self.meter is None:
                 with self.kernels:
                     value = run((args, kwargs))
             else:
-                holder = getattr(args[0], "__self__", None) if node.target is operator.call else None
                 used = holder.parameters() if isinstance(holder, nn.Module) else state.values()
                 value, node.meta["cost"] = self.meter.measure(run, (args, kwargs), [*used])
         finally:
             self.evaluating, builtins.isinstance = False, watching
+            for hook in hooks:
+                hook.remove()
         inputs = node.all_input_nodes
         node.meta["stand_in"] = isinstance(value, StandIn) or any(each.meta.get("stand_in") for each in inputs)
         node.meta["drawn"] = isinstance(node.target, Outside) or any(each.meta.get("drawn") for each in inputs)
@@ -469,15 +478,38 @@ class ValueTracer(fx.Tracer):
         node.meta["written"] += [
             self._state[id(each)] if isinstance(each, Tensor) else each for each in moved_statistics(node, module)
         ]
+        node.meta["wants"] = any(map(_node_wants, inputs)) or any(tensor.requires_grad for tensor in state.values())
         node.meta["known"] = is_known(node, value)
         node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
         node.meta["mixes_samples"] = mixes_samples(node, module, self._batch_size)
+        if node.target in (nn.functional.batch_norm, torch.batch_norm) and node.meta["mixes_samples"]:
+            sizes[""] = value.shape
+        small = (name for name, size in sizes.items() if math.prod(size) <= size[1] * self._batch_size)
+        if (name := next(small, None)) is not None:
+            node.meta["single_value_norm"] = f"{node.meta['path']}.{name}".strip(".")
         node.meta["is_dropout"] = is_dropout(node, module)
         return value
 
     def _module_state(self, path: str, module: nn.Module) -> dict[str, Tensor]:
-        named = (*module.named_parameters(prefix=path), *module.named_buffers(prefix=path))
-        return {self._state.get(id(tensor), name): tensor for name, tensor in named}
+        return {
+            self._state.get(id(tensor), f"{prefix}.{name}"): tensor
+            for prefix, inner in module.named_modules(prefix=path)
+            for name, tensor in (*inner._parameters.items(), *inner._buffers.items())
+            if tensor is not None
+        }
+
+
+def _wants_gradient(argument: Any) -> bool:
+    if type(argument) is ValueProxy:
+        return isinstance(argument.value, Tensor) and _node_wants(argument.node)
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def _node_wants(node: fx.Node) -> bool:
+    """Whether a value would want a gradient, were it recorded with gradients."""
+    if "wants" in node.meta:
+        return bool(node.meta["wants"])
+    return any(tensor.requires_grad for tensor in tensors_in(node.meta["value"]))
 
 
 def reason_to_keep_whole(module: nn.Module) -> str | None:

@@ -12,7 +12,7 @@ import itertools
 import linecache
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -21,12 +21,14 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
 from fxsplit.capture.naming import called_module
-from fxsplit.capture.tracing import Trace
+from fxsplit.capture.tracing import Program, Trace
 from fxsplit.errors import PartitionError
 from fxsplit.execute.ownership import ops_of
 from fxsplit.execute.passes import Pass, rewritten
 from fxsplit.execute.source import NAME, source_of
 from fxsplit.graph import EVALUATION, TRAINING
+from fxsplit.meta.evaluate import resolve
+from fxsplit.objects.same import same_value
 from fxsplit.plan.partition import Partition
 
 # Of torch.compile: a name, or a function of its own kind.
@@ -113,20 +115,32 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.partition = partition
+        # By the mode of the ops and the one whose output is returned.
         self._codes = {
-            training: code_of(
-                rewritten(stage_graph(trace, partition, is_last=is_last, training=training), trace.model, passes),
+            (training, returned): code_of(
+                rewritten(
+                    stage_graph(trace, partition, is_last=is_last, training=training, returned=returned),
+                    trace.model,
+                    passes,
+                ),
                 f"partition {partition.index} in {'training' if training else 'evaluation'}",
                 backend,
             )
             for training in modes
+            for returned in ({training, True} if is_last and not _returns_alike(trace) else {training})
         }
         self._uses = tuple(dict.fromkeys(_paths(trace, partition)))
         self.arrange(trace.model)
 
-    def forward(self, values: list[Any], training: bool | None = None) -> Any:
-        """What the partition makes of the values at its start, in its own mode unless `training` says another."""
-        return self._codes[self.training if training is None else training](self._model, values)
+    def forward(self, values: list[Any], training: bool | None = None, returned: bool | None = None) -> Any:
+        """What the partition makes of the values at its start, in its own mode unless `training` says another.
+
+        The last one returns the model's output of that mode; or if `returned` is true, that of training, in as far as
+        what ran in evaluation has it.
+        """
+        mode = self.training if training is None else training
+        key = (mode, mode if returned is None else returned)
+        return self._codes.get(key, self._codes[mode, mode])(self._model, values)
 
     def arrange(self, model: nn.Module) -> None:
         """Share what the model has now, and run over it."""
@@ -172,19 +186,19 @@ def _adopt(holder: nn.Module, model: nn.Module, path: str) -> None:
             holder._non_persistent_buffers_set.add(name)
 
 
-def stage_graph(trace: Trace, partition: Partition, *, is_last: bool, training: bool) -> fx.Graph:
+def stage_graph(
+    trace: Trace, partition: Partition, *, is_last: bool, training: bool, returned: bool | None = None
+) -> fx.Graph:
     """The ops of a partition as a graph of its own, from the list of values that it reads to what it writes.
 
-    Each of its ops has the Op that it is in its node's meta, as `op`.
+    Each of its ops has the Op that it is in its node's meta, as `op`. The last one returns the model's output, perhaps
+    that of the mode `returned`.
     """
     program, span = trace.programs[training], partition.span(training=training)
-    names = {
-        **dict(zip((op.name for op in program.graph.ops), program.nodes, strict=True)),
-        **dict(zip((value.name for value in program.graph.inputs), program.inputs, strict=True)),
-    }
+    names = _nodes_by_name(program)
     graph = fx.Graph()
     values = graph.placeholder("values")
-    # A value that this mode does not have is taken as well, and passed on as None.
+    # What this mode does not have is taken as well, and passed on: a partition in the other mode may have made it.
     taken = {name: graph.call_method("pop", (values,)) for name in reversed(partition.reads)}
     made = {names[name]: node for name, node in taken.items() if name in names}
 
@@ -198,11 +212,82 @@ def stage_graph(trace: Trace, partition: Partition, *, is_last: bool, training: 
             find(source)
         made[node] = graph.node_copy(node, find)
         made[node].meta["op"] = op
-    if is_last:
-        graph.output(fx.node.map_arg(program.output.args[0], find))
+    at_hand = taken | {name: made[node] for name, node in names.items() if node in made}
+    if not is_last:
+        graph.output([at_hand.get(name) for name in partition.writes])
+    elif (training or returned) and not _returns_alike(trace):
+        graph.output(_as_in_training(trace, graph, at_hand, taken.keys(), find))
     else:
-        graph.output([made[names[name]] if name in names else None for name in partition.writes])
+        graph.output(fx.node.map_arg(program.output.args[0], find))
     return graph
+
+
+def _nodes_by_name(program: Program) -> dict[str, fx.Node]:
+    return {
+        **dict(zip((op.name for op in program.graph.ops), program.nodes, strict=True)),
+        **dict(zip((value.name for value in program.graph.inputs), program.inputs, strict=True)),
+    }
+
+
+def _as_in_training(
+    trace: Trace,
+    graph: fx.Graph,
+    at_hand: Mapping[str, fx.Node],
+    taken: Container[str],
+    find: Callable[[fx.Node], fx.Node],
+) -> Any:
+    """What training returns, of the values `at_hand`, some of them `taken` from partitions in either mode.
+
+    What nobody made in training is what evaluation returns in the same place: where a part in evaluation returns its
+    features, these are the ones without dropout. Where evaluation returns none, it is None.
+    """
+    names = {node: name for program in trace.programs.values() for name, node in _nodes_by_name(program).items()}
+
+    def value(ours: Any, theirs: Any) -> Any:
+        if isinstance(ours, fx.Node):
+            return of_nodes(ours, theirs if isinstance(theirs, fx.Node) else None)
+        if isinstance(ours, dict):
+            known = theirs if isinstance(theirs, dict) else {}
+            return {key: value(item, known.get(key)) for key, item in ours.items()}
+        if isinstance(ours, tuple | list):
+            others = theirs if isinstance(theirs, tuple | list) and len(theirs) == len(ours) else [None] * len(ours)
+            items = [value(*pair) for pair in zip(ours, others, strict=True)]
+            return type(ours)(*items) if hasattr(ours, "_fields") else type(ours)(items)
+        return ours
+
+    def of_nodes(ours: fx.Node, theirs: fx.Node | None) -> fx.Node | None:
+        if ours not in names:
+            return find(ours)
+        own = at_hand.get(names[ours])
+        other = None if theirs is None else at_hand.get(names.get(theirs, ""))
+        if theirs is None or own is other is not None or (own is not None and names[ours] not in taken):
+            return own
+        return graph.call_function(_if_made, (own, other))
+
+    return value(*(trace.programs[mode].output.args[0] for mode in (TRAINING, EVALUATION)))
+
+
+def _if_made(value: Any, other: Any) -> Any:
+    """Raises PartitionError when nobody made either: each lies in a partition that was in the other mode."""
+    if value is None and other is None:
+        raise PartitionError(
+            "the model returns a value that it makes in training before a cut and in evaluation after it, so that in "
+            "this phase no partition makes it; cut elsewhere"
+        )
+    return other if value is None else value
+
+
+def _returns_alike(trace: Trace) -> bool:
+    """Whether both modes return the same values in the same places."""
+    outputs = []
+    for program in trace.programs.values():
+        names = {node: name for name, node in _nodes_by_name(program).items()}
+
+        def name_of(leaf: Any, names: Mapping[fx.Node, str] = names) -> Any:
+            return names.get(leaf, leaf.target) if isinstance(leaf, fx.Node) else leaf
+
+        outputs.append(resolve(program.output.args[0], name_of))
+    return same_value(*outputs)
 
 
 def code_of(graph: fx.Graph, label: str, backend: Backend | None = None) -> Code:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fxsplit.errors import UsageError, nearest, reason
+from fxsplit.errors import NoModelError, UsageError, nearest, reason
 
 
 def call(
@@ -29,7 +29,7 @@ def call(
         factory = getattr(module, name, None)
         if not callable(factory):
             callables = [key for key, value in vars(module).items() if callable(value)]
-            raise UsageError(f"{source!r} has no function or class {name!r}{nearest(name, callables)}")
+            raise NoModelError(f"{source!r} has no function or class {name!r}{nearest(name, callables)}")
         try:
             named = inspect.signature(factory).parameters
             return factory(**{key: value for key, value in offered.items() if key in named}, **asked)
@@ -41,7 +41,7 @@ def _import_file(source: str) -> ModuleType:
     path = Path(source).expanduser()
     if not path.is_file():
         beside = (file.name for file in path.parent.glob("*.py"))
-        raise UsageError(f"there is no file {source!r}{nearest(path.name, beside)}")
+        raise NoModelError(f"there is no file {source!r}{nearest(path.name, beside)}")
     path = path.resolve()
     # a name of its own, so that a file called torch.py hides nothing; pickle and dataclasses look it up
     name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
@@ -65,7 +65,7 @@ def _import_module(source: str, spec: str, libraries: Collection[str]) -> Module
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{source}.".startswith(f"{missing}."):
-            raise UsageError(
+            raise NoModelError(
                 f"{source!r} in {spec!r} is no library ({', '.join(libraries)}), no .py file and no module "
                 f"that can be imported{nearest(source, libraries)}"
             ) from error
