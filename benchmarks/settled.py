@@ -24,6 +24,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that everybody giv
 
 import fxsplit
 from fxsplit.assembly import choose_device
+from fxsplit.caching.cache import CachePolicy
 from fxsplit.data.images import MemoryImages
 from fxsplit.data.loader import Loader
 from fxsplit.execute.executor import Executor
@@ -31,7 +32,6 @@ from fxsplit.execute.forward import Forward
 from fxsplit.execute.passes import passes_for
 from fxsplit.measuring.meter import now
 from fxsplit.models import registry
-from fxsplit.training.cache import CachePolicy
 
 BATCHES = 4
 

@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 
 import fxsplit.plan.forecast
 from fxsplit import planning
+from fxsplit.caching.cache import GIB, CachePolicy
+from fxsplit.caching.feed import Feed
 from fxsplit.capture.tracing import Trace
 from fxsplit.data import datasets
 from fxsplit.data.images import Data
@@ -37,10 +39,8 @@ from fxsplit.plan.schedule import Plan, schedule
 from fxsplit.proving.first_batch import prove_batch
 from fxsplit.report import Inspection, Observer
 from fxsplit.spec import RunSpec
-from fxsplit.training.cache import GIB, CachePolicy
 from fxsplit.training.endings import Endings, named_parameters
 from fxsplit.training.exits import Exits
-from fxsplit.training.feed import Feed
 from fxsplit.training.objective import Objective
 from fxsplit.training.optimizers import make_optimizer, make_scheduler, slots_of
 from fxsplit.training.phase_optimizer import MakeScheduler, PhaseOptimizer

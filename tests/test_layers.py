@@ -26,7 +26,7 @@ LAYERS = (
     {"spec", "report"},
     {"capture"},
     {"execute", "pages"},
-    {"measuring", "distribute"},
+    {"caching", "measuring", "distribute"},
     {"training"},
     {"proving"},
     {"planning"},

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from fxsplit.caching.feed import Feed
 from fxsplit.measuring.meter import Meter, now
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import EpochRecord, StepRecord
 from fxsplit.training.accuracy import Score
-from fxsplit.training.feed import Feed
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 
 

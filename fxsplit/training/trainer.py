@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
 
+from fxsplit.caching.feed import Feed
 from fxsplit.execute.forward import Forward
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.training.accuracy import Accuracy, Score
 from fxsplit.training.endings import Endings
-from fxsplit.training.feed import Feed
 from fxsplit.training.objective import Objective
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.plasticity import Plasticity

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from fxsplit.caching.cache import CachePolicy
 from fxsplit.capture.tracing import trace
 from fxsplit.data.loader import Loader
 from fxsplit.errors import UsageError
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.training.batchnorm import check_batches
-from fxsplit.training.cache import CachePolicy
 from tests.training.test_trainer import images, trainer
 
 

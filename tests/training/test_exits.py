@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from fxsplit.caching.cache import CachePolicy
 from fxsplit.capture.tracing import trace
 from fxsplit.data.loader import Loader
 from fxsplit.execute.executor import Executor
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import SCHEDULES, Phase
-from fxsplit.training.cache import CachePolicy
 from fxsplit.training.exits import Exits, channel_dim, features_of
 from fxsplit.training.optimizers import parameters_of
 from fxsplit.training.soft_targets import LastTargets

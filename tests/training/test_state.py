@@ -14,11 +14,11 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from fxsplit.caching.cache import CachePolicy
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.training import phase_optimizer
 from fxsplit.training.accuracy import Accuracy
-from fxsplit.training.cache import CachePolicy
 from fxsplit.training.endings import Endings, WeightAverage
 from fxsplit.training.exits import Exits
 from fxsplit.training.optimizers import SCHEDULES, load_named_state, make_optimizer, make_scheduler, named_state
@@ -90,7 +90,7 @@ class Saves(Observer):
         self.state: Mapping[str, Any] = {}
 
     def step_done(self, record: StepRecord) -> None:
-        if record.epoch * record.steps + record.step == self.step:
+        if (record.epoch - 1) * record.steps + record.step == self.step:
             self._save()
 
     def epoch_done(self, record: EpochRecord) -> None:
@@ -143,12 +143,12 @@ def agrees(whole: list[tuple[Tensor, ...]], rest: list[tuple[Tensor, ...]]) -> b
 
 @pytest.mark.parametrize("make", [with_exits, with_midpoint, with_veto, with_scaling])
 @pytest.mark.parametrize(
-    "where", [{"step": 3}, {"step": 8}, {"step": 10}, {"step": 16}, {"epoch": 0}, {"epoch": 1}, {"epoch": 2}]
+    "where", [{"step": 3}, {"step": 8}, {"step": 10}, {"step": 16}, {"epoch": 1}, {"epoch": 2}, {"epoch": 3}]
 )
 def test_training_goes_on_bit_for_bit(make: Make, where: dict[str, int], tmp_path: Path) -> None:
     whole = finished(made(make, tmp_path, 0))
     rest = gone_on(make, tmp_path, Saves(**where))
-    done = where["epoch"] + 1 if "epoch" in where else (where["step"] - 1) // 4
+    done = where["epoch"] if "epoch" in where else (where["step"] - 1) // 4
     assert len(rest) == 4 - done + 1
     assert agrees(whole, rest)
 

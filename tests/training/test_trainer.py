@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from fxsplit.caching.cache import CachePolicy
+from fxsplit.caching.feed import Feed
 from fxsplit.capture.tracing import trace
 from fxsplit.data.batch import Batch
 from fxsplit.data.images import MemoryImages
@@ -30,10 +32,8 @@ from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan, schedule
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.training.accuracy import Accuracy
-from fxsplit.training.cache import CachePolicy
 from fxsplit.training.endings import Endings, named_parameters
 from fxsplit.training.exits import Exits
-from fxsplit.training.feed import Feed
 from fxsplit.training.objective import Objective
 from fxsplit.training.optimizers import make_optimizer, make_scheduler
 from fxsplit.training.phase_optimizer import PhaseOptimizer

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from fxsplit.caching.cache import Cache, CachePolicy
 from fxsplit.data.batch import Batch
 from fxsplit.data.loader import Loader
 from fxsplit.errors import FxsplitError
 from fxsplit.execute.forward import Forward
-from fxsplit.training.cache import Cache, CachePolicy
 
 
 class Feed:

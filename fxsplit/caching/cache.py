@@ -21,11 +21,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from fxsplit.caching.rows import Column, FileRows, MemoryRows
 from fxsplit.data.batch import Batch
 from fxsplit.data.loader import Loader
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
-from fxsplit.training.rows import Column, FileRows, MemoryRows
 
 # Reading a byte costs about as much as this much work: of a disk for a CPU, of the bus for a large GPU.
 FLOPS_PER_BYTE = {"cpu": 20, "cuda": 4000}

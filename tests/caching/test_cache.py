@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from fxsplit.caching.cache import CachePolicy, cache_key, pays
+from fxsplit.caching.rows import Column, FileRows, MemoryRows
 from fxsplit.data.images import MemoryImages
 from fxsplit.execute.executor import Executor
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import EpochRecord, Observer
-from fxsplit.training.cache import CachePolicy, cache_key, pays
-from fxsplit.training.rows import Column, FileRows, MemoryRows
 from fxsplit.training.trainer import Trainer
 from tests.networks import HAZARDS, Chain, LongSkip
 from tests.training.test_trainer import TRAIN, same, trainer, weights
