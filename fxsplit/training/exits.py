@@ -100,7 +100,7 @@ class Exits:
             if str(index) in self.modules:
                 scores.append(self.modules[str(index)](values))
 
-        with executor.heard(tap):
+        with executor.tapped(tap):
             yield scores
 
     def add_to(self, loss: Tensor, scores: Sequence[Tensor], labels: Tensor, *, smoothing: float) -> Tensor:

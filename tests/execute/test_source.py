@@ -100,7 +100,7 @@ def test_no_name_is_code() -> None:
     model = OddNames()
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
     net = Executor(captured, fxsplit.partition(captured, count=3))
-    for code in net._stages[0]._codes.values():
+    for code in net.stage_at(0)._codes.values():
         assert code._source.isascii()
     plain = copy.deepcopy(model)
     images = torch.randn(4, 3, 8, 8)
