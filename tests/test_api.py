@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import yaml
 from fxsplit_cli.main import main
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import fxsplit
 from fxsplit.assembly import choose_device, determinism
