@@ -21,14 +21,13 @@ from fxsplit.pages.outline import Block, Costs, outline
 from fxsplit.plan.forecast import Forecast
 from fxsplit.report import Inspection
 
-from .render import ROLES, WIDEST, Terminal, draw, json_text, new_table, print_whole, visible, where, write
+from .tables import new_table, where
+from .terminal import WIDEST, Terminal, draw, json_text, legend, print_whole, visible, write
 
 CSV_COLUMNS = (
     *("partition", "op", "path", "class", "kind", "target", "shape", "dtype", "bytes_per_sample"),
     *("parameters", "macs", "uncounted", "backward_macs", "activation_bytes", "seconds", "reads", "state", "mutates"),
 )
-
-
 FORECAST = ("time", "activations", "peak")
 
 
@@ -36,7 +35,7 @@ FORECAST = ("time", "activations", "peak")
 
 
 def table(inspection: Inspection, console: Console) -> None:
-    """The partitions, and the phases of the plan with their forecast."""
+    """Print the partitions, and the phases of the plan with their forecast."""
     ops, plan, totals = inspection.graph.ops, inspection.plan, _totals(inspection)
     print_whole(console, f"{inspection.model}, input {shape(inspection.input_shape)}\n")
     partitions = new_table("#", "from", "to", ">ops", ">params", ">MACs", ">activations", ">boundary")
@@ -67,7 +66,7 @@ def table(inspection: Inspection, console: Console) -> None:
         figures = _phase_figures(ahead, index) if ahead else ()
         phases.add_row(str(index + 1), drawing, *where(phase, plan), str(phase.epochs), *figures)
     console.print(phases)
-    print_whole(console, "  ".join(f"{mark} {role}" for role, (mark, _) in ROLES.items()))
+    console.print(legend())
     if ahead:
         print_whole(console, f"{in_words(ahead)} A phase's time is that of a step.")
     for note in inspection.notes:
@@ -75,7 +74,7 @@ def table(inspection: Inspection, console: Console) -> None:
 
 
 def tree(inspection: Inspection, console: Console) -> None:
-    """The modules of each partition with costs on every level; bars are shares of the level above."""
+    """Print the modules of each partition with costs on every level; bars are shares of the level above."""
     found = outline(inspection)
     model = Tree(_branch(Text(inspection.model, "bold"), found.costs, found.costs), guide_style="bright_black")
     for index, block in enumerate(found.partitions):
@@ -89,7 +88,7 @@ def tree(inspection: Inspection, console: Console) -> None:
 
 
 def _grow(node: Tree, block: Block) -> None:
-    """What costs nothing is left out, and of equal blocks the first is told."""
+    """Add the blocks inside of a block: not those without costs, and of equal ones the first."""
     for inner in block.blocks[:1] if block.count > 1 else block.blocks:
         if inner.costs.macs or inner.costs.parameters or inner.costs.activation_bytes:
             # What is too long is cut off at its end.
@@ -125,7 +124,7 @@ def _phase_figures(forecast: Forecast, index: int) -> tuple[str, ...]:
 
 
 def to_dict(inspection: Inspection) -> dict[str, Any]:
-    """Plain data for JSON.
+    """Make plain data for JSON.
 
     `model`, `input_shape`, `graph_digest`; `plan` (schema, schedule, partitions, phases) as in a run folder's
     plan.json; `totals` of ops, parameters and, for one sample, macs and activation_bytes; `forecast` of each phase, of
@@ -146,7 +145,7 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
 
 
 def to_csv(inspection: Inspection) -> str:
-    """A row for each op, in order; names in one cell are separated by spaces."""
+    """Write a row for each op, in order; names in one cell are separated by spaces."""
     parameters = outline(inspection).parameters
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -164,7 +163,7 @@ def to_csv(inspection: Inspection) -> str:
 
 
 def to_markdown(inspection: Inspection) -> str:
-    """The partitions and the phases as two tables."""
+    """Write the partitions and the phases as two tables."""
     plan, ahead = inspection.plan, inspection.forecast
     partitions = [
         (
@@ -209,7 +208,7 @@ def _escaped(text: str) -> str:
 
 
 def to_dot(inspection: Inspection) -> str:
-    """For Graphviz: partitions as clusters of their blocks, on each edge the bytes of one sample that it carries."""
+    """Write for Graphviz: partitions as clusters of their blocks, on each edge the bytes of one sample it carries."""
     graph = inspection.graph
     lines = ["digraph {", '  graph [labeljust=l, fontname="sans-serif"];']
     lines += ['  node [shape=box, fontname="sans-serif"];', '  edge [fontname="sans-serif"];']
@@ -260,7 +259,7 @@ def _quoted(text: str) -> str:
 
 
 def to_html(inspection: Inspection) -> str:
-    """One file, to be opened in a browser."""
+    """Write one file, to be opened in a browser."""
     from fxsplit.pages.page import inspection_page
 
     return inspection_page(inspection)
