@@ -139,6 +139,7 @@ def test_the_panel_keeps_its_size_and_leaves_room_for_an_echo(
     look()
     view.phase_started(0, replace(plan.phases[0], micro_batches=8))
     look()
+    assert "images/s -" in plain(shown(console, view))[6]
     drive(view, plan, epochs)
     look()
     # A terminal writes ^C for an interruption, behind the panel.
