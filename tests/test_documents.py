@@ -200,6 +200,13 @@ def test_the_map_has_every_folder() -> None:
         assert (ROOT / "fxsplit" / folder / first).is_file()
 
 
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_the_readme_of_a_folder_names_its_files(package: Path) -> None:
+    files = (package / "README.md").read_text(encoding="utf-8").partition("**Files**")[2]
+    entries = {path.stem for path in package.iterdir() if not path.name.startswith("_")} - {"README"}
+    assert sorted(re.findall(r"`(\w+)`", files)) == sorted(entries)
+
+
 def test_every_page_of_results_is_in_the_index() -> None:
     pages = {path.name for path in (ROOT / "docs" / "results").glob("20*.md")}
     rows = re.findall(
