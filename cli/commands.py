@@ -85,7 +85,7 @@ def train(
     ] = True,
     **given: Any,
 ) -> Job:
-    """Train a model, layer-to-layer or by the standard method.
+    """Train an image classifier, layer to layer or by the standard method.
 
     The command line wins over FXSPLIT_* variables, such as FXSPLIT_BATCH_SIZE, and they over the recipe.
     """

@@ -24,7 +24,7 @@ OUT_OF_MEMORY = (
 
 app = typer.Typer(
     name="fxsplit",
-    help="Partition any PyTorch model by its torch.fx graph, and train it layer-to-layer.",
+    help="Partition any PyTorch model by its torch.fx graph, and train image classifiers layer to layer.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
