@@ -44,7 +44,8 @@ class Terminal(Console):
 
 def write(text: str) -> None:
     """Write text to stdout, as it is."""
-    sys.stdout.write(encodable(text, sys.stdout.encoding))
+    # A stream of text in memory has no encoding.
+    sys.stdout.write(encodable(text, sys.stdout.encoding or "utf-8"))
 
 
 def write_json(data: Any) -> None:

@@ -60,8 +60,11 @@ def test_a_terminal_gets_what_it_can_show(encoding: str, bar: str) -> None:
     assert ("épée" in text) is (encoding != "ascii")
 
 
-def test_text_is_written_to_a_pipe_that_knows_ascii_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_written_to_what_knows_ascii_only_or_all(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
     terminal.write("é │ 中\n")
     assert raw.getvalue() == b"\\xe9 | \\u4e2d\n"
+    monkeypatch.setattr("sys.stdout", memory := io.StringIO())
+    terminal.write("é │ 中\n")
+    assert memory.getvalue() == "é │ 中\n"

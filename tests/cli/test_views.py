@@ -73,6 +73,7 @@ def test_plain_view_is_a_log(
         "a [red]notice",
         "paper:cnn on cpu, 1,437 images to train on and 360 to test",
     ]
+    assert ". settled  # training  - frozen  | cut: student before it, teacher after it" in lines
     assert lines[-6:] == [
         f"phase 2/3, epochs 3 to 4: student 0-1 training | cut before {plan.partitions[2].name} | teacher 2 frozen",
         "epoch 3/6 step 5/12: loss 0.5000, train 75.00 %, 2,000 images/s, 3.0 MB",
