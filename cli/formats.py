@@ -29,6 +29,8 @@ CSV_COLUMNS = (
     *("parameters", "macs", "uncounted", "backward_macs", "activation_bytes", "seconds", "reads", "state", "mutates"),
 )
 FORECAST = ("time", "activations", "peak")
+# On a narrower terminal tables leave out what their other columns imply.
+WIDE = 80
 
 
 # For people in a terminal
@@ -36,41 +38,54 @@ FORECAST = ("time", "activations", "peak")
 
 def table(inspection: Inspection, console: Console) -> None:
     """Print the partitions, and the phases of the plan with their forecast."""
-    ops, plan, totals = inspection.graph.ops, inspection.plan, _totals(inspection)
+    plan, ahead = inspection.plan, inspection.forecast
+    is_wide = console.width >= WIDE
     print_whole(console, f"{inspection.model}, input {shape(inspection.input_shape)}\n")
-    partitions = new_table("#", "from", "to", ">ops", ">params", ">MACs", ">activations", ">boundary")
+    console.print(_partitions(inspection, is_wide))
+    print_whole(console, "MACs (multiply-adds) and bytes are of one sample; boundary is what is read.\n")
+    print_whole(console, f"{plan.schedule}, epochs in all: {plan.epochs}\n")
+    console.print(_phases(inspection, is_wide))
+    if is_wide:
+        console.print(legend())
+    if ahead:
+        print_whole(console, f"{in_words(ahead)} A phase's time is that of a step.")
+    for note in inspection.notes:
+        print_whole(console, note)
+
+
+def _partitions(inspection: Inspection, is_wide: bool) -> Table:
+    ops, totals = inspection.graph.ops, _totals(inspection)
+    last = ["to"] if is_wide else []
+    rows = new_table("#", "from", *last, ">ops", ">params", ">MACs", ">activations", ">boundary")
     for part in inspection.partitions:
-        last = ops[part.stop - 1]
-        partitions.add_row(
+        end = ops[part.stop - 1]
+        rows.add_row(
             str(part.index),
             Text(part.name),
-            Text(last.path or last.name),
+            *(Text(end.path or end.name) for _ in last),
             str(part.stop - part.start),
             human(part.parameters),
             human(part.macs),
             human(part.activation_bytes, "B"),
             human(part.boundary_bytes, "B"),
         )
-    partitions.add_section()
+    rows.add_section()
     counts = (str(totals["ops"]), human(totals["parameters"]), human(totals["macs"]))
-    partitions.add_row("", "total", "", *counts, human(totals["activation_bytes"], "B"), "")
-    console.print(partitions)
-    print_whole(console, "MACs (multiply-adds) and bytes are of one sample; boundary is what is read.\n")
+    rows.add_row("", "total", *("" for _ in last), *counts, human(totals["activation_bytes"], "B"), "")
+    return rows
 
-    print_whole(console, f"{plan.schedule}, epochs in all: {plan.epochs}\n")
-    ahead = inspection.forecast
-    phases = new_table("phase", "", "trains", "cut", ">epochs", *(f">{header}" for header in FORECAST if ahead))
+
+def _phases(inspection: Inspection, is_wide: bool) -> Table:
+    plan, ahead = inspection.plan, inspection.forecast
     count = len(plan.partitions)
+    headers = ("", "trains", "cut") if is_wide else ("trains",)
+    rows = new_table("phase", *headers, ">epochs", *(f">{header}" for header in FORECAST if ahead))
     for index, phase in enumerate(plan.phases):
-        drawing = draw(phase, count, min(3 * count, 30))
+        trains, cut = where(phase, plan)
+        words = (draw(phase, count, min(3 * count, 30)), trains, cut) if is_wide else (trains,)
         figures = _phase_figures(ahead, index) if ahead else ()
-        phases.add_row(str(index + 1), drawing, *where(phase, plan), str(phase.epochs), *figures)
-    console.print(phases)
-    console.print(legend())
-    if ahead:
-        print_whole(console, f"{in_words(ahead)} A phase's time is that of a step.")
-    for note in inspection.notes:
-        print_whole(console, note)
+        rows.add_row(str(index + 1), *words, str(phase.epochs), *figures)
+    return rows
 
 
 def tree(inspection: Inspection, console: Console) -> None:

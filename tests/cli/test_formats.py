@@ -56,6 +56,22 @@ def test_the_table_fits_and_adds_up(
     ]
 
 
+def test_a_narrow_table_leaves_out_what_it_implies(
+    inspection: Inspection, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = shown(inspection, "table", capsys).splitlines()
+    assert all(len(line) <= 60 for line in lines if re.search(r"\S  +\S", line))
+    cells = [re.split(r"  +", line.strip()) for line in lines]
+    assert ["1", "[red].2", "2", "5.0 k", "2.0 M", "3.0 kB", "2.0 kB"] in cells
+    assert [row[:3] for row in cells if len(row) == 6] == [
+        ["phase", "trains", "epochs"],
+        ["1", "0 of 3", "2"],
+        ["2", "0 to 1 of 3", "2"],
+        ["3", "all", "2"],
+    ]
+
+
 @pytest.mark.parametrize("name", ["table", "md", "html"])
 def test_what_saves_memory_is_said(inspection: Inspection, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     first, second, third = inspection.plan.phases
