@@ -27,16 +27,18 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from fxsplit_cli.main import main as fxsplit
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxsplit.measuring import allocations
+from fxsplit.presets import preset
 from fxsplit.spec import RunSpec
-from fxsplit_cli.main import main as fxsplit
 
 app = typer.Typer(pretty_exceptions_enable=False, help=__doc__)
 
@@ -74,10 +76,12 @@ def _regularisation(words: list[str]) -> Iterator[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--epochs", type=int, default=RunSpec(model="any").epochs)
     given, _ = parser.parse_known_args(words)
-    for key, value in RunSpec(model="any", schedule="l2l", epochs=given.epochs).differing("Regularisation").items():
-        yield f"--{key}"
-        if value is not True:
-            yield str(value)
+    regularisers = {item.name for item in fields(RunSpec) if item.metadata["group"] == "Regularisation"}
+    for name, value in preset("l2l", given.epochs).items():
+        if name in regularisers:
+            yield f"--{name.replace('_', '-')}"
+            if value is not True:
+                yield str(value)
 
 
 def _arms(only: str, budget: float | None) -> list[str]:

@@ -31,7 +31,7 @@ def main(
     img_size: int = 64,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b")] = 64,
     epochs: int = 60,
-    schedule: str = "l2l",
+    preset: str = "l2l",
     steps: int = 7,
     device: str = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -42,7 +42,7 @@ def main(
     names = [word.removeprefix("--").replace("-", "_") for word in context.args[::2]]
     more = {name: from_text(name, text) for name, text in zip(names, context.args[1::2], strict=True)}
     spec = RunSpec(
-        model=model, img_size=img_size, batch_size=batch_size, epochs=epochs, schedule=schedule, **read_values(more)
+        model=model, img_size=img_size, batch_size=batch_size, epochs=epochs, preset=preset, **read_values(more)
     )
     plan = fxsplit.inspect(spec).plan
     place = choose_device(device)

@@ -27,6 +27,7 @@ from fxsplit.errors import FxsplitError
 from fxsplit.models import registry
 from fxsplit.proving.checking import check_model
 from fxsplit.proving.workers import call_each
+from fxsplit.records import json_line
 from fxsplit.report import CheckRecord
 
 LARGEST = 60_000_000
@@ -123,7 +124,7 @@ def main(
         for record in call_each(partial(check, parts=parts), names, jobs=jobs, died=died):
             found[record.model] = record.to_dict()
             with file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(found[record.model]) + "\n")
+                out.write(json_line(found[record.model]) + "\n")
             print(f"{record.model}: {record.verdict}, {record.seconds:.1f} s", flush=True)
     print(table([record for name, record in found.items() if name.startswith(only)]))
 

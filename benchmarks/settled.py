@@ -24,13 +24,14 @@ from torch.nn import functional as F  # noqa: N812 - the name that everybody giv
 
 import fxsplit
 from fxsplit.assembly import choose_device
+from fxsplit.caching.cache import CachePolicy
 from fxsplit.data.images import MemoryImages
 from fxsplit.data.loader import Loader
 from fxsplit.execute.executor import Executor
+from fxsplit.execute.forward import Forward
 from fxsplit.execute.passes import passes_for
 from fxsplit.measuring.meter import now
 from fxsplit.models import registry
-from fxsplit.training.cache import Cache, SettledBatch
 
 BATCHES = 4
 
@@ -59,25 +60,16 @@ def executor(model: nn.Module, images: Tensor, at: list[str], settled: int) -> E
 
 def cached(net: Executor, loader: Loader, folder: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Scores and labels, over and over, with all rows in a file before the first."""
-    cache = Cache(
-        executor=net,
-        loader=loader,
-        settle=net.settle,
-        epochs=1000,
-        notice=print,
-        place="disk",
-        limit_bytes=None,
-        dtype=None,
-        folder=folder,
-    )
+    forward = Forward(net, loader.device)
+    cache = CachePolicy(place="disk", folder=folder).open(forward, loader, epochs=1000, notice=print)
     for _ in cache.batches(0):
         pass
     epoch = 0
     while True:
         epoch += 1
         for batch in cache.batches(epoch):
-            assert isinstance(batch, SettledBatch)
-            yield net.resume(batch.values), batch.labels
+            assert batch.cut
+            yield forward.logits(batch), batch.labels
 
 
 def main(
@@ -96,8 +88,9 @@ def main(
     plain = registry.build(model, num_classes=10, img_size=img_size).to(place).train()
     pixels = torch.randint(256, (BATCHES * batch_size, 3, img_size, img_size), dtype=torch.uint8)
     data = MemoryImages(pixels=pixels, labels=torch.randint(10, (len(pixels),)), img_size=img_size).to(place)
-    loader = Loader(train=data, test=data, batch_size=batch_size, seed=0, channels_last=channels_last)
-    images, labels, _ = next(loader.training(0))
+    loader = Loader(data, batch_size=batch_size, training=True, channels_last=channels_last)
+    batch = next(loader.batches(0))
+    images, labels = batch.images, batch.labels
     own = plain
     if channels_last:
         own = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -21,18 +21,19 @@ import typer
 from fxsplit.errors import CheckError, Terminated, UsageError, nearest
 from fxsplit.plan.plandiff import diff as diff_plans
 from fxsplit.plan.planfile import read_file
+from fxsplit.records import json_text
 from fxsplit.spec import PLANNED, RunSpec, beside_plan, from_text, read_environment, read_recipe, read_values, resolve
 
 from . import formats, tables, views
 from .options import with_spec_options
-from .terminal import say, write, write_json
+from .terminal import say, write
 
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
 INSPECT_FIELDS = (
     *("stem", "drop_path", "data", "img_size", "batch_size"),
-    *("schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
+    *("preset", "schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
     *("settle_from", "settle_until", "settle_share"),
-    *("opt", "momentum", "device", "channels_last", "memory_budget", "grad_accum_steps"),
+    *("opt", "momentum", "device", "channels_last", "memory_budget", "memory_aim", "grad_accum_steps"),
 )
 
 RULES = {item.name: item.metadata for item in fields(RunSpec)}
@@ -45,7 +46,7 @@ Model = Annotated[
 Recipe = Annotated[Path | None, typer.Option("--config", "-c", metavar="RECIPE", help="Read options from a recipe.")]
 LayerToLayer = Annotated[
     bool,
-    typer.Option("--l2l", help="The same as --schedule l2l.", rich_help_panel="Layer-to-layer", metavar=""),
+    typer.Option("--l2l", help="The same as --preset l2l.", rich_help_panel="Layer-to-layer", metavar=""),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON.", metavar="")]
 Verbose = Annotated[
@@ -235,7 +236,8 @@ def check(
 
     Output, loss, gradients, buffers and random state must equal those of the plain model bit for bit, in training and
     in evaluation, at two batch sizes. With --forecast a few steps of each phase are measured instead: memory must be
-    within a tenth of its forecast; time is shown beside its own. The exit code is 4 if any model fails.
+    within a tenth of its forecast; time is shown beside its own. The exit code is 4 if any model fails, and 2
+    if all that is wrong is a name.
     """
     options: dict[str, Any] = {"parts": parts, "img_size": img_size, "channels_last": channels_last or None}
     if forecast:
@@ -259,11 +261,15 @@ def _check(verb: str, specs: list[str], options: dict[str, Any], as_json: bool) 
 
         records = getattr(api, verb)(specs, **options, observer=observer)
     if as_json:
-        write_json([record.to_dict() for record in records])
+        write(json_text([record.to_dict() for record in records]))
     elif verb == "check":
         tables.checks(records)
     else:
         tables.forecasts(records)
+    if unknown := [record for record in records if record.unknown]:
+        known = [record for record in records if not record.unknown]
+        if all(record.passed for record in known):
+            raise UsageError("; ".join(record.refusal for record in unknown))
     if failed := [record.model for record in records if not record.passed]:
         raise CheckError(
             f"{len(failed)} of {len(records)} models failed: {', '.join(failed[:5])}{' ...' * (len(failed) > 5)}"
@@ -277,7 +283,7 @@ def _train(spec: RunSpec, view: views.View, as_json: bool) -> None:
 
         report = api.train(spec, observer)
     if as_json:
-        write_json(report.to_dict())
+        write(json_text(report.to_dict()))
     else:
         tables.report(report)
 
@@ -296,9 +302,9 @@ def _diff(before: str, after: str, as_json: bool) -> None:
     files = {path: read_file(path) for path in (before, after)}
     changes = diff_plans(files[before], files[after])
     if as_json:
-        write_json([asdict(change) for change in changes])
+        write(json_text([asdict(change) for change in changes]))
     else:
-        stale = [path for path, file in files.items() if file.figures is None]
+        stale = [path for path, file in files.items() if not file.derived]
         tables.diff(before, after, changes, stale=stale)
 
 
@@ -308,8 +314,8 @@ def _resolve(model: str | None, config: Path | None, l2l: bool, given: dict[str,
         for name, value in {"model": model, **given}.items()
         if value is not None
     }
-    if l2l and options.setdefault("schedule", "l2l") != "l2l":
-        raise UsageError(f"--l2l means --schedule l2l and contradicts --schedule {options['schedule']}")
+    if l2l and options.setdefault("preset", "l2l") != "l2l":
+        raise UsageError(f"--l2l means --preset l2l and contradicts --preset {options['preset']}")
     layers = (read_recipe(config) if config else {}, read_environment(os.environ), read_values(options))
     if not any("model" in layer for layer in layers):
         raise UsageError(f"no model is given; name one here or in a recipe, as {MODEL_FORMS}")

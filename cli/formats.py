@@ -19,10 +19,11 @@ from fxsplit.errors import UsageError, printable
 from fxsplit.pages.figures import epochs_of, human, in_words, shape
 from fxsplit.pages.outline import Block, Costs, outline
 from fxsplit.plan.forecast import Forecast
+from fxsplit.records import json_text
 from fxsplit.report import Inspection
 
 from .tables import new_table, where
-from .terminal import WIDEST, Terminal, draw, json_text, legend, print_whole, visible, write
+from .terminal import WIDEST, Terminal, draw, legend, print_whole, visible, write
 
 CSV_COLUMNS = (
     *("partition", "op", "path", "class", "kind", "target", "shape", "dtype", "bytes_per_sample"),
@@ -43,7 +44,7 @@ def table(inspection: Inspection, console: Console) -> None:
     print_whole(console, f"{inspection.model}, input {shape(inspection.input_shape)}\n")
     console.print(_partitions(inspection, is_wide))
     print_whole(console, "MACs (multiply-adds) and bytes are of one sample; boundary is what is read.\n")
-    print_whole(console, f"{plan.schedule}, epochs in all: {plan.epochs}\n")
+    print_whole(console, f"{plan.title}, epochs in all: {plan.epochs}\n")
     console.print(_phases(inspection, is_wide))
     if is_wide:
         console.print(legend())
@@ -141,16 +142,16 @@ def _phase_figures(forecast: Forecast, index: int) -> tuple[str, ...]:
 def to_dict(inspection: Inspection) -> dict[str, Any]:
     """Make plain data for JSON.
 
-    `model`, `input_shape`, `graph_digest`; `plan` (schema, schedule, partitions, phases) as in a run folder's
-    plan.json; `totals` of ops, parameters and, for one sample, macs and activation_bytes; `forecast` of each phase, of
-    `standard` and of the whole beside it; `uncounted` ops, whose macs are not among the totals; `tied` parameters with
-    their other names; `opaque` modules with the reason why each is kept whole.
+    `model`, `input_shape`, `graph_digest`; `plan`, which is a plan file; `totals` of ops, parameters and, for one
+    sample, macs and activation_bytes; `forecast` of each phase, of `standard` and of the whole beside it; `uncounted`
+    ops, whose macs are not among the totals; `tied` parameters with their other names; `opaque` modules with the reason
+    why each is kept whole.
     """
     return {
         "model": inspection.model,
         "input_shape": list(inspection.input_shape),
         "graph_digest": inspection.graph.digest(),
-        "plan": inspection.plan.to_dict(),
+        "plan": inspection.plan_file.to_dict(),
         "totals": _totals(inspection),
         "forecast": asdict(inspection.forecast) if inspection.forecast else None,
         "uncounted": [op.name for op in inspection.graph.ops if op.uncounted],
@@ -197,7 +198,7 @@ def to_markdown(inspection: Inspection) -> str:
         "",
         *_rows(("#", "from", ">ops", ">params", ">MACs", ">activations", ">boundary"), partitions),
         "",
-        f"{plan.schedule}, {plan.epochs} epochs",
+        f"{_escaped(plan.title)}, {plan.epochs} epochs",
         "",
         *_rows(("phase", "epochs", "trains", "cut", *(f">{header}" for header in FORECAST if ahead)), phases),
         *(("", in_words(ahead)) if ahead else ()),

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import typer
 from rich.markup import escape
 
+from fxsplit.presets import PRESETS
 from fxsplit.spec import RunSpec
 
 METAVARS = {bool: "", int: "INTEGER", float: "NUMBER", str: "TEXT"}
@@ -52,11 +53,12 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
 def _help(item: Field[Any]) -> str:
     """Write the help of an option, and its default: to typer the default of every option is "not given"."""
     notes = [", ".join(item.metadata["choices"])] if item.metadata["choices"] else []
-    default = item.metadata["default"]
+    default = item.default
     if not (default is None or default is False or default == ()):
         notes.append(f"default: {default}")
-    for least, own in item.metadata["l2l"]:
-        epochs = f" from {least} epochs" if least > 1 else ""
-        notes.append(f"with --l2l{epochs}: {'on' if own is True else own}")
+    for name, setting in ((name, each) for name, settings in PRESETS.items() for each in settings):
+        if setting.field == item.name:
+            epochs = f" from {setting.from_epochs} epochs" if setting.from_epochs > 1 else ""
+            notes.append(f"with --{name}{epochs}: {'on' if setting.value is True else setting.value}")
     text = escape(str(item.metadata["help"]))
     return f"{text} [dim]{escape('[' + '; '.join(notes) + ']')}[/dim]" if notes else text

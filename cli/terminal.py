@@ -10,11 +10,8 @@ A terminal that knows only ASCII gets . # - | for them, as they are in a printed
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -46,16 +43,6 @@ def write(text: str) -> None:
     """Write text to stdout, as it is."""
     # A stream of text in memory has no encoding.
     sys.stdout.write(encodable(text, sys.stdout.encoding or "utf-8"))
-
-
-def write_json(data: Any) -> None:
-    """Write JSON to stdout."""
-    write(json_text(data))
-
-
-def json_text(data: Any) -> str:
-    """JSON, a line each. Numbers that JSON does not know, such as the loss of a diverged run, are null."""
-    return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
 
 
 def say(line: str) -> None:
@@ -97,11 +84,3 @@ def legend() -> Text:
     """Say what the marks of a drawing mean, and which side of the cut is called what."""
     marks = [Text(f"{mark} {role}", style) for role, (mark, style) in ROLES.items()]
     return Text("  ").join([*marks, Text("│ cut: student before it, teacher after it")])
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data

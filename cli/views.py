@@ -109,7 +109,7 @@ class PlainView(Observer):
         if record.step == record.steps:
             return  # the line of the epoch says it all
         say(
-            f"epoch {record.epoch + 1}/{self.plan.epochs} step {record.step}/{record.steps}: "
+            f"epoch {record.epoch}/{self.plan.epochs} step {record.step}/{record.steps}: "
             f"loss {record.train_loss:.4f}, train {record.train_accuracy_pct:.2f} %, "
             f"{record.images_per_second:,.0f} images/s, {human(record.memory_bytes, 'B')}"
         )
@@ -175,7 +175,7 @@ class LiveView(Observer):
     def panel(self) -> Panel:
         """Draw how things stand."""
         width = min(self.console.width - self.ECHO, WIDEST)
-        words = (self.model, self.plan.schedule if self.plan else "", self.device)
+        words = (self.model, self.plan.title if self.plan else "", self.device)
         return Panel(
             Group(*self._rows(self.plan, self.phase, width - 4)) if self.plan and self.phase else self.spinner,
             title=Text(" · ".join(filter(None, words))),
@@ -198,12 +198,12 @@ class LiveView(Observer):
         if step and step.phase == self.phase_index:
             epoch, done, steps = step.epoch, step.step, step.steps
         else:
-            epoch, done, steps = plan.first_epoch(self.phase_index), 0, step.steps if step else 1
+            epoch, done, steps = plan.first_epoch(self.phase_index) + 1, 0, step.steps if step else 1
         bar = Table.grid(expand=True, padding=(0, 1))
         bar.add_column()
         bar.add_column(ratio=1)
         bar.add_column(justify="right")
-        bar.add_row(f"epoch {epoch + 1}/{plan.epochs}", ProgressBar(steps, done), f"{done}/{steps}")
+        bar.add_row(f"epoch {epoch}/{plan.epochs}", ProgressBar(steps, done), f"{done}/{steps}")
         return bar
 
     def _figures(self) -> Table:
@@ -263,8 +263,8 @@ def image_counts(train: int, test: int) -> str:
 def epoch_line(record: EpochRecord, epochs: int) -> str:
     """Tell one epoch in one line."""
     return (
-        f"epoch {record.epoch + 1}/{epochs}: loss {record.train_loss:.4f}, "
-        f"test {record.eval_top1:.2f} %, "
+        f"epoch {record.epoch}/{epochs}: loss {record.train_loss:.4f}, "
+        f"train {record.train_top1:.2f} %, test {record.eval_top1:.2f} %, "
         f"{record.train_seconds:.1f} s + {record.eval_seconds:.1f} s test, "
         f"{record.images_per_second:,.0f} images/s"
     )

@@ -16,7 +16,7 @@ from fxsplit.capture.tracer import Leaf
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.data import datasets
-from fxsplit.errors import UsageError
+from fxsplit.errors import NoModelError, UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.passes import names_of
 from fxsplit.measuring.environment import environment
@@ -64,7 +64,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         if spec.settled_dtype != "same":
             executor.settled_dtype = getattr(torch, spec.settled_dtype)
         trainer = assembly.trainer(spec, trace, executor, plan, data, observer)
-        check_batches(trace, plan, trainer.loader, grad_accum_steps=spec.grad_accum_steps)
+        check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader)
         surroundings = environment(device)
         folder = None if spec.dry_run else assembly.run_folder(spec, plan, trace, surroundings)
         observer.run_started(
@@ -128,9 +128,10 @@ def inspect(
     if measured:
         trace = measure_ops(trace, given.args, given.kwargs, device=device, passes=assembly.passes(spec, device))
     plan = assembly.plan(spec, trace, observer or Observer())
+    found = assembly.inspection(spec, trace, plan, assembly.forecast(spec, plan, trace, measured=measured))
     if save_to is not None:
-        write_file(planning.plan_file(plan, trace, spec.model), save_to)
-    return assembly.inspection(spec, trace, plan, assembly.forecast(spec, plan, trace, measured=measured))
+        write_file(found.plan_file, save_to)
+    return found
 
 
 def check(
@@ -148,11 +149,11 @@ def check(
     `specs` may hold wildcards, such as `timm:resnet*`. Each model gets random weights and inputs of its own size
     (`img_size` otherwise). With `structure_only` it is captured and cut on the meta device, and nothing is computed.
     With `channels_last` all runs as in `train` with that option, and each matrix product is held to the convolution in
-    its place. `jobs` models are checked at a time. Raises UsageError for a name that means no model; what is wrong with
-    a model is in its record.
+    its place. `jobs` models are checked at a time. What is wrong with a model is in its record, also that there is none
+    of that name; raises UsageError when no name means a model.
     """
     observer = observer or Observer()
-    names = list(dict.fromkeys(name for spec in specs for name in registry.expand(spec)))
+    names = _expanded(specs)
     call = partial(
         check_model, structure_only=structure_only, parts=parts, img_size=img_size, channels_last=channels_last
     )
@@ -160,7 +161,9 @@ def check(
     for record in call_each(call, names, jobs=jobs, died=_died):
         found[record.model] = record
         observer.model_checked(record, len(names))
-    return tuple(found[name] for name in names)
+    records = tuple(found[name] for name in names)
+    _refuse_unknown(records)
+    return records
 
 
 def check_forecasts(
@@ -177,12 +180,12 @@ def check_forecasts(
     """Hold the forecast of every phase of `schedule` against a few steps of it; one record a model.
 
     `specs` may hold wildcards. Each model has random weights and is trained by AdamW; one runs at a time, so that
-    none slows another down. With `channels_last` all runs as in `train` with that option. Raises UsageError for a name
-    that means no model and for a device that is not there.
+    none slows another down. With `channels_last` all runs as in `train` with that option. Raises UsageError when no
+    name means a model and for a device that is not there.
     """
     observer = observer or Observer()
     place = assembly.choose_device(device)
-    names = list(dict.fromkeys(name for spec in specs for name in registry.expand(spec)))
+    names = _expanded(specs)
     records = []
     for name in names:
         record = check_forecast(
@@ -196,7 +199,25 @@ def check_forecasts(
         )
         records.append(record)
         observer.model_checked(record, len(names))
+    _refuse_unknown(records)
     return tuple(records)
+
+
+def _expanded(specs: Sequence[str]) -> list[str]:
+    """The names of models that specs mean, each once; a wildcard that means none stays, and is told of in its turn."""
+    names: dict[str, None] = {}
+    for spec in specs:
+        try:
+            names |= dict.fromkeys(registry.expand(spec))
+        except NoModelError:
+            names[spec] = None
+    return list(names)
+
+
+def _refuse_unknown(records: Sequence[CheckRecord | ForecastRecord]) -> None:
+    """Raise UsageError when there is no model of any of the names."""
+    if records and all(record.unknown for record in records):
+        raise NoModelError("; ".join(str(record.refusal) for record in records))
 
 
 def _died(spec: str) -> CheckRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -17,12 +18,15 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from fxsplit import planning
+from fxsplit.caching.cache import GIB, CachePolicy
+from fxsplit.caching.feed import Feed
 from fxsplit.capture.tracing import Trace
 from fxsplit.data import datasets
 from fxsplit.data.images import Data
 from fxsplit.data.loader import Loader
 from fxsplit.errors import UsageError
 from fxsplit.execute.executor import Executor
+from fxsplit.execute.forward import Forward, logits_of
 from fxsplit.execute.passes import Pass, passes_for
 from fxsplit.measuring.phase_costs import update_seconds
 from fxsplit.models import registry
@@ -34,18 +38,20 @@ from fxsplit.plan.schedule import Plan, schedule
 from fxsplit.proving.first_batch import prove_batch
 from fxsplit.report import Inspection, Observer
 from fxsplit.spec import RunSpec
-from fxsplit.training.cache import GIB, Cache
+from fxsplit.training.endings import Endings, named_parameters
 from fxsplit.training.exits import Exits
+from fxsplit.training.objective import Objective
 from fxsplit.training.optimizers import make_optimizer, make_scheduler, slots_of
+from fxsplit.training.phase_optimizer import MakeScheduler, PhaseOptimizer
+from fxsplit.training.plasticity import QUIET_INTERVALS, Plasticity
 from fxsplit.training.run_folder import RunFolder
-from fxsplit.training.soft_targets import SoftTargets
-from fxsplit.training.trainer import MakeCache, Trainer, logits_of
+from fxsplit.training.soft_targets import LastTargets, MeanTargets, SoftTargets
+from fxsplit.training.step import Step
+from fxsplit.training.trainer import Trainer
 
 Moved = TypeVar("Moved", nn.Module, torch.Tensor)
 
 DEFAULT_PARTS = 8
-# Of the activations of standard training: what l2l keeps within where it can.
-L2L_MEMORY = 0.6
 
 
 def data(spec: RunSpec, observer: Observer) -> Data:
@@ -92,25 +98,28 @@ def example_inputs(spec: RunSpec, model: nn.Module, img_size: int, device: torch
 
 
 def plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
-    """Cut the model and say which partitions train when; `l2l` and a memory budget also say what is recomputed."""
+    """Cut the model and say which partitions train when, and what is recomputed to keep within memory."""
     plan = _given_plan(spec, trace, observer)
-    budget = spec.memory_budget
-    if budget is None and spec.schedule != "l2l":
+    phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
+    plan = replace(plan, preset=spec.preset, phases=tuple(phases))
+    budget = spec.memory_aim if spec.memory_budget is None else spec.memory_budget
+    if budget is None:
         return plan
     return fit(
         plan,
         trace.train,
         trace.eval,
-        budget=L2L_MEMORY if budget is None else budget,
-        batch_size=spec.batch_size // spec.grad_accum_steps,
+        budget=budget,
+        batch_size=spec.batch_size,
+        micro_batches=spec.grad_accum_steps,
         optimizer_slots=slots_of(lambda parameters: _optimizer(spec)(nn.ParameterList(parameters))),
-        strict=budget is not None,
+        strict=spec.memory_budget is not None,
     )
 
 
 def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
     if spec.plan is not None:
-        return planning.load_plan(spec.plan, trace, observer)
+        return planning.load_plan(spec.plan, trace, observer).lasting(spec.epochs)
     count = spec.parts
     if count is None and not spec.at:
         most = most_partitions(trace.train, trace.eval, by=spec.by, units=planning.units(trace, spec.by))
@@ -139,6 +148,7 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Fore
         batch_size=spec.batch_size,
         optimizer_slots=slots_of(optimizer),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
+        micro_batches=spec.grad_accum_steps,
     )
 
 
@@ -153,60 +163,74 @@ def inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None =
         plan=plan,
         tied=trace.tied,
         opaque=trace.opaque,
+        torch=torch.__version__,
         checkpoints=trace.checkpoints,
         forecast=ahead,
     )
 
 
+def loaders(spec: RunSpec, data: Data) -> tuple[Loader, Loader]:
+    """The batches to train on, and those to test on."""
+    train = Loader(
+        data.train,
+        batch_size=spec.batch_size,
+        training=True,
+        seed=spec.seed,
+        augment=spec.augment,
+        views=None if spec.augment == "none" else spec.cache_views,
+        mean=spec.mean,
+        std=spec.std,
+        channels_last=spec.channels_last,
+        limit=1 if spec.dry_run else spec.train_batches_per_epoch,
+    )
+    test = Loader(
+        data.test,
+        batch_size=spec.batch_size,
+        mean=spec.mean,
+        std=spec.std,
+        channels_last=spec.channels_last,
+        limit=1 if spec.dry_run else None,
+    )
+    return train, test
+
+
 def trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: Data, observer: Observer) -> Trainer:
     """The trainer of a run, with all that its spec switches on."""
+    train_loader, test_loader = loaders(spec, data)
+    steps_per_epoch = train_loader.steps_per_epoch
+    forward = Forward(executor, train_loader.device, amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None)
+    objective = Objective(
+        smoothing=spec.smoothing, soft_targets=_soft_targets(spec, data), exits=_exits(spec, trace, plan, data)
+    )
     return Trainer(
-        executor=executor,
         plan=plan,
-        loader=Loader(
-            train=data.train,
-            test=data.test,
+        forward=forward,
+        feed=Feed(forward, train_loader, test_loader, policy=_cache_policy(spec)),
+        objective=objective,
+        step=Step(
+            forward,
+            objective,
             batch_size=spec.batch_size,
-            seed=spec.seed,
-            augment=spec.augment,
-            views=None if spec.augment == "none" else spec.cache_views,
-            mean=spec.mean,
-            std=spec.std,
-            channels_last=spec.channels_last,
-            limit=1 if spec.dry_run else spec.train_batches_per_epoch,
-            test_limit=1 if spec.dry_run else None,
+            clip_grad=spec.clip_grad,
         ),
-        make_optimizer=partial(_optimizer(spec), trace.model),
-        make_scheduler=partial(
-            make_scheduler,
-            name=spec.sched,
-            epochs=plan.epochs,
-            warmup_epochs=spec.warmup_epochs,
-            min_lr=spec.min_lr,
-            decay_epochs=spec.decay_epochs,
-            decay_milestones=spec.decay_milestones,
-            decay_rate=spec.decay_rate,
+        optimizer=PhaseOptimizer(
+            executor,
+            plan,
+            make_optimizer=partial(_optimizer(spec), trace.model),
+            make_scheduler=_scheduler(spec, plan),
+            steps_per_epoch=steps_per_epoch,
+            exits=objective.exits,
+            annealing=spec.anneal,
         ),
-        make_cache=_make_cache(spec),
-        exits=_exits(spec, trace, plan, data),
-        smoothing=spec.smoothing,
-        soft_targets=(
-            SoftTargets(
-                len(data.train),
-                weight=spec.soft_targets,
-                temperature=spec.soft_temperature,
-                of_mean=spec.soft_from == "mean",
-            )
-            if spec.soft_targets
-            else None
+        endings=Endings(
+            forward,
+            plan,
+            steps_per_epoch=steps_per_epoch,
+            average=spec.average,
+            recalibrate=spec.recalibrate,
+            midpoint=objective.has_midpoint,
         ),
-        anneal=spec.anneal,
-        average=spec.average,
-        recalibrate=spec.recalibrate,
-        veto=spec.veto,
-        clip_grad=spec.clip_grad,
-        amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None,
-        grad_accum_steps=spec.grad_accum_steps,
+        plasticity=_plasticity(executor, steps_per_epoch) if spec.veto else None,
         log_interval=spec.log_interval,
         observer=observer,
     )
@@ -216,15 +240,15 @@ def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: O
     """Hold the executor against the model on the first batch, as the run takes it; the seconds that it took."""
     began = perf_counter()
     trainer.executor.train()
-    batch = next(trainer.loader.training(0))
+    batch = next(trainer.feed.train_loader.batches(0))
     proof = prove_batch(
         trace.model,
         trainer.executor,
         batch.images,
         batch.labels,
-        parts=spec.grad_accum_steps * trainer.plan.phases[0].micro_batches,
+        parts=trainer.plan.phases[0].micro_batches,
         loss=lambda output, labels: cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing),
-        autocast=trainer.autocast,
+        autocast=trainer.forward.autocast,
         notice=observer.notice,
     )
     if proof is not None and proof.varying:
@@ -249,15 +273,39 @@ def _exits(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> Exits | None:
     )
 
 
-def _make_cache(spec: RunSpec) -> MakeCache | None:
+def _soft_targets(spec: RunSpec, data: Data) -> SoftTargets | None:
+    if not spec.soft_targets:
+        return None
+    kind = MeanTargets if spec.soft_from == "mean" else LastTargets
+    return kind(len(data.train), weight=spec.soft_targets, temperature=spec.soft_temperature)
+
+
+def _plasticity(executor: Executor, steps_per_epoch: int) -> Plasticity:
+    # Quiet for as long as an epoch.
+    return Plasticity(named_parameters(executor), interval=max(1, steps_per_epoch // QUIET_INTERVALS))
+
+
+def _cache_policy(spec: RunSpec) -> CachePolicy | None:
     if spec.cache == "off" or spec.dry_run:
         return None
-    return partial(
-        Cache,
+    return CachePolicy(
         place=spec.cache,
         limit_bytes=None if spec.cache_limit is None else int(spec.cache_limit * GIB),
         dtype=None if spec.cache_dtype == "exact" else getattr(torch, spec.cache_dtype),
         folder=str(Path(spec.output).expanduser()),
+    )
+
+
+def _scheduler(spec: RunSpec, plan: Plan) -> MakeScheduler:
+    return partial(
+        make_scheduler,
+        name=spec.sched,
+        epochs=plan.epochs,
+        warmup_epochs=spec.warmup_epochs,
+        min_lr=spec.min_lr,
+        decay_epochs=spec.decay_epochs,
+        decay_milestones=spec.decay_milestones,
+        decay_rate=spec.decay_rate,
     )
 
 
@@ -267,10 +315,8 @@ def _optimizer(spec: RunSpec) -> partial[Optimizer]:
 
 def run_folder(spec: RunSpec, plan: Plan, trace: Trace, surroundings: dict[str, Any]) -> RunFolder:
     """A folder of its own, with what was asked and planned in it."""
-    folder = RunFolder(
-        spec.output, model=spec.model, schedule=plan.schedule, seed=spec.seed, experiment=spec.experiment
-    )
-    plan_json = planning.plan_file(plan, trace, spec.model).to_json()
+    folder = RunFolder(spec.output, model=spec.model, schedule=plan.title, seed=spec.seed, experiment=spec.experiment)
+    plan_json = inspection(spec, trace, plan).plan_file.to_json()
     folder.start(args_yaml=spec.to_yaml(), plan_json=plan_json, environment=surroundings)
     return folder
 

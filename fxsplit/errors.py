@@ -2,6 +2,7 @@
 
     FxsplitError                 1   anything else that went wrong
     ├── UsageError               2   a value the user gave is wrong: model, data, option, recipe key
+    │   └── NoModelError         2   there is no model of that name
     ├── TraceError               3   the model cannot be captured
     │   └── GuardError           3   an input takes another path through the model than the traced one
     ├── PartitionError           3   the graph cannot be cut or scheduled as asked
@@ -29,6 +30,10 @@ class UsageError(FxsplitError):
     """A value that the user gave is wrong."""
 
     exit_code = 2
+
+
+class NoModelError(UsageError):
+    """There is no model of the name that the user gave."""
 
 
 class TraceError(FxsplitError):

@@ -71,9 +71,10 @@ class Op:
     what autograd keeps for backward because of this op, each storage counted once. `saves` are the storages of values
     that it keeps, whether or not an earlier op keeps them too, and `hidden_bytes` what it keeps besides, such as a
     mask. An op that is `uncounted` does work that torch's counter of multiply-adds does not know. One that
-    `mixes_samples`, as BatchNorm does with the statistics of its batch, gives a sample what depends on the others. One
-    that `is_dropout` drops values at random in training. `autocast` numbers the region of forward's own autocast in
-    which it runs, if any: a parameter is cast once for all ops of a region.
+    `mixes_samples`, as BatchNorm does with the statistics of its batch, gives a sample what depends on the others.
+    `single_value_norm` is the path of a BatchNorm in it whose statistics get one value a channel of a sample, so that
+    it needs two samples. One that `is_dropout` drops values at random in training. `autocast` numbers the region of
+    forward's own autocast in which it runs, if any: a parameter is cast once for all ops of a region.
 
     Measured on a device, and for the traced batch, are `seconds` (forward and backward) and `forward_seconds`, None
     before, and `forward_workspace_bytes` and `backward_workspace_bytes`, which kernels borrow while they run; of an op
@@ -97,6 +98,7 @@ class Op:
     hidden_bytes: int = 0
     uncounted: bool = False
     mixes_samples: bool = False
+    single_value_norm: str | None = None
     is_dropout: bool = False
     autocast: int | None = None
     forward_workspace_bytes: int = 0

@@ -28,7 +28,13 @@ def partition(
 
 
 def forecast(
-    plan: Plan, trace: Trace, *, batch_size: int, optimizer_slots: int = 2, update_seconds: float | None = None
+    plan: Plan,
+    trace: Trace,
+    *,
+    batch_size: int,
+    optimizer_slots: int = 2,
+    update_seconds: float | None = None,
+    micro_batches: int = 1,
 ) -> Forecast:
     """What each phase of a plan will cost: from shapes alone, or if `measure` made the trace from timed ops.
 
@@ -41,12 +47,14 @@ def forecast(
         batch_size=batch_size,
         optimizer_slots=optimizer_slots,
         update_seconds=update_seconds,
+        micro_batches=micro_batches,
     )
 
 
 def save_plan(plan: Plan, trace: Trace, path: str) -> None:
     """Write a plan of a traced model as a file that people can read and edit, and that `load_plan` reads."""
-    write_file(plan_file(plan, trace, type(trace.model).__name__), path)
+    name = type(trace.model).__name__
+    write_file(PlanFile.of(plan, model=name, graph=trace.train.digest(), torch=torch.__version__), path)
 
 
 def load_plan(path: str, trace: Trace, observer: Observer | None = None) -> Plan:
@@ -64,8 +72,3 @@ def load_plan(path: str, trace: Trace, observer: Observer | None = None) -> Plan
 def units(trace: Trace, by: str) -> dict[str, str]:
     """The unit of each module, where partitions are to be cut between units."""
     return units_of(trace.model) if by == "block" else {}
-
-
-def plan_file(plan: Plan, trace: Trace, model: str) -> PlanFile:
-    """A plan as a file for a traced model, which is called `model` in it."""
-    return PlanFile.of(plan, model=model, graph=trace.train.digest(), torch=torch.__version__)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from fxsplit.errors import UsageError
 from fxsplit.graph import Graph
 from fxsplit.plan.forecast import Forecast, PhaseForecast
 from fxsplit.plan.partition import Partition
+from fxsplit.plan.planfile import PlanFile, from_dict
 from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.records import read_record
 
+# Of the report of a run as plain data; a plan in it has one of its own.
+SCHEMA = 1
 CHECKPOINTS = (
     "the model's own gradient checkpointing is looked through, so its partitions keep their activations; "
     "--memory-budget recomputes them here"
@@ -21,7 +26,10 @@ FORECAST_TOLERANCE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """Where training stands inside an epoch; means and `images_per_second` are over the epoch so far."""
+    """Where training stands inside an epoch, counted from 1; means and `images_per_second` are over the epoch so far.
+
+    `phase` is its index in the plan.
+    """
 
     phase: int
     epoch: int
@@ -37,10 +45,13 @@ class StepRecord:
 class EpochRecord:
     """One epoch: what was trained, how well, how fast, and at what cost.
 
-    `epoch` counts from 0 over the whole run. Partitions [start, stop) trained. Accuracies are on the test images after
-    the epoch. Memory peaks are of the run so far for the process, of the phase so far for CUDA; a figure that this
-    machine cannot give is None. A cache of the settled prefix held `cache_resident_bytes` of memory, which are part of
-    the peaks, and `cache_file_bytes` of the disk.
+    `epoch` counts from 1 over the whole run; `phase` is its index in the plan, and partitions [start, stop) trained.
+    `train_loss` and `train_top1` are of the training images, as they were seen and while the weights moved;
+    `eval_loss`, `eval_top1` and `eval_top5` of the test images after the epoch. Accuracies are in per cent.
+
+    Memory peaks are of the run so far for the process, of the phase so far for CUDA; a figure that this machine cannot
+    give is None. A cache of the settled prefix held `cache_resident_bytes` of memory, which are part of the peaks, and
+    `cache_file_bytes` of the disk.
     """
 
     epoch: int
@@ -50,6 +61,7 @@ class EpochRecord:
     cut: str
     lr: float
     train_loss: float
+    train_top1: float
     eval_loss: float
     eval_top1: float
     eval_top5: float
@@ -92,21 +104,38 @@ class RunReport:
         return self.epochs[-1].eval_top1 if self.epochs else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            "status": self.status,
-            "accuracy_pct": self.accuracy_pct if self.epochs else None,
-            "setup_seconds": self.setup_seconds,
-            "prove_seconds": self.prove_seconds,
-            "total_seconds": self.total_seconds,
-            "folder": self.folder,
-            "graph_digest": self.graph_digest,
-            "spec": self.spec,
-            "environment": self.environment,
-            "plan": self.plan.to_dict(),
+        """Plain data for JSON: the fields, the schema and the final accuracy; `plan` is a plan file to train by."""
+        file = PlanFile.of(
+            self.plan,
+            model=str(self.spec.get("model", "")),
+            graph=self.graph_digest,
+            torch=str(self.environment.get("torch", "")),
+        )
+        made: dict[str, Any] = {
+            "plan": file.to_dict(),
             "passes": list(self.passes),
             "epochs": [asdict(epoch) for epoch in self.epochs],
         }
+        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in made}
+        return {"schema": SCHEMA, "accuracy_pct": self.accuracy_pct if self.epochs else None, **plain, **made}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> RunReport:
+        """Make the report of which these are the plain data, also after a way through JSON.
+
+        A number that was not finite comes back as not a number. Raises UsageError when this is no report of a known
+        schema, PartitionError when its plan cannot be run.
+        """
+        if not isinstance(data, Mapping):
+            raise UsageError("this is not the report of a run: it must be a JSON object")
+        if (schema := data.get("schema")) != SCHEMA:
+            raise UsageError(f"the report of a run has schema {schema!r}, and this version reads {SCHEMA}")
+        own = {key: value for key, value in data.items() if key not in ("schema", "accuracy_pct")}
+        plan = from_dict(own.get("plan"), source="report.json").recorded_plan()
+        try:
+            return read_record(cls, {**own, "plan": plan})
+        except ValueError as error:
+            raise UsageError(f"this is not the report of a run: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +143,9 @@ class Inspection:
     """A model seen as partitions: its graph in training and in evaluation, where it is cut, the phases of a schedule.
 
     `classes` are those of its modules, by path. `tied` are parameters with their other names, `opaque` the modules that
-    are kept whole, with the reasons. `checkpoints` says whether the model recomputes by itself. `forecast` is what the
-    phases will cost, or None of a run, which measures it. The costs of ops have seconds, and so has the forecast, where
-    they were measured.
+    are kept whole, with the reasons. `torch` is the version that captured it. `checkpoints` says whether the model
+    recomputes by itself. `forecast` is what the phases will cost, or None of a run, which measures it. The costs of ops
+    have seconds, and so has the forecast, where they were measured.
     """
 
     model: str
@@ -127,8 +156,14 @@ class Inspection:
     plan: Plan
     tied: Mapping[str, tuple[str, ...]]
     opaque: Mapping[str, str]
+    torch: str = ""
     checkpoints: bool = False
     forecast: Forecast | None = None
+
+    @property
+    def plan_file(self) -> PlanFile:
+        """The plan as a file for this model."""
+        return PlanFile.of(self.plan, model=self.model, graph=self.graph.digest(), torch=self.torch)
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
@@ -151,13 +186,15 @@ class Inspection:
 class CheckRecord:
     """What checking one model found.
 
-    `refusal` says why it cannot be captured or cut, or is None. `guards` counts those of both modes, `cuts` the legal
-    ones. `batch_sizes` are those at which it ran beside the plain model, none if only its structure was looked at;
-    `differences` is what was not equal then; `own_differences` was not either, but is not with two plain models.
+    `refusal` says why it cannot be captured or cut, or is None; `unknown`, that there is no such model. `guards` counts
+    those of both modes, `cuts` the legal ones. `batch_sizes` are those at which it ran beside the plain model, none if
+    only its structure was looked at; `differences` is what was not equal then; `own_differences` was not either, but is
+    not with two plain models.
     """
 
     model: str
     refusal: str | None = None
+    unknown: bool = False
     ops: int = 0
     eval_ops: int = 0
     parameters: int = 0
@@ -179,16 +216,12 @@ class CheckRecord:
     def verdict(self) -> str:
         """One word or two."""
         if self.refusal is not None:
-            return "refused"
+            return "unknown" if self.unknown else "refused"
         if self.differences:
             return "differs"
         if self.own_differences:
             return "not deterministic"
         return "equal" if self.batch_sizes else "captured"
-
-    def after(self, seconds: float) -> CheckRecord:
-        """The same, with the time that it took."""
-        return replace(self, seconds=seconds)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -230,11 +263,12 @@ class PhaseCheck:
 class ForecastRecord:
     """What holding the forecast of one model's phases against measurement found.
 
-    `refusal` says why that could not be done, or is None.
+    `refusal` says why that could not be done, or is None; `unknown`, that there is no such model.
     """
 
     model: str
     refusal: str | None = None
+    unknown: bool = False
     batch_size: int = 0
     phases: tuple[PhaseCheck, ...] = ()
     seconds: float = 0.0
@@ -251,7 +285,7 @@ class ForecastRecord:
     def verdict(self) -> str:
         """One word or two."""
         if self.refusal is not None:
-            return "refused"
+            return "unknown" if self.unknown else "refused"
         return "as forecast" if self.passed else "not as forecast"
 
     def to_dict(self) -> dict[str, Any]:

@@ -73,13 +73,14 @@ def inspection(graph: Graph, plan: Plan) -> Inspection:
 def epochs(plan: Plan) -> tuple[EpochRecord, ...]:
     return tuple(
         EpochRecord(
-            epoch=epoch,
+            epoch=epoch + 1,
             phase=plan.phase_index_at(epoch),
             start=plan.phase_at(epoch).start,
             stop=plan.phase_at(epoch).stop,
             cut="",
             lr=0.1,
             train_loss=1.5,
+            train_top1=60.0 + epoch,
             eval_loss=1.25,
             eval_top1=50.0 + epoch,
             eval_top5=90.0,

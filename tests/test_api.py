@@ -13,12 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from fxsplit_cli.main import main
 from torch.nn import functional as F  # noqa: N812
 
 import fxsplit
 from fxsplit.assembly import choose_device, determinism
 from fxsplit.data import datasets
-from fxsplit.data.images import batches
+from fxsplit.data.loader import Loader
 from fxsplit.errors import DataError, PartitionError, ProofError, UsageError
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.pointwise import pointwise_products
@@ -28,7 +29,6 @@ from fxsplit.plan.planfile import read_file
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, RunReport
 from fxsplit.spec import read_recipe, resolve
 from fxsplit.training.run_folder import COLUMNS
-from fxsplit_cli.main import main
 
 MODEL = """
 from torch import nn
@@ -59,6 +59,8 @@ def spec(tmp_path: Path) -> Callable[..., fxsplit.RunSpec]:
             "model": f"{file}:small", "data": "synthetic", "img_size": 12, "train_limit": 40, "batch_size": 16,
             "epochs": 4, "parts": 3, "output": str(tmp_path / "runs"), "device": "cpu", **changes,
         }  # fmt: skip
+        if "plan" in changes:  # which says these itself
+            given = {name: value for name, value in given.items() if name in changes or name not in ("parts", "epochs")}
         return fxsplit.RunSpec(**given)
 
     return make
@@ -85,12 +87,14 @@ def test_a_run_leaves_all_its_files(spec: Callable[..., fxsplit.RunSpec]) -> Non
     assert tuple(rows[0]) == COLUMNS
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [EpochRecord(**line) for line in lines] == list(report.epochs)
-    assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3]
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert [float(row["train_top1"]) for row in rows] == [record.train_top1 for record in report.epochs]
     assert [float(row["eval_top1"]) for row in rows] == [record.eval_top1 for record in report.epochs]
     data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert (data["status"], data["accuracy_pct"]) == ("finished", report.epochs[-1].eval_top1)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert all(f"epoch {index}: test {record.eval_top1:.2f} %" in page for index, record in enumerate(report.epochs, 1))
+    told = [f"epoch {r.epoch}: training {r.train_top1:.2f} %, test {r.eval_top1:.2f} %" for r in report.epochs]
+    assert all(words in page for words in told)
 
 
 class Notices(Observer):
@@ -112,17 +116,43 @@ def test_a_plan_is_saved_edited_and_trained_by(spec: Callable[..., fxsplit.RunSp
     path.write_text(json.dumps(data), encoding="utf-8")
 
     heard = Notices()
-    asked = spec(plan=str(path), parts=None, epochs=10)
+    asked = spec(plan=str(path))
     report = train(asked, heard)
     assert [(record.start, record.stop) for record in report.epochs] == [(0, 3), (1, 3), (1, 3)]
     assert "-by-hand-" in Path(report.folder).name
     assert not any("plan" in sentence for sentence in heard.sentences)
     # What the run leaves behind runs again, and says the same.
     kept = str(Path(report.folder) / "plan.json")
-    again = fxsplit.inspect(spec(plan=kept, parts=None, epochs=10)).plan
+    again = fxsplit.inspect(spec(plan=kept)).plan
     assert (again.schedule, again.phases) == ("by hand", report.plan.phases)
     assert [part.state for part in again.partitions] == [part.state for part in report.plan.partitions]
-    assert read_file(kept).figures is not None
+    assert read_file(kept).recorded_plan() == report.plan
+
+
+def test_a_plan_keeps_its_preset_and_the_report_can_be_trained_by(
+    spec: Callable[..., fxsplit.RunSpec], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "plan.json")
+    asked = {"by": "op", "deterministic": True}
+    inspected = fxsplit.inspect(spec(preset="l2l", epochs=15, **asked), save_to=path)
+    whole = train(spec(preset="l2l", epochs=15, **asked))
+    assert "-l2l-settle-far-s42" in Path(whole.folder).name
+    assert "l2l (settle-far), 15 epochs" in (Path(whole.folder) / "report.html").read_text(encoding="utf-8")
+    assert whole.plan.phases == inspected.plan.phases
+    planned = train(spec(plan=path, deterministic=True))
+    assert (planned.plan, planned.spec["average"]) == (whole.plan, 0.25)
+    figures = [(record.train_loss, record.eval_loss) for record in whole.epochs]
+    assert [(record.train_loss, record.eval_loss) for record in planned.epochs] == figures
+    text = (Path(whole.folder) / "report.json").read_text(encoding="utf-8")
+    assert RunReport.from_dict(json.loads(text)) == whole
+    saved = tmp_path / "of-report.json"
+    saved.write_text(json.dumps(json.loads(text)["plan"]), encoding="utf-8")
+    again = fxsplit.inspect(spec(plan=str(saved), epochs=30)).plan
+    assert (again.epochs, again.preset) == (30, "l2l")
+    assert [phase.epochs for phase in again.phases] == [2 * phase.epochs for phase in whole.plan.phases]
+    plain = train(spec(plan=path, preset="none", deterministic=True))
+    assert (plain.plan.preset, plain.plan.phases, plain.spec["smoothing"]) == ("none", whole.plan.phases, 0)
+    assert [(record.train_loss, record.eval_loss) for record in plain.epochs] != figures
 
 
 def test_a_plan_for_another_model_is_used_where_it_fits(spec: Callable[..., fxsplit.RunSpec], tmp_path: Path) -> None:
@@ -133,7 +163,7 @@ def test_a_plan_for_another_model_is_used_where_it_fits(spec: Callable[..., fxsp
     assert [part.name for part in found.partitions] == ["conv1", "layer2", "layer4.1"]
     assert heard.sentences == [f"the plan {path!r} was made for another model, but fits this one"]
     with pytest.raises(PartitionError, match=r"was made for another model .*'layer4\.1'"):
-        fxsplit.inspect(spec(plan=path, parts=None, epochs=10))
+        fxsplit.inspect(spec(plan=path))
 
 
 def test_a_plan_of_ones_own_loop_is_saved_and_read_back(tmp_path: Path) -> None:
@@ -160,7 +190,7 @@ def test_where_to_cut_reaches_planning() -> None:
 def test_the_weights_file_holds_the_models_own_names_and_scores_the_same(
     spec: Callable[..., fxsplit.RunSpec], tmp_path: Path
 ) -> None:
-    report = train(spec(schedule="l2l", by="op"))
+    report = train(spec(preset="l2l", by="op"))
     scope: dict[str, Any] = {}
     exec(MODEL, scope)
     model = scope["small"](10)
@@ -175,7 +205,7 @@ def test_the_weights_file_holds_the_models_own_names_and_scores_the_same(
     assert report.accuracy_pct == 100 * (scores == test.labels).sum().item() / len(test)
 
 
-@pytest.mark.parametrize("schedule", ["standard", "window", "grow", "settle", "l2l"])
+@pytest.mark.parametrize("schedule", ["standard", "window", "grow", "settle", "settle-far"])
 def test_the_same_seed_gives_the_same_run_and_another_one_another(
     spec: Callable[..., fxsplit.RunSpec], schedule: str
 ) -> None:
@@ -310,7 +340,7 @@ def test_a_dry_run_writes_nothing(spec: Callable[..., fxsplit.RunSpec], tmp_path
 
 class Stop(Observer):
     def epoch_done(self, record: EpochRecord) -> None:
-        if record.epoch == 1:
+        if record.epoch == 2:
             raise KeyboardInterrupt
 
 
@@ -319,7 +349,7 @@ def test_an_interrupted_run_keeps_its_epochs_and_weights(spec: Callable[..., fxs
         train(spec(experiment="mine"), Stop())
     folder = Path(spec().output) / "mine"
     data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert (data["status"], [epoch["epoch"] for epoch in data["epochs"]]) == ("interrupted", [0])
+    assert (data["status"], [epoch["epoch"] for epoch in data["epochs"]]) == ("interrupted", [1])
     assert safetensors.torch.load_file(folder / "model.safetensors")["0.weight"].shape == (4, 3, 3, 3)
 
 
@@ -355,7 +385,7 @@ def test_inspect_needs_neither_weights_nor_data(spec: Callable[..., fxsplit.RunS
 
 
 def test_a_budget_that_recomputing_alone_cannot_keep_is_kept_by_micro_batches() -> None:
-    asked = {"model": "paper:cnn", "data": "cifar10", "batch_size": 128, "schedule": "l2l", "by": "natural"}
+    asked = {"model": "paper:cnn", "data": "cifar10", "batch_size": 128, "preset": "l2l"}
     found = fxsplit.inspect(fxsplit.RunSpec(**asked, memory_budget=0.6))
     assert [phase.micro_batches for phase in found.plan.phases[:1]] == [2]
     assert found.forecast is not None
@@ -367,6 +397,27 @@ def test_a_budget_that_recomputing_alone_cannot_keep_is_kept_by_micro_batches() 
     assert fxsplit.inspect(fxsplit.RunSpec(**asked | {"model": "paper:resnext"})).plan.phases[0].recompute
     with pytest.raises(PartitionError, match=r"not in micro-batches: 'group1\.bn1' needs a batch as a whole"):
         fxsplit.inspect(fxsplit.RunSpec(**asked | {"model": "paper:resnext"}, memory_budget=0.1))
+
+
+def test_gradients_that_accumulate_are_micro_batches_of_the_plan(
+    spec: Callable[..., fxsplit.RunSpec], tmp_path: Path
+) -> None:
+    asked = {"model": "paper:cnn", "data": "cifar10", "batch_size": 128, "preset": "l2l", "memory_budget": 0.6}
+    found = fxsplit.inspect(fxsplit.RunSpec(**asked, grad_accum_steps=4)).forecast
+    whole = fxsplit.inspect(fxsplit.RunSpec(**asked)).forecast
+    assert found is not None
+    assert whole is not None
+    assert all(phase.activation_bytes <= 0.6 * found.standard.activation_bytes for phase in found.phases)
+    # Of 32 images instead of 128, and of a gradient until it is added.
+    assert 0.25 < found.standard.activation_bytes / whole.standard.activation_bytes < 0.5
+    # What the plan says more of is not multiplied by what is asked for, and stays.
+    path = tmp_path / "plan.json"
+    phases = [{"epochs": 1, "micro_batches": 4}, {"from": "3", "epochs": 1}]
+    path.write_text(json.dumps({"schema": 3, "schedule": "mine", "cuts": ["3"], "phases": phases}), encoding="utf-8")
+    report = train(spec(plan=str(path), grad_accum_steps=2))
+    assert [phase.micro_batches for phase in report.plan.phases] == [4, 2]
+    again = train(spec(plan=f"{report.folder}/plan.json", grad_accum_steps=2))
+    assert [r.train_loss for r in again.epochs] == [r.train_loss for r in report.epochs]
 
 
 def test_inspect_measures_ops_where_it_must(spec: Callable[..., fxsplit.RunSpec]) -> None:
@@ -517,7 +568,7 @@ def test_a_plain_loop_with_the_executor_ends_with_the_weights_of_train(
         for epoch in range(report.plan.epochs):
             net.enter(report.plan.phase_at(epoch), optimizer)
             net.train()
-            for batch in batches(data.train, batch_size=16, shuffle=True, seed=3, epoch=epoch):
+            for batch in Loader(data.train, batch_size=16, training=True, seed=3).batches(epoch):
                 optimizer.zero_grad()
                 F.cross_entropy(net(batch.images), batch.labels).backward()
                 optimizer.step()
@@ -532,8 +583,8 @@ def settling(tmp_path: Path, spec: Callable[..., fxsplit.RunSpec]) -> Callable[.
     """Two epochs of everything, three with the first layers settled."""
     plan = tmp_path / "plan.json"
     phases = [{"epochs": 2}, {"from": "3", "epochs": 3}]
-    plan.write_text(json.dumps({"schema": 2, "schedule": "mine", "cuts": ["3"], "phases": phases}), encoding="utf-8")
-    return lambda **changes: spec(plan=str(plan), parts=None, epochs=10, **changes)
+    plan.write_text(json.dumps({"schema": 3, "schedule": "mine", "cuts": ["3"], "phases": phases}), encoding="utf-8")
+    return lambda **changes: spec(plan=str(plan), **changes)
 
 
 @pytest.mark.parametrize("augment", [{}, {"augment": "crop-flip", "cache_views": 2}])

@@ -12,6 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxsplit.errors import UsageError
+from fxsplit.graph import Graph
+from fxsplit.plan.partition import partition
+from fxsplit.plan.planfile import PlanFile, write_file
+from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.presets import PRESETS, preset
 from fxsplit.spec import PLANNED, RunSpec, read_environment, read_recipe, read_values, resolve
 
 words = st.text(min_size=1)
@@ -35,7 +40,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
         st.booleans(),
     ),
     **dict.fromkeys(("lr", "decay_rate", "soft_temperature"), positive),
-    **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit"), maybe | positive),
+    **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit", "memory_budget", "memory_aim"), maybe | positive),
     "decay_milestones": st.lists(positive).map(tuple),
     "seed": st.integers(min_value=0, max_value=2**32 - 1),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
@@ -63,13 +68,20 @@ changed_at_random = st.one_of(
     st.fixed_dictionaries({"cache": st.sampled_from(("off", "auto"))}),
     st.fixed_dictionaries({"cache_views": whole}),
 )
+ends = st.one_of(st.fixed_dictionaries({"veto": st.just(False)}), st.fixed_dictionaries({"anneal": st.just(0.0)}))
 cuts = st.one_of(
     st.fixed_dictionaries({"parts": whole}),
     st.fixed_dictionaries({"at": st.lists(words)}),
-    st.fixed_dictionaries({"plan": words}),
+    st.fixed_dictionaries({"plan": words, "epochs": whole}),
 )
 specs = st.builds(
-    lambda *layers: resolve(*layers), st.fixed_dictionaries(STRATEGIES), channels, batches, changed_at_random, cuts
+    lambda *layers: resolve(*layers),
+    st.fixed_dictionaries(STRATEGIES),
+    channels,
+    batches,
+    changed_at_random,
+    ends,
+    cuts,
 )
 
 
@@ -116,7 +128,7 @@ def test_every_field_has_a_key_and_help() -> None:
         ({"device": "cude"}, "device is 'cude', but must be auto, cpu, cuda or cuda:N"),
         (
             {"schedule": "setle"},
-            "schedule is 'setle', but must be one of standard, window, grow, settle, l2l; did you",
+            "schedule is 'setle', but must be one of standard, window, grow, settle, settle-far; did you",
         ),
         ({"at": ["layer1", ""]}, "at is ['layer1', ''], but must be module paths"),
         ({"std": [1, 0, 1], "mean": [0, 0, 0]}, "std is [1, 0, 1], but must be numbers above 0"),
@@ -137,9 +149,19 @@ def test_every_field_has_a_key_and_help() -> None:
             "grad-accum-steps is 5, but must divide batch-size 32",
         ),
         (
-            {"plan": "plan.json", "schedule": "l2l", "epochs": 3},
-            "the plan file says itself where to cut and what trains when, so leave out schedule, epochs, or the plan",
+            {"plan": "plan.json", "preset": "none", "epochs": 3, "schedule": "grow", "parts": 3},
+            "the plan file says itself where to cut and what trains when, so leave out schedule, parts, or the plan",
         ),
+        ({"plan": "none.json"}, "the plan 'none.json' cannot be read: No such file"),
+        ({"preset": "l3l"}, "preset is 'l3l', but must be one of none, l2l; did you mean 'l2l'?"),
+        ({"preset": ["l2l"]}, "preset is ['l2l'], but must be one of none, l2l"),
+        ({"preset": "l2l", "epochs": "ten"}, "epochs is 'ten', but must be a whole number at least 1"),
+        (
+            {"schedule": "l2l"},
+            "schedule is 'l2l', but must be one of standard, window, grow, settle, settle-far; l2l is a preset: ask "
+            "for it as such, by --l2l or preset=l2l; its phases alone are settle-far",
+        ),
+        ({"veto": True, "anneal": 0.2}, "anneal is 0.2 and veto is true, but a partition that settles later"),
         ({"parts": 3, "at": ["a", "b"]}, "parts is 3 and at is 'a,b', but only one can say where to cut"),
     ],
 )
@@ -259,45 +281,109 @@ def test_later_layers_win() -> None:
     assert spec == RunSpec(model="paper:cnn", lr=0.3, epochs=3, seed=7, parts=4)
 
 
-def test_a_later_plan_withdraws_what_it_says_itself() -> None:
-    recipe = {"model": "paper:cnn", "lr": 0.1, "parts": 4, "by": "natural", "schedule": "l2l", "epochs_total": 9}
-    assert resolve(recipe, {"plan": "p.json"}) == RunSpec(model="paper:cnn", lr=0.1, plan="p.json")
-    written = RunSpec(model="paper:cnn", plan="p.json")
-    assert resolve(read_values(written.to_flat())) == written
-    with pytest.raises(UsageError, match="leave out epochs, or the plan"):
-        resolve({"model": "paper:cnn", "plan": "p.json"}, {"epochs": 3})
+@pytest.fixture
+def plan_file(graph: Graph, tmp_path: Path) -> str:
+    """Fourteen epochs, for the preset l2l."""
+    phases = (Phase(start=0, stop=2, epochs=9), Phase(start=1, stop=2, epochs=5))
+    plan = Plan(schedule="mine", preset="l2l", partitions=partition(graph, graph, count=2), phases=phases)
+    write_file(PlanFile.of(plan), str(tmp_path / "plan.json"))
+    return str(tmp_path / "plan.json")
+
+
+def test_a_plan_names_the_preset_and_the_epochs_unless_given(plan_file: str) -> None:
+    asked = {"model": "paper:cnn", "plan": plan_file}
+    spec = RunSpec(**asked)
+    assert spec == RunSpec(**asked, preset="l2l", epochs=14)
+    assert (spec.preset, spec.epochs, spec.smoothing, spec.average) == ("l2l", 14, 0.1, 0.1)
+    # It says itself what would else be of the preset: which partitions train when, and what recomputes.
+    assert (spec.schedule, spec.by, spec.memory_aim) == ("standard", "op", None)
+    longer = RunSpec(**asked, epochs=15)
+    assert (longer.preset, longer.epochs, longer.average) == ("l2l", 15, 0.25)
+    plain = RunSpec(**asked, preset="none")
+    assert (plain.preset, plain.epochs, plain.smoothing, plain.average) == ("none", 14, 0, 0)
+    assert resolve(read_values(spec.to_flat())) == spec
+
+
+def test_a_later_plan_withdraws_what_it_says_itself(plan_file: str) -> None:
+    recipe = {"model": "paper:cnn", "lr": 0.1, "parts": 4, "by": "natural", "schedule": "grow", "epochs_total": 9}
+    recipe |= {"epochs": 9, "memory_aim": 0.3}
+    assert resolve(recipe, {"plan": plan_file}) == RunSpec(model="paper:cnn", lr=0.1, plan=plan_file)
+    assert resolve({"model": "paper:cnn", "plan": plan_file}, {"epochs": 3}).epochs == 3
+    assert resolve(recipe, {"plan": plan_file, "epochs": 3, "memory_aim": 0.5}).memory_aim == 0.5
+    assert resolve({**recipe, "preset": "none"}, {"plan": plan_file}).preset == "none"
+    with pytest.raises(UsageError, match="leave out epochs-total, or the plan"):
+        resolve({"model": "paper:cnn", "plan": plan_file}, {"epochs_total": 3})
 
 
 def test_only_schedules_that_settle_heed_when() -> None:
     early = {"settle_from": 0.1, "settle_share": 0.5}
     with pytest.raises(UsageError, match="settle-from, settle-share can be given only where partitions settle"):
         RunSpec(model="paper:cnn", **early)
-    recipe = {"model": "paper:cnn", "schedule": "l2l", **early}
+    recipe = {"model": "paper:cnn", "schedule": "settle-far", **early}
     assert resolve(recipe, {"schedule": "settle"}) == RunSpec(model="paper:cnn", schedule="settle", **early)
     assert resolve(recipe, {"schedule": "standard"}) == RunSpec(model="paper:cnn")
     with pytest.raises(UsageError, match="the schedule is 'grow'"):
         resolve(recipe, {"schedule": "grow", "settle_until": 0.5})
 
 
-def test_l2l_has_defaults_of_its_own_and_some_for_long_runs() -> None:
+def test_l2l_switches_on_more_the_longer_the_run() -> None:
     def differing(**values: Any) -> dict[str, Any]:
-        return RunSpec(model="paper:cnn", **values).differing("Regularisation")
+        plain, spec = RunSpec(model="any"), RunSpec(model="any", **values)
+        names = [item.name for item in fields(spec) if item.name not in ("preset", "epochs", "epochs_total")]
+        return {name: getattr(spec, name) for name in names if getattr(spec, name) != getattr(plain, name)}
 
-    short = {"smoothing": 0.1, "soft-from": "mean", "soft-temperature": 2.0, "average": 0.1, "recalibrate": True}
+    short = {
+        "schedule": "settle-far", "by": "natural", "smoothing": 0.1, "soft_from": "mean", "soft_temperature": 2.0,
+        "average": 0.1, "recalibrate": True, "memory_aim": 0.6,
+    }  # fmt: skip
+    long = {**short, "average": 0.25, "soft_targets": 0.8}
     assert differing(epochs=60) == differing() == {}
-    assert differing(schedule="l2l", epochs=14) == short
-    assert differing(schedule="l2l", epochs=15) == differing(schedule="l2l", epochs=39) == {**short, "average": 0.25}
-    long = {**short, "soft-targets": 0.8, "average": 0.25}
-    assert differing(schedule="l2l", epochs=40) == long
-    assert differing(schedule="l2l", epochs=10, epochs_total=40) == long
-    assert differing(schedule="l2l", epochs=60, soft_targets=0.0, average=0.0) == {
-        key: value for key, value in short.items() if key != "average"
+    assert differing(preset="l2l", epochs=14) == preset("l2l", 14) == short
+    assert differing(preset="l2l", epochs=15) == differing(preset="l2l", epochs=39) == {**short, "average": 0.25}
+    assert differing(preset="l2l", epochs=40) == preset("l2l", 40) == long
+    assert differing(preset="l2l", epochs=10, epochs_total=40) == long
+    assert differing(preset="l2l", epochs=60, soft_targets=0.0, average=0.0, schedule="standard") == {
+        name: value for name, value in short.items() if name not in ("average", "schedule")
     }
+    assert differing(preset="none", epochs=60) == {}
+    with pytest.raises(UsageError, match="there is no preset 'l2'; did you mean 'l2l'"):
+        preset("l2", 10)
+
+
+def test_a_preset_lies_under_the_recipe_and_chooses_the_schedule_anew() -> None:
+    recipe = {"model": "paper:cnn", "smoothing": 0.3, "schedule": "standard"}
+    spec = resolve(recipe, {"average": 0.5}, {"preset": "l2l"})
+    assert (spec.smoothing, spec.average, spec.schedule, spec.recalibrate) == (0.3, 0.5, "settle-far", True)
+    assert resolve({**recipe, "preset": "l2l"}).schedule == "standard"
+    assert resolve({"model": "paper:cnn", "preset": "l2l"}, {"preset": "none"}) == RunSpec(model="paper:cnn")
+
+
+def test_what_presets_set_are_fields_that_may_have_it() -> None:
+    for name, settings in PRESETS.items():
+        assert [setting.from_epochs for setting in settings if setting.from_epochs < 1] == []
+        for setting in settings:
+            assert RunSpec(**{"model": "any", setting.field: setting.value}) is not None
+        assert RunSpec(model="any", preset=name, epochs=10**6).preset == name
+
+
+def test_a_field_that_there_is_not_is_refused() -> None:
+    with pytest.raises(TypeError, match="RunSpec has no field 'epoch'; did you mean 'epochs'"):
+        RunSpec(model="paper:cnn", epoch=3)  # type: ignore[call-arg]
+
+
+def test_every_choice_is_one_that_the_code_has() -> None:
+    """What lies beside torch is named a second time, in the spec, which starts without it."""
+    from fxsplit.data.images import AUGMENTATIONS
+    from fxsplit.models.registry import STEMS
+
+    choices = {item.name: item.metadata["choices"] for item in fields(RunSpec)}
+    assert choices["stem"] == STEMS
+    assert choices["augment"] == AUGMENTATIONS
 
 
 def test_what_a_plan_says_are_all_fields_of_its_group() -> None:
     group = [item.name for item in fields(RunSpec) if item.metadata["group"] == "Layer-to-layer"]
-    assert sorted(PLANNED) == sorted({*group, "epochs", "epochs_total"} - {"plan"})
+    assert sorted(PLANNED) == sorted({*group, "epochs_total"} - {"plan", "preset"})
 
 
 def test_a_later_way_to_cut_withdraws_the_earlier() -> None:

@@ -7,13 +7,16 @@ runs an op, it does what was there before. One trace runs at a time.
 from __future__ import annotations
 
 import builtins
+import datetime
 import gc
 import importlib
 import os
 import random
+import secrets
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -63,10 +66,22 @@ REFUSED: dict[Any, tuple[str, ...]] = {
 DRAWS: dict[Any, tuple[str, ...]] = {
     random: _methods_of(random, random.random),
     np.random: (*_methods_of(np.random, np.random.rand), "ranf", "sample"),
-    os: ("urandom",),
+    os: ("urandom", "times"),
+    secrets: ("choice", "randbelow", "randbits", "token_bytes", "token_hex", "token_urlsafe"),
+    uuid: ("uuid1", "uuid4"),
     torch: ("manual_seed", "seed", "initial_seed"),
-    time: ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time"),
+    time: (
+        "time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time",
+        "process_time_ns", "thread_time", "thread_time_ns", "clock_gettime", "clock_gettime_ns",
+        "localtime", "gmtime", "ctime", "asctime", "strftime",
+    ),
 }  # fmt: skip
+
+# Classes of C, which take no patches, and their methods that read a clock.
+CLOCKS: dict[Any, tuple[str, ...]] = {datetime.datetime: ("now", "utcnow", "today"), datetime.date: ("today",)}
+
+# What makes a generator that, without a seed, gives other numbers each time.
+SEEDED: dict[Any, tuple[str, ...]] = {np.random: ("default_rng",)}
 
 # What a forward can ask of the contexts around it.
 AMBIENT = (
@@ -158,6 +173,17 @@ def _record_calls(patches: _Patches, tracer: ValueTracer, functions: Iterable[An
     def refuse(function: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> NoReturn:
         raise UntraceableError(f"it calls {function.__name__}, which acts on more than a recording shows")
 
+    def seeded(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if all(given is None for given in (*args, *kwargs.values())):
+            raise UntraceableError(f"it calls {function.__name__} without a seed, which gives other numbers each time")
+        return function(*args, **kwargs)
+
+    def clock(kind: Any) -> type:
+        def record(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return tracer.call_outside(kind.__module__, f"{kind.__name__}.{method.__name__}", args, kwargs)
+
+        return _in_place_of(kind, {name: of_users(record)(getattr(kind, name)) for name in CLOCKS[kind]})
+
     def limits(kind: Any) -> Callable[..., Any]:
         record = recorded(kind)
 
@@ -173,6 +199,8 @@ def _record_calls(patches: _Patches, tracer: ValueTracer, functions: Iterable[An
         "drawing": of_users(draw),
         "ambient": of_users(tracer.ask_ambient),
         "refused": of_users(refuse),
+        "seeded": of_users(seeded),
+        "clock": clock,
     }
     replacing = {key: wrappers[kind](function) for key, (kind, _, _, function) in _functions().items()}
     for owner, name, function in [*_named_in_modules()]:
@@ -191,6 +219,22 @@ def _record_calls(patches: _Patches, tracer: ValueTracer, functions: Iterable[An
     patches.put(scripted, "__call__", call)
     for name in ("train", "requires_grad_"):
         patches.put(nn.Module, name, _only_outside(tracer, getattr(nn.Module, name)))
+
+
+def _in_place_of(kind: Any, methods: dict[str, Callable[..., Any]]) -> type:
+    """A class that makes and knows the instances of `kind`, with other functions for some of its class methods."""
+
+    class InPlace(type(kind)):  # type: ignore[misc]
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return kind(*args, **kwargs)
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return REAL_ISINSTANCE(instance, kind)
+
+        def __subclasscheck__(cls, other: Any) -> bool:
+            return issubclass(other, kind)
+
+    return InPlace(kind.__name__, (kind,), {name: staticmethod(method) for name, method in methods.items()})
 
 
 def _only_outside(tracer: ValueTracer, method: Any) -> Callable[..., Any]:
@@ -327,11 +371,12 @@ def _functions() -> dict[int, tuple[str, str, str, Any]]:
 
     Looked up once torch._dynamo is there, which puts others in the place of some.
     """
+    clocks = {datetime: tuple(kind.__name__ for kind in CLOCKS)}
     return {
         id(getattr(owner, name)): (kind, owner.__name__, name, getattr(owner, name))
         for kind, owners in (
-            *(("factory", {torch: FACTORIES}), ("drawing", DRAWS)),
-            *(("ambient", {torch: AMBIENT}), ("refused", REFUSED)),
+            *(("factory", {torch: FACTORIES}), ("drawing", DRAWS), ("clock", clocks)),
+            *(("ambient", {torch: AMBIENT}), ("refused", REFUSED), ("seeded", SEEDED)),
         )
         for owner, names in owners.items()
         for name in names
@@ -347,7 +392,7 @@ def _named_in_modules() -> Iterator[tuple[Any, str, Any]]:
     functions = _functions()
     for name, module in list(sys.modules.items()):
         space = getattr(module, "__dict__", None)
-        if space is None or not (_is_users_module(name) or module in (torch, *DRAWS, *REFUSED)):
+        if space is None or not (_is_users_module(name) or module in (torch, datetime, *DRAWS, *REFUSED, *SEEDED)):
             continue
         size, found = _found.get(module, (-1, []))
         if size != len(space):

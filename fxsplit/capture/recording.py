@@ -6,6 +6,7 @@ counts its calls, or takes another way once it has kept something, would not run
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -21,9 +22,9 @@ from fxsplit.capture.tracer import COMPILED, Guard, Leaf, ValueTracer, reason_of
 from fxsplit.capture.user_code import compiled_function, failing_function
 from fxsplit.errors import TraceError, UntraceableError
 from fxsplit.meta.costs import CostMeter
-from fxsplit.meta.evaluate import Outside, on_meta, resolve
+from fxsplit.meta.evaluate import Constant, Outside, on_meta, resolve
 from fxsplit.meta.kernels import Kernels
-from fxsplit.objects.contents import Contents, generators_around, restored, state_of
+from fxsplit.objects.contents import Contents, drawing_nothing, generators_around
 from fxsplit.objects.same import Comparison
 from fxsplit.objects.structure import META, map_tensors, tensors_in
 
@@ -32,13 +33,15 @@ from fxsplit.objects.structure import META, map_tensors, tensors_in
 class Recording:
     """`guards` are the answers that fixed the path, `opaque` the modules that became one op, with the reasons.
 
-    `checkpoints` says whether the model recomputes by itself.
+    `checkpoints` says whether the model recomputes by itself, `cuts_gradients` whether that gives parameters no
+    gradient because no input wants one.
     """
 
     graph: fx.Graph
     guards: list[Guard]
     opaque: dict[str, str]
     checkpoints: bool = False
+    cuts_gradients: bool = False
 
 
 @dataclass(kw_only=True)
@@ -108,11 +111,35 @@ class Recorder:
             if known := [path for path in reasons if not path or path in self._whole]:
                 raise self._error(UntraceableError(reasons[known[0]]))
             self._whole.update(reasons)
-        return Recording(graph=graph, guards=tracer.guards, opaque=tracer.opaque, checkpoints=tracer.checkpoints)
+        return Recording(
+            graph=graph,
+            guards=tracer.guards,
+            opaque=tracer.opaque,
+            checkpoints=tracer.checkpoints,
+            cuts_gradients=tracer.cuts_gradients,
+        )
 
     def keep_whole(self, modules: dict[str, str]) -> None:
         """From now on each of these paths is one op, for the reason given."""
         self._whole.update(modules)
+
+    def unsteady(self, recording: Recording) -> dict[str, str]:
+        """The module that computes with another number or object when it is recorded once more, and the reason.
+
+        Raises TraceError when that is the model itself.
+        """
+        node = first_difference(needed_nodes(recording.graph), needed_nodes(self.record().graph))
+        if node is None:
+            return {}
+        path = node.meta.get("path", "")
+        where = f"an op of {path!r}" if path else "an op"
+        reason = (
+            f"{where}, {node.name!r}, takes a number or an object that is another one at each call, such as one drawn, "
+            "counted or read from a clock where tracing does not see it"
+        )
+        if not path or path in self._whole:
+            raise self._error(UntraceableError(reason))
+        return {path: reason}
 
     @property
     def device(self) -> torch.device:
@@ -157,22 +184,18 @@ class Recorder:
             meter=CostMeter(known, self.kernels) if costs else None,
         )
         functions = {each for each in (*self.leaves, *self._whole) if isinstance(each, FunctionType)}
-        generators = generators_around(self.twin)
-        states = {name: state_of(generator) for name, generator in generators.items()}
         # Not watched: it is no context of the model's.
-        with torch.set_grad_enabled(self.twin.training), watched(tracer, functions):
+        with (
+            torch.set_grad_enabled(self.twin.training),
+            watched(tracer, functions),
+            drawing_nothing(generators_around(self.twin)),
+        ):
             try:
                 graph = tracer.trace(self.twin)
             except BaseException:
                 for assignment in reversed(tracer.assigned):
                     assignment.undo()
                 raise
-            finally:
-                drawn = [name for name, generator in generators.items() if restored(generator, states[name])]
-        if drawn:
-            raise UntraceableError(
-                f"it draws from the generator {drawn[0]!r}, whose numbers would be the same in every call"
-            )
         return tracer, graph
 
     def _error(self, error: Exception) -> TraceError:
@@ -187,16 +210,46 @@ class Recorder:
 
 def same_nodes(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> bool:
     """Whether the nodes of two recordings do the same, one by one, in the same contexts."""
-    if len(first) != len(second):
-        return False
-    comparison = Comparison(dict(zip(first, second, strict=True)))
-    return all(
-        one.op == other.op
-        and comparison.values(one.target, other.target)
-        and comparison.values((one.args, one.kwargs), (other.args, other.kwargs))
-        and contexts_of(one) == contexts_of(other)
-        for one, other in zip(first, second, strict=True)
-    )
+    return first_difference(first, second) is None
+
+
+def first_difference(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> fx.Node | None:
+    """The first node that does not do what its partner in the other recording does, as `same_nodes` says."""
+    comparison = Comparison(dict(zip(first, second, strict=False)))
+    for one, other in zip(first, second, strict=False):
+        if not (
+            one.op == other.op
+            and comparison.values(one.target, other.target)
+            and comparison.values((one.args, one.kwargs), (other.args, other.kwargs))
+            and contexts_of(one) == contexts_of(other)
+        ):
+            return one
+    return None if len(first) == len(second) else max(first, second, key=len)[min(len(first), len(second))]
+
+
+def has_numbers_of_its_own(recording: Recording, other: Recording) -> bool:
+    """Whether ops of a mode take numbers or objects that the `other` mode's do not.
+
+    Those that are drawn, counted or read from a clock do, and few others. What many ops of a kind that only this mode
+    has take alike, such as the 1 that is added to counters of batches, is not drawn.
+    """
+    ours, theirs = (Counter(map(_numbers_taken, needed_nodes(each.graph))) for each in (recording, other))
+    kinds = {key[:2] for key in theirs}
+    return any(key[2] and (ours[key] == 1 or key[:2] in kinds) for key in ours - theirs)
+
+
+def _numbers_taken(node: fx.Node) -> tuple[str, str, tuple[Any, ...]]:
+    """The kind of an op and, in order, the numbers and objects that it takes; flags apart."""
+    found: list[Any] = []
+
+    def note(leaf: Any) -> None:
+        if not isinstance(leaf, fx.Node | bool | None):
+            found.append(leaf if type(leaf) in (int, float, complex, str, bytes) else id(leaf))
+
+    fx.node.map_aggregate((node.args, node.kwargs), note)
+    if isinstance(node.target, Constant):
+        note(node.target.value)
+    return node.op, getattr(node.target, "__qualname__", str(node.target)), tuple(found)
 
 
 def needed_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -9,6 +9,7 @@ is here.
 from __future__ import annotations
 
 import builtins
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -23,6 +24,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from fxsplit.capture.contexts import Context
 from fxsplit.capture.mixing import is_along_samples
@@ -35,8 +37,8 @@ from fxsplit.meta.costs import CostMeter
 from fxsplit.meta.evaluate import Constant, External, Outside, Rebuild, Slot, StandIn, evaluate, expect, resolve
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
-from fxsplit.objects.contents import unchanged
-from fxsplit.objects.structure import map_tensors, template, tensors_in
+from fxsplit.objects.contents import drawing_nothing, of_this_thread, unchanged
+from fxsplit.objects.structure import map_tensors, module_at, template, tensors_in
 
 DROPOUTS = {
     *(torch.dropout, torch.feature_dropout, torch.alpha_dropout),
@@ -101,9 +103,10 @@ class ValueTracer(fx.Tracer):
     `lenient`, the model's own forward may ask for sizes that depend on data; the answers are made sure of in each run.
 
     After `trace`, `guards` are the answers that fixed the path, `opaque` the modules that became one op, with the
-    reasons, `assigned` what forward put into modules, and `checkpoints` says
-    whether it recomputes by itself. Every node has in its meta the keys `value`, `path`, `state`, `written` (nodes and
-    state names written in place), in contexts `contexts` and, with a meter, `cost`.
+    reasons, `assigned` what forward put into modules, `checkpoints` says whether it recomputes by itself, and
+    `cuts_gradients` whether it does so in the older way where an input wants no gradient. Every node has in its meta
+    the keys `value`, `path`, `state`, `written` (nodes and state names written in place), in contexts `contexts` and,
+    with a meter, `cost`.
     """
 
     proxy_type = ValueProxy
@@ -133,7 +136,7 @@ class ValueTracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.assigned: list[Assignment] = []
         self.evaluating = False
-        self.checkpoints = False
+        self.checkpoints = self.cuts_gradients = False
         self._thread = get_ident()
         self._open: list[tuple[object, Context]] = []
         self._whole = whole or {}
@@ -248,9 +251,10 @@ class ValueTracer(fx.Tracer):
     def call_checkpointed(self, function: Callable[..., Any], args: Sequence[Any], *, reentrant: bool) -> Any:
         """What a checkpoint calls; the older kind gives no gradient where none of its inputs wants one."""
         self.checkpoints = True
-        values = [a.value for a in args if type(a) is ValueProxy]
-        wanted = any(tensor.requires_grad for tensor in tensors_in(values))
-        if reentrant and torch.is_grad_enabled() and not wanted:
+        # Evaluation is recorded without gradients, and may run with them.
+        records = torch.is_grad_enabled() or not self.model.training
+        if reentrant and records and not any(map(_wants_gradient, args)):
+            self.cuts_gradients = True
             with torch.no_grad():
                 return function(*args)
         return function(*args)
@@ -401,7 +405,9 @@ class ValueTracer(fx.Tracer):
         before = {kind: dict(owner) for kind, owner in owners.items()}
         open_before, with_gradients = len(self._open), torch.is_grad_enabled()
         try:
-            value = forward()
+            # torch's own containers draw nothing themselves.
+            with drawing_nothing({} if type(module).__module__.startswith("torch.") else of_this_thread()):
+                value = forward()
         except BaseException:
             for kind, owner in owners.items():
                 owner.clear()
@@ -481,7 +487,8 @@ class ValueTracer(fx.Tracer):
         args, kwargs = resolve(
             (node.args, node.kwargs), lambda leaf: leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
         )
-        state = self._module_state(node)
+        module = module_at(self.root, str(node.target)) if node.op == "call_module" else None
+        state = {} if module is None else self._module_state(str(node.target), module)
         watched: dict[str | fx.Node, list[Tensor]] = {
             **{argument: tensors_in(argument.meta["value"]) for argument in node.all_input_nodes},
             **{name: [tensor] for name, tensor in state.items()},
@@ -494,17 +501,21 @@ class ValueTracer(fx.Tracer):
             args, kwargs = given
             return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
 
+        holder = getattr(args[0], "__self__", None) if node.target is operator.call else None
+        called = holder if module is None else module
+        sizes, hooks = _watch_norms(called) if isinstance(called, nn.Module) else ({}, [])
         self.evaluating, builtins.isinstance = True, REAL_ISINSTANCE
         try:
             if self.meter is None:
                 with self.kernels:
                     value = run((args, kwargs))
             else:
-                holder = getattr(args[0], "__self__", None) if node.target is operator.call else None
                 used = holder.parameters() if isinstance(holder, nn.Module) else state.values()
                 value, node.meta["cost"] = self.meter.measure(run, (args, kwargs), [*used])
         finally:
             self.evaluating, builtins.isinstance = False, watching
+            for hook in hooks:
+                hook.remove()
         inputs = node.all_input_nodes
         node.meta["stand_in"] = isinstance(value, StandIn) or any(each.meta.get("stand_in") for each in inputs)
         node.meta["drawn"] = isinstance(node.target, Outside) or any(each.meta.get("drawn") for each in inputs)
@@ -512,24 +523,29 @@ class ValueTracer(fx.Tracer):
         node.meta["state"] = tuple(state)
         node.meta["written"] = [
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
-        ] + self._moved_statistics(node)
+        ] + self._moved_statistics(node, module)
+        node.meta["wants"] = any(map(_node_wants, inputs)) or any(tensor.requires_grad for tensor in state.values())
         node.meta["known"] = is_known(node, value)
         node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
-        node.meta["mixes_samples"] = self._mixes_samples(node)
-        node.meta["is_dropout"] = self._is_dropout(node)
+        node.meta["mixes_samples"] = self._mixes_samples(node, module)
+        if node.target in (nn.functional.batch_norm, torch.batch_norm) and node.meta["mixes_samples"]:
+            sizes[""] = value.shape
+        small = (name for name, size in sizes.items() if math.prod(size) <= size[1] * self._batch_size)
+        if (name := next(small, None)) is not None:
+            node.meta["single_value_norm"] = f"{node.meta['path']}.{name}".strip(".")
+        node.meta["is_dropout"] = self._is_dropout(node, module)
         return value
 
-    def _module_state(self, node: fx.Node) -> dict[str, Tensor]:
-        if node.op != "call_module":
-            return {}
-        path = str(node.target)
-        module = self.root.get_submodule(path)
-        named = (*module.named_parameters(prefix=path), *module.named_buffers(prefix=path))
-        return {self._state.get(id(tensor), name): tensor for name, tensor in named}
+    def _module_state(self, path: str, module: nn.Module) -> dict[str, Tensor]:
+        return {
+            self._state.get(id(tensor), f"{prefix}.{name}"): tensor
+            for prefix, inner in module.named_modules(prefix=path)
+            for name, tensor in (*inner._parameters.items(), *inner._buffers.items())
+            if tensor is not None
+        }
 
-    def _moved_statistics(self, node: fx.Node) -> list[str | fx.Node]:
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
+    def _moved_statistics(self, node: fx.Node, module: nn.Module | None) -> list[str | fx.Node]:
+        if module is not None:
             return [
                 self._state[id(tensor)]
                 for inner in module.modules()
@@ -540,20 +556,15 @@ class ValueTracer(fx.Tracer):
         mean, variance, training = self._statistics(node)
         return [statistic for statistic in (mean, variance) if training and isinstance(statistic, fx.Node)]
 
-    def _mixes_samples(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
-            return any(
-                isinstance(inner, _BatchNorm) and (inner.training or inner.running_mean is None)
-                for inner in module.modules()
-            )
+    def _mixes_samples(self, node: fx.Node, module: nn.Module | None) -> bool:
+        if module is not None:
+            return any(map(_norms_by_batch, module.modules()))
         if node.target in (nn.functional.batch_norm, torch.batch_norm):
             return bool(self._statistics(node)[2])
         return is_along_samples(node, self._batch_size)
 
-    def _is_dropout(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            module = self.root.get_submodule(str(node.target))
+    def _is_dropout(self, node: fx.Node, module: nn.Module | None) -> bool:
+        if module is not None:
             return isinstance(module, _DropoutNd) and module.training and module.p > 0
         return node.target in DROPOUTS
 
@@ -563,6 +574,35 @@ class ValueTracer(fx.Tracer):
         found = [node.args[at] if at < len(node.args) else node.kwargs.get(keyword) for at, keyword in positions]
         mean, variance, training = found or (None, None, False)
         return mean, variance, training
+
+
+def _wants_gradient(argument: Any) -> bool:
+    if type(argument) is ValueProxy:
+        return isinstance(argument.value, Tensor) and _node_wants(argument.node)
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def _node_wants(node: fx.Node) -> bool:
+    """Whether a value would want a gradient, were it recorded with gradients."""
+    if "wants" in node.meta:
+        return bool(node.meta["wants"])
+    return any(tensor.requires_grad for tensor in tensors_in(node.meta["value"]))
+
+
+def _norms_by_batch(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm that takes the statistics of its batch now."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def _watch_norms(called: nn.Module) -> tuple[dict[str, torch.Size], list[RemovableHandle]]:
+    """The sizes of what reaches each BatchNorm in a module that takes the statistics of its batch, once it has run."""
+    sizes: dict[str, torch.Size] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _norm, given: sizes.update({name: given[0].shape})
+
+    norms = [(name, module) for name, module in called.named_modules() if _norms_by_batch(module)]
+    return sizes, [module.register_forward_pre_hook(note(name)) for name, module in norms]
 
 
 def reason_to_keep_whole(module: nn.Module) -> str | None:

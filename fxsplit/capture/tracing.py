@@ -26,7 +26,7 @@ from fxsplit.capture.free_batch import free_batch
 from fxsplit.capture.guards import Guards
 from fxsplit.capture.naming import assigned_by, called_module, method_of, names_of
 from fxsplit.capture.patches import LOCK
-from fxsplit.capture.recording import Recorder, Recording, is_only_a_number
+from fxsplit.capture.recording import Recorder, Recording, has_numbers_of_its_own, is_only_a_number
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.tracer import COMPILED, Leaf, reason_not_to_look_inside
 from fxsplit.errors import TraceError
@@ -46,7 +46,8 @@ class Program:
     """A mode of the model, ready to be cut: its graph as data, and the node behind each op, in the same order.
 
     `opaque` are the modules that became one op although they hold others, with the reasons. `checkpoints` says whether
-    the model recomputes by itself (gradient checkpointing), which tracing looks through.
+    the model recomputes by itself (gradient checkpointing), which tracing looks through; `cuts_gradients`, whether the
+    older kind of it gives parameters no gradient because no input wants one.
     """
 
     graph: Graph
@@ -56,6 +57,7 @@ class Program:
     guards: Guards
     opaque: Mapping[str, str]
     checkpoints: bool
+    cuts_gradients: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,17 +240,25 @@ def _whole_modules(model: nn.Module, programs: Iterable[Program]) -> list[str]:
 
 def _record_both(recorders: Mapping[bool, Recorder]) -> dict[bool, Recording]:
     """Both modes. What one of them must keep whole, both do, so that they have their ops in common."""
-    recordings = {training: recorder.record(costs=training) for training, recorder in recorders.items()}
-    for training, recorder in recorders.items():
-        modules = dict(recorder.twin.named_modules())
-        opaque = recordings[not training].opaque
-        only_there = {
-            path: opaque[path] for path in (opaque.keys() & modules.keys()) - recordings[training].opaque.keys()
-        }
-        if only_there:
-            recorder.keep_whole(only_there)
-            recordings[training] = recorder.record(costs=training)
-    return recordings
+    while True:
+        recordings = {training: recorder.record(costs=training) for training, recorder in recorders.items()}
+        for training, recorder in recorders.items():
+            modules = dict(recorder.twin.named_modules())
+            opaque = recordings[not training].opaque
+            only_there = {
+                path: opaque[path] for path in (opaque.keys() & modules.keys()) - recordings[training].opaque.keys()
+            }
+            if only_there:
+                recorder.keep_whole(only_there)
+                recordings[training] = recorder.record(costs=training)
+        unsteady: dict[str, str] = {}
+        for training, recorder in recorders.items():
+            if has_numbers_of_its_own(recordings[training], recordings[not training]):
+                unsteady |= recorder.unsteady(recordings[training])
+        if not unsteady:
+            return recordings
+        for recorder in recorders.values():
+            recorder.keep_whole(unsteady)
 
 
 def _read(
@@ -283,6 +293,7 @@ def _read(
         guards=guards,
         opaque=recording.opaque,
         checkpoints=recording.checkpoints,
+        cuts_gradients=recording.cuts_gradients,
     )
 
 
@@ -358,6 +369,7 @@ def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, storages: Map
         hidden_bytes=-(-sum(size for key, size in cost.saved.items() if key not in storages) // batch_size),
         uncounted=_is_uncounted(node),
         mixes_samples=node.meta.get("mixes_samples", False),
+        single_value_norm=node.meta.get("single_value_norm"),
         is_dropout=node.meta.get("is_dropout", False),
         autocast=node.meta.get("autocast"),
     )

@@ -17,7 +17,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from fxsplit.data import image_folders
 from fxsplit.data.decoding import image_warnings, short_side
-from fxsplit.data.images import Data, FileImages, MemoryImages, Warned, random_stream
+from fxsplit.data.images import Data, FileImages, MemoryImages, Warned
+from fxsplit.data.randomness import random_stream
 from fxsplit.errors import DataError, UsageError, nearest, printable
 
 MEMORY_LIMIT_BYTES = 2 << 30

@@ -22,7 +22,7 @@ from fxsplit.capture.tracing import Program, Trace, trace_again
 from fxsplit.errors import GuardError, TraceError, reason
 from fxsplit.meta.evaluate import resolve
 from fxsplit.objects.same import same_value
-from fxsplit.objects.snapshot import Difference, form_of, is_unchanged
+from fxsplit.objects.snapshot import Difference, form_of, hooks_of, is_unchanged
 
 # Of the states of the model that were found to give the same graph, so many are remembered.
 MOST_STATES = 16
@@ -126,11 +126,6 @@ class Changes:
                     f"{ADVICE}"
                 )
         self.guards = {training: program.guards for training, program in again.programs.items()}
-
-
-def hooks_of(module: nn.Module) -> tuple[Any, ...]:
-    """The hooks around a module's forward and backward, by kind."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _first(differences: Sequence[Difference], path: str | None) -> Difference:

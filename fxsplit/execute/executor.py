@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from fxsplit.capture.tracing import Trace
-from fxsplit.errors import PartitionError
+from fxsplit.errors import GuardError, PartitionError
 from fxsplit.execute.changes import Changes
 from fxsplit.execute.holding import Holding
 from fxsplit.execute.passes import Pass
@@ -66,7 +66,7 @@ class _forward:  # noqa: N801 - used as a decorator
 # What an executor holds; its model may have a submodule of the same name.
 OWN = frozenset(
     (
-        *("_signature", "passes", "_stages", "_prefix", "_recomputing", "_in_segments", "_fed"),
+        *("_signature", "passes", "_stages", "_prefix", "_recomputing", "_in_segments", "_fed", "_cuts_gradients"),
         *("_phase", "_everything", "_running", "_changes", "_holding", "_hooks", "_modes"),
     )
 )
@@ -130,6 +130,7 @@ class Executor(nn.Module):
         )
         self._fed = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
         self._phase = self._everything = self._running = Phase(start=0, stop=len(self._stages), epochs=1)
+        self._cuts_gradients = {mode: program.cuts_gradients for mode, program in trace.programs.items()}
         self._changes = Changes(trace)
         self._holding = Holding(trace, partitions)
         self._arrange()
@@ -254,10 +255,16 @@ class Executor(nn.Module):
         for mode in {training, training and everything}:
             self._changes.guards[mode].check(tensors)
         values: list[Any] = [tensors[index] for index in self._fed]
+        wants = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in values)
+        if wants and self._cuts_gradients[training]:
+            raise GuardError(
+                "an input wants a gradient, and the model was traced with inputs that want none, where its checkpoints "
+                "of the older kind give none to parameters either; trace it with such an input, or use checkpoints "
+                "with use_reentrant=False"
+            )
         if not running.start:
             return values
         dtype = self.settled_dtype if training else None
-        wants = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in values)
         if training and not wants:
             with self._holding.evaluating(*range(running.start)):
                 return self._prefix(self._model, values, running.start, dtype)
@@ -289,9 +296,9 @@ class Executor(nn.Module):
         return result
 
     def _evaluate(self, index: int, values: list[Any]) -> Any:
-        """What a partition gives in evaluation."""
+        """What a partition gives in evaluation; in training, the last one returns all that training does."""
         with self._holding.evaluating(index):
-            return self._stages[index](self._model, values, training=False)
+            return self._stages[index](self._model, values, training=False, returned=self.training)
 
     @contextmanager
     def heard(self, hear: Callable[[int, list[Any]], None]) -> Iterator[None]:

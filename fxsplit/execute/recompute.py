@@ -11,24 +11,27 @@ Source: Chen et al., Training deep nets with sublinear memory cost, 2016.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from fxsplit.capture.naming import called_module
+from fxsplit.capture.naming import called_module, method_of
 from fxsplit.capture.tracing import Trace
+from fxsplit.execute.prefix import ORIGINS
 from fxsplit.execute.stages import Stage, spans
-from fxsplit.objects.contents import Contents
+from fxsplit.meta.evaluate import Constant
+from fxsplit.objects.contents import OF_THE_PROCESS, Contents, restored, state_of
 from fxsplit.objects.structure import map_tensors
 
 # What a module holds: its own attributes, and its buffers.
 Content = tuple[dict[str, Any], dict[str, Tensor | None]]
 Modes = list[tuple[nn.Module, bool]]
+# Generators with their states.
+States = list[tuple[Any, Any]]
 
 
 class Recomputing:
@@ -52,6 +55,10 @@ class Recomputing:
         self._owners, self._called = tuple(sorted(owners)), tuple(called)
         # What else they hold may change too: lists, counters, generators.
         self._holders = tuple(path for path in called if not _is_plain(trace.model.get_submodule(path)))
+        # Those that ops are given; wherever the op lies that delivers them.
+        constants = (node.target.value for node in program.nodes if isinstance(node.target, Constant))
+        self._generators = [each for each in constants if isinstance(each, torch.Generator)]
+        self._stops_early = all(_saves_as_it_begins(trace.model, node) for node in program.nodes[span])
         # No cut is legal that lets an op write into what lies before it, so these are inputs of the model.
         values = program.graph.values
         memory = {values[name].storage for op in program.graph.ops[span] for name in op.mutates if name in values}
@@ -68,7 +75,8 @@ class Recomputing:
         # Somebody may put the model into evaluation before backward.
         modes = [(each, each.training) for path in self._called for each in model.get_submodule(path).modules()]
         # torch's own is put back by the checkpoint.
-        numbers = random.getstate(), np.random.get_state()
+        own = (OF_THE_PROCESS["random"], OF_THE_PROCESS["numpy.random"], *self._generators)
+        numbers = [(generator, state_of(generator)) for generator in own]
         held = [Contents(model.get_submodule(path)) for path in self._holders]
         originals = {position: given[position] for position in self._written}
         for position, tensor in originals.items():
@@ -81,12 +89,28 @@ class Recomputing:
             return self.stage(model, values, training=True)
 
         again = _Anew(lambda: _put_back(model, contents, modes, numbers, held))
-        return checkpoint(run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+        with set_checkpoint_early_stop(self._stops_early):
+            return checkpoint(run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
 
 
 def _copy(tensor: Tensor) -> Tensor:
     """The same numbers, laid out alike: kernels may go by that."""
     return tensor.new_empty_strided(tensor.size(), tensor.stride()).copy_(tensor)
+
+
+def _saves_as_it_begins(model: nn.Module, node: fx.Node) -> bool:
+    """Whether all that an op saves for backward is there when it is saved.
+
+    A checkpoint forwards again until the last such tensor is saved, and not further; the noise of RReLU has no numbers
+    by then. Code from elsewhere may use that.
+    """
+    if node.op == "call_module":
+        inner = model.get_submodule(str(node.target)).modules()
+        return all(_is_plain(module) and not isinstance(module, nn.RReLU) for module in inner)
+    if isinstance(node.target, str):
+        return True
+    origin = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    return origin in ORIGINS and method_of(node) is None and not node.target.__name__.startswith("rrelu")
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -118,7 +142,7 @@ def _put_back(
     model: nn.Module,
     contents: Mapping[str, Content],
     modes: Modes,
-    numbers: tuple[Any, Any],
+    numbers: States,
     held: Sequence[Contents],
 ) -> Iterator[None]:
     """Inside, modules hold again what they held before the first forward, and the same numbers are drawn.
@@ -128,12 +152,12 @@ def _put_back(
     modules = {path: model.get_submodule(path) for path in contents}
     now = {path: (dict(vars(module)), dict(module._buffers)) for path, module in modules.items()}
     modes_now = [(module, module.training) for module, _ in modes]
-    numbers_now = random.getstate(), np.random.get_state()
+    numbers_now = [(generator, state_of(generator)) for generator, _ in numbers]
     held_now = [each.again() for each in held]
     try:
         for each in held:
             each.restore()
-        _set_generators(*numbers)
+        _set_generators(numbers)
         for path, (attributes, buffers) in contents.items():
             vars(modules[path]).update(attributes)
             # Copies, since each further run starts from the same buffers.
@@ -141,7 +165,7 @@ def _put_back(
         _set(modes)
         yield
     finally:
-        _set_generators(*numbers_now)
+        _set_generators(numbers_now)
         for each in held_now:
             each.restore()
         _set(modes_now)
@@ -151,9 +175,9 @@ def _put_back(
                 owner.update(before)
 
 
-def _set_generators(of_python: Any, of_numpy: Any) -> None:
-    random.setstate(of_python)
-    np.random.set_state(of_numpy)
+def _set_generators(states: States) -> None:
+    for generator, state in states:
+        restored(generator, state)
 
 
 def _set(modes: Modes) -> None:

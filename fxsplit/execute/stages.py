@@ -12,7 +12,7 @@ import itertools
 import linecache
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-from fxsplit.capture.tracing import Trace
+from fxsplit.capture.tracing import Program, Trace
 from fxsplit.errors import PartitionError
 from fxsplit.execute.passes import Pass, rewritten
 from fxsplit.execute.source import NAME, source_of
+from fxsplit.meta.evaluate import resolve
+from fxsplit.objects.same import same_value
 from fxsplit.plan.partition import Partition
 
 _serial = itertools.count()
@@ -97,17 +99,27 @@ class Stage:
         passes: Sequence[Pass] = (),
     ) -> None:
         self.partition = partition
+        # By the mode of the ops and the one whose output is returned.
         self._codes = {
-            training: code_of(
-                rewritten(stage_graph(trace, partition, is_last=is_last, training=training), trace.model, passes),
+            (training, returned): code_of(
+                rewritten(
+                    stage_graph(trace, partition, is_last=is_last, training=training, returned=returned),
+                    trace.model,
+                    passes,
+                ),
                 f"partition {partition.index} in {'training' if training else 'evaluation'}",
             )
             for training in modes
+            for returned in ({training, True} if is_last and not _returns_alike(trace) else {training})
         }
 
-    def __call__(self, model: nn.Module, values: list[Any], *, training: bool) -> Any:
-        """Boundary values in, boundary values out; the last stage returns the model's own output."""
-        return self._codes[training](model, values)
+    def __call__(self, model: nn.Module, values: list[Any], *, training: bool, returned: bool | None = None) -> Any:
+        """Boundary values in, boundary values out; the last stage returns the model's own output.
+
+        It is that of training if `returned` is true, in as far as what ran in evaluation has it; else of the same mode.
+        """
+        key = (training, training if returned is None else returned)
+        return self._codes.get(key, self._codes[training, training])(model, values)
 
     def compile(self, backend: str) -> None:
         """Compile both modes, each when it first runs."""
@@ -120,19 +132,19 @@ def spans(partition: Partition) -> dict[bool, tuple[int, int]]:
     return {True: (partition.start, partition.stop), False: (partition.eval_start, partition.eval_stop)}
 
 
-def stage_graph(trace: Trace, partition: Partition, *, is_last: bool, training: bool) -> fx.Graph:
+def stage_graph(
+    trace: Trace, partition: Partition, *, is_last: bool, training: bool, returned: bool | None = None
+) -> fx.Graph:
     """The ops of a partition as a graph of its own, from the list of values that it reads to what it writes.
 
-    Each of its ops has the Op that it is in its node's meta, as `op`.
+    Each of its ops has the Op that it is in its node's meta, as `op`. The last one returns the model's output, perhaps
+    that of the mode `returned`.
     """
     program, span = trace.programs[training], spans(partition)[training]
-    names = {
-        **dict(zip((op.name for op in program.graph.ops), program.nodes, strict=True)),
-        **dict(zip((value.name for value in program.graph.inputs), program.inputs, strict=True)),
-    }
+    names = _nodes_by_name(program)
     graph = fx.Graph()
     values = graph.placeholder("values")
-    # A value that this mode does not have is taken as well, and passed on as None.
+    # What this mode does not have is taken as well, and passed on: a partition in the other mode may have made it.
     taken = {name: graph.call_method("pop", (values,)) for name in reversed(partition.reads)}
     made = {names[name]: node for name, node in taken.items() if name in names}
 
@@ -146,11 +158,82 @@ def stage_graph(trace: Trace, partition: Partition, *, is_last: bool, training: 
             find(source)
         made[node] = graph.node_copy(node, find)
         made[node].meta["op"] = op
-    if is_last:
-        graph.output(fx.node.map_arg(program.output.args[0], find))
+    at_hand = taken | {name: made[node] for name, node in names.items() if node in made}
+    if not is_last:
+        graph.output([at_hand.get(name) for name in partition.writes])
+    elif (training or returned) and not _returns_alike(trace):
+        graph.output(_as_in_training(trace, graph, at_hand, taken.keys(), find))
     else:
-        graph.output([made[names[name]] if name in names else None for name in partition.writes])
+        graph.output(fx.node.map_arg(program.output.args[0], find))
     return graph
+
+
+def _nodes_by_name(program: Program) -> dict[str, fx.Node]:
+    return {
+        **dict(zip((op.name for op in program.graph.ops), program.nodes, strict=True)),
+        **dict(zip((value.name for value in program.graph.inputs), program.inputs, strict=True)),
+    }
+
+
+def _as_in_training(
+    trace: Trace,
+    graph: fx.Graph,
+    at_hand: Mapping[str, fx.Node],
+    taken: Container[str],
+    find: Callable[[fx.Node], fx.Node],
+) -> Any:
+    """What training returns, of the values `at_hand`, some of them `taken` from partitions in either mode.
+
+    What nobody made in training is what evaluation returns in the same place: where a part in evaluation returns its
+    features, these are the ones without dropout. Where evaluation returns none, it is None.
+    """
+    names = {node: name for program in trace.programs.values() for name, node in _nodes_by_name(program).items()}
+
+    def value(ours: Any, theirs: Any) -> Any:
+        if isinstance(ours, fx.Node):
+            return of_nodes(ours, theirs if isinstance(theirs, fx.Node) else None)
+        if isinstance(ours, dict):
+            known = theirs if isinstance(theirs, dict) else {}
+            return {key: value(item, known.get(key)) for key, item in ours.items()}
+        if isinstance(ours, tuple | list):
+            others = theirs if isinstance(theirs, tuple | list) and len(theirs) == len(ours) else [None] * len(ours)
+            items = [value(*pair) for pair in zip(ours, others, strict=True)]
+            return type(ours)(*items) if hasattr(ours, "_fields") else type(ours)(items)
+        return ours
+
+    def of_nodes(ours: fx.Node, theirs: fx.Node | None) -> fx.Node | None:
+        if ours not in names:
+            return find(ours)
+        own = at_hand.get(names[ours])
+        other = None if theirs is None else at_hand.get(names.get(theirs, ""))
+        if theirs is None or own is other is not None or (own is not None and names[ours] not in taken):
+            return own
+        return graph.call_function(_if_made, (own, other))
+
+    return value(*(trace.programs[mode].output.args[0] for mode in (True, False)))
+
+
+def _if_made(value: Any, other: Any) -> Any:
+    """Raises PartitionError when nobody made either: each lies in a partition that was in the other mode."""
+    if value is None and other is None:
+        raise PartitionError(
+            "the model returns a value that it makes in training before a cut and in evaluation after it, so that in "
+            "this phase no partition makes it; cut elsewhere"
+        )
+    return other if value is None else value
+
+
+def _returns_alike(trace: Trace) -> bool:
+    """Whether both modes return the same values in the same places."""
+    outputs = []
+    for program in trace.programs.values():
+        names = {node: name for name, node in _nodes_by_name(program).items()}
+
+        def name_of(leaf: Any, names: Mapping[fx.Node, str] = names) -> Any:
+            return names.get(leaf, leaf.target) if isinstance(leaf, fx.Node) else leaf
+
+        outputs.append(resolve(program.output.args[0], name_of))
+    return same_value(*outputs)
 
 
 def code_of(graph: fx.Graph, label: str) -> Code:

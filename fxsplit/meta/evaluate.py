@@ -19,7 +19,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from fxsplit.errors import GuardError
 from fxsplit.meta import autocast
 from fxsplit.objects.contents import Contents, unchanged
-from fxsplit.objects.structure import ATOMS, META, filled, map_tensors, tensors_in
+from fxsplit.objects.structure import ATOMS, META, filled, map_tensors, module_at, tensors_in
 from fxsplit.objects.twins import Copier
 
 
@@ -83,7 +83,7 @@ class External:
 class Outside:
     """An operation that draws from a generator of the process, reads a clock or the contexts around the call.
 
-    It goes by names, so that a copy asks the same generator.
+    It goes by names, which may be dotted, so that a copy asks the same generator.
     """
 
     def __init__(self, owner: str, name: str) -> None:
@@ -91,7 +91,7 @@ class Outside:
         self.__module__, self.__name__, self.__qualname__ = owner, name, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(sys.modules[self.owner], self.name)(*args, **kwargs)
+        return operator.attrgetter(self.name)(sys.modules[self.owner])(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Outside, (self.owner, self.name)
@@ -178,8 +178,8 @@ def evaluate(
         called = getattr(args[0], target)
         args = args[1:]
     else:
-        called = _uncompiled(root.get_submodule(str(target))) if kind == "call_module" else target
-    with _left_alone(called) if kind == "call_module" else nullcontext():
+        called = _uncompiled(module_at(root, str(target))) if kind == "call_module" else target
+    with _left_alone(called) if kind == "call_module" and not _is_plain(called) else nullcontext():
         try:
             with META, _users(called, (args, kwargs)):
                 return on_meta(autocast.run(called, args, kwargs, device))
@@ -211,6 +211,12 @@ def _uncompiled(module: nn.Module) -> nn.Module:
     original = getattr(module, "_orig_mod", module)
     assert isinstance(original, nn.Module)
     return original
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A single module of torch's own, whose forward replaces nothing in it."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module).__module__.startswith("torch.nn.modules.") and not module._modules and not hooked
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from fxsplit.errors import UsageError, nearest, reason
+from fxsplit.errors import NoModelError, UsageError, nearest, reason
 
 
 def call(
@@ -29,10 +29,10 @@ def call(
         module = _import_file(source) if is_file(source) else _import_module(source, spec, libraries)
         factory = getattr(module, name, None)
         if isinstance(factory, nn.Module):
-            raise UsageError(f"{spec!r} is a module already built; name a function that builds one and returns it")
+            raise NoModelError(f"{spec!r} is a module already built; name a function that builds one and returns it")
         if not callable(factory):
             callables = [key for key, value in vars(module).items() if callable(value)]
-            raise UsageError(f"{source!r} has no function or class {name!r}{nearest(name, callables)}")
+            raise NoModelError(f"{source!r} has no function or class {name!r}{nearest(name, callables)}")
         try:
             named = inspect.signature(factory).parameters
             return factory(**{key: value for key, value in offered.items() if key in named}, **asked)
@@ -64,7 +64,7 @@ def _import_file(source: str) -> ModuleType:
     path = Path(source).expanduser()
     if not path.is_file():
         beside = (file.name for file in path.parent.glob("*.py"))
-        raise UsageError(f"there is no file {source!r}{nearest(path.name, beside)}")
+        raise NoModelError(f"there is no file {source!r}{nearest(path.name, beside)}")
     path = path.resolve()
     # a name of its own, so that a file called torch.py hides nothing; pickle and dataclasses look it up
     name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
@@ -88,7 +88,7 @@ def _import_module(source: str, spec: str, libraries: Collection[str]) -> Module
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{source}.".startswith(f"{missing}."):
-            raise UsageError(
+            raise NoModelError(
                 f"{source!r} in {spec!r} is no library ({', '.join(libraries)}), no .py file and no module "
                 f"that can be imported{nearest(source, libraries)}"
             ) from error

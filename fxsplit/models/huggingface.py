@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from fxsplit.errors import UsageError, nearest
+from fxsplit.errors import NoModelError, UsageError, nearest
 
 # What a small configuration may have at most, by the names that most types use for it; None becomes the same.
 # A head of 64 channels fits the rotary embeddings of all types.
@@ -138,7 +138,7 @@ def _configuration(name: str) -> Any:
             f"'hf:{name}' cannot be built small and offline: {UNFIT[name]}; give a repository of that type"
         )
     if name not in heads:
-        raise UsageError(
+        raise NoModelError(
             f"transformers has no type {name!r} with a head for image classes or language{nearest(name, heads)}"
         )
     return _small(transformers.CONFIG_MAPPING[name])

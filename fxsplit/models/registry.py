@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxsplit.errors import DataError, UsageError, nearest, reason
+from fxsplit.errors import DataError, NoModelError, UsageError, nearest, reason
 from fxsplit.models import factories, huggingface
 from fxsplit.models.paper import NETWORKS
 from fxsplit.models.surgery import fit_classifier, keep_small_images
@@ -98,14 +98,14 @@ def expand(pattern: str) -> tuple[str, ...]:
     if not set("*?[") & set(wanted):
         return (pattern,)
     if source not in LIBRARIES:
-        raise UsageError(
+        raise NoModelError(
             f"the models of {source!r} cannot be listed, only those of {', '.join(LIBRARIES)}"
             f"{nearest(source, LIBRARIES)}; replace {wanted!r} by the name of a function"
         )
     known = LIBRARIES[source].names()
     names = [name for name in known if fnmatchcase(name, wanted)]
     if not names:
-        raise UsageError(f"no model of {source} matches {wanted!r}{nearest(wanted, known)}")
+        raise NoModelError(f"no model of {source} matches {wanted!r}{nearest(wanted, known)}")
     return tuple(f"{source}:{name}" for name in names)
 
 
@@ -132,7 +132,7 @@ def _from_timm(
     import timm
 
     if ":" not in name and not timm.is_model(name):
-        raise UsageError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
+        raise NoModelError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
     settings: dict[str, Any] = {"num_classes": num_classes, **_asked(DROP_PATH, drop_path)}
     with _errors_of("timm", name, settings, cache=HUB_CACHE):
         one_size = bool(_timm_config(name).get("fixed_input_size"))
@@ -216,7 +216,7 @@ def torchvision_module(name: str) -> str:
     from torchvision import models
 
     if name not in models.list_models():
-        raise UsageError(f"torchvision has no model {name!r}{nearest(name, models.list_models())}")
+        raise NoModelError(f"torchvision has no model {name!r}{nearest(name, models.list_models())}")
     return str(models.get_model_builder(name).__module__).removeprefix("torchvision.models.")
 
 
@@ -259,7 +259,7 @@ def _from_paper(
 ) -> nn.Module:
     spec = f"paper:{name}"
     if name not in NETWORKS:
-        raise UsageError(f"the paper has no network {name!r}, only {', '.join(NETWORKS)}{nearest(name, NETWORKS)}")
+        raise NoModelError(f"the paper has no network {name!r}, only {', '.join(NETWORKS)}{nearest(name, NETWORKS)}")
     _refuse_pretrained(spec, pretrained)
     model = NETWORKS[name](num_classes, img_size, 3, **_asked(DROP_PATH, drop_path))
     if stem == "cifar":
@@ -306,7 +306,7 @@ def _parts(spec: str) -> tuple[str, str]:
             f"{source!r} is a file; name the function or class of it that builds the model: {found or '-'}"
         )
     if not (source and name):
-        raise UsageError(f"{spec!r} is not the full name of a model{_full_names(spec) or f'; write {FORMS}'}")
+        raise NoModelError(f"{spec!r} is not the full name of a model{_full_names(spec) or f'; write {FORMS}'}")
     return source, name
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FunctionType, ModuleType
 from typing import Any
@@ -32,6 +33,12 @@ GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] =
         lambda each, state: setattr(each.bit_generator, "state", state),
     ),
     torch.Generator: (lambda each: each.get_state(), lambda each, state: each.set_state(state)),
+}
+# Those of the process, by the names under which people know them.
+OF_THE_PROCESS: dict[str, Any] = {
+    "random": vars(random)["random"].__self__,
+    "numpy.random": vars(np.random)["rand"].__self__,
+    "torch": torch.default_generator,
 }
 # What every module has, and what the tracer itself looks after.
 _BASE = frozenset((*vars(nn.Module()), "_flat_weights"))
@@ -191,6 +198,29 @@ def _restore(held: Any, before: Any) -> None:
     elif not isinstance(held, tuple | Iterator):
         vars(held).clear()
         vars(held).update(before)
+
+
+@contextmanager
+def drawing_nothing(generators: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, no numbers may be drawn from these generators by name; afterwards they are where they stood.
+
+    Raises UntraceableError when some were.
+    """
+    before = {name: state_of(generator) for name, generator in generators.items()}
+    try:
+        yield
+    finally:
+        drawn = [name for name, generator in generators.items() if restored(generator, before[name])]
+    if drawn:
+        raise UntraceableError(
+            f"it draws from the generator {drawn[0]!r} where no op shows it, and its numbers would be the same in "
+            "every call"
+        )
+
+
+def of_this_thread() -> Mapping[str, Any]:
+    """The generators of the process, if nobody else can draw from them meanwhile."""
+    return OF_THE_PROCESS if threading.active_count() == 1 else {}
 
 
 def state_of(generator: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +71,11 @@ class TensorForm:
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
+
+
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """The hooks around a module's forward and backward, by kind."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def form_of(value: Any, depth: int = DEPTH) -> Any:
@@ -174,9 +179,9 @@ class _Held(NamedTuple):
 class Snapshot:
     """What the modules of `model` are and hold: classes, children, shapes of parameters, other attributes.
 
-    What lies inside a module that the graph calls, one of the paths in `called`, is that module's business. The same
-    holds for the attributes of modules in `called` and `opaque`, unless they are torch's own: others may read those.
-    `assigned` are paths of attributes that the graph itself sets.
+    What lies inside a module that the graph calls, one of the paths in `called`, is that module's business. So are the
+    attributes of modules in `called` and `opaque`, which may count their calls there, unless they are torch's own or
+    code that was traced through names them. `assigned` are paths of attributes that the graph itself sets.
     """
 
     def __init__(
@@ -187,6 +192,14 @@ class Snapshot:
         for path, _, name in (each.rpartition(".") for each in assigned):
             self._skipped.setdefault(path, set(BOOKKEEPING)).add(name)
         visible = list(self._visible(model))
+        modules = dict(model.named_modules())
+        whole = (modules[path] for path in self._called | self._opaque if path in modules)
+        self._named = set() if all(map(_is_torchs, whole)) else _names_in(self._traced_classes(visible))
+        self._inner = {
+            path: {name: _form_of_attribute(value) for name, value in attributes.items()}
+            for path, attributes in self._named_inside(model, visible)
+        }
+        self._hooked = {path for path, module, _ in visible if any(hooks_of(module))}
         self._modules = {
             path: _Held(
                 type(module),
@@ -219,6 +232,8 @@ class Snapshot:
                 for name, form in was.attributes.items()
             ):
                 found += _differing(path, "attribute ", was.attributes, attributes)
+        for path, attributes in self._named_inside(model, visible):
+            found += _differing(path, "attribute ", self._inner.get(path, attributes), attributes)
         for kind in self._traced_classes(visible):
             was_class = self._classes.get(kind)
             # A class that is new here is told of as a module's.
@@ -228,8 +243,12 @@ class Snapshot:
         return found
 
     def traced_through(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The modules below the model whose ops are in the graph, instead of a call of the module."""
-        return [(path, module) for path, module, _ in self._visible(model) if path and path not in self._called]
+        """The modules below the model whose ops are in the graph, instead of a call of the module.
+
+        Not those that had hooks when it was traced: with hooks a module stays one op, if it is called at all.
+        """
+        without = self._called | self._hooked
+        return [(path, module) for path, module, _ in self._visible(model) if path and path not in without]
 
     def visible(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules that the graph calls and those that it goes through."""
@@ -264,12 +283,25 @@ class Snapshot:
                 yield path, module, _Structure(children, *tensors_by_kind)
 
     def _read(self, path: str, module: nn.Module) -> dict[str, Any]:
-        is_torchs = type(module).__module__.startswith("torch.nn.modules.")
-        if not is_torchs and (path in self._called or path in self._opaque):
-            return {}
+        is_torchs = _is_torchs(module)
         attributes = vars(module)
         names = attributes.keys() - self._skipped.get(path, BOOKKEEPING)
+        if not is_torchs and (path in self._called or path in self._opaque):
+            names &= self._named
         return {name: attributes[name] for name in names if not (is_torchs and name[0] == "_")}
+
+    def _named_inside(
+        self, model: nn.Module, visible: Iterable[tuple[str, nn.Module, Any]]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What modules inside of those that are called hold under names that code outside has."""
+        if not self._named:
+            return
+        seen = {path for path, _, _ in visible}
+        for path, module in model.named_modules():
+            if path not in seen and not _is_torchs(module):
+                names = self._named & (vars(module).keys() - BOOKKEEPING)
+                if names:
+                    yield path, {name: vars(module)[name] for name in names}
 
     def _traced_classes(self, visible: Iterable[tuple[str, nn.Module, Any]]) -> list[type]:
         """Those with code of the user's that was traced through."""
@@ -281,6 +313,38 @@ class Snapshot:
                 )
         found.pop(object, None)
         return list(found)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+def _names_in(classes: Iterable[type]) -> set[str]:
+    """The names, and the strings that may be some, in the code of classes and of the functions that it calls."""
+    found: set[str] = set()
+    seen: set[Any] = set()
+    waiting = [value for kind in classes for value in vars(kind).values()]
+    while waiting:
+        value = waiting.pop()
+        function = getattr(value, "__func__", getattr(value, "fget", value))
+        if not isinstance(function, FunctionType) or function in seen or f"{function.__module__}".startswith("torch."):
+            continue
+        seen.add(function)
+        names = set(_names_of(function.__code__))
+        found |= names
+        spaces = [function.__globals__]
+        spaces += [vars(each) for name in names if isinstance(each := spaces[0].get(name), ModuleType)]
+        waiting += [space[name] for space in spaces for name in names if name in space]
+    return found
+
+
+def _names_of(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _names_of(constant)
 
 
 def _form_of_attribute(value: Any) -> Any:

@@ -30,6 +30,17 @@ Kind = type | tuple[type, ...]
 _isinstance = isinstance
 
 
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """What `root.get_submodule(path)` gives, without looking for attributes, which is slow while a model is traced.
+
+    Raises KeyError when there is no such module.
+    """
+    module = root
+    for name in path.split(".") if path else ():
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
 class Parts(NamedTuple):
     """An object taken apart: `make(*arguments)`, then its `state`, the `items` of a list and the `pairs` of a dict."""
 

@@ -7,6 +7,7 @@ is shared, and so is nothing else.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from types import MethodType
@@ -52,19 +53,20 @@ class Copier:
 
     def copy(self, value: Any) -> Any:
         """A copy that shares nothing that can change, or the very same where there is none to be had."""
-        if id(value) in self._made:
-            return self._made[id(value)][1]
         kind = type(value)
         if kind in ATOMS:
             return value
+        if id(value) in self._made:
+            return self._made[id(value)][1]
         if isinstance(value, Tensor):
             return self._keep(value, self._change(value))
         if kind is list:
             made = self._keep(value, [])
             made.extend(map(self.copy, value))
             return made
-        if kind is dict:
-            made = self._keep(value, {})
+        # The hooks of a module are in ordered dicts, nearly all of them empty.
+        if kind is dict or (kind is OrderedDict and not vars(value)):
+            made = self._keep(value, kind())
             made.update({self.copy(key): self.copy(item) for key, item in value.items()})
             return made
         if kind is tuple:

@@ -85,7 +85,11 @@ def _forecast_lanes(forecast: Forecast, plan: Plan) -> Iterator[Lane]:
 
 
 def _measured_lanes(epochs: Sequence[EpochRecord]) -> Iterator[Lane]:
-    yield _curves("test accuracy", {"test": [record.eval_top1 for record in epochs]}, lambda value: f"{value:.2f} %")
+    accuracies = {
+        "training": [record.train_top1 for record in epochs],
+        "test": [record.eval_top1 for record in epochs],
+    }
+    yield _curves("accuracy", accuracies, lambda value: f"{value:.2f} %")
     losses = {
         "training": [record.train_loss for record in epochs],
         "test": [record.eval_loss for record in epochs],

@@ -23,17 +23,19 @@ def fit(
     budget: float,
     batch_size: int,
     optimizer_slots: int,
+    micro_batches: int = 1,
     strict: bool = True,
 ) -> Plan:
     """The fastest of the plans that differ from `plan` in what recomputes, and in micro-batches, and whose forecast
     keeps within `budget`.
 
     A budget of at most 1 is a share of the activation memory that standard training takes, a larger one bytes of
-    everything at a time. Micro-batches are 1, 2, 4, ... of equal size, and 1 where an op needs the batch as a whole.
+    everything at a time. Standard training takes a batch in `micro_batches`, a phase in 1, 2, 4, ... times as many of
+    equal size, and in no more where an op needs the batch as a whole.
     Raises PartitionError, which names the least that would do, when a phase fits none; unless `strict`, it then takes
     that.
     """
-    oracle = Oracle(plan.partitions, train, eval_graph, batch_size, optimizer_slots)
+    oracle = Oracle(plan.partitions, train, eval_graph, batch_size, optimizer_slots, micro_batches=micro_batches)
     standard = oracle.phase(oracle.standard)
 
     def need(phase: Phase) -> float:
@@ -44,7 +46,7 @@ def fit(
     for number, phase in enumerate(plan.phases, start=1):
         indivisible = needs_whole_batch(phase, plan, train, eval_graph)
         choices = sorted(
-            _choices(phase, batch_size=1 if indivisible else batch_size),
+            _choices(phase, micro_batches=micro_batches, batch_size=None if indivisible else batch_size),
             key=lambda choice: (oracle.step_cost(choice), choice.micro_batches, choice.recompute, choice.segmented),
         )
         found = next((choice for choice in choices if need(choice) <= budget), None)
@@ -79,10 +81,12 @@ def needs_whole_batch(phase: Phase, plan: Plan, train: Graph, eval_graph: Graph)
     return None
 
 
-def _choices(phase: Phase, *, batch_size: int) -> Iterator[Phase]:
-    micro_batches = 1
-    while batch_size % micro_batches == 0:
+def _choices(phase: Phase, *, micro_batches: int, batch_size: int | None) -> Iterator[Phase]:
+    """Ways to run a phase in `micro_batches`, and unless the batch is to stay as it is (None), in parts of these."""
+    while True:
         yield replace(phase, recompute=0, segmented=False, micro_batches=micro_batches)
         for recompute, segmented in product(range(phase.start + 1, phase.stop), (False, True)):
             yield replace(phase, recompute=recompute, segmented=segmented, micro_batches=micro_batches)
         micro_batches *= 2
+        if batch_size is None or batch_size % micro_batches:
+            return

@@ -62,15 +62,18 @@ def forecast(
     optimizer_slots: int,
     update_seconds: float | None = None,
     steps_per_epoch: int | None = None,
+    micro_batches: int = 1,
 ) -> Forecast:
-    """What the phases of `plan` will cost with batches of `batch_size`.
+    """What the phases of `plan` will cost with batches of `batch_size`, which `standard` takes in `micro_batches`.
 
     `optimizer_slots` is the number of values that the optimizer keeps a parameter: 2 for Adam, 1 for SGD with momentum,
     0 for plain SGD. Time is that of the measured ops where both graphs have seconds, with `update_seconds` for the
     optimizer's update of all parameters; else multiply-adds and bytes moved are weighed, MACS_PER_BYTE of the ones for
     one of the others, and so is an update whose seconds are not given.
     """
-    oracle = Oracle(plan.partitions, train, eval_graph, batch_size, optimizer_slots, update_seconds)
+    oracle = Oracle(
+        plan.partitions, train, eval_graph, batch_size, optimizer_slots, update_seconds, micro_batches=micro_batches
+    )
     epochs = plan.epochs
     standard = oracle.phase(oracle.standard)
     phases = tuple(oracle.phase(phase) for phase in plan.phases)
@@ -99,6 +102,8 @@ class Oracle:
         batch_size: int,
         optimizer_slots: int,
         update_seconds: float | None = None,
+        *,
+        micro_batches: int = 1,
     ) -> None:
         self.partitions, self.train, self.eval_graph = partitions, train, eval_graph
         self.batch_size, self.optimizer_slots = batch_size, optimizer_slots
@@ -107,7 +112,7 @@ class Oracle:
         self.parameters = {state.name for state in train.state if state.is_parameter}
         self.parameter_bytes = sum(self.bytes[name] for name in self.parameters)
         self.measured = all(op.seconds is not None for graph in (train, eval_graph) for op in graph.ops)
-        self.standard = Phase(start=0, stop=len(partitions), epochs=1)
+        self.standard = Phase(start=0, stop=len(partitions), epochs=1, micro_batches=micro_batches)
         self._times: dict[tuple[int, int, int], float] = {}
         # An update reads gradients, parameters and slots, and writes the last two.
         self.update_time = float(MACS_PER_BYTE * (3 + 2 * optimizer_slots) * self.parameter_bytes)

@@ -10,22 +10,16 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from fxsplit.errors import PartitionError, UsageError, nearest
 from fxsplit.graph import Graph, State
 from fxsplit.plan.cuts import Cut, cuts, places_of, unit_borders, with_ends
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 BALANCES = ("macs", "params", "activations", "seconds")
 PLACES = ("op", "natural", "block")
-
-Record = TypeVar("Record", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,38 +56,6 @@ class Partition:
                 f"partition {self.name!r} holds no operation: [{self.start}, {self.stop}) in training, "
                 f"[{self.eval_start}, {self.eval_stop}) in evaluation"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Partition:
-        """The inverse of `to_dict`. Raises ValueError as `read_record` does."""
-        return read_record(cls, data)
-
-
-def read_record(kind: type[Record], data: Any) -> Record:
-    """A dataclass of ints, bools, strings and tuples of strings from plain data.
-
-    Raises ValueError when a key is missing or unknown, or a value has another type.
-    """
-    noun = kind.__name__.lower()
-    if not isinstance(data, Mapping):
-        raise ValueError(f"a {noun} must be a mapping, not {type(data).__name__}")
-    hints = get_type_hints(kind)
-    values = {}
-    for key, value in data.items():
-        if key not in hints:
-            raise ValueError(f"a {noun} has no key {key!r}{nearest(str(key), hints)}")
-        is_names = isinstance(value, list) and all(isinstance(name, str) for name in value)
-        if not (is_names if hints[key] == tuple[str, ...] else type(value) is hints[key]):
-            raise ValueError(f"{key!r} of a {noun} cannot be {value!r}")
-        values[key] = tuple(value) if is_names else value
-    for known in fields(kind):
-        if known.name not in values and known.default is MISSING:
-            raise ValueError(f"a {noun} lacks the key {known.name!r}")
-    return kind(**values)
 
 
 def partition(

@@ -8,9 +8,12 @@ from difflib import SequenceMatcher
 from itertools import zip_longest
 from typing import TypeAlias
 
-from fxsplit.plan.planfile import FIGURES, PlanFile
+from fxsplit.plan.partition import Partition
+from fxsplit.plan.planfile import PlanFile
 
 Figures: TypeAlias = Mapping[str, int]
+
+FIGURES = ("ops", "parameters", "macs", "activation_bytes", "boundary_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +34,24 @@ def diff(before: PlanFile, after: PlanFile) -> tuple[Change, ...]:
     changes = [
         *(
             Change(what=key, before=getattr(before, key), after=getattr(after, key))
-            for key in ("model", "graph", "torch", "schedule")
+            for key in ("model", "graph", "torch", "preset", "schedule")
         ),
         *(Change(what="cut", before=old, after=new) for old, new in _aligned(before.cuts, after.cuts)),
         *(Change(what=f"phase {number}", before=old, after=new) for number, (old, new) in enumerate(phases, start=1)),
-        *_compared(before.figures or {}, after.figures or {}),
+        *_compared(_figures(before), _figures(after)),
         Change(what="partitions", before=len(before.cuts) + 1, after=len(after.cuts) + 1),
         Change(what="epochs", before=before.epochs, after=after.epochs),
     ]
     return tuple(change for change in changes if change.before != change.after)
+
+
+def _figures(file: PlanFile) -> dict[str, Figures]:
+    """Of each partition, by its name."""
+    return {part.name: {key: _figure(part, key) for key in FIGURES} for part in file.derived}
+
+
+def _figure(part: Partition, key: str) -> int:
+    return part.stop - part.start if key == "ops" else int(getattr(part, key))
 
 
 def _aligned(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[str | None, str | None]]:

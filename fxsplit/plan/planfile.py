@@ -1,12 +1,12 @@
-"""A plan as a file, for people to read, edit, review, compare and use again.
+"""A plan as a file, for people to read, edit, review, compare and use again; records hold the same, as plain data.
 
     "cuts":    ["layer2", "layer3"],                         what says where the model is cut, and
     "phases":  [{"from": null, "up_to": null, "epochs": 9},  which partitions train for how long
                 {"from": "layer2", "up_to": null, "epochs": 6}],
-    "derived": [{"partition": "layer2", "macs": 411041792}]  what follows from it: written, never believed
+    "derived": [{"name": "layer2", "macs": 411041792}]       what follows from it: the partitions, in full
 
 Phases name the cuts between which they train, so that a cut may be added or taken away without renumbering. Read
-against a model, all else is worked out anew.
+against a model, all that is derived is worked out anew. Only a record, which has no model at hand, believes it.
 """
 
 from __future__ import annotations
@@ -14,31 +14,77 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fxsplit.errors import PartitionError, UsageError, nearest
 from fxsplit.graph import Graph
 from fxsplit.plan.cuts import places_of
-from fxsplit.plan.partition import partition, wrong_places
+from fxsplit.plan.partition import Partition, partition, wrong_places
 from fxsplit.plan.schedule import Phase, Plan, saving_in_words
+from fxsplit.presets import PRESETS
+from fxsplit.records import json_line, read_record
 
-# Another one than that of Plan.to_dict, which has all fields of the partitions and is not made to be edited.
-SCHEMA = 2
-FIGURES = ("ops", "parameters", "macs", "activation_bytes", "boundary_bytes")
+SCHEMA = 3
+
+
+class Rule(NamedTuple):
+    """What a key may hold: whether a value suits, and what does, in words."""
+
+    suits: Callable[[Any], bool]
+    words: str
+
+
+TEXT = Rule(lambda value: isinstance(value, str), "text")
+FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
+COUNT = Rule(lambda value: type(value) is int and value >= 1, "a whole number at least 1")
+CUT = Rule(lambda value: value is None or isinstance(value, str), "one of the cuts or null")
+
+
+class Key(NamedTuple):
+    """A key of the file: its rule, and whether it may be left out."""
+
+    name: str
+    rule: Rule
+    optional: bool = False
+
+
+class PhaseKey(NamedTuple):
+    """A key of a phase in the file, and the field that it fills.
+
+    A cut is a name in the file and an index in a Phase. A key with a `default` may be left out, and so it is when
+    written, where it is `rare`.
+    """
+
+    name: str
+    field: str
+    rule: Rule
+    default: Any = ...
+    rare: bool = False
+
+    @property
+    def optional(self) -> bool:
+        return self.default is not ...
+
+
+PHASE_KEYS = (
+    PhaseKey("from", "start", CUT, default=None),
+    PhaseKey("up_to", "stop", CUT, default=None),
+    PhaseKey("epochs", "epochs", COUNT),
+    PhaseKey("fresh_optimizer", "fresh_optimizer", FLAG, default=False),
+    PhaseKey("recompute_up_to", "recompute", CUT, default=None),
+    PhaseKey("segmented", "segmented", FLAG, default=False, rare=True),
+    PhaseKey("micro_batches", "micro_batches", COUNT, default=1, rare=True),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
-    """A phase by places: from the cut `begin` (the model's start where None) up to the cut `end` (its end).
+class NamedPhase:
+    """A Phase whose cuts are names: it trains from the cut `start` (None: the model's start) up to `stop` (its end)."""
 
-    Up to the cut `recompute` no activations are kept, and if `segmented`, pieces of partitions are made again one after
-    the other; a batch is taken in `micro_batches` parts.
-    """
-
-    begin: str | None
-    end: str | None
+    start: str | None
+    stop: str | None
     epochs: int
     fresh_optimizer: bool = False
     recompute: str | None = None
@@ -46,7 +92,7 @@ class Window:
     micro_batches: int = 1
 
     def __str__(self) -> str:
-        places = (("from", self.begin), ("up to", self.end))
+        places = (("from", self.start), ("up to", self.stop))
         trains = " ".join(f"{word} {place}" for word, place in places if place is not None) or "all"
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
         fresh = "fresh optimizer" * self.fresh_optimizer
@@ -58,43 +104,37 @@ class Window:
 class PlanFile:
     """What a plan file says. `model`, `graph` (the digest) and `torch` tell what it was made with, or are empty.
 
-    `figures` are those of each partition by name, in order; None where the cuts were edited since, or none are given.
+    `derived` are the partitions, in order; none where the cuts were edited since, or where the file has none.
     """
 
     model: str = ""
     graph: str = ""
     torch: str = ""
+    preset: str = "none"
     schedule: str
     cuts: tuple[str, ...]
-    phases: tuple[Window, ...]
-    figures: Mapping[str, Mapping[str, int]] | None = None
+    phases: tuple[NamedPhase, ...]
+    derived: tuple[Partition, ...] = ()
 
     @classmethod
-    def of(cls, plan: Plan, *, model: str, graph: str, torch: str) -> PlanFile:
+    def of(cls, plan: Plan, *, model: str = "", graph: str = "", torch: str = "") -> PlanFile:
         """The file of a plan."""
-        places = [None, *(part.name for part in plan.partitions[1:]), None]
+        names = tuple(part.name for part in plan.partitions[1:])
+        cuts = [None, *names, None]
+        phases = []
+        for phase in plan.phases:
+            values = {key: getattr(phase, key.field) for key in PHASE_KEYS}
+            named = {key.field: cuts[value] if key.rule is CUT else value for key, value in values.items()}
+            phases.append(NamedPhase(**named))
         return cls(
             model=model,
             graph=graph,
             torch=torch,
+            preset=plan.preset,
             schedule=plan.schedule,
-            cuts=tuple(part.name for part in plan.partitions[1:]),
-            phases=tuple(
-                Window(
-                    begin=places[phase.start],
-                    end=places[phase.stop],
-                    epochs=phase.epochs,
-                    fresh_optimizer=phase.fresh_optimizer,
-                    recompute=places[phase.recompute],
-                    segmented=phase.segmented,
-                    micro_batches=phase.micro_batches,
-                )
-                for phase in plan.phases
-            ),
-            figures={
-                part.name: {"ops": part.stop - part.start} | {key: getattr(part, key) for key in FIGURES[1:]}
-                for part in plan.partitions
-            },
+            cuts=names,
+            phases=tuple(phases),
+            derived=plan.partitions,
         )
 
     @property
@@ -110,60 +150,66 @@ class PlanFile:
         partitions = partition(train, eval_graph, at=self.cuts) if self.cuts else partition(train, eval_graph, count=1)
         index_of = {part.start: part.index for part in partitions}
         places = places_of(train)
+        return self._plan(partitions, {cut: index_of[places[cut]] for cut in self.cuts})
+
+    def recorded_plan(self) -> Plan:
+        """The plan as it was written down, its partitions too: for a record, which has no model at hand.
+
+        Raises PartitionError when the partitions are not written down or the phases cannot run.
+        """
+        if not self.derived:
+            raise PartitionError("the plan does not say of which partitions it was made")
+        return self._plan(self.derived, {part.name: part.index for part in self.derived})
+
+    def _plan(self, partitions: tuple[Partition, ...], index_of: Mapping[str, int]) -> Plan:
         phases, faults = [], []
-        for number, window in enumerate(self.phases, start=1):
-            start = 0 if window.begin is None else index_of[places[window.begin]]
-            stop = len(partitions) if window.end is None else index_of[places[window.end]]
+        for number, named in enumerate(self.phases, start=1):
+            values = {key.field: getattr(named, key.field) for key in PHASE_KEYS}
+            for key in PHASE_KEYS:
+                if key.rule is CUT:
+                    end = len(partitions) if key.field == "stop" else 0
+                    values[key.field] = end if values[key.field] is None else index_of[values[key.field]]
+            start, stop, recompute = values["start"], values["stop"], values["recompute"]
             if start >= stop:
+                faults.append(f"phase {number} of the plan trains nothing: {named.stop!r} is not after {named.start!r}")
+            elif recompute and not start < recompute < stop:
                 faults.append(
-                    f"phase {number} of the plan trains nothing: {window.end!r} is not after {window.begin!r}"
+                    f"phase {number} of the plan cannot recompute up to {named.recompute!r}, outside of what trains"
                 )
-                continue
-            recompute = 0 if window.recompute is None else index_of[places[window.recompute]]
-            if recompute and not start < recompute < stop:
-                faults.append(
-                    f"phase {number} of the plan cannot recompute up to {window.recompute!r}, outside of what trains"
-                )
-                continue
-            phases.append(
-                Phase(
-                    start=start,
-                    stop=stop,
-                    epochs=window.epochs,
-                    fresh_optimizer=window.fresh_optimizer,
-                    recompute=recompute,
-                    segmented=window.segmented,
-                    micro_batches=window.micro_batches,
-                )
-            )
+            else:
+                phases.append(Phase(**values))
         if faults:
             raise PartitionError("; ".join(faults))
-        return Plan(schedule=self.schedule, partitions=partitions, phases=tuple(phases))
+        return Plan(schedule=self.schedule, preset=self.preset, partitions=partitions, phases=tuple(phases))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it stands in the file: the same for the same plan."""
+        return {
+            "schema": SCHEMA,
+            **{key: getattr(self, key) for key in ("model", "graph", "torch", "preset", "schedule")},
+            "cuts": list(self.cuts),
+            "phases": [
+                {
+                    key.name: value
+                    for key in PHASE_KEYS
+                    if (value := getattr(phase, key.field)) != key.default or not key.rare
+                }
+                for phase in self.phases
+            ],
+            **({"derived": [asdict(part) for part in self.derived]} if self.derived else {}),
+        }
 
     def to_json(self) -> str:
-        """The text of the file, one line a cut, a phase and a partition; the same for the same plan."""
-        head = {"schema": SCHEMA, **{key: getattr(self, key) for key in ("model", "graph", "torch", "schedule")}}
-        windows = [
-            {
-                "from": phase.begin,
-                "up_to": phase.end,
-                "epochs": phase.epochs,
-                "fresh_optimizer": phase.fresh_optimizer,
-                "recompute_up_to": phase.recompute,
-                **({"segmented": True} if phase.segmented else {}),
-                **({"micro_batches": phase.micro_batches} if phase.micro_batches > 1 else {}),
-            }
-            for phase in self.phases
+        """The text of the file, one line a cut, a phase and a partition."""
+        fields = [
+            f'"{key}": {_lines(value) if isinstance(value, list) else json_line(value)}'
+            for key, value in self.to_dict().items()
         ]
-        figures = [{"partition": name, **figures} for name, figures in (self.figures or {}).items()]
-        fields = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
-        fields += [f'"{key}": {_lines(rows)}' for key, rows in (("cuts", self.cuts), ("phases", windows))]
-        fields += [f'"derived": {_lines(figures)}'] if figures else []
         return "{\n  " + ",\n  ".join(fields) + "\n}\n"
 
 
 def _lines(rows: Sequence[object]) -> str:
-    return "[\n    " + ",\n    ".join(map(json.dumps, rows)) + "\n  ]" if rows else "[]"
+    return "[\n    " + ",\n    ".join(map(json_line, rows)) + "\n  ]" if rows else "[]"
 
 
 def write_file(file: PlanFile, path: str) -> None:
@@ -189,15 +235,20 @@ def read_file(path: str, *, graphs: tuple[Graph, Graph] | None = None) -> PlanFi
 
 
 def read(text: str, *, source: str, graphs: tuple[Graph, Graph] | None = None) -> PlanFile:
-    """What the text of a plan file says; with the train and eval `graphs` of a model its cuts are looked for there.
-
-    Raises an error, which tells all that is wrong at once and begins with `source`: UsageError when this is no plan
-    of a known schema, PartitionError when no more than its cuts are wrong.
-    """
+    """What the text of a plan file says. Raises as `from_dict` does, and UsageError when the text is not JSON."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"the plan {source!r} is not valid JSON near line {error.lineno}: {error.msg}") from error
+    return from_dict(data, source=source, graphs=graphs)
+
+
+def from_dict(data: Any, *, source: str, graphs: tuple[Graph, Graph] | None = None) -> PlanFile:
+    """What the plain data of a plan say; with the train and eval `graphs` of a model its cuts are looked for there.
+
+    Raises an error, which tells all that is wrong at once and begins with `source`: UsageError when this is no plan
+    of a known schema, PartitionError when no more than its cuts are wrong.
+    """
     if not isinstance(data, dict):
         raise UsageError(f"the plan {source!r} must be a JSON object, with the keys {', '.join(_KEYS)}")
     if (schema := data.get("schema", SCHEMA)) != SCHEMA:
@@ -206,38 +257,26 @@ def read(text: str, *, source: str, graphs: tuple[Graph, Graph] | None = None) -
         )
     faults = list(_faults(data))
     cuts = data.get("cuts", ())
-    misfits = wrong_places(*graphs, cuts) if graphs and _KEYS["cuts"][0](cuts) else []
+    misfits = wrong_places(*graphs, cuts) if graphs and _KEYS["cuts"].rule.suits(cuts) else []
     if faults or misfits:
         another = graphs and data.get("graph") not in (None, "", graphs[0].digest())
         hint = " (it was made for another model than this one)" if another and misfits else ""
         kind = UsageError if faults else PartitionError
         raise kind(f"the plan {source!r} cannot be used{hint}: {'; '.join([*faults, *misfits])}")
+    derived = _partitions(data.get("derived", ()))
     return PlanFile(
-        **{key: data[key] for key in ("model", "graph", "torch", "schedule") if key in data},
+        **{key: data[key] for key in ("model", "graph", "torch", "preset", "schedule") if key in data},
         cuts=tuple(cuts),
         phases=tuple(
-            Window(
-                begin=phase.get("from"),
-                end=phase.get("up_to"),
-                epochs=phase["epochs"],
-                fresh_optimizer=phase.get("fresh_optimizer", False),
-                recompute=phase.get("recompute_up_to"),
-                segmented=phase.get("segmented", False),
-                micro_batches=phase.get("micro_batches", 1),
-            )
+            NamedPhase(**{key.field: phase.get(key.name, key.default) for key in PHASE_KEYS})
             for phase in data["phases"]
         ),
-        figures=_figures(data.get("derived", ()), tuple(cuts)),
+        derived=derived if [part.name for part in derived[1:]] == cuts else (),
     )
 
 
-def _figures(rows: Sequence[Mapping[str, Any]], cuts: tuple[str, ...]) -> dict[str, dict[str, int]] | None:
-    figures = {row["partition"]: {key: row[key] for key in FIGURES} for row in rows}
-    return figures if tuple(figures)[1:] == cuts and figures else None
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+def _partitions(rows: Sequence[Any]) -> tuple[Partition, ...]:
+    return tuple(read_record(Partition, row) for row in rows)
 
 
 def _is_names(value: object) -> bool:
@@ -249,35 +288,31 @@ def _is_rows(value: object) -> bool:
 
 
 def _is_derived(value: object) -> bool:
-    return _is_rows(value) and all(
-        set(row) == {"partition", *FIGURES}
-        and _is_text(row["partition"])
-        and all(type(row[key]) is int for key in FIGURES)
-        for row in value  # type: ignore[attr-defined]
+    try:
+        return isinstance(value, list) and bool(_partitions(value) or not value)
+    except ValueError:
+        return False
+
+
+_KEYS = {
+    key.name: key
+    for key in (
+        Key("schema", Rule(lambda value: value == SCHEMA, str(SCHEMA))),
+        Key("model", TEXT, optional=True),
+        Key("graph", TEXT, optional=True),
+        Key("torch", TEXT, optional=True),
+        Key(
+            "preset",
+            Rule(lambda value: isinstance(value, str) and value in PRESETS, f"one of {', '.join(PRESETS)}"),
+            True,
+        ),
+        Key("schedule", Rule(lambda value: isinstance(value, str) and value != "", "a name")),
+        Key("cuts", Rule(_is_names, "a list of module paths")),
+        Key("phases", Rule(lambda value: _is_rows(value) and value != [], "a list of at least one phase")),
+        Key("derived", Rule(_is_derived, "as it was saved, or left out"), optional=True),
     )
-
-
-# By key: what suits it, the words for that, and whether it may be left out.
-_Rules = Mapping[str, tuple[Callable[[Any], bool], str, bool]]
-_KEYS: _Rules = {
-    "schema": (lambda value: value == SCHEMA, str(SCHEMA), False),
-    "model": (_is_text, "text", True),
-    "graph": (_is_text, "text", True),
-    "torch": (_is_text, "text", True),
-    "schedule": (lambda value: _is_text(value) and value != "", "a name", False),
-    "cuts": (_is_names, "a list of module paths", False),
-    "phases": (lambda value: _is_rows(value) and value != [], "a list of at least one phase", False),
-    "derived": (_is_derived, "as it was saved, or left out", True),
 }
-_PHASE_KEYS: _Rules = {
-    "from": (lambda value: value is None or _is_text(value), "one of the cuts or null", True),
-    "up_to": (lambda value: value is None or _is_text(value), "one of the cuts or null", True),
-    "epochs": (lambda value: type(value) is int and value >= 1, "a whole number at least 1", False),
-    "fresh_optimizer": (lambda value: isinstance(value, bool), "true or false", True),
-    "recompute_up_to": (lambda value: value is None or _is_text(value), "one of the cuts or null", True),
-    "segmented": (lambda value: isinstance(value, bool), "true or false", True),
-    "micro_batches": (lambda value: type(value) is int and value >= 1, "a whole number at least 1", True),
-}
+_PHASE_KEYS = {key.name: key for key in PHASE_KEYS}
 
 
 def _faults(data: Mapping[str, Any]) -> Iterator[str]:
@@ -289,16 +324,18 @@ def _faults(data: Mapping[str, Any]) -> Iterator[str]:
         yield from _wrong_keys(phase, _PHASE_KEYS, f"phase {number}: ")
         if phase.get("segmented") is True and phase.get("recompute_up_to") is None:
             yield f"phase {number}: segmented is true, but there is no recompute_up_to"
-        for word in ("from", "up_to", "recompute_up_to"):
+        for word in (key.name for key in PHASE_KEYS if key.rule is CUT):
             place = phase.get(word)
             if cuts is not None and isinstance(place, str) and place not in cuts:
                 yield f"phase {number}: {word} is {place!r}, which is none of the cuts{nearest(place, cuts)}"
 
 
-def _wrong_keys(data: Mapping[str, Any], rules: _Rules, where: str) -> Iterator[str]:
-    for key, value in data.items():
-        if key not in rules:
-            yield f"{where}the key {key!r} is not known{nearest(key, rules)}"
-        elif not rules[key][0](value):
-            yield f"{where}{key} is {json.dumps(value)[:80]}, but must be {rules[key][1]}"
-    yield from (f"{where}the key {key!r} is missing" for key, rule in rules.items() if not rule[2] and key not in data)
+def _wrong_keys(data: Mapping[str, Any], keys: Mapping[str, Key] | Mapping[str, PhaseKey], where: str) -> Iterator[str]:
+    for name, value in data.items():
+        if name not in keys:
+            yield f"{where}the key {name!r} is not known{nearest(name, keys)}"
+        elif not keys[name].rule.suits(value):
+            yield f"{where}{name} is {json_line(value)[:80]}, but must be {keys[name].rule.words}"
+    yield from (
+        f"{where}the key {name!r} is missing" for name, key in keys.items() if not key.optional and name not in data
+    )

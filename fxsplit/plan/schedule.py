@@ -11,16 +11,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from fxsplit.errors import PartitionError, UsageError, nearest
-from fxsplit.plan.partition import Partition, read_record
+from fxsplit.plan.partition import Partition
 
 Role = Literal["settled", "training", "frozen"]
 
-SCHEMA = 1
 MOVES = 4
 
 
@@ -71,11 +70,14 @@ class Phase:
 class Plan:
     """All phases of a run over its partitions. Printed, it is a drawing of one line a phase.
 
+    `preset` names the preset that the plan is a part of, or is "none": a run by the plan takes the rest of it too.
+
     Raises PartitionError, showing the plan with every wrong phase marked, when a window does not fit the
     partitions or holds no parameter, when a settled partition would train again, or when there is no phase.
     """
 
     schedule: str
+    preset: str = "none"
     partitions: tuple[Partition, ...]
     phases: tuple[Phase, ...]
 
@@ -114,7 +116,7 @@ class Plan:
             words = ", ".join(filter(None, (self._ends(phase), self.saving(phase))))
             line = f"{self._window(phase)}  {length:{width}}  {words}".rstrip()
             lines.append(f"> {line}  <- {faults[index]}" if index in faults else f"  {line}")
-        return "\n".join([f"{self.schedule}: {partitions}, {epochs}", *lines])
+        return "\n".join([f"{self.title}: {partitions}, {epochs}", *lines])
 
     def _window(self, phase: Phase) -> str:
         places = range(len(self.partitions))
@@ -130,6 +132,11 @@ class Plan:
         is_cut = 0 < phase.recompute < len(self.partitions)
         recompute = self.partitions[phase.recompute].name if is_cut else None
         return saving_in_words(recompute, segmented=phase.segmented, micro_batches=phase.micro_batches)
+
+    @property
+    def title(self) -> str:
+        """Its preset, if it is a part of one, and its schedule."""
+        return self.schedule if self.preset == "none" else f"{self.preset} ({self.schedule})"
 
     @property
     def epochs(self) -> int:
@@ -152,37 +159,26 @@ class Plan:
         """The phase itself. Raises IndexError outside of the run."""
         return self.phases[self.phase_index_at(epoch)]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: the whole record, not made to be edited as `fxsplit.plan.planfile` is."""
-        return {
-            "schema": SCHEMA,
-            "schedule": self.schedule,
-            "partitions": [partition.to_dict() for partition in self.partitions],
-            "phases": [asdict(phase) for phase in self.phases],
-        }
+    def lasting(self, epochs: int) -> Plan:
+        """Stretch or shrink the phases to a run of so many `epochs`.
 
-    @classmethod
-    def from_dict(cls, data: Any) -> Plan:
-        """The inverse of `to_dict`.
-
-        Raises UsageError when this is no plan of a known schema, PartitionError when it is one that cannot be
-        run.
+        Each phase ends at the epoch nearest to its old share of the run, and lasts at least one. Raises UsageError when
+        there are fewer epochs than phases.
         """
-        keys = ("schema", "schedule", "partitions", "phases")
-        if isinstance(data, Mapping) and data.get("schema", SCHEMA) != SCHEMA:
+        if epochs < len(self.phases):
             raise UsageError(
-                f"the plan has schema {data['schema']!r}, and this version reads {SCHEMA}; make the plan anew"
+                f"the plan has {_counted(len(self.phases), 'phase')} and cannot be run in {_counted(epochs, 'epoch')}; "
+                f"ask for at least {len(self.phases)}"
             )
-        if not isinstance(data, Mapping) or set(data) != set(keys):
-            raise UsageError(f"this is not a plan: a plan has exactly the keys {', '.join(keys)}")
-        if not isinstance(data["schedule"], str):
-            raise UsageError(f"this is not a plan: its schedule cannot be {data['schedule']!r}")
-        try:
-            partitions = tuple(Partition.from_dict(item) for item in data["partitions"])
-            phases = tuple(read_record(Phase, item) for item in data["phases"])
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"this is not a plan: {error}") from error
-        return cls(schedule=data["schedule"], partitions=partitions, phases=phases)
+        phases: list[Phase] = []
+        begin = 0
+        for index, old_end in enumerate(accumulate(phase.epochs for phase in self.phases), start=1):
+            nearest_end = (2 * old_end * epochs + self.epochs) // (2 * self.epochs)
+            # One epoch at least is left to this phase and to each one after it.
+            end = min(max(nearest_end, begin + 1), epochs - (len(self.phases) - index))
+            phases.append(replace(self.phases[index - 1], epochs=end - begin))
+            begin = end
+        return replace(self, phases=tuple(phases))
 
 
 def saving_in_words(recompute: str | None, *, segmented: bool, micro_batches: int) -> str:
@@ -254,23 +250,21 @@ def settle(
     *,
     start: float = 0.35,
     stop: float = 0.80,
-    gamma: float = 1.0,
     share: float = 0.60,
 ) -> tuple[Phase, ...]:
     """The student settles, [c, N) for growing c, and the teacher goes on.
 
     Between the shares `start` and `stop` of the run, at 4 moments, the cut moves to the last partition before
-    which lies no more than `share * ((moment - start) / (stop - start)) ** gamma` of the multiply-adds (of
-    the partitions, where no multiply-adds are known). The first phase trains everything, and at least the
-    last partition always does.
+    which lies no more than `share * (moment - start) / (stop - start)` of the multiply-adds (of the partitions,
+    where no multiply-adds are known). The first phase trains everything, and at least the last partition always does.
 
     Raises UsageError when the moments do not lie in the run or in order, or when the allowed share would
     shrink.
     """
-    if not (0 <= start <= stop <= 1 and gamma >= 0 and share >= 0):
+    if not (0 <= start <= stop <= 1 and share >= 0):
         raise UsageError(
             f"the cut moves within the run, 0 <= start <= stop <= 1, up to a share that grows, "
-            f"not with start {start}, stop {stop}, gamma {gamma}, share {share}"
+            f"not with start {start}, stop {stop}, share {share}"
         )
     macs = [partition.macs for partition in partitions]
     weights = macs if any(macs) else [1] * len(macs)
@@ -282,7 +276,7 @@ def settle(
         epoch = max(1, round(epochs * (start + (stop - start) * move / MOVES)))
         if epoch < epochs:
             # With the tolerance 0.6 * 0.75, which is less than 0.45 in binary, reaches a partition at 0.45.
-            allowed = share * (move / MOVES) ** gamma + 1e-9
+            allowed = share * (move / MOVES) + 1e-9
             moves[epoch] = bisect_right(before, allowed * sum(weights)) - 1
     begins: dict[int, int] = {}
     for epoch, cut in moves.items():
@@ -293,7 +287,7 @@ def settle(
     )
 
 
-def l2l(
+def settle_far(
     partitions: Sequence[Partition],
     epochs: int,
     *,
@@ -301,7 +295,7 @@ def l2l(
     stop: float | None = None,
     share: float = 0.95,
 ) -> tuple[Phase, ...]:
-    """`settle`, far, and the earlier the longer the run, unless told.
+    """`settle`, up to nearly all of the work, and the earlier the longer the run, unless told.
 
     From 0.3 to 0.83 of a run of 10 epochs, from 0.05 to 0.497 of one of 60 or more, and between by the logarithm of the
     epochs. Found by the experiments of docs/results: a short run has to learn first, a long one overfits.
@@ -317,8 +311,12 @@ SCHEDULES: Mapping[str, Callable[..., tuple[Phase, ...]]] = {
     "window": window,
     "grow": grow,
     "settle": settle,
-    "l2l": l2l,
+    "settle-far": settle_far,
 }
+# Those which move the cut between shares of the run.
+SETTLING = ("settle", "settle-far")
+# What is no schedule, though it may be taken for one, and what to ask for instead.
+NO_SCHEDULE = {"l2l": "l2l is a preset: ask for it as such, by --l2l or preset=l2l; its phases alone are settle-far"}
 
 
 def schedule(
@@ -334,9 +332,11 @@ def schedule(
     """The plan of a named schedule.
 
     `epochs` are those of the run, with "window" of each phase; `epochs_total`, if given, are those of the run
-    in every schedule. `start`, `stop` and `share` of "settle" and "l2l" are theirs if None. Raises UsageError for an
-    unknown name and for too few epochs.
+    in every schedule. `start`, `stop` and `share` of "settle" and "settle-far" are theirs if None. Raises UsageError
+    for an unknown name and for too few epochs.
     """
+    if name in NO_SCHEDULE:
+        raise UsageError(f"there is no schedule {name!r}: {NO_SCHEDULE[name]}")
     if name not in SCHEDULES:
         raise UsageError(f"there is no schedule {name!r}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})")
     wanted = epochs if epochs_total is None else epochs_total
@@ -345,7 +345,7 @@ def schedule(
     given = {"start": start, "stop": stop, "share": share}
     if name == "window":
         phases = window(partitions, epochs, epochs_total)
-    elif name in ("settle", "l2l"):
+    elif name in SETTLING:
         shares = {word: value for word, value in given.items() if value is not None}
         phases = SCHEDULES[name](partitions, wanted, **shares)
     else:

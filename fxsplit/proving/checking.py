@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from fxsplit.capture.tracing import trace
-from fxsplit.errors import FxsplitError
+from fxsplit.errors import FxsplitError, NoModelError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.passes import passes_for
 from fxsplit.execute.pointwise import held_to_convolutions
@@ -56,13 +56,15 @@ def check_model(
             spec, structure_only=structure_only, parts=parts, img_size=img_size, channels_last=channels_last
         )
     except FxsplitError as error:
-        record = CheckRecord(model=spec, refusal=str(error))
+        record = CheckRecord(model=spec, refusal=str(error), unknown=isinstance(error, NoModelError))
     except Exception as error:
         record = CheckRecord(model=spec, refusal=f"{type(error).__name__}: {' '.join(str(error).split())}")
-    return record.after(perf_counter() - began)
+    return replace(record, seconds=perf_counter() - began)
 
 
 def _check(spec: str, *, structure_only: bool, parts: int, img_size: int | None, channels_last: bool) -> CheckRecord:
+    # A wildcard is here because it means no model.
+    registry.expand(spec)
     size = registry.native_size(spec) if img_size is None else img_size
 
     def build() -> nn.Module:

@@ -13,8 +13,9 @@ from torch.nn import functional as F  # noqa: N812 - the name that everybody giv
 from torch.optim import Optimizer
 
 from fxsplit.capture.tracing import trace
-from fxsplit.errors import FxsplitError
+from fxsplit.errors import FxsplitError, NoModelError
 from fxsplit.execute.executor import Executor
+from fxsplit.execute.forward import logits_of
 from fxsplit.execute.passes import passes_for
 from fxsplit.measuring.op_costs import measure
 from fxsplit.measuring.phase_costs import measure_phases, update_seconds
@@ -24,7 +25,6 @@ from fxsplit.plan.forecast import forecast
 from fxsplit.plan.partition import most_partitions, partition
 from fxsplit.plan.schedule import schedule as make_plan
 from fxsplit.report import ForecastRecord, PhaseCheck
-from fxsplit.training.trainer import logits_of
 
 CLASSES = 10
 SEED = 0
@@ -52,7 +52,7 @@ def check_forecast(
     try:
         record = _check(spec, schedule, parts, img_size, batch_size, device, channels_last)
     except FxsplitError as error:
-        record = ForecastRecord(model=spec, refusal=str(error))
+        record = ForecastRecord(model=spec, refusal=str(error), unknown=isinstance(error, NoModelError))
     except Exception as error:
         record = ForecastRecord(model=spec, refusal=f"{type(error).__name__}: {' '.join(str(error).split())}")
     return replace(record, seconds=perf_counter() - began)
@@ -67,6 +67,8 @@ def _check(
     device: torch.device,
     channels_last: bool,
 ) -> ForecastRecord:
+    # A wildcard is here because it means no model.
+    registry.expand(spec)
     torch.manual_seed(SEED)
     size = registry.native_size(spec) if img_size is None else img_size
     model = registry.build(spec, num_classes=CLASSES, img_size=size).to(device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +37,17 @@ class Accuracy:
         self._count += samples
 
     def read(self) -> Score:
-        """The means so far; not a number before the first batch."""
+        """Return the means so far; not a number before the first batch."""
         sums = torch.cat((self._loss[None], self._hits.double())).tolist()
         loss, top1, top5 = (total / self._count if self._count else float("nan") for total in sums)
         return Score(loss=loss, top1_pct=100 * top1, top5_pct=100 * top5, count=self._count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums so far, to go on from them."""
+        return {"count": self._count, "loss": self._loss, "hits": self._hits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the sums that `state_dict` returned."""
+        self._count = state["count"]
+        self._loss.copy_(state["loss"])
+        self._hits.copy_(state["hits"])

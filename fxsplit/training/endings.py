@@ -1,108 +1,149 @@
-"""What a partition gets when its training ends: the mean of its weights, and BatchNorm statistics that suit them."""
+"""What a partition keeps when it stops training: the mean of its weights, and BatchNorm statistics that fit them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
+from fxsplit.data.batch import Batch
 from fxsplit.execute.executor import Executor
+from fxsplit.execute.forward import Forward
 from fxsplit.plan.schedule import Plan
-from fxsplit.training.batchnorm import norms_of, taken_anew
+from fxsplit.training.batchnorm import recalibrate
 
 
 class WeightAverage:
-    """The running mean of parameters, each over as many moments as it was added at.
+    """Keeps the running mean of parameters by name, each over as many moments as it was added at.
 
     Source: Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018, algorithm 1.
     """
 
     def __init__(self) -> None:
-        self._means: dict[Tensor, Tensor] = {}
-        self._counts: dict[Tensor, int] = {}
+        self._means: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._update = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def add(self, parameters: Iterable[Tensor]) -> None:
-        """Count their values in."""
-        for count, found in groupby(parameters, lambda parameter: self._counts.get(parameter, 0)):
-            same = list(found)
-            means = [self._means.setdefault(parameter, torch.zeros_like(parameter)) for parameter in same]
-            self._update(means, same, count)
-            self._counts.update(dict.fromkeys(same, count + 1))
+    def add(self, parameters: Mapping[str, Tensor]) -> None:
+        """Add the present values of `parameters` to their means."""
+        for count, group in groupby(parameters, lambda name: self._counts.get(name, 0)):
+            names = list(group)
+            now = [parameters[name] for name in names]
+            means = [self._means.setdefault(name, torch.zeros_like(parameters[name])) for name in names]
+            self._update(means, now, count)
+            self._counts.update(dict.fromkeys(names, count + 1))
 
     @torch.no_grad()
-    def apply(self, parameters: Iterable[Tensor]) -> None:
-        """Give them their means, if they have any, and forget these."""
-        for parameter in parameters:
-            if parameter in self._means:
-                parameter.copy_(self._means.pop(parameter))
-                del self._counts[parameter]
+    def apply(self, parameters: Mapping[str, Tensor]) -> None:
+        """Set `parameters` to their means, if they have any, and forget these."""
+        for name, parameter in parameters.items():
+            if name in self._means:
+                parameter.copy_(self._means.pop(name))
+                del self._counts[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the means, and over how many moments they are."""
+        return {"means": dict(self._means), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with means that `state_dict` returned."""
+        self._means = {name: mean.clone() for name, mean in state["means"].items()}
+        self._counts = dict(state["counts"])
 
 
 class Endings:
-    """Partitions end with their mean over the last `average` share of their steps; with `recalibrate`, or after
-    averaging, BatchNorm statistics are taken anew.
+    """Averages weights and recalibrates BatchNorm when a partition stops training.
 
-    Before the epoch `gathering` all that train take such a mean, of the run so far, and then train on from it.
+    A partition that settles keeps the mean of its weights over the last `average` share of its own training
+    (stochastic weight averaging, Izmailov et al. 2018). Averaged weights no longer fit the running statistics of
+    BatchNorm, so these are estimated again from a few batches.
 
-    `epochs` is by partition the epoch before which it stops training by the plan.
+    Args:
+        forward: what runs the batches of the recalibration.
+        plan: when each partition stops.
+        steps_per_epoch: optimizer steps in an epoch.
+        average: share of a partition's steps that is averaged, 0 (off) to 1.
+        recalibrate: also estimate statistics again where nothing was averaged.
+        midpoint: at the midpoint of the run, all that trains takes such a mean of the run so far, and trains on from
+            it. A run of one epoch has no midpoint.
     """
 
     def __init__(
         self,
-        executor: Executor,
+        forward: Forward,
         plan: Plan,
         *,
         steps_per_epoch: int,
-        average: float,
-        recalibrate: bool,
-        gathering: int | None = None,
+        average: float = 0.0,
+        recalibrate: bool = False,
+        midpoint: bool = False,
     ) -> None:
-        self._executor, self._steps_per_epoch = executor, steps_per_epoch
-        self._share, self._recalibrate = average, recalibrate
-        self.gathering = gathering
-        self._average, self._gathered = WeightAverage(), WeightAverage()
-        self.epochs = [0] * len(plan.partitions)
-        for number, phase in enumerate(plan.phases):
-            for index in range(phase.start, phase.stop):
-                self.epochs[index] = plan.first_epoch(number) + phase.epochs
+        self.average, self._recalibrates = average, recalibrate
+        self.midpoint_epoch = plan.epochs // 2 if midpoint and plan.epochs > 1 else None
+        self._forward = forward
+        self._parameters = named_parameters(forward.executor)
+        self._end_epochs, self._steps_per_epoch = end_epochs(plan), steps_per_epoch
+        self._mean, self._midpoint_mean = WeightAverage(), WeightAverage()
 
     def step_done(self, steps: int) -> None:
-        """Count the weights in of what has so much of its training behind it, after so many steps of the run."""
-        if not self._share:
+        """Add the weights to the means that they count in, after so many `steps` of the run."""
+        if not self.average:
             return
-        for parameters, end in zip(self._executor.owned, self.epochs, strict=True):
+        middle = self.midpoint_epoch or 0
+        for parameters, end in zip(self._parameters, self._end_epochs, strict=True):
+            training = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
             if self._counts(steps, end):
-                self._average.add(filter(_trains, parameters))
-            if self.gathering is not None and self._counts(steps, self.gathering):
-                self._gathered.add(filter(_trains, parameters))
+                self._mean.add(training)
+            if steps <= middle * self._steps_per_epoch and self._counts(steps, middle):
+                self._midpoint_mean.add(training)
 
     def _counts(self, steps: int, end: int) -> bool:
-        return steps > (1 - self._share) * end * self._steps_per_epoch
+        """Tell whether a step is among the last `average` share of those before epoch `end`."""
+        return steps > (1 - self.average) * end * self._steps_per_epoch
 
-    def finish(self, partitions: Sequence[int], forward: Callable[[int], None], *, gather: bool = False) -> None:
-        """End the training of `partitions`; with `gather`, this is the gathering.
+    def end(self, partitions: Sequence[int], batches: Iterable[Batch], *, at_midpoint: bool = False) -> None:
+        """End the training of `partitions`; `at_midpoint`, let all partitions that train take their mean.
 
-        `forward` runs batches up to a cut, in training.
+        Statistics are estimated from `batches`, which are read if they are needed.
         """
-        self._average.apply(parameter for index in partitions for parameter in self._executor.owned[index])
-        if gather:
-            partitions = range(*self._executor.window)
-            self._gathered.apply(parameter for index in partitions for parameter in self._executor.owned[index])
-            self.gathering = None
-            # What was counted so far is of weights that are no more.
-            self._average = WeightAverage()
-        if not (self._share or self._recalibrate):
-            return
-        stop = max(partitions, default=-1) + 1
-        if norms := norms_of(self._executor, stop):
-            with taken_anew(norms):
-                forward(stop)
+        self._apply(self._mean, partitions)
+        if at_midpoint:
+            partitions = range(*self._forward.executor.window)
+            self._apply(self._midpoint_mean, partitions)
+            # What was averaged so far is of weights that are no more.
+            self._mean = WeightAverage()
+        if self.average or self._recalibrates:
+            recalibrate(self._forward, max(partitions, default=-1) + 1, batches)
+
+    def _apply(self, mean: WeightAverage, partitions: Iterable[int]) -> None:
+        for index in partitions:
+            mean.apply(self._parameters[index])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the means so far."""
+        return {"mean": self._mean.state_dict(), "midpoint_mean": self._midpoint_mean.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._mean.load_state_dict(state["mean"])
+        self._midpoint_mean.load_state_dict(state["midpoint_mean"])
 
 
-def _trains(parameter: Tensor) -> bool:
-    return parameter.requires_grad
+def end_epochs(plan: Plan) -> list[int]:
+    """Return by partition the epoch before which it stops training by the plan."""
+    epochs = [0] * len(plan.partitions)
+    for number, phase in enumerate(plan.phases):
+        for index in range(phase.start, phase.stop):
+            epochs[index] = plan.first_epoch(number) + phase.epochs
+    return epochs
+
+
+def named_parameters(executor: Executor) -> list[dict[str, Tensor]]:
+    """Return by partition the parameters that it owns, by the model's names; those that the user froze are left out."""
+    names = {parameter: name for name, parameter in executor.named_parameters()}
+    return [{names[parameter]: parameter for parameter in owned} for owned in executor.owned]

@@ -1,22 +1,24 @@
-"""Auxiliary exits: the classes told early, at the ends of the first partitions that train.
+"""Auxiliary exits: classifiers at the ends of the first partitions that train.
 
 images ──► settled ──► trains ──┬──► trains ──┬──► trains ──► ... ──► scores
                               exit          exit
 
-An exit brings a gradient to the partitions before it on a short way. It goes when its partition has settled, and is no
-part of the model.
+An exit gives the partitions before it a gradient that has a short way to come. It goes when its partition settles, and
+is no part of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
 
-from fxsplit.data.images import random_stream
+from fxsplit.data.randomness import random_stream
+from fxsplit.execute.executor import Executor
 from fxsplit.graph import Graph, Value
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase
@@ -42,10 +44,19 @@ class Exit(nn.Module):
 
 
 class Exits:
-    """The exits of a phase: at the ends of its first `count` training partitions, of the last one of the model never.
+    """Holds the exits of a phase, at the ends of its first training partitions, and computes their losses.
 
-    `modules` holds them by the index of their partition, for the optimizer. Their weights depend on `seed`, and leave
-    torch's random state as it is. A partition that delivers no floating-point row for each image has no exit.
+    The last partition of the model has none, nor has one that delivers no floating-point row for each image. `modules`
+    holds them by the index of their partition, for the optimizer.
+
+    Args:
+        graph: the model in training.
+        partitions: those of the plan.
+        count: the most exits of a phase.
+        num_classes: the scores that each gives.
+        weight: of each exit's loss beside the model's own.
+        seed: what their first weights depend on; torch's random state stays as it is.
+        device: where they lie.
     """
 
     def __init__(
@@ -63,34 +74,48 @@ class Exits:
         self._graph, self._partitions = graph, partitions
         self._count, self._num_classes, self._weight = count, num_classes, weight
         self._seed, self._device = seed, device
-        self._scores: list[Tensor] = []
-        self._told: set[int] = set()
+        # Partitions without an exit, of which a notice said so.
+        self._refused: set[int] = set()
 
     def enter(self, phase: Phase, notice: Callable[[str], None]) -> None:
-        """Keep the exits that the phase has too, drop others, make new ones; tell once of each that cannot be made."""
+        """Keep the exits that the phase has too, drop others, make new ones; notice once each that cannot be made."""
         before, self.modules = self.modules, nn.ModuleDict()
         for index in range(phase.start, min(phase.start + self._count, phase.stop, len(self._partitions) - 1)):
             name, value = str(index), features_of(self._graph, self._partitions[index])
             if value is not None:
                 self.modules[name] = before[name] if name in before else self._new(index, value)
-            elif index not in self._told:
-                self._told.add(index)
+            elif index not in self._refused:
+                self._refused.add(index)
                 notice(
                     f"there is no exit after partition {self._partitions[index].name!r}, "
                     "because it delivers no floating-point row for each image"
                 )
 
-    def hear(self, index: int, values: Sequence[Any]) -> None:
-        """Take what partition `index` delivers, as `Executor.heard` tells it, for the next loss."""
-        if str(index) in self.modules:
-            self._scores.append(self.modules[str(index)](values))
+    @contextmanager
+    def tapped(self, executor: Executor) -> Iterator[list[Tensor]]:
+        """Inside, forward passes of `executor` add the class scores (B, classes) of each exit to the list."""
+        scores: list[Tensor] = []
 
-    def add_to(self, loss: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
-        """A loss and the weighted cross-entropies of all that was heard since the last call; labels int64 (N,)."""
-        heard, self._scores = self._scores, []
-        for scores in heard:
-            loss = loss + self._weight * F.cross_entropy(scores, labels, label_smoothing=smoothing)
+        def tap(index: int, values: Sequence[Any]) -> None:
+            if str(index) in self.modules:
+                scores.append(self.modules[str(index)](values))
+
+        with executor.heard(tap):
+            yield scores
+
+    def add_to(self, loss: Tensor, scores: Sequence[Tensor], labels: Tensor, *, smoothing: float) -> Tensor:
+        """Add the weighted cross-entropies of exits' scores to a loss (); labels int64 (B,)."""
+        for each in scores:
+            loss = loss + self._weight * F.cross_entropy(each, labels, label_smoothing=smoothing)
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights of the exits, by the index of their partition."""
+        return dict(self.modules.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned in the phase that was entered."""
+        self.modules.load_state_dict(state)
 
     def _new(self, index: int, value: Value) -> Exit:
         with torch.random.fork_rng(devices=[]):
@@ -101,8 +126,9 @@ class Exits:
 
 
 def features_of(graph: Graph, partition: Partition) -> Value | None:
-    """The largest value with a floating-point row for each image that a partition makes and delivers, the last of
-    equals; None if there is none.
+    """Find the largest value with a floating-point row for each image that a partition makes and delivers.
+
+    Of equals it is the last; None if there is none.
     """
     ops = reversed(graph.ops[partition.start : partition.stop])
     rows = [
@@ -117,6 +143,6 @@ def features_of(graph: Graph, partition: Partition) -> Value | None:
 
 
 def channel_dim(shape: Sequence[int]) -> int:
-    """Where the channels are: last in tokens (N, T, C) and in square maps (N, H, H, C), else second."""
+    """Tell where the channels are: last in tokens (N, T, C) and in square maps (N, H, H, C), else second."""
     is_last = len(shape) == 3 or (len(shape) == 4 and shape[1] == shape[2] != shape[3])
     return len(shape) - 1 if is_last else 1

@@ -30,7 +30,7 @@ def make_optimizer(
     weight_decay: float,
     previous: Optimizer | None = None,
 ) -> Optimizer:
-    """An optimizer over the parameters of `modules` that want a gradient, each in exactly one group.
+    """Make an optimizer over the parameters of `modules` that want a gradient, each in exactly one group.
 
     Weight decay leaves out biases, norms and what a module itself lists in `no_weight_decay()`, as timm does.
     Parameters that `previous` holds too keep their state. Raises UsageError for an unknown name and for values
@@ -53,7 +53,7 @@ def make_optimizer(
 
 
 def _fused(name: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """The one kernel that updates everything, where torch has it: on a CPU more than twice as fast as op by op."""
+    """Ask for the one kernel that updates everything, where torch has it: on a CPU more than twice as fast."""
     numbers = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
     return {"fused": True} if numbers and get_optimizer_info(name).opt_class in FUSED else {}
 
@@ -67,7 +67,7 @@ def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def slots_of(make_optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]) -> int:
-    """How many values an optimizer keeps for each parameter: found by a step on a small one."""
+    """Count the values that an optimizer keeps for each parameter, by a step on a small one."""
     weight = nn.Parameter(torch.zeros(16, 16))
     optimizer = make_optimizer([weight])
     weight.grad = torch.ones_like(weight)
@@ -77,7 +77,7 @@ def slots_of(make_optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]) -> i
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters that an optimizer moves."""
+    """List all parameters that an optimizer moves."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -119,7 +119,7 @@ def make_scheduler(
     decay_milestones: Sequence[float] = (),
     decay_rate: float = 0.1,
 ) -> Scheduler:
-    """The learning rate of the whole run, a function of the steps done: set it with `step_update`.
+    """Make the learning rate of the whole run, a function of the steps done: set it with `step_update`.
 
     The rate decays by `decay_rate` every `decay_epochs` ("step"; a third of the run if None) or at `decay_milestones`
     ("multistep"). Raises UsageError for an unknown name.
@@ -144,3 +144,29 @@ def make_scheduler(
         updates_per_epoch=steps_per_epoch,
     )
     return scheduler
+
+
+def named_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
+    """Return an optimizer's state with the name of each parameter in place of its number.
+
+    It has the form of `get_optimizer_state_dict` in torch.distributed.checkpoint, which covers the parameters of one
+    module alone.
+    """
+    state = optimizer.state_dict()
+    order = [names[parameter] for parameter in parameters_of(optimizer)]
+    return {
+        "state": {order[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [order[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+def load_named_state(optimizer: Optimizer, state: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
+    """Load a state that `named_state` returned. Raises ValueError when it is of other parameters."""
+    order = [names[parameter] for parameter in parameters_of(optimizer)]
+    saved = [name for group in state["param_groups"] for name in group["params"]]
+    if saved != order:
+        raise ValueError(f"the state is of {len(saved)} parameters, which are not the {len(order)} of this optimizer")
+    # To torch, a parameter's number is any key by which its state is found.
+    optimizer.load_state_dict(dict(state))

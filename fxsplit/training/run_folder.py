@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -15,6 +14,7 @@ from torch import nn
 
 from fxsplit.errors import UsageError
 from fxsplit.pages.page import report_page
+from fxsplit.records import json_line, json_text
 from fxsplit.report import EpochRecord, Inspection, RunReport
 
 # timm's columns first, in its order, so that what reads its summaries reads ours.
@@ -49,7 +49,7 @@ class RunFolder:
     def start(self, *, args_yaml: str, plan_json: str, environment: dict[str, Any]) -> None:
         (self.path / "args.yaml").write_text(args_yaml, encoding="utf-8")
         (self.path / "plan.json").write_text(plan_json, encoding="utf-8")
-        (self.path / "env.json").write_text(_json(environment), encoding="utf-8")
+        (self.path / "env.json").write_text(json_text(environment), encoding="utf-8")
         with (self.path / "summary.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(COLUMNS)
 
@@ -58,19 +58,15 @@ class RunFolder:
         with (self.path / "summary.csv").open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow([values[column] for column in COLUMNS])
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json_line(values) + "\n")
 
     def finish(self, report: RunReport, inspection: Inspection, model: nn.Module) -> None:
         """Weights under the model's own names; of tied parameters the file holds one."""
         safetensors.torch.save_model(model, str(self.path / "model.safetensors"))
-        (self.path / "report.json").write_text(_json(report.to_dict()), encoding="utf-8")
+        (self.path / "report.json").write_text(json_text(report.to_dict()), encoding="utf-8")
         (self.path / "report.html").write_text(report_page(report, inspection), encoding="utf-8")
 
 
 def _slug(name: str) -> str:
     """`timm:resnet18` -> `timm-resnet18`; of a file only its name."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", name.rsplit("/", 1)[-1]).strip("-")
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, indent=2) + "\n"

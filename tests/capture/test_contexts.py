@@ -127,6 +127,32 @@ def test_what_a_forward_asks_of_the_contexts_around_it_is_guarded() -> None:
         inside(rows())
 
 
+class CheckpointedFirst(Linears):
+    """The first block's input is the model's own, the second's wants a gradient."""
+
+    def forward(self, x: Any) -> Any:
+        h = checkpoint(lambda given: self.a(given).relu(), x, use_reentrant=True)
+        return checkpoint(self.c, self.b(h), use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("training", [True, False])
+def test_the_older_checkpoint_gives_no_gradient_where_its_input_wants_none(training: bool) -> None:
+    model = CheckpointedFirst()
+    found = trace(model, (rows(),))
+    plain, net = copy.deepcopy(model).train(training), executor_of(found).train(training)
+    given = []
+    for each in (plain, net):
+        each(rows()).sum().backward()
+        given.append([None if parameter.grad is None else parameter.grad.tolist() for parameter in each.parameters()])
+    assert given[0] == given[1]
+    assert [grad is None for grad in given[0]] == [True, True, False, False, False, False]
+    with pytest.raises(GuardError, match="an input wants a gradient"):
+        net(rows().requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(net(rows().requires_grad_()), plain(rows()))
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_are_looked_into(reentrant: bool) -> None:

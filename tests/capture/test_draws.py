@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import copy
+import datetime
+import functools
+import itertools
 import random
+import secrets
 import sys
+import threading
 import time
+import uuid
+from random import random as drawn_by_name
+from time import perf_counter as clock_by_name
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -286,3 +294,170 @@ def test_a_table_made_once_is_looked_through() -> None:
     found = assert_exact(model, rows())
     assert not found.opaque
     assert model.inner.tables == {}
+
+
+COUNTER = itertools.count(1)
+
+
+def _held(draw: Any) -> dict[str, type[nn.Module]]:
+    """Modules that call what they hold, each held in another way."""
+    table = {"draw": draw, "partial": functools.partial(draw)}
+
+    class Closure(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x * draw()
+
+    class Default(nn.Module):
+        def forward(self, x: Any, draw: Any = draw) -> Any:
+            return x * draw()
+
+    class OfTheClass(nn.Module):
+        draw = staticmethod(table["draw"])
+
+        def forward(self, x: Any) -> Any:
+            return x * self.draw()
+
+    class InADict(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x * table["draw"]()
+
+    class Partial(nn.Module):
+        draw = table["partial"]
+
+        def forward(self, x: Any) -> Any:
+            return x * self.draw()
+
+    return {each.__name__: each for each in (Closure, Default, OfTheClass, InADict, Partial)}
+
+
+def _stays_whole(make: type[nn.Module], reason: str) -> None:
+    """The module alone is refused, and in a model it stays one op; tracing draws nothing."""
+    alone, model = make(), With(make())
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with pytest.raises(TraceError, match=reason):
+        trace(alone, (rows(),))
+    found = trace(model, (rows(),))
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert list(found.opaque) == ["inner"]
+    assert reason in found.opaque["inner"]
+
+
+@pytest.mark.parametrize("name", list(_held(drawn_by_name)))
+def test_a_function_that_draws_is_seen_however_it_is_held(name: str) -> None:
+    _stays_whole(_held(drawn_by_name)[name], "draws from the generator 'random'")
+    _stays_whole(_held(np.random.rand)[name], "draws from the generator 'numpy.random'")
+    assert_exact(With(_held(drawn_by_name)[name]()), rows())
+
+
+@pytest.mark.parametrize("name", list(_held(drawn_by_name)))
+@pytest.mark.parametrize(
+    "read", [clock_by_name, lambda: next(COUNTER), lambda: random.Random().random(), secrets.SystemRandom().random]
+)
+def test_a_number_that_is_another_one_at_each_call_is_seen_however_it_is_come_by(name: str, read: Any) -> None:
+    _stays_whole(_held(read)[name], "another one at each call")
+
+
+def test_draws_into_tensors_that_are_no_values_of_the_graph_are_seen() -> None:
+    class Legacy(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x * torch.FloatTensor(4, 1).uniform_()
+
+    class Dropped(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x * nn.functional.dropout(torch.FloatTensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), training=True)
+
+    for make in (Legacy, Dropped):
+        _stays_whole(make, "draws from the generator 'torch'")
+        assert_exact(With(make()), rows())
+
+
+def test_a_generator_made_in_forward_begins_anew_in_each_call() -> None:
+    class Fresh(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x + torch.rand(4, 1, generator=torch.Generator().manual_seed(3))
+
+    class Unseeded(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x * float(np.random.default_rng().random())
+
+    class Seeded(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x * float(np.random.default_rng(3).random())
+
+    _stays_whole(Fresh, "another one at each call")
+    net = executor_of(trace(With(Fresh()), (rows(),)))
+    assert torch.equal(net(rows()), net(rows()))
+    _stays_whole(Unseeded, "without a seed")
+    assert not assert_exact(With(Seeded()), rows()).opaque
+
+
+def test_what_is_drawn_in_training_alone_is_seen() -> None:
+    ticks = itertools.count(1)
+
+    class Noisy(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x - next(ticks) if self.training else x
+
+    _stays_whole(Noisy, "another one at each call")
+
+
+def _microseconds() -> Any:
+    return datetime.datetime.now().microsecond / 1e6
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        _microseconds,
+        lambda: datetime.datetime.now(datetime.UTC).timestamp() % 1,
+        lambda: uuid.uuid4().int % 2**16,
+        lambda: secrets.randbelow(2**16),
+        lambda: time.thread_time() * 1e4,
+    ],
+)
+def test_clocks_and_the_systems_numbers_are_ops(read: Any) -> None:
+    class Reads(Linears):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * read()
+
+    found = trace(Reads(), (rows(),))
+    net = executor_of(found)
+    assert not found.opaque
+    assert len({tuple(net(rows()).flatten().tolist()) for _ in range(5)}) > 1
+
+
+def test_a_clock_that_ticks_seldom_is_an_op_too() -> None:
+    """Two recordings in one day know nothing of it."""
+
+    class Daily(Linears):
+        def forward(self, x: Any) -> Any:
+            assert isinstance(datetime.date(2020, 1, 2), datetime.date)
+            assert issubclass(datetime.datetime, datetime.date)
+            day = datetime.date.today()
+            return super().forward(x) * (day.day + datetime.date(2020, 1, 2).day + time.localtime().tm_mon)
+
+    found = assert_exact(Daily(), rows())
+    assert [op.target for op in found.train.ops if "today" in op.target or "localtime" in op.target] == [
+        "datetime.date.today",
+        "time.localtime",
+    ]
+    assert type(datetime.datetime.now()) is datetime.datetime
+    assert type(datetime.datetime) is type
+
+
+def test_another_thread_may_draw_while_a_model_is_traced() -> None:
+    stop = threading.Event()
+
+    def draw() -> None:
+        while not stop.is_set():
+            random.random()
+            torch.rand(1)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        found = [trace(Linears(), (rows(),)) for _ in range(5)]
+    finally:
+        stop.set()
+        thread.join()
+    assert not any(each.opaque for each in found)

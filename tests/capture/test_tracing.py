@@ -469,8 +469,8 @@ def test_methods_and_functions_that_depend_on_data_are_ops_with_reasons() -> Non
     pick = next(op for op in method.train.ops if op.name == ":pick" or op.name == "pick")
     assert set(pick.state) >= {"norm2.weight", "norm2.running_mean"}
     function = captured(HAZARDS["FunctionOnData"]())
-    assert list(function.opaque) == ["tests.models.largest"]
-    assert "reads data: it calls item() of a tensor" in function.opaque["tests.models.largest"]
+    assert list(function.opaque) == ["tests.networks.largest"]
+    assert "reads data: it calls item() of a tensor" in function.opaque["tests.networks.largest"]
     assert len(function.train) == len(captured(Chain()).train)
 
 

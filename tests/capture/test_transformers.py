@@ -57,6 +57,21 @@ def test_a_checkpointed_model_is_traced_through(reentrant: bool) -> None:
     assert not found.opaque
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_bart_whose_inputs_are_made_to_want_gradients() -> None:
+    """transformers does so by hooks on embeddings, among them one that lends its weight and is never called."""
+    sizes = {f"{half}_{name}": 2 for half in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    widths = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    config = transformers.BartConfig(vocab_size=50, max_position_embeddings=32, **sizes, **widths)
+    model = transformers.BartForConditionalGeneration(config).train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    assert model.model.shared._forward_hooks
+    ids = tokens(2, 8)
+    found = assert_exact(model, input_ids=ids, labels=ids)
+    assert list(found.opaque) == ["model.encoder.embed_tokens", "model.decoder.embed_tokens"]
+
+
 @pytest.mark.parametrize(
     "asked",
     [{"output_hidden_states": True}, {"return_dict": False}, {"use_cache": True}],

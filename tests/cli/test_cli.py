@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import typer.main
 import yaml
+from fxsplit_cli.main import app, main
 
 import fxsplit
 from fxsplit.errors import CheckError, DataError, FxsplitError, PartitionError, Terminated, UsageError
@@ -33,7 +34,6 @@ from fxsplit.report import (
     RunReport,
 )  # fmt: skip
 from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
-from fxsplit_cli.main import app, main
 
 TRAIN_OPTIONS = """
 --amp --amp-dtype --at --augment --balance --batch-size -b --by --channels-last --clip-grad --config -c --data
@@ -41,9 +41,11 @@ TRAIN_OPTIONS = """
 --decay-epochs --decay-milestones --decay-rate
 --data-dir --deterministic --device --drop-path --dry-run --epochs --epochs-total --exit-weight --exits --experiment
 --grad-accum-steps
---img-size --json  --l2l --log-interval --lr --mean --memory-budget --min-lr --momentum --no-amp --no-channels-last
+--img-size --json  --l2l --log-interval --lr --mean --memory-aim
+--memory-budget --min-lr --momentum --no-amp --no-channels-last
 --no-deterministic --no-dry-run --no-pretrained --no-progress --no-prove --opt --output --output-dir
---parts --plan --pretrained --print-config --progress --prove --quiet -q --sched --schedule --seed --settled-dtype
+--parts --plan --preset --pretrained --print-config --progress --prove --quiet -q
+--sched --schedule --seed --settled-dtype
 --smoothing --std --stem
 --anneal --average --no-recalibrate --no-veto --recalibrate --settle-from --settle-share --settle-until
 --soft-from --soft-targets --soft-temperature --veto
@@ -51,7 +53,7 @@ TRAIN_OPTIONS = """
 --workers -j
 """
 INSPECT_OPTIONS = """
---grad-accum-steps --memory-budget --settle-from --settle-share --settle-until
+--grad-accum-steps --memory-aim --memory-budget --preset --settle-from --settle-share --settle-until
 --at --balance --batch-size -b --by --channels-last --config -c --data --device --diff --drop-path --epochs
 --epochs-total --format --img-size --json --l2l --measure --momentum --no-channels-last --opt --output -o --parts
 --plan --save-plan --schedule --stem --verbose -v
@@ -178,8 +180,25 @@ def test_a_failed_check_has_its_own_exit_code(api: FakeApi, capsys: pytest.Captu
     assert [record["verdict"] for record in found] == ["equal", "differs", "refused"]
     assert sorted(found[0]) == [
         "batch_sizes", "cuts", "differences", "eval_ops", "guards", "model", "opaque", "ops", "own_differences",
-        "parameters", "partitions", "passed", "refusal", "seconds", "verdict",
+        "parameters", "partitions", "passed", "refusal", "seconds", "unknown", "verdict",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [CheckRecord, ForecastRecord])
+def test_where_only_a_name_is_wrong_the_exit_code_says_so(
+    kind: type[CheckRecord | ForecastRecord], api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = kind(model="timm:nope", refusal="timm has no model 'nope'", unknown=True)
+    arguments = ["check", "timm:a", "timm:nope", *(["--forecast"] if kind is ForecastRecord else [])]
+    api.records = (kind(model="timm:a"), missing)
+    assert main(arguments) == UsageError.exit_code == 2
+    out, err = capsys.readouterr()
+    assert "timm:nope: timm has no model 'nope'" in out
+    assert "1 of 2 passed" in out
+    assert err.endswith("fxsplit: timm has no model 'nope'\n")
+    api.records = (kind(model="timm:a", refusal="it cannot be traced"), missing)
+    assert main(arguments) == 4
+    assert "2 of 2 models failed: timm:a, timm:nope" in capsys.readouterr().err
 
 
 def phase_check(*, told: int) -> PhaseCheck:
@@ -243,6 +262,8 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "device": "cpu",
         "stem": "cifar",
         "augment": "crop-flip",
+        "preset": "l2l",
+        "memory-aim": 0.5,
         "schedule": "settle",
         "balance": "params",
         "by": "natural",
@@ -274,7 +295,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
     changed = {
         key: special[key] if key in special else values[type(value)](value)
         for key, value in plain.items()
-        if key not in ("model", "parts", "plan")
+        if key not in ("model", "parts", "plan", "veto")
     }
     flags = {True: "--{}", False: "--no-{}"}
     arguments = [
@@ -282,7 +303,9 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
     ]
     assert main(["train", "paper:vgg16", *arguments]) == 0
     assert api.spec == resolve(read_values({"model": "paper:vgg16", **changed}, source="test"))
-    assert all(api.spec.to_flat()[key] != value for key, value in plain.items() if key not in ("parts", "plan"))
+    assert all(api.spec.to_flat()[key] != value for key, value in plain.items() if key not in ("parts", "plan", "veto"))
+    assert main(["train", "paper:cnn", "--veto"]) == 0
+    assert api.spec == RunSpec(model="paper:cnn", veto=True)
 
 
 def test_train_calls_the_library_with_defaults(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,12 +327,34 @@ def test_command_line_wins_over_environment_over_recipe(
     assert api.spec == RunSpec(model="paper:cnn", lr=0.3, epochs=4, batch_size=16, amp=False)
 
 
-def test_l2l_is_a_schedule(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
+def test_l2l_is_a_preset(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "paper:cnn", "--l2l", "--wd", "0.5", "-b", "4"]) == 0
-    assert api.spec == RunSpec(model="paper:cnn", schedule="l2l", weight_decay=0.5, batch_size=4)
-    assert main(["inspect", "paper:cnn", "--l2l", "--schedule", "l2l"]) == 0
-    assert main(["inspect", "paper:cnn", "--l2l", "--schedule", "grow"]) == 2
-    assert "--l2l means --schedule l2l and contradicts --schedule grow" in capsys.readouterr().err
+    assert api.spec == RunSpec(model="paper:cnn", preset="l2l", weight_decay=0.5, batch_size=4)
+    assert main(["inspect", "paper:cnn", "--l2l", "--preset", "l2l", "--schedule", "grow"]) == 0
+    assert api.spec == RunSpec(model="paper:cnn", preset="l2l", schedule="grow")
+    assert main(["inspect", "paper:cnn", "--l2l", "--preset", "none"]) == 2
+    assert "--l2l means --preset l2l and contradicts --preset none" in capsys.readouterr().err
+    assert main(["inspect", "paper:cnn", "--schedule", "l2l"]) == 2
+    assert "l2l is a preset: ask for it as such, by --l2l or" in capsys.readouterr().err
+
+
+def test_a_plan_file_names_its_preset_and_the_command_line_wins(api: FakeApi, plan: Plan, tmp_path: Path) -> None:
+    path = str(tmp_path / "plan.json")
+    write_file(PlanFile.of(replace(plan, preset="l2l")), path)
+    given = ["train", "paper:cnn", "--plan", path]
+    assert main(given) == 0
+    assert api.spec == RunSpec(model="paper:cnn", plan=path, preset="l2l", epochs=6)
+    assert (api.spec.smoothing, api.spec.memory_aim, api.spec.schedule) == (0.1, None, "standard")
+    assert main([*given, "--epochs", "40"]) == 0
+    assert (api.spec.soft_targets, api.spec.epochs) == (0.8, 40)
+    assert main([*given, "--preset", "none"]) == 0
+    assert api.spec == RunSpec(model="paper:cnn", plan=path, preset="none", epochs=6)
+    assert api.spec.smoothing == 0
+    write_file(PlanFile.of(plan), path)
+    assert main(given) == 0
+    assert (api.spec.preset, api.spec.smoothing) == ("none", 0)
+    assert main([*given, "--l2l", "--average", "0.5"]) == 0
+    assert (api.spec.preset, api.spec.smoothing, api.spec.average) == ("l2l", 0.1, 0.5)
 
 
 def test_print_config_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,9 +390,13 @@ def test_inspect(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
     assert "kept whole: block.norm" in capsys.readouterr().out
 
 
-def test_a_plan_is_saved_where_asked(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", "paper:cnn", "--plan", "old.json", "--save-plan", "new.json", "--json"]) == 0
-    assert (api.spec, api.saved_to) == (RunSpec(model="paper:cnn", plan="old.json"), "new.json")
+def test_a_plan_is_saved_where_asked(
+    api: FakeApi, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = str(tmp_path / "old.json")
+    write_file(PlanFile.of(plan), old)
+    assert main(["inspect", "paper:cnn", "--plan", old, "--save-plan", "new.json", "--json"]) == 0
+    assert (api.spec, api.saved_to) == (RunSpec(model="paper:cnn", plan=old), "new.json")
     assert capsys.readouterr().err == "a notice\na library prints\nplan file: new.json\n"
 
 
@@ -384,11 +433,13 @@ def test_two_plan_files_are_compared(tmp_path: Path, plan: Plan, capsys: pytest.
         ),
         (["train", "paper:cnn", "-c", "none.yaml"], "fxsplit: the recipe 'none.yaml' cannot be read"),
         (
-            ["train", "paper:cnn", "--plan", "p.json", "--epochs", "10", "--l2l"],
-            "fxsplit: the plan file says itself where to cut and what trains when, so leave out schedule, or the plan",
+            ["train", "paper:cnn", "--plan", "{plan}", "--schedule", "grow", "--parts", "3"],
+            "fxsplit: the plan file says itself where to cut and what trains when, so leave out schedule, parts, or "
+            "the plan",
         ),
         # A default that is asked for contradicts a plan too.
-        (["train", "paper:cnn", "--plan", "p.json", "--epochs", "10"], "so leave out epochs, or the plan"),
+        (["train", "paper:cnn", "--plan", "{plan}", "--balance", "macs"], "so leave out balance, or the plan"),
+        (["train", "paper:cnn", "--plan", "none.json"], "fxsplit: the plan 'none.json' cannot be read: No such file"),
         (["inspect", "--diff", "a", "b", "paper:cnn", "--l2l", "--parts", "3"], "takes no model, l2l, parts beside"),
         (
             ["inspect", "m", "--format", "cvs"],
@@ -400,8 +451,12 @@ def test_two_plan_files_are_compared(tmp_path: Path, plan: Plan, capsys: pytest.
         (["trian", "paper:cnn"], "fxsplit: No such command 'trian'."),
     ],
 )
-def test_bad_usage_is_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
+def test_bad_usage_is_one_sentence(
+    arguments: list[str], sentence: str, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "plan.json")
+    write_file(PlanFile.of(plan), path)
+    assert main([path if word == "{plan}" else word for word in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert sentence in err

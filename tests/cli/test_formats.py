@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fxsplit_cli import formats
 
 from fxsplit.errors import UsageError
-from fxsplit.plan.schedule import Plan
+from fxsplit.plan.planfile import from_dict, read_file
 from fxsplit.report import Inspection
-from fxsplit_cli import formats
 
 
 def shown(inspection: Inspection, name: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -114,10 +114,15 @@ def test_the_tree_has_costs_on_every_level(
     assert lines[-2:] == ["tied: op0.weight is also head.weight", "kept whole: block.norm, because it has hooks"]
 
 
-def test_json(inspection: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(inspection: Inspection, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(shown(inspection, "json", capsys))
     assert data["totals"] == {"ops": 6, "parameters": 15_000, "macs": 6_000_000, "activation_bytes": 9000}
-    assert Plan.from_dict(data["plan"]) == inspection.plan
+    assert from_dict(data["plan"], source="stdout").recorded_plan() == inspection.plan
+    # What `jq .plan` would print of it is a plan file.
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data["plan"]), encoding="utf-8")
+    assert read_file(str(path)) == inspection.plan_file
+    assert read_file(str(path)).plan(inspection.graph, inspection.graph) == inspection.plan
     assert set(data) == {
         "model",
         "input_shape",

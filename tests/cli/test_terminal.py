@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 
 import pytest
 from rich.panel import Panel
@@ -38,11 +37,6 @@ def test_a_drawing_has_its_width(count: int, width: int) -> None:
     for start in range(count):
         bar = terminal.draw(Phase(start=start, stop=count, epochs=1), count, width).plain
         assert len(bar) == width
-
-
-def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.write_json({"loss": float("nan"), "losses": [(1.5, float("inf"))]})
-    assert json.loads(capsys.readouterr().out) == {"loss": None, "losses": [[1.5, None]]}
 
 
 @pytest.mark.parametrize(

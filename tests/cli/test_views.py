@@ -42,7 +42,7 @@ def drive(observer: Observer, plan: Plan, epochs: tuple[EpochRecord, ...]) -> No
         observer.step_done(
             StepRecord(
                 phase=index,
-                epoch=epoch,
+                epoch=epoch + 1,
                 step=5,
                 steps=12,
                 train_loss=0.5,
@@ -77,10 +77,10 @@ def test_plain_view_is_a_log(
     assert lines[-6:] == [
         f"phase 2/3, epochs 3 to 4: student 0-1 training | cut before {plan.partitions[2].name} | teacher 2 frozen",
         "epoch 3/6 step 5/12: loss 0.5000, train 75.00 %, 2,000 images/s, 3.0 MB",
-        "epoch 3/6: loss 1.5000, test 52.00 %, 10.0 s + 1.5 s test, 1,234 images/s",
+        "epoch 3/6: loss 1.5000, train 62.00 %, test 52.00 %, 10.0 s + 1.5 s test, 1,234 images/s",
         "phase 3/3, epochs 5 to 6: no cut: everything trains",
         "epoch 5/6 step 5/12: loss 0.5000, train 75.00 %, 2,000 images/s, 3.0 MB",
-        "epoch 5/6: loss 1.5000, test 54.00 %, 10.0 s + 1.5 s test, 1,234 images/s",
+        "epoch 5/6: loss 1.5000, train 64.00 %, test 54.00 %, 10.0 s + 1.5 s test, 1,234 images/s",
     ]
 
 

@@ -20,7 +20,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fxsplit.data.datasets import SOURCES, describe, load
-from fxsplit.data.images import Data, FileImages, ImageSet, MemoryImages, batches
+from fxsplit.data.images import Data, FileImages, ImageSet, MemoryImages
+from fxsplit.data.loader import Loader
 from fxsplit.errors import DataError, UsageError
 
 # Python 3.12 warns of every fork in a process with threads, and the loader forks its workers.
@@ -83,7 +84,7 @@ def test_digits_are_split_alike_in_every_class_and_for_every_seed() -> None:
 
 def test_digits_are_as_large_as_asked() -> None:
     for asked, size in ((None, 32), (20, 20)):
-        batch = next(batches(open_data("digits", img_size=asked).train, batch_size=4))
+        batch = next(Loader(open_data("digits", img_size=asked).train, batch_size=4).batches(0))
         assert batch.images.shape == (4, 3, size, size)
         assert batch.images.max() > 0.9
 
@@ -173,7 +174,7 @@ def test_cifar_is_what_its_archive_holds(cifar: Callable[[str], Path], name: str
         key = "labels" if name == "cifar10" else "fine_labels"
         assert images.labels.tolist() == [label for part in held for label in part[key]]
     assert (len(data.train), len(data.test)) == (4 * batch_files, 4)
-    batch = next(batches(open_data(name, data_dir=str(root), img_size=48).train, batch_size=2))
+    batch = next(Loader(open_data(name, data_dir=str(root), img_size=48).train, batch_size=2).batches(0))
     assert batch.images.shape == (2, 3, 48, 48)
 
 
@@ -216,7 +217,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def colours_of(images: ImageSet) -> list[int]:
-    found = torch.cat([batch.images for batch in batches(images, batch_size=4)])
+    found = torch.cat([batch.images for batch in Loader(images, batch_size=4).batches(0)])
     return [round(255 * float(image[0].mean())) for image in found]
 
 
@@ -434,7 +435,7 @@ def test_unusual_images_are_read_alike_from_memory_and_from_files(folder: Folder
     )
     assert isinstance(memory, MemoryImages)
     assert isinstance(files, FileImages)
-    for one, other in zip(batches(memory, batch_size=4), batches(files, batch_size=4), strict=True):
+    for one, other in zip(Loader(memory, batch_size=4).batches(0), Loader(files, batch_size=4).batches(0), strict=True):
         assert torch.equal(one.images, other.images)
 
 

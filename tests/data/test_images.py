@@ -12,7 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fxsplit.data.images import Batch, Data, FileImages, MemoryImages, batches, crop_flip, decode, part_sizes, steps
+from fxsplit.data.augmentation import crop_flip
+from fxsplit.data.batch import Batch, part_sizes
+from fxsplit.data.decoding import decode
+from fxsplit.data.images import Data, FileImages, MemoryImages
+from fxsplit.data.loader import Loader
 from fxsplit.errors import DataError, UsageError
 
 # Python 3.12 warns of every fork in a process with threads, and the loader forks its workers.
@@ -31,7 +35,11 @@ def noise(count: int = 11, size: int = 16) -> MemoryImages:
 def same(left: Iterable[Batch], right: Iterable[Batch]) -> bool:
     pairs = list(zip(left, right, strict=True))
     assert pairs
-    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(parts(one), parts(other), strict=True))
+
+
+def parts(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.images, batch.labels, batch.ids
 
 
 def by_id(found: Iterable[Batch]) -> dict[int, Tensor]:
@@ -56,7 +64,7 @@ def with_workers(files: FileImages, workers: int) -> FileImages:
 
 def test_a_plain_epoch_is_every_image_in_order_over_255() -> None:
     images = noise()
-    found = list(batches(images, batch_size=4))
+    found = list(Loader(images, batch_size=4).batches(0))
     assert [len(batch.labels) for batch in found] == [4, 4, 3]
     assert torch.equal(torch.cat([batch.ids for batch in found]), torch.arange(11))
     assert torch.equal(torch.cat([batch.labels for batch in found]), images.labels)
@@ -68,7 +76,7 @@ def test_a_plain_epoch_is_every_image_in_order_over_255() -> None:
 @pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.25,)), ((0.1, 0.5, 0.9), (0.25, 1.0, 2.0))])
 def test_mean_and_std_are_of_each_channel(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     images = noise()
-    (batch,) = batches(images, batch_size=11, mean=mean, std=std)
+    (batch,) = Loader(images, batch_size=11, mean=mean, std=std).batches(0)
     for channel in range(3):
         index = channel % len(mean)
         plain = images.pixels[:, channel].float() / 255
@@ -78,7 +86,7 @@ def test_mean_and_std_are_of_each_channel(mean: tuple[float, ...], std: tuple[fl
 def test_batches_leave_the_pixels_as_they_were() -> None:
     images = noise()
     before = images.pixels.clone()
-    list(batches(images, batch_size=4, augment="crop-flip", mean=(0.5,), std=(0.5,)))
+    list(Loader(images, batch_size=4, augment="crop-flip", mean=(0.5,), std=(0.5,)).batches(0))
     assert torch.equal(images.pixels, before)
 
 
@@ -86,7 +94,7 @@ def test_seed_and_epoch_alone_decide_a_shuffled_augmented_epoch() -> None:
     images = noise()
 
     def epoch(seed: int, epoch: int) -> list[Batch]:
-        return list(batches(images, batch_size=4, shuffle=True, seed=seed, epoch=epoch, augment="crop-flip"))
+        return list(Loader(images, batch_size=4, training=True, seed=seed, augment="crop-flip").batches(epoch))
 
     first = epoch(3, 5)
     torch.manual_seed(99)
@@ -104,15 +112,15 @@ def test_seed_and_epoch_alone_decide_a_shuffled_augmented_epoch() -> None:
 def test_global_random_states_are_neither_used_nor_changed(files: FileImages, workers: int | None) -> None:
     images = noise() if workers is None else with_workers(files, workers)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    list(batches(images, batch_size=4, shuffle=True, augment="crop-flip"))
+    list(Loader(images, batch_size=4, training=True, augment="crop-flip").batches(0))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
 
 
 def test_a_sample_is_cropped_alike_in_any_batch() -> None:
     images = noise()
-    large = by_id(batches(images, batch_size=11, augment="crop-flip", seed=1, epoch=2))
-    small = by_id(batches(images, batch_size=3, augment="crop-flip", seed=1, epoch=2, shuffle=True))
+    large = by_id(Loader(images, batch_size=11, augment="crop-flip", seed=1).batches(2))
+    small = by_id(Loader(images, batch_size=3, augment="crop-flip", seed=1, training=True).batches(2))
     assert large.keys() == small.keys() == set(range(11))
     assert all(torch.equal(large[index], small[index]) for index in large)
 
@@ -120,7 +128,7 @@ def test_a_sample_is_cropped_alike_in_any_batch() -> None:
 def test_every_sample_has_its_own_crop_and_flip() -> None:
     one = noise(1, size=32)
     images = MemoryImages(pixels=one.pixels.repeat(600, 1, 1, 1), labels=torch.zeros(600).long(), img_size=32)
-    (batch,) = batches(images, batch_size=600, augment="crop-flip")
+    (batch,) = Loader(images, batch_size=600, augment="crop-flip").batches(0)
     padded = torch.nn.functional.pad(one.pixels[0], (4, 4, 4, 4)).float() / 255
     kinds = {
         (padded[:, top : top + 32, left : left + 32].flip(2) if flip else padded[:, top : top + 32, left : left + 32])
@@ -152,11 +160,11 @@ def test_crop_flip_equals_a_loop_over_samples() -> None:
 
 def test_an_unknown_augmentation_is_refused() -> None:
     with pytest.raises(UsageError, match=r"no augmentation 'cropflip'.*did you mean 'crop-flip'"):
-        next(batches(noise(), batch_size=4, augment="cropflip"))
+        next(Loader(noise(), batch_size=4, augment="cropflip").batches(0))
 
 
 @pytest.mark.parametrize(
-    ("samples", "batch_size", "drop_single", "limit", "expected"),
+    ("samples", "batch_size", "training", "limit", "expected"),
     [
         (8, 4, False, None, [4, 4]),
         (9, 4, False, None, [4, 4, 1]),
@@ -171,11 +179,12 @@ def test_an_unknown_augmentation_is_refused() -> None:
     ],
 )
 def test_steps_tells_the_batches(
-    samples: int, batch_size: int, drop_single: bool, limit: int | None, expected: list[int]
+    samples: int, batch_size: int, training: bool, limit: int | None, expected: list[int]
 ) -> None:
-    found = batches(noise(samples, 2), batch_size=batch_size, drop_single=drop_single, limit=limit)
-    assert [len(batch.images) for batch in found] == expected
-    assert steps(samples, batch_size=batch_size, drop_single=drop_single, limit=limit) == len(expected)
+    loader = Loader(noise(samples, 2), batch_size=batch_size, training=training, limit=limit)
+    assert [len(batch) for batch in loader.batches(0)] == expected
+    assert loader.steps_per_epoch == len(expected)
+    assert len(loader.order(0)) == sum(expected)
 
 
 def test_a_batch_is_divided_without_leaving_an_image_alone() -> None:
@@ -199,7 +208,7 @@ def test_pixels_of_another_size_are_resized() -> None:
     flat = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
     ramp = torch.arange(0, 256, 32, dtype=torch.uint8).expand(1, 3, 8, 8)
     images = MemoryImages(pixels=torch.cat((flat, ramp)), labels=torch.zeros(6).long(), img_size=16)
-    (batch,) = batches(images, batch_size=6)
+    (batch,) = Loader(images, batch_size=6).batches(0)
     assert batch.images.shape == (6, 3, 16, 16)
     assert torch.equal(batch.images[:5] * 255, torch.arange(5.0)[:, None, None, None].expand(-1, 3, 16, 16))
     # Bilinear: between two pixels 32 apart lie a quarter and three quarters of the way.
@@ -209,8 +218,8 @@ def test_pixels_of_another_size_are_resized() -> None:
 def test_a_subset_has_ids_of_its_own(files: FileImages) -> None:
     chosen = torch.tensor([5, 0, 3])
     for images in (noise(), files):
-        everything = by_id(batches(images, batch_size=4))
-        (batch,) = batches(images.subset(chosen), batch_size=4)
+        everything = by_id(Loader(images, batch_size=4).batches(0))
+        (batch,) = Loader(images.subset(chosen), batch_size=4).batches(0)
         assert batch.ids.tolist() == [0, 1, 2]
         assert torch.equal(batch.labels, images.labels[chosen])
         assert torch.equal(batch.images, torch.stack([everything[index] for index in chosen.tolist()]))
@@ -220,8 +229,8 @@ def test_data_moves_as_a_whole(files: FileImages) -> None:
     data = Data(train=noise(), test=files, classes=("a", "b"), img_size=16).to(torch.device("meta"))
     assert data.train.device.type == data.test.device.type == "meta"
     assert (len(data.train), len(data.test)) == (11, 7)
-    (batch,) = batches(data.train, batch_size=11, shuffle=True, augment="crop-flip", mean=(0.5,), std=(0.5,))
-    assert {part.device.type for part in batch} == {"meta"}
+    (batch,) = Loader(data.train, batch_size=11, training=True, augment="crop-flip", mean=(0.5,), std=(0.5,)).batches(0)
+    assert {part.device.type for part in parts(batch)} == {"meta"}
 
 
 # Of a machine with one core, torch says that two workers are too many.
@@ -233,15 +242,15 @@ def test_files_give_the_batches_of_memory(files: FileImages, workers: int) -> No
     for epoch in (0, 1):
         for augment in ("none", "crop-flip"):
             assert same(
-                batches(streamed, batch_size=3, shuffle=True, seed=7, epoch=epoch, augment=augment),
-                batches(memory, batch_size=3, shuffle=True, seed=7, epoch=epoch, augment=augment),
+                Loader(streamed, batch_size=4, training=True, seed=7, augment=augment).batches(epoch),
+                Loader(memory, batch_size=4, training=True, seed=7, augment=augment).batches(epoch),
             )
 
 
 def test_an_epoch_that_was_left_early_does_not_leak_into_the_next(files: FileImages) -> None:
     streamed = with_workers(files, 1)
-    next(batches(streamed, batch_size=2))
-    assert same(batches(streamed, batch_size=2), batches(streamed.decoded(), batch_size=2))
+    next(Loader(streamed, batch_size=2).batches(0))
+    assert same(Loader(streamed, batch_size=2).batches(0), Loader(streamed.decoded(), batch_size=2).batches(0))
 
 
 def test_decoded_pixels_are_those_in_the_files(files: FileImages) -> None:
@@ -289,7 +298,7 @@ def test_a_broken_file_is_named_in_one_sentence(files: FileImages, workers: int,
     else:
         broken.write_bytes(b"text" if damage == "text" else broken.read_bytes()[:300])
     streamed = with_workers(files, workers)
-    for read in (lambda: list(batches(streamed, batch_size=2)), streamed.decoded):
+    for read in (lambda: list(Loader(streamed, batch_size=2).batches(0)), streamed.decoded):
         sentence = complaint(read)
         assert str(broken) in sentence
         assert "\n" not in sentence

@@ -7,6 +7,7 @@ import functools
 import operator
 import pickle
 import types
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -252,6 +253,27 @@ def test_hooks_on_what_was_traced_through_are_refused_at_the_next_call(kind: str
     net(X)
 
 
+def test_a_hook_of_a_module_that_is_never_called_is_left_alone() -> None:
+    """Such as the embedding of BART, which lends its weight to those that are called."""
+
+    class Lends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.one.weight = self.shared.weight
+            self.shared.register_forward_hook(lambda *_: pytest.fail("nobody calls it"))
+            self.one.register_forward_hook(lambda *given: given[2] * 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x).relu())
+
+    model = Lends()
+    net = executor(model, at="two")
+    assert torch.equal(net.train()(X), copy.deepcopy(model)(X))
+    net.enter(Phase(start=1, stop=2, epochs=1))
+    torch.testing.assert_close(net(X), model(X))
+
+
 def test_a_broken_tie_is_refused_where_the_graph_goes_by_the_first_name() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -387,3 +409,70 @@ def test_a_table_that_a_whole_module_makes_changes_nothing() -> None:
     net = Executor(found, partition(found.train, found.eval, count=2))
     for mode in (True, False, True):
         assert torch.equal(net.train(mode)(x), plain.train(mode)(x))
+
+
+class CountsItsCalls(nn.Module):
+    """Stays one op, since it branches on data; others read its scale and the gain inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.count_of_calls, self.table = 2.0, 0, {"gain": 3.0}
+        self.inside = nn.Linear(6, 6)
+        self.outside = Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count_of_calls += 1
+        return self.outside(self.inside(x)) if x.sum() < 1e9 else x
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth_of_it = 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+def depth_of(module: nn.Module) -> float:
+    """Read by a function beside the classes."""
+    return module.outside.depth_of_it
+
+
+class ReadsOthers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = CountsItsCalls()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.whole(x) * self.whole.scale * getattr(self.whole, "table")["gain"]  # noqa: B009
+        return y * depth_of(self.whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda whole: setattr(whole, "scale", 4.0), "'scale' of 'whole'"),
+        (lambda whole: whole.table.update(gain=4.0), "gain.* of 'whole'"),
+        (lambda whole: setattr(whole.outside, "depth_of_it", 4.0), "'depth_of_it' of 'whole.outside'"),
+    ],
+)
+def test_what_others_read_of_a_module_that_stays_one_op_is_watched(change: Any, name: str) -> None:
+    model = ReadsOthers()
+    captured = trace(model, (torch.zeros(2, 6),))
+    assert list(captured.opaque) == ["whole"]
+    net = Executor(captured, partition(captured.train, captured.eval, count=2))
+    x = torch.randn(2, 6)
+    for mode in (True, False):
+        net.train(mode)(x)
+    with unittest.mock.patch.object(
+        changes, "trace_again", side_effect=AssertionError("its count is its own business")
+    ):
+        net.train()
+    assert model.whole.count_of_calls == 2
+    before = copy.deepcopy(model.whole)
+    change(model.whole)
+    with pytest.raises(GuardError, match=name):
+        net.train()
+    model.whole.scale, model.whole.table, model.whole.outside.depth_of_it = before.scale, before.table, 1.5
+    net.train()

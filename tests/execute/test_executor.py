@@ -24,6 +24,7 @@ from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import SCHEDULES, Phase, schedule
 from tests.networks import (
     HAZARDS,
+    AuxiliaryHead,
     BranchOnShape,
     Chain,
     FunctionalDropout,
@@ -165,12 +166,7 @@ def test_stochastic_depth_drops_the_same_branches_and_none_in_evaluation(spec: s
 
 @pytest.mark.parametrize("name", HAZARDS)
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
-def test_exactly_the_state_of_the_training_partitions_moves(
-    name: str, schedule_name: str, request: pytest.FixtureRequest
-) -> None:
-    if (name, schedule_name) == ("AuxiliaryHead", "grow"):
-        reason = "a frozen last partition returns what evaluation does: no output of the auxiliary head that trains"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_exactly_the_state_of_the_training_partitions_moves(name: str, schedule_name: str) -> None:
     make, size = MODELS[name]
     torch.manual_seed(0)
     model = make()
@@ -288,6 +284,77 @@ def test_a_frozen_tail_passes_gradients_and_runs_in_evaluation() -> None:
             assert torch.equal(parameter.grad, grads[name])
         else:
             assert parameter.grad is None
+
+
+@pytest.mark.parametrize("at", [["conv2"], ["norm2"], ["norm2", "conv2_1"]])
+def test_a_frozen_tail_returns_the_auxiliary_output_of_what_trains(at: list[str]) -> None:
+    torch.manual_seed(0)
+    model = AuxiliaryHead()
+    captured = trace(model, (torch.empty(2, 3, 8, 8),))
+    net = Executor(captured, partition(captured.train, captured.eval, at=at))
+    reference = copy.deepcopy(model).train()
+    reference.norm2.eval()
+    for name, parameter in reference.named_parameters():
+        parameter.requires_grad_(name in net.partitions[0].state)
+    net.enter(Phase(start=0, stop=1, epochs=1))
+    images, labels = _images(0, 8)
+    results, kinds = [], []
+    for each in (net.train(), reference):
+        torch.manual_seed(1)
+        output = each(images)
+        assert len(_flat(output)) == 2
+        kinds.append(type(output))
+        _loss(output, labels).backward()
+        results.append([*_flat(output), *(p.grad for p in each.parameters() if p.grad is not None)])
+    assert kinds[0] is kinds[1]
+    assert len(results[0]) == len(results[1]) > 4
+    assert _same(*results)
+    assert _same(_flat(net.eval()(images)), _flat(reference.eval()(images)))
+
+
+class DroppedFeatures(Chain):
+    """Returns features with dropout in training, and features without in evaluation."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = self.norm1(self.conv1(x)).relu()
+        features = F.dropout(x.sigmoid(), training=True) if self.training else x.sigmoid()
+        return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3))), features
+
+
+def test_what_a_settled_part_returns_is_what_it_returns_in_evaluation() -> None:
+    torch.manual_seed(0)
+    model = DroppedFeatures()
+    captured = trace(model, (torch.empty(2, 3, 8, 8),))
+    net = Executor(captured, partition(captured.train, captured.eval, at=["conv2", "norm2"]))
+    images, _ = _images(0, 8)
+    expected = copy.deepcopy(model).eval()(images)[1]
+    for phase in (Phase(start=1, stop=3, epochs=1), Phase(start=2, stop=3, epochs=1), Phase(start=1, stop=2, epochs=1)):
+        net.enter(phase)
+        torch.testing.assert_close(net.train()(images)[1], expected)
+    net.release()
+    torch.manual_seed(1)
+    plain = copy.deepcopy(model).train()(images)[1]
+    torch.manual_seed(1)
+    assert torch.equal(net.train()(images)[1], plain)
+
+
+class OtherFeatures(Chain):
+    """Returns what training makes before the cut and evaluation after it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = self.norm1(self.conv1(x)).relu()
+        features = F.dropout(x) if self.training else x.tanh()
+        return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3))), features
+
+
+def test_an_output_that_no_partition_makes_in_a_phase_is_refused() -> None:
+    captured = trace(OtherFeatures(), (torch.empty(2, 3, 8, 8),))
+    net = Executor(captured, partition(captured.train, captured.eval, at=["conv2"])).train()
+    images, _ = _images(0, 8)
+    assert len(_flat(net(images))) == 2
+    net.enter(Phase(start=1, stop=2, epochs=1))
+    with pytest.raises(PartitionError, match="no partition makes it; cut elsewhere"):
+        net(images)
 
 
 def test_entering_drops_gradients_that_momentum_would_follow() -> None:

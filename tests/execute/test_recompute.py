@@ -189,3 +189,47 @@ def test_numbers_of_python_and_numpy_are_drawn_again() -> None:
         found.append([parameter.grad for parameter in model.parameters()])
         found[-1] += [torch.tensor([random.random(), np.random.rand()])]
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+class DrawsOfItsOwn(nn.Module):
+    """Numbers of a generator that the model holds, in an op of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(6, generator=self.generator)
+
+
+class FunctionalRReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rrelu(x, training=self.training)
+
+
+class WholeRReLU(FunctionalRReLU):
+    """In a module that stays one op, since it branches on data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() < 1e9 else x
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("make", [DrawsOfItsOwn, nn.RReLU, FunctionalRReLU, WholeRReLU])
+def test_what_ops_draw_in_training_is_drawn_again(make: Callable[[], nn.Module], segmented: bool) -> None:
+    torch.manual_seed(0)
+    inner = make()
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), inner, nn.Linear(6, 4))
+    captured = trace(model, (torch.zeros(4, 6),))
+    net = recomputing(Executor(captured, partition(captured.train, captured.eval, at=["1", "3"])), segmented=segmented)
+    x = torch.randn(4, 6)
+    found = []
+    for each in (model, net):
+        torch.manual_seed(1)
+        if isinstance(inner, DrawsOfItsOwn):
+            inner.generator.manual_seed(1)
+        for _ in range(2):
+            model.zero_grad()
+            (each(x) ** 2).sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

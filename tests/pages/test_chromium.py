@@ -44,7 +44,7 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 @pytest.fixture(scope="module")
 def resnet() -> Inspection:
-    return fxsplit.inspect(RunSpec(model="timm:resnet18", schedule="l2l", parts=4, by="natural", epochs=30))
+    return fxsplit.inspect(RunSpec(model="timm:resnet18", preset="l2l", parts=4, epochs=30))
 
 
 @pytest.fixture

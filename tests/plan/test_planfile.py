@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from fxsplit.errors import FxsplitError, PartitionError, UsageError
 from fxsplit.graph import Graph, Op, State, Value
 from fxsplit.plan.partition import partition
 from fxsplit.plan.plandiff import Change, diff
-from fxsplit.plan.planfile import PlanFile, Window, read, read_file, write_file
-from fxsplit.plan.schedule import Phase, Plan, schedule
+from fxsplit.plan.planfile import CUT, PHASE_KEYS, NamedPhase, PlanFile, from_dict, read, read_file, write_file
+from fxsplit.plan.schedule import SCHEDULES, Phase, Plan, schedule
 
 
 def graph(*names: str) -> Graph:
@@ -78,7 +78,7 @@ def planned(text: str, net: Graph = NET) -> Plan:
 
 
 @given(
-    st.sampled_from(["standard", "window", "grow", "settle", "l2l"]),
+    st.sampled_from(sorted(SCHEDULES)),
     st.lists(st.sampled_from([op.name for op in NET.ops[1:]]), unique=True),
     st.integers(1, 40),
 )
@@ -92,12 +92,28 @@ def test_a_plan_survives_its_file(name: str, at: list[str], epochs: int) -> None
 
 
 def test_the_text_of_a_plan_file_is_frozen() -> None:
-    assert file_of(PLAN).to_json() == (
+    def derived(index: int, name: str, ops: str, ends: str, state: str, figures: str) -> str:
+        return (
+            f'    {{"index": {index}, "name": "{name}", {ops}, {ends}, "state": [{state}], {figures}, '
+            '"activation_bytes": 0, "boundary_bytes": 12}'
+        )
+
+    def ops(start: int, stop: int) -> str:
+        return f'"start": {start}, "stop": {stop}, "eval_start": {start}, "eval_stop": {stop}'
+
+    def ends(reads: str, writes: str) -> str:
+        return f'"reads": ["{reads}"], "writes": ["{writes}"]'
+
+    def figures(parameters: int, macs: int) -> str:
+        return f'"parameters": {parameters}, "state_bytes": {4 * parameters}, "macs": {macs}'
+
+    assert file_of(replace(PLAN, preset="l2l")).to_json() == (
         "{\n"
-        '  "schema": 2,\n'
+        '  "schema": 3,\n'
         '  "model": "my:net",\n'
         f'  "graph": "{NET.digest()}",\n'
         '  "torch": "2.14.0",\n'
+        '  "preset": "l2l",\n'
         '  "schedule": "settle",\n'
         '  "cuts": [\n    "layer1",\n    "layer2",\n    "layer3"\n  ],\n'
         '  "phases": [\n'
@@ -106,22 +122,42 @@ def test_the_text_of_a_plan_file_is_frozen() -> None:
         '    {"from": "layer2", "up_to": null, "epochs": 4, "fresh_optimizer": false, "recompute_up_to": null}\n'
         "  ],\n"
         '  "derived": [\n'
-        '    {"partition": "stem", "ops": 1, "parameters": 3, "macs": 1, "activation_bytes": 0, '
-        '"boundary_bytes": 12},\n'
-        '    {"partition": "layer1", "ops": 2, "parameters": 6, "macs": 5, "activation_bytes": 0, '
-        '"boundary_bytes": 12},\n'
-        '    {"partition": "layer2", "ops": 1, "parameters": 3, "macs": 4, "activation_bytes": 0, '
-        '"boundary_bytes": 12},\n'
-        '    {"partition": "layer3", "ops": 2, "parameters": 6, "macs": 11, "activation_bytes": 0, '
-        '"boundary_bytes": 12}\n'
-        "  ]\n"
-        "}\n"
+        + ",\n".join(
+            [
+                derived(0, "stem", ops(0, 1), ends("x", "stem"), '"stem.w"', figures(3, 1)),
+                derived(1, "layer1", ops(1, 3), ends("stem", "layer1.1"), '"layer1.0.w", "layer1.1.w"', figures(6, 5)),
+                derived(2, "layer2", ops(3, 4), ends("layer1.1", "layer2"), '"layer2.w"', figures(3, 4)),
+                derived(3, "layer3", ops(4, 6), ends("layer2", "head"), '"layer3.w", "head.w"', figures(6, 11)),
+            ]
+        )
+        + "\n  ]\n}\n"
     )
+
+
+def test_a_record_of_a_plan_gives_it_back_without_a_model() -> None:
+    phases = (
+        Phase(start=0, stop=3, epochs=2, fresh_optimizer=True, recompute=2, segmented=True),
+        Phase(start=1, stop=4, epochs=1, micro_batches=4),
+    )
+    plan = Plan(schedule="mine", preset="l2l", partitions=PLAN.partitions, phases=phases)
+    data = file_of(plan).to_dict()
+    assert from_dict(json.loads(json.dumps(data)), source="p.json").recorded_plan() == plan
+    assert json.loads(file_of(plan).to_json()) == json.loads(json.dumps(data))
+    with pytest.raises(PartitionError, match="does not say of which partitions"):
+        from_dict({**data, "derived": data["derived"][:2]}, source="p.json").recorded_plan()
+
+
+def test_every_field_of_a_phase_has_a_key() -> None:
+    for kind in (Phase, NamedPhase):
+        assert [item.name for item in fields(kind)] == [key.field for key in PHASE_KEYS]
+        defaults = {item.name: item.default for item in fields(kind) if item.default is not MISSING}
+        rules = {key.field: (key.default, key.rule) for key in PHASE_KEYS}
+        assert all(rules[name][0] == default or rules[name][1] is CUT for name, default in defaults.items())
 
 
 def test_what_recomputes_is_named_by_its_cut() -> None:
     phases = '[{"from": "layer1", "recompute_up_to": "layer3", "epochs": 2}]'
-    text = '{"schema": 2, "schedule": "mine", "cuts": ["layer1", "layer2", "layer3"], "phases": %s}'
+    text = '{"schema": 3, "schedule": "mine", "cuts": ["layer1", "layer2", "layer3"], "phases": %s}'
     plan = planned(text % phases)
     assert plan.phases == (Phase(start=1, stop=4, epochs=2, recompute=3),)
     assert planned(file_of(plan).to_json()) == plan
@@ -149,7 +185,7 @@ def test_micro_batches_are_written_where_there_are_any() -> None:
 
 def test_a_file_may_be_written_by_hand() -> None:
     phases = '[{"epochs": 2}, {"up_to": "layer2", "epochs": 1}]'
-    plan = planned(f'{{"schema": 2, "schedule": "mine", "cuts": ["layer2"], "phases": {phases}}}')
+    plan = planned(f'{{"schema": 3, "schedule": "mine", "cuts": ["layer2"], "phases": {phases}}}')
     assert (plan.schedule, plan.partitions) == ("mine", partition(NET, NET, at=["layer2"]))
     assert plan.phases == (Phase(start=0, stop=2, epochs=2), Phase(start=0, stop=1, epochs=1))
 
@@ -216,12 +252,17 @@ def test_a_plan_may_be_used_for_another_model_that_has_its_places() -> None:
         (lambda plan: plan.pop("schedule"), "the key 'schedule' is missing"),
         (lambda plan: plan.update(schedule=""), 'schedule is "", but must be a name'),
         (lambda plan: plan.update(model=3), "model is 3, but must be text"),
+        (lambda plan: plan.update(preset="l3l"), 'preset is "l3l", but must be one of none, l2l'),
+        (lambda plan: plan.update(preset=["l2l"]), 'preset is ["l2l"], but must be one of none, l2l'),
         (lambda plan: plan.update(cuts="layer1"), 'cuts is "layer1", but must be a list of module paths'),
         (lambda plan: plan.update(cuts=["layer1", 2]), "but must be a list of module paths"),
         (lambda plan: plan["cuts"].append("layer1"), "the cut 'layer1' is given twice"),
         (lambda plan: plan.update(phases=[]), "phases is [], but must be a list of at least one phase"),
         (lambda plan: plan.update(phases=[3]), "phases is [3], but must be a list of at least one phase"),
         (lambda plan: plan["derived"][0].pop("macs"), "but must be as it was saved, or left out"),
+        (lambda plan: plan["derived"][0].update(state=[1]), "but must be as it was saved, or left out"),
+        (lambda plan: plan["derived"][0].update(stop=0), "but must be as it was saved, or left out"),
+        (lambda plan: plan["derived"].append(3), "but must be as it was saved, or left out"),
         (lambda plan: plan["phases"][0].pop("epochs"), "phase 1: the key 'epochs' is missing"),
         (
             lambda plan: plan["phases"][1].update(epoch=3),
@@ -257,9 +298,9 @@ def test_what_is_no_plan(change: Callable[[dict[str, Any]], object], fault: str)
     ("text", "message"),
     [
         ("{", "the plan 'p.json' is not valid JSON near line 1: "),
-        ("[]", "the plan 'p.json' must be a JSON object, with the keys schema, model, graph, torch, schedule, cuts"),
-        ('{"schema": 3, "stages": []}', "has schema 3, and this version reads 2; save the plan anew"),
-        ('{"schema": 1, "partitions": []}', "has schema 1, and this version reads 2; save the plan anew"),
+        ("[]", "the plan 'p.json' must be a JSON object, with the keys schema, model, graph, torch, preset, schedule"),
+        ('{"schema": 4, "stages": []}', "has schema 4, and this version reads 3; save the plan anew"),
+        ('{"schema": 1, "partitions": []}', "has schema 1, and this version reads 3; save the plan anew"),
         ("{}", "cannot be used: the key 'schema' is missing; the key 'schedule' is missing; the key 'cuts' is missing"),
     ],
 )
@@ -329,11 +370,13 @@ def test_every_difference_is_told() -> None:
     parts = partition(NET, NET, at=["layer1.1", "layer2", "layer3", "head"])
     other = Plan(
         schedule="mine",
+        preset="l2l",
         partitions=parts,
         phases=(Phase(start=0, stop=5, epochs=7), Phase(start=1, stop=4, epochs=1, fresh_optimizer=True)),
     )
     assert diff(file_of(PLAN), replace(file_of(other), torch="2.15.0")) == (
         Change(what="torch", before="2.14.0", after="2.15.0"),
+        Change(what="preset", before="none", after="l2l"),
         Change(what="schedule", before="settle", after="mine"),
         Change(what="cut", before="layer1", after="layer1.1"),
         Change(what="cut", before=None, after="head"),
@@ -359,14 +402,15 @@ def test_every_difference_is_told() -> None:
 
 def test_figures_that_belong_to_other_cuts_are_not_compared() -> None:
     moved = read(edited(lambda data: data["cuts"].__setitem__(2, "head")), source="p.json")
-    assert moved.figures is None
+    assert moved.derived == ()
     assert diff(file_of(PLAN), moved) == (Change(what="cut", before="layer3", after="head"),)
 
 
 def test_a_phase_in_words() -> None:
-    assert str(Window(begin=None, end=None, epochs=1)) == "all, 1 epoch"
+    assert str(NamedPhase(start=None, stop=None, epochs=1)) == "all, 1 epoch"
     assert (
-        str(Window(begin="a", end="b", epochs=2, fresh_optimizer=True)) == "from a up to b, 2 epochs, fresh optimizer"
+        str(NamedPhase(start="a", stop="b", epochs=2, fresh_optimizer=True))
+        == "from a up to b, 2 epochs, fresh optimizer"
     )
-    saving = Window(begin=None, end=None, epochs=1, recompute="c", segmented=True, micro_batches=2)
+    saving = NamedPhase(start=None, stop=None, epochs=1, recompute="c", segmented=True, micro_batches=2)
     assert str(saving) == "all, 1 epoch, recomputes up to c in segments, 2 micro-batches"

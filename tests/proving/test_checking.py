@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from fxsplit_cli.main import main
 from torch import Tensor
 
 import fxsplit
@@ -21,7 +22,6 @@ from fxsplit.models.examples import Example
 from fxsplit.proving import checking
 from fxsplit.proving.checking import check_model, differing
 from fxsplit.report import CheckRecord, Observer
-from fxsplit_cli.main import main
 from tests.networks import Chain
 
 INPUTS = [Example(args=(torch.randn(count, 3, 8, 8),)) for count in (2, 3)]
@@ -229,6 +229,19 @@ def test_what_is_wrong_with_a_model_is_in_its_record(factories: str) -> None:
     assert heard == [(name, 4) for name in names]
     with pytest.raises(UsageError, match="no model of paper matches 'x\\*'"):
         fxsplit.check(["paper:x*"])
+
+
+@pytest.mark.parametrize("wrong", ["paper:x*", "timm:nope", "nope.py:fine", "nowhere:fine", "nope", "hf:nope"])
+def test_a_name_that_means_no_model_keeps_no_other_from_its_check(factories: str, wrong: str) -> None:
+    asks, unknown, fine = fxsplit.check([f"{factories}:asks", wrong, f"{factories}:fine"], img_size=8)
+    assert (unknown.model, unknown.verdict, unknown.passed) == (wrong, "unknown", False)
+    assert (asks.verdict, fine.verdict) == ("refused", "equal")
+    with pytest.raises(UsageError) as raised:
+        fxsplit.check([wrong])
+    assert str(raised.value) == unknown.refusal
+    forecast = fxsplit.api.check_forecasts([wrong, f"{factories}:asks"], img_size=8, device="cpu")
+    assert [each.verdict for each in forecast] == ["unknown", "refused"]
+    assert main(["check", wrong]) == 2
 
 
 def test_a_process_that_dies_loses_its_own_model_only(factories: str) -> None:

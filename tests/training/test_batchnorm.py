@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from fxsplit.caching.cache import CachePolicy
 from fxsplit.capture.tracing import trace
 from fxsplit.data.loader import Loader
 from fxsplit.errors import UsageError
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.training.batchnorm import check_batches
-from fxsplit.training.cache import Cache
 from tests.training.test_trainer import images, trainer
 
 
@@ -32,6 +31,28 @@ class Functional(nn.Module):
         return nn.functional.batch_norm(x, self.mean, self.variance, training=self.training)
 
 
+class Whole(nn.Module):
+    """A norm in a module that stays one op, since it branches on data; another one there has many values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps, self.norm = nn.BatchNorm2d(1), nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.maps(x[:, None, :, None])[:, 0, :, 0]
+        return self.norm(x) if x.sum() < 1e9 else x
+
+
+class Method(Whole):
+    """The same in a method that stays one op."""
+
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._normed(x) * 2
+
+
 def pooled(norm: nn.Module) -> nn.Sequential:
     """A norm of maps, and one that sees a value a channel of each image, in four partitions with one op to train."""
     return nn.Sequential(
@@ -44,29 +65,26 @@ def check(
     phase: Phase,
     *,
     batch_size: int,
-    grad_accum_steps: int = 1,
     test_images: int = 8,
     test_limit: int | None = None,
 ) -> None:
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
     parts = partition(captured.train, captured.eval, at=["1", "4", "5"])
-    loader = Loader(
-        train=images(10, 0), test=images(test_images, 1), batch_size=batch_size, seed=0, test_limit=test_limit
-    )
+    train_loader = Loader(images(10, 0), batch_size=batch_size, training=True)
+    test_loader = Loader(images(test_images, 1), batch_size=batch_size, limit=test_limit)
     plan = Plan(schedule="mine", partitions=parts, phases=(Phase(start=0, stop=2, epochs=1), phase))
-    check_batches(captured, plan, loader, grad_accum_steps=grad_accum_steps)
+    check_batches(captured, plan, train_loader, test_loader)
 
 
-@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm1d(4), Functional])
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm1d(4), Functional, Whole, Method])
 @pytest.mark.parametrize(
-    ("batch_size", "grad_accum_steps", "micro_batches", "parts"),
-    [(1, 1, 1, "1 part;"), (4, 4, 1, "4 parts"), (4, 1, 4, "4 parts"), (4, 2, 2, "4 parts"), (6, 2, 4, "8 parts")],
+    ("batch_size", "micro_batches", "parts"), [(1, 1, "1 part;"), (4, 4, "4 parts"), (6, 8, "8 parts")]
 )
 def test_parts_of_one_image_are_refused_where_a_norm_takes_one_value_of_it(
-    norm: Any, batch_size: int, grad_accum_steps: int, micro_batches: int, parts: str
+    norm: Any, batch_size: int, micro_batches: int, parts: str
 ) -> None:
-    given = {"batch_size": batch_size, "grad_accum_steps": grad_accum_steps}
-    with pytest.raises(UsageError, match=rf"^BatchNorm '4' sees a single value .* phase 2 takes .* {parts}.*larger"):
+    given = {"batch_size": batch_size}
+    with pytest.raises(UsageError, match=rf"^BatchNorm '4(.norm)?' sees a single value .* phase 2 .* {parts}.*larger"):
         check(pooled(norm()), Phase(start=0, stop=4, epochs=1, micro_batches=micro_batches), **given)
     # Settled or frozen it has its statistics, and the other norm has many values.
     for start, stop in ((3, 4), (0, 2)):
@@ -78,8 +96,8 @@ def test_a_norm_without_statistics_is_refused_one_image_settled_too() -> None:
     norm = nn.BatchNorm1d(4, track_running_stats=False)
     for start, stop in ((0, 4), (3, 4), (0, 2)):
         with pytest.raises(UsageError, match="BatchNorm '4' sees a single value"):
-            check(pooled(norm), Phase(start=start, stop=stop, epochs=1), batch_size=4, grad_accum_steps=4)
-        check(pooled(norm), Phase(start=start, stop=stop, epochs=1), batch_size=4, grad_accum_steps=2)
+            check(pooled(norm), Phase(start=start, stop=stop, epochs=1, micro_batches=4), batch_size=4)
+        check(pooled(norm), Phase(start=start, stop=stop, epochs=1, micro_batches=2), batch_size=4)
 
 
 def test_a_norm_without_statistics_is_refused_a_last_test_image() -> None:
@@ -102,13 +120,14 @@ def test_batches_that_leave_an_image_over_train(
     seen: list[int] = []
     model = pooled(nn.BatchNorm1d(4))
     model[4].register_forward_pre_hook(lambda norm, given: seen.append(len(given[0])) if norm.training else None)
-    make = partial(Cache, place="ram", limit_bytes=None, dtype=None, folder=str(tmp_path)) if cached else None
     run = trainer(
         model,
         loader={"train": images(count, 0), "test": images(9, 1), "batch_size": batch_size},
-        plan=(Phase(start=0, stop=4, epochs=1), Phase(start=1, stop=4, epochs=2)),
-        grad_accum_steps=parts,
-        make_cache=make,
+        plan=(
+            Phase(start=0, stop=4, epochs=1, micro_batches=parts),
+            Phase(start=1, stop=4, epochs=2, micro_batches=parts),
+        ),
+        cache=CachePolicy(place="ram", folder=str(tmp_path)) if cached else None,
         recalibrate=True,
     )
     seen.clear()

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from fxsplit.caching.cache import CachePolicy
 from fxsplit.capture.tracing import trace
-from fxsplit.data.images import batches
+from fxsplit.data.loader import Loader
 from fxsplit.execute.executor import Executor
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import SCHEDULES, Phase
-from fxsplit.training.cache import Cache
 from fxsplit.training.exits import Exits, channel_dim, features_of
 from fxsplit.training.optimizers import parameters_of
-from fxsplit.training.soft_targets import SoftTargets
+from fxsplit.training.soft_targets import LastTargets
 from fxsplit.training.trainer import Trainer
 from tests.execute.test_executor import _executor, _images
 from tests.networks import HAZARDS, Chain, LongSkip
@@ -55,10 +55,8 @@ def exits_of(model: nn.Module, net: Executor, *, count: int = 2, weight: float =
 
 
 def with_exits(model: nn.Module, *, count: int = 2, weight: float = 0.3, **changes: Any) -> Trainer:
-    net = trainer(model, **changes)
-    if count:
-        net.exits = exits_of(model, net.executor, count=count, weight=weight)
-    return net
+    made = partial(exits_of, model, count=count, weight=weight) if count else None
+    return trainer(model, exits=made, **changes)
 
 
 def run(kind: Callable[[], nn.Module], **changes: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -68,7 +66,7 @@ def run(kind: Callable[[], nn.Module], **changes: Any) -> tuple[list[Tensor], li
     torch.manual_seed(1)
     net = with_exits(model, **changes)
     losses = [torch.tensor([record.train_loss, record.eval_loss]) for record in net.epochs()]
-    return [*losses, *weights(model)], weights(net.exits.modules) if net.exits else []
+    return [*losses, *weights(model)], weights(net.objective.exits.modules) if net.objective.exits else []
 
 
 def test_training_equals_a_hand_written_loop_bit_for_bit() -> None:
@@ -88,7 +86,7 @@ def test_training_equals_a_hand_written_loop_bit_for_bit() -> None:
     for epoch in range(4):
         plain.train()
         own = 0.0
-        for batch in batches(TRAIN, batch_size=16, shuffle=True, seed=3, epoch=epoch):
+        for batch in Loader(TRAIN, batch_size=16, training=True, seed=3).batches(epoch):
             optimizer.zero_grad()
             values = [batch.images]
             for layer in plain:
@@ -99,8 +97,8 @@ def test_training_equals_a_hand_written_loop_bit_for_bit() -> None:
             optimizer.step()
             own += main.item() * len(batch.labels)
     assert same(weights(model), weights(plain))
-    assert net.exits is not None
-    assert same(weights(net.exits.modules), [p for head in heads for p in head.parameters()])
+    assert net.objective.exits is not None
+    assert same(weights(net.objective.exits.modules), [p for head in heads for p in head.parameters()])
     assert records[-1].train_loss == pytest.approx(own / 50, rel=1e-6)
     assert records[-1].trainable_parameters == sum(p.numel() for p in parameters_of(optimizer))
 
@@ -115,17 +113,18 @@ def test_a_gradient_reaches_what_trains_before_the_exit_and_nothing_else(recompu
     net.enter(phase)
     exits.enter(phase, pytest.fail)
     net.train()
-    with net.heard(exits.hear):
+    with exits.tapped(net) as scores:
         net(images)
+    assert len(scores) == 2
     zero = torch.zeros(())
-    exits.add_to(zero, labels, smoothing=0.0).backward()  # type: ignore[no-untyped-call]
+    exits.add_to(zero, scores, labels, smoothing=0.0).backward()  # type: ignore[no-untyped-call]
     reached = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
     wanted = {name for part in net.partitions[1:3] for name in part.state}
     # A bias before BatchNorm has a gradient of rounding errors, or of nothing.
     assert wanted & reached == reached
     assert {name for name in wanted if name.endswith("weight") and name in dict(net.named_parameters())} <= reached
     assert all(p.grad is not None and p.grad.any() for p in exits.modules.parameters())
-    assert exits.add_to(zero, labels, smoothing=0.0) is zero
+    assert exits.add_to(zero, [], labels, smoothing=0.0) is zero
 
 
 @pytest.mark.parametrize("plan", [*SCHEDULES, SETTLING])
@@ -140,16 +139,16 @@ def test_exits_of_no_weight_change_nothing(plan: Any) -> None:
 def test_an_exit_lasts_until_its_partition_settles_and_its_optimizer_state_with_it() -> None:
     model = layers()
     net = with_exits(model, plan=SETTLING)
-    assert net.exits is not None
+    assert net.objective.exits is not None
     seen: list[dict[str, nn.Module]] = []
     steps: list[list[int]] = []
     for _ in net.epochs():
-        seen.append(dict(net.exits.modules))
-        optimizer = net._optimizer
-        assert optimizer is not None
+        seen.append(dict(net.objective.exits.modules))
+        optimizer = net.optimizer.optimizer
         trained = [p for p in model.parameters() if p.requires_grad]
-        assert set(optimizer.state) == {*trained, *net.exits.modules.parameters()} == {*parameters_of(optimizer)}
-        firsts = [next(each.parameters()) for each in net.exits.modules.values()]
+        exits = net.objective.exits.modules
+        assert set(optimizer.state) == {*trained, *exits.parameters()} == {*parameters_of(optimizer)}
+        firsts = [next(each.parameters()) for each in exits.values()]
         steps.append([int(optimizer.state[first]["step"]) for first in firsts])
     assert [list(names) for names in seen] == [["0", "1"], ["1", "2"], ["2"], ["2"]]
     assert seen[0]["1"] is seen[1]["1"]
@@ -172,9 +171,9 @@ def test_exits_are_at_the_ends_of_the_first_partitions_that_train(
 
 @pytest.mark.parametrize("kind", [layers, Chain, LongSkip, HAZARDS["InPlace"]])
 def test_training_from_a_cache_is_the_same_bit_for_bit(kind: Callable[[], nn.Module], tmp_path: Path) -> None:
-    cache = partial(Cache, place="ram", folder=str(tmp_path), limit_bytes=None, dtype=None)
+    cache = CachePolicy(place="ram", folder=str(tmp_path))
     phases = (Phase(start=0, stop=4, epochs=1), Phase(start=1, stop=4, epochs=3))
-    plain, cached = (run(kind, plan=phases, make_cache=make) for make in (None, cache))
+    plain, cached = (run(kind, plan=phases, cache=each) for each in (None, cache))
     assert len(plain[1]) == 4
     assert same(plain[0], cached[0])
     assert same(plain[1], cached[1])
@@ -188,17 +187,17 @@ def test_recomputing_is_the_same_bit_for_bit(kind: Callable[[], nn.Module]) -> N
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
-    def left(steps: int, micro_batches: int = 1) -> list[Tensor]:
+    def left(micro_batches: int) -> list[Tensor]:
         optimizer = {"name": "momentum", "momentum": 0.0, "lr": 0.1}
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
         plan = (Phase(start=0, stop=4, epochs=4, micro_batches=micro_batches),)
-        net = with_exits(model, grad_accum_steps=steps, optimizer=optimizer, plan=plan)
+        net = with_exits(model, optimizer=optimizer, plan=plan)
         next(net.epochs())
-        assert net.exits is not None
-        return [*weights(model), *weights(net.exits.modules)]
+        assert net.objective.exits is not None
+        return [*weights(model), *weights(net.objective.exits.modules)]
 
-    for whole, parts, smaller in zip(left(1), left(3), left(1, 2), strict=True):
+    for whole, parts, smaller in zip(left(1), left(3), left(2), strict=True):
         torch.testing.assert_close(whole, parts)
         torch.testing.assert_close(whole, smaller)
 
@@ -206,11 +205,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
 def test_autocast_and_loss_scaling_train_exits() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         net = with_exits(layers(), amp_dtype=dtype)
-        assert net.exits is not None
+        assert net.objective.exits is not None
         twin = exits_of(layers(), net.executor)
         twin.enter(net.plan.phases[0], pytest.fail)
         next(net.epochs())
-        pairs = list(zip(weights(net.exits.modules), weights(twin.modules), strict=True))
+        pairs = list(zip(weights(net.objective.exits.modules), weights(twin.modules), strict=True))
         assert all(after.isfinite().all() and not torch.equal(after, before) for after, before in pairs)
 
 
@@ -236,22 +235,21 @@ def test_weights_depend_on_seed_and_partition_alone() -> None:
 
 
 def test_an_exit_anneals_with_its_partition() -> None:
-    net = with_exits(layers(), plan=SETTLING, anneal=1.0)
-    assert net.exits is not None
+    net = with_exits(layers(), plan=SETTLING, annealing=1.0)
+    assert net.objective.exits is not None
     ends = []
     for _ in net.epochs():
-        assert net._optimizer is not None
-        by_parameter = {p: group["end"] for group in net._optimizer.param_groups for p in group["params"]}
-        ends.append([by_parameter[p] for each in net.exits.modules.values() for p in each.parameters()])
+        by_parameter = {p: group["end"] for group in net.optimizer.optimizer.param_groups for p in group["params"]}
+        ends.append([by_parameter[p] for each in net.objective.exits.modules.values() for p in each.parameters()])
     # Four steps an epoch; partition 0 settles after one epoch, partition 1 after two, partition 2 never.
     assert ends == [[4, 4, 8, 8], [8, 8, 16, 16], [16, 16], [16, 16]]
 
 
 def test_exits_learn_beside_everything_else() -> None:
     more: dict[str, Any] = {"plan": SETTLING, "recalibrate": True, "average": 0.5, "smoothing": 0.1}
-    without, _ = run(layers, count=0, soft_targets=SoftTargets(50, weight=0.8), **more)
-    weightless, _ = run(layers, weight=0.0, soft_targets=SoftTargets(50, weight=0.8), **more)
-    weighted, exits = run(layers, soft_targets=SoftTargets(50, weight=0.8), **more)
+    without, _ = run(layers, count=0, soft_targets=LastTargets(50, weight=0.8), **more)
+    weightless, _ = run(layers, weight=0.0, soft_targets=LastTargets(50, weight=0.8), **more)
+    weighted, exits = run(layers, soft_targets=LastTargets(50, weight=0.8), **more)
     assert same(without, weightless)
     assert not same(without, weighted)
     assert all(value.isfinite().all() for value in exits)
@@ -269,10 +267,9 @@ def test_the_model_knows_nothing_of_its_exits() -> None:
 def test_weight_decay_spares_the_biases_of_exits() -> None:
     net = with_exits(layers(), optimizer={"name": "adamw", "weight_decay": 0.1}, loader={"limit": 1})
     next(net.epochs())
-    assert net._optimizer is not None
-    assert net.exits is not None
-    decays = {p: group["weight_decay"] for group in net._optimizer.param_groups for p in group["params"]}
-    assert [decays[p] for p in net.exits.modules.parameters()] == [0.1, 0.0] * 2
+    assert net.objective.exits is not None
+    decays = {p: group["weight_decay"] for group in net.optimizer.optimizer.param_groups for p in group["params"]}
+    assert [decays[p] for p in net.objective.exits.modules.parameters()] == [0.1, 0.0] * 2
 
 
 class Flattening(nn.Module):
@@ -346,7 +343,7 @@ def test_exits_of_known_networks(name: str, options: dict[str, int], at: list[st
     exits.enter(Phase(start=0, stop=len(parts), epochs=1), pytest.fail)
     assert [each.linear.weight.shape[1] for each in exits.modules.values()] == channels  # type: ignore[union-attr]
     images, labels = _images(0, size)
-    with net.heard(exits.hear):
+    with exits.tapped(net) as scores:
         net(images)
-    exits.add_to(torch.zeros(()), labels, smoothing=0.0).backward()  # type: ignore[no-untyped-call]
+    exits.add_to(torch.zeros(()), scores, labels, smoothing=0.0).backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None and p.grad.any() for p in exits.modules.parameters())

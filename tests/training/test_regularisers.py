@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fxsplit.data.images import batches
+from fxsplit.data.loader import Loader
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import Observer
-from fxsplit.training.batchnorm import norms_of, taken_anew
+from fxsplit.training.batchnorm import norms_of, recalibrated
 from fxsplit.training.endings import WeightAverage
 from fxsplit.training.optimizers import anneal, split_by_end
 from fxsplit.training.plasticity import Plasticity
-from fxsplit.training.soft_targets import SoftTargets
+from fxsplit.training.soft_targets import LastTargets, MeanTargets
 from fxsplit.training.trainer import Trainer
 from tests.networks import Chain
 from tests.training.test_trainer import TRAIN, same, trainer, weights
@@ -47,8 +47,9 @@ def test_the_loss_is_the_one_of_the_paper() -> None:
     random = torch.Generator().manual_seed(0)
     first, second = torch.randn(2, 4, 5, generator=random)
     labels, ids = torch.tensor([0, 1, 2, 3]), torch.tensor([7, 3, 0, 5])
-    soft = SoftTargets(8, weight=0.8, temperature=2.0)
+    soft = LastTargets(8, weight=0.8, temperature=2.0)
     assert torch.allclose(soft.loss(first, labels, ids, progress=0.5), F.cross_entropy(first, labels))
+    soft.learnt(first, ids)
     # Image 2 is new, and image 7 comes at another place of the batch.
     again = torch.tensor([3, 2, 5, 7])
     found = soft.loss(second, labels, again, progress=0.5, smoothing=0.1)
@@ -69,35 +70,39 @@ def test_soft_targets_are_those_of_the_epoch_before() -> None:
     torch.manual_seed(0)
     model = Chain()
     plain = copy.deepcopy(model)
-    made = trainer(model, soft_targets=SoftTargets(50, weight=0.5))
+    made = trainer(model, soft_targets=LastTargets(50, weight=0.5))
     list(made.epochs())
 
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2, fused=True)
-    soft = SoftTargets(50, weight=0.5)
+    soft = LastTargets(50, weight=0.5)
     plain.train()
     for epoch in range(4):
-        for step, batch in enumerate(batches(TRAIN, batch_size=16, shuffle=True, seed=3, epoch=epoch)):
+        for step, batch in enumerate(Loader(TRAIN, batch_size=16, training=True, seed=3).batches(epoch)):
             optimizer.zero_grad()
             progress = (4 * epoch + step) / 16
-            soft.loss(plain(batch.images), batch.labels, batch.ids, progress=progress).backward()
+            logits = plain(batch.images)
+            soft.loss(logits, batch.labels, batch.ids, progress=progress).backward()
+            soft.learnt(logits, batch.ids)
             optimizer.step()
     assert same(weights(model), weights(plain))
 
 
 def test_soft_targets_keep_large_logits_finite() -> None:
-    soft, logits = SoftTargets(1, weight=0.5), torch.tensor([[1e6, -1e6]])
+    soft, logits = LastTargets(1, weight=0.5), torch.tensor([[1e6, -1e6]])
     ids, labels = torch.tensor([0]), torch.tensor([0])
     for _ in range(2):
         assert soft.loss(logits, labels, ids, progress=1.0).isfinite()
+        soft.learnt(logits, ids)
 
 
 def test_targets_of_the_mean_are_kept_once_and_weigh_the_same_from_then_on() -> None:
     random = torch.Generator().manual_seed(0)
     first, second = torch.randn(2, 4, 5, generator=random)
     labels, ids = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 3])
-    soft = SoftTargets(4, weight=0.8, temperature=2.0, of_mean=True)
+    soft = MeanTargets(4, weight=0.8, temperature=2.0)
     hard = F.cross_entropy(second, labels)
     assert torch.allclose(soft.loss(first, labels, ids, progress=0.1), F.cross_entropy(first, labels))
+    soft.learnt(first, ids)
     assert torch.allclose(soft.loss(second, labels, ids, progress=0.9), hard)
     soft.keep(first, ids)
     target = (first.half().float() / 2).softmax(1)
@@ -122,11 +127,11 @@ def mean_of(name: str, models: Sequence[nn.Module]) -> Tensor:
     return torch.stack([each.get_parameter(name).detach() for each in models]).mean(0)
 
 
-class Watched(SoftTargets):
+class Watched(MeanTargets):
     """Remembers the network as it is when logits are kept of it."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(50, weight=0.5, of_mean=True)
+        super().__init__(50, weight=0.5)
         self.model, self.kept, self.ids = model, [], []  # type: ignore[var-annotated]
 
     def keep(self, logits: Tensor, ids: Tensor) -> None:
@@ -157,7 +162,7 @@ def test_targets_of_the_mean_are_what_it_says_of_all_images_in_evaluation(plan: 
         counted = seen[-1:] if id(model.get_parameter(name)) in settled else seen[2:]
         assert torch.allclose(parameter, mean_of(name, counted), atol=1e-6), name
     said = torch.cat([logits for _, logits in soft.kept])
-    images = torch.cat([batch.images for batch in batches(TRAIN, batch_size=16, shuffle=True, seed=3, epoch=2)])
+    images = torch.cat([batch.images for batch in Loader(TRAIN, batch_size=16, training=True, seed=3).batches(2)])
     assert torch.allclose(said, taught.eval()(images), atol=1e-5)
     next(run)
     assert len(soft.ids) == 50
@@ -168,7 +173,7 @@ def test_the_loss_compares_with_the_mean_from_its_moment_on() -> None:
     runs = {}
     for weight in (0.0, 0.5):
         torch.manual_seed(0)
-        soft = SoftTargets(50, weight=weight, of_mean=True)
+        soft = MeanTargets(50, weight=weight)
         made = trainer(Chain(), plan=PHASES, average=0.5, soft_targets=soft)
         runs[weight] = [record.train_loss for record in made.epochs()]
     assert runs[0.0][:2] == runs[0.5][:2]
@@ -203,20 +208,17 @@ def test_annealing_a_standard_run_is_the_cosine_schedule() -> None:
         def epoch_done(self, record: Any) -> None:
             rates.append(record.lr)
 
-    _, annealed = trained(anneal=1.0, observer=Rates())
+    _, annealed = trained(annealing=1.0, observer=Rates())
     _, cosine = trained(scheduler={"name": "cosine"}, observer=Rates())
     assert rates[:4] == pytest.approx(rates[4:])
     assert all(map(torch.allclose, weights(annealed), weights(cosine)))
 
 
 def test_settling_partitions_are_annealed_first() -> None:
-    made, _ = trained(plan=PHASES, anneal=1.0)
-    ends = {group["end"] for group in made.make_optimizer(previous=None).param_groups if "end" in group}
-    assert not ends
-    made = trainer(Chain(), plan=PHASES, anneal=1.0)
+    made = trainer(Chain(), plan=PHASES, annealing=1.0)
     run = made.epochs()
     next(run), next(run)
-    rates = {group["end"]: group["lr"] for group in made._optimizer.param_groups}
+    rates = {group["end"]: group["lr"] for group in made.optimizer.optimizer.param_groups}
     assert set(rates) == {8, 16}
     assert rates[8] == pytest.approx(0.01 * (1 - math.cos(math.pi / 8)) / 2)
     assert rates[16] == pytest.approx(0.01 * (1 - math.cos(math.pi * 9 / 16)) / 2)
@@ -232,11 +234,11 @@ def test_the_average_is_the_mean_of_what_was_added() -> None:
         with torch.no_grad():
             parameter.fill_(number)
             other.fill_(number)
-        average.add([parameter, other] if number < 6 else [parameter])
-    average.apply([parameter])
+        average.add({"first": parameter, "other": other} if number < 6 else {"first": parameter})
+    average.apply({"first": parameter})
     assert torch.equal(parameter, torch.full((3,), 3.0))
     assert torch.equal(other, torch.full((3,), 6.0))
-    average.apply([parameter, other])
+    average.apply({"first": parameter, "other": other})
     assert torch.equal(parameter, torch.full((3,), 3.0))
     assert torch.equal(other, torch.full((3,), 1.5))
 
@@ -275,7 +277,7 @@ def test_settled_partitions_are_not_averaged_any_more() -> None:
     made = trainer(model, plan=PHASES, average=0.75)
     names = [name for part in made.plan.partitions[:2] for name in part.state]
     for record in made.epochs():
-        if record.epoch >= 2:
+        if record.epoch > 2:
             digests.append([model.state_dict()[name].clone() for name in names])
     assert all(same(digest, digests[0]) for digest in digests)
 
@@ -283,11 +285,11 @@ def test_settled_partitions_are_not_averaged_any_more() -> None:
 # BatchNorm statistics
 
 
-def test_statistics_taken_anew_are_the_mean_over_batches() -> None:
+def test_recalibrated_statistics_are_the_mean_over_batches() -> None:
     norm = nn.BatchNorm1d(2)
     rows = torch.randn(3, 8, 2)
     norm(100 + torch.randn(8, 2))
-    with taken_anew([norm]):
+    with recalibrated([norm]):
         for batch in rows:
             norm(batch)
     assert norm.running_mean is not None
@@ -310,7 +312,7 @@ def test_partitions_settle_with_statistics_of_their_last_weights() -> None:
             module.reset_running_stats()
             module.momentum = None
     with torch.no_grad():
-        for batch in batches(TRAIN, batch_size=16, shuffle=True, seed=3, epoch=2):
+        for batch in Loader(TRAIN, batch_size=16, training=True, seed=3).batches(2):
             expected(batch.images)
     next(run)
     buffers = dict(expected.named_buffers())
@@ -324,9 +326,9 @@ def test_partitions_settle_with_statistics_of_their_last_weights() -> None:
 # Plasticity
 
 
-def test_a_partition_is_quiet_after_three_slow_windows_in_a_row() -> None:
+def test_a_partition_is_quiet_after_three_slow_intervals_in_a_row() -> None:
     weight = nn.Parameter(torch.ones(4))
-    watch = Plasticity([[weight], []], window=2)
+    watch = Plasticity([{"weight": weight}, {}], interval=2)
     found = []
     for speed in (1.0, 0.05, 0.05, 0.5, 0.05, 0.05, 0.05):
         for _ in range(2):
@@ -350,7 +352,7 @@ def test_the_veto_delays_settling_and_keeps_the_number_of_epochs() -> None:
     records = list(trainer(Chain(), plan=PHASES, veto=True, observer=heard).epochs())
     assert [record.start for record in records] == [0, 0, 0, 0]
     assert len(heard.heard) == 1
-    assert "still learns and settles later than in epoch 2" in heard.heard[0]
+    assert "still learns and settles later than in epoch 3" in heard.heard[0]
     # Without a learning rate nothing moves.
     still = list(
         trainer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from fxsplit.caching.cache import CachePolicy
+from fxsplit.caching.feed import Feed
 from fxsplit.capture.tracing import trace
-from fxsplit.data.images import MemoryImages, batches
+from fxsplit.data.batch import Batch
+from fxsplit.data.images import MemoryImages
+from fxsplit.data.loader import Loader
 from fxsplit.errors import FxsplitError, UsageError
 from fxsplit.execute.executor import Executor
+from fxsplit.execute.forward import Forward, logits_of
 from fxsplit.measuring import allocations
 from fxsplit.measuring.op_costs import measure
 from fxsplit.models.paper import NETWORKS
@@ -27,9 +32,15 @@ from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan, schedule
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.training.accuracy import Accuracy
-from fxsplit.training.cache import Cache, SettledBatch
+from fxsplit.training.endings import Endings, named_parameters
+from fxsplit.training.exits import Exits
+from fxsplit.training.objective import Objective
 from fxsplit.training.optimizers import make_optimizer, make_scheduler
-from fxsplit.training.trainer import Loader, Trainer, logits_of
+from fxsplit.training.phase_optimizer import PhaseOptimizer
+from fxsplit.training.plasticity import Plasticity
+from fxsplit.training.soft_targets import SoftTargets
+from fxsplit.training.step import Step
+from fxsplit.training.trainer import Trainer
 from tests.networks import Chain, FunctionalDropout
 
 
@@ -45,10 +56,30 @@ def images(count: int, seed: int, side: int = 8) -> MemoryImages:
 TRAIN, TEST = images(50, 0), images(20, 1)
 
 
-def trainer(model: nn.Module, *, plan: str | tuple[Phase, ...] = "standard", **changes: Any) -> Trainer:
+def trainer(
+    model: nn.Module,
+    *,
+    plan: str | tuple[Phase, ...] = "standard",
+    smoothing: float = 0.0,
+    soft_targets: SoftTargets | None = None,
+    exits: Callable[[Executor], Exits] | None = None,
+    annealing: float = 0.0,
+    average: float = 0.0,
+    recalibrate: bool = False,
+    veto: bool = False,
+    clip_grad: float | None = None,
+    amp_dtype: torch.dtype | None = None,
+    cache: CachePolicy | None = None,
+    log_interval: int = 10,
+    observer: Observer | None = None,
+    **changes: Any,
+) -> Trainer:
     """4 epochs in 4 partitions, with Adam; 50 images in batches of 16 leave a last batch of 2."""
-    loader = {"train": TRAIN, "test": TEST, "batch_size": 16, "seed": 3, **changes.pop("loader", {})}
-    side = loader["train"].img_size
+    given = {"train": TRAIN, "test": TEST, "batch_size": 16, "channels_last": False, **changes.pop("loader", {})}
+    both = {name: given.pop(name) for name in ("batch_size", "channels_last")}
+    test_loader = Loader(given.pop("test"), **both)
+    train_loader = Loader(given.pop("train"), training=True, seed=3, **both, **given)
+    side = train_loader.images.img_size
     captured = trace(model, (torch.empty(2, 3, side, side),))
     parts = partition(captured.train, captured.eval, count=4)
     made = (
@@ -58,13 +89,44 @@ def trainer(model: nn.Module, *, plan: str | tuple[Phase, ...] = "standard", **c
     )
     options = {"name": "adam", "lr": 1e-2, "momentum": 0.9, "weight_decay": 0.0, **changes.pop("optimizer", {})}
     rates = {"name": "constant", "warmup_epochs": 0, "min_lr": 0.0, **changes.pop("scheduler", {})}
+    assert not changes
+    executor = Executor(captured, parts)
+    forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype)
+    objective = Objective(
+        smoothing=smoothing, soft_targets=soft_targets, exits=None if exits is None else exits(executor)
+    )
+    steps = train_loader.steps_per_epoch
     return Trainer(
-        executor=Executor(captured, parts),
         plan=made,
-        loader=Loader(**loader),
-        make_optimizer=partial(make_optimizer, model, **options),
-        make_scheduler=partial(make_scheduler, epochs=made.epochs, **rates),
-        **changes,
+        forward=forward,
+        feed=Feed(forward, train_loader, test_loader, policy=cache),
+        objective=objective,
+        step=Step(
+            forward,
+            objective,
+            batch_size=train_loader.batch_size,
+            clip_grad=clip_grad,
+        ),
+        optimizer=PhaseOptimizer(
+            executor,
+            made,
+            make_optimizer=partial(make_optimizer, model, **options),
+            make_scheduler=partial(make_scheduler, epochs=made.epochs, **rates),
+            steps_per_epoch=steps,
+            exits=objective.exits,
+            annealing=annealing,
+        ),
+        endings=Endings(
+            forward,
+            made,
+            steps_per_epoch=steps,
+            average=average,
+            recalibrate=recalibrate,
+            midpoint=objective.has_midpoint,
+        ),
+        plasticity=Plasticity(named_parameters(executor), interval=max(1, steps // 3)) if veto else None,
+        log_interval=log_interval,
+        observer=observer or Observer(),
     )
 
 
@@ -89,7 +151,7 @@ def test_standard_training_equals_a_hand_written_loop_bit_for_bit() -> None:
     for epoch in range(4):
         plain.train()
         losses = 0.0
-        for batch in batches(TRAIN, batch_size=16, shuffle=True, seed=3, epoch=epoch):
+        for batch in Loader(TRAIN, batch_size=16, training=True, seed=3).batches(epoch):
             optimizer.zero_grad()
             loss = F.cross_entropy(plain(batch.images), batch.labels)
             loss.backward()
@@ -98,12 +160,13 @@ def test_standard_training_equals_a_hand_written_loop_bit_for_bit() -> None:
         plain.eval()
         with torch.no_grad():
             hits = sum(
-                int((plain(batch.images).argmax(1) == batch.labels).sum()) for batch in batches(TEST, batch_size=16)
+                int((plain(batch.images).argmax(1) == batch.labels).sum())
+                for batch in Loader(TEST, batch_size=16).batches(0)
             )
     assert same(weights(model), weights(plain))
     assert math.isclose(records[-1].train_loss, losses / 50, rel_tol=1e-6)
     assert records[-1].eval_top1 == 100 * hits / 20
-    assert [record.epoch for record in records] == [0, 1, 2, 3]
+    assert [record.epoch for record in records] == [1, 2, 3, 4]
     assert records[0].trainable_parameters == sum(p.numel() for p in plain.parameters())
 
 
@@ -129,8 +192,7 @@ def states(net: Trainer) -> tuple[list[int], list[int]]:
     """How many parameters the optimizer holds, and the steps that its state remembers, at the end of each epoch."""
     sizes, steps = [], []
     for _ in net.epochs():
-        optimizer = net._optimizer
-        assert optimizer is not None
+        optimizer = net.optimizer.optimizer
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         assert len({id(parameter) for parameter in held}) == len(held)
         assert set(optimizer.state) <= set(held)
@@ -174,7 +236,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     def gradients(steps: int) -> list[Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
-        net = trainer(model, grad_accum_steps=steps, optimizer={"name": "momentum", "momentum": 0.0, "lr": 1.0})
+        plan = (Phase(start=0, stop=4, epochs=4, micro_batches=steps),)
+        net = trainer(model, plan=plan, optimizer={"name": "momentum", "momentum": 0.0, "lr": 1.0})
         next(net.epochs())
         return weights(model)
 
@@ -196,8 +259,8 @@ def test_micro_batches_train_as_whole_batches_do(counts: tuple[int, int], cached
             Phase(start=0, stop=4, epochs=1, micro_batches=first),
             Phase(start=1, stop=4, epochs=3, micro_batches=later, recompute=2),
         )
-        make = partial(Cache, place="ram", limit_bytes=None, dtype=None, folder=str(tmp_path)) if cached else None
-        net = trainer(model, plan=phases, make_cache=make, optimizer={"name": "momentum", "lr": 0.1})
+        cache = CachePolicy(place="ram", folder=str(tmp_path)) if cached else None
+        net = trainer(model, plan=phases, cache=cache, optimizer={"name": "momentum", "lr": 0.1})
         losses = [record.train_loss for record in net.epochs()]
         return weights(model), losses
 
@@ -210,22 +273,26 @@ def test_each_micro_batch_runs_alone() -> None:
     seen: list[int] = []
     model = Chain()
     model.head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    net = trainer(model, plan=(Phase(start=0, stop=4, epochs=1, micro_batches=3),), grad_accum_steps=2)
+    net = trainer(model, plan=(Phase(start=0, stop=4, epochs=1, micro_batches=6),))
     seen.clear()
     list(net.epochs())
     assert seen == [
         *3 * [3, 3, 3, 3, 2, 2],
         2,
-        *(len(batch.labels) for batch in net.loader.for_testing().training(0)),
+        *(len(batch) for batch in net.feed.test_loader.batches(0)),
     ]
 
 
 def test_a_value_that_is_none_is_none_in_each_micro_batch() -> None:
-    net = trainer(Chain(), plan=(Phase(start=0, stop=4, epochs=4, micro_batches=4),))
-    next(net.epochs())
-    rows, ids = torch.arange(6), torch.arange(6)
-    parts = [(none, part.tolist()) for none, part in net._chunks(SettledBatch([None, rows], ids, ids))]
-    assert parts == [(None, [0, 1]), (None, [2, 3]), (None, [4, 5])]
+    rows = torch.arange(6)
+    batch = Batch(values=(None, rows), cut=2, labels=rows + 10, ids=rows + 20)
+    parts = list(batch.divided(4, batch_size=16))
+    assert [(none, own.tolist()) for none, own in (part.values for part in parts)] == [
+        (None, [0, 1]), (None, [2, 3]), (None, [4, 5]),
+    ]  # fmt: skip
+    assert [(part.cut, part.labels.tolist(), part.ids.tolist()) for part in parts] == [
+        (2, [10, 11], [20, 21]), (2, [12, 13], [22, 23]), (2, [14, 15], [24, 25]),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
@@ -242,18 +309,19 @@ def test_a_step_allocates_what_is_forecast(recompute: int, micro_batches: int) -
         loader={"train": shown, "test": shown},
         optimizer={"name": "momentum", "momentum": 0.0},
     )
-    (batch,) = net.loader.training(0)
+    (batch,) = net.feed.train_loader.batches(0)
     found = trace(net.executor, (batch.images,))
     known = measure(found, (batch.images,), steps=1)
-    (told,) = forecast(net.plan, known.train, known.eval, batch_size=16, optimizer_slots=0).phases
-    net._enter(0, 0)
-    net._step(batch, 0, Accuracy(batch.images.device))
-    net._optimizer.zero_grad()
+    (ahead,) = forecast(net.plan, known.train, known.eval, batch_size=16, optimizer_slots=0).phases
+    net.executor.enter(phase)
+    optimizer, accuracy = net.optimizer.optimizer, Accuracy(batch.images.device)
+    net.step(batch, optimizer, micro_batches=micro_batches, progress=0.0, accuracy=accuracy)
+    optimizer.zero_grad()
     with allocations.recorded(batch.images.device) as events:
-        net._step(batch, 1, Accuracy(batch.images.device))
+        net.step(batch, optimizer, micro_batches=micro_batches, progress=0.5, accuracy=accuracy)
     activations = allocations.peak(events, without=allocations.survivors(events))
-    assert told.activation_bytes == pytest.approx(activations, rel=0.05)
-    assert told.peak_bytes - told.parameter_bytes == pytest.approx(allocations.peak(events), rel=0.05)
+    assert ahead.activation_bytes == pytest.approx(activations, rel=0.05)
+    assert ahead.peak_bytes - ahead.parameter_bytes == pytest.approx(allocations.peak(events), rel=0.05)
 
 
 def test_clipping_bounds_the_step() -> None:
@@ -338,16 +406,27 @@ def test_an_observer_hears_everything_in_order() -> None:
     list(net.epochs())
     cut = net.plan.partitions[1].name
     assert listener.heard == [
-        ("phase", 0, 0), ("step", 0, 3, 4), ("step", 0, 4, 4), ("epoch", 0, 0, ""),
-        ("phase", 1, 1), ("step", 1, 3, 4), ("step", 1, 4, 4), ("epoch", 1, 1, cut),
+        ("phase", 0, 0), ("step", 1, 3, 4), ("step", 1, 4, 4), ("epoch", 1, 0, ""),
+        ("phase", 1, 1), ("step", 2, 3, 4), ("step", 2, 4, 4), ("epoch", 2, 1, cut),
     ]  # fmt: skip
+
+
+def test_the_training_accuracy_is_that_of_the_images_as_they_were_trained_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    with torch.no_grad():
+        right = (model(TRAIN.pixels / 255).argmax(1) == TRAIN.labels).sum().item()
+    still = {"name": "momentum", "momentum": 0.0, "lr": 1e-30}
+    record = next(trainer(model, optimizer=still).epochs())
+    assert record.train_top1 == 100 * right / 50
+    assert record.train_top1 != record.eval_top1
 
 
 def test_a_diverging_loss_is_said_aloud() -> None:
     listener = Listener()
     net = trainer(Chain(), observer=listener, optimizer={"name": "momentum", "lr": 1e30, "momentum": 0.0})
     next(net.epochs())
-    assert any("the training loss of epoch 0 is nan" in str(heard) for heard in listener.heard)
+    assert any("the training loss of epoch 1 is nan" in str(heard) for heard in listener.heard)
 
 
 def test_nothing_to_train_on_is_an_error() -> None:

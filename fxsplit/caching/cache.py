@@ -13,70 +13,92 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from fxsplit.data.images import Batch
+from fxsplit.caching.rows import Column, FileRows, MemoryRows
+from fxsplit.data.batch import Batch
 from fxsplit.data.loader import Loader
 from fxsplit.execute.executor import Executor
-from fxsplit.training.rows import Column, FileRows, MemoryRows
+from fxsplit.execute.forward import Forward
 
 # Reading a byte costs about as much as this much work: of a disk for a CPU, of the bus for a large GPU.
 FLOPS_PER_BYTE = {"cpu": 20, "cuda": 4000}
 GIB = 2**30
 
 
-class SettledBatch(NamedTuple):
-    """A batch as it is at the cut: what `Executor.resume` takes, labels int64 (B,) and ids int64 (B,)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachePolicy:
+    """Says where caches of the settled prefix lie and how much they take.
 
-    values: list[Any]
-    labels: Tensor
-    ids: Tensor
+    Args:
+        place: "ram", "disk" (a nameless file in `folder`, gone with the process) or "auto": disk, where reading costs
+            less than computing.
+        limit_bytes: what the caches of a phase take at most; None for half of what is free.
+        dtype: what floating-point values are kept as, or bit for bit if None.
+        folder: where files lie.
+    """
+
+    place: str
+    limit_bytes: int | None = None
+    dtype: torch.dtype | None = None
+    folder: str = "."
+
+    def open(
+        self,
+        forward: Forward,
+        loader: Loader,
+        *,
+        epochs: int,
+        notice: Callable[[str], None],
+        beside: Cache | None = None,
+        exact: bool = False,
+    ) -> Cache:
+        """Open a cache of what the partitions deliver that are settled now.
+
+        Args:
+            forward: runs the settled partitions.
+            loader: the images.
+            epochs: how long the cut is to last.
+            notice: takes a sentence that says why there are no rows.
+            beside: a cache that this one shares the limit with.
+            exact: keep values bit for bit, whatever the `dtype`.
+        """
+        return Cache(self, forward, loader, epochs=epochs, notice=notice, beside=beside, exact=exact)
 
 
 class Cache:
     """Gives the batches of an epoch at the cut, from rows where it has them; images where there can be no rows.
 
-    `place` is "ram", "disk" (a nameless file in `folder`, gone with the process) or "auto": disk, where reading costs
-    less than computing. It takes at most `limit_bytes`, or half of what is free if None. Floating-point values are
-    kept as `dtype`, or bit for bit if None or `exact`. `settle` is what makes values of images. The cut is to last for
-    `epochs`.
-
-    One made `beside` another keeps within the same bytes, together with it.
     Where rows cannot be had it says why to `notice` and goes on without; "auto" is silent when they would not pay.
+    `CachePolicy.open` makes one, and says what goes in.
     """
-
-    _key: str
-    _rows: MemoryRows | FileRows | None
-    _columns: list[Column | None]
-    _filled: Tensor
 
     def __init__(
         self,
-        *,
-        executor: Executor,
+        policy: CachePolicy,
+        forward: Forward,
         loader: Loader,
-        settle: Callable[[Tensor], list[Any]],
+        *,
         epochs: int,
         notice: Callable[[str], None],
-        place: str,
-        limit_bytes: int | None,
-        dtype: torch.dtype | None,
-        folder: str,
-        beside: Cache | None = None,
-        exact: bool = False,
+        beside: Cache | None,
+        exact: bool,
     ) -> None:
-        self.cut = executor.window[0]
-        self._executor, self._loader, self._settle, self._notice = executor, loader, settle, notice
-        self._place, self._limit_bytes, self._folder = place, limit_bytes, folder
-        self._dtype = None if exact else dtype
+        self.cut = forward.executor.window[0]
+        self._policy, self._forward, self._loader, self._notice = policy, forward, loader, notice
+        self._dtype = None if exact else policy.dtype
         self._beside = beside
         self._given_up = False
-        self._drop()
+        self._key = ""
+        self._rows: MemoryRows | FileRows | None = None
+        self._columns: list[Column | None] = []
+        self._filled = self._none_filled()
         if loader.augment != "none" and loader.views is None:
             self._give_up("images are changed at random, and no views of them are stored", pays=False)
         elif epochs <= (loader.views or 1):
@@ -102,33 +124,33 @@ class Cache:
         self._drop()
         self._given_up = True
 
-    def batches(self, epoch: int) -> Iterator[Batch | SettledBatch]:
-        """The epoch's batches, of the images that the loader would give, in its order."""
-        if not self._given_up and (key := cache_key(self._executor, self._loader)) != self._key:
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Give the epoch's batches, of the images that the loader would give, in its order."""
+        if not self._given_up and (key := cache_key(self._forward.executor, self._loader)) != self._key:
             self._drop()
             self._key = key
         view = self._loader.view(epoch)
-        first = (view or 0) * len(self._loader.train)
+        first = (view or 0) * len(self._loader.images)
         order = self._loader.order(epoch)
         if self._filled[order + first].all():
             yield from self._read_ahead(torch.split(order, self._loader.batch_size), first)
             return
-        for batch in self._loader.training(epoch, view=view):
+        for batch in self._loader.batches(epoch, view=view):
             yield batch if self._given_up else self._at_cut(batch, batch.ids.cpu() + first)
 
-    def _at_cut(self, batch: Batch, rows: Tensor) -> Batch | SettledBatch:
+    def _at_cut(self, batch: Batch, rows: Tensor) -> Batch:
         if self._rows is not None and self._filled[rows].all():
             values = self._unpacked(self._rows.read(rows))
         else:
-            values = self._settle(batch.images)
-            if not _are_rows(values, len(batch.images)):
+            values = self._forward.settle(batch.images)
+            if not _are_rows(values, len(batch)):
                 # Whoever takes a batch in parts can divide the images, but not these.
                 self._give_up("what crosses the cut is not one row for each image")
                 return batch
             self._keep(rows, values, batch.images)
-        return SettledBatch(values, batch.labels, batch.ids)
+        return Batch(values=tuple(values), cut=self.cut, labels=batch.labels, ids=batch.ids)
 
-    def _read_ahead(self, turns: Sequence[Tensor], first: int) -> Iterator[SettledBatch]:
+    def _read_ahead(self, turns: Sequence[Tensor], first: int) -> Iterator[Batch]:
         assert self._rows is not None
         device = self._loader.device
         with ThreadPoolExecutor(max_workers=1) as reader:
@@ -138,7 +160,7 @@ class Cache:
                 if following is not None:
                     coming = reader.submit(self._rows.read, following + first)
                 ids = ids.to(device)
-                yield SettledBatch(values, self._loader.train.labels[ids], ids)
+                yield Batch(values=tuple(values), cut=self.cut, labels=self._loader.images.labels[ids], ids=ids)
 
     def _unpacked(self, packed: Sequence[Tensor]) -> list[Any]:
         kept = iter(packed)
@@ -156,60 +178,65 @@ class Cache:
             self._give_up(getattr(error, "strerror", None) or "there is not enough memory")
 
     def _open(self, values: list[Any], images: Tensor) -> tuple[str, bool] | None:
-        """Make room for all rows; or tell why not, and whether they would have paid."""
+        """Make room for all rows, or return why not, and whether they would have paid."""
         loader = self._loader
         if not self._repeats(values, images):
             return "the settled partitions do not deliver the same for an image each time", True
         self._columns = [None if value is None else Column.of(value, self._dtype) for value in values]
         columns = [column for column in self._columns if column is not None]
         row_bytes = sum(column.row_bytes for column in columns)
-        macs = sum(partition.macs for partition in self._executor.partitions[: self.cut])
-        if self._place == "auto" and not pays(macs, row_bytes, device=loader.device.type):
+        macs = sum(partition.macs for partition in self._forward.executor.partitions[: self.cut])
+        if self._policy.place == "auto" and not pays(macs, row_bytes, device=loader.device.type):
             return "reading rows would take longer than computing them", False
         size, limit = len(self._filled) * row_bytes, self._limit()
         if size > limit:
             return f"it needs {size / GIB:.3g} GiB and may take {limit / GIB:.3g}", True
-        if self._place == "ram":
+        if self._policy.place == "ram":
             self._rows = MemoryRows(len(self._filled), columns)
         else:
-            self._rows = FileRows(len(self._filled), columns, self._folder)
+            self._rows = FileRows(len(self._filled), columns, self._policy.folder)
         return None
 
     def _repeats(self, values: list[Any], images: Tensor) -> bool:
-        """Whether half of the images, by themselves, give what they gave among all, without drawing random numbers."""
+        """Tell whether half of the images alone give what they gave among all, and no random numbers are drawn."""
         half = -(-len(images) // 2)
         devices = [images.device] if images.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             before = torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)
             # BatchNorm without running statistics may not take a single image.
-            again = self._settle(images[:half] if half > 1 else images[[0, 0]])
+            again = self._forward.settle(images[:half] if half > 1 else images[[0, 0]])
             after = torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)
         pairs = [(a[:half], b[:half]) for a, b in zip(again, values, strict=True) if b is not None]
         return all(map(torch.equal, before, after)) and all(_alike(a, b) for a, b in pairs)
 
     def _limit(self) -> int:
-        if self._limit_bytes is not None:
+        policy = self._policy
+        if policy.limit_bytes is not None:
             taken = self._beside.resident_bytes + self._beside.file_bytes if self._beside else 0
-            return self._limit_bytes - taken
-        free = psutil.virtual_memory().available if self._place == "ram" else shutil.disk_usage(self._folder).free
+            return policy.limit_bytes - taken
+        free = psutil.virtual_memory().available if policy.place == "ram" else shutil.disk_usage(policy.folder).free
         return int(free // 2)
 
     def _give_up(self, why: str, pays: bool = True) -> None:
         self._drop()
         self._given_up = True
-        if pays or self._place != "auto":
-            batch = "batch" if self._loader.shuffle else "test batch"
+        if pays or self._policy.place != "auto":
+            batch = "batch" if self._loader.training else "test batch"
             self._notice(f"the settled partitions are computed anew for each {batch}, without a cache: {why}")
 
     def _drop(self) -> None:
         self._key = ""
         self._rows = None
         self._columns = []
-        self._filled = torch.zeros(len(self._loader.train) * (self._loader.views or 1), dtype=torch.bool)
+        self._filled = self._none_filled()
+
+    def _none_filled(self) -> Tensor:
+        """Make the record of the rows that are filled, with none."""
+        return torch.zeros(len(self._loader.images) * (self._loader.views or 1), dtype=torch.bool)
 
 
 def cache_key(executor: Executor, loader: Loader) -> str:
-    """Another one for other weights of the settled partitions, other cuts, or other images that they are given."""
+    """Return a digest of all that rows depend on: cut, precision, weights of the settled partitions, and images."""
     key = sha256(repr((executor.window[0], executor.settled_dtype, *loader.identity())).encode())
     for name, tensor in executor.settled_state().items():
         key.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -218,17 +245,17 @@ def cache_key(executor: Executor, loader: Loader) -> str:
 
 
 def pays(macs: int, row_bytes: int, *, device: str) -> bool:
-    """Whether computing a row, of `macs` multiply-adds, takes longer than reading it."""
+    """Tell whether computing a row, of `macs` multiply-adds, takes longer than reading it."""
     return 2 * macs > FLOPS_PER_BYTE[device] * row_bytes
 
 
 def _are_rows(values: Sequence[Any], count: int) -> bool:
-    """Whether each value is None or a tensor of `count` rows."""
+    """Tell whether each value is None or a tensor of `count` rows."""
     return all(value is None or (isinstance(value, Tensor) and value.shape[:1] == (count,)) for value in values)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Equal within what kernels for other batch sizes may round otherwise."""
+    """Tell whether they are equal within what kernels for other batch sizes may round otherwise."""
     if not one.is_floating_point():
         return torch.equal(one, other)
     bound = 32 * torch.finfo(one.dtype).eps * float(other.abs().max()) if one.numel() else 0.0

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from fxsplit.caching.cache import CachePolicy, cache_key, pays
+from fxsplit.caching.rows import Column, FileRows, MemoryRows
 from fxsplit.data.images import MemoryImages
 from fxsplit.execute.executor import Executor
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import EpochRecord, Observer
-from fxsplit.training.cache import Cache, cache_key, pays
-from fxsplit.training.rows import Column, FileRows, MemoryRows
 from fxsplit.training.trainer import Trainer
 from tests.networks import HAZARDS, Chain, LongSkip
 from tests.training.test_trainer import TRAIN, same, trainer, weights
@@ -51,10 +51,10 @@ class Run(Observer):
         self.notices: list[str] = []
         self.settled = [0] * sum(phase.epochs for phase in plan)
         self.records: list[EpochRecord] = []
-        make = partial(Cache, place=place, folder=str(folder), limit_bytes=limit_bytes, dtype=dtype)
+        cache = CachePolicy(place=place, folder=str(folder), limit_bytes=limit_bytes, dtype=dtype)
         model = kind()
         self.trainer = trainer(
-            model, plan=plan, make_cache=None if place == "off" else make, observer=self, log_interval=1000, **changes
+            model, plan=plan, cache=None if place == "off" else cache, observer=self, log_interval=1000, **changes
         )
         settle = Executor.settle
 
@@ -109,7 +109,8 @@ def test_layout_and_precision_are_kept(changes: dict[str, Any], tmp_path: Path) 
 
 
 def test_gradients_accumulate_over_parts_of_rows(tmp_path: Path) -> None:
-    plain, cached = (Run(place, tmp_path, grad_accum_steps=3).records for place in ("off", "ram"))
+    phases = tuple(replace(phase, micro_batches=3) for phase in PHASES)
+    plain, cached = (Run(place, tmp_path, plan=phases).records for place in ("off", "ram"))
     assert [r.train_loss for r in cached] == pytest.approx([r.train_loss for r in plain], rel=1e-5)
 
 
@@ -169,9 +170,9 @@ def test_views_are_what_augmentation_would_give(tmp_path: Path) -> None:
     assert cached.same_as(plain)
     assert cached.settled == [0, 58, 50, 0, 0, 0]
     # The two views differ, and where nothing is settled each epoch draws anew.
-    loader = cached.trainer.loader
+    loader = cached.trainer.feed.train_loader
     first, second, again, free = (
-        next(loader.training(3, view=view)).images for view in (*map(loader.view, (2, 3, 4)), None)
+        next(loader.batches(3, view=view)).images for view in (*map(loader.view, (2, 3, 4)), None)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
@@ -291,10 +292,10 @@ def test_rows_that_would_be_wrong_are_refused(kind: type[nn.Module], reason: str
 
 def test_values_that_are_no_rows_are_not_divided_into_parts(tmp_path: Path) -> None:
     """Not in the batch at which this is found out, either."""
-    options = {"kind": Sizes, "plan": (Phase(start=1, stop=4, epochs=2),), "grad_accum_steps": 4}
-    cached = Run("ram", tmp_path, **options)
+    plan = (Phase(start=1, stop=4, epochs=2, micro_batches=4),)
+    cached = Run("ram", tmp_path, kind=Sizes, plan=plan)
     assert "not one row for each image" in cached.notices[0]
-    assert cached.same_as(Run("off", tmp_path, **options))
+    assert cached.same_as(Run("off", tmp_path, kind=Sizes, plan=plan))
 
 
 class Whitens(nn.Sequential):
@@ -328,19 +329,19 @@ def test_weights_that_change_empty_the_cache(tmp_path: Path) -> None:
 def test_the_key_is_that_of_weights_and_images() -> None:
     torch.manual_seed(0)
     net = trainer(Chain(), plan=PHASES)
-    executor, loader = net.executor, net.loader
+    executor, loader = net.executor, net.feed.train_loader
     executor.enter(PHASES[1])
 
     def key(**changes: Any) -> str:
-        return cache_key(executor, type(loader)(**{**vars(loader), **changes}))
+        return cache_key(executor, replace(loader, **changes))
 
     first = key()
-    assert key() == key(batch_size=7, limit=1, test=loader.train) == first
+    assert key() == key(batch_size=7, limit=1, training=False) == first
     pixels = TRAIN.pixels.clone()
     pixels[49, 2, 7, 7] ^= 1
     others = [
-        key(train=MemoryImages(pixels=pixels, labels=TRAIN.labels, img_size=8)),
-        key(train=MemoryImages(pixels=TRAIN.pixels, labels=TRAIN.labels, img_size=9)),
+        key(images=MemoryImages(pixels=pixels, labels=TRAIN.labels, img_size=8)),
+        key(images=MemoryImages(pixels=TRAIN.pixels, labels=TRAIN.labels, img_size=9)),
         key(mean=(0.5,)),
         key(std=(0.5,)),
         key(channels_last=True),

@@ -1,0 +1,79 @@
+"""The batches of a run, from a cache of the settled prefix where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from fxsplit.caching.cache import Cache, CachePolicy
+from fxsplit.data.batch import Batch
+from fxsplit.data.loader import Loader
+from fxsplit.errors import FxsplitError
+from fxsplit.execute.forward import Forward
+
+
+class Feed:
+    """Gives the batches to train and to test on, and opens and closes caches between phases.
+
+    Args:
+        forward: runs the settled partitions.
+        train_loader: the images to train on.
+        test_loader: the images to test on.
+        policy: how to cache what the settled partitions deliver; None to compute it for each batch.
+
+    Raises FxsplitError when there is nothing to train on.
+    """
+
+    def __init__(
+        self, forward: Forward, train_loader: Loader, test_loader: Loader, *, policy: CachePolicy | None = None
+    ) -> None:
+        if not train_loader.steps_per_epoch:
+            raise FxsplitError("there is no batch to train on: BatchNorm needs at least 2 training images")
+        self.train_loader, self.test_loader = train_loader, test_loader
+        self._forward, self._policy = forward, policy
+        self._train_cache: Cache | None = None
+        self._test_cache: Cache | None = None
+
+    def enter(self, cut: int, *, epochs: int, notice: Callable[[str], None]) -> None:
+        """Keep the caches if they are at `cut`, else open new ones, which are to last for `epochs`."""
+        if self._train_cache is not None and self._train_cache.cut == cut:
+            return
+        self.close()
+        if self._policy is not None and cut:
+            self._train_cache = self._policy.open(self._forward, self.train_loader, epochs=epochs, notice=notice)
+            self._test_cache = self._policy.open(
+                self._forward, self.test_loader, epochs=epochs, notice=notice, beside=self._train_cache, exact=True
+            )
+
+    def training(self, epoch: int) -> Iterator[Batch]:
+        """Give the batches of a training epoch, at the cut or as images."""
+        if self._train_cache is not None:
+            return self._train_cache.batches(epoch)
+        settled = self._forward.executor.window[0] > 0
+        return self.train_loader.batches(epoch, view=self.train_loader.view(epoch) if settled else None)
+
+    def testing(self) -> Iterator[Batch]:
+        """Give the test images once, from the cache where training images come from one."""
+        if self._test_cache is not None and self._train_cache is not None and self._train_cache.has_rows:
+            return self._test_cache.batches(0)
+        return self.test_loader.batches(0)
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """What the caches hold of this process's memory; None without caches."""
+        caches = self._caches()
+        return sum(cache.resident_bytes for cache in caches) if caches else None
+
+    @property
+    def file_bytes(self) -> int | None:
+        """What they hold of the disk."""
+        caches = self._caches()
+        return sum(cache.file_bytes for cache in caches) if caches else None
+
+    def close(self) -> None:
+        """Give memory and disk back."""
+        for cache in self._caches():
+            cache.close()
+        self._train_cache = self._test_cache = None
+
+    def _caches(self) -> list[Cache]:
+        return [cache for cache in (self._train_cache, self._test_cache) if cache is not None]

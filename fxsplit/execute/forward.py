@@ -1,0 +1,66 @@
+"""The forward pass of a batch, be it of images or of values at the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxsplit.data.batch import Batch
+from fxsplit.errors import FxsplitError
+from fxsplit.execute.executor import Executor
+
+
+class Forward:
+    """Runs batches through an executor: images from the first partition on, values from their cut on.
+
+    Args:
+        executor: what runs; its phase must not settle less than a batch has behind it.
+        device: where batches lie.
+        amp_dtype: the precision of `autocast`, or None for none.
+    """
+
+    def __init__(self, executor: Executor, device: torch.device, *, amp_dtype: torch.dtype | None = None) -> None:
+        self.executor, self.device, self.amp_dtype = executor, device, amp_dtype
+
+    def autocast(self) -> torch.autocast:
+        """Make the context in which forward passes and losses are computed."""
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def __call__(self, batch: Batch, *, stop: int | None = None) -> Any:
+        """Return what the model returns for a batch, or the values at cut `stop`."""
+        if not batch.cut and stop is None:
+            # A call, so that hooks of the model as a whole are called too.
+            return self.executor(*batch.values)
+        values = list(batch.values) if batch.cut else self.executor.settle(*batch.values)
+        return self.executor.resume(values, stop)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the class scores (B, classes) of a batch. Raises FxsplitError when the model returns none."""
+        return logits_of(self(batch))
+
+    def settle(self, images: Tensor) -> list[Any]:
+        """Return what crosses the cut after the settled partitions, in autocast."""
+        with self.autocast():
+            return self.executor.settle(images)
+
+
+def logits_of(output: Any) -> Tensor:
+    """Find the class scores (B, classes) in what a classifier returns.
+
+    That is a tensor, or the first one in a tuple, dict or dataclass. Raises FxsplitError when there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        parts: Any = list(output.values())
+    elif is_dataclass(output):
+        parts = [getattr(output, field.name) for field in fields(output)]
+    else:
+        parts = output
+    if isinstance(parts, Sequence) and parts:
+        return logits_of(parts[0])
+    raise FxsplitError(f"the model returns {type(output).__name__}, and no class scores are found in it")

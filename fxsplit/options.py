@@ -1,0 +1,140 @@
+"""Options as fields of a dataclass: what each is for, what it may be, and the strict reading of a value."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from types import NoneType
+from typing import Any, NamedTuple, get_args
+
+from fxsplit.errors import nearest
+
+
+class Kind(NamedTuple):
+    """The type of an option without None, and whether None is allowed."""
+
+    type: Any
+    optional: bool
+
+
+def option(
+    group: str,
+    text: str,
+    default: Any,
+    *,
+    flags: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    instead: Mapping[str, str] | None = None,
+    pattern: str | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """Make a field of a dataclass that is an option of `group`, with its help and what it may be.
+
+    The help of one with a `pattern` lists what is allowed. `instead` has, for words that are no choice but may be
+    taken for one, what to ask for.
+    """
+    metadata: dict[str, Any] = {"group": group, "help": text, "flags": flags, "choices": choices, "pattern": pattern}
+    metadata |= {"least": least, "above": above, "below": below, "most": most, "instead": instead or {}}
+    return field(default=default, metadata=metadata)
+
+
+def key(name: str) -> str:
+    """Spell the name of a field as the key of a recipe: with hyphens."""
+    return name.replace("_", "-")
+
+
+def kind_of(hint: Any) -> Kind:
+    """Find what kind of option an annotation means."""
+    members = get_args(hint)
+    return Kind(members[0], True) if NoneType in members else Kind(hint, False)
+
+
+def read_value(name: str, value: object, kind: Kind, rule: Mapping[str, Any]) -> Any:
+    """Read the value of the option `name`, whose metadata are `rule`.
+
+    Raises ValueError, with a sentence for the user, when it has another type or is not one that the option allows.
+    """
+    try:
+        read = None if value is None and kind.optional else _READERS[kind.type][0](value)
+        if read is None or _is_allowed(read, rule):
+            return read
+    except (TypeError, ValueError, OverflowError):
+        pass
+    hint = ""
+    if isinstance(value, str):
+        hint = f"; {rule['instead'][value]}" if value in rule["instead"] else nearest(value, rule["choices"])
+    raise ValueError(f"{key(name)} is {value!r}, but must be {_allowed(kind, rule)}{hint}")
+
+
+def _is_allowed(value: Any, rule: Mapping[str, Any]) -> bool:
+    numbers = value if isinstance(value, tuple) else (value,)
+    return (
+        (not rule["choices"] or value in rule["choices"])
+        and (rule["pattern"] is None or re.fullmatch(rule["pattern"], value) is not None)
+        and (rule["least"] is None or all(number >= rule["least"] for number in numbers))
+        and (rule["above"] is None or all(number > rule["above"] for number in numbers))
+        and (rule["below"] is None or all(number < rule["below"] for number in numbers))
+        and (rule["most"] is None or all(number <= rule["most"] for number in numbers))
+    )
+
+
+def _allowed(kind: Kind, rule: Mapping[str, Any]) -> str:
+    if rule["choices"]:
+        return f"one of {', '.join(rule['choices'])}"
+    if rule["pattern"] is not None:
+        return str(rule["help"]).rstrip(".")
+    words = (("least", "at least"), ("above", "above"), ("below", "below"), ("most", "at most"))
+    limits = [f"{word} {rule[limit]}" for limit, word in words if rule[limit] is not None]
+    return f"{_READERS[kind.type][1]} {' and '.join(limits)}".rstrip()
+
+
+def _read_flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _read_whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _read_number(value: object) -> float:
+    """Text counts as a number because YAML reads 1e-3, without a point, as text."""
+    if not isinstance(value, int | float | str) or isinstance(value, bool) or not math.isfinite(float(value)):
+        raise TypeError
+    return float(value)
+
+
+def _read_text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError
+    return value
+
+
+def _read_path(value: object) -> str:
+    """A number counts as a path because layers of an nn.Sequential are called 0, 1, 2."""
+    return str(_read_whole(value)) if isinstance(value, int) else _read_text(value)
+
+
+def _read_list(value: object, read_item: Callable[[object], Any]) -> tuple[Any, ...]:
+    """A list, a single item, or text with commas."""
+    if isinstance(value, str):
+        value = [item.strip() for item in value.split(",") if item.strip()]
+    return tuple(read_item(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+
+_READERS: dict[Any, tuple[Callable[[object], Any], str]] = {
+    bool: (_read_flag, "true or false"),
+    int: (_read_whole, "a whole number"),
+    float: (_read_number, "a number"),
+    str: (_read_text, "text"),
+    tuple[float, ...]: (lambda value: _read_list(value, _read_number), "numbers"),
+    tuple[str, ...]: (lambda value: _read_list(value, _read_path), "module paths"),
+}

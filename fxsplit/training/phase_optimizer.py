@@ -1,0 +1,134 @@
+"""The optimizer of a phase and its learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxsplit.execute.executor import Executor
+from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.training.endings import end_epochs
+from fxsplit.training.exits import Exits
+from fxsplit.training.optimizers import anneal, load_named_state, named_state, parameters_of, split_by_end
+
+
+class MakeOptimizer(Protocol):
+    """Makes an optimizer over the parameters of the model that train now and those of further `modules`.
+
+    What `previous` keeps of parameters that both have is taken over.
+    """
+
+    def __call__(self, *modules: nn.Module, previous: Optimizer | None) -> Optimizer: ...
+
+
+class Scheduler(Protocol):
+    """Sets the learning rate from the number of optimizer steps done."""
+
+    def step_update(self, num_updates: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class MakeScheduler(Protocol):
+    """Makes the learning rate of the whole run, for an optimizer of one phase."""
+
+    def __call__(self, optimizer: Optimizer, *, steps_per_epoch: int) -> Scheduler: ...
+
+
+class PhaseOptimizer:
+    """Makes optimizer and learning rate anew for each phase, over what trains in it.
+
+    Both are also made at once, so that unknown names and impossible values are refused before a run has left anything
+    behind.
+
+    Args:
+        executor: whose parameters are trained.
+        plan: the phases, and when each partition stops training.
+        make_optimizer: called once a phase.
+        make_scheduler: called once a phase.
+        steps_per_epoch: optimizer steps in an epoch.
+        exits: what trains beside the model.
+        annealing: share of the run over which the learning rate of a partition falls to zero before it stops training,
+            0 (off) to 1.
+
+    Raises UsageError when one of the two cannot be made.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        plan: Plan,
+        *,
+        make_optimizer: MakeOptimizer,
+        make_scheduler: MakeScheduler,
+        steps_per_epoch: int,
+        exits: Exits | None = None,
+        annealing: float = 0.0,
+    ) -> None:
+        self._executor, self._exits, self._steps_per_epoch = executor, exits, steps_per_epoch
+        self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
+        self._end_steps = [epoch * steps_per_epoch for epoch in end_epochs(plan)]
+        self._annealing_steps = annealing * (plan.epochs * steps_per_epoch)
+        self._make(previous=None)
+
+    def enter(self, phase: Phase) -> None:
+        """Make optimizer and learning rate over what trains now; what still trains keeps its state.
+
+        A phase with `fresh_optimizer` begins without any state.
+        """
+        self._make(previous=None if phase.fresh_optimizer else self.optimizer)
+
+    def _make(self, previous: Optimizer | None) -> None:
+        modules = [] if self._exits is None else [self._exits.modules]
+        self.optimizer = self._make_optimizer(*modules, previous=previous)
+        if self._annealing_steps:
+            split_by_end(self.optimizer, self._ends())
+        self._scheduler = self._make_scheduler(self.optimizer, steps_per_epoch=self._steps_per_epoch)
+
+    def _ends(self) -> dict[Tensor, int]:
+        """Return the step at which each parameter stops training by the plan, an exit's with those of its partition."""
+        partitions = [list(parameters) for parameters in self._executor.owned]
+        for index, each in self._exits.modules.items() if self._exits else ():
+            partitions[int(index)] += each.parameters()
+        return {
+            parameter: end
+            for parameters, end in zip(partitions, self._end_steps, strict=True)
+            for parameter in parameters
+        }
+
+    def set_rate(self, step: int) -> None:
+        """Set the learning rate of each group for the optimizer step number `step` of the run, from 0."""
+        if self._annealing_steps:
+            anneal(self.optimizer, step, steps=self._annealing_steps)
+        self._scheduler.step_update(step)
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate of a group."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers train, those of exits included."""
+        return sum(parameter.numel() for parameter in parameters_of(self.optimizer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of both, with the names of parameters."""
+        return {"optimizer": named_state(self.optimizer, self._names()), "scheduler": self._scheduler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned in the phase that was entered."""
+        load_named_state(self.optimizer, state["optimizer"], self._names())
+        self._scheduler.load_state_dict(state["scheduler"])
+
+    def _names(self) -> dict[Tensor, str]:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._executor.named_parameters()}
+        if self._exits is not None:
+            # No module of the model can have a name that begins so by accident.
+            names |= {parameter: f"exit:{name}" for name, parameter in self._exits.modules.named_parameters()}
+        return names

@@ -1,0 +1,79 @@
+"""One optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fxsplit.data.batch import Batch
+from fxsplit.errors import FxsplitError
+from fxsplit.execute.forward import Forward
+from fxsplit.training.accuracy import Accuracy
+from fxsplit.training.objective import Objective
+from fxsplit.training.optimizers import parameters_of
+
+
+class Step:
+    """Takes one optimizer step on a batch.
+
+        batch ──► micro-batches ──► forward, loss ──► backward ──► gradients ──► clipped ──► optimizer
+                                    └─ in autocast ─┘   scaled       add up      unscaled
+
+    The gradient is that of the whole batch, however it is divided. No micro-batch holds a single image, unless all do.
+
+    Args:
+        forward: runs micro-batches; its `autocast` decides the precision. float16 gets loss scaling.
+        objective: their loss.
+        batch_size: images in a full batch.
+        clip_grad: bound of the gradient's norm, or None.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        objective: Objective,
+        *,
+        batch_size: int,
+        clip_grad: float | None = None,
+    ) -> None:
+        self.forward, self.objective = forward, objective
+        self._batch_size, self._clip_grad = batch_size, clip_grad
+        self._scaler = torch.amp.GradScaler(forward.device.type, enabled=forward.amp_dtype is torch.float16)
+
+    def __call__(
+        self, batch: Batch, optimizer: Optimizer, *, micro_batches: int, progress: float, accuracy: Accuracy
+    ) -> None:
+        """Move the parameters of `optimizer`, and add the batch to `accuracy`.
+
+        It is divided into `micro_batches`; `progress` is the share of the run that is done, 0 to 1. Raises
+        FxsplitError when the loss depends on nothing that trains.
+        """
+        optimizer.zero_grad()
+        for part in batch.divided(micro_batches, batch_size=self._batch_size):
+            with self.forward.autocast():
+                total, loss, logits = self.objective(self.forward, part, progress=progress)
+            if not total.requires_grad:
+                raise FxsplitError(
+                    "the loss depends on no parameter that trains now, so nothing would be learnt: the model's forward "
+                    "runs under torch.no_grad, or what trains is not used"
+                )
+            share = len(part) / len(batch)
+            self._scaler.scale(total * share if share < 1 else total).backward()  # type: ignore[no-untyped-call]
+            accuracy.update(loss, logits, part.labels)
+        if self._clip_grad is not None:
+            self._scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters_of(optimizer), self._clip_grad)
+        self._scaler.step(optimizer)
+        self._scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the loss scaling."""
+        return {"scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._scaler.load_state_dict(state["scaler"])

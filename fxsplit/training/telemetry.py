@@ -1,0 +1,95 @@
+"""Times, memory and energy of a run, made into its records."""
+
+from __future__ import annotations
+
+import torch
+
+from fxsplit.caching.feed import Feed
+from fxsplit.measuring.meter import Meter, now
+from fxsplit.plan.schedule import Plan
+from fxsplit.report import EpochRecord, StepRecord
+from fxsplit.training.accuracy import Score
+from fxsplit.training.phase_optimizer import PhaseOptimizer
+
+
+class Telemetry:
+    """Measures epochs, and writes records of steps and epochs.
+
+    Args:
+        device: what does the work, and is waited for where a time is taken.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._meter = Meter(device)
+        self._began = self._trained = 0.0
+        self._energy: float | None = None
+
+    def epoch_begins(self) -> None:
+        """Start the clock of an epoch."""
+        self._began = now(self._device)
+        self._energy = self._meter.read().energy_joules
+
+    def phase_begins(self) -> None:
+        """Forget the peaks of memory so far, those of CUDA."""
+        self._meter.reset_peaks()
+
+    def training_ends(self) -> None:
+        """Note that the training of the epoch is over, and testing begins."""
+        self._trained = now(self._device)
+
+    def step(self, *, phase: int, epoch: int, step: int, steps: int, score: Score) -> StepRecord:
+        """Write the record of step number `step`, from 1, of the `steps` of an epoch."""
+        usage = self._meter.read()
+        on_cuda = usage.peak_allocated_bytes
+        return StepRecord(
+            phase=phase,
+            epoch=epoch + 1,
+            step=step,
+            steps=steps,
+            train_loss=score.loss,
+            train_accuracy_pct=score.top1_pct,
+            images_per_second=score.count / (now(self._device) - self._began),
+            memory_bytes=usage.resident_bytes if on_cuda is None else on_cuda,
+        )
+
+    def epoch(
+        self,
+        plan: Plan,
+        *,
+        phase: int,
+        epoch: int,
+        optimizer: PhaseOptimizer,
+        feed: Feed,
+        trained: Score,
+        tested: Score,
+    ) -> EpochRecord:
+        """Write the record of an epoch, which ends now."""
+        ended, usage = now(self._device), self._meter.read()
+        window = plan.phases[phase]
+        cut = window.cut(len(plan.partitions))
+        energy = usage.energy_joules
+        return EpochRecord(
+            epoch=epoch + 1,
+            phase=phase,
+            start=window.start,
+            stop=window.stop,
+            cut="" if cut is None else plan.partitions[cut].name,
+            lr=optimizer.rate,
+            train_loss=trained.loss,
+            train_top1=trained.top1_pct,
+            eval_loss=tested.loss,
+            eval_top1=tested.top1_pct,
+            eval_top5=tested.top5_pct,
+            train_seconds=self._trained - self._began,
+            eval_seconds=ended - self._trained,
+            images_per_second=trained.count / (self._trained - self._began),
+            trainable_parameters=optimizer.parameters,
+            peak_resident_bytes=usage.peak_resident_bytes,
+            peak_allocated_bytes=usage.peak_allocated_bytes,
+            peak_reserved_bytes=usage.peak_reserved_bytes,
+            device_bytes=usage.device_bytes,
+            cache_resident_bytes=feed.resident_bytes,
+            cache_file_bytes=feed.file_bytes,
+            energy_joules=None if energy is None or self._energy is None else energy - self._energy,
+        )
