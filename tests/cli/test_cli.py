@@ -562,7 +562,7 @@ def test_paragraphs_of_help_fill_their_lines(
     assert main(["check", "--help"]) == 0
     out = capsys.readouterr().out
     (paragraph,) = [line for line in out.splitlines() if "Output, loss, gradients" in line]
-    assert paragraph.strip().endswith("if any model fails.")
+    assert paragraph.strip().endswith("2 if all that is wrong is a name.")
     schedules = ", ".join(RunSpec.__dataclass_fields__["schedule"].metadata["choices"])
     assert f"[{schedules}; default: settle]" in out
 
