@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from time import perf_counter
+from typing import NamedTuple
 
 import typer
 
@@ -69,12 +70,19 @@ def network(length: int) -> Graph:
     return Graph(batch_size=2, inputs=(x,), ops=ops, outputs=(ops[-1].name,))
 
 
+class Pair(NamedTuple):
+    """A model as its graphs in training and in evaluation."""
+
+    train: Graph
+    eval: Graph
+
+
 def main(parts: int = 16, repeat: int = 3) -> None:
     print(f"{'ops':>7} {'live':>6} {'cuts':>9} {f'{parts} parts':>11} {'per op':>10}")
     divide = partial(partition, count=parts)
     for length in (1250, 2500, 5000, 10_000, 20_000, 40_000):
-        finding = min(_seconds(cuts, network(length), network(length)) for _ in range(repeat))
-        planning = min(_seconds(divide, network(length), network(length)) for _ in range(repeat))
+        finding = min(_seconds(cuts, Pair(network(length), network(length))) for _ in range(repeat))
+        planning = min(_seconds(divide, Pair(network(length), network(length))) for _ in range(repeat))
         live = sum(map(len, network(length).boundaries)) / (length + 1)
         print(f"{length:7,} {live:6.1f} {finding:7.3f} s {planning:9.3f} s {1e6 * planning / length:7.1f} us")
 

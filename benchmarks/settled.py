@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 import typer
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.nn import functional as F
 
 import fxsplit
 from fxsplit.assembly import choose_device
@@ -48,12 +48,14 @@ def stepper(net: nn.Module, feed: Callable[[], tuple[Tensor, Tensor]]) -> Callab
     return step
 
 
-def executor(model: nn.Module, images: Tensor, at: list[str], settled: int) -> Executor:
+def executor(
+    model: nn.Module, images: Tensor, at: list[str], settled: int, dtype: torch.dtype | None = None
+) -> Executor:
     """Of a copy of the model, as `train` makes it, with the first partitions settled."""
     trace = fxsplit.trace(copy.deepcopy(model), (images,))
     channels_last = not images.is_contiguous()
     passes = passes_for(images.device, channels_last=channels_last)
-    net = fxsplit.Executor(trace, fxsplit.partition(trace, at=at), passes=passes)
+    net = fxsplit.Executor(trace, fxsplit.partition(trace, at=at), passes=passes, settled_dtype=dtype)
     net.enter(fxsplit.Phase(start=settled, stop=len(net.partitions), epochs=1))
     return net.train()
 
@@ -102,8 +104,7 @@ def main(
     by_hand, frozen = copy.deepcopy(own), nets[-1].settled_state()
     for name, parameter in by_hand.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    low = executor(own, images, cuts, len(cuts))
-    low.settled_dtype = torch.bfloat16
+    low = executor(own, images, cuts, len(cuts), torch.bfloat16)
     from_cache = executor(own, images, cuts, len(cuts))
     with tempfile.TemporaryDirectory(dir=".") as folder:
         arms = {

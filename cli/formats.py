@@ -55,7 +55,7 @@ def table(inspection: Inspection, console: Console) -> None:
 
 
 def _partitions(inspection: Inspection, is_wide: bool) -> Table:
-    ops, totals = inspection.graph.ops, _totals(inspection)
+    ops, totals = inspection.train.ops, _totals(inspection)
     last = ["to"] if is_wide else []
     rows = new_table("#", "from", *last, ">ops", ">params", ">MACs", ">activations", ">boundary")
     for part in inspection.partitions:
@@ -150,11 +150,11 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
     return {
         "model": inspection.model,
         "input_shape": list(inspection.input_shape),
-        "graph_digest": inspection.graph.digest(),
+        "graph_digest": inspection.train.digest(),
         "plan": inspection.plan_file.to_dict(),
         "totals": _totals(inspection),
         "forecast": asdict(inspection.forecast) if inspection.forecast else None,
-        "uncounted": [op.name for op in inspection.graph.ops if op.uncounted],
+        "uncounted": [op.name for op in inspection.train.ops if op.uncounted],
         "tied": {name: list(others) for name, others in inspection.tied.items()},
         "opaque": dict(inspection.opaque),
     }
@@ -167,7 +167,7 @@ def to_csv(inspection: Inspection) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for part in inspection.partitions:
-        for op in inspection.graph.ops[part.start : part.stop]:
+        for op in inspection.train.ops[part.start : part.stop]:
             called = inspection.classes.get(op.path, "") if op.kind == "module" else ""
             sizes = "" if op.output.shape is None else "x".join(map(str, op.output.shape))
             what = (part.index, op.name, op.path, called, op.kind, op.target, sizes, op.output.dtype)
@@ -225,7 +225,7 @@ def _escaped(text: str) -> str:
 
 def to_dot(inspection: Inspection) -> str:
     """Write for Graphviz: partitions as clusters of their blocks, on each edge the bytes of one sample it carries."""
-    graph = inspection.graph
+    graph = inspection.train
     lines = ["digraph {", '  graph [labeljust=l, fontname="sans-serif"];']
     lines += ['  node [shape=box, fontname="sans-serif"];', '  edge [fontname="sans-serif"];']
     # The node in which each value is made.
@@ -284,7 +284,7 @@ def to_html(inspection: Inspection) -> str:
 def _totals(inspection: Inspection) -> dict[str, int]:
     names = ("parameters", "macs", "activation_bytes")
     sums = {name: sum(getattr(part, name) for part in inspection.partitions) for name in names}
-    return {"ops": len(inspection.graph), **sums}
+    return {"ops": len(inspection.train), **sums}
 
 
 DRAWN: Mapping[str, Callable[[Inspection, Console], None]] = {"table": table, "tree": tree}

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from fxsplit.errors import FxsplitError, ProofError
     from fxsplit.execute.executor import Executor
     from fxsplit.measuring.op_costs import measure
-    from fxsplit.plan.forecast import Forecast
+    from fxsplit.plan.forecast import Forecast, forecast
     from fxsplit.plan.partition import Partition
     from fxsplit.plan.schedule import Phase, Plan, schedule
-    from fxsplit.planning import forecast, load_plan, partition, save_plan
+    from fxsplit.planning import load_plan, partition, save_plan
     from fxsplit.proving.first_batch import Proof, prove
     from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
     from fxsplit.spec import RunSpec
@@ -66,11 +66,11 @@ __all__ = [
 # Resolved on first use (PEP 562): importing fxsplit must not import torch.
 _HOMES = {
     "fxsplit.api": ("check", "check_forecasts", "inspect", "trace", "train"),
-    "fxsplit.planning": ("forecast", "load_plan", "partition", "save_plan"),
+    "fxsplit.planning": ("load_plan", "partition", "save_plan"),
     "fxsplit.measuring.op_costs": ("measure",),
     "fxsplit.capture.tracing": ("Trace",),
     "fxsplit.errors": ("FxsplitError", "ProofError"),
-    "fxsplit.plan.forecast": ("Forecast",),
+    "fxsplit.plan.forecast": ("Forecast", "forecast"),
     "fxsplit.plan.partition": ("Partition",),
     "fxsplit.plan.schedule": ("Phase", "Plan", "schedule"),
     "fxsplit.report": ("CheckRecord", "ForecastRecord", "Inspection", "Observer", "RunReport"),

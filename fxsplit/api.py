@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxsplit import assembly, planning
+from fxsplit import assembly
 from fxsplit.capture.tracer import Leaf
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
@@ -23,7 +23,7 @@ from fxsplit.measuring.environment import environment
 from fxsplit.measuring.op_costs import measure as measure_ops
 from fxsplit.models import registry
 from fxsplit.models.examples import takes_images
-from fxsplit.plan.partition import most_partitions
+from fxsplit.plan.partition import most_partitions, partition
 from fxsplit.plan.planfile import write_file
 from fxsplit.proving.checking import check_model
 from fxsplit.proving.first_batch import prove
@@ -60,9 +60,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
             images = assembly.in_layout(spec, torch.rand(max(2, spec.batch_size), *shape, device=device))
             trace = measure_ops(trace, (images,), device=device, passes=passes)
         plan = assembly.plan(spec, trace, observer)
-        executor = Executor(trace, plan.partitions, passes=passes)
-        if spec.settled_dtype != "same":
-            executor.settled_dtype = getattr(torch, spec.settled_dtype)
+        executor = assembly.executor(spec, trace, plan, passes)
         trainer = assembly.trainer(spec, trace, executor, plan, data, observer)
         check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader)
         surroundings = environment(device)
@@ -76,9 +74,6 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         )
         setup_seconds = perf_counter() - began
         prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer) if spec.prove else 0.0
-        if spec.torchcompile:
-            # Compilers round as they like, so the proof comes first.
-            executor.compile_stages(spec.torchcompile)
         records: list[EpochRecord] = []
         status = "failed"
         try:
@@ -243,6 +238,6 @@ def trace(
     """
     found = trace_model(model, args, kwargs, leaves=leaves)
     if verify:
-        most = most_partitions(found.train, found.eval)
-        prove(model, Executor(found, planning.partition(found, count=min(assembly.DEFAULT_PARTS, most))), args, kwargs)
+        count = min(assembly.DEFAULT_PARTS, most_partitions(found))
+        prove(model, Executor(found, partition(found, count=count)), args, kwargs)
     return found

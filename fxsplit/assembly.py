@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
+import fxsplit.plan.forecast
 from fxsplit import planning
 from fxsplit.caching.cache import GIB, CachePolicy
 from fxsplit.caching.feed import Feed
@@ -107,8 +108,7 @@ def plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         return plan
     return fit(
         plan,
-        trace.train,
-        trace.eval,
+        trace,
         budget=budget,
         batch_size=spec.batch_size,
         micro_batches=spec.grad_accum_steps,
@@ -122,7 +122,7 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         return planning.load_plan(spec.plan, trace, observer).lasting(spec.epochs)
     count = spec.parts
     if count is None and not spec.at:
-        most = most_partitions(trace.train, trace.eval, by=spec.by, units=planning.units(trace, spec.by))
+        most = most_partitions(trace, by=spec.by, units=planning.units(trace, spec.by))
         count = min(DEFAULT_PARTS, most)
     partitions = planning.partition(trace, count=count, at=spec.at, balance=spec.balance, by=spec.by)
     return schedule(
@@ -142,7 +142,7 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Fore
     def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
         return _optimizer(spec)(nn.ParameterList(parameters))
 
-    return planning.forecast(
+    return fxsplit.plan.forecast.forecast(
         plan,
         trace,
         batch_size=spec.batch_size,
@@ -157,8 +157,8 @@ def inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None =
     return Inspection(
         model=spec.model,
         input_shape=trace.train.inputs[0].shape or (),
-        graph=trace.train,
-        eval_graph=trace.eval,
+        train=trace.train,
+        eval=trace.eval,
         classes={path: type(module).__name__ for path, module in trace.model.named_modules(remove_duplicate=False)},
         plan=plan,
         tied=trace.tied,
@@ -166,6 +166,17 @@ def inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None =
         torch=torch.__version__,
         checkpoints=trace.checkpoints,
         forecast=ahead,
+    )
+
+
+def executor(spec: RunSpec, trace: Trace, plan: Plan, passes: Sequence[Pass]) -> Executor:
+    """The executor of a run, with its precision, its passes and its compiler."""
+    return Executor(
+        trace,
+        plan.partitions,
+        passes=passes,
+        settled_dtype=None if spec.settled_dtype == "same" else getattr(torch, spec.settled_dtype),
+        backend=spec.torchcompile or None,
     )
 
 
@@ -237,20 +248,24 @@ def trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: D
 
 
 def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: Observer) -> float:
-    """Hold the executor against the model on the first batch, as the run takes it; the seconds that it took."""
+    """Hold the executor against the model on the first batch, as the run takes it; the seconds that it took.
+
+    Compilers round as they like, so the proof is of what they are given: stages run as they are.
+    """
     began = perf_counter()
     trainer.executor.train()
     batch = next(trainer.feed.train_loader.batches(0))
-    proof = prove_batch(
-        trace.model,
-        trainer.executor,
-        batch.images,
-        batch.labels,
-        parts=trainer.plan.phases[0].micro_batches,
-        loss=lambda output, labels: cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing),
-        autocast=trainer.forward.autocast,
-        notice=observer.notice,
-    )
+    with torch.compiler.set_stance("force_eager") if spec.torchcompile else nullcontext():
+        proof = prove_batch(
+            trace.model,
+            trainer.executor,
+            batch.images,
+            batch.labels,
+            parts=trainer.plan.phases[0].micro_batches,
+            loss=lambda output, labels: cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing),
+            autocast=trainer.forward.autocast,
+            notice=observer.notice,
+        )
     if proof is not None and proof.varying:
         observer.notice(
             f"two runs of the plain model differ in {len(proof.varying)} of {proof.compared} values of the first "

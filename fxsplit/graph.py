@@ -10,14 +10,19 @@ that are produced before a cut and needed after it are its boundary. Nothing her
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, wraps
+from typing import Literal, Protocol, TypeVar
 
 from fxsplit.errors import PartitionError, nearest
 
 OpKind = Literal["module", "function", "method"]
+Result = TypeVar("Result")
+
+# What is kept by mode has these keys, as a module's own `training` says them.
+TRAINING, EVALUATION = True, False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,3 +221,39 @@ class Graph:
             self.outputs,
         )
         return hashlib.sha256("\n".join(map(repr, lines)).encode()).hexdigest()[:16]
+
+
+class Modes(Protocol):
+    """A model as its two graphs: `train` runs in training, `eval` in evaluation. A `fxsplit.Trace` is one."""
+
+    @property
+    def train(self) -> Graph: ...
+
+    @property
+    def eval(self) -> Graph: ...
+
+
+def once_a_pair(function: Callable[[Modes], Result]) -> Callable[[Modes], Result]:
+    """Work out what follows from a pair of graphs only once, whoever holds the pair, and forget it with the graphs.
+
+    The result must not hold the graphs themselves, which would then live for ever.
+    """
+    found: dict[tuple[int, int], Result] = {}
+
+    @wraps(function)
+    def kept(modes: Modes) -> Result:
+        key = id(modes.train), id(modes.eval)
+        if key not in found:
+            found[key] = function(modes)
+            # Before another graph can get the id of one of them.
+            for graph in (modes.train, modes.eval):
+                weakref.finalize(graph, found.pop, key, None).atexit = False
+        return found[key]
+
+    return kept
+
+
+def prefixes(path: str) -> list[str]:
+    """The modules around a path, from the outside in, and itself: `""`, `"layer1"`, `"layer1.0"`."""
+    parts = path.split(".")
+    return ["", *(".".join(parts[: depth + 1]) for depth in range(len(parts)) if path)]

@@ -1,4 +1,4 @@
-"""Plans of a traced model: its partitions, what their phases will cost, and the files that hold them."""
+"""Plans of a traced model: its partitions, and the files that hold its plans."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+import fxsplit.plan.partition
 from fxsplit.capture.tracing import Trace
 from fxsplit.models.units import units_of
-from fxsplit.plan.forecast import Forecast
-from fxsplit.plan.forecast import forecast as forecast_graphs
 from fxsplit.plan.partition import Partition
-from fxsplit.plan.partition import partition as partition_graphs
 from fxsplit.plan.planfile import PlanFile, read_file, write_file
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
@@ -24,31 +22,7 @@ def partition(
 
     See `fxsplit.plan.partition.partition`.
     """
-    return partition_graphs(trace.train, trace.eval, count=count, at=at, balance=balance, by=by, units=units(trace, by))
-
-
-def forecast(
-    plan: Plan,
-    trace: Trace,
-    *,
-    batch_size: int,
-    optimizer_slots: int = 2,
-    update_seconds: float | None = None,
-    micro_batches: int = 1,
-) -> Forecast:
-    """What each phase of a plan will cost: from shapes alone, or if `measure` made the trace from timed ops.
-
-    See `fxsplit.plan.forecast.forecast`.
-    """
-    return forecast_graphs(
-        plan,
-        trace.train,
-        trace.eval,
-        batch_size=batch_size,
-        optimizer_slots=optimizer_slots,
-        update_seconds=update_seconds,
-        micro_batches=micro_batches,
-    )
+    return fxsplit.plan.partition.partition(trace, count=count, at=at, balance=balance, by=by, units=units(trace, by))
 
 
 def save_plan(plan: Plan, trace: Trace, path: str) -> None:
@@ -63,10 +37,10 @@ def load_plan(path: str, trace: Trace, observer: Observer | None = None) -> Plan
     Raises UsageError when the file cannot be read or is no plan, PartitionError when it does not fit the model; both
     tell all that is wrong at once.
     """
-    file = read_file(path, graphs=(trace.train, trace.eval))
+    file = read_file(path, modes=trace)
     if observer and file.graph not in ("", trace.train.digest()):
         observer.notice(f"the plan {path!r} was made for another model, but fits this one")
-    return file.plan(trace.train, trace.eval)
+    return file.plan(trace)
 
 
 def units(trace: Trace, by: str) -> dict[str, str]:

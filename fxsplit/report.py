@@ -140,7 +140,7 @@ class RunReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """A model seen as partitions: its graph in training and in evaluation, where it is cut, the phases of a schedule.
+    """A model seen as partitions: its graphs in training and in evaluation, where it is cut, the phases of a schedule.
 
     `classes` are those of its modules, by path. `tied` are parameters with their other names, `opaque` the modules that
     are kept whole, with the reasons. `torch` is the version that captured it. `checkpoints` says whether the model
@@ -150,8 +150,8 @@ class Inspection:
 
     model: str
     input_shape: tuple[int, ...]
-    graph: Graph
-    eval_graph: Graph
+    train: Graph
+    eval: Graph
     classes: Mapping[str, str]
     plan: Plan
     tied: Mapping[str, tuple[str, ...]]
@@ -163,7 +163,7 @@ class Inspection:
     @property
     def plan_file(self) -> PlanFile:
         """The plan as a file for this model."""
-        return PlanFile.of(self.plan, model=self.model, graph=self.graph.digest(), torch=self.torch)
+        return PlanFile.of(self.plan, model=self.model, graph=self.train.digest(), torch=self.torch)
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
@@ -175,7 +175,7 @@ class Inspection:
         savings = map(self.plan.saving, self.plan.phases)
         return [
             *(f"phase {number}, to save memory: {words}" for number, words in enumerate(savings, start=1) if words),
-            *(f"not counted: the multiply-adds of {op.name} ({op.target})" for op in self.graph.ops if op.uncounted),
+            *(f"not counted: the multiply-adds of {op.name} ({op.target})" for op in self.train.ops if op.uncounted),
             *(f"tied: {name} is also {', '.join(others)}" for name, others in self.tied.items()),
             *(f"kept whole: {path}, because {reason}" for path, reason in self.opaque.items()),
             *([CHECKPOINTS] * self.checkpoints),

@@ -12,6 +12,7 @@ from fxsplit.plan.forecast import forecast
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Plan, schedule
 from fxsplit.report import EpochRecord, Inspection, RunReport
+from tests.pairs import both
 
 # A loaded machine is no reason for a test to fail.
 settings.register_profile("fxsplit", deadline=None)
@@ -51,7 +52,7 @@ def graph() -> Graph:
 @pytest.fixture
 def plan(graph: Graph) -> Plan:
     """Three phases over three partitions of two ops each."""
-    return schedule("grow", partitions=partition(graph, graph, count=3), epochs=6)
+    return schedule("grow", partitions=partition(both(graph), count=3), epochs=6)
 
 
 @pytest.fixture
@@ -59,13 +60,13 @@ def inspection(graph: Graph, plan: Plan) -> Inspection:
     return Inspection(
         model="file[bold].py:make",
         input_shape=(1, 3, 32, 32),
-        graph=graph,
-        eval_graph=graph,
+        train=graph,
+        eval=graph,
         classes={op.path: "Linear" for op in graph.ops},
         plan=plan,
         tied={"op0.weight": ("head.weight",)},
         opaque={"block.norm": "it has hooks"},
-        forecast=forecast(plan, graph, graph, batch_size=2, optimizer_slots=2),
+        forecast=forecast(plan, both(graph), batch_size=2, optimizer_slots=2),
     )
 
 

@@ -47,7 +47,7 @@ def rows(count: int = 4) -> torch.Tensor:
 
 
 def executor_of(found: Trace, count: int = 2) -> Executor:
-    return Executor(found, partition(found.train, found.eval, count=count))
+    return Executor(found, partition(found, count=count))
 
 
 def left_behind(net: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

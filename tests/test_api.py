@@ -13,8 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from fxsplit_cli.main import main
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import fxsplit
 from fxsplit.assembly import choose_device, determinism
@@ -23,12 +22,16 @@ from fxsplit.data.loader import Loader
 from fxsplit.errors import DataError, PartitionError, ProofError, UsageError
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.pointwise import pointwise_products
+from fxsplit.graph import Graph
 from fxsplit.models import registry
+from fxsplit.pages.page import inspection_page
+from fxsplit.plan import cuts as cut_places
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.planfile import read_file
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, RunReport
 from fxsplit.spec import read_recipe, resolve
 from fxsplit.training.run_folder import COLUMNS
+from fxsplit_cli.main import main
 
 MODEL = """
 from torch import nn
@@ -109,7 +112,7 @@ def test_a_plan_is_saved_edited_and_trained_by(spec: Callable[..., fxsplit.RunSp
     path = tmp_path / "plan.json"
     inspected = fxsplit.inspect(spec(schedule="settle", batch_size=8, img_size=16), save_to=str(path))
     data = json.loads(path.read_text(encoding="utf-8"))
-    assert data["graph"] == inspected.graph.digest()
+    assert data["graph"] == inspected.train.digest()
     assert (data["model"], data["torch"]) == (inspected.model, torch.__version__)
     data["phases"] = [{"epochs": 1}, {"from": data["cuts"][0], "epochs": 2}]
     data["schedule"] = "by hand"
@@ -313,10 +316,10 @@ def test_exits_leave_no_trace_in_what_is_saved(spec: Callable[..., fxsplit.RunSp
 
 
 def test_stochastic_depth_is_part_of_the_model(spec: Callable[..., fxsplit.RunSpec]) -> None:
-    named = {"model": "paper:resnext", "img_size": 16}
+    named = {"model": "paper:resnext", "img_size": 16, "train_limit": 32}
     plain, deep = (train(spec(epochs=1, drop_path=rate, **named)) for rate in (0.0, 0.5))
     assert plain.epochs[0].train_loss != deep.epochs[0].train_loss
-    assert fxsplit.inspect(spec(drop_path=0.5, **named)).graph.digest() == deep.graph_digest != plain.graph_digest
+    assert fxsplit.inspect(spec(drop_path=0.5, **named)).train.digest() == deep.graph_digest != plain.graph_digest
     with pytest.raises(UsageError, match="takes no drop_path_rate"):
         train(spec(drop_path=0.5))
 
@@ -328,6 +331,37 @@ def test_compiled_stages_train_alike(spec: Callable[..., fxsplit.RunSpec]) -> No
         for backend in (None, "eager")
     )
     assert compiled == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_the_proof_is_of_stages_as_they_are_and_the_training_of_compiled_ones(
+    spec: Callable[..., fxsplit.RunSpec],
+) -> None:
+    def rounded(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        return lambda *given: [value * 1.001 for value in graph(*given)]
+
+    torch._dynamo.register_backend(rounded, name="rounded")
+    torch.compiler.reset()
+    plain, compiled = (train(spec(epochs=1, torchcompile=backend)) for backend in (None, "rounded"))
+    assert compiled.prove_seconds > 0
+    assert compiled.epochs[0].train_loss != plain.epochs[0].train_loss
+    torch.compiler.reset()
+
+
+def test_cuts_are_worked_out_once_a_run(spec: Callable[..., fxsplit.RunSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+    worked: list[int] = []
+    twins = cut_places._twins
+
+    def counted(train: Graph, evaluation: Graph) -> list[int]:
+        worked.append(len(train))
+        return twins(train, evaluation)
+
+    monkeypatch.setattr(cut_places, "_twins", counted)
+    report = train(spec(schedule="l2l", by="op"))
+    assert (Path(report.folder) / "report.html").exists()
+    assert len(worked) == 1
+    inspection_page(fxsplit.inspect(spec(schedule="l2l", by="op")))
+    assert len(worked) == 2
 
 
 def test_a_dry_run_writes_nothing(spec: Callable[..., fxsplit.RunSpec], tmp_path: Path) -> None:
@@ -378,7 +412,7 @@ def test_a_batch_of_one_image_trains_where_norms_see_more_than_one_value(spec: C
 def test_inspect_needs_neither_weights_nor_data(spec: Callable[..., fxsplit.RunSpec]) -> None:
     found = fxsplit.inspect(spec(data="cifar100", img_size=None, schedule="window"))
     assert found.input_shape == (16, 3, 32, 32)
-    assert found.graph.values["8"].shape == (16, 100)
+    assert found.train.values["8"].shape == (16, 100)
     assert [part.name for part in found.partitions] == [part.name for part in found.plan.partitions]
     whole = fxsplit.inspect(fxsplit.RunSpec(model="torchvision:regnet_y_400mf", parts=2))
     assert sum(part.parameters for part in whole.partitions) == 3_907_554
@@ -423,15 +457,15 @@ def test_gradients_that_accumulate_are_micro_batches_of_the_plan(
 def test_inspect_measures_ops_where_it_must(spec: Callable[..., fxsplit.RunSpec]) -> None:
     plain = fxsplit.inspect(spec(schedule="settle"))
     assert plain.forecast.standard.step_seconds is None
-    assert all(op.seconds is None for op in plain.graph.ops)
+    assert all(op.seconds is None for op in plain.train.ops)
     balanced = fxsplit.inspect(spec(schedule="settle", balance="seconds"))
     for found in (balanced, fxsplit.inspect(spec(schedule="settle"), measured=True)):
         assert (found.forecast.standard.step_seconds or 0) > 0
-        assert all((op.seconds or 0) > 0 for op in found.graph.ops)
-    seconds = [op.seconds or 0 for op in balanced.graph.ops]
+        assert all((op.seconds or 0) > 0 for op in found.train.ops)
+    seconds = [op.seconds or 0 for op in balanced.train.ops]
     # The largest of three runs of ops, wherever they could be divided.
     spans = [sum(seconds[part.start : part.stop]) for part in balanced.partitions]
-    legal = [cut.index for cut in cuts(balanced.graph, balanced.graph) if cut.refusal is None]
+    legal = [cut.index for cut in cuts(balanced) if cut.refusal is None]
     best = min(
         max(sum(seconds[:first]), sum(seconds[first:second]), sum(seconds[second:]))
         for first, second in combinations(legal, 2)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -32,14 +37,15 @@ WITHOUT_TORCH = {"errors", "graph", "options", "presets", "records", "spec", "pl
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "typer", "rich"}
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names of all modules that a file imports, wherever in it, but not for type checking alone."""
+def imports(path: Path, *, for_types: bool = False) -> set[str]:
+    """Dotted names of all modules that a file imports, wherever in it; those for type checking alone if asked for."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         id(inner)
         for node in ast.walk(tree)
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
         for inner in ast.walk(node)
+        if not for_types
     }
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -60,7 +66,7 @@ FILES = sorted(path for path in (ROOT / "fxsplit").rglob("*.py") if not path.nam
 
 
 def test_every_file_has_its_layer() -> None:
-    assert len(FILES) == 102
+    assert len(FILES) == 104
     assert {noun(path) for path in FILES} == set().union(*LAYERS)
 
 
@@ -75,6 +81,55 @@ def test_imports_go_one_way(path: Path) -> None:
         assert parts[0] not in {"typer", "rich", "fxsplit_cli"}, f"{path.name} imports {name}"
         if noun(path) in WITHOUT_TORCH:
             assert parts[0] not in HEAVY, f"{path.name} imports {name}"
+
+
+def test_no_file_imports_one_that_imports_it() -> None:
+    """Not even in a circle, nor for type checking alone."""
+    roots = {"fxsplit": ROOT / "fxsplit", "fxsplit_cli": ROOT / "cli"}
+    files = {
+        ".".join((package, *path.relative_to(root).with_suffix("").parts)): path
+        for package, root in roots.items()
+        for path in root.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert len(files) > len(FILES)
+    imported = {
+        name: {
+            ".".join(parts[:end])
+            for each in imports(path, for_types=True)
+            if (parts := each.split("."))
+            for end in (2, 3)
+        }
+        for name, path in files.items()
+    }
+    assert "fxsplit.plan.cuts" in imported["fxsplit.plan.partition"]
+    try:
+        tuple(TopologicalSorter({name: each & files.keys() for name, each in imported.items()}).static_order())
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_a_folder_has_at_most_14_files() -> None:
+    sizes = Counter(path.parent.relative_to(ROOT) for path in FILES)
+    assert len(sizes) > 10
+    assert {str(folder): size for folder, size in sizes.items() if size > 14} == {}
+
+
+def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
+    kept = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("fxsplit", "cli"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=kept)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    done = subprocess.run([sys.executable, "-c", build], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").iterdir()
+    found = {name for name in zipfile.ZipFile(wheel).namelist() if not re.search(r"\.dist-info/|\.md$", name)}
+    files = [path for name in ("fxsplit", "cli") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    expected = {path.relative_to(tmp_path).as_posix() for path in files if path.suffix != ".md"}
+    assert len(expected) > len(FILES)
+    assert found == {re.sub("^cli/", "fxsplit_cli/", name) for name in expected}
 
 
 def test_only_the_terminal_is_printed_to() -> None:

@@ -18,6 +18,7 @@ from fxsplit.plan.planfile import PlanFile, write_file
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.presets import PRESETS, preset
 from fxsplit.spec import PLANNED, RunSpec, read_environment, read_recipe, read_values, resolve
+from tests.pairs import both
 
 words = st.text(min_size=1)
 whole = st.integers(min_value=1, max_value=10**6)
@@ -285,7 +286,7 @@ def test_later_layers_win() -> None:
 def plan_file(graph: Graph, tmp_path: Path) -> str:
     """Fourteen epochs, for the preset l2l."""
     phases = (Phase(start=0, stop=2, epochs=9), Phase(start=1, stop=2, epochs=5))
-    plan = Plan(schedule="mine", preset="l2l", partitions=partition(graph, graph, count=2), phases=phases)
+    plan = Plan(schedule="mine", preset="l2l", partitions=partition(both(graph), count=2), phases=phases)
     write_file(PlanFile.of(plan), str(tmp_path / "plan.json"))
     return str(tmp_path / "plan.json")
 

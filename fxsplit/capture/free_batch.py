@@ -19,8 +19,8 @@ from torch import Tensor, fx
 
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.guards import answers
+from fxsplit.capture.questions import QUESTIONS, Guard
 from fxsplit.capture.recording import Recorder, Recording
-from fxsplit.capture.tracer import QUESTIONS, Guard
 from fxsplit.errors import TraceError
 from fxsplit.objects.same import same_value
 
@@ -131,13 +131,24 @@ class _Merger:
 
     def _expression(self, values: tuple[Any, ...], user: fx.Node) -> fx.Node:
         """The op that delivers these numbers: an answer, a multiple of one, or one divided."""
+        # The constant that differs, and the answers of Python, in the recordings at batch sizes 2, 5, 65537 and 1:
+        #
+        #                      2     5     65537     1
+        #     len(x)           2     5     65537     1         asked of Python, the one in `_sources`
+        #     the constant     2     5     65537     1         (1) the answer itself:  len(x)
+        #                      8    20    262148     4         (2) a multiple:  len(x) * 4, the factor is 20 // 5
+        #     the constant     2     5     65537     1
+        #     x.shape[0] * 4   8    20    262148     4         (3) a quotient:  int(x.shape[0] * 4) // 4
+        #
+        # The factor is read off the second recording, and must hold in all of them. A constant that fits none is no
+        # function of the batch that is known here, and the recording stays as it was.
         if any(type(value) is not int for value in values):
             raise _NotFreeError
         for guard, numbers in self._sources:
             if values == numbers:
-                return self._answer(guard, user)
+                return self._answer(guard, user)  # (1)
             for name, function in (("mul", operator.mul), ("floordiv", operator.floordiv)):
-                larger, smaller = (values, numbers) if name == "mul" else (numbers, values)
+                larger, smaller = (values, numbers) if name == "mul" else (numbers, values)  # (2), (3)
                 factor = larger[1] // smaller[1] if smaller[1] else 0
                 if factor > 1 and all(
                     function(number, factor) == value for number, value in zip(numbers, values, strict=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxsplit.capture.questions import QUESTIONS
 from fxsplit.capture.recording import Recording
-from fxsplit.capture.tracer import QUESTIONS
 from fxsplit.errors import GuardError
 from fxsplit.meta.evaluate import Outside, StandIn, evaluate, resolve
 from fxsplit.objects.structure import META

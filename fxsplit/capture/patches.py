@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
 from types import CellType, FrameType, ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -30,10 +30,8 @@ from torch import fx, nn
 from torch.utils import checkpoint
 
 from fxsplit.capture.contexts import Context
+from fxsplit.capture.questions import MISSING, REAL_ISINSTANCE, Asked
 from fxsplit.errors import UntraceableError
-
-if TYPE_CHECKING:
-    from fxsplit.capture.tracer import ValueTracer
 
 
 def _methods_of(module: ModuleType, method: Any) -> tuple[str, ...]:
@@ -92,15 +90,13 @@ AMBIENT = (
 # Classes, of which only an instance for the type of some value is recorded.
 TYPE_LIMITS = ("finfo", "iinfo")
 
-REAL_ISINSTANCE = isinstance
-
 # torch lists its factories when a device context is first entered, and must not find ours there.
 with torch.device("meta"):
     torch.empty(0)
 
 
 @contextmanager
-def watched(tracer: ValueTracer, functions: Iterable[Any] = ()) -> Iterator[None]:
+def watched(tracer: Asked, functions: Iterable[Any] = ()) -> Iterator[None]:
     """Inside, the tracer records what torch.fx would miss, in this thread.
 
     These are the tensor factories, the given functions and methods, scripted functions, numbers drawn or read from the
@@ -127,23 +123,20 @@ class _Patches:
         self._before: list[tuple[Any, str, Any]] = []
 
     def put(self, owner: Any, name: str, value: Any) -> None:
-        before = owner.cell_contents if isinstance(owner, CellType) else vars(owner).get(name, _MISSING)
+        before = owner.cell_contents if isinstance(owner, CellType) else vars(owner).get(name, MISSING)
         self._before.append((owner, name, before))
         setattr(owner, name, value)
 
     def take_back(self) -> None:
         while self._before:
             owner, name, value = self._before.pop()
-            if value is _MISSING:
+            if value is MISSING:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
 
 
-_MISSING = object()
-
-
-def _record_calls(patches: _Patches, tracer: ValueTracer, functions: Iterable[Any]) -> None:
+def _record_calls(patches: _Patches, tracer: Asked, functions: Iterable[Any]) -> None:
     def recorded(function: Any) -> Callable[..., Any]:
         @wraps(function, updated=())
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -237,7 +230,7 @@ def _in_place_of(kind: Any, methods: dict[str, Callable[..., Any]]) -> type:
     return InPlace(kind.__name__, (kind,), {name: staticmethod(method) for name, method in methods.items()})
 
 
-def _only_outside(tracer: ValueTracer, method: Any) -> Callable[..., Any]:
+def _only_outside(tracer: Asked, method: Any) -> Callable[..., Any]:
     """A method of modules that changes how later ops run, which a recording does not show."""
 
     @wraps(method)
@@ -249,7 +242,7 @@ def _only_outside(tracer: ValueTracer, method: Any) -> Callable[..., Any]:
     return call
 
 
-def _record_contexts(patches: _Patches, tracer: ValueTracer) -> None:
+def _record_contexts(patches: _Patches, tracer: Asked) -> None:
     """Let the tracer know which contexts are open. `torch.set_grad_enabled(...)` also acts without a `with`."""
 
     def watch(kind: Any, describe: Callable[[Any], Context], enter: Callable[[Any], Any] | None = None) -> None:
@@ -326,7 +319,7 @@ class _GradMode:
         torch._C._set_grad_enabled(self._before)
 
 
-def _look_into_checkpoints(patches: _Patches, tracer: ValueTracer) -> None:
+def _look_into_checkpoints(patches: _Patches, tracer: Asked) -> None:
     """Let a checkpointed function run as any other, and refuse other custom autograd functions."""
     original_apply: Any = vars(torch.autograd.Function)["apply"]
 

@@ -6,21 +6,19 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from fxsplit.capture.questions import Asked
 from fxsplit.capture.user_code import user_line
 from fxsplit.errors import UntraceableError
-
-if TYPE_CHECKING:
-    from fxsplit.capture.tracer import ValueTracer
 
 
 class ValueProxy(fx.Proxy):
     """A proxy that knows the value of its node, on the meta device."""
 
-    tracer: ValueTracer
+    tracer: Asked  # type: ignore[assignment]
 
     @property
     def value(self) -> Any:

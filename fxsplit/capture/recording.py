@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.patches import AMBIENT, watched
+from fxsplit.capture.questions import Guard
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.tracer import COMPILED, Guard, Leaf, ValueTracer, reason_of
+from fxsplit.capture.tracer import COMPILED, Leaf, ValueTracer, reason_of
 from fxsplit.capture.user_code import compiled_function, failing_function
 from fxsplit.errors import TraceError, UntraceableError
 from fxsplit.meta.costs import CostMeter

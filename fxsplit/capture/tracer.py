@@ -12,7 +12,7 @@ import builtins
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from textwrap import shorten
 from threading import get_ident
 from types import FunctionType
@@ -21,15 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 
 from fxsplit.capture.contexts import Context
-from fxsplit.capture.mixing import is_along_samples
-from fxsplit.capture.patches import REAL_ISINSTANCE
+from fxsplit.capture.op_effects import is_dropout, mixes_samples, moved_statistics, watch_norms
 from fxsplit.capture.proxy import ValueProxy
+from fxsplit.capture.questions import MISSING, QUESTIONS, REAL_ISINSTANCE, Assignment, Guard
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.user_code import asserted, user_line
 from fxsplit.errors import UntraceableError
@@ -38,60 +35,14 @@ from fxsplit.meta.evaluate import Constant, External, Outside, Rebuild, Slot, St
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
 from fxsplit.objects.contents import drawing_nothing, of_this_thread, unchanged
+from fxsplit.objects.hooks import hooks_of
 from fxsplit.objects.structure import map_tensors, module_at, template, tensors_in
-
-DROPOUTS = {
-    *(torch.dropout, torch.feature_dropout, torch.alpha_dropout),
-    *(nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d),
-}
-
-# These move running statistics without telling autograd's version counter: (statistics, position of `training`).
-NORMS_WITH_STATISTICS: dict[Any, tuple[tuple[int, str], tuple[int, str], tuple[int, str]]] = {
-    nn.functional.batch_norm: ((1, "running_mean"), (2, "running_var"), (5, "training")),
-    torch.batch_norm: ((3, "running_mean"), (4, "running_var"), (5, "training")),
-    nn.functional.instance_norm: ((1, "running_mean"), (2, "running_var"), (5, "use_input_stats")),
-}
-
-QUESTIONS: dict[str, Callable[[Any], Any]] = {
-    "bool": bool, "int": int, "float": float, "index": operator.index, "len": len, "str": str
-}  # fmt: skip
 
 READ_DATA = ("item", "tolist", "numpy")
 # What acts on the tape of autograd, and leaves no value behind by which it would be kept.
 ON_THE_TAPE = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward")
 
 Leaf = str | type[nn.Module] | FunctionType
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Guard:
-    """An answer that fixed a path: `question` was asked of the value of `node` at the user's line `where`."""
-
-    node: fx.Node
-    question: str
-    answer: Any
-    where: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
-    """A forward that put `value` (nodes in it) into `owner`, the buffers or attributes of the module `path`."""
-
-    path: str
-    owner: dict[str, Any]
-    name: str
-    before: Any
-    value: Any
-
-    def undo(self) -> None:
-        """Put back what was there."""
-        if self.before is MISSING:
-            del self.owner[self.name]
-        else:
-            self.owner[self.name] = self.before
-
-
-MISSING = object()
 
 
 class ValueTracer(fx.Tracer):
@@ -503,7 +454,7 @@ class ValueTracer(fx.Tracer):
 
         holder = getattr(args[0], "__self__", None) if node.target is operator.call else None
         called = holder if module is None else module
-        sizes, hooks = _watch_norms(called) if isinstance(called, nn.Module) else ({}, [])
+        sizes, hooks = watch_norms(called) if isinstance(called, nn.Module) else ({}, [])
         self.evaluating, builtins.isinstance = True, REAL_ISINSTANCE
         try:
             if self.meter is None:
@@ -523,17 +474,20 @@ class ValueTracer(fx.Tracer):
         node.meta["state"] = tuple(state)
         node.meta["written"] = [
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
-        ] + self._moved_statistics(node, module)
+        ]
+        node.meta["written"] += [
+            self._state[id(each)] if isinstance(each, Tensor) else each for each in moved_statistics(node, module)
+        ]
         node.meta["wants"] = any(map(_node_wants, inputs)) or any(tensor.requires_grad for tensor in state.values())
         node.meta["known"] = is_known(node, value)
         node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
-        node.meta["mixes_samples"] = self._mixes_samples(node, module)
+        node.meta["mixes_samples"] = mixes_samples(node, module, self._batch_size)
         if node.target in (nn.functional.batch_norm, torch.batch_norm) and node.meta["mixes_samples"]:
             sizes[""] = value.shape
         small = (name for name, size in sizes.items() if math.prod(size) <= size[1] * self._batch_size)
         if (name := next(small, None)) is not None:
             node.meta["single_value_norm"] = f"{node.meta['path']}.{name}".strip(".")
-        node.meta["is_dropout"] = self._is_dropout(node, module)
+        node.meta["is_dropout"] = is_dropout(node, module)
         return value
 
     def _module_state(self, path: str, module: nn.Module) -> dict[str, Tensor]:
@@ -543,37 +497,6 @@ class ValueTracer(fx.Tracer):
             for name, tensor in (*inner._parameters.items(), *inner._buffers.items())
             if tensor is not None
         }
-
-    def _moved_statistics(self, node: fx.Node, module: nn.Module | None) -> list[str | fx.Node]:
-        if module is not None:
-            return [
-                self._state[id(tensor)]
-                for inner in module.modules()
-                if isinstance(inner, _NormBase) and inner.training
-                for name, tensor in inner.named_buffers(recurse=False)
-                if name in ("running_mean", "running_var")
-            ]
-        mean, variance, training = self._statistics(node)
-        return [statistic for statistic in (mean, variance) if training and isinstance(statistic, fx.Node)]
-
-    def _mixes_samples(self, node: fx.Node, module: nn.Module | None) -> bool:
-        if module is not None:
-            return any(map(_norms_by_batch, module.modules()))
-        if node.target in (nn.functional.batch_norm, torch.batch_norm):
-            return bool(self._statistics(node)[2])
-        return is_along_samples(node, self._batch_size)
-
-    def _is_dropout(self, node: fx.Node, module: nn.Module | None) -> bool:
-        if module is not None:
-            return isinstance(module, _DropoutNd) and module.training and module.p > 0
-        return node.target in DROPOUTS
-
-    def _statistics(self, node: fx.Node) -> tuple[Any, Any, Any]:
-        """Of a function that normalizes: running mean, running variance and whether those of the batch are used."""
-        positions = NORMS_WITH_STATISTICS.get(node.target, ())
-        found = [node.args[at] if at < len(node.args) else node.kwargs.get(keyword) for at, keyword in positions]
-        mean, variance, training = found or (None, None, False)
-        return mean, variance, training
 
 
 def _wants_gradient(argument: Any) -> bool:
@@ -589,26 +512,9 @@ def _node_wants(node: fx.Node) -> bool:
     return any(tensor.requires_grad for tensor in tensors_in(node.meta["value"]))
 
 
-def _norms_by_batch(module: nn.Module) -> bool:
-    """Whether it is a BatchNorm that takes the statistics of its batch now."""
-    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
-
-
-def _watch_norms(called: nn.Module) -> tuple[dict[str, torch.Size], list[RemovableHandle]]:
-    """The sizes of what reaches each BatchNorm in a module that takes the statistics of its batch, once it has run."""
-    sizes: dict[str, torch.Size] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda _norm, given: sizes.update({name: given[0].shape})
-
-    norms = [(name, module) for name, module in called.named_modules() if _norms_by_batch(module)]
-    return sizes, [module.register_forward_pre_hook(note(name)) for name, module in norms]
-
-
 def reason_to_keep_whole(module: nn.Module) -> str | None:
     """Why a module must not be traced through, although it could be."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks):
+    if any(hooks_of(module)):
         return "it has hooks, which tracing through it would drop; take them off to see inside"
     return reason_not_to_look_inside(module)
 

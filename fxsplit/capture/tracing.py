@@ -30,7 +30,7 @@ from fxsplit.capture.recording import Recorder, Recording, has_numbers_of_its_ow
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.tracer import COMPILED, Leaf, reason_not_to_look_inside
 from fxsplit.errors import TraceError
-from fxsplit.graph import Graph, Op, OpKind, State, Value
+from fxsplit.graph import EVALUATION, TRAINING, Graph, Op, OpKind, State, Value
 from fxsplit.meta.costs import Cost
 from fxsplit.meta.evaluate import on_meta, storage_key
 from fxsplit.meta.kernels import Kernels
@@ -105,21 +105,21 @@ class Trace:
 
     @property
     def train(self) -> Graph:
-        return self.programs[True].graph
+        return self.programs[TRAINING].graph
 
     @property
     def eval(self) -> Graph:
-        return self.programs[False].graph
+        return self.programs[EVALUATION].graph
 
     @property
     def opaque(self) -> dict[str, str]:
         """The modules that became one op in either mode, with the reasons."""
-        return {**self.programs[True].opaque, **self.programs[False].opaque}
+        return {**self.programs[TRAINING].opaque, **self.programs[EVALUATION].opaque}
 
     @property
     def checkpoints(self) -> bool:
         """Whether the model recomputes by itself in training, which its partitions do only if a phase says so."""
-        return self.programs[True].checkpoints
+        return self.programs[TRAINING].checkpoints
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def _traced(
     signature = Signature.of(model, args, kwargs)
     recorders = {}
     kernels = Kernels()
-    for training in (True, False):
+    for training in (TRAINING, EVALUATION):
         twin, originals = twin_of(model)
         twin.train(training)
         for path, mode in modes.get(training, {}).items():
@@ -202,7 +202,7 @@ def _traced(
     recordings = _record_both(recorders)
     for training, recorder in recorders.items():
         free_batch(recordings[training], recorder)
-    names = names_of(recordings[True].graph, recordings[False].graph)
+    names = names_of(recordings[TRAINING].graph, recordings[EVALUATION].graph)
     alive = _alive(recordings, names)
     programs = {
         training: _read(recordings[training], alive[training], names, recorder.twin, recorder.batch_size)
@@ -302,7 +302,7 @@ def _alive(recordings: Mapping[bool, Recording], names: Mapping[fx.Node, str]) -
     nodes = {mode: [node for node in each.graph.nodes if node.op in KINDS] for mode, each in recordings.items()}
     needed: set[str] = set()
     # What the second mode needs may be dead in the first, which is looked at once more.
-    for mode in (True, False, True):
+    for mode in (TRAINING, EVALUATION, TRAINING):
         for node in reversed(nodes[mode]):
             users = (user for user in node.users if user.op == "output" or names[user] in needed)
             if not is_only_a_number(node) or next(users, None) is not None:

@@ -9,8 +9,9 @@ from torch import nn
 
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import UsageError
-from fxsplit.execute.ownership import first_names, ops_of, prefixes, refuse_divided, users_of
+from fxsplit.execute.ownership import first_names, ops_of, refuse_divided, users_of
 from fxsplit.execute.stages import refuse_foreign
+from fxsplit.graph import prefixes
 from fxsplit.plan.partition import Partition
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -20,11 +20,11 @@ from torch import Tensor, distributed, fx, nn
 from torch.distributed.pipelining import PipelineStage
 
 from fxsplit.capture.contexts import contexts_of, opened
-from fxsplit.capture.naming import called_module
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError, UsageError
-from fxsplit.execute.ownership import changing, ops_of, refuse_divided
-from fxsplit.execute.stages import Stage, stages
+from fxsplit.execute.ownership import changing, refuse_divided
+from fxsplit.execute.stages import Stage, refuse_foreign
+from fxsplit.graph import EVALUATION, TRAINING
 from fxsplit.meta.evaluate import StandIn, evaluate, on_meta, resolve
 from fxsplit.objects.structure import META
 from fxsplit.plan.partition import Partition
@@ -33,23 +33,24 @@ from fxsplit.plan.partition import Partition
 _SENDS_INTEGERS = "input_grads" in inspect.signature(PipelineStage).parameters
 
 
-class PipelineModule(nn.Module):
-    """A partition as a module of its own: boundary values in, boundary values out.
+class PipelineModule(Stage):
+    """A stage that is called as schedules do it: boundary values in one by one, and out as a tuple.
 
-    It holds those modules, parameters and buffers of the model that its ops use, under the model's own names, and runs
-    the graph of the mode that it is in. The first one is called as the model is, the last one returns what the model
-    returns.
+    It runs over its own part of the model, which alone is on this rank's device, in the mode that it is in itself. The
+    first one is called as the model is, the last one returns what the model returns.
     """
 
-    def __init__(self, trace: Trace, stage: Stage, *, is_last: bool) -> None:
-        super().__init__()
-        self._stage = stage
+    def __init__(self, trace: Trace, partition: Partition, *, is_last: bool) -> None:
+        super().__init__(trace, partition, is_last=is_last)
         self._is_last = is_last
-        self._signature = None if stage.partition.index else trace.signature
+        self._signature = None if partition.index else trace.signature
         self._guards = {training: program.guards for training, program in trace.programs.items()}
         self.training = trace.model.training
-        for path in _paths(trace, stage.partition):
-            _adopt(self, trace.model, path)
+
+    def arrange(self, model: nn.Module) -> None:
+        """Share what the model has now."""
+        super().arrange(model)
+        vars(self)["_model"] = self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises GuardError when the inputs of the first one take another path than the traced one."""
@@ -59,8 +60,8 @@ class PipelineModule(nn.Module):
         else:
             tensors = self._signature.tensors(args, kwargs)
             self._guards[self.training].check(tensors)
-            values = [tensors[self._signature.names.index(name)] for name in self._stage.partition.reads]
-        result = self._stage(self, values, training=self.training)
+            values = [tensors[self._signature.names.index(name)] for name in self.partition.reads]
+        result = super().forward(values)
         # What is sent must lie in memory as the receiver expects it.
         return result if self._is_last else tuple(value.contiguous() for value in result)
 
@@ -92,25 +93,26 @@ def to_pipeline_stages(
             "torch.distributed is not initialized, so this process has no rank; start it with torchrun and call "
             "torch.distributed.init_process_group() first"
         )
-    made = stages(trace, partitions)
+    refuse_foreign(trace, partitions)
+    count = len(partitions)
     rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
-    if len(made) % ranks:
+    if count % ranks:
         raise PartitionError(
-            f"{len(made)} partitions cannot be dealt evenly to {ranks} ranks; make {ranks} partitions, or a multiple"
+            f"{count} partitions cannot be dealt evenly to {ranks} ranks; make {ranks} partitions, or a multiple"
         )
-    refuse_divided(trace, partitions, changing(trace, partitions), range(len(partitions)))
+    refuse_divided(trace, partitions, changing(trace, partitions), range(count))
     device = torch.device(device)
     boundaries = _boundaries(trace, partitions, args, kwargs or {}, device)
     own = []
-    for index in range(rank, len(made), ranks):
-        module = PipelineModule(trace, made[index], is_last=index == len(made) - 1)
+    for index in range(rank, count, ranks):
+        module = PipelineModule(trace, partitions[index], is_last=index == count - 1)
         if not any(tensor.is_meta for tensor in module.state_dict().values()):
             module.to(device)
         own.append(
             PipelineStage(
                 module,
                 index,
-                len(made),
+                count,
                 device,
                 # Without these two torch would run the model to find them, which moves statistics and random state.
                 input_args=boundaries[index],
@@ -121,52 +123,25 @@ def to_pipeline_stages(
     return own
 
 
-def _paths(trace: Trace, partition: Partition) -> Iterator[str]:
-    """What the ops of a partition use of the model: modules first, then tensors."""
-    nodes = [node for _, _, node in ops_of(trace, [partition])]
-    for node in nodes:
-        if path := called_module(node):
-            yield path
-    for node in nodes:
-        yield from (str(source.target) for source in node.all_input_nodes if source.op == "get_attr")
-
-
-def _adopt(holder: nn.Module, model: nn.Module, path: str) -> None:
-    """Let `holder` have what the model has at `path`, at the same path."""
-    *parents, name = path.split(".")
-    source = model
-    for parent in parents:
-        source = source.get_submodule(parent)
-        if parent not in holder._modules:
-            holder.add_module(parent, nn.Module())
-        holder = holder.get_submodule(parent)
-        if holder is source:
-            return
-    value = getattr(source, name)
-    if isinstance(value, nn.Module | nn.Parameter):
-        setattr(holder, name, value)
-    elif isinstance(value, Tensor):
-        is_saved = name in source._buffers and name not in source._non_persistent_buffers_set
-        holder.register_buffer(name, value, persistent=is_saved)
-
-
 def _boundaries(
     trace: Trace, partitions: Sequence[Partition], args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device
 ) -> list[tuple[Tensor, ...]]:
     """The inputs, the values at each cut, and the outputs, as tensors on the meta device."""
     tensors = trace.signature.tensors(args, kwargs)
     values, outputs = {}, {}
-    for training in (True, False):
+    for training in (TRAINING, EVALUATION):
         trace.programs[training].guards.check(tensors)
         values[training], outputs[training] = _evaluated(trace, training, tensors, device)
         _refuse_output(outputs[training])
     trained = _trained(trace)
     inputs = tuple(tensor.to(META) for tensor in args if isinstance(tensor, Tensor))
     inner = [
-        tuple(_sent(name, values[True][name], values[False][name], part, name in trained) for name in part.reads)
+        tuple(
+            _sent(name, values[TRAINING][name], values[EVALUATION][name], part, name in trained) for name in part.reads
+        )
         for part in partitions[1:]
     ]
-    output = outputs[True]
+    output = outputs[TRAINING]
     return [inputs, *inner, (output,) if isinstance(output, Tensor) else tuple(output)]
 
 

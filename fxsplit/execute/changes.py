@@ -20,9 +20,11 @@ from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.guards import Guards
 from fxsplit.capture.tracing import Program, Trace, trace_again
 from fxsplit.errors import GuardError, TraceError, reason
+from fxsplit.graph import EVALUATION, TRAINING
 from fxsplit.meta.evaluate import resolve
+from fxsplit.objects.hooks import hooks_of
 from fxsplit.objects.same import same_value
-from fxsplit.objects.snapshot import Difference, form_of, hooks_of, is_unchanged
+from fxsplit.objects.snapshot import Difference, form_of, is_unchanged
 
 # Of the states of the model that were found to give the same graph, so many are remembered.
 MOST_STATES = 16
@@ -52,7 +54,7 @@ class Changes:
         # By (path, what), the forms of all that differs: of the model as it was traced, nothing.
         self._state: dict[tuple[str, str], Any] = {}
         self._harmless = [self._state]
-        self._harmless_modes: dict[bool, list[dict[str, bool]]] = {True: [], False: []}
+        self._harmless_modes: dict[bool, list[dict[str, bool]]] = {TRAINING: [], EVALUATION: []}
         self.guards: Mapping[bool, Guards] = {mode: program.guards for mode, program in trace.programs.items()}
 
     def look(self, model: nn.Module) -> None:
@@ -70,7 +72,7 @@ class Changes:
     def _enter_state(self, state: dict[tuple[str, str], Any]) -> None:
         if state is not self._state:
             # What a mode changes may depend on what was changed.
-            self._state, self._harmless_modes = state, {True: [], False: []}
+            self._state, self._harmless_modes = state, {TRAINING: [], EVALUATION: []}
 
     def modes_of(self, training: bool, paths: Sequence[str]) -> list[bool]:
         """Those in which the modules at `paths` were when the model was traced in a mode."""

@@ -24,11 +24,11 @@ from fxsplit.execute.changes import Changes
 from fxsplit.execute.holding import Holding
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.prefix import Prefix, in_precision, out_of_precision, without_history
-from fxsplit.execute.recompute import Recomputing
-from fxsplit.execute.stages import Stage, stages
+from fxsplit.execute.recompute import Recomputation
+from fxsplit.execute.stages import Backend, Stage, stages
+from fxsplit.graph import EVALUATION, TRAINING
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase
-from fxsplit.plan.segments import segments
 
 
 class _Forward:
@@ -66,8 +66,8 @@ class _forward:  # noqa: N801 - used as a decorator
 # What an executor holds; its model may have a submodule of the same name.
 OWN = frozenset(
     (
-        *("_signature", "passes", "_stages", "_prefix", "_recomputing", "_in_segments", "_fed", "_cuts_gradients"),
-        *("_phase", "_everything", "_running", "_changes", "_holding", "_hooks", "_modes"),
+        *("_model", "_signature", "_stages", "_prefix", "_recomputation", "_fed", "_settled_dtype", "_cuts_gradients"),
+        *("_phase", "_everything", "_running", "_changes", "_holding", "_hooks", "_modes", "_tap"),
     )
 )
 
@@ -81,31 +81,44 @@ class _Modes:
 
 
 class Executor(nn.Module):
-    """Runs `trace.model` partition by partition; takes its place in any training loop.
+    """Runs `trace.model` partition by partition, in any phase; takes the model's place in any training loop.
 
     It shares the model's modules, parameters and buffers, so `state_dict()` has the model's own keys, and moving or
     loading either of the two does so to both. `train()`, `eval()` and `training` are the model's own, and so is every
-    attribute that the executor lacks. Before the first `enter`, everything trains, bit for bit as the model does,
-    unless graph `passes` such as `fxsplit.execute.pointwise.pointwise_products` are given, which may change results by
-    rounding. What is settled is folded in training, with pointwise convolutions as products where these are faster, and
-    delivers the same within rounding.
-    With a `settled_dtype`, such as torch.bfloat16, it runs in that precision while the rest trains; in evaluation as
-    ever.
+    attribute that the executor lacks. Before the first `enter`, everything trains, bit for bit as the model does. What
+    is settled is folded in training, with pointwise convolutions as products where these are faster, and delivers the
+    same within rounding.
 
     What is changed in the model after tracing is followed or refused, with a GuardError that names it: weights, modules
     and attributes at the next `enter`, `train()` or `eval()`, hooks and modes at the next call.
+
+    Args:
+        trace: the captured model.
+        partitions: all partitions of this trace, in order.
+        passes: what rewrites the graph of each stage, such as `fxsplit.execute.pointwise.pointwise_products`. A pass
+            may change results by rounding.
+        settled_dtype: the precision, such as torch.bfloat16, in which settled partitions run while the rest trains;
+            None is that of the rest. In evaluation all run as ever.
+        backend: of torch.compile, such as "inductor": compiles each stage when it first runs.
 
     Raises PartitionError when the partitions are not those of this trace.
     """
 
     _model: nn.Module
-    settled_dtype: torch.dtype | None = None
-    _hear: Callable[[int, list[Any]], None] | None = None
+    _tap: Callable[[int, list[Any]], None] | None = None
 
-    def __init__(self, trace: Trace, partitions: Sequence[Partition], *, passes: Sequence[Pass] = ()) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        partitions: Sequence[Partition],
+        *,
+        passes: Sequence[Pass] = (),
+        settled_dtype: torch.dtype | None = None,
+        backend: Backend | None = None,
+    ) -> None:
         model = trace.model
         # Not registered as a submodule: its names would then begin with another one.
-        object.__setattr__(self, "_model", model)
+        self._model = model
         training = model.training
         super().__init__()
         model.training = training
@@ -114,20 +127,10 @@ class Executor(nn.Module):
         # The model's own hooks go on, and hear of the executor in its place.
         vars(self).update({name: value for name, value in vars(model).items() if "_hooks" in name})
         self._signature = trace.signature
-        self.passes = tuple(passes)
-        self._stages = stages(trace, partitions, passes=self.passes)
-        self._prefix = Prefix(trace, self._stages)
-        self._recomputing = tuple((Recomputing(trace, stage),) for stage in self._stages)
-        divided = segments(partitions, trace.train, trace.eval)
-        self._in_segments = tuple(
-            whole
-            if len(parts) == 1
-            else tuple(
-                Recomputing(trace, Stage(trace, part, is_last=False, modes=(True,), passes=self.passes))
-                for part in parts
-            )
-            for whole, parts in zip(self._recomputing, divided, strict=True)
-        )
+        self._settled_dtype = settled_dtype
+        self._stages = stages(trace, partitions, passes=passes, backend=backend)
+        self._prefix = Prefix(trace, self._stages, backend)
+        self._recomputation = Recomputation(trace, self._stages, passes=passes, backend=backend)
         self._fed = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
         self._phase = self._everything = self._running = Phase(start=0, stop=len(self._stages), epochs=1)
         self._cuts_gradients = {mode: program.cuts_gradients for mode, program in trace.programs.items()}
@@ -138,6 +141,19 @@ class Executor(nn.Module):
     @property
     def partitions(self) -> tuple[Partition, ...]:
         return tuple(stage.partition for stage in self._stages)
+
+    def stage_at(self, index: int) -> Stage:
+        """The module as which partition `index` runs, for hooks and for what wraps modules, such as FSDP2.
+
+        It is called in every phase and mode, settled and recomputed too; only what recomputes in segments runs as
+        modules of its own.
+        """
+        return self._stages[index]
+
+    @property
+    def settled_dtype(self) -> torch.dtype | None:
+        """The precision in which settled partitions run in training; None is that of the rest."""
+        return self._settled_dtype
 
     @property
     def window(self) -> tuple[int, int]:
@@ -204,11 +220,15 @@ class Executor(nn.Module):
     def _enter(self, phase: Phase) -> None:
         self._holding.enter(phase.start, phase.stop)
         self._phase = self._running = phase
+        self._recomputation.prepare(phase, self._model)
         self._arrange()
 
     def _arrange(self) -> None:
         """Find the modules and parameters that the model has now; what was folded of them is folded anew."""
         self._holding.arrange()
+        for stage in self._stages:
+            stage.arrange(self._model)
+        self._recomputation.arrange(self._model)
         self._prefix.arrange(self._model)
         self._hooks = self._changes.hooks(self._model)
         visible = dict(self._changes.visible(self._model))
@@ -216,7 +236,7 @@ class Executor(nn.Module):
         # By the mode of the model, and whether partitions are held.
         self._modes = {
             (training, held): _Modes(modules, self._changes.modes_of(training, tuple(modules)))
-            for training in (True, False)
+            for training in (TRAINING, EVALUATION)
             for held, modules in ((True, free), (False, visible))
         }
 
@@ -264,7 +284,7 @@ class Executor(nn.Module):
             )
         if not running.start:
             return values
-        dtype = self.settled_dtype if training else None
+        dtype = self._settled_dtype if training else None
         if training and not wants:
             with self._holding.evaluating(*range(running.start)):
                 return self._prefix(self._model, values, running.start, dtype)
@@ -285,47 +305,39 @@ class Executor(nn.Module):
         recompute = running.recompute if training and torch.is_grad_enabled() else 0
         for index in range(running.start, len(self._stages) if stop is None else stop):
             if index < recompute:
-                for segment in (self._in_segments if running.segmented else self._recomputing)[index]:
+                for segment in self._recomputation.of(index, segmented=running.segmented):
                     result = segment(self._model, result)
             elif training and index < running.stop:
-                result = self._stages[index](self._model, result, training=True)
+                result = self._stages[index](result, training=TRAINING)
             else:
                 result = self._evaluate(index, result)
-            if self._hear is not None and index < len(self._stages) - 1:
-                self._hear(index, result)
+            if self._tap is not None and index < len(self._stages) - 1:
+                self._tap(index, result)
         return result
 
     def _evaluate(self, index: int, values: list[Any]) -> Any:
         """What a partition gives in evaluation; in training, the last one returns all that training does."""
         with self._holding.evaluating(index):
-            return self._stages[index](self._model, values, training=False, returned=self.training)
+            return self._stages[index](values, training=EVALUATION, returned=self.training)
 
     @contextmanager
-    def heard(self, hear: Callable[[int, list[Any]], None]) -> Iterator[None]:
-        """Inside, `hear(index, values)` is told what each partition delivers, before the next one runs.
+    def tapped(self, tap: Callable[[int, list[Any]], None]) -> Iterator[None]:
+        """Inside, call `tap(index, values)` with what each partition delivers, before the next one runs.
 
         The values are those that the partition `writes`, on the tape of autograd. Settled partitions and the last one
-        are not told of.
+        are left out.
         """
-        # As a plain attribute, a module would become one of the model's.
-        object.__setattr__(self, "_hear", hear)
+        self._tap = tap
         try:
             yield
         finally:
-            object.__setattr__(self, "_hear", None)
+            self._tap = None
 
     def settled_state(self) -> dict[str, Tensor]:
         """The parameters and buffers of the settled partitions, by the model's names."""
         state: dict[str, Tensor] = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         owned = [name for stage in self._stages[: self.window[0]] for name in stage.partition.state]
         return {name: state[name] for name in owned if name in state}
-
-    def compile_stages(self, backend: str) -> None:
-        """Compile each stage with a backend of `torch.compile`; takes effect when it first runs."""
-        inner = (part.stage for parts in self._in_segments for part in parts)
-        for stage in dict.fromkeys([*self._stages, *inner]):
-            stage.compile(backend)
-        self._prefix.compile_stages(backend)
 
     # What tools ask of a model
 

@@ -24,8 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxsplit.capture.naming import called_module
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
-from fxsplit.execute.ownership import ops_of, prefixes
-from fxsplit.execute.stages import spans
+from fxsplit.execute.ownership import ops_of
+from fxsplit.graph import EVALUATION, TRAINING, prefixes
 from fxsplit.objects.snapshot import MARK
 from fxsplit.plan.partition import Partition
 
@@ -61,7 +61,7 @@ class Holding:
     def __init__(self, trace: Trace, partitions: Sequence[Partition]) -> None:
         self._model = trace.model
         self._called = {
-            training: [_called(program.nodes[slice(*spans(partition)[training])]) for partition in partitions]
+            training: [_called(program.nodes[partition.span(training=training)]) for partition in partitions]
             for training, program in trace.programs.items()
         }
         # The partitions that have ops in a module.
@@ -251,12 +251,12 @@ class Holding:
     def _modules_to_hold(self, modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], list[list[nn.Module]]]:
         """Those that are held all the time, by path, and by partition those that the window calls as well."""
         window = range(self.start, self.stop)
-        trained = {id(module) for index in window for _, module in _below(modules, self._called[True][index])}
+        trained = {id(module) for index in window for _, module in _below(modules, self._called[TRAINING][index])}
         outside = set(range(self._count)) - set(window)
         held: set[str] = set()
         shared: list[list[nn.Module]] = [[] for _ in range(self._count)]
         for index in outside:
-            for path, module in _below(modules, self._called[False][index]):
+            for path, module in _below(modules, self._called[EVALUATION][index]):
                 if id(module) not in trained:
                     held.add(path)
                 elif module not in shared[index]:

@@ -9,17 +9,16 @@ from torch import fx, nn
 from fxsplit.capture.naming import assigned_by, method_of
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError
-from fxsplit.graph import Op
+from fxsplit.graph import EVALUATION, TRAINING, Op, prefixes
 from fxsplit.plan.partition import Partition
 
 
 def ops_of(trace: Trace, partitions: Sequence[Partition]) -> Iterator[tuple[int, Op, fx.Node]]:
     """The ops of both modes, each with the index of its partition and its node."""
     for partition in partitions:
-        spans = {True: (partition.start, partition.stop), False: (partition.eval_start, partition.eval_stop)}
-        for training, span in spans.items():
-            program = trace.programs[training]
-            for op, node in zip(program.graph.ops[slice(*span)], program.nodes[slice(*span)], strict=True):
+        for training in (TRAINING, EVALUATION):
+            program, span = trace.programs[training], partition.span(training=training)
+            for op, node in zip(program.graph.ops[span], program.nodes[span], strict=True):
                 yield partition.index, op, node
 
 
@@ -68,9 +67,3 @@ def first_names(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}
-
-
-def prefixes(path: str) -> list[str]:
-    """The path itself and the modules around it: "", "layer1", "layer1.0"."""
-    parts = path.split(".")
-    return ["", *(".".join(parts[: depth + 1]) for depth in range(len(parts)) if path)]

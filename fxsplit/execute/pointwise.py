@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.nn import functional as F
 
 from fxsplit.capture.naming import called_module
 from fxsplit.errors import CheckError
+from fxsplit.objects.hooks import is_untouched
 
 _held_to_convolutions = ContextVar("held_to_convolutions", default=False)
 
@@ -99,12 +100,6 @@ def is_pointwise(weight: Tensor, *, stride: Any = 1, padding: Any = 0, groups: A
 
 def _is_module_pointwise(module: nn.Conv2d) -> bool:
     return is_pointwise(module.weight, stride=module.stride, padding=module.padding, groups=module.groups)
-
-
-def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether to call a module of that kind is to run its class's own forward and nothing else."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
 
 
 def pointwise_products(graph: fx.Graph, model: nn.Module) -> fx.Graph:

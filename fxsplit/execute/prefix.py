@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 
 from fxsplit.capture.tracing import Trace
 from fxsplit.execute.folding import Place, fold
-from fxsplit.execute.pointwise import is_untouched
-from fxsplit.execute.stages import Stage, code_of, stage_graph
+from fxsplit.execute.stages import Backend, Stage, code_of, stage_graph
+from fxsplit.graph import EVALUATION
+from fxsplit.objects.hooks import hooks_of, is_untouched
 from fxsplit.objects.structure import map_tensors
 
 # What depends on how a tensor lies in memory: methods that ask for it, and ops that give a view or a copy by it.
@@ -42,17 +43,17 @@ Weights = list[tuple[Tensor, Tensor | None]]
 class SettledStage:
     """A partition that is settled: what its stage computes in evaluation, within rounding.
 
-    It holds no tensor of its own. Where a module that it passes over was given hooks or a parametrization after
-    tracing, or is another one, it leaves the work to the stage.
+    It holds no tensor of its own. Where the stage has hooks, or a module that it passes over was given hooks or a
+    parametrization after tracing, or is another one, it leaves the work to the stage.
     """
 
-    def __init__(self, trace: Trace, stage: Stage) -> None:
+    def __init__(self, trace: Trace, stage: Stage, backend: Backend | None = None) -> None:
         self._stage = stage
-        graph = stage_graph(trace, stage.partition, is_last=False, training=False)
+        graph = stage_graph(trace, stage.partition, is_last=False, training=EVALUATION)
         self._folds, self._passed_over = fold(graph, trace.model)
         # Dropout that does nothing in evaluation is out of the graph by now.
         self.takes_any_layout = takes_any_layout(graph, trace.model)
-        self._code = code_of(graph, f"partition {stage.partition.index} settled")
+        self._code = code_of(graph, f"partition {stage.partition.index} settled", backend)
 
     def arrange(self, modules: Mapping[str, nn.Module]) -> None:
         """Find what it folds in the modules that the model has now."""
@@ -67,8 +68,12 @@ class SettledStage:
             yield from filter(None, (each.weight, each.bias, *each.statistics))
 
     def is_foldable(self) -> bool:
-        """Whether to call the modules that it passes over would give nothing else."""
-        return self._is_there and all(is_untouched(module, kind) for module, kind in self._skipped)
+        """Whether to call the stage, and the modules that are passed over, would give nothing else."""
+        return (
+            self._is_there
+            and not any(hooks_of(self._stage))
+            and all(is_untouched(module, kind) for module, kind in self._skipped)
+        )
 
     def sources(self) -> list[Tensor | None]:
         """The model's tensors that the folded weights are made of."""
@@ -81,20 +86,16 @@ class SettledStage:
     def __call__(self, model: nn.Module, values: list[Any], weights: Weights | None) -> Any:
         """Boundary values in, boundary values out; without weights, by the stage itself."""
         if weights is None:
-            return self._stage(model, values, training=False)
+            return self._stage(values, training=EVALUATION)
         values.append(weights)
         return self._code(model, values)
-
-    def compile(self, backend: str) -> None:
-        """Compile it when it first runs."""
-        self._code.compile(backend)
 
 
 class Prefix:
     """The partitions that can settle: all but the last. Holds the folded weights of those that are settled now."""
 
-    def __init__(self, trace: Trace, stages: Sequence[Stage]) -> None:
-        self._stages = [SettledStage(trace, stage) for stage in stages[:-1]]
+    def __init__(self, trace: Trace, stages: Sequence[Stage], backend: Backend | None = None) -> None:
+        self._stages = [SettledStage(trace, stage, backend) for stage in stages[:-1]]
         self.arrange(trace.model)
 
     def __call__(self, model: nn.Module, values: list[Any], count: int, dtype: torch.dtype | None = None) -> list[Any]:
@@ -123,11 +124,6 @@ class Prefix:
         self._sources: list[Tensor] = []
         self._stamp: list[Any] = []
         self._weights: list[Weights | None] = []
-
-    def compile_stages(self, backend: str) -> None:
-        """Compile each settled stage with a backend of `torch.compile`, when it first runs."""
-        for stage in self._stages:
-            stage.compile(backend)
 
     def _folded(self, stages: Sequence[SettledStage], layout: torch.memory_format) -> list[Weights | None]:
         """The folded weights of each stage; made anew when a tensor of the model was replaced or written into."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,11 +22,16 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fxsplit.capture.naming import called_module, method_of
 from fxsplit.capture.tracing import Trace
+from fxsplit.execute.passes import Pass
 from fxsplit.execute.prefix import ORIGINS
-from fxsplit.execute.stages import Stage, spans
+from fxsplit.execute.stages import Backend, Stage
+from fxsplit.graph import TRAINING
 from fxsplit.meta.evaluate import Constant
 from fxsplit.objects.contents import OF_THE_PROCESS, Contents, restored, state_of
 from fxsplit.objects.structure import map_tensors
+from fxsplit.plan.partition import Partition
+from fxsplit.plan.schedule import Phase
+from fxsplit.plan.segments import segments
 
 # What a module holds: its own attributes, and its buffers.
 Content = tuple[dict[str, Any], dict[str, Tensor | None]]
@@ -34,13 +40,62 @@ Modes = list[tuple[nn.Module, bool]]
 States = list[tuple[Any, Any]]
 
 
+class Recomputation:
+    """Makes what runs in place of `stages` that recompute, as wholes or in segments, when a phase first needs it.
+
+    Segments are stages of their own, planned by `fxsplit.plan.segments`, with the same `passes` and `backend`.
+    """
+
+    def __init__(
+        self, trace: Trace, stages: Sequence[Stage], *, passes: Sequence[Pass] = (), backend: Backend | None = None
+    ) -> None:
+        self._trace: Trace | None = trace
+        self._stages, self._passes, self._backend = tuple(stages), tuple(passes), backend
+        self._whole: tuple[tuple[Recomputing, ...], ...] = ()
+        self._in_segments: tuple[tuple[Recomputing, ...], ...] = ()
+
+    def prepare(self, phase: Phase, model: nn.Module) -> None:
+        """Make what the phase needs over the `model` as it is now."""
+        if phase.recompute and self._trace is not None:
+            self._make(replace(self._trace, model=model), segmented=phase.segmented)
+
+    def of(self, index: int, *, segmented: bool) -> tuple[Recomputing, ...]:
+        """What runs, one after the other, in place of stage `index`."""
+        return (self._in_segments if segmented else self._whole)[index]
+
+    def arrange(self, model: nn.Module) -> None:
+        """Run over the model and share what it has now."""
+        for parts in self._in_segments:
+            for part in parts:
+                part.stage.arrange(model)
+
+    def _make(self, trace: Trace, *, segmented: bool) -> None:
+        self._whole = self._whole or tuple((Recomputing(trace, stage),) for stage in self._stages)
+        if segmented and not self._in_segments:
+            divided = segments([stage.partition for stage in self._stages], trace)
+            self._in_segments = tuple(
+                whole if len(parts) == 1 else tuple(self._segment(trace, part) for part in parts)
+                for whole, parts in zip(self._whole, divided, strict=True)
+            )
+
+    def _segment(self, trace: Trace, part: Partition) -> Recomputing:
+        stage = Stage(trace, part, is_last=False, modes=(TRAINING,), passes=self._passes, backend=self._backend)
+        return Recomputing(trace, stage)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A graph of torch.fx cannot be pickled, so a copy has all that it may need.
+        if self._trace is not None:
+            self._make(self._trace, segmented=True)
+        return {**vars(self), "_trace": None}
+
+
 class Recomputing:
     """A `stage` in training that keeps only the values at its start for backward, and changes nothing else."""
 
     def __init__(self, trace: Trace, stage: Stage) -> None:
         self.stage = stage
-        span = slice(*spans(stage.partition)[True])
-        program = trace.programs[True]
+        span = stage.partition.span(training=TRAINING)
+        program = trace.programs[TRAINING]
         buffers = dict(trace.model.named_buffers())
         written = {name for op in program.graph.ops[span] for name in op.mutates if name in buffers}
         owners = {name.rpartition(".")[0] for name in written}
@@ -86,7 +141,7 @@ class Recomputing:
             values = list(given)
             for position in self._written:
                 values[position] = originals.pop(position) if position in originals else _copy(values[position])
-            return self.stage(model, values, training=True)
+            return self.stage(values, training=TRAINING)
 
         again = _Anew(lambda: _put_back(model, contents, modes, numbers, held))
         with set_checkpoint_early_stop(self._stops_early):

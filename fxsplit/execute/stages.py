@@ -1,8 +1,8 @@
-"""A partition made runnable: the ops of either mode as a Python function over the model's own modules.
+"""A partition made runnable: a module that runs the ops of either mode, as a function over the model's own modules.
 
-    values [a, b] ──► stage(model, values) ──► values [c]
+    values [a, b] ──► stage(values) ──► values [c]
 
-A stage holds code, no tensor: the same function serves any copy of the model.
+Its code holds no tensor: the same function serves any copy of the model.
 """
 
 from __future__ import annotations
@@ -12,21 +12,27 @@ import itertools
 import linecache
 import sys
 import weakref
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
+from fxsplit.capture.naming import called_module
 from fxsplit.capture.tracing import Program, Trace
 from fxsplit.errors import PartitionError
+from fxsplit.execute.ownership import ops_of
 from fxsplit.execute.passes import Pass, rewritten
 from fxsplit.execute.source import NAME, source_of
+from fxsplit.graph import EVALUATION, TRAINING
 from fxsplit.meta.evaluate import resolve
 from fxsplit.objects.same import same_value
 from fxsplit.plan.partition import Partition
+
+# Of torch.compile: a name, or a function of its own kind.
+Backend = str | Callable[..., Any]
 
 _serial = itertools.count()
 
@@ -35,11 +41,11 @@ class Code:
     """A generated function `(model, values) -> result` that can be pickled and copied. `values` is emptied.
 
     A list is handed over, rather than arguments, so that no caller's frame keeps a value alive that the function has
-    already used up.
+    already used up. With a `backend` of torch.compile it is compiled when it first runs.
     """
 
-    def __init__(self, source: str, objects: dict[str, Any], label: str) -> None:
-        self._source, self._objects, self._label = source, objects, label
+    def __init__(self, source: str, objects: dict[str, Any], label: str, backend: Backend | None = None) -> None:
+        self._source, self._objects, self._label, self._backend = source, objects, label, backend
         file = f"<fxsplit {label} {next(_serial)}>"
         scope = dict(objects)
         exec(compile(source, file, "exec"), scope)
@@ -47,17 +53,15 @@ class Code:
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         weakref.finalize(self, linecache.cache.pop, file, None).atexit = False
         self._function: Callable[[nn.Module, list[Any]], Any] = scope[NAME]
+        if backend is not None:
+            self._function = torch.compile(self._function, backend=backend)
 
     def __call__(self, model: nn.Module, values: list[Any]) -> Any:
         return self._function(model, values)
 
     def __reduce__(self) -> tuple[Any, ...]:
         objects = {name: _Reference.of(value) or value for name, value in self._objects.items()}
-        return _restore, (self._source, objects, self._label)
-
-    def compile(self, backend: str) -> None:
-        """Hand the function to `torch.compile`."""
-        self._function = torch.compile(self._function, backend=backend)
+        return _restore, (self._source, objects, self._label, self._backend)
 
 
 class _Reference(NamedTuple):
@@ -77,17 +81,27 @@ class _Reference(NamedTuple):
         return attrgetter(self.path)(importlib.import_module(self.module))
 
 
-def _restore(source: str, objects: dict[str, Any], label: str) -> Code:
+def _restore(source: str, objects: dict[str, Any], label: str, backend: Backend | None) -> Code:
     found = {name: value.resolve() if type(value) is _Reference else value for name, value in objects.items()}
-    return Code(source, found, label)
+    return Code(source, found, label, backend)
 
 
-class Stage:
-    """A partition of a traced model, in training (True) and in evaluation (False), or in one of these `modes` alone.
+class Stage(nn.Module):
+    """A partition as a module: the list of values at its start in, the list of those at its end out.
 
-    The modules that it calls are in the modes that its caller gave them. What it runs is rewritten by `passes`, which
-    may change results by rounding; without any, it is what the model runs.
+    The last stage returns the model's own output. The list that comes in is emptied, so that a value is freed as soon
+    as it was read last: a hook that wants one takes it before forward.
+
+    A stage shares the modules, parameters and buffers that its ops use, under the model's own names, so
+    `parameters()`, `state_dict()` and FSDP2 see its part of the model. It runs over the model itself, whose modules it
+    calls in the modes in which they are; `training` only says which of the two graphs runs. What it runs is rewritten
+    by `passes`, which may change results by rounding, and compiled by a `backend` of torch.compile, if there is one,
+    when it first runs. Without them it is what the model runs. A stage in `modes` of one mode alone cannot run in the
+    other.
     """
+
+    partition: Partition
+    _model: nn.Module
 
     def __init__(
         self,
@@ -95,9 +109,11 @@ class Stage:
         partition: Partition,
         *,
         is_last: bool,
-        modes: Sequence[bool] = (True, False),
+        modes: Sequence[bool] = (TRAINING, EVALUATION),
         passes: Sequence[Pass] = (),
+        backend: Backend | None = None,
     ) -> None:
+        super().__init__()
         self.partition = partition
         # By the mode of the ops and the one whose output is returned.
         self._codes = {
@@ -108,28 +124,66 @@ class Stage:
                     passes,
                 ),
                 f"partition {partition.index} in {'training' if training else 'evaluation'}",
+                backend,
             )
             for training in modes
             for returned in ({training, True} if is_last and not _returns_alike(trace) else {training})
         }
+        self._uses = tuple(dict.fromkeys(_paths(trace, partition)))
+        self.arrange(trace.model)
 
-    def __call__(self, model: nn.Module, values: list[Any], *, training: bool, returned: bool | None = None) -> Any:
-        """Boundary values in, boundary values out; the last stage returns the model's own output.
+    def forward(self, values: list[Any], training: bool | None = None, returned: bool | None = None) -> Any:
+        """What the partition makes of the values at its start, in its own mode unless `training` says another.
 
-        It is that of training if `returned` is true, in as far as what ran in evaluation has it; else of the same mode.
+        The last one returns the model's output of that mode; or if `returned` is true, that of training, in as far as
+        what ran in evaluation has it.
         """
-        key = (training, training if returned is None else returned)
-        return self._codes.get(key, self._codes[training, training])(model, values)
+        mode = self.training if training is None else training
+        key = (mode, mode if returned is None else returned)
+        return self._codes.get(key, self._codes[mode, mode])(self._model, values)
 
-    def compile(self, backend: str) -> None:
-        """Compile both modes, each when it first runs."""
-        for code in self._codes.values():
-            code.compile(backend)
+    def arrange(self, model: nn.Module) -> None:
+        """Share what the model has now, and run over it."""
+        # Not registered: the stage holds a part of the model, not the model.
+        vars(self)["_model"] = model
+        for held in (self._modules, self._parameters, self._buffers):
+            held.clear()
+        for path in self._uses:
+            _adopt(self, model, path)
 
 
-def spans(partition: Partition) -> dict[bool, tuple[int, int]]:
-    """The ops of a partition, [start, stop), in training (True) and in evaluation."""
-    return {True: (partition.start, partition.stop), False: (partition.eval_start, partition.eval_stop)}
+def _paths(trace: Trace, partition: Partition) -> Iterator[str]:
+    """What the ops of a partition use of the model: modules first, then tensors."""
+    nodes = [node for _, _, node in ops_of(trace, [partition])]
+    for node in nodes:
+        if path := called_module(node):
+            yield path
+    for node in nodes:
+        yield from (str(source.target) for source in node.all_input_nodes if source.op == "get_attr")
+
+
+def _adopt(holder: nn.Module, model: nn.Module, path: str) -> None:
+    """Let `holder` have what the model has at `path`, at the same path. What is not there any more is left out."""
+    *parents, name = path.split(".")
+    source = model
+    # Not by setattr: the model's names may be those of a stage's own attributes.
+    for parent in parents:
+        inner = source._modules.get(parent)
+        if inner is None:
+            return
+        mirror = holder._modules.get(parent) or nn.Module()
+        holder._modules[parent] = mirror
+        if mirror is inner:
+            return
+        source, holder = inner, mirror
+    if name in source._modules:
+        holder._modules[name] = source._modules[name]
+    elif name in source._parameters:
+        holder._parameters[name] = source._parameters[name]
+    elif isinstance(value := getattr(source, name, None), Tensor):
+        holder._buffers[name] = value
+        if name not in source._buffers or name in source._non_persistent_buffers_set:
+            holder._non_persistent_buffers_set.add(name)
 
 
 def stage_graph(
@@ -140,7 +194,7 @@ def stage_graph(
     Each of its ops has the Op that it is in its node's meta, as `op`. The last one returns the model's output, perhaps
     that of the mode `returned`.
     """
-    program, span = trace.programs[training], spans(partition)[training]
+    program, span = trace.programs[training], partition.span(training=training)
     names = _nodes_by_name(program)
     graph = fx.Graph()
     values = graph.placeholder("values")
@@ -153,7 +207,7 @@ def stage_graph(
             made[node] = graph.create_node("get_attr", node.target)
         return made[node]
 
-    for node, op in zip(program.nodes[slice(*span)], program.graph.ops[slice(*span)], strict=True):
+    for node, op in zip(program.nodes[span], program.graph.ops[span], strict=True):
         for source in node.all_input_nodes:
             find(source)
         made[node] = graph.node_copy(node, find)
@@ -210,7 +264,7 @@ def _as_in_training(
             return own
         return graph.call_function(_if_made, (own, other))
 
-    return value(*(trace.programs[mode].output.args[0] for mode in (True, False)))
+    return value(*(trace.programs[mode].output.args[0] for mode in (TRAINING, EVALUATION)))
 
 
 def _if_made(value: Any, other: Any) -> Any:
@@ -236,16 +290,21 @@ def _returns_alike(trace: Trace) -> bool:
     return same_value(*outputs)
 
 
-def code_of(graph: fx.Graph, label: str) -> Code:
-    """What a stage's graph says, as a function."""
-    return Code(*source_of(graph), label)
+def code_of(graph: fx.Graph, label: str, backend: Backend | None = None) -> Code:
+    """What a stage's graph says, as a function, compiled if there is a `backend`."""
+    return Code(*source_of(graph), label, backend)
 
 
-def stages(trace: Trace, partitions: Sequence[Partition], *, passes: Sequence[Pass] = ()) -> tuple[Stage, ...]:
+def stages(
+    trace: Trace, partitions: Sequence[Partition], *, passes: Sequence[Pass] = (), backend: Backend | None = None
+) -> tuple[Stage, ...]:
     """One stage a partition, sharing the modules of `trace.model`. Raises as `refuse_foreign` does."""
     refuse_foreign(trace, partitions)
     last = len(partitions) - 1
-    return tuple(Stage(trace, partition, is_last=partition.index == last, passes=passes) for partition in partitions)
+    return tuple(
+        Stage(trace, partition, is_last=partition.index == last, passes=passes, backend=backend)
+        for partition in partitions
+    )
 
 
 def refuse_foreign(trace: Trace, partitions: Sequence[Partition]) -> None:
@@ -253,5 +312,6 @@ def refuse_foreign(trace: Trace, partitions: Sequence[Partition]) -> None:
     ends = [0, *(partition.stop for partition in partitions)]
     if [partition.start for partition in partitions] != ends[:-1] or ends[-1] != len(trace.train):
         raise PartitionError(
-            f"the partitions cover other ops than the {len(trace.train)} of this model; partition its own trace"
+            f"the partitions were made from another trace than this one, whose model has {len(trace.train)} ops; call "
+            "fxsplit.partition with the trace that is given here"
         )

@@ -91,7 +91,7 @@ def measure(
 
 def _runners(trace: Trace, model: nn.Module, inputs: Sequence[Tensor], passes: Sequence[Pass]) -> dict[Kind, OpRunner]:
     copied = replace(trace, model=model)
-    (whole,) = partition(trace.train, trace.eval, count=1)
+    (whole,) = partition(trace, count=1)
     read = [inputs[trace.signature.names.index(name)] for name in whole.reads]
     runners = {}
     kinds: tuple[tuple[Kind, bool], ...] = (("training", True), ("evaluation", False))

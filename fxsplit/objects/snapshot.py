@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fxsplit.objects.hooks import hooks_of
+
 # Under this name a model carries what an executor holds of it; see fxsplit.execute.holding.
 MARK = "_fxsplit_held"
 
@@ -71,11 +73,6 @@ class TensorForm:
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
-
-
-def hooks_of(module: nn.Module) -> tuple[Any, ...]:
-    """The hooks around a module's forward and backward, by kind."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def form_of(value: Any, depth: int = DEPTH) -> Any:

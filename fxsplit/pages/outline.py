@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from fxsplit.graph import Op
-from fxsplit.plan.cuts import with_ends
 from fxsplit.plan.partition import owning_ops
 from fxsplit.report import Inspection
 
@@ -82,23 +81,19 @@ class Outline:
 
 def outline(inspection: Inspection) -> Outline:
     """The tree of an inspected model."""
-    graph = inspection.graph
+    graph = inspection.train
     sizes = {
-        state.name: state.elements
-        for side in (inspection.eval_graph, graph)
-        for state in side.state
-        if state.is_parameter
+        state.name: state.elements for side in (inspection.eval, graph) for state in side.state if state.is_parameter
     }
     owned = dict.fromkeys((op.name for op in graph.ops), 0)
-    owners = owning_ops(graph, inspection.eval_graph, with_ends(graph, inspection.eval_graph))
-    for name, index in owners.items():
+    for name, index in owning_ops(inspection).items():
         owned[graph.ops[index].name] += sizes.get(name, 0)
     return Outline(partitions=tuple(_partitions(inspection, owned)), parameters=owned)
 
 
 def _partitions(inspection: Inspection, owned: Mapping[str, int]) -> Iterable[Block]:
     for part in inspection.partitions:
-        blocks = _blocks(inspection.graph.ops[part.start : part.stop], "", inspection.classes, owned)
+        blocks = _blocks(inspection.train.ops[part.span(training=True)], "", inspection.classes, owned)
         what = inspection.classes.get(part.name, "")
         costs = Costs.sum(block.costs for block in blocks)
         yield Block(name=part.name, path=part.name, what=what, blocks=blocks, costs=costs)

@@ -51,7 +51,7 @@ def report_page(report: RunReport, inspection: Inspection) -> str:
 
 
 def _page(inspection: Inspection, *, report: RunReport | None, lanes: tuple[Lane, ...]) -> str:
-    every = with_ends(inspection.graph, inspection.eval_graph)
+    every = with_ends(inspection)
     most_bytes = max(cut.bytes_per_sample for cut in every)
     style, script = _asset("page.css"), _asset("page.js")
     return (
@@ -61,8 +61,8 @@ def _page(inspection: Inspection, *, report: RunReport | None, lanes: tuple[Lane
             inspection=inspection,
             report=report,
             plan=inspection.plan,
-            graph=inspection.graph,
-            values=inspection.eval_graph.values | inspection.graph.values,
+            graph=inspection.train,
+            values=inspection.eval.values | inspection.train.values,
             outline=outline(inspection),
             cuts=every,
             profile=charts.steps([cut.bytes_per_sample for cut in every], most_bytes),

@@ -10,15 +10,14 @@ from dataclasses import replace
 from itertools import product
 
 from fxsplit.errors import PartitionError
-from fxsplit.graph import Graph, Op
-from fxsplit.plan.forecast import Oracle
+from fxsplit.graph import Modes, Op
+from fxsplit.plan.forecast import CostModel
 from fxsplit.plan.schedule import Phase, Plan
 
 
 def fit(
     plan: Plan,
-    train: Graph,
-    eval_graph: Graph,
+    modes: Modes,
     *,
     budget: float,
     batch_size: int,
@@ -35,19 +34,19 @@ def fit(
     Raises PartitionError, which names the least that would do, when a phase fits none; unless `strict`, it then takes
     that.
     """
-    oracle = Oracle(plan.partitions, train, eval_graph, batch_size, optimizer_slots, micro_batches=micro_batches)
-    standard = oracle.phase(oracle.standard)
+    costs = CostModel(plan.partitions, modes, batch_size, optimizer_slots, micro_batches=micro_batches)
+    standard = costs.phase(costs.standard)
 
     def need(phase: Phase) -> float:
-        told = oracle.phase(phase)
+        told = costs.phase(phase)
         return told.activation_bytes / standard.activation_bytes if budget <= 1 else told.peak_bytes
 
     fitting = []
     for number, phase in enumerate(plan.phases, start=1):
-        indivisible = needs_whole_batch(phase, plan, train, eval_graph)
+        indivisible = needs_whole_batch(phase, plan, modes)
         choices = sorted(
             _choices(phase, micro_batches=micro_batches, batch_size=None if indivisible else batch_size),
-            key=lambda choice: (oracle.step_cost(choice), choice.micro_batches, choice.recompute, choice.segmented),
+            key=lambda choice: (costs.step_cost(choice), choice.micro_batches, choice.recompute, choice.segmented),
         )
         found = next((choice for choice in choices if need(choice) <= budget), None)
         if not strict:
@@ -64,18 +63,15 @@ def fit(
     return replace(plan, phases=tuple(fitting))
 
 
-def needs_whole_batch(phase: Phase, plan: Plan, train: Graph, eval_graph: Graph) -> Op | None:
+def needs_whole_batch(phase: Phase, plan: Plan, modes: Modes) -> Op | None:
     """The first op that forbids micro-batches in a phase, if there is one.
 
     It mixes samples, or writes to a parameter or a buffer, as it then would once for each micro-batch.
     """
-    state = {each.name for each in train.state}
+    state = {each.name for each in modes.train.state}
     for index, part in enumerate(plan.partitions):
-        if phase.role(index) == "training":
-            ops = train.ops[part.start : part.stop]
-        else:
-            ops = eval_graph.ops[part.eval_start : part.eval_stop]
-        for op in ops:
+        training = phase.role(index) == "training"
+        for op in (modes.train if training else modes.eval).ops[part.span(training=training)]:
             if op.mixes_samples or not state.isdisjoint(op.mutates):
                 return op
     return None

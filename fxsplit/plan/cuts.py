@@ -13,7 +13,7 @@ from functools import partial
 from itertools import accumulate, chain
 
 from fxsplit.errors import PartitionError
-from fxsplit.graph import Graph, Op, Value
+from fxsplit.graph import Graph, Modes, Op, Value, once_a_pair, prefixes
 from fxsplit.plan.natural import natural_cuts
 
 
@@ -38,7 +38,7 @@ class Cut:
     natural: bool
 
 
-def cuts(train: Graph, eval_graph: Graph) -> tuple[Cut, ...]:
+def cuts(modes: Modes) -> tuple[Cut, ...]:
     """Every cut between two ops of the train graph, with its twin in the eval graph and its refusal, if any.
 
     A cut is refused when the modes run their common ops in another order around it, when an op needs a value of
@@ -47,11 +47,13 @@ def cuts(train: Graph, eval_graph: Graph) -> tuple[Cut, ...]:
     both, or when ops on both sides change buffers of one module. A parameter that is only read on both sides is no
     hindrance. Raises PartitionError when there is no op at all.
     """
-    return with_ends(train, eval_graph)[1:-1]
+    return with_ends(modes)[1:-1]
 
 
-def with_ends(train: Graph, eval_graph: Graph) -> tuple[Cut, ...]:
+@once_a_pair
+def with_ends(modes: Modes) -> tuple[Cut, ...]:
     """All cuts `0 .. len(train)`: the model's own two ends too, whose refusals mean nothing."""
+    train, eval_graph = modes.train, modes.eval
     if not len(train):
         raise PartitionError("the model has no operations, so there is nothing to partition")
     values = {**eval_graph.values, **train.values}
@@ -88,9 +90,22 @@ def _twins(train: Graph, eval_graph: Graph) -> list[int]:
     Where eval-only ops leave a choice: the first with the same boundary, else the first at which training has all
     that later ops need, else the first.
     """
+    # Both modes have the ops a and b; train alone has t, evaluation alone e and f. Numbers are cuts.
+    #
+    #                a         t         b
+    #     train  0 ──●── 1 ────●──── 2 ──●── 3              (1) passed  0  1  1  2
+    #
+    #     eval   0 ──●── 1 ──●── 2 ──●── 3 ──●── 4          (1) passed  0  1  1  1  2
+    #                a       e       f       b
+    #
+    # (1) How many common ops lie before a cut. Twins have passed as many.
+    # (2) Cuts 1 and 2 of train have passed one, and so have 1, 2 and 3 of evaluation: among these is the choice.
+    # (3) The best of it is a cut over which the same values cross.
+    # (4) Else one that needs of the eval-only values none that train would lack: they are read before it.
+    # (5) A twin never lies before the twin of an earlier cut, or partitions would overlap.
     common = train.written_at.keys() & eval_graph.written_at.keys()
     choices: dict[int, list[int]] = {}
-    for cut, passed in enumerate(_passed(eval_graph, common)):
+    for cut, passed in enumerate(_passed(eval_graph, common)):  # (1)
         choices.setdefault(passed, []).append(cut)
 
     def fits(twin: int, name: str) -> bool:
@@ -100,14 +115,13 @@ def _twins(train: Graph, eval_graph: Graph) -> list[int]:
         if len(among) == 1:
             return among[0]
         boundary = set(train.boundaries[cut])
-        same = (twin for twin in among if boundary == set(eval_graph.boundaries[twin]))
-        shared = (twin for twin in among if all(map(partial(fits, twin), eval_graph.boundaries[twin])))
-        # One earlier than the twin of the cut before is no twin.
-        return max(twins[-1], next(chain(same, shared, among)))
+        same = (twin for twin in among if boundary == set(eval_graph.boundaries[twin]))  # (3)
+        shared = (twin for twin in among if all(map(partial(fits, twin), eval_graph.boundaries[twin])))  # (4)
+        return max(twins[-1], next(chain(same, shared, among)))  # (5)
 
     twins = [0]
     for cut, passed in enumerate(_passed(train, common)[1:-1], start=1):
-        twins.append(choose(cut, choices[passed]))
+        twins.append(choose(cut, choices[passed]))  # (2)
     return [*twins, len(eval_graph)]
 
 
@@ -252,7 +266,7 @@ def unit_borders(train: Graph, units: Mapping[str, str]) -> set[int]:
     borders: set[int] = set()
     current: str | None = None
     for index, op in enumerate(train.ops):
-        mine = [units[path] for path in _prefixes(op.path) if path in units]
+        mine = [units[path] for path in prefixes(op.path) if path in units]
         if mine and mine[-1] != current:
             # What lies before the first unit belongs to it.
             borders |= {index} if current is not None else set()
@@ -264,9 +278,8 @@ def places_of(train: Graph) -> dict[str, int]:
     """All that `at` may name, and the op that it finds: an op by its name, else the first op in a module."""
     places: dict[str, int] = {}
     for index, op in enumerate(train.ops):
-        for path in _prefixes(op.path):
+        for path in prefixes(op.path)[1:]:
             places.setdefault(path, index)
-    places.pop("", None)
     return places | {op.name: index for index, op in enumerate(train.ops)}
 
 
@@ -274,11 +287,6 @@ def _paths(train: Graph) -> list[str]:
     """For every op the name of the cut before it: the outermost module that begins there, else the op's own name."""
     places = places_of(train)
     return [
-        next((path for path in _prefixes(op.path) if places.get(path) == index), op.name)
+        next((path for path in prefixes(op.path) if places.get(path) == index), op.name)
         for index, op in enumerate(train.ops)
     ]
-
-
-def _prefixes(path: str) -> Iterator[str]:
-    """`a`, `a.b`, `a.b.c`: a module path from the outside in."""
-    return accumulate(path.split("."), "{}.{}".format)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
-from fxsplit.graph import Graph, Op, Value
+from fxsplit.graph import Modes, Op, Value
 from fxsplit.plan.memory import Step, peak_bytes
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase, Plan
@@ -55,28 +55,27 @@ class Forecast:
 
 def forecast(
     plan: Plan,
-    train: Graph,
-    eval_graph: Graph,
+    modes: Modes,
     *,
     batch_size: int,
-    optimizer_slots: int,
+    optimizer_slots: int = 2,
     update_seconds: float | None = None,
     steps_per_epoch: int | None = None,
     micro_batches: int = 1,
 ) -> Forecast:
-    """What the phases of `plan` will cost with batches of `batch_size`, which `standard` takes in `micro_batches`.
+    """What the phases of `plan`, made for a model with these graphs, will cost with batches of `batch_size`.
+
+    `standard`, to which they are held, takes a batch in `micro_batches`.
 
     `optimizer_slots` is the number of values that the optimizer keeps a parameter: 2 for Adam, 1 for SGD with momentum,
     0 for plain SGD. Time is that of the measured ops where both graphs have seconds, with `update_seconds` for the
     optimizer's update of all parameters; else multiply-adds and bytes moved are weighed, MACS_PER_BYTE of the ones for
     one of the others, and so is an update whose seconds are not given.
     """
-    oracle = Oracle(
-        plan.partitions, train, eval_graph, batch_size, optimizer_slots, update_seconds, micro_batches=micro_batches
-    )
+    costs = CostModel(plan.partitions, modes, batch_size, optimizer_slots, update_seconds, micro_batches=micro_batches)
     epochs = plan.epochs
-    standard = oracle.phase(oracle.standard)
-    phases = tuple(oracle.phase(phase) for phase in plan.phases)
+    standard = costs.phase(costs.standard)
+    phases = tuple(costs.phase(phase) for phase in plan.phases)
     cost = sum(phase.epochs * found.step_cost for phase, found in zip(plan.phases, phases, strict=True))
     seconds = None
     if standard.step_seconds is not None and steps_per_epoch is not None:
@@ -91,27 +90,27 @@ def forecast(
     )
 
 
-class Oracle:
+class CostModel:
     """What a step costs in any phase over these partitions; the arguments are those of `forecast`."""
 
     def __init__(
         self,
         partitions: Sequence[Partition],
-        train: Graph,
-        eval_graph: Graph,
+        modes: Modes,
         batch_size: int,
         optimizer_slots: int,
         update_seconds: float | None = None,
         *,
         micro_batches: int = 1,
     ) -> None:
-        self.partitions, self.train, self.eval_graph = partitions, train, eval_graph
+        train, evaluation = modes.train, modes.eval
+        self.partitions, self.modes = partitions, modes
         self.batch_size, self.optimizer_slots = batch_size, optimizer_slots
-        self.values = train.values | eval_graph.values
-        self.bytes = {state.name: state.bytes for graph in (eval_graph, train) for state in graph.state}
+        self.values = train.values | evaluation.values
+        self.bytes = {state.name: state.bytes for graph in (evaluation, train) for state in graph.state}
         self.parameters = {state.name for state in train.state if state.is_parameter}
         self.parameter_bytes = sum(self.bytes[name] for name in self.parameters)
-        self.measured = all(op.seconds is not None for graph in (train, eval_graph) for op in graph.ops)
+        self.measured = all(op.seconds is not None for graph in (train, evaluation) for op in graph.ops)
         self.standard = Phase(start=0, stop=len(partitions), epochs=1, micro_batches=micro_batches)
         self._times: dict[tuple[int, int, int], float] = {}
         # An update reads gradients, parameters and slots, and writes the last two.
@@ -133,11 +132,11 @@ class Oracle:
         part = -(-self.batch_size // phase.micro_batches)
         if phase.micro_batches == 1:
             activations, most = (
-                peak_bytes(steps, self.train, batch_size=part, gradient_bytes=counted)
+                peak_bytes(steps, self.modes.train, batch_size=part, gradient_bytes=counted)
                 for counted in (dict.fromkeys(gradients, 0), gradients)
             )
         else:
-            activations = peak_bytes(steps, self.train, batch_size=part, gradient_bytes=gradients, adds=True)
+            activations = peak_bytes(steps, self.modes.train, batch_size=part, gradient_bytes=gradients, adds=True)
             most = activations + sum(gradients.values())
         return PhaseForecast(
             step_cost=self.step_cost(phase),
@@ -153,8 +152,8 @@ class Oracle:
     @cached_property
     def _segment_of(self) -> dict[str, int]:
         """By the name of each op of the train graph, the place where its segment starts."""
-        parts = chain.from_iterable(segments(self.partitions, self.train, self.eval_graph))
-        return {op.name: part.start for part in parts for op in self.train.ops[part.start : part.stop]}
+        parts = chain.from_iterable(segments(self.partitions, self.modes))
+        return {op.name: part.start for part in parts for op in self.modes.train.ops[part.span(training=True)]}
 
     def _trained(self, phase: Phase) -> frozenset[str]:
         window = self.partitions[phase.start : phase.stop]
@@ -162,25 +161,40 @@ class Oracle:
 
     def _steps(self, phase: Phase) -> Iterator[Step]:
         """Every op in the order in which it runs: settled in evaluation, then training, then frozen in evaluation."""
+        # The ops of a phase from left to right, and the gradients that come back through those that are recorded.
+        #
+        #     0             start            recompute            stop              n
+        #     ├─── settled ───┼──────── trains ──┼──── trains ──────┼──── frozen ─────┤
+        #     │ (1) eval graph│ (1) train graph                     │ (1) eval graph  │
+        #     │ (4) folded    │ (5) made again   │ kept             │ (3) as trained  │
+        #                     ◄────────────── gradients ─────────────────────────── loss
+        #
+        # (1) Which graph an op is taken from. Outside of what trains, all runs in evaluation.
+        # (2) Autograd records an op that has a parameter which trains, or that reads a value which an op before it has
+        #     made a gradient wanted for. So gradients go back through the frozen ops to the first op that trains.
+        # (3) What a frozen op saves and what its backward takes was measured of its twin in the train graph.
+        # (4) A settled op takes what it was measured to take when it is folded.
+        # (5) What recomputes runs again in backward, together with all of its partition or of its segment.
+        train, evaluation = self.modes.train, self.modes.eval
         trained = self._trained(phase)
-        in_training = {op.name: op for op in self.train.ops}
+        in_training = {op.name: op for op in train.ops}
         wanting: set[str] = set()
         shared: dict[str, str] = {}
         for index, part in enumerate(self.partitions):
             settled, frozen = index < phase.start, index >= phase.stop
-            evaluated = self.eval_graph.ops[part.eval_start : part.eval_stop]
-            for op in evaluated if settled or frozen else self.train.ops[part.start : part.stop]:
+            training = not (settled or frozen)
+            for op in (train if training else evaluation).ops[part.span(training=training)]:  # (1)
                 trains = () if settled else tuple(name for name in op.state if name in trained)
                 passes = tuple(name for name in op.reads if name in wanting)
-                recorded = bool(trains or passes) and _is_differentiable(op.output)
+                recorded = bool(trains or passes) and _is_differentiable(op.output)  # (2)
                 if recorded:
                     wanting.add(op.name)
                 if frozen:
-                    op = _frozen(op, in_training.get(op.name))
+                    op = _frozen(op, in_training.get(op.name))  # (3)
                 if settled:
-                    op = _settled(op, shared)
+                    op = _settled(op, shared)  # (4)
                 again = phase.start <= index < phase.recompute
-                recomputes = (self._segment_of[op.name] if phase.segmented else part.start) if again else None
+                recomputes = (self._segment_of[op.name] if phase.segmented else part.start) if again else None  # (5)
                 yield Step(op=op, recorded=recorded, trains=trains, passes=passes, recomputes=recomputes)
 
     def _step_time(self, phase: Phase) -> float:
@@ -196,7 +210,7 @@ class Oracle:
 
     def _time(self, phase: Phase, times: Callable[[Op], tuple[float, float]]) -> float:
         """Of all ops, forward and backward."""
-        inputs = {value.name for value in self.train.inputs}
+        inputs = {value.name for value in self.modes.train.inputs}
         total = 0.0
         for step in self._steps(phase):
             forward, backward = times(step.op)
@@ -208,7 +222,7 @@ class Oracle:
         return total
 
     def _seconds(self, op: Op) -> tuple[float, float]:
-        share = self.batch_size / self.train.batch_size
+        share = self.batch_size / self.modes.train.batch_size
         forward = op.forward_seconds or 0.0
         return share * forward, share * ((op.seconds or 0.0) - forward)
 

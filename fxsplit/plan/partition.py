@@ -15,7 +15,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 
 from fxsplit.errors import PartitionError, UsageError, nearest
-from fxsplit.graph import Graph, State
+from fxsplit.graph import Graph, Modes, State, once_a_pair
 from fxsplit.plan.cuts import Cut, cuts, places_of, unit_borders, with_ends
 
 BALANCES = ("macs", "params", "activations", "seconds")
@@ -57,10 +57,13 @@ class Partition:
                 f"[{self.eval_start}, {self.eval_stop}) in evaluation"
             )
 
+    def span(self, *, training: bool) -> slice:
+        """Its ops in the graph of that mode."""
+        return slice(self.start, self.stop) if training else slice(self.eval_start, self.eval_stop)
+
 
 def partition(
-    train: Graph,
-    eval_graph: Graph,
+    modes: Modes,
     *,
     count: int | None = None,
     at: Sequence[str] = (),
@@ -86,69 +89,71 @@ def partition(
     """
     if (count is None) == (not at):
         raise UsageError("give either the number of partitions or the paths at which to cut, and not both")
-    every = with_ends(train, eval_graph)
-    owners = owning_ops(train, eval_graph, every)
+    every = with_ends(modes)
     if count is None:
-        if wrong := wrong_places(train, eval_graph, at):
+        if wrong := wrong_places(modes, at):
             raise PartitionError("; ".join(wrong))
-        places = places_of(train)
+        places = places_of(modes.train)
         inner = [every[index] for index in sorted({places[place] for place in at})]
     else:
-        allowed = _allowed(every[1:-1], train, by, units or {})
-        inner = _cuts_by_count(count, allowed, _op_weights(train, eval_graph, owners, balance), by)
-    return between(train, eval_graph, (every[0], *inner, every[-1]), owners)
+        allowed = _allowed(modes, by, units or {})
+        inner = _cuts_by_count(count, allowed, _op_weights(modes, balance), by)
+    return between(modes, (every[0], *inner, every[-1]))
 
 
-def wrong_places(train: Graph, eval_graph: Graph, at: Sequence[str]) -> list[str]:
+def wrong_places(modes: Modes, at: Sequence[str]) -> list[str]:
     """A sentence about each of the places that gives no cut, and where near it there is one."""
-    every = with_ends(train, eval_graph)
+    every = with_ends(modes)
     legal = {cut.index: cut for cut in every[1:-1] if cut.refusal is None}
-    places = places_of(train)
+    places = places_of(modes.train)
     return [fault for place in dict.fromkeys(at) if (fault := _fault_at(place, every, legal, places))]
 
 
-def most_partitions(train: Graph, eval_graph: Graph, *, by: str = "op", units: Mapping[str, str] | None = None) -> int:
+def most_partitions(modes: Modes, *, by: str = "op", units: Mapping[str, str] | None = None) -> int:
     """The largest `count` for which there is a division. Raises as `partition` does."""
-    return len(_allowed(cuts(train, eval_graph), train, by, units or {})) + 1
+    return len(_allowed(modes, by, units or {})) + 1
 
 
-def _allowed(inner: Sequence[Cut], train: Graph, by: str, units: Mapping[str, str]) -> list[Cut]:
+def _allowed(modes: Modes, by: str, units: Mapping[str, str]) -> list[Cut]:
     if by not in PLACES:
         raise UsageError(f"a model is cut by {', '.join(PLACES)}, not by {by!r}{nearest(by, PLACES)}")
-    legal = [cut for cut in inner if cut.refusal is None]
+    legal = [cut for cut in cuts(modes) if cut.refusal is None]
     if by == "natural":
         return [cut for cut in legal if cut.natural]
     if by == "block":
-        borders = unit_borders(train, units)
+        borders = unit_borders(modes.train, units)
         return [cut for cut in legal if cut.index in borders]
     return legal
 
 
-def owning_ops(train: Graph, eval_graph: Graph, every: Sequence[Cut]) -> dict[str, int]:
+@once_a_pair
+def owning_ops(modes: Modes) -> Mapping[str, int]:
     """Parameters and buffers, by first use, and the train op whose partition owns each.
 
     A name that evaluation uses earlier than training belongs to the train op between whose cuts' twins that
     use lies.
     """
-    twins = [cut.eval_index for cut in every[1:-1]]
-    eval_places = [bisect_right(twins, index) for index in range(len(eval_graph))]
+    train, evaluation = modes.train, modes.eval
+    twins = [cut.eval_index for cut in cuts(modes)]
+    eval_places = [bisect_right(twins, index) for index in range(len(evaluation))]
     owners: dict[str, int] = {}
-    for graph, places in ((train, range(len(train))), (eval_graph, eval_places)):
+    for graph, places in ((train, range(len(train))), (evaluation, eval_places)):
         for op, place in zip(graph.ops, places, strict=True):
             for name in op.state:
                 owners[name] = min(owners.get(name, place), place)
     return dict(sorted(owners.items(), key=lambda item: item[1]))
 
 
-def _states(train: Graph, eval_graph: Graph) -> dict[str, State]:
-    return {state.name: state for graph in (eval_graph, train) for state in graph.state}
+def _states(modes: Modes) -> dict[str, State]:
+    return {state.name: state for graph in (modes.eval, modes.train) for state in graph.state}
 
 
-def _op_weights(train: Graph, eval_graph: Graph, owners: Mapping[str, int], balance: str) -> list[int]:
+def _op_weights(modes: Modes, balance: str) -> list[int]:
     """What each train op adds to the weight of its partition."""
     if balance not in BALANCES:
         hint = nearest(balance, BALANCES)
         raise UsageError(f"partitions are balanced by {', '.join(BALANCES)}, not by {balance!r}{hint}")
+    train = modes.train
     if balance == "macs":
         weights = [op.macs for op in train.ops]
     elif balance == "seconds":
@@ -156,9 +161,9 @@ def _op_weights(train: Graph, eval_graph: Graph, owners: Mapping[str, int], bala
     elif balance == "activations":
         weights = [op.activation_bytes for op in train.ops]
     else:
-        states = _states(train, eval_graph)
+        states = _states(modes)
         weights = [0] * len(train)
-        for name, index in owners.items():
+        for name, index in owning_ops(modes).items():
             weights[index] += states[name].bytes if states[name].is_parameter else 0
     return weights if any(weights) else [1] * len(train)
 
@@ -301,12 +306,12 @@ def _fits(before: Sequence[int], count: int, limit: int) -> bool:
     return reach == len(before) - 1
 
 
-def between(train: Graph, eval_graph: Graph, chosen: Sequence[Cut], owners: Mapping[str, int]) -> tuple[Partition, ...]:
-    """The partitions between neighbours in `chosen`; `owners` are those of `owning_ops`."""
-    states = _states(train, eval_graph)
+def between(modes: Modes, chosen: Sequence[Cut]) -> tuple[Partition, ...]:
+    """The partitions between neighbours in `chosen`."""
+    states, owners = _states(modes), owning_ops(modes)
     made = []
     for index, (first, last) in enumerate(pairwise(chosen)):
-        ops = train.ops[first.index : last.index]
+        ops = modes.train.ops[first.index : last.index]
         owned = [states[name] for name, op_index in owners.items() if first.index <= op_index < last.index]
         made.append(
             Partition(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fxsplit.errors import PartitionError, UsageError, nearest
-from fxsplit.graph import Graph
+from fxsplit.graph import Modes
 from fxsplit.plan.cuts import places_of
 from fxsplit.plan.partition import Partition, partition, wrong_places
 from fxsplit.plan.schedule import Phase, Plan, saving_in_words
@@ -142,14 +142,14 @@ class PlanFile:
         """Epochs of all phases together."""
         return sum(phase.epochs for phase in self.phases)
 
-    def plan(self, train: Graph, eval_graph: Graph) -> Plan:
+    def plan(self, modes: Modes) -> Plan:
         """The plan for a model with these graphs, of which all figures are worked out.
 
         Raises PartitionError when a cut is not one of this model or its phases cannot run.
         """
-        partitions = partition(train, eval_graph, at=self.cuts) if self.cuts else partition(train, eval_graph, count=1)
+        partitions = partition(modes, at=self.cuts) if self.cuts else partition(modes, count=1)
         index_of = {part.start: part.index for part in partitions}
-        places = places_of(train)
+        places = places_of(modes.train)
         return self._plan(partitions, {cut: index_of[places[cut]] for cut in self.cuts})
 
     def recorded_plan(self) -> Plan:
@@ -223,7 +223,7 @@ def write_file(file: PlanFile, path: str) -> None:
 # Reading
 
 
-def read_file(path: str, *, graphs: tuple[Graph, Graph] | None = None) -> PlanFile:
+def read_file(path: str, *, modes: Modes | None = None) -> PlanFile:
     """The plan file at `path`. Raises as `read` does, and UsageError when it cannot be read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -231,20 +231,20 @@ def read_file(path: str, *, graphs: tuple[Graph, Graph] | None = None) -> PlanFi
         raise UsageError(f"the plan {path!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"the plan {path!r} cannot be read: it is no text") from error
-    return read(text, source=path, graphs=graphs)
+    return read(text, source=path, modes=modes)
 
 
-def read(text: str, *, source: str, graphs: tuple[Graph, Graph] | None = None) -> PlanFile:
+def read(text: str, *, source: str, modes: Modes | None = None) -> PlanFile:
     """What the text of a plan file says. Raises as `from_dict` does, and UsageError when the text is not JSON."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"the plan {source!r} is not valid JSON near line {error.lineno}: {error.msg}") from error
-    return from_dict(data, source=source, graphs=graphs)
+    return from_dict(data, source=source, modes=modes)
 
 
-def from_dict(data: Any, *, source: str, graphs: tuple[Graph, Graph] | None = None) -> PlanFile:
-    """What the plain data of a plan say; with the train and eval `graphs` of a model its cuts are looked for there.
+def from_dict(data: Any, *, source: str, modes: Modes | None = None) -> PlanFile:
+    """What the plain data of a plan say; with the `modes` of a model its cuts are looked for there.
 
     Raises an error, which tells all that is wrong at once and begins with `source`: UsageError when this is no plan
     of a known schema, PartitionError when no more than its cuts are wrong.
@@ -257,9 +257,9 @@ def from_dict(data: Any, *, source: str, graphs: tuple[Graph, Graph] | None = No
         )
     faults = list(_faults(data))
     cuts = data.get("cuts", ())
-    misfits = wrong_places(*graphs, cuts) if graphs and _KEYS["cuts"].rule.suits(cuts) else []
+    misfits = wrong_places(modes, cuts) if modes and _KEYS["cuts"].rule.suits(cuts) else []
     if faults or misfits:
-        another = graphs and data.get("graph") not in (None, "", graphs[0].digest())
+        another = modes and data.get("graph") not in (None, "", modes.train.digest())
         hint = " (it was made for another model than this one)" if another and misfits else ""
         kind = UsageError if faults else PartitionError
         raise kind(f"the plan {source!r} cannot be used{hint}: {'; '.join([*faults, *misfits])}")

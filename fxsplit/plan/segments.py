@@ -10,22 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-from fxsplit.graph import Graph
+from fxsplit.graph import Modes
 from fxsplit.plan.cuts import Cut, shared_bytes, with_ends
-from fxsplit.plan.partition import Partition, between, owning_ops
+from fxsplit.plan.partition import Partition, between
 
 
-def segments(partitions: Sequence[Partition], train: Graph, eval_graph: Graph) -> tuple[tuple[Partition, ...], ...]:
+def segments(partitions: Sequence[Partition], modes: Modes) -> tuple[tuple[Partition, ...], ...]:
     """Each partition divided at legal cuts of its own into as many as 8 segments, where that lessens what it needs.
 
     The segment that saves most is divided next, and of all these divisions the best is taken. The last partition never
     recomputes and stays whole.
     """
-    every = with_ends(train, eval_graph)
-    owners = owning_ops(train, eval_graph, every)
-    divider = _Divider(every, train, eval_graph)
+    divider = _Divider(modes)
     *earlier, last = partitions
-    divided = (between(train, eval_graph, divider.divide(partition), owners) for partition in earlier)
+    divided = (between(modes, divider.divide(partition)) for partition in earlier)
     return (*divided, (last,))
 
 
@@ -34,10 +32,10 @@ MOST = 8
 
 
 class _Divider:
-    def __init__(self, every: Sequence[Cut], train: Graph, eval_graph: Graph) -> None:
-        self._every = every
-        self._values = {**eval_graph.values, **train.values}
-        self._saved = list(accumulate((op.activation_bytes for op in train.ops), initial=0))
+    def __init__(self, modes: Modes) -> None:
+        self._every = with_ends(modes)
+        self._values = {**modes.eval.values, **modes.train.values}
+        self._saved = list(accumulate((op.activation_bytes for op in modes.train.ops), initial=0))
 
     def divide(self, partition: Partition) -> list[Cut]:
         """The cuts at both ends and within; each further one divides the segment that saves most."""

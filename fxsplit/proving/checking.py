@@ -78,8 +78,7 @@ def _check(spec: str, *, structure_only: bool, parts: int, img_size: int | None,
     if channels_last:
         inputs = [each.in_channels_last() for each in inputs]
     captured = trace(model, inputs[0].args, inputs[0].kwargs)
-    most = most_partitions(captured.train, captured.eval)
-    partitions = partition(captured.train, captured.eval, count=min(parts, most))
+    partitions = partition(captured, count=min(parts, most_partitions(captured)))
     found: list[Difference] = []
     own: set[tuple[str, bool]] = set()
     if not structure_only:
@@ -94,8 +93,8 @@ def _check(spec: str, *, structure_only: bool, parts: int, img_size: int | None,
         eval_ops=len(captured.eval),
         parameters=sum(part.parameters for part in partitions),
         opaque=captured.opaque,
-        guards=len(captured.programs[True].guards.questions) + len(captured.programs[False].guards.questions),
-        cuts=sum(cut.refusal is None for cut in cuts(captured.train, captured.eval)),
+        guards=sum(len(program.guards.questions) for program in captured.programs.values()),
+        cuts=sum(cut.refusal is None for cut in cuts(captured)),
         partitions=len(partitions),
         batch_sizes=() if structure_only else tuple(map(_batch_size, inputs)),
         differences=tuple(str(each) for each in found if _what(each) not in own),

@@ -9,7 +9,7 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from fxsplit.capture.tracing import trace
@@ -77,14 +77,12 @@ def _check(
         model, given = model.to(memory_format=torch.channels_last), given.in_channels_last()
     passes = passes_for(device, channels_last=channels_last)
     captured = trace(model, given.args, given.kwargs)
-    count = min(parts, most_partitions(captured.train, captured.eval))
-    partitions = partition(captured.train, captured.eval, count=count)
+    partitions = partition(captured, count=min(parts, most_partitions(captured)))
     plan = make_plan(schedule, partitions=partitions, epochs=EPOCHS)
     measured = measure(captured, given.args, given.kwargs, device=device, passes=passes)
     ahead = forecast(
         plan,
-        measured.train,
-        measured.eval,
+        measured,
         batch_size=batch_size,
         optimizer_slots=2,
         update_seconds=update_seconds(model.parameters(), make_optimizer=_adamw),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.nn import functional as F
 
 from fxsplit.data.randomness import random_stream
 from fxsplit.execute.executor import Executor
@@ -100,7 +100,7 @@ class Exits:
             if str(index) in self.modules:
                 scores.append(self.modules[str(index)](values))
 
-        with executor.heard(tap):
+        with executor.tapped(tap):
             yield scores
 
     def add_to(self, loss: Tensor, scores: Sequence[Tensor], labels: Tensor, *, smoothing: float) -> Tensor:

@@ -182,7 +182,7 @@ def test_a_folder_that_is_missing_or_has_no_such_head_is_told(tmp_path: Path) ->
 
 def test_naming_a_library_imports_no_other() -> None:
     script = (
-        "import sys; from fxsplit.capture import models; models.expand('paper:*'); models.native_size('paper:cnn');"
+        "import sys; from fxsplit.models import registry as r; r.expand('paper:*'); r.native_size('paper:cnn');"
         "print(sorted({'timm', 'torchvision', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"

@@ -16,14 +16,14 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.errors import GuardError, TraceError
 from fxsplit.models.paper import NETWORKS
 from fxsplit.objects.structure import members
 from fxsplit.plan.cuts import cuts
-from tests import models
+from tests import networks
 from tests.exact import executor_of
 from tests.networks import HAZARDS, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
 
@@ -242,7 +242,7 @@ def test_ops_that_overwrite_are_known_and_cuts_before_them_refused() -> None:
     found = captured(InPlace())
     written = {op.name: op.mutates for op in found.train.ops if op.mutates and op.kind != "module"}
     assert written == {"iadd": ("norm2",), "relu": ("iadd",), "tanh_": ("conv2_1",)}
-    refusals = {cut.path: cut.refusal for cut in cuts(found.train, found.eval)}
+    refusals = {cut.path: cut.refusal for cut in cuts(found)}
     assert refusals["act"] == "op 'act' writes in place into the value 'norm1' after it"
     assert refusals["conv2"] is None
     assert refusals["relu"] == "op 'relu' writes in place into the value 'iadd' after it"
@@ -295,7 +295,7 @@ def test_ops_along_the_samples_of_a_batch_mix_them() -> None:
 
 def test_a_norm_entered_twice_cannot_be_cut_apart() -> None:
     found = captured(HAZARDS["NormTwice"]())
-    refused = [cut.path for cut in cuts(found.train, found.eval) if cut.refusal and "norm1.running_mean" in cut.refusal]
+    refused = [cut.path for cut in cuts(found) if cut.refusal and "norm1.running_mean" in cut.refusal]
     assert refused == ["relu", "conv2", "norm1_1"]
 
 
@@ -517,7 +517,7 @@ def test_a_size_that_depends_on_data_is_never_relied_upon() -> None:
 def test_functions_and_methods_can_be_named_as_leaves() -> None:
     model = HAZARDS["MethodOnData"]()
     assert trace(model, (torch.empty(2, 3, 8, 8),), leaves=[type(model).pick]).opaque == {}
-    found = trace(HAZARDS["FunctionOnData"](), (torch.empty(2, 3, 8, 8),), leaves=[models.largest])
+    found = trace(HAZARDS["FunctionOnData"](), (torch.empty(2, 3, 8, 8),), leaves=[networks.largest])
     assert found.opaque == {}
     assert "largest" in [op.name for op in found.train.ops]
 
@@ -538,7 +538,7 @@ class GivesUpLate(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.average = nn.Conv2d(3, 6, 1), models.Average()
+        self.conv, self.average = nn.Conv2d(3, 6, 1), networks.Average()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.average(self.conv(x))
@@ -549,7 +549,7 @@ class TriesAgain(GivesUpLate):
     """The same, and then a function of its own reads data."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return models.largest(self.average(self.conv(x)))
+        return networks.largest(self.average(self.conv(x)))
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(GivesUpLate()), TriesAgain, HAZARDS["OtherTensors"]])
@@ -579,9 +579,9 @@ def test_a_model_that_takes_another_way_the_next_time_is_refused() -> None:
 
 def test_cuts_lie_past_an_auxiliary_head() -> None:
     found = captured(HAZARDS["AuxiliaryHead"]())
-    allowed = {cut.path for cut in cuts(found.train, found.eval) if cut.refusal is None}
+    allowed = {cut.path for cut in cuts(found) if cut.refusal is None}
     assert {"auxiliary", "norm2", "tanh", "head"} <= allowed
-    refused = {cut.path: cut.refusal for cut in cuts(found.train, found.eval) if cut.refusal}
+    refused = {cut.path: cut.refusal for cut in cuts(found) if cut.refusal}
     assert "exists only in training" in refused["auxiliary.1"]
 
 
@@ -589,7 +589,7 @@ def test_what_only_evaluation_needs_is_no_hindrance() -> None:
     found = captured(HAZARDS["OnlyInEvaluation"]())
     assert "softmax" in found.eval.values
     assert "softmax" not in found.train.values
-    assert all(cut.refusal is None for cut in cuts(found.train, found.eval))
+    assert all(cut.refusal is None for cut in cuts(found))
 
 
 def test_ops_of_the_two_modes_are_matched_by_what_they_do() -> None:

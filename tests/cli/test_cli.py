@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 import typer.main
 import yaml
-from fxsplit_cli.main import app, main
 
 import fxsplit
 from fxsplit.errors import CheckError, DataError, FxsplitError, PartitionError, Terminated, UsageError
@@ -34,6 +33,7 @@ from fxsplit.report import (
     RunReport,
 )  # fmt: skip
 from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
+from fxsplit_cli.main import app, main
 
 TRAIN_OPTIONS = """
 --amp --amp-dtype --at --augment --balance --batch-size -b --by --channels-last --clip-grad --config -c --data

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fxsplit_cli import formats
 
 from fxsplit.errors import UsageError
 from fxsplit.plan.planfile import from_dict, read_file
 from fxsplit.report import Inspection
+from fxsplit_cli import formats
 
 
 def shown(inspection: Inspection, name: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -122,7 +122,7 @@ def test_json(inspection: Inspection, tmp_path: Path, capsys: pytest.CaptureFixt
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(data["plan"]), encoding="utf-8")
     assert read_file(str(path)) == inspection.plan_file
-    assert read_file(str(path)).plan(inspection.graph, inspection.graph) == inspection.plan
+    assert read_file(str(path)).plan(inspection) == inspection.plan
     assert set(data) == {
         "model",
         "input_shape",
@@ -143,7 +143,7 @@ def test_json(inspection: Inspection, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_csv_has_a_row_for_each_op(inspection: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
     rows = list(csv.DictReader(io.StringIO(shown(inspection, "csv", capsys))))
     assert tuple(rows[0]) == formats.CSV_COLUMNS
-    assert [row["op"] for row in rows] == [op.name for op in inspection.graph.ops]
+    assert [row["op"] for row in rows] == [op.name for op in inspection.train.ops]
     assert [row["partition"] for row in rows] == ["0", "0", "1", "1", "2", "2"]
     assert rows[1] == {
         "partition": "0", "op": "op1", "path": "[red].1", "class": "Linear", "kind": "module", "target": "Linear",

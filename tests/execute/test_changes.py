@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 from fxsplit.capture.tracing import trace
@@ -69,7 +69,7 @@ X = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
 
 def executor(model: nn.Module, at: str = "second", example: Tensor = X) -> Executor:
     captured = trace(model, (example,))
-    return Executor(captured, partition(captured.train, captured.eval, at=[at]))
+    return Executor(captured, partition(captured, at=[at]))
 
 
 def computed(net: nn.Module, x: Tensor = X) -> list[Tensor]:
@@ -406,7 +406,7 @@ def test_a_table_that_a_whole_module_makes_changes_nothing() -> None:
     x = torch.randn(4, 6)
     found = trace(model, (x,))
     assert list(found.opaque) == ["1"]
-    net = Executor(found, partition(found.train, found.eval, count=2))
+    net = Executor(found, partition(found, count=2))
     for mode in (True, False, True):
         assert torch.equal(net.train(mode)(x), plain.train(mode)(x))
 
@@ -461,7 +461,7 @@ def test_what_others_read_of_a_module_that_stays_one_op_is_watched(change: Any, 
     model = ReadsOthers()
     captured = trace(model, (torch.zeros(2, 6),))
     assert list(captured.opaque) == ["whole"]
-    net = Executor(captured, partition(captured.train, captured.eval, count=2))
+    net = Executor(captured, partition(captured, count=2))
     x = torch.randn(2, 6)
     for mode in (True, False):
         net.train(mode)(x)

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import GuardError, PartitionError
@@ -56,8 +56,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def _executor(model: nn.Module, size: int, count: int | None = None) -> Executor:
     captured = trace(model, (torch.empty(2, 3, size, size),))
-    most = 1 + sum(cut.refusal is None for cut in cuts(captured.train, captured.eval))
-    parts = partition(captured.train, captured.eval, count=min(most, 4) if count is None else count)
+    most = 1 + sum(cut.refusal is None for cut in cuts(captured))
+    parts = partition(captured, count=min(most, 4) if count is None else count)
     return Executor(captured, parts)
 
 
@@ -132,17 +132,17 @@ def test_what_partitions_deliver_is_heard_before_the_next_one_runs() -> None:
         assert not ran
         assert all(value.requires_grad for value in values)
 
-    with net.heard(hear):
+    with net.tapped(hear):
         net(images)
     assert told == [(index, len(net.partitions[index].writes)) for index in (1, 2)]
     net(images)
     assert len(told) == 2
-    with pytest.raises(ZeroDivisionError), net.heard(lambda *_: 1 // 0):
+    with pytest.raises(ZeroDivisionError), net.tapped(lambda *_: 1 // 0):
         net(images)
     net(images)
     module = nn.Identity()
     module.forward = hear  # type: ignore[method-assign]
-    with net.heard(module):
+    with net.tapped(module):
         assert module not in net.modules()
 
 
@@ -217,12 +217,12 @@ class FusedNorms(nn.Sequential):
 def test_a_counter_moves_with_the_statistics_of_its_norm(make: Callable[[], nn.Module]) -> None:
     """Wherever the model is cut, as in the plain model with the norms before the cut frozen by hand."""
     captured = trace(make(), (torch.empty(2, 3, 8, 8),))
-    places = [cut.path for cut in cuts(captured.train, captured.eval) if cut.refusal is None]
+    places = [cut.path for cut in cuts(captured) if cut.refusal is None]
     frozen = set()
     for place in places:
         model = make()
         captured = trace(model, (torch.empty(2, 3, 8, 8),))
-        net = Executor(captured, partition(captured.train, captured.eval, at=[place]))
+        net = Executor(captured, partition(captured, at=[place]))
         net.enter(Phase(start=1, stop=2, epochs=1))
         plain = copy.deepcopy(model).train()
         for path, module in plain.named_modules():
@@ -266,7 +266,7 @@ def test_a_frozen_tail_passes_gradients_and_runs_in_evaluation() -> None:
     torch.manual_seed(0)
     model = Chain()
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
-    net = Executor(captured, partition(captured.train, captured.eval, at=["conv2"]))
+    net = Executor(captured, partition(captured, at=["conv2"]))
     reference = copy.deepcopy(model)
     net.enter(Phase(start=0, stop=1, epochs=1))
     net.train()
@@ -291,7 +291,7 @@ def test_a_frozen_tail_returns_the_auxiliary_output_of_what_trains(at: list[str]
     torch.manual_seed(0)
     model = AuxiliaryHead()
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
-    net = Executor(captured, partition(captured.train, captured.eval, at=at))
+    net = Executor(captured, partition(captured, at=at))
     reference = copy.deepcopy(model).train()
     reference.norm2.eval()
     for name, parameter in reference.named_parameters():
@@ -325,7 +325,7 @@ def test_what_a_settled_part_returns_is_what_it_returns_in_evaluation() -> None:
     torch.manual_seed(0)
     model = DroppedFeatures()
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
-    net = Executor(captured, partition(captured.train, captured.eval, at=["conv2", "norm2"]))
+    net = Executor(captured, partition(captured, at=["conv2", "norm2"]))
     images, _ = _images(0, 8)
     expected = copy.deepcopy(model).eval()(images)[1]
     for phase in (Phase(start=1, stop=3, epochs=1), Phase(start=2, stop=3, epochs=1), Phase(start=1, stop=2, epochs=1)):
@@ -349,7 +349,7 @@ class OtherFeatures(Chain):
 
 def test_an_output_that_no_partition_makes_in_a_phase_is_refused() -> None:
     captured = trace(OtherFeatures(), (torch.empty(2, 3, 8, 8),))
-    net = Executor(captured, partition(captured.train, captured.eval, at=["conv2"])).train()
+    net = Executor(captured, partition(captured, at=["conv2"])).train()
     images, _ = _images(0, 8)
     assert len(_flat(net(images))) == 2
     net.enter(Phase(start=1, stop=2, epochs=1))
@@ -387,7 +387,7 @@ def test_release_restores_and_what_the_user_froze_stays_frozen() -> None:
 def test_a_tied_weight_settles_with_its_first_user() -> None:
     model = TiedWeight()
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
-    net = Executor(captured, partition(captured.train, captured.eval, at=["second"]))
+    net = Executor(captured, partition(captured, at=["second"]))
     assert captured.tied == {"first.weight": ("second.weight",)}
     net.enter(Phase(start=1, stop=2, epochs=1))
     before = model.first.weight.clone()
@@ -434,7 +434,7 @@ def test_moving_the_executor_moves_the_model() -> None:
 
 def test_an_input_that_takes_another_path_is_refused_by_name() -> None:
     net = _executor(BranchOnShape(), 8)
-    with pytest.raises(GuardError, match=r"bool\(\) of 'gt' was True and is now False .*models\.py"):
+    with pytest.raises(GuardError, match=r"bool\(\) of 'gt' was True and is now False .*networks\.py"):
         net(torch.randn(2, 3, 6, 6))
     with pytest.raises(GuardError, match="traced with a tensor for 'x' and is now given 'image'"):
         net("image")
@@ -450,9 +450,9 @@ def test_other_sizes_work_where_the_model_does_not_ask() -> None:
 
 def test_partitions_of_another_model_are_refused() -> None:
     captured, other = (trace(make(), (torch.empty(2, 3, 8, 8),)) for make in (Chain, TiedWeight))
-    with pytest.raises(PartitionError, match="partition its own trace"):
-        Executor(captured, partition(other.train, other.eval, count=2))
-    net = Executor(captured, partition(captured.train, captured.eval, count=2))
+    with pytest.raises(PartitionError, match="from another trace"):
+        Executor(captured, partition(other, count=2))
+    net = Executor(captured, partition(captured, count=2))
     with pytest.raises(PartitionError, match=r"\[2, 3\) of 2"):
         net.enter(Phase(start=2, stop=3, epochs=1))
 

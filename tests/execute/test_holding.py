@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import update_bn
 
@@ -43,7 +43,7 @@ def chain() -> Chain:
 
 def executor(model: nn.Module) -> Executor:
     captured = trace(model, (images(),))
-    return Executor(captured, partition(captured.train, captured.eval, at=["conv2", "head"]))
+    return Executor(captured, partition(captured, at=["conv2", "head"]))
 
 
 def modes(model: nn.Module) -> dict[str, bool]:
@@ -107,7 +107,7 @@ def test_a_module_on_both_sides_of_the_cut_has_two_modes_in_one_forward() -> Non
 
     model = Twice()
     captured = trace(model, (images(),))
-    net = Executor(captured, partition(captured.train, captured.eval, at=["conv2"]))
+    net = Executor(captured, partition(captured, at=["conv2"]))
     for phase in (Phase(start=1, stop=2, epochs=1), Phase(start=0, stop=1, epochs=1)):
         net.enter(phase)
         torch.manual_seed(3)
@@ -147,7 +147,7 @@ def test_modules_with_a_train_of_their_own_are_told_by_it() -> None:
     x = torch.randn(4, 6)
     expected = model(x).detach()
     captured = trace(model, (x,))
-    net = Executor(captured, partition(captured.train, captured.eval, at=["2", "4"]))
+    net = Executor(captured, partition(captured, at=["2", "4"]))
     net.enter(Phase(start=1, stop=3, epochs=1))
     assert model[0].merged
     assert not model[2].merged
@@ -219,7 +219,7 @@ def test_a_model_put_into_evaluation_before_backward_is_recomputed_in_training(s
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout(0.5), nn.Flatten(), nn.Linear(216, 3))
     plain = copy.deepcopy(model)
     captured = trace(model, (images(),))
-    net = Executor(captured, partition(captured.train, captured.eval, at=["3"]))
+    net = Executor(captured, partition(captured, at=["3"]))
     net.enter(Phase(start=0, stop=2, epochs=1, recompute=1, segmented=segmented))
     for each in (net, plain):
         torch.manual_seed(0)
@@ -304,7 +304,7 @@ def test_parameters_are_asked_for_at_each_enter() -> None:
     with torch.device("meta"):
         model = Chain()
     captured = trace(model, (torch.empty(2, 3, 8, 8, device="meta"),))
-    net = Executor(captured, partition(captured.train, captured.eval, at=["conv2", "head"]))
+    net = Executor(captured, partition(captured, at=["conv2", "head"]))
     model.to_empty(device="cpu")
     net.enter(MIDDLE)
     assert wanting(model) == {"conv2.weight", "conv2.bias", "norm2.weight", "norm2.bias"}

@@ -38,9 +38,11 @@ def bottleneck() -> nn.Module:
     )
 
 
-def executor(model: nn.Module, at: str = "3", passes: Sequence[Pass] = (pointwise_products,)) -> Executor:
+def executor(
+    model: nn.Module, at: str = "3", passes: Sequence[Pass] = (pointwise_products,), backend: str | None = None
+) -> Executor:
     captured = trace(model, (torch.empty(SHAPE),))
-    return Executor(captured, partition(captured.train, captured.eval, at=[at]), passes=passes)
+    return Executor(captured, partition(captured, at=[at]), passes=passes, backend=backend)
 
 
 def channels_last(model: nn.Module) -> tuple[nn.Module, Tensor]:
@@ -93,7 +95,7 @@ def test_recomputed_segments_are_rewritten_too() -> None:
     model, images = channels_last(bottleneck())
     net = executor(model, at="7")
     net.enter(Phase(start=0, stop=2, epochs=1, recompute=1, segmented=True))
-    assert len(net._in_segments[0]) > 1
+    assert len(net._recomputation.of(0, segmented=True)) > 1
     assert convolutions(net.train(), images) == 3  # the 3x3 one: forward, once more, and backward
 
 
@@ -111,7 +113,7 @@ def test_values_stay_in_channels_last() -> None:
     model, images = channels_last(bottleneck())
     net = executor(model, at="5")
     seen: list[Tensor] = []
-    with net.heard(lambda _, values: seen.extend(values)):
+    with net.tapped(lambda _, values: seen.extend(values)):
         net(images)
     assert [value.is_contiguous(memory_format=torch.channels_last) for value in seen] == [True]
 
@@ -128,7 +130,7 @@ def test_a_single_image_without_a_batch_is_taken() -> None:
     model, image = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU()), torch.randn(SHAPE[1:])
     plain = copy.deepcopy(model)
     captured = trace(model, (image,))
-    net = Executor(captured, partition(captured.train, captured.eval, count=1), passes=(pointwise_products,))
+    net = Executor(captured, partition(captured, count=1), passes=(pointwise_products,))
     assert torch.equal(net(image), plain(image))
 
 
@@ -190,6 +192,5 @@ def test_settled_partitions_use_products_once_values_are_in_channels_last(
 def test_a_compiled_stage_does_the_same() -> None:
     model, images = channels_last(bottleneck())
     plain = copy.deepcopy(model)
-    net = executor(model)
-    net.compile_stages("aot_eager")
+    net = executor(model, backend="aot_eager")
     torch.testing.assert_close(net(images), plain(images), rtol=1e-5, atol=1e-5)

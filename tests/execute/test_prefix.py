@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,10 +53,12 @@ def lived(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     return model
 
 
-def settled(model: nn.Module, shape: tuple[int, ...], *, at: Sequence[str] = (), count: int | None = None) -> Executor:
+def settled(
+    model: nn.Module, shape: tuple[int, ...], *, at: Sequence[str] = (), count: int | None = None, **options: Any
+) -> Executor:
     """An executor in whose phase only the last partition trains."""
     captured = trace(model, (torch.empty(shape),))
-    net = Executor(captured, partition(captured.train, captured.eval, at=at, count=count))
+    net = Executor(captured, partition(captured, at=at, count=count), **options)
     stop = len(net.partitions)
     net.enter(Phase(start=stop - 1, stop=stop, epochs=1))
     return net
@@ -230,8 +232,8 @@ def test_every_hazard_settles(name: str) -> None:
     torch.manual_seed(0)
     model = lived(HAZARDS[name](), (4, 3, 8, 8))
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
-    most = 1 + sum(cut.refusal is None for cut in cuts(captured.train, captured.eval))
-    parts = partition(captured.train, captured.eval, count=min(most, 5))
+    most = 1 + sum(cut.refusal is None for cut in cuts(captured))
+    parts = partition(captured, count=min(most, 5))
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     for count in range(1, len(parts)):
         net = Executor(captured, parts)
@@ -367,9 +369,9 @@ def test_images_and_models_in_channels_last_stay_so() -> None:
 def test_lower_precision_is_for_training_alone() -> None:
     shape = (4, 3, 8, 8)
     images = torch.randn(shape)
-    net = settled(lived(Chain(), shape), shape, at=["conv2"])
-    (exact,) = net.train().settle(images)
-    net.settled_dtype = torch.bfloat16
+    model = lived(Chain(), shape)
+    (exact,) = settled(model, shape, at=["conv2"]).train().settle(images)
+    net = settled(model, shape, at=["conv2"], settled_dtype=torch.bfloat16).train()
     (low,) = net.settle(images)
     with torch.autocast("cpu", torch.bfloat16):
         (under_autocast,) = net.settle(images)
@@ -413,8 +415,7 @@ def test_compiled_variants_are_used_again_when_the_cut_moves() -> None:
     torch.compiler.reset()
     model = lived(Chain(), (4, 3, 8, 8))
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
-    net = Executor(captured, partition(captured.train, captured.eval, count=3))
-    net.compile_stages(backend)
+    net = Executor(captured, partition(captured, count=3), backend=backend)
     images = torch.randn(4, 3, 8, 8)
     found = []
     for start in (0, 1, 2, 1, 2, 0):

@@ -134,7 +134,7 @@ def test_an_input_that_is_written_into_is_kept_as_it_was(name: str, segmented: b
     plain = WRITERS[name]()
     captured = trace(copy.deepcopy(plain), (torch.empty(2, 3, 8, 8),))
     # The first partition writes into the input, and saves it.
-    parts = partition(captured.train, captured.eval, at=["norm1", "head"])
+    parts = partition(captured, at=["norm1", "head"])
     net = recomputing(Executor(captured, parts), segmented=segmented)
     images, labels = _images(0, 8)
     if given == "with gaps":
@@ -178,7 +178,7 @@ def test_numbers_of_python_and_numpy_are_drawn_again() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), DrawsNumbers(), nn.LayerNorm(6), nn.Linear(6, 4))
     captured = trace(model, (torch.zeros(4, 6),))
-    net = recomputing(Executor(captured, partition(captured.train, captured.eval, at=["3"])))
+    net = recomputing(Executor(captured, partition(captured, at=["3"])))
     x = torch.randn(4, 6)
     found = []
     for each in (model, net):
@@ -221,7 +221,7 @@ def test_what_ops_draw_in_training_is_drawn_again(make: Callable[[], nn.Module],
     inner = make()
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), inner, nn.Linear(6, 4))
     captured = trace(model, (torch.zeros(4, 6),))
-    net = recomputing(Executor(captured, partition(captured.train, captured.eval, at=["1", "3"])), segmented=segmented)
+    net = recomputing(Executor(captured, partition(captured, at=["1", "3"])), segmented=segmented)
     x = torch.randn(4, 6)
     found = []
     for each in (model, net):

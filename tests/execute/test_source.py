@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fxsplit_cli.main import main
 from torch import Tensor, fx, nn
 
 import fxsplit
@@ -24,6 +23,7 @@ from fxsplit.capture.tracing import trace
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.source import source_of
 from fxsplit.execute.stages import code_of
+from fxsplit_cli.main import main
 from tests.networks import ODD_NAMES, OddNames
 
 NO_GRAD = Context(kind="grad", enabled=False)
@@ -100,7 +100,7 @@ def test_no_name_is_code() -> None:
     model = OddNames()
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
     net = Executor(captured, fxsplit.partition(captured, count=3))
-    for code in net._stages[0]._codes.values():
+    for code in net.stage_at(0)._codes.values():
         assert code._source.isascii()
     plain = copy.deepcopy(model)
     images = torch.randn(4, 3, 8, 8)

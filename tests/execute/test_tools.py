@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def executor(model: nn.Module, *args: Any, **kwargs: Any) -> Executor:
     captured = trace(model, args, kwargs)
-    return Executor(captured, partition(captured.train, captured.eval, count=2))
+    return Executor(captured, partition(captured, count=2))
 
 
 def vit() -> Any:

@@ -403,7 +403,7 @@ class _Run:
 
 def divide(trace: Trace, places: tuple[float, ...]) -> tuple[Partition, ...]:
     """The partitions between the legal cuts at these places."""
-    legal = [cut for cut in cuts(trace.train, trace.eval) if cut.refusal is None]
+    legal = [cut for cut in cuts(trace) if cut.refusal is None]
     if not legal or not places:
         return fxsplit.partition(trace, count=1)
     chosen = {legal[int(place * len(legal))].index for place in places}

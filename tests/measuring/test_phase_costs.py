@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.execute.executor import Executor
@@ -39,6 +39,11 @@ LARGE = pytest.param(
     "timm:resnet18",
     marks=pytest.mark.xfail(torch.backends.cpu.get_cpu_capability() == "AVX2", reason="more is borrowed in a row"),
 )
+# A minute each.
+SLOW = [
+    pytest.param("paper:densenet", marks=pytest.mark.slow),
+    pytest.param("timm:resnet18", marks=[pytest.mark.slow, *LARGE.marks]),
+]
 LABELS = torch.arange(8) % 5
 
 
@@ -48,7 +53,7 @@ def loss(images: Tensor, net: nn.Module, part: int, parts: int) -> Tensor:
 
 def hold_against_forecast(found: Trace, plan: Plan, images: Tensor, *, rel: float) -> None:
     known = measure(found, (images,), steps=1)
-    told = forecast(plan, known.train, known.eval, batch_size=8, optimizer_slots=2)
+    told = forecast(plan, known, batch_size=8, optimizer_slots=2)
     real = measure_phases(
         Executor(found, plan.partitions), plan, partial(loss, images), make_optimizer=torch.optim.AdamW, steps=1
     )
@@ -58,12 +63,12 @@ def hold_against_forecast(found: Trace, plan: Plan, images: Tensor, *, rel: floa
 
 
 @pytest.mark.parametrize("schedule_name", ["settle", "grow", "window"])
-@pytest.mark.parametrize("name", [*(name for name in MODELS if name != "timm:resnet18"), LARGE])
+@pytest.mark.parametrize("name", ["LongSkip", "InPlace", "FunctionalDropout", SLOW[0], LARGE])
 def test_memory_is_as_forecast_in_every_phase(name: str, schedule_name: str) -> None:
     torch.manual_seed(0)
     images = torch.randn(8, 3, 32, 32)
     found = trace(MODELS[name](), (images,))
-    plan = schedule(schedule_name, partitions=partition(found.train, found.eval, at=CUTS[name]), epochs=8)
+    plan = schedule(schedule_name, partitions=partition(found, at=CUTS[name]), epochs=8)
     # Under a frozen rest, some processors borrow less for the backward of a norm in evaluation than in training.
     hold_against_forecast(found, plan, images, rel=0.2 if schedule_name == "grow" else 0.1)
 
@@ -72,7 +77,7 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     model = Chain()
     images = torch.randn(8, 3, 8, 8)
     found = trace(model, (images,))
-    net = Executor(found, partition(found.train, found.eval, count=3))
+    net = Executor(found, partition(found, count=3))
     plan = schedule("settle", partitions=net.partitions, epochs=8)
     net.enter(plan.phases[-1])
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -94,19 +99,19 @@ def test_memory_is_as_forecast_in_micro_batches() -> None:
     torch.manual_seed(0)
     images = torch.randn(8, 3, 32, 32)
     found = trace(NETWORKS["cnn"](5, 32, 3), (images,))
-    partitions = partition(found.train, found.eval, count=3)
+    partitions = partition(found, count=3)
     phases = tuple(Phase(start=0, stop=3, epochs=1, micro_batches=parts) for parts in (2, 4))
     plan = Plan(schedule="mine", partitions=partitions, phases=phases)
     hold_against_forecast(found, plan, images, rel=0.1)
 
 
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("name", ["LongSkip", "FunctionalDropout", "paper:densenet", LARGE])
+@pytest.mark.parametrize("name", ["LongSkip", "FunctionalDropout", *SLOW])
 def test_memory_is_as_forecast_where_partitions_recompute(name: str, segmented: bool) -> None:
     torch.manual_seed(0)
     images = torch.randn(8, 3, 32, 32)
     found = trace(MODELS[name](), (images,))
-    partitions = partition(found.train, found.eval, count=5)
+    partitions = partition(found, count=5)
     phases = tuple(
         Phase(start=start, stop=5, epochs=1, recompute=upto, segmented=segmented)
         for start, upto in ((0, 2), (0, 4), (1, 3))

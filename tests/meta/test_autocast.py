@@ -40,7 +40,7 @@ def test_forward_is_told_the_type() -> None:
 def test_no_cut_between_two_uses_of_one_cast() -> None:
     found = trace(Regions(), (torch.empty(2, 3, 8, 8),))
     assert {op.autocast for op in found.train.ops if op.path.startswith("inner") and op.path != "inner.4"} == {0}
-    refusals = {cut.path: cut.refusal for cut in cuts(found.train, found.eval)}
+    refusals = {cut.path: cut.refusal for cut in cuts(found)}
     assert refusals["conv2_1"] == "ops on both sides use 'conv2.weight' as one autocast region has cast it"
     # Inside of the region there are others.
     assert refusals["inner.3"] is None
@@ -56,7 +56,7 @@ class NormOutside(nn.Sequential):
 def test_a_norm_outside_of_the_region_of_its_convolution_is_not_folded() -> None:
     model = NormOutside(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
     found = trace(model, (torch.empty(2, 3, 4, 4),))
-    (whole,) = partition(found.train, found.eval, count=1)
+    (whole,) = partition(found, count=1)
     graph = stage_graph(found, whole, is_last=True, training=False)
     folds, _ = fold(graph, model)
     assert [each.statistics for each in folds] == [()]

@@ -50,14 +50,14 @@ NATURAL = {
 @pytest.mark.parametrize("name", NATURAL)
 def test_natural_cuts_are_those_that_a_person_would_choose(name: str) -> None:
     trace = captured(name)
-    found = [cut.path for cut in cuts(trace.train, trace.eval) if cut.natural]
+    found = [cut.path for cut in cuts(trace) if cut.natural]
     assert found == NATURAL[name]
 
 
 def borders(trace: fxsplit.Trace) -> list[str]:
     """All cuts by block, which is as many as there can be."""
     units = units_of(trace.model)
-    most = most_partitions(trace.train, trace.eval, by="block", units=units)
+    most = most_partitions(trace, by="block", units=units)
     return [part.name for part in fxsplit.partition(trace, count=most, by="block")[1:]]
 
 

@@ -11,6 +11,7 @@ from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import schedule
 from fxsplit.report import Inspection
 from fxsplit.spec import RunSpec
+from tests.pairs import both
 
 
 def inspected(*ops: tuple[str, str], count: int = 1, classes: dict[str, str] | None = None) -> Inspection:
@@ -44,12 +45,12 @@ def inspected(*ops: tuple[str, str], count: int = 1, classes: dict[str, str] | N
             for index, name in enumerate(weights)
         ),
     )
-    plan = schedule("standard", partitions=partition(graph, graph, count=count), epochs=1)
+    plan = schedule("standard", partitions=partition(both(graph), count=count), epochs=1)
     return Inspection(
         model="m",
         input_shape=(1, 8),
-        graph=graph,
-        eval_graph=graph,
+        train=graph,
+        eval=graph,
         classes=classes or {},
         plan=plan,
         tied={},

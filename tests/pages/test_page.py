@@ -14,6 +14,7 @@ from fxsplit.pages.page import inspection_page, report_page
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan, schedule
 from fxsplit.report import EpochRecord, Inspection, RunReport
+from tests.pairs import both
 
 VOID = {"meta", "input"}
 
@@ -76,14 +77,14 @@ def test_nothing_can_be_loaded_and_only_its_own_script_can_run(page: Page) -> No
 
 def test_words_of_the_user_are_text(inspection: Inspection, report: RunReport) -> None:
     evil = "<script>alert(1)</script>\"'&"
-    ops = tuple(replace(op, path=evil, target=evil) for op in inspection.graph.ops)
-    graph = replace(inspection.graph, ops=ops)
+    ops = tuple(replace(op, path=evil, target=evil) for op in inspection.train.ops)
+    graph = replace(inspection.train, ops=ops)
     partitions = tuple(replace(part, name=evil) for part in inspection.partitions)
     odd = replace(
         inspection,
         model=evil,
-        graph=graph,
-        eval_graph=graph,
+        train=graph,
+        eval=graph,
         plan=replace(inspection.plan, schedule=evil, partitions=partitions),
         classes={evil: evil},
         tied={evil: (evil,)},
@@ -112,10 +113,10 @@ def test_partitions_in_order_with_their_boundaries_to_scale(page: Page, inspecti
 def test_bars_are_shares_of_the_level_above(inspection: Inspection) -> None:
     """Of six equal ops the first two are one module, of which each is half."""
     paths = ("m.a", "m.b", "c", "d", "e", "f")
-    ops = tuple(replace(op, path=path) for op, path in zip(inspection.graph.ops, paths, strict=True))
-    graph = replace(inspection.graph, ops=ops)
-    plan = schedule("standard", partitions=partition(graph, graph, count=1), epochs=1)
-    page = Page(inspection_page(replace(inspection, graph=graph, eval_graph=graph, plan=plan, forecast=None)))
+    ops = tuple(replace(op, path=path) for op, path in zip(inspection.train.ops, paths, strict=True))
+    graph = replace(inspection.train, ops=ops)
+    plan = schedule("standard", partitions=partition(both(graph), count=1), epochs=1)
+    page = Page(inspection_page(replace(inspection, train=graph, eval=graph, plan=plan, forecast=None)))
     widths = [
         page.elements[index + 1][1]["width"]
         for index, (_, names) in enumerate(page.elements)
@@ -193,8 +194,8 @@ def test_a_run_without_epochs_and_one_that_diverged(
 
 
 def test_measured_ops_have_a_column_of_their_own(inspection: Inspection) -> None:
-    ops = tuple(replace(op, seconds=0.001) for op in inspection.graph.ops)
-    graph = replace(inspection.graph, ops=ops)
-    text = inspection_page(replace(inspection, graph=graph))
+    ops = tuple(replace(op, seconds=0.001) for op in inspection.train.ops)
+    graph = replace(inspection.train, ops=ops)
+    text = inspection_page(replace(inspection, train=graph))
     assert text.count('class="figure seconds"') == 1 + 3 * (1 + 1 + 2)
     assert re.search(r"6\.0 ms|2\.0 ms", text)

@@ -13,6 +13,7 @@ from fxsplit.plan.budget import fit, needs_whole_batch
 from fxsplit.plan.forecast import PhaseForecast, forecast
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan, schedule
+from tests.pairs import Pair, both
 from tests.plan.test_partition import chain, graph, op
 
 
@@ -30,16 +31,16 @@ def deep(count: int = 16, **fields: object) -> Graph:
 
 NET = deep()
 WHOLE = deep(mixes_samples=True)
-PLAN = schedule("settle", partitions=partition(NET, NET, count=4), epochs=30)
+PLAN = schedule("settle", partitions=partition(both(NET), count=4), epochs=30)
 
 
 def ahead(plan: Plan) -> tuple[tuple[PhaseForecast, ...], PhaseForecast]:
-    found = forecast(plan, NET, NET, batch_size=12, optimizer_slots=2)
+    found = forecast(plan, both(NET), batch_size=12, optimizer_slots=2)
     return found.phases, found.standard
 
 
 def fitted(budget: float, net: Graph = NET) -> Plan:
-    return fit(PLAN, net, net, budget=budget, batch_size=12, optimizer_slots=2)
+    return fit(PLAN, both(net), budget=budget, batch_size=12, optimizer_slots=2)
 
 
 def test_what_fits_anyway_is_left_alone() -> None:
@@ -73,7 +74,7 @@ def test_of_what_fits_a_phase_is_the_fastest(net: Graph, budget: float) -> None:
 
 def test_a_budget_that_is_a_wish_gets_as_near_as_it_can() -> None:
     def wished(budget: float) -> Plan:
-        return fit(PLAN, WHOLE, WHOLE, budget=budget, batch_size=12, optimizer_slots=2, strict=False)
+        return fit(PLAN, both(WHOLE), budget=budget, batch_size=12, optimizer_slots=2, strict=False)
 
     assert wished(0.8) == fitted(0.8, WHOLE)
     phases = ahead(wished(0.01))[0]
@@ -121,9 +122,9 @@ def test_what_cannot_fit_names_the_least_that_would_do() -> None:
 
 def test_a_batch_stays_whole_where_an_op_mixes_samples_or_keeps_count() -> None:
     def first(train: tuple[Op, ...], evaluated: tuple[Op, ...], phase: Phase) -> str | None:
-        graphs = graph(train), graph(evaluated)
-        plan = Plan(schedule="mine", partitions=partition(*graphs, at=["b", "c"]), phases=(phase,))
-        found = needs_whole_batch(phase, plan, *graphs)
+        modes = Pair(graph(train), graph(evaluated))
+        plan = Plan(schedule="mine", partitions=partition(modes, at=["b", "c"]), phases=(phase,))
+        found = needs_whole_batch(phase, plan, modes)
         return found.name if found else None
 
     names = enumerate(chain("a", "b", "b_", "c"), start=1)

@@ -11,6 +11,7 @@ from fxsplit.plan.forecast import MACS_PER_BYTE, forecast
 from fxsplit.plan.memory import Heap, Step, peak_bytes
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan
+from tests.pairs import Pair, both
 from tests.plan.test_partition import graph, op
 
 
@@ -132,7 +133,7 @@ def timed(net: Graph, *, forward: float, backward: dict[str, float]) -> Graph:
 def plan_of(*windows: tuple[int, int], epochs: int = 1) -> Plan:
     return Plan(
         schedule="by hand",
-        partitions=partition(NET, NET, at=["relu", "c"]),
+        partitions=partition(both(NET), at=["relu", "c"]),
         phases=tuple(Phase(start=start, stop=stop, epochs=epochs) for start, stop in windows),
     )
 
@@ -141,8 +142,7 @@ def test_time_is_that_of_the_ops_that_run() -> None:
     train, evaluation = timed(NET, forward=1.0, backward=BACKWARD), timed(NET, forward=0.5, backward={})
     found = forecast(
         plan_of((0, 3), (2, 3)),
-        train,
-        evaluation,
+        Pair(train, evaluation),
         batch_size=2,
         optimizer_slots=0,
         update_seconds=6.0,
@@ -165,7 +165,7 @@ def test_micro_batches_take_turns_and_add_gradients_up() -> None:
     for micro_batches, part in ((1, 24), (2, 12), (4, 6), (5, 5)):
         (phase,) = plan.phases
         split = replace(plan, phases=(replace(phase, micro_batches=micro_batches),))
-        found = forecast(split, train, evaluation, batch_size=24, optimizer_slots=2, update_seconds=7.0)
+        found = forecast(split, Pair(train, evaluation), batch_size=24, optimizer_slots=2, update_seconds=7.0)
         (told,) = found.phases
         # An update moves gradients, parameters and two slots, of which it writes the last three: 7 times their bytes.
         assert told.step_seconds == pytest.approx(24 * (3 * 1.0 + 14.0) + 7.0 + (micro_batches - 1) * 3.0)
@@ -179,16 +179,16 @@ def test_micro_batches_take_turns_and_add_gradients_up() -> None:
 def test_frozen_ops_run_in_evaluation_and_pass_gradients_on() -> None:
     train, evaluation = timed(NET, forward=1.0, backward=BACKWARD), timed(NET, forward=0.5, backward={})
     plan = plan_of((0, 1))
-    found = forecast(plan, train, evaluation, batch_size=1, optimizer_slots=1, update_seconds=0.0).phases[0]
+    found = forecast(plan, Pair(train, evaluation), batch_size=1, optimizer_slots=1, update_seconds=0.0).phases[0]
     # c has no gradient of a weight to find.
     assert found.step_seconds == 1.0 + 2.0 + 0.5 + 4.0 + 0.5 + 8.0 / 2
     assert (found.gradient_bytes, found.optimizer_bytes) == (40, 40)
-    assert found.activation_bytes == forecast(plan_of((0, 3)), train, evaluation, batch_size=1, optimizer_slots=1
+    assert found.activation_bytes == forecast(plan_of((0, 3)), Pair(train, evaluation), batch_size=1, optimizer_slots=1
                                               ).phases[0].activation_bytes  # fmt: skip
 
 
 def test_without_seconds_work_is_weighed() -> None:
-    found = forecast(plan_of((0, 3), (2, 3)), NET, NET, batch_size=1, optimizer_slots=2, steps_per_epoch=10)
+    found = forecast(plan_of((0, 3), (2, 3)), both(NET), batch_size=1, optimizer_slots=2, steps_per_epoch=10)
     byte = MACS_PER_BYTE
     moved = {"a": 12 + 10 + 48, "relu": 20, "c": 14 + 20}
     standard = 400 + 700 + 3 * byte * sum(moved.values()) + byte * 7 * 60
@@ -198,7 +198,7 @@ def test_without_seconds_work_is_weighed() -> None:
 
 
 def test_memory_that_lasts() -> None:
-    found = forecast(plan_of((0, 3), (2, 3)), NET, NET, batch_size=1, optimizer_slots=2)
+    found = forecast(plan_of((0, 3), (2, 3)), both(NET), batch_size=1, optimizer_slots=2)
     standard, late = found.phases
     assert (standard.parameter_bytes, standard.buffer_bytes) == (late.parameter_bytes, late.buffer_bytes) == (60, 8)
     assert (standard.gradient_bytes, standard.optimizer_bytes) == (60, 120)
@@ -206,11 +206,11 @@ def test_memory_that_lasts() -> None:
     assert standard.peak_bytes == 60 + 8 + 120 + 74
     assert (late.activation_bytes, late.peak_bytes) == (20, 60 + 8 + 40 + 38)
     assert found.peak_ratio == 1.0
-    assert forecast(plan_of((2, 3)), NET, NET, batch_size=1, optimizer_slots=2).peak_ratio == late.peak_bytes / (
+    assert forecast(plan_of((2, 3)), both(NET), batch_size=1, optimizer_slots=2).peak_ratio == late.peak_bytes / (
         standard.peak_bytes
     )
 
 
 def test_standard_costs_what_it_costs() -> None:
-    found = forecast(plan_of((0, 3), epochs=7), NET, NET, batch_size=5, optimizer_slots=1)
+    found = forecast(plan_of((0, 3), epochs=7), both(NET), batch_size=5, optimizer_slots=1)
     assert (found.time_ratio, found.peak_ratio, found.phases) == (1.0, 1.0, (found.standard,))

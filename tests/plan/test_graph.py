@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxsplit.errors import PartitionError
-from fxsplit.graph import Graph, Op, State, Value
+from fxsplit.graph import Graph, Modes, Op, State, Value, once_a_pair
+from tests.pairs import Pair
 
 
 def value(name: str, shape: tuple[int, ...] | None = (2, 3)) -> Value:
@@ -156,3 +158,23 @@ def test_the_digest_sees_structure_and_neither_costs_nor_the_batch() -> None:
         graph(op("a", "x"), op("b", "a", "x"), inputs=("x", "y")),
     ]
     assert len({net.digest(), *(other.digest() for other in others)}) == 8
+
+
+def test_what_follows_from_a_pair_is_worked_out_once_and_forgotten_with_its_graphs() -> None:
+    worked: list[int] = []
+
+    @once_a_pair
+    def lengths(modes: Modes) -> list[int]:
+        worked.append(len(modes.train))
+        return [len(modes.train), len(modes.eval)]
+
+    train, evaluation = graph(op("a", "x"), op("b", "a")), graph(op("a", "x"))
+    assert lengths(Pair(train, evaluation)) is lengths(Pair(train, evaluation))
+    assert lengths(Pair(evaluation, train)) is not lengths(Pair(train, evaluation))
+    assert worked == [2, 1]
+    gone = weakref.ref(evaluation)
+    del evaluation
+    assert gone() is None
+    found = lengths.__closure__
+    assert found is not None
+    assert [cell.cell_contents for cell in found if isinstance(cell.cell_contents, dict)] == [{}]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fxsplit.graph import Graph, Op, Value
 from fxsplit.plan.cuts import cuts
+from tests.pairs import both
 
 
 def op(name: str, *reads: str, size: int, macs: int = 0, path: str = "", join: bool = False) -> Op:
@@ -35,7 +36,7 @@ def line(*ops: tuple[str, int, int]) -> Graph:
 
 def natural(net: Graph) -> list[str]:
     """The next op of each natural cut."""
-    return [net.ops[cut.index].name for cut in cuts(net, net) if cut.natural]
+    return [net.ops[cut.index].name for cut in cuts(both(net)) if cut.natural]
 
 
 def test_a_convolution_stays_with_its_normalization_and_pooling() -> None:
@@ -86,7 +87,7 @@ def test_the_border_of_a_module_comes_before_an_op_in_it() -> None:
         op("end", "b2:conv", size=1, macs=9),
     )
     assert natural(net) == ["b2:size"]
-    assert [cut.path for cut in cuts(net, net) if cut.natural] == ["b2"]
+    assert [cut.path for cut in cuts(both(net)) if cut.natural] == ["b2"]
 
 
 def test_dropout_stays_with_what_goes_on_to_train() -> None:

@@ -16,6 +16,7 @@ from fxsplit.errors import PartitionError, UsageError
 from fxsplit.graph import Graph, Op, State, Value
 from fxsplit.plan.cuts import Cut, cuts, unit_borders
 from fxsplit.plan.partition import BALANCES, PLACES, Partition, most_partitions, partition
+from tests.pairs import Pair, both
 
 
 def value(name: str, **fields: object) -> Value:
@@ -67,11 +68,11 @@ def chain(*names: str, **fields: object) -> tuple[Op, ...]:
 
 
 def legal(net: Graph, eval_graph: Graph | None = None) -> list[int]:
-    return [cut.index for cut in cuts(net, eval_graph or net) if cut.refusal is None]
+    return [cut.index for cut in cuts(Pair(net, eval_graph or net)) if cut.refusal is None]
 
 
 def refusals(train: Graph, eval_graph: Graph) -> list[str | None]:
-    return [cut.refusal for cut in cuts(train, eval_graph)]
+    return [cut.refusal for cut in cuts(Pair(train, eval_graph))]
 
 
 # Which cuts are legal
@@ -108,7 +109,7 @@ def run(net: Graph, ops: Iterable[Op], memory: dict[str, object], known: set[str
 @given(programs())
 def test_a_cut_is_legal_when_the_rest_leaves_its_boundary_as_it_was(net: Graph) -> None:
     whole = run(net, net.ops, {"x": "x"}, {"x"})
-    for cut in cuts(net, net):
+    for cut in cuts(both(net)):
         first = run(net, net.ops[: cut.index], {"x": "x"}, {"x"})
         storages = {net.values[name].storage for name in cut.boundary}
         handed_over = {storage: first[storage] for storage in storages}
@@ -151,7 +152,7 @@ def test_a_cut_is_legal_when_some_twin_has_all_that_both_modes_need(graphs: tupl
     def needed(net: Graph, cut: int) -> set[str]:
         return {*net.live_at(cut)} & {name for op in net.ops[cut:] for name in op.reads}
 
-    for cut in cuts(train, eval_graph):
+    for cut in cuts(Pair(train, eval_graph)):
         twins = [j for j in range(len(eval_graph) + 1) if before(eval_graph, j) == before(train, cut.index)]
         unions = {j: {*train.live_at(cut.index), *eval_graph.live_at(j)} for j in twins}
         assert set(cut.boundary) == unions[cut.eval_index]
@@ -159,13 +160,13 @@ def test_a_cut_is_legal_when_some_twin_has_all_that_both_modes_need(graphs: tupl
         assert (cut.refusal is None) == (not all(missed))
         same = [j for j in twins if eval_graph.live_at(j) == train.live_at(cut.index)]
         assert not same or eval_graph.live_at(cut.eval_index) == train.live_at(cut.index)
-    twins = [0, *(cut.eval_index for cut in cuts(train, eval_graph)), len(eval_graph)]
+    twins = [0, *(cut.eval_index for cut in cuts(Pair(train, eval_graph))), len(eval_graph)]
     assert twins == sorted(twins)
 
 
 def test_a_cut_tells_where_it_is_and_what_passes() -> None:
     net = graph([op("a", "x", size=4), op("b", "a", size=20), op("c", "a", "b", path="block.c")])
-    assert cuts(net, net) == (
+    assert cuts(both(net)) == (
         Cut(
             index=1, eval_index=1, path="b", boundary=("a",), bytes_per_sample=4, single=True, refusal=None,
             natural=True,
@@ -180,7 +181,7 @@ def test_a_cut_tells_where_it_is_and_what_passes() -> None:
 def test_a_functional_dropout_of_training_is_passed_by() -> None:
     train = graph(chain("conv", "dropout", "fc"))
     eval_graph = graph(chain("conv", "fc"))
-    before, after = cuts(train, eval_graph)
+    before, after = cuts(Pair(train, eval_graph))
     assert (before.index, before.eval_index, before.boundary, before.refusal) == (1, 1, ("conv",), None)
     assert after.refusal == "the value 'dropout' exists only in training"
     assert refusals(eval_graph, train) == [None]
@@ -189,7 +190,7 @@ def test_a_functional_dropout_of_training_is_passed_by() -> None:
 def test_of_several_twins_the_one_with_the_same_boundary() -> None:
     train = graph([op("a", "x"), op("b", "a"), op("c", "a", "b")])
     eval_graph = graph([op("a", "x"), op("peek", "x"), op("b", "a"), op("c", "a", "b")])
-    assert [(cut.eval_index, cut.boundary) for cut in cuts(train, eval_graph)] == [
+    assert [(cut.eval_index, cut.boundary) for cut in cuts(Pair(train, eval_graph))] == [
         (2, ("a",)),
         (3, ("a", "b")),
     ]
@@ -198,7 +199,7 @@ def test_of_several_twins_the_one_with_the_same_boundary() -> None:
 def test_without_such_a_twin_one_whose_boundary_training_has() -> None:
     train = graph([op("a", "x"), op("b", "a", "x")])
     eval_graph = graph([op("e", "x"), op("a", "x"), op("peek", "e"), op("b", "a")])
-    (cut,) = cuts(train, eval_graph)
+    (cut,) = cuts(Pair(train, eval_graph))
     assert (cut.eval_index, cut.boundary, cut.refusal) == (3, ("x", "a"), None)
 
 
@@ -206,13 +207,13 @@ def test_later_cuts_have_no_earlier_twin() -> None:
     train = graph([op("a", "x"), op("t", "x"), op("b", "a")], inputs=("x", "z"))
     eval_graph = graph([op("a", "x"), op("peek", "z"), op("b", "a", "x")], inputs=("x", "z"))
     # The second cut's boundary, a alone, is that of no twin; the first twin would do, but lies before `peek`.
-    assert [(cut.eval_index, cut.boundary) for cut in cuts(train, eval_graph)] == [(2, ("x", "a"))] * 2
+    assert [(cut.eval_index, cut.boundary) for cut in cuts(Pair(train, eval_graph))] == [(2, ("x", "a"))] * 2
 
 
 def test_a_value_that_only_evaluation_needs_later_is_passed_on_in_both() -> None:
     train = graph([op("a", "x"), op("b", "a"), op("c", "b")])
     eval_graph = graph([op("a", "x"), op("b", "a"), op("c", "b", "a")])
-    assert [cut.boundary for cut in cuts(train, eval_graph)] == [("a",), ("a", "b")]
+    assert [cut.boundary for cut in cuts(Pair(train, eval_graph))] == [("a",), ("a", "b")]
     assert legal(train, eval_graph) == [1, 2]
 
 
@@ -304,7 +305,7 @@ def test_a_tied_weight_may_be_used_on_both_sides() -> None:
         ]
     )
     assert legal(net) == [1, 2]
-    first, last = partition(net, net, at=["head"])
+    first, last = partition(both(net), at=["head"])
     assert (first.state, last.state) == (("p40", "p8"), ())
 
 
@@ -319,14 +320,14 @@ def test_shared_memory_is_counted_once() -> None:
             op("end", "left", "right", "whole", "wide", "x"),
         ]
     )
-    assert [cut.bytes_per_sample for cut in cuts(net, net)] == [112, 112, 112, 112, 112]
+    assert [cut.bytes_per_sample for cut in cuts(both(net))] == [112, 112, 112, 112, 112]
     only_left = graph([op("a", "x", size=100), op("left", "a", storage="a", size=50), op("end", "left")])
-    assert [cut.bytes_per_sample for cut in cuts(only_left, only_left)] == [100, 50]
+    assert [cut.bytes_per_sample for cut in cuts(both(only_left))] == [100, 50]
 
 
 def test_a_model_without_ops_cannot_be_cut() -> None:
     with pytest.raises(PartitionError, match="has no operations"):
-        partition(graph([]), graph([]), count=1)
+        partition(both(graph([])), count=1)
 
 
 # Partitions
@@ -360,7 +361,7 @@ def test_partitions_own_and_sum_up() -> None:
         ],
         inputs=("x", "mask", "unused"),
     )
-    first, second = partition(train, eval_graph, at=["drop"])
+    first, second = partition(Pair(train, eval_graph), at=["drop"])
     assert first == Partition(
         index=0, name="stem", start=0, stop=2, eval_start=0, eval_stop=2,
         reads=("x", "mask"), writes=("mask", "stem.bn"), state=("p8", "p4", "b16"),
@@ -376,9 +377,9 @@ def test_partitions_own_and_sum_up() -> None:
 def test_state_that_evaluation_uses_first_is_owned_there() -> None:
     train = graph([op("a", "x"), op("b", "a"), op("c", "b", state=("p8",))])
     eval_graph = graph([op("a", "x", state=("p8", "p12")), op("b", "a"), op("c", "b")])
-    assert [part.state for part in partition(train, eval_graph, count=3)] == [("p8", "p12"), (), ()]
+    assert [part.state for part in partition(Pair(train, eval_graph), count=3)] == [("p8", "p12"), (), ()]
     late = graph([op("a", "x"), op("b", "a"), op("c", "b", state=("p12",))])
-    assert [part.state for part in partition(train, late, count=3)] == [(), (), ("p8", "p12")]
+    assert [part.state for part in partition(Pair(train, late), count=3)] == [(), (), ("p8", "p12")]
 
 
 @given(two_modes(), st.data())
@@ -387,7 +388,7 @@ def test_partitions_cover_the_model_and_hand_over_what_they_say(
 ) -> None:
     train, eval_graph = graphs
     count = data.draw(st.integers(1, len(legal(train, eval_graph)) + 1))
-    parts = partition(train, eval_graph, count=count)
+    parts = partition(Pair(train, eval_graph), count=count)
     assert [part.index for part in parts] == list(range(count))
     assert (parts[0].start, parts[0].eval_start) == (0, 0)
     assert (parts[-1].stop, parts[-1].eval_stop) == (len(train), len(eval_graph))
@@ -408,7 +409,7 @@ def test_partitions_cover_the_model_and_hand_over_what_they_say(
                 assert held.issuperset(each.reads)
                 held.add(each.name)
             assert held.issuperset(set(part.writes) & net.values.keys())
-    again = partition(train, eval_graph, at=[part.name for part in parts[1:]]) if count > 1 else parts
+    again = partition(Pair(train, eval_graph), at=[part.name for part in parts[1:]]) if count > 1 else parts
     assert again == parts
 
 
@@ -416,7 +417,7 @@ def test_partitions_cover_the_model_and_hand_over_what_they_say(
     "wrong", [{"start": 2, "stop": 2}, {"start": -1}, {"eval_start": 3, "eval_stop": 2}, {"eval_start": -1}]
 )
 def test_a_partition_holds_an_op(wrong: dict[str, int]) -> None:
-    part = partition(graph(chain("a", "b")), graph(chain("a", "b")), count=1)[0]
+    part = partition(both(graph(chain("a", "b"))), count=1)[0]
     with pytest.raises(ValueError, match="holds no operation"):
         replace(part, **wrong)  # type: ignore[arg-type]
 
@@ -448,7 +449,7 @@ NESTED = graph(
     ],
 )
 def test_cuts_by_path(at: list[str], starts: list[int], names: list[str]) -> None:
-    parts = partition(NESTED, NESTED, at=at)
+    parts = partition(both(NESTED), at=at)
     assert [part.start for part in parts] == starts
     assert [part.name for part in parts] == names
 
@@ -475,12 +476,12 @@ def test_cuts_by_path(at: list[str], starts: list[int], names: list[str]) -> Non
 )
 def test_a_path_that_gives_no_cut(place: str, message: str) -> None:
     with pytest.raises(PartitionError, match=f"^{re.escape(message)}$"):
-        partition(NESTED, NESTED, at=["layer2", place])
+        partition(both(NESTED), at=["layer2", place])
 
 
 def test_every_wrong_path_is_told_at_once() -> None:
     with pytest.raises(PartitionError) as caught:
-        partition(NESTED, NESTED, at=["layer3", "layer2", "stem", "layer3"])
+        partition(both(NESTED), at=["layer3", "layer2", "stem", "layer3"])
     assert str(caught.value) == (
         "no operation of the model lies in 'layer3'; did you mean 'layer2' or 'layer1'?; "
         "the model cannot be cut before 'stem': it holds the first operation of the model; "
@@ -491,13 +492,13 @@ def test_every_wrong_path_is_told_at_once() -> None:
 def test_a_path_of_a_model_that_cannot_be_cut() -> None:
     net = graph([op("a", "x"), op("b", "a", mutates=("a",), storage="a")])
     with pytest.raises(PartitionError, match="none of its cuts is legal"):
-        partition(net, net, at=["b"])
+        partition(both(net), at=["b"])
 
 
 @pytest.mark.parametrize("how", [{}, {"count": 2, "at": ["layer2"]}])
 def test_either_a_count_or_paths(how: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="and not both"):
-        partition(NESTED, NESTED, **how)  # type: ignore[arg-type]
+        partition(both(NESTED), **how)  # type: ignore[arg-type]
 
 
 # Cuts by count
@@ -543,10 +544,10 @@ def weight(part: Partition, net: Graph, balance: str) -> int:
 def test_of_all_divisions_the_best(net: Graph, balance: str, by: str, data: st.DataObject) -> None:
     units = {op.path: data.draw(st.sampled_from("AB")) for op in net.ops}
     others = [after.name for before, after in pairwise(net.ops) if units[before.path] != units[after.path]]
-    allowed = [cut for cut in cuts(net, net) if cut.refusal is None]
+    allowed = [cut for cut in cuts(both(net)) if cut.refusal is None]
     if by != "op":
         allowed = [cut for cut in allowed if (cut.natural if by == "natural" else cut.path in others)]
-    assert most_partitions(net, net, by=by, units=units) == len(allowed) + 1
+    assert most_partitions(both(net), by=by, units=units) == len(allowed) + 1
     count = data.draw(st.integers(1, len(allowed) + 1))
 
     def weights(parts: tuple[Partition, ...]) -> list[int]:
@@ -563,13 +564,13 @@ def test_of_all_divisions_the_best(net: Graph, balance: str, by: str, data: st.D
         return several, unnatural, max(weights(parts)), sum(part.boundary_bytes for part in parts[1:])
 
     every = [
-        partition(net, net, at=[cut.path for cut in way]) if way else partition(net, net, count=1)
+        partition(both(net), at=[cut.path for cut in way]) if way else partition(both(net), count=1)
         for way in combinations(allowed, count - 1)
     ]
     optimum = min(max(weights(parts)) for parts in every)
     fewest = min(map(idle, every))
     near = [parts for parts in every if idle(parts) == fewest and 100 * max(weights(parts)) <= 105 * optimum]
-    found = partition(net, net, count=count, balance=balance, by=by, units=units)
+    found = partition(both(net), count=count, balance=balance, by=by, units=units)
     assert found in every
     assert found in near
     assert flaws(found) == min(map(flaws, near))
@@ -592,7 +593,7 @@ def test_a_cut_at_a_single_tensor_may_cost_five_percent(over: int, start: int) -
             op("c", "add", macs=100 - over),
         ]
     )
-    assert [part.start for part in partition(net, net, count=2)] == [0, start]
+    assert [part.start for part in partition(both(net), count=2)] == [0, start]
 
 
 @pytest.mark.parametrize(("over", "start"), [(5, 2), (6, 1)])
@@ -604,8 +605,8 @@ def test_a_natural_cut_may_cost_five_percent(over: int, start: int) -> None:
             op("wider", "narrow", size=80, macs=100 - over),
         ]
     )
-    assert [cut.natural for cut in cuts(net, net)] == [False, True]
-    assert [part.start for part in partition(net, net, count=2)] == [0, start]
+    assert [cut.natural for cut in cuts(both(net))] == [False, True]
+    assert [part.start for part in partition(both(net), count=2)] == [0, start]
 
 
 def test_few_cuts_at_several_tensors_go_before_many_natural_ones() -> None:
@@ -618,10 +619,10 @@ def test_few_cuts_at_several_tensors_go_before_many_natural_ones() -> None:
             op("d", "c", size=40, macs=50),
         ]
     )
-    assert [(cut.single, cut.natural) for cut in cuts(net, net)] == [
+    assert [(cut.single, cut.natural) for cut in cuts(both(net))] == [
         (True, False), (False, False), (True, False), (True, True),
     ]  # fmt: skip
-    assert [part.start for part in partition(net, net, count=3)] == [0, 1, 3]
+    assert [part.start for part in partition(both(net), count=3)] == [0, 1, 3]
 
 
 def test_dense_blocks_are_cut_within() -> None:
@@ -637,7 +638,7 @@ def test_dense_blocks_are_cut_within() -> None:
         last = ops[-1].name
     ops.append(op("head", last, macs=1))
     net = graph(ops)
-    macs = [part.macs for part in partition(net, net, count=6)]
+    macs = [part.macs for part in partition(both(net), count=6)]
     assert macs == [60, 48, 60, 48, 60, 49]
 
 
@@ -650,22 +651,22 @@ def test_no_partition_is_without_work_while_there_is_work_for_it() -> None:
         for name, read, size, macs in zip("abcde", before, sizes, weights, strict=True)
     )
     for count in (2, 3):
-        assert 0 not in [part.macs for part in partition(net, net, count=count)]
-    assert [part.macs for part in partition(net, net, count=4)].count(0) == 1
-    assert [part.macs for part in partition(net, net, count=5)] == [100, 0, 10, 10, 0]
+        assert 0 not in [part.macs for part in partition(both(net), count=count)]
+    assert [part.macs for part in partition(both(net), count=4)].count(0) == 1
+    assert [part.macs for part in partition(both(net), count=5)] == [100, 0, 10, 10, 0]
 
 
 def test_numbers_may_cross_beside_the_tensor_but_no_tuple_of_tensors() -> None:
     sizes = op("sizes", "a", macs=1, output=value("sizes", shape=None, bytes_per_sample=0))
     halves = op("halves", "b", macs=9, output=value("halves", shape=None, bytes_per_sample=12))
     net = graph([op("a", "x", macs=1), sizes, op("b", "a", "sizes", macs=1), halves, op("c", "halves", macs=9)])
-    assert [cut.single for cut in cuts(net, net)] == [True, True, True, False]
+    assert [cut.single for cut in cuts(both(net))] == [True, True, True, False]
 
 
 def test_without_any_weight_the_number_of_ops_counts() -> None:
     net = graph(chain(*"abcdef", seconds=0.0))
     for balance in BALANCES:
-        assert [part.start for part in partition(net, net, count=3, balance=balance)] == [0, 2, 4]
+        assert [part.start for part in partition(both(net), count=3, balance=balance)] == [0, 2, 4]
 
 
 def test_equal_balances_are_decided_by_the_bytes_that_cross() -> None:
@@ -677,7 +678,7 @@ def test_equal_balances_are_decided_by_the_bytes_that_cross() -> None:
         ]
     )
     # Two partitions of at most three ops: after b or after c.
-    assert [part.start for part in partition(net, net, count=2)] == [0, 2]
+    assert [part.start for part in partition(both(net), count=2)] == [0, 2]
 
 
 def test_each_balance_cuts_elsewhere() -> None:
@@ -690,16 +691,16 @@ def test_each_balance_cuts_elsewhere() -> None:
             op("e", "d", macs=1, activation_bytes=9, state=("p404",), seconds=0.0),
         ]
     )
-    starts = {balance: partition(net, net, count=2, balance=balance)[1].start for balance in BALANCES}
+    starts = {balance: partition(both(net), count=2, balance=balance)[1].start for balance in BALANCES}
     assert starts == {"macs": 1, "params": 4, "activations": 4, "seconds": 3}
     with pytest.raises(UsageError, match="not by 'mac'; did you mean 'macs'"):
-        partition(net, net, count=2, balance="mac")
+        partition(both(net), count=2, balance="mac")
 
 
 def test_seconds_that_nobody_measured_balance_nothing() -> None:
     net = graph([op("a", "x", seconds=0.5), *(op(name, before) for before, name in pairwise("abc"))])
     with pytest.raises(UsageError, match="because 2 of 3 ops, such as 'b', have none; time them"):
-        partition(net, net, count=2, balance="seconds")
+        partition(both(net), count=2, balance="seconds")
 
 
 # Cuts by natural places and by units
@@ -725,7 +726,7 @@ def test_only_borders_of_units_are_cut_by_block() -> None:
     assert unit_borders(BLOCKS, {path: name for path, name in UNITS.items() if path != "stem"}) == {4, 7}
     assert unit_borders(BLOCKS, {"layer1": "a", "head": "a"}) == set()
     assert unit_borders(BLOCKS, {}) == set()
-    assert [part.name for part in partition(BLOCKS, BLOCKS, count=4, by="block", units=UNITS)] == [
+    assert [part.name for part in partition(both(BLOCKS), count=4, by="block", units=UNITS)] == [
         "stem", "layer1", "layer1.1", "head",
     ]  # fmt: skip
 
@@ -749,16 +750,16 @@ def test_too_few_places_of_the_wanted_sort(how: dict[str, Any], message: str) ->
         BLOCKS, ops=tuple(replace(op, macs=op.name in ("stem", "layer1.0.conv", "head")) for op in BLOCKS.ops)
     )
     with pytest.raises(PartitionError, match=f"^{re.escape(message)}$"):
-        partition(net, net, count=5, **how)
+        partition(both(net), count=5, **how)
 
 
 def test_an_unknown_sort_of_place() -> None:
     with pytest.raises(UsageError, match="cut by op, natural, block, not by 'blocks'; did you mean 'block'"):
-        partition(BLOCKS, BLOCKS, count=2, by="blocks")
+        partition(both(BLOCKS), count=2, by="blocks")
 
 
 def test_one_partition_is_the_whole_model() -> None:
-    (whole,) = partition(NESTED, NESTED, count=1)
+    (whole,) = partition(both(NESTED), count=1)
     assert (whole.start, whole.stop, whole.reads, whole.writes) == (0, 8, ("x",), ("layer2@1",))
 
 
@@ -766,7 +767,7 @@ def test_too_many_partitions() -> None:
     with pytest.raises(
         PartitionError, match="8 partitions need 7 cuts and the model has 6 legal ones; ask for at most 7"
     ):
-        partition(NESTED, NESTED, count=8)
-    assert len(partition(NESTED, NESTED, count=7)) == 7
+        partition(both(NESTED), count=8)
+    assert len(partition(both(NESTED), count=7)) == 7
     with pytest.raises(UsageError, match="at least 1, not 0"):
-        partition(NESTED, NESTED, count=0)
+        partition(both(NESTED), count=0)

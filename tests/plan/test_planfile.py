@@ -19,6 +19,7 @@ from fxsplit.plan.partition import partition
 from fxsplit.plan.plandiff import Change, diff
 from fxsplit.plan.planfile import CUT, PHASE_KEYS, NamedPhase, PlanFile, from_dict, read, read_file, write_file
 from fxsplit.plan.schedule import SCHEDULES, Phase, Plan, schedule
+from tests.pairs import both
 
 
 def graph(*names: str) -> Graph:
@@ -50,7 +51,7 @@ def graph(*names: str) -> Graph:
 NET = graph("stem", "layer1.0", "layer1.1", "layer2", "layer3", "head")
 PLAN = Plan(
     schedule="settle",
-    partitions=partition(NET, NET, at=["layer1", "layer2", "layer3"]),
+    partitions=partition(both(NET), at=["layer1", "layer2", "layer3"]),
     phases=(
         Phase(start=0, stop=4, epochs=7),
         Phase(start=1, stop=4, epochs=1),
@@ -71,7 +72,7 @@ def edited(change: Callable[[dict[str, Any]], object], plan: Plan = PLAN) -> str
 
 
 def planned(text: str, net: Graph = NET) -> Plan:
-    return read(text, source="p.json", graphs=(net, net)).plan(net, net)
+    return read(text, source="p.json", modes=both(net)).plan(both(net))
 
 
 # Reading back
@@ -83,7 +84,7 @@ def planned(text: str, net: Graph = NET) -> Plan:
     st.integers(1, 40),
 )
 def test_a_plan_survives_its_file(name: str, at: list[str], epochs: int) -> None:
-    parts = partition(NET, NET, at=at) if at else partition(NET, NET, count=1)
+    parts = partition(both(NET), at=at) if at else partition(both(NET), count=1)
     plan = schedule(name, partitions=parts, epochs=epochs)
     text = file_of(plan).to_json()
     assert read(text, source="p.json") == file_of(plan)
@@ -186,7 +187,7 @@ def test_micro_batches_are_written_where_there_are_any() -> None:
 def test_a_file_may_be_written_by_hand() -> None:
     phases = '[{"epochs": 2}, {"up_to": "layer2", "epochs": 1}]'
     plan = planned(f'{{"schema": 3, "schedule": "mine", "cuts": ["layer2"], "phases": {phases}}}')
-    assert (plan.schedule, plan.partitions) == ("mine", partition(NET, NET, at=["layer2"]))
+    assert (plan.schedule, plan.partitions) == ("mine", partition(both(NET), at=["layer2"]))
     assert plan.phases == (Phase(start=0, stop=2, epochs=2), Phase(start=0, stop=1, epochs=1))
 
 
@@ -212,7 +213,7 @@ def test_an_edited_cut_is_worked_out_anew() -> None:
         data["phases"][1].update({"from": "layer1.1", "epochs": 5})
 
     plan = planned(edited(move))
-    assert plan.partitions == partition(NET, NET, at=["layer1.1", "layer2", "layer3"])
+    assert plan.partitions == partition(both(NET), at=["layer1.1", "layer2", "layer3"])
     assert [(phase.start, phase.stop, phase.epochs) for phase in plan.phases] == [(0, 4, 7), (1, 4, 5), (2, 4, 4)]
 
 
@@ -224,7 +225,7 @@ def test_a_further_cut_moves_no_phase() -> None:
         data["cuts"][0] = data["phases"][1]["from"] = "layer1.0"
 
     plan = planned(edited(add))
-    assert plan.partitions == partition(NET, NET, at=["layer1", "layer1.1", "layer2", "layer3", "head"])
+    assert plan.partitions == partition(both(NET), at=["layer1", "layer1.1", "layer2", "layer3", "head"])
     assert [(phase.start, phase.stop) for phase in plan.phases] == [(0, 6), (1, 6), (3, 6)]
 
 
@@ -237,7 +238,7 @@ def test_derived_figures_are_never_believed() -> None:
 def test_a_plan_may_be_used_for_another_model_that_has_its_places() -> None:
     wider = graph("stem", "layer1", "layer2", "more", "layer3")
     plan = planned(file_of(PLAN).to_json(), wider)
-    assert plan.partitions == partition(wider, wider, at=["layer1", "layer2", "layer3"])
+    assert plan.partitions == partition(both(wider), at=["layer1", "layer2", "layer3"])
 
 
 # What is wrong
@@ -367,7 +368,7 @@ def test_a_plan_does_not_differ_from_itself() -> None:
 
 
 def test_every_difference_is_told() -> None:
-    parts = partition(NET, NET, at=["layer1.1", "layer2", "layer3", "head"])
+    parts = partition(both(NET), at=["layer1.1", "layer2", "layer3", "head"])
     other = Plan(
         schedule="mine",
         preset="l2l",

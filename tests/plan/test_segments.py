@@ -15,6 +15,7 @@ from fxsplit.plan.forecast import Forecast, forecast
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.plan.segments import segments
+from tests.pairs import both
 from tests.plan.test_partition import graph, op
 
 
@@ -32,8 +33,8 @@ def block(*, narrow: int = 2, skips: str = "c", wide: int = 8) -> Graph:
 
 
 def starts(net: Graph) -> list[list[str]]:
-    parts = partition(net, net, at=["head"])
-    return [[segment.name for segment in each] for each in segments(parts, net, net)]
+    parts = partition(both(net), at=["head"])
+    return [[segment.name for segment in each] for each in segments(parts, both(net))]
 
 
 @pytest.mark.parametrize(
@@ -57,8 +58,8 @@ def test_a_partition_is_divided_where_that_lessens_what_it_needs(net: Graph, exp
 
 def test_segments_make_up_their_partitions() -> None:
     found = trace(NETWORKS["densenet"](10, 32, 3), (torch.empty(2, 3, 32, 32),))
-    parts = partition(found.train, found.eval, count=3)
-    divided = segments(parts, found.train, found.eval)
+    parts = partition(found, count=3)
+    divided = segments(parts, found)
     assert divided[-1] == (parts[-1],)
     assert max(map(len, divided)) > 1
     for part, pieces in zip(parts, divided, strict=True):
@@ -70,18 +71,18 @@ def test_segments_make_up_their_partitions() -> None:
 
 def test_a_wide_block_needs_less_in_segments_and_a_budget_finds_out() -> None:
     found = trace(NETWORKS["resnext"](10, 32, 3), (torch.empty(2, 3, 32, 32),))
-    parts = partition(found.train, found.eval, count=4, by="natural")
+    parts = partition(found, count=4, by="natural")
 
     def made(**fields: Any) -> Plan:
         return Plan(schedule="mine", partitions=parts, phases=(Phase(start=0, stop=4, epochs=1, **fields),))
 
     def told(plan: Plan) -> Forecast:
-        return forecast(plan, found.train, found.eval, batch_size=8, optimizer_slots=2)
+        return forecast(plan, found, batch_size=8, optimizer_slots=2)
 
     whole, parted = (told(made(recompute=3, segmented=segmented)) for segmented in (False, True))
     assert parted.phases[0].activation_bytes < 0.9 * whole.phases[0].activation_bytes
     assert parted.phases[0].step_cost == pytest.approx(whole.phases[0].step_cost)
     budget = 1.05 * parted.phases[0].activation_bytes / parted.standard.activation_bytes
-    fitted = fit(made(), found.train, found.eval, budget=budget, batch_size=8, optimizer_slots=2)
+    fitted = fit(made(), found, budget=budget, batch_size=8, optimizer_slots=2)
     assert fitted.phases[0].segmented
     assert told(fitted).phases[0].activation_bytes <= budget * whole.standard.activation_bytes

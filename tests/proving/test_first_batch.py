@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import fxsplit
 from fxsplit.errors import ProofError, UsageError
@@ -108,17 +108,11 @@ def test_everything_is_put_back(kind: type[Net], training: bool) -> None:
 
 def _break(net: fxsplit.Executor, index: int, change: Callable[[Tensor], Tensor]) -> None:
     """Let what a partition delivers be changed."""
-    stages, stage = list(net._stages), net._stages[index]
 
-    class Wrong:
-        partition = stage.partition
+    def wrong(_stage: nn.Module, _values: Any, made: Any) -> Any:
+        return [change(value) for value in made] if isinstance(made, list) else change(made)
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            made = stage(*args, **kwargs)
-            return [change(value) for value in made] if isinstance(made, list) else change(made)
-
-    stages[index] = Wrong()  # type: ignore[call-overload]
-    net._stages = tuple(stages)
+    net.stage_at(index).register_forward_hook(wrong)
 
 
 class _TripledGradient(torch.autograd.Function):
@@ -165,19 +159,13 @@ def test_a_module_that_gives_something_else_is_named() -> None:
     twin = copy.deepcopy(model.frozen)
     with torch.no_grad():
         twin.weight[0, 0] += 1e-3
-    source = net._stages[-1]
+    last, own = net.stage_at(len(net.partitions) - 1), model.frozen.weight.data
 
-    class Swapped:
-        partition = source.partition
+    def swap(weight: Tensor) -> None:
+        model.frozen.weight.data = weight
 
-        def __call__(self, model: Net, *args: Any, **kwargs: Any) -> Any:
-            own, model.frozen.weight.data = model.frozen.weight.data, twin.weight.data
-            try:
-                return source(model, *args, **kwargs)
-            finally:
-                model.frozen.weight.data = own
-
-    net._stages = (*net._stages[:-1], Swapped())  # type: ignore[assignment]
+    last.register_forward_pre_hook(lambda *_: swap(twin.weight.data))
+    last.register_forward_hook(lambda *_: swap(own))
     with pytest.raises(ProofError, match="begins in module 'frozen'"):
         fxsplit.prove(model, net, (IMAGES,))
 

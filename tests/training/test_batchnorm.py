@@ -69,7 +69,7 @@ def check(
     test_limit: int | None = None,
 ) -> None:
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
-    parts = partition(captured.train, captured.eval, at=["1", "4", "5"])
+    parts = partition(captured, at=["1", "4", "5"])
     train_loader = Loader(images(10, 0), batch_size=batch_size, training=True)
     test_loader = Loader(images(test_images, 1), batch_size=batch_size, limit=test_limit)
     plan = Plan(schedule="mine", partitions=parts, phases=(Phase(start=0, stop=2, epochs=1), phase))

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fxsplit.caching.cache import CachePolicy
 from fxsplit.capture.tracing import trace
@@ -288,7 +288,7 @@ class Flattening(nn.Module):
 def test_a_partition_without_rows_has_no_exit_and_it_is_told_once() -> None:
     model = Flattening()
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
-    parts = partition(captured.train, captured.eval, at=["tanh", "second", "head"])
+    parts = partition(captured, at=["tanh", "second", "head"])
     exits = Exits(captured.train, parts, count=2, num_classes=5, weight=1.0, seed=0, device=CPU)
     listener = Listener()
     for _ in range(2):
@@ -310,7 +310,7 @@ class LargeSkip(Chain):
 
 def test_an_exit_takes_what_its_own_partition_made() -> None:
     captured = trace(LargeSkip(), (torch.empty(2, 3, 8, 8),))
-    parts = partition(captured.train, captured.eval, at=["conv2", "norm2"])
+    parts = partition(captured, at=["conv2", "norm2"])
     values = [features_of(captured.train, part) for part in parts[:2]]
     assert [len(part.writes) for part in parts[:2]] == [2, 2]
     # Of the two that the first one made, the larger.
@@ -337,7 +337,7 @@ def test_exits_of_known_networks(name: str, options: dict[str, int], at: list[st
     model = timm.create_model(name, num_classes=5, **options)
     size = options.get("img_size", 32)
     captured = trace(model, (torch.empty(2, 3, size, size),))
-    parts = partition(captured.train, captured.eval, at=at)
+    parts = partition(captured, at=at)
     exits = Exits(captured.train, parts, count=3, num_classes=5, weight=1.0, seed=0, device=CPU)
     net = Executor(captured, parts).train()
     exits.enter(Phase(start=0, stop=len(parts), epochs=1), pytest.fail)

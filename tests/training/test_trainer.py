@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fxsplit.caching.cache import CachePolicy
 from fxsplit.caching.feed import Feed
@@ -81,7 +81,7 @@ def trainer(
     train_loader = Loader(given.pop("train"), training=True, seed=3, **both, **given)
     side = train_loader.images.img_size
     captured = trace(model, (torch.empty(2, 3, side, side),))
-    parts = partition(captured.train, captured.eval, count=4)
+    parts = partition(captured, count=4)
     made = (
         schedule(plan, partitions=parts, epochs=4)
         if isinstance(plan, str)
@@ -312,7 +312,7 @@ def test_a_step_allocates_what_is_forecast(recompute: int, micro_batches: int) -
     (batch,) = net.feed.train_loader.batches(0)
     found = trace(net.executor, (batch.images,))
     known = measure(found, (batch.images,), steps=1)
-    (ahead,) = forecast(net.plan, known.train, known.eval, batch_size=16, optimizer_slots=0).phases
+    (ahead,) = forecast(net.plan, known, batch_size=16, optimizer_slots=0).phases
     net.executor.enter(phase)
     optimizer, accuracy = net.optimizer.optimizer, Accuracy(batch.images.device)
     net.step(batch, optimizer, micro_batches=micro_batches, progress=0.0, accuracy=accuracy)
