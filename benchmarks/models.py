@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.nn import functional as F
 
 from fxsplit.models.paper import DenseLayer, ResNeXtGroup
 

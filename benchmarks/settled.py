@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 import typer
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.nn import functional as F
 
 import fxsplit
 from fxsplit.assembly import choose_device

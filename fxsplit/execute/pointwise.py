@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.nn import functional as F
 
 from fxsplit.capture.naming import called_module
 from fxsplit.errors import CheckError

@@ -9,7 +9,7 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from fxsplit.capture.tracing import trace

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.nn import functional as F
 
 from fxsplit.caching.feed import Feed
 from fxsplit.execute.forward import Forward

@@ -16,7 +16,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.errors import GuardError, TraceError

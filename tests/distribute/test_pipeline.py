@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import fxsplit
 from fxsplit.distribute.pipeline import _SENDS_INTEGERS, _boundaries

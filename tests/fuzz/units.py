@@ -104,14 +104,14 @@ Write = Callable[[Scope, Unit, Random], None]
 def layer(*choices: str) -> Write:
     """One of torch's modules."""
 
-    def write(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+    def write(scope: Scope, unit: Unit, dice: Random) -> None:
         text = dice.choice(choices).format(width=scope.width)
         scope.put(f"{scope.hold(text, layer=True)}({scope.x})")
 
     return write
 
 
-def affine(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def affine(scope: Scope, unit: Unit, dice: Random) -> None:
     """A convolution or a linear layer."""
     width = scope.width
     images = [
@@ -123,14 +123,14 @@ def affine(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
     scope.put(f"{scope.hold(dice.choice(texts), layer=True, weighted=True)}({scope.x})")
 
 
-def norm(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def norm(scope: Scope, unit: Unit, dice: Random) -> None:
     """BatchNorm, the usual one or with a mean over all batches."""
     kind = "BatchNorm2d" if scope.image else "BatchNorm1d"
     option = dice.choice(["", "", ", momentum=None", ", affine=False", ", track_running_stats=False"])
     scope.put(f"{scope.hold(f'nn.{kind}({scope.width}{option})', layer=True)}({scope.x})")
 
 
-def sample_norm(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def sample_norm(scope: Scope, unit: Unit, dice: Random) -> None:
     text = f"nn.GroupNorm(1, {scope.width})" if scope.image or dice.random() < 0.3 else f"nn.LayerNorm({scope.width})"
     scope.put(f"{scope.hold(text, layer=True)}({scope.x})")
 
@@ -138,13 +138,13 @@ def sample_norm(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
 def statement(*choices: str) -> Write:
     """An expression of the value `x`."""
 
-    def write(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+    def write(scope: Scope, unit: Unit, dice: Random) -> None:
         scope.put(dice.choice(choices).format(x=scope.x))
 
     return write
 
 
-def in_place(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def in_place(scope: Scope, unit: Unit, dice: Random) -> None:
     x = scope.x
     for line in dice.choice(
         [
@@ -165,16 +165,16 @@ def earlier(scope: Scope, dice: Random) -> str:
     return dice.choice(scope.values[:-1] or scope.values)
 
 
-def add(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def add(scope: Scope, unit: Unit, dice: Random) -> None:
     """An additive skip, over any number of units."""
     scope.put(dice.choice(["{x} + {y}", "{x} + 0.5 * {y}", "{x} * {y}"]).format(x=scope.x, y=earlier(scope, dice)))
 
 
-def add_in_place(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def add_in_place(scope: Scope, unit: Unit, dice: Random) -> None:
     scope.line(f"{scope.x} += {earlier(scope, dice)}")
 
 
-def concatenate(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def concatenate(scope: Scope, unit: Unit, dice: Random) -> None:
     """A concatenated skip."""
     width = scope.width
     text = f"nn.Conv2d({2 * width}, {width}, 1)" if scope.image else f"nn.Linear({2 * width}, {width})"
@@ -199,7 +199,7 @@ def tied(scope: Scope, unit: Unit, dice: Random) -> None:
     scope.put(f"{name}({scope.x})")
 
 
-def parameter(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def parameter(scope: Scope, unit: Unit, dice: Random) -> None:
     """A parameter of forward itself, used once or twice."""
     name = scope.hold(f"nn.Parameter(torch.full({scope.shape}, 0.75))")
     scope.put(f"{scope.x} * {name}")
@@ -207,7 +207,7 @@ def parameter(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
         scope.put(f"({scope.x} + {name}).tanh()")
 
 
-def buffer(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def buffer(scope: Scope, unit: Unit, dice: Random) -> None:
     """A buffer that is read."""
     scope.put(f"{scope.x} + {_buffer(scope, f'torch.full({scope.shape}, 0.25)')}")
 
@@ -218,14 +218,14 @@ def _buffer(scope: Scope, value: str) -> str:
     return f"self.{name}"
 
 
-def moved_buffer(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def moved_buffer(scope: Scope, unit: Unit, dice: Random) -> None:
     """A buffer that each forward writes into, and that counts in what it delivers."""
     name = _buffer(scope, "torch.zeros(())")
     scope.line(f"{name}.add_(1)")
     scope.put(f"{scope.x} * (1 + 0.1 * {name})" if dice.random() < 0.5 else f"{scope.x} + 0.5")
 
 
-def assigned_buffer(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def assigned_buffer(scope: Scope, unit: Unit, dice: Random) -> None:
     """A moving average: each forward puts a new tensor in the place of the buffer."""
     inner = scope.inner([])
     name = _buffer(inner, f"torch.zeros({scope.shape})")
@@ -235,7 +235,7 @@ def assigned_buffer(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: AR
     scope.put(f"{scope.hold(inner.name + '()')}({scope.x})")
 
 
-def counter(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def counter(scope: Scope, unit: Unit, dice: Random) -> None:
     """A number that each forward counts up."""
     inner = scope.inner([])
     inner.made.append("self.calls = 0")
@@ -244,23 +244,23 @@ def counter(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
     scope.put(f"{scope.hold(inner.name + '()')}({scope.x})")
 
 
-def data_branch(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def data_branch(scope: Scope, unit: Unit, dice: Random) -> None:
     inner = scope.inner([])
     inner.put("x.relu() if x.sum() > 0 else -x")
     scope.put(f"{scope.hold(inner.name + '()')}({scope.x})")
 
 
-def dropout_function(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def dropout_function(scope: Scope, unit: Unit, dice: Random) -> None:
     option = dice.choice(["", "", ", inplace=True"])
     scope.put(f"F.dropout({scope.x}, 0.3, self.training{option})")
 
 
-def norm_function(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def norm_function(scope: Scope, unit: Unit, dice: Random) -> None:
     mean, variance = (_buffer(scope, f"torch.{kind}({scope.width})") for kind in ("zeros", "ones"))
     scope.put(f"F.batch_norm({scope.x}, {mean}, {variance}, None, None, self.training, 0.2, 1e-4)")
 
 
-def training_branch(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def training_branch(scope: Scope, unit: Unit, dice: Random) -> None:
     """More, fewer or other ops in training than in evaluation."""
     x = scope.x
     column = "(len({x}), 1, 1, 1)" if scope.image else "(len({x}), 1)"
@@ -278,7 +278,7 @@ def training_branch(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: AR
 def random_number(*sources: str) -> Write:
     """A number drawn outside of torch."""
 
-    def write(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+    def write(scope: Scope, unit: Unit, dice: Random) -> None:
         scope.put(f"{scope.x} * {dice.choice(sources)}")
 
     return write
@@ -294,7 +294,7 @@ def random_branch(scope: Scope, unit: Unit, dice: Random) -> None:
     scope.put(f"{scope.hold(inner.name + '()')}({scope.x})")
 
 
-def shape_question(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def shape_question(scope: Scope, unit: Unit, dice: Random) -> None:
     """Python asks for sizes."""
     x = scope.x
     scope.put(
@@ -337,12 +337,12 @@ def context(*openings: str) -> Write:
     return write
 
 
-def block(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def block(scope: Scope, unit: Unit, dice: Random) -> None:
     inner = scope.inner(unit.children)
     scope.put(f"{scope.hold(inner.name + '()', layer=True)}({scope.x})")
 
 
-def sequential(scope: Scope, unit: Unit, dice: Random) -> None:  # noqa: ARG001
+def sequential(scope: Scope, unit: Unit, dice: Random) -> None:
     modules = [f"{scope.inner([child]).name}()" for child in unit.children]
     scope.put(f"{scope.hold('nn.Sequential(' + ', '.join(modules) + ')', layer=True)}({scope.x})")
 

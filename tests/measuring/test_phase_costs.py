@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.execute.executor import Executor
@@ -39,6 +39,11 @@ LARGE = pytest.param(
     "timm:resnet18",
     marks=pytest.mark.xfail(torch.backends.cpu.get_cpu_capability() == "AVX2", reason="more is borrowed in a row"),
 )
+# A minute each.
+SLOW = [
+    pytest.param("paper:densenet", marks=pytest.mark.slow),
+    pytest.param("timm:resnet18", marks=[pytest.mark.slow, *LARGE.marks]),
+]
 LABELS = torch.arange(8) % 5
 
 
@@ -58,7 +63,7 @@ def hold_against_forecast(found: Trace, plan: Plan, images: Tensor, *, rel: floa
 
 
 @pytest.mark.parametrize("schedule_name", ["settle", "grow", "window"])
-@pytest.mark.parametrize("name", [*(name for name in MODELS if name != "timm:resnet18"), LARGE])
+@pytest.mark.parametrize("name", ["LongSkip", "InPlace", "FunctionalDropout", SLOW[0], LARGE])
 def test_memory_is_as_forecast_in_every_phase(name: str, schedule_name: str) -> None:
     torch.manual_seed(0)
     images = torch.randn(8, 3, 32, 32)
@@ -101,7 +106,7 @@ def test_memory_is_as_forecast_in_micro_batches() -> None:
 
 
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("name", ["LongSkip", "FunctionalDropout", "paper:densenet", LARGE])
+@pytest.mark.parametrize("name", ["LongSkip", "FunctionalDropout", *SLOW])
 def test_memory_is_as_forecast_where_partitions_recompute(name: str, segmented: bool) -> None:
     torch.manual_seed(0)
     images = torch.randn(8, 3, 32, 32)

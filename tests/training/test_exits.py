@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fxsplit.caching.cache import CachePolicy
 from fxsplit.capture.tracing import trace
