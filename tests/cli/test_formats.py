@@ -106,7 +106,7 @@ def test_json(inspection: Inspection, tmp_path: Path, capsys: pytest.CaptureFixt
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(data["plan"]), encoding="utf-8")
     assert read_file(str(path)) == inspection.plan_file
-    assert read_file(str(path)).plan(inspection.train, inspection.train) == inspection.plan
+    assert read_file(str(path)).plan(inspection) == inspection.plan
     assert set(data) == {
         "model",
         "input_shape",
