@@ -19,6 +19,7 @@ import pytest
 import fxsplit
 from fxsplit_cli.commands import Job
 from fxsplit_cli.main import app, main
+from tests.test_layers import LAYERS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = sorted(path.parent for path in (ROOT / "fxsplit").glob("*/__init__.py"))
@@ -198,6 +199,14 @@ def test_the_map_has_every_folder() -> None:
     assert sorted(folder for folder, _ in rows) == [package.name for package in PACKAGES]
     for folder, first in rows:
         assert (ROOT / "fxsplit" / folder / first).is_file()
+
+
+def test_the_layers_are_drawn_as_they_are() -> None:
+    drawing = next(block.text for block in blocks(ROOT / "docs" / "architecture.md") if "assembly  " in block.text)
+    above, below = drawing.split("-" * 50, 1)
+    assert above.split()[0] == "cli"
+    drawn = [set(line.strip().split("  ")[0].split(", ")) for line in below.splitlines()[1:]]
+    assert drawn == [set(layer) for layer in reversed(LAYERS)]
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
