@@ -357,10 +357,10 @@ def test_cuts_are_worked_out_once_a_run(spec: Callable[..., fxsplit.RunSpec], mo
         return twins(train, evaluation)
 
     monkeypatch.setattr(cut_places, "_twins", counted)
-    report = train(spec(schedule="l2l", by="op"))
+    report = train(spec(preset="l2l", by="op"))
     assert (Path(report.folder) / "report.html").exists()
     assert len(worked) == 1
-    inspection_page(fxsplit.inspect(spec(schedule="l2l", by="op")))
+    inspection_page(fxsplit.inspect(spec(preset="l2l", by="op")))
     assert len(worked) == 2
 
 
