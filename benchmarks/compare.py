@@ -33,12 +33,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from fxsplit_cli.main import main as fxsplit
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxsplit.measuring import allocations
 from fxsplit.presets import preset
 from fxsplit.spec import RunSpec
+from fxsplit_cli.main import main as fxsplit
 
 app = typer.Typer(pretty_exceptions_enable=False, help=__doc__)
 

@@ -24,8 +24,9 @@ from fxsplit.plan.planfile import read_file
 from fxsplit.records import json_text
 from fxsplit.spec import PLANNED, RunSpec, beside_plan, from_text, read_environment, read_recipe, read_values, resolve
 
-from . import formats, render
+from . import formats, tables, views
 from .options import with_spec_options
+from .terminal import say, write
 
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
 INSPECT_FIELDS = (
@@ -35,14 +36,12 @@ INSPECT_FIELDS = (
     *("opt", "momentum", "device", "channels_last", "memory_budget", "memory_aim", "grad_accum_steps"),
 )
 
+RULES = {item.name: item.metadata for item in fields(RunSpec)}
+MODEL_FORMS = RULES["model"]["help"].rstrip(".")
+
 Model = Annotated[
     str | None,
-    typer.Argument(
-        metavar="MODEL",
-        help="timm:NAME, torchvision:NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY; "
-        "may be left to the recipe.",
-        show_default=False,
-    ),
+    typer.Argument(metavar="MODEL", help=f"{MODEL_FORMS}; may be left to the recipe.", show_default=False),
 ]
 Recipe = Annotated[Path | None, typer.Option("--config", "-c", metavar="RECIPE", help="Read options from a recipe.")]
 LayerToLayer = Annotated[
@@ -87,14 +86,14 @@ def train(
     ] = True,
     **given: Any,
 ) -> Job:
-    """Train a model, layer-to-layer or by the standard method.
+    """Train an image classifier, layer to layer or by the standard method.
 
     The command line wins over FXSPLIT_* variables, such as FXSPLIT_BATCH_SIZE, and they over the recipe.
     """
     spec = _resolve(model, config, l2l, given)
     if print_config:
-        return Job(partial(render.write, spec.to_yaml()), verbose)
-    view: render.View = "quiet" if quiet else "live" if progress else "plain"
+        return Job(partial(write, spec.to_yaml()), verbose)
+    view: views.View = "quiet" if quiet else "live" if progress else "plain"
     return Job(partial(_train, spec, view, as_json), verbose)
 
 
@@ -199,7 +198,12 @@ def check(
     ] = False,
     schedule: Annotated[
         str | None,
-        typer.Option("--schedule", help="Whose phases [dim]\\[default: settle][/dim].", rich_help_panel="Forecast"),
+        typer.Option(
+            "--schedule",
+            help=f"Whose phases [dim]\\[{', '.join(RULES['schedule']['choices'])}; default: settle][/dim].",
+            metavar="TEXT",
+            rich_help_panel="Forecast",
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,
@@ -214,20 +218,26 @@ def check(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option("--device", help="Where the steps run [dim]\\[default: auto][/dim].", rich_help_panel="Forecast"),
+        typer.Option(
+            "--device",
+            help="Where the steps run [dim]\\[default: auto][/dim].",
+            metavar="TEXT",
+            rich_help_panel="Forecast",
+        ),
     ] = None,
     channels_last: Annotated[
         bool,
-        typer.Option("--channels-last", help="Run it as train does with --channels-last.", metavar=""),
+        typer.Option("--channels-last", help="Run it as train does with that option.", metavar=""),
     ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> Job:
     """Prove that partitions compute exactly what a model computes.
 
-    Output, loss, gradients, buffers and random state are compared with the plain model, in training and evaluation, at
-    two batch sizes, bit for bit. With --forecast it is instead memory, which may be off by a tenth, and time, which
-    may differ. The exit code is 4 if any model fails, and 2 if all that is wrong is a name.
+    Output, loss, gradients, buffers and random state must equal those of the plain model bit for bit, in training and
+    in evaluation, at two batch sizes. With --forecast a few steps of each phase are measured instead: memory must be
+    within a tenth of its forecast; time is shown beside its own. The exit code is 4 if any model fails, and 2
+    if all that is wrong is a name.
     """
     options: dict[str, Any] = {"parts": parts, "img_size": img_size, "channels_last": channels_last or None}
     if forecast:
@@ -246,16 +256,16 @@ def check(
 
 
 def _check(verb: str, specs: list[str], options: dict[str, Any], as_json: bool) -> None:
-    with render.checking() as observer, redirect_stdout(sys.stderr):
+    with views.checking() as observer, redirect_stdout(sys.stderr):
         from fxsplit import api
 
         records = getattr(api, verb)(specs, **options, observer=observer)
     if as_json:
-        render.write(json_text([record.to_dict() for record in records]))
+        write(json_text([record.to_dict() for record in records]))
     elif verb == "check":
-        render.render_checks(records)
+        tables.checks(records)
     else:
-        render.render_forecasts(records)
+        tables.forecasts(records)
     if unknown := [record for record in records if record.unknown]:
         known = [record for record in records if not record.unknown]
         if all(record.passed for record in known):
@@ -266,25 +276,25 @@ def _check(verb: str, specs: list[str], options: dict[str, Any], as_json: bool) 
         )
 
 
-def _train(spec: RunSpec, view: render.View, as_json: bool) -> None:
+def _train(spec: RunSpec, view: views.View, as_json: bool) -> None:
     # What libraries print belongs beside the progress, not into the result.
-    with render.observing(spec.model, view) as observer, redirect_stdout(sys.stderr), _terminable():
+    with views.observing(spec.model, view) as observer, redirect_stdout(sys.stderr), _terminable():
         from fxsplit import api
 
         report = api.train(spec, observer)
     if as_json:
-        render.write(json_text(report.to_dict()))
+        write(json_text(report.to_dict()))
     else:
-        render.render_report(report)
+        tables.report(report)
 
 
 def _inspect(spec: RunSpec, measure: bool, save_plan: str | None, form: str, output: str | None) -> None:
-    with render.observing(spec.model, "plain") as observer, redirect_stdout(sys.stderr):
+    with views.observing(spec.model, "plain") as observer, redirect_stdout(sys.stderr):
         from fxsplit import api
 
         inspection = api.inspect(spec, measured=measure, save_to=save_plan, observer=observer)
     if save_plan:
-        render.say(f"plan file: {save_plan}")
+        say(f"plan file: {save_plan}")
     formats.show(inspection, form, output)
 
 
@@ -292,10 +302,10 @@ def _diff(before: str, after: str, as_json: bool) -> None:
     files = {path: read_file(path) for path in (before, after)}
     changes = diff_plans(files[before], files[after])
     if as_json:
-        render.write(json_text([asdict(change) for change in changes]))
+        write(json_text([asdict(change) for change in changes]))
     else:
         stale = [path for path, file in files.items() if not file.derived]
-        render.render_diff(before, after, changes, stale=stale)
+        tables.diff(before, after, changes, stale=stale)
 
 
 def _resolve(model: str | None, config: Path | None, l2l: bool, given: dict[str, Any]) -> RunSpec:
@@ -306,8 +316,10 @@ def _resolve(model: str | None, config: Path | None, l2l: bool, given: dict[str,
     }
     if l2l and options.setdefault("preset", "l2l") != "l2l":
         raise UsageError(f"--l2l means --preset l2l and contradicts --preset {options['preset']}")
-    recipe = read_recipe(config) if config else {}
-    spec = resolve(recipe, read_environment(os.environ), read_values(options))
+    layers = (read_recipe(config) if config else {}, read_environment(os.environ), read_values(options))
+    if not any("model" in layer for layer in layers):
+        raise UsageError(f"no model is given; name one here or in a recipe, as {MODEL_FORMS}")
+    spec = resolve(*layers)
     if spec.plan and (beside := [name for name in PLANNED if name in options]):
         raise UsageError(beside_plan(beside))
     return spec

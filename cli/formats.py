@@ -22,61 +22,75 @@ from fxsplit.plan.forecast import Forecast
 from fxsplit.records import json_text
 from fxsplit.report import Inspection
 
-from .render import ROLES, WIDEST, Terminal, draw, new_table, print_whole, visible, where, write
+from .tables import new_table, where
+from .terminal import WIDEST, Terminal, draw, legend, print_whole, visible, write
 
 CSV_COLUMNS = (
     *("partition", "op", "path", "class", "kind", "target", "shape", "dtype", "bytes_per_sample"),
     *("parameters", "macs", "uncounted", "backward_macs", "activation_bytes", "seconds", "reads", "state", "mutates"),
 )
-
-
 FORECAST = ("time", "activations", "peak")
+# On a narrower terminal tables leave out what their other columns imply.
+WIDE = 80
 
 
 # For people in a terminal
 
 
 def table(inspection: Inspection, console: Console) -> None:
-    """The partitions, and the phases of the plan with their forecast."""
-    ops, plan, totals = inspection.train.ops, inspection.plan, _totals(inspection)
+    """Print the partitions, and the phases of the plan with their forecast."""
+    plan, ahead = inspection.plan, inspection.forecast
+    is_wide = console.width >= WIDE
     print_whole(console, f"{inspection.model}, input {shape(inspection.input_shape)}\n")
-    partitions = new_table("#", "from", "to", ">ops", ">params", ">MACs", ">activations", ">boundary")
-    for part in inspection.partitions:
-        last = ops[part.stop - 1]
-        partitions.add_row(
-            str(part.index),
-            Text(part.name),
-            Text(last.path or last.name),
-            str(part.stop - part.start),
-            human(part.parameters),
-            human(part.macs),
-            human(part.activation_bytes, "B"),
-            human(part.boundary_bytes, "B"),
-        )
-    partitions.add_section()
-    counts = (str(totals["ops"]), human(totals["parameters"]), human(totals["macs"]))
-    partitions.add_row("", "total", "", *counts, human(totals["activation_bytes"], "B"), "")
-    console.print(partitions)
+    console.print(_partitions(inspection, is_wide))
     print_whole(console, "MACs (multiply-adds) and bytes are of one sample; boundary is what is read.\n")
-
     print_whole(console, f"{plan.title}, epochs in all: {plan.epochs}\n")
-    ahead = inspection.forecast
-    phases = new_table("phase", "", "trains", "cut", ">epochs", *(f">{header}" for header in FORECAST if ahead))
-    count = len(plan.partitions)
-    for index, phase in enumerate(plan.phases):
-        drawing = draw(phase, count, min(3 * count, 30))
-        figures = _phase_figures(ahead, index) if ahead else ()
-        phases.add_row(str(index + 1), drawing, *where(phase, plan), str(phase.epochs), *figures)
-    console.print(phases)
-    print_whole(console, "  ".join(f"{mark} {role}" for role, (mark, _) in ROLES.items()))
+    console.print(_phases(inspection, is_wide))
+    if is_wide:
+        console.print(legend())
     if ahead:
         print_whole(console, f"{in_words(ahead)} A phase's time is that of a step.")
     for note in inspection.notes:
         print_whole(console, note)
 
 
+def _partitions(inspection: Inspection, is_wide: bool) -> Table:
+    ops, totals = inspection.train.ops, _totals(inspection)
+    last = ["to"] if is_wide else []
+    rows = new_table("#", "from", *last, ">ops", ">params", ">MACs", ">activations", ">boundary")
+    for part in inspection.partitions:
+        end = ops[part.stop - 1]
+        rows.add_row(
+            str(part.index),
+            Text(part.name),
+            *(Text(end.path or end.name) for _ in last),
+            str(part.stop - part.start),
+            human(part.parameters),
+            human(part.macs),
+            human(part.activation_bytes, "B"),
+            human(part.boundary_bytes, "B"),
+        )
+    rows.add_section()
+    counts = (str(totals["ops"]), human(totals["parameters"]), human(totals["macs"]))
+    rows.add_row("", "total", *("" for _ in last), *counts, human(totals["activation_bytes"], "B"), "")
+    return rows
+
+
+def _phases(inspection: Inspection, is_wide: bool) -> Table:
+    plan, ahead = inspection.plan, inspection.forecast
+    count = len(plan.partitions)
+    headers = ("", "trains", "cut") if is_wide else ("trains",)
+    rows = new_table("phase", *headers, ">epochs", *(f">{header}" for header in FORECAST if ahead))
+    for index, phase in enumerate(plan.phases):
+        trains, cut = where(phase, plan)
+        words = (draw(phase, count, min(3 * count, 30)), trains, cut) if is_wide else (trains,)
+        figures = _phase_figures(ahead, index) if ahead else ()
+        rows.add_row(str(index + 1), *words, str(phase.epochs), *figures)
+    return rows
+
+
 def tree(inspection: Inspection, console: Console) -> None:
-    """The modules of each partition with costs on every level; bars are shares of the level above."""
+    """Print the modules of each partition with costs on every level; bars are shares of the level above."""
     found = outline(inspection)
     model = Tree(_branch(Text(inspection.model, "bold"), found.costs, found.costs), guide_style="bright_black")
     for index, block in enumerate(found.partitions):
@@ -90,7 +104,7 @@ def tree(inspection: Inspection, console: Console) -> None:
 
 
 def _grow(node: Tree, block: Block) -> None:
-    """What costs nothing is left out, and of equal blocks the first is told."""
+    """Add the blocks inside of a block: not those without costs, and of equal ones the first."""
     for inner in block.blocks[:1] if block.count > 1 else block.blocks:
         if inner.costs.macs or inner.costs.parameters or inner.costs.activation_bytes:
             # What is too long is cut off at its end.
@@ -126,7 +140,7 @@ def _phase_figures(forecast: Forecast, index: int) -> tuple[str, ...]:
 
 
 def to_dict(inspection: Inspection) -> dict[str, Any]:
-    """Plain data for JSON.
+    """Make plain data for JSON.
 
     `model`, `input_shape`, `graph_digest`; `plan`, which is a plan file; `totals` of ops, parameters and, for one
     sample, macs and activation_bytes; `forecast` of each phase, of `standard` and of the whole beside it; `uncounted`
@@ -147,7 +161,7 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
 
 
 def to_csv(inspection: Inspection) -> str:
-    """A row for each op, in order; names in one cell are separated by spaces."""
+    """Write a row for each op, in order; names in one cell are separated by spaces."""
     parameters = outline(inspection).parameters
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -165,7 +179,7 @@ def to_csv(inspection: Inspection) -> str:
 
 
 def to_markdown(inspection: Inspection) -> str:
-    """The partitions and the phases as two tables."""
+    """Write the partitions and the phases as two tables."""
     plan, ahead = inspection.plan, inspection.forecast
     partitions = [
         (
@@ -210,7 +224,7 @@ def _escaped(text: str) -> str:
 
 
 def to_dot(inspection: Inspection) -> str:
-    """For Graphviz: partitions as clusters of their blocks, on each edge the bytes of one sample that it carries."""
+    """Write for Graphviz: partitions as clusters of their blocks, on each edge the bytes of one sample it carries."""
     graph = inspection.train
     lines = ["digraph {", '  graph [labeljust=l, fontname="sans-serif"];']
     lines += ['  node [shape=box, fontname="sans-serif"];', '  edge [fontname="sans-serif"];']
@@ -261,7 +275,7 @@ def _quoted(text: str) -> str:
 
 
 def to_html(inspection: Inspection) -> str:
-    """One file, to be opened in a browser."""
+    """Write one file, to be opened in a browser."""
     from fxsplit.pages.page import inspection_page
 
     return inspection_page(inspection)

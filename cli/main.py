@@ -7,13 +7,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
+from inspect import cleandoc
 from typing import Annotated
 
 import typer
 
 from fxsplit.errors import FxsplitError, Terminated
 
-from . import commands, render
+from . import commands
+from .terminal import say, write
 
 OUT_OF_MEMORY = (
     "out of memory; use a smaller --batch-size, split each batch with --grad-accum-steps, "
@@ -22,20 +24,21 @@ OUT_OF_MEMORY = (
 
 app = typer.Typer(
     name="fxsplit",
-    help="Partition any PyTorch model by its torch.fx graph, and train it layer-to-layer.",
+    help="Partition any PyTorch model by its torch.fx graph, and train image classifiers layer to layer.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(commands.train)
-app.command()(commands.inspect)
-app.command()(commands.check)
+for command in (commands.train, commands.inspect, commands.check):
+    # A line break inside of a paragraph would stay one in the help, whatever the width of the terminal.
+    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
+    app.command(help="\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs))(command)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        render.write(f"fxsplit {version('fxsplit')}\n")
+        write(f"fxsplit {version('fxsplit')}\n")
         raise typer.Exit
 
 
@@ -84,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, exit_code: int) -> int:
     """Typer's errors have no message where help was shown instead."""
     if message:
-        render.say(f"fxsplit: {message}")
+        say(f"fxsplit: {message}")
     return exit_code
 
 

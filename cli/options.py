@@ -51,8 +51,8 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
 
 
 def _help(item: Field[Any]) -> str:
-    """The default is part of the text, because to typer the default of every option is "not given"."""
-    notes = ["|".join(item.metadata["choices"])] if item.metadata["choices"] else []
+    """Write the help of an option, and its default: to typer the default of every option is "not given"."""
+    notes = [", ".join(item.metadata["choices"])] if item.metadata["choices"] else []
     default = item.default
     if not (default is None or default is False or default == ()):
         notes.append(f"default: {default}")
@@ -61,4 +61,4 @@ def _help(item: Field[Any]) -> str:
             epochs = f" from {setting.from_epochs} epochs" if setting.from_epochs > 1 else ""
             notes.append(f"with --{name}{epochs}: {'on' if setting.value is True else setting.value}")
     text = escape(str(item.metadata["help"]))
-    return f"{text} [dim]{escape('[' + ', '.join(notes) + ']')}[/dim]" if notes else text
+    return f"{text} [dim]{escape('[' + '; '.join(notes) + ']')}[/dim]" if notes else text

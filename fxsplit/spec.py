@@ -49,7 +49,7 @@ class RunSpec:
 
     model: str = option(
         "Model",
-        "timm:NAME, torchvision:NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY.",
+        "timm:NAME, torchvision:NAME, hf:NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY.",
         "",
         pattern=r"(?s).+",
     )

@@ -13,7 +13,6 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from fxsplit_cli.main import main
 from torch.nn import functional as F
 
 import fxsplit
@@ -32,6 +31,7 @@ from fxsplit.plan.planfile import read_file
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, RunReport
 from fxsplit.spec import read_recipe, resolve
 from fxsplit.training.run_folder import COLUMNS
+from fxsplit_cli.main import main
 
 MODEL = """
 from torch import nn
@@ -357,10 +357,10 @@ def test_cuts_are_worked_out_once_a_run(spec: Callable[..., fxsplit.RunSpec], mo
         return twins(train, evaluation)
 
     monkeypatch.setattr(cut_places, "_twins", counted)
-    report = train(spec(schedule="l2l", by="op"))
+    report = train(spec(preset="l2l", by="op"))
     assert (Path(report.folder) / "report.html").exists()
     assert len(worked) == 1
-    inspection_page(fxsplit.inspect(spec(schedule="l2l", by="op")))
+    inspection_page(fxsplit.inspect(spec(preset="l2l", by="op")))
     assert len(worked) == 2
 
 
@@ -586,18 +586,6 @@ def test_the_notebooks_recipe_is_the_notebooks_experiment() -> None:
     ]  # fmt: skip
 
 
-def test_the_loop_of_the_readme_runs() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    script, _ = readme.split("```python\n")[1:]
-    scope: dict[str, Any] = {}
-    exec(script.split("```")[0], scope)
-    assert scope["plan"].phases[-1].start > 0
-    settled = {name for part in scope["parts"][: scope["plan"].phases[-1].start] for name in part.state}
-    assert settled
-    assert all(not p.requires_grad for name, p in scope["model"].named_parameters() if name in settled)
-    assert scope["optimizer"].state.keys() == {p for p in scope["model"].parameters() if p.requires_grad}
-
-
 @pytest.mark.parametrize(("schedule", "epochs"), [("settle", 6), ("grow", 6), ("window", 2)])
 def test_a_plain_loop_with_the_executor_ends_with_the_weights_of_train(
     schedule: str, epochs: int, spec: Callable[..., fxsplit.RunSpec]
@@ -622,14 +610,6 @@ def test_a_plain_loop_with_the_executor_ends_with_the_weights_of_train(
     assert trained.keys() == model.state_dict().keys()
     assert all(torch.equal(trained[name], value) for name, value in model.state_dict().items())
     assert optimizer.state.keys() == {p for p in model.parameters() if p.requires_grad}
-
-
-def test_the_plan_of_the_readme_is_a_whole_plan(tmp_path: Path) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    path = tmp_path / "plan.json"
-    path.write_text(readme.split("```json\n")[1].split("```")[0], encoding="utf-8")
-    plan = fxsplit.inspect(fxsplit.RunSpec(model="timm:resnet18", plan=str(path))).plan
-    assert [(phase.start, phase.stop, phase.epochs) for phase in plan.phases] == [(0, 3, 6), (1, 3, 3), (2, 3, 1)]
 
 
 @pytest.fixture

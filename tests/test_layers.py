@@ -132,14 +132,14 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
     assert found == {re.sub("^cli/", "fxsplit_cli/", name) for name in expected}
 
 
-def test_only_render_prints() -> None:
+def test_only_the_terminal_is_printed_to() -> None:
     printing = {
         path.name
         for path in [*FILES, *(ROOT / "cli").glob("*.py")]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert printing <= {"render.py"}
+    assert printing == {"terminal.py"}
 
 
 def test_private_torch_fx_is_imported_nowhere() -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 from fxsplit.errors import NoModelError, UsageError, nearest, reason
 
 
@@ -23,10 +25,11 @@ def call(
     `offered` that its signature names.
     """
     spec = f"{source}:{name}"
-    is_file = source.endswith(".py")
-    with _importable(Path(source).expanduser().parent if is_file else Path()):
-        module = _import_file(source) if is_file else _import_module(source, spec, libraries)
+    with _importable(source):
+        module = _import_file(source) if is_file(source) else _import_module(source, spec, libraries)
         factory = getattr(module, name, None)
+        if isinstance(factory, nn.Module):
+            raise NoModelError(f"{spec!r} is a module already built; name a function that builds one and returns it")
         if not callable(factory):
             callables = [key for key, value in vars(module).items() if callable(value)]
             raise NoModelError(f"{source!r} has no function or class {name!r}{nearest(name, callables)}")
@@ -35,6 +38,26 @@ def call(
             return factory(**{key: value for key, value in offered.items() if key in named}, **asked)
         except (Exception, SystemExit) as error:
             raise UsageError(f"{spec!r} raised {type(error).__name__}: {reason(error)}") from error
+
+
+def is_file(source: str) -> bool:
+    """Whether `source` means a file rather than a module."""
+    return source.endswith(".py")
+
+
+def names(file: str) -> list[str]:
+    """The functions and classes that a file defines, in its order; those with a leading underscore are its own affair.
+
+    Raises UsageError when the file is not there or cannot be imported.
+    """
+    with _importable(file):
+        module = _import_file(file)
+    own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    return [
+        name
+        for name, value in own.items()
+        if callable(value) and not isinstance(value, nn.Module) and not name.startswith("_")
+    ]
 
 
 def _import_file(source: str) -> ModuleType:
@@ -73,8 +96,9 @@ def _import_module(source: str, spec: str, libraries: Collection[str]) -> Module
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
+def _importable(source: str) -> Iterator[None]:
     """Let a user's code import what lies beside it, as `python file.py` and `python -m` do."""
+    folder = Path(source).expanduser().parent if is_file(source) else Path()
     entry = str(folder.resolve())
     sys.path.insert(0, entry)
     try:

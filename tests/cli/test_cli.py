@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 import typer.main
 import yaml
-from fxsplit_cli.main import app, main
 
 import fxsplit
 from fxsplit.errors import CheckError, DataError, FxsplitError, PartitionError, Terminated, UsageError
@@ -34,6 +33,7 @@ from fxsplit.report import (
     RunReport,
 )  # fmt: skip
 from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
+from fxsplit_cli.main import app, main
 
 TRAIN_OPTIONS = """
 --amp --amp-dtype --at --augment --balance --batch-size -b --by --channels-last --clip-grad --config -c --data
@@ -419,7 +419,10 @@ def test_two_plan_files_are_compared(tmp_path: Path, plan: Plan, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["train"], "fxsplit: model is '', but must be timm:NAME"),
+        (
+            ["train"],
+            "fxsplit: no model is given; name one here or in a recipe, as timm:NAME, torchvision:NAME, hf:NAME, ",
+        ),
         (["train", "paper:cnn", "--epoch", "3"], "fxsplit: No such option: --epoch"),
         (["train", "paper:cnn", "--epochs", "ten"], "fxsplit: epochs is 'ten', but must be a whole number"),
         (["train", "paper:cnn", "--epochs", "0"], "fxsplit: epochs is 0, but must be"),
@@ -550,6 +553,18 @@ def test_starts_without_torch(arguments: list[str], code: int) -> None:
     ended = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     assert ended.returncode == code
     assert ended.stderr.splitlines()[-1] == ""
+
+
+def test_paragraphs_of_help_fill_their_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    assert main(["check", "--help"]) == 0
+    out = capsys.readouterr().out
+    (paragraph,) = [line for line in out.splitlines() if "Output, loss, gradients" in line]
+    assert paragraph.strip().endswith("2 if all that is wrong is a name.")
+    schedules = ", ".join(RunSpec.__dataclass_fields__["schedule"].metadata["choices"])
+    assert f"[{schedules}; default: settle]" in out
 
 
 def test_runs_as_a_module() -> None:

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fxsplit_cli import formats
 
 from fxsplit.errors import UsageError
 from fxsplit.plan.planfile import from_dict, read_file
 from fxsplit.report import Inspection
+from fxsplit_cli import formats
 
 
 def shown(inspection: Inspection, name: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -53,6 +53,22 @@ def test_the_table_fits_and_adds_up(
     assert lines[-2:] == [
         "tied: op0.weight is also head.weight",
         "kept whole: block.norm, because it has hooks",
+    ]
+
+
+def test_a_narrow_table_leaves_out_what_it_implies(
+    inspection: Inspection, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = shown(inspection, "table", capsys).splitlines()
+    assert all(len(line) <= 60 for line in lines if re.search(r"\S  +\S", line))
+    cells = [re.split(r"  +", line.strip()) for line in lines]
+    assert ["1", "[red].2", "2", "5.0 k", "2.0 M", "3.0 kB", "2.0 kB"] in cells
+    assert [row[:3] for row in cells if len(row) == 6] == [
+        ["phase", "trains", "epochs"],
+        ["1", "0 of 3", "2"],
+        ["2", "0 to 1 of 3", "2"],
+        ["3", "all", "2"],
     ]
 
 
@@ -106,7 +122,7 @@ def test_json(inspection: Inspection, tmp_path: Path, capsys: pytest.CaptureFixt
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(data["plan"]), encoding="utf-8")
     assert read_file(str(path)) == inspection.plan_file
-    assert read_file(str(path)).plan(inspection.train, inspection.train) == inspection.plan
+    assert read_file(str(path)).plan(inspection) == inspection.plan
     assert set(data) == {
         "model",
         "input_shape",

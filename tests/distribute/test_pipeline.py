@@ -351,14 +351,3 @@ def test_only_values_on_the_way_to_a_parameter_ask_for_a_gradient() -> None:
     assert [[(value.shape[0], value.requires_grad) for value in boundary] for boundary in boundaries] == [
         [(MICRO_BATCH, False)], [(MICRO_BATCH, False), (MICRO_BATCH, True)],
     ]  # fmt: skip
-
-
-def test_the_pipeline_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """With one process, of which each stage is the first and the last."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    _, script = readme.split("```python\n")[1:]
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
-    exec(script.split("```")[0], {})
-    losses = [float(line) for line in capsys.readouterr().out.split()]
-    assert losses[0] > losses[1] > losses[2]

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fxsplit_cli.main import main
 from torch import Tensor, fx, nn
 
 import fxsplit
@@ -24,6 +23,7 @@ from fxsplit.capture.tracing import trace
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.source import source_of
 from fxsplit.execute.stages import code_of
+from fxsplit_cli.main import main
 from tests.networks import ODD_NAMES, OddNames
 
 NO_GRAD = Context(kind="grad", enabled=False)

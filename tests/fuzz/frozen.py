@@ -65,9 +65,10 @@ class Frozen:
         parameters = dict(self.model.named_parameters())
         for index, names in enumerate(self._owned):
             trains = phase.role(index) == "training"
+            names = {*names} - self._by_user
             # A parametrization that was registered since holds the parameter under another name.
             held = {f"{path}.parametrizations.{name}.original" for path, _, name in (n.rpartition(".") for n in names)}
-            for name in ({*names} | held) & parameters.keys() - self._by_user:
+            for name in (names | held) & parameters.keys():
                 parameters[name].requires_grad_(trains)
                 if not trains:
                     parameters[name].grad = None

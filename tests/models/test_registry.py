@@ -68,6 +68,7 @@ def wrong():
     return {"a": 1}
 
 NUMBER = 1
+BUILT = Net(3)
 """
 
 
@@ -292,6 +293,9 @@ def test_a_file_elsewhere_imports_what_lies_beside_it(user_folder: Path, monkeyp
         ("net.py:Net", "there is no file 'net.py'; did you mean 'nets.py'"),
         ("nets.py:Nett", "'nets.py' has no function or class 'Nett'; did you mean 'Net'?"),
         ("nets:NUMBER", "'nets' has no function or class 'NUMBER'"),
+        ("nets.py", "is a file; .* nets.py:Settings, nets.py:Net, nets.py:sized, .*, nets.py:broken, nets.py:wrong$"),
+        ("nets.py:", "is a file; .* nets.py:Settings, nets.py:Net, "),
+        ("nets.py:BUILT", "is a module already built; name a function"),
         ("nets.py:broken", "'nets.py:broken' raised RuntimeError: two$"),
         ("nets.py:wrong", "'nets.py:wrong' returned dict, not a torch.nn.Module"),
         ("bad_syntax.py:f", "'bad_syntax.py' cannot be imported: SyntaxError"),

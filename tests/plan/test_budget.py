@@ -88,12 +88,12 @@ def test_a_budget_that_is_a_wish_gets_as_near_as_it_can() -> None:
 
 def test_micro_batches_that_are_asked_for_are_the_least_and_those_of_standard_too() -> None:
     def fitted(budget: float, net: Graph) -> Plan:
-        return fit(PLAN, net, net, budget=budget, batch_size=12, optimizer_slots=2, micro_batches=3)
+        return fit(PLAN, both(net), budget=budget, batch_size=12, optimizer_slots=2, micro_batches=3)
 
     assert [phase.micro_batches for phase in fitted(1.0, NET).phases] == [3] * len(PLAN.phases)
     found = [(net, fitted(budget, net)) for net, budget in ((NET, 0.7), (NET, 0.5), (WHOLE, 0.8))]
     for (net, plan), budget in zip(found, (0.7, 0.5, 0.8), strict=True):
-        ahead = forecast(plan, net, net, batch_size=12, optimizer_slots=2, micro_batches=3)
+        ahead = forecast(plan, both(net), batch_size=12, optimizer_slots=2, micro_batches=3)
         assert all(phase.activation_bytes <= budget * ahead.standard.activation_bytes for phase in ahead.phases)
         assert plan != fitted(1.0, NET)
     assert {phase.micro_batches for phase in found[1][1].phases} == {3, 6}

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from fxsplit_cli.main import main
 from torch import Tensor
 
 import fxsplit
@@ -22,6 +21,7 @@ from fxsplit.models.examples import Example
 from fxsplit.proving import checking
 from fxsplit.proving.checking import check_model, differing
 from fxsplit.report import CheckRecord, Observer
+from fxsplit_cli.main import main
 from tests.networks import Chain
 
 INPUTS = [Example(args=(torch.randn(count, 3, 8, 8),)) for count in (2, 3)]

@@ -1,0 +1,164 @@
+"""The results of a run, a check and a comparison of plans, as tables on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from statistics import median
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from fxsplit.pages.figures import human
+from fxsplit.plan.plandiff import Change
+from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.report import CheckRecord, ForecastRecord, RunReport
+
+from .terminal import Terminal, print_whole
+
+# How many of a model's differences are listed.
+LISTED = 3
+
+
+def report(result: RunReport) -> None:
+    """Print a row for each phase of a run; below it the accuracy and what the run cost."""
+    console = Terminal()
+    table = new_table("phase", "trains", "cut", ">epochs", ">seconds", ">test accuracy")
+    for index, group in groupby(result.epochs, key=lambda record: record.phase):
+        records = list(group)
+        seconds = sum(record.train_seconds + record.eval_seconds for record in records)
+        window = where(result.plan.phases[index], result.plan)
+        accuracy = f"{records[-1].eval_top1:.2f} %"
+        table.add_row(str(index + 1), *window, str(len(records)), f"{seconds:.1f}", accuracy)
+    console.print(table, "")
+
+    def known(name: str) -> list[Any]:
+        return [value for record in result.epochs if (value := getattr(record, name)) is not None]
+
+    joules = known("energy_joules")
+    facts = Table.grid(padding=(0, 2))
+    for name, fact in {
+        "test accuracy": f"{result.accuracy_pct:.2f} % (last epoch)" if result.epochs else human(None),
+        "total time": f"{result.total_seconds:.1f} s, of which setup {result.setup_seconds:.1f} s",
+        "peak memory: process resident": human(max(known("peak_resident_bytes"), default=None), "B"),
+        "peak memory: CUDA allocated": human(max(known("peak_allocated_bytes"), default=None), "B"),
+        "peak memory: CUDA reserved": human(max(known("peak_reserved_bytes"), default=None), "B"),
+        "peak memory: device (NVML)": human(max(known("device_bytes"), default=None), "B"),
+        "cache: in memory": human(max(known("cache_resident_bytes"), default=None), "B"),
+        "cache: in a file": human(max(known("cache_file_bytes"), default=None), "B"),
+        "energy (NVML)": human(sum(joules) if joules else None, "J"),
+    }.items():
+        facts.add_row(name, Text(fact, "bold" if name == "test accuracy" else ""))
+    console.print(facts)
+    if result.folder:
+        print_whole(console, f"\nrun folder: {result.folder}")
+
+
+def checks(records: Sequence[CheckRecord]) -> None:
+    """Print a row for each model; below it what failed and what was kept whole, with the reasons."""
+    console = Terminal(highlight=False)
+    table = new_table("model", "verdict", ">ops", ">opaque", ">guards", ">cuts", ">partitions", ">seconds")
+    for record in records:
+        style = "green" if record.passed else "red"
+        counts = (record.ops, len(record.opaque), record.guards, record.cuts, record.partitions)
+        figures = ["-" if record.refusal else str(count) for count in counts]
+        table.add_row(Text(record.model), Text(record.verdict, style), *figures, f"{record.seconds:.1f}")
+    console.print(table)
+    for record in records:
+        for line in _findings(record):
+            print_whole(console, f"{record.model}{line}")
+    passed = sum(record.passed for record in records)
+    console.print(f"{passed} of {len(records)} passed")
+
+
+def _findings(record: CheckRecord) -> list[str]:
+    """What is to be said of a model beside its row; each line goes on where its name ends."""
+    lines = [f": {record.refusal}"] if record.refusal else []
+    for found, cause in ((record.differences, ""), (record.own_differences, ", and so do two plain models")):
+        if found:
+            more = len(found) - LISTED
+            lines.append(f" differs{cause}: {'; '.join(found[:LISTED])}{f'; and {more} more' if more > 0 else ''}")
+    alike: dict[str, list[str]] = {}
+    for path, reason in record.opaque.items():
+        alike.setdefault(reason, []).append(path)
+    for reason, (first, *others) in alike.items():
+        also = f" and {len(others)} more" if others else ""
+        lines.append(f": kept whole: {first}{also}, because {reason}")
+    return lines
+
+
+def forecasts(records: Sequence[ForecastRecord]) -> None:
+    """Print a row for each phase of each model, forecast beside measurement; below it by how much they differ."""
+    console = Terminal(highlight=False)
+    table = new_table("model", "trains", ">time", ">was", ">activations", ">were", ">peak", ">was")
+    for record in records:
+        for phase in record.phases:
+            ahead, real = phase.forecast, phase.measured
+            table.add_row(
+                Text(record.model),
+                f"{phase.start} to {phase.stop - 1}",
+                *(f"{cost:.2f}" for cost in (ahead.step_cost, real.step_cost)),
+                *(human(size, "B") for size in (ahead.activation_bytes, real.activation_bytes)),
+                *(human(size, "B") for size in (ahead.peak_bytes, real.peak_bytes)),
+            )
+    console.print(table)
+    print_whole(console, "Time is of a step, relative to one in which everything trains.\n")
+    errors = [phase.errors for record in records for phase in record.phases]
+    for name, noun in (("step_cost", "time"), ("activation_bytes", "activations"), ("peak_bytes", "peak")):
+        if off := [abs(each[name]) for each in errors]:
+            print_whole(console, f"{noun:12} off by {median(off):.1%} (median), {max(off):.1%} (worst)")
+    for record in records:
+        if record.refusal:
+            print_whole(console, f"{record.model}: {record.refusal}")
+    console.print(f"{sum(record.passed for record in records)} of {len(records)} passed")
+
+
+def diff(before: str, after: str, changes: Sequence[Change], *, stale: Sequence[str]) -> None:
+    """Print what differs between two plan files; `stale` are those whose figures belong to other cuts."""
+    console = Terminal()
+    table = new_table("", "before", "after")
+    for change in changes:
+        table.add_row(Text(change.what), _side(change.before), _side(change.after))
+    print_whole(console, f"{before} -> {after}\n")
+    if changes:
+        console.print(table)
+    else:
+        print_whole(console, "The plans are the same.")
+    for path in stale:
+        print_whole(
+            console,
+            f"Partitions are not compared: the figures in {path} are not those of its cuts; "
+            f"fxsplit inspect MODEL --plan {path} --save-plan {path} works them out",
+        )
+
+
+def _side(value: str | int | Mapping[str, int] | None) -> Text:
+    """One side of a change; figures one a line."""
+    if isinstance(value, Mapping):
+        return Text("\n".join(_figure(name, figure) for name, figure in value.items()))
+    return Text("-" if value is None else str(value))
+
+
+def _figure(name: str, value: int) -> str:
+    noun = {"macs": "MACs", "activation_bytes": "activations", "boundary_bytes": "boundary"}.get(name, name)
+    return f"{human(value, 'B' * name.endswith('_bytes'))} {noun}"
+
+
+def where(phase: Phase, plan: Plan) -> tuple[Text, Text]:
+    """Say which partitions train, and before which module the cut is."""
+    count = len(plan.partitions)
+    cut = phase.cut(count)
+    window = f"{phase.start} to {phase.stop - 1}" if phase.stop - phase.start > 1 else str(phase.start)
+    trains = "all" if phase.stop - phase.start == count else f"{window} of {count}"
+    return Text(trains), Text("-" if cut is None else plan.partitions[cut].name)
+
+
+def new_table(*headers: str) -> Table:
+    """Make a table in which the columns of `>headers` are flush right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for header in headers:
+        right = header.startswith(">")
+        table.add_column(header.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    return table

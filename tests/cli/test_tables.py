@@ -1,0 +1,67 @@
+"""The tables of results: right figures, names as they are."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from fxsplit.plan.plandiff import Change
+from fxsplit.report import RunReport
+from fxsplit_cli import tables
+
+
+def test_report_shows_each_phase_and_the_last_epoch(report: RunReport, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = f"output/[red]{'long' * 30}"
+    tables.report(replace(report, folder=folder))
+    out, err = capsys.readouterr()
+    assert err == ""
+    cells = [re.split(r"  +", line.strip()) for line in out.splitlines()]
+    plan = report.plan
+    assert ["1", "0 of 3", plan.partitions[1].name, "2", "23.0", "51.00 %"] in cells
+    assert ["2", "0 to 1 of 3", plan.partitions[2].name, "2", "23.0", "53.00 %"] in cells
+    assert ["3", "all", "-", "2", "23.0", "55.00 %"] in cells
+    facts = {row[0]: row[1] for row in cells if len(row) == 2}
+    assert facts == {
+        "test accuracy": "55.00 % (last epoch)",
+        "total time": "71.5 s, of which setup 2.5 s",
+        "peak memory: process resident": "1.0 GB",
+        "peak memory: CUDA allocated": "not available",
+        "peak memory: CUDA reserved": "not available",
+        "peak memory: device (NVML)": "not available",
+        "cache: in memory": "not available",
+        "cache: in a file": "not available",
+        "energy (NVML)": "3.6 kJ",
+    }
+    assert out.endswith(f"run folder: {folder}\n")
+
+
+def test_a_report_without_epochs_has_no_accuracy(report: RunReport, capsys: pytest.CaptureFixture[str]) -> None:
+    tables.report(replace(report, epochs=(), folder=""))
+    out = capsys.readouterr().out
+    assert re.search(r"test accuracy +not available", out)
+    assert "run folder" not in out
+
+
+def test_a_comparison_of_plans_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    figures = {"ops": 3, "macs": 2_000_000, "activation_bytes": 1500}
+    changes = [
+        Change(what="cut", before="[red]", after=None),
+        Change(what="partition [red]", before=figures, after={**figures, "ops": 4}),
+        Change(what="epochs", before=6, after=12),
+    ]
+    tables.diff("old.json", "new.json", changes, stale=["old.json"])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert [re.split(r"  +", line) for line in lines[4:-1]] == [
+        ["cut", "[red]", "-"],
+        ["partition [red]", "3 ops", "4 ops"],
+        ["", "2.0 M MACs", "2.0 M MACs"],
+        ["", "1.5 kB activations", "1.5 kB activations"],
+        ["epochs", "6", "12"],
+    ]
+    assert lines[0] == "old.json -> new.json"
+    assert lines[-1].endswith("fxsplit inspect MODEL --plan old.json --save-plan old.json works them out")
+    tables.diff("old.json", "old.json", [], stale=[])
+    assert capsys.readouterr().out == "old.json -> old.json\n\nThe plans are the same.\n"
