@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fxsplit.capture.questions import QUESTIONS
 from fxsplit.capture.recording import Recording
 from fxsplit.errors import GuardError
-from fxsplit.meta.evaluate import Outside, StandIn, evaluate, resolve
+from fxsplit.meta.evaluate import ImpureCall, StandIn, evaluate, resolve
 from fxsplit.objects.structure import META
 
 
@@ -158,7 +158,7 @@ def _values(
 
 def _ambient_answers(steps: Sequence[_Step]) -> dict[str, Any]:
     """Ask for the state of the contexts around the call now, by the name of each step that asks."""
-    return {step.name: step.target(*step.args, **step.kwargs) for step in steps if isinstance(step.target, Outside)}
+    return {step.name: step.target(*step.args, **step.kwargs) for step in steps if isinstance(step.target, ImpureCall)}
 
 
 def _step(node: fx.Node) -> _Step:

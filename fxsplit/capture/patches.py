@@ -161,7 +161,7 @@ def _record_calls(patches: _Patches, tracer: TracerInterface, functions: Iterabl
         return wrap
 
     def draw(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return tracer.call_outside(*_functions()[id(function)][1:3], args, kwargs)
+        return tracer.call_impure(*_functions()[id(function)][1:3], args, kwargs)
 
     def refuse(function: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> NoReturn:
         raise UntraceableError(f"it calls {function.__name__}, which acts on more than a recording shows")
@@ -173,7 +173,7 @@ def _record_calls(patches: _Patches, tracer: TracerInterface, functions: Iterabl
 
     def clock(kind: Any) -> type:
         def record(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return tracer.call_outside(kind.__module__, f"{kind.__name__}.{method.__name__}", args, kwargs)
+            return tracer.call_impure(kind.__module__, f"{kind.__name__}.{method.__name__}", args, kwargs)
 
         return _with_methods(kind, {name: by_users(record)(getattr(kind, name)) for name in CLOCKS[kind]})
 
@@ -206,7 +206,7 @@ def _record_calls(patches: _Patches, tracer: TracerInterface, functions: Iterabl
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
         if tracer.is_recording:
-            return tracer.call_external(function, args, kwargs)
+            return tracer.call_foreign(function, args, kwargs)
         return call_scripted(function, *args, **kwargs)
 
     patches.put(scripted, "__call__", call)

@@ -23,7 +23,7 @@ from fxsplit.capture.tracer import COMPILED, Leaf, ValueTracer, reason_of
 from fxsplit.capture.user_code import compiled_function, failing_function
 from fxsplit.errors import TraceError, UntraceableError
 from fxsplit.meta.costs import CostMeter
-from fxsplit.meta.evaluate import Constant, Outside, on_meta, resolve
+from fxsplit.meta.evaluate import Constant, ImpureCall, on_meta, resolve
 from fxsplit.meta.kernels import Kernels
 from fxsplit.objects.contents import Contents, drawing_nothing, generators_around
 from fxsplit.objects.same import Comparison
@@ -93,9 +93,13 @@ class Recorder:
                     raise self._error(error) from error
 
     def _record(self, batch_size: int | None, *, costs: bool) -> Recording:
+        # (1) Record a call. If it left the model as it was, that is all.
+        # (2) Else put in place what it assigned, and record a second call from there.
+        # (3) Restore the model. If the second call is the same and changes nothing more, the first one stands.
+        # (4) Else the modules that changed become one op, and recording starts again.
         while True:
             held = Contents(self.meta_model)
-            tracer, graph = self._trace(batch_size, costs=costs)
+            tracer, graph = self._trace(batch_size, costs=costs)  # (1)
             changed = held.changed(self._whole)
             if not tracer.assigned and not changed:
                 break
@@ -104,19 +108,19 @@ class Recorder:
             for assignment in tracer.assigned:
                 assignment.owner[assignment.name] = resolve(assignment.value, _value_of)
             held_after = Contents(self.meta_model)
-            again, second = self._trace(batch_size)
+            second_tracer, second_graph = self._trace(batch_size)  # (2)
             # What is stored once, such as a table of positions, changes no more in the second call.
             keeps_changing = keeps_values or held_after.changed(self._whole)
-            for assignment in (*reversed(again.assigned), *reversed(tracer.assigned)):
+            for assignment in (*reversed(second_tracer.assigned), *reversed(tracer.assigned)):  # (3)
                 assignment.undo()
             held.restore()
-            if same_nodes(needed_nodes(graph), needed_nodes(second)) and not (changed and keeps_changing):
+            if same_nodes(needed_nodes(graph), needed_nodes(second_graph)) and not (changed and keeps_changing):
                 break
             reasons = {path: _changes_itself(name) for path, name in (changed or assigned).items()}
-            # One that is one op already is changed by code outside of it.
+            # A module that is one op already is changed by code outside of it.
             if known := [path for path in reasons if not path or path in self._whole]:
                 raise self._error(UntraceableError(reasons[known[0]]))
-            self._whole.update(reasons)
+            self._whole.update(reasons)  # (4)
         return Recording(
             graph=graph,
             guards=tracer.guards,
@@ -276,7 +280,7 @@ def is_only_a_number(node: fx.Node) -> bool:
     value = node.meta.get("value")
     if value is None or node.op not in ("call_function", "call_method") or tensors_in(value):
         return False
-    return not isinstance(node.target, Outside) or node.target.name in AMBIENT
+    return not isinstance(node.target, ImpureCall) or node.target.name in AMBIENT
 
 
 def _value_of(leaf: Any) -> Any:

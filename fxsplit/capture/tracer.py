@@ -30,7 +30,7 @@ from fxsplit.capture.signature import Signature
 from fxsplit.capture.user_code import asserted, user_line
 from fxsplit.errors import UntraceableError
 from fxsplit.meta.costs import CostMeter
-from fxsplit.meta.evaluate import Constant, External, Outside, Rebuild, Slot, StandIn, evaluate, expect, resolve
+from fxsplit.meta.evaluate import Constant, ForeignCall, ImpureCall, Rebuild, Slot, StandIn, evaluate, expect, resolve
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
 from fxsplit.objects.contents import drawing_nothing, unchanged, unshared_generators
@@ -185,13 +185,13 @@ class ValueTracer(fx.Tracer):
         finally:
             self._path = outer
 
-    def call_external(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_foreign(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a function that is not a Python function."""
-        return self.create_proxy("call_function", External(function), args, kwargs)
+        return self.create_proxy("call_function", ForeignCall(function), args, kwargs)
 
-    def call_outside(self, owner: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_impure(self, owner: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call whose result depends on the process: a draw, a seed, a clock."""
-        return self.create_proxy("call_function", Outside(owner, name), args, kwargs)
+        return self.create_proxy("call_function", ImpureCall(owner, name), args, kwargs)
 
     def ask_ambient(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the state of a context; if forward did not open it itself, the answer is a guard."""
@@ -199,7 +199,7 @@ class ValueTracer(fx.Tracer):
         found = function(*args, **kwargs)
         if any(context.kind == kind for _, context in self._open):
             return found
-        node = self.create_proxy("call_function", Outside("torch", function.__name__), args, kwargs).node
+        node = self.create_proxy("call_function", ImpureCall("torch", function.__name__), args, kwargs).node
         self.guards.append(Guard(node=node, question="str", answer=str(found), where=user_line()))
         return found
 
@@ -446,7 +446,7 @@ class ValueTracer(fx.Tracer):
         self.create_proxy("call_function", expect, (same, True, where), {})
 
     def _evaluate(self, node: fx.Node) -> Any:
-        """Run a node on the meta device, and note in its meta what it does besides."""
+        """Run a node on the meta device, and note in its meta what it uses, writes and costs."""
         if node.op in ("placeholder", "get_attr"):
             return node.meta.get("value")
         args, kwargs = resolve(
@@ -454,6 +454,7 @@ class ValueTracer(fx.Tracer):
         )
         module = module_at(self.root, str(node.target)) if node.op == "call_module" else None
         state = {} if module is None else self._module_state(str(node.target), module)
+        # Autograd raises the version of a tensor at each in-place write: that shows what the op writes into.
         watched: dict[str | fx.Node, list[Tensor]] = {
             **{argument: tensors_in(argument.meta["value"]) for argument in node.all_input_nodes},
             **{name: [tensor] for name, tensor in state.items()},
@@ -481,10 +482,6 @@ class ValueTracer(fx.Tracer):
             self.evaluating, builtins.isinstance = False, watching
             for hook in hooks:
                 hook.remove()
-        inputs = node.all_input_nodes
-        node.meta["stand_in"] = isinstance(value, StandIn) or any(each.meta.get("stand_in") for each in inputs)
-        node.meta["drawn"] = isinstance(node.target, Outside) or any(each.meta.get("drawn") for each in inputs)
-        value = value.value if isinstance(value, StandIn) else value
         node.meta["state"] = tuple(state)
         node.meta["written"] = [
             key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
@@ -492,17 +489,31 @@ class ValueTracer(fx.Tracer):
         node.meta["written"] += [
             self._state[id(each)] if isinstance(each, Tensor) else each for each in moved_statistics(node, module)
         ]
-        node.meta["wants"] = any(map(_node_wants, inputs)) or any(tensor.requires_grad for tensor in state.values())
+        takes_gradients = any(tensor.requires_grad for tensor in state.values())
+        node.meta["wants"] = takes_gradients or any(map(_node_wants, node.all_input_nodes))
+        node.meta["stand_in"] = isinstance(value, StandIn)
+        value = value.value if isinstance(value, StandIn) else value
+        self._note_effects(node, module, value, sizes)
+        return value
+
+    def _note_effects(self, node: fx.Node, module: nn.Module | None, value: Any, sizes: dict[str, torch.Size]) -> None:
+        """Note what an op does to the samples of the batch, and what it inherits from its inputs.
+
+        `sizes` are those of the inputs of each BatchNorm in its module that uses batch statistics.
+        """
+        inputs = node.all_input_nodes
+        node.meta["stand_in"] = node.meta["stand_in"] or any(each.meta.get("stand_in") for each in inputs)
+        node.meta["drawn"] = isinstance(node.target, ImpureCall) or any(each.meta.get("drawn") for each in inputs)
         node.meta["known"] = is_known(node, value)
         node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
         node.meta["mixes_samples"] = mixes_samples(node, module, self._batch_size)
         if node.target in (nn.functional.batch_norm, torch.batch_norm) and node.meta["mixes_samples"]:
             sizes[""] = value.shape
+        # At one value a channel from each sample, a batch of 1 has no variance.
         small = (name for name, size in sizes.items() if math.prod(size) <= size[1] * self._batch_size)
         if (name := next(small, None)) is not None:
             node.meta["single_value_norm"] = f"{node.meta['path']}.{name}".strip(".")
         node.meta["is_dropout"] = is_dropout(node, module)
-        return value
 
     def _module_state(self, path: str, module: nn.Module) -> dict[str, Tensor]:
         return {

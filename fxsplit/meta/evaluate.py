@@ -69,7 +69,7 @@ class Constant:
         return self.value
 
 
-class External:
+class ForeignCall:
     """An op that calls a function which is not a Python function, such as a scripted one."""
 
     def __init__(self, function: Any) -> None:
@@ -80,7 +80,7 @@ class External:
         return self.function(*args, **kwargs)
 
 
-class Outside:
+class ImpureCall:
     """An op that calls a function whose result depends on the process: a global generator, a clock, an open context.
 
     It finds the function by the name of its module and a dotted name in it, so that copies of the op, and pickled ones,
@@ -95,7 +95,7 @@ class Outside:
         return operator.attrgetter(self.name)(sys.modules[self.owner])(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Outside, (self.owner, self.name)
+        return ImpureCall, (self.owner, self.name)
 
 
 @contextmanager
@@ -174,7 +174,7 @@ def evaluate(
         return args[0]
     if kind == "call_method" and of_tensor and target == "to":
         args = tuple(META if isinstance(argument, str) else argument for argument in args)
-    if isinstance(target, Outside):
+    if isinstance(target, ImpureCall):
         with unchanged_generators():
             return target(*args, **kwargs)
     args, kwargs = resolve((args, kwargs), lambda leaf: META if isinstance(leaf, torch.device) else on_meta(leaf))
@@ -250,7 +250,7 @@ def _restored(module: nn.Module) -> Iterator[None]:
 def _is_leaf(called: Any) -> bool:
     """Whether an op may run user code: a module, a method of one, or a function that is not torch's own."""
     users = isinstance(called, FunctionType) and called.__module__.partition(".")[0] != "torch"
-    return users or isinstance(called, External) or called is operator.call or isinstance(called, nn.Module)
+    return users or isinstance(called, ForeignCall) or called is operator.call or isinstance(called, nn.Module)
 
 
 @unchanged_generators()

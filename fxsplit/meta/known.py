@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxsplit.meta.evaluate import Outside, resolve, storage_key
+from fxsplit.meta.evaluate import ImpureCall, resolve, storage_key
 from fxsplit.objects.structure import tensors_in
 
 MADE_OF_SIZES = frozenset((torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.zeros))
@@ -22,7 +22,7 @@ LARGEST_BYTES = 2**28
 
 def is_known(node: fx.Node, value: Any) -> bool:
     """Whether the numbers of a newly recorded node follow from sizes; `value` is its result on the meta device."""
-    if node.meta["stand_in"] or node.meta["drawn"] or isinstance(node.target, Outside):
+    if node.meta["stand_in"] or node.meta["drawn"] or isinstance(node.target, ImpureCall):
         return False
     tensors = tensors_in(value)
     if not tensors:

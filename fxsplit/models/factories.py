@@ -53,7 +53,7 @@ def is_file(source: str) -> bool:
 
 
 def names(file: str) -> list[str]:
-    """The functions and classes that a file defines, in its order; those with a leading underscore are its own affair.
+    """List the functions and classes that a file defines, in its order, without those whose names begin with `_`.
 
     Raises UsageError when the file is not there or cannot be imported.
     """

@@ -135,7 +135,7 @@ def _from_timm(
 
     if ":" not in name and not timm.is_model(name):
         raise NoModelError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
-    settings: dict[str, Any] = {"num_classes": num_classes, **_asked(DROP_PATH, drop_path)}
+    settings: dict[str, Any] = {"num_classes": num_classes, **_drop_path_argument(DROP_PATH, drop_path)}
     with _errors_of("timm", name, settings, cache=HUB_CACHE):
         one_size = bool(_timm_config(name).get("fixed_input_size"))
         if one_size:
@@ -181,7 +181,7 @@ def _from_torchvision(
     if stem == "cifar" and {"image_size", "input_size"} & set(sizes):
         raise UsageError(f"the stem of 'torchvision:{name}' cannot change, because all its layers depend on it")
     has_classes = not kind.startswith("optical_flow.")
-    settings: dict[str, Any] = {**sizes, **_asked(TORCHVISION_DROP_PATH, drop_path)}
+    settings: dict[str, Any] = {**sizes, **_drop_path_argument(TORCHVISION_DROP_PATH, drop_path)}
     if pretrained:
         settings["weights"] = "DEFAULT"
     elif has_classes:
@@ -243,7 +243,7 @@ def _from_huggingface(
     if not huggingface.is_repository(name):
         _refuse_pretrained(f"hf:{name}", pretrained)
     if drop_path:
-        raise _takes_none(f"hf:{name}", DROP_PATH)
+        raise _no_drop_path(f"hf:{name}", DROP_PATH)
     with _errors_of("hf", name, {"num_classes": num_classes, "img_size": img_size}, cache=HUB_CACHE):
         model = huggingface.build(name, num_classes=num_classes, img_size=img_size, pretrained=pretrained)
     if stem == "cifar":
@@ -263,7 +263,7 @@ def _from_paper(
     if name not in NETWORKS:
         raise NoModelError(f"the paper has no network {name!r}, only {', '.join(NETWORKS)}{nearest(name, NETWORKS)}")
     _refuse_pretrained(spec, pretrained)
-    model = NETWORKS[name](num_classes, img_size, 3, **_asked(DROP_PATH, drop_path))
+    model = NETWORKS[name](num_classes, img_size, 3, **_drop_path_argument(DROP_PATH, drop_path))
     if stem == "cifar":
         keep_small_images(model, spec)
     return model
@@ -275,7 +275,7 @@ def _from_factory(
     spec = f"{source}:{name}"
     _refuse_pretrained(spec, pretrained)
     offered = {"num_classes": num_classes, "img_size": img_size}
-    model = factories.call(source, name, offered, _asked(DROP_PATH, drop_path), libraries=LIBRARIES)
+    model = factories.call(source, name, offered, _drop_path_argument(DROP_PATH, drop_path), libraries=LIBRARIES)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec!r} returned {type(model).__name__}, not a torch.nn.Module")
     if stem == "cifar":
@@ -301,6 +301,7 @@ LIBRARIES = {
 
 
 def _split(spec: str) -> tuple[str, str]:
+    """Split a spec into source and name. Raises an error that suggests names where one of the two is missing."""
     source, _, name = spec.partition(":")
     if factories.is_file(source) and not name:
         found = ", ".join(f"{source}:{factory}" for factory in factories.names(source))
@@ -329,7 +330,7 @@ def _errors_of(library: str, name: str, settings: dict[str, Any], *, cache: str)
         raise UsageError(f"{library} cannot build {name!r}{asked and f' with {asked}'}: {reason(error)}") from error
 
 
-def _asked(parameter: str, rate: float) -> dict[str, float]:
+def _drop_path_argument(parameter: str, rate: float) -> dict[str, float]:
     """Return the argument for stochastic depth: none for a rate of 0, so that the builder's default holds."""
     return {parameter: rate} if rate else {}
 
@@ -344,11 +345,11 @@ def _drop_path_of(spec: str, rate: float) -> Iterator[None]:
         for parameter in (DROP_PATH, TORCHVISION_DROP_PATH):
             # torchvision's Swin fixes the rate, and fails with a KeyError.
             if rate and isinstance(cause, TypeError | KeyError) and parameter in str(cause):
-                raise _takes_none(spec, parameter) from cause
+                raise _no_drop_path(spec, parameter) from cause
         raise
 
 
-def _takes_none(spec: str, parameter: str) -> UsageError:
+def _no_drop_path(spec: str, parameter: str) -> UsageError:
     return UsageError(f"{spec!r} takes no {parameter}, the rate of stochastic depth; leave out drop-path")
 
 

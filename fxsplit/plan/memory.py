@@ -95,7 +95,7 @@ class _Walk:
         self.steps, self.graph, self.batch_size, self.gradient_bytes = steps, graph, batch_size, gradient_bytes
         self.adds = adds
         uses = [(name, step.op.name) for step in steps if step.recorded for name in step.trains]
-        # Backward comes to the last op that uses a parameter first, and to the first one last.
+        # Backward runs from the last op to the first: the last user of a parameter allocates its gradient.
         self.begun_by, self.completed_by = dict(uses), dict(reversed(uses))
         self.scale = batch_size / graph.batch_size
         self.values: dict[str, Value] = {value.name: value for value in graph.inputs}

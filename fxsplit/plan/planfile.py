@@ -22,7 +22,7 @@ from fxsplit.errors import PartitionError, UsageError, nearest
 from fxsplit.graph import Modes
 from fxsplit.plan.cuts import first_ops
 from fxsplit.plan.partition import Partition, partition, unusable_paths
-from fxsplit.plan.schedule import Phase, Plan, saving_in_words
+from fxsplit.plan.schedule import Phase, Plan, counted, saving_in_words
 from fxsplit.presets import PRESETS
 from fxsplit.records import json_line, read_record
 
@@ -95,10 +95,9 @@ class NamedPhase:
     def __str__(self) -> str:
         ends = (("from", self.start), ("up to", self.stop))
         trains = " ".join(f"{word} {cut}" for word, cut in ends if cut is not None) or "all"
-        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
         fresh = "fresh optimizer" * self.fresh_optimizer
         saving = saving_in_words(self.recompute, segmented=self.segmented, micro_batches=self.micro_batches)
-        return ", ".join(filter(None, (trains, epochs, fresh, saving)))
+        return ", ".join(filter(None, (trains, counted(self.epochs, "epoch"), fresh, saving)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

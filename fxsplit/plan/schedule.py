@@ -115,8 +115,8 @@ class Plan:
         return self._drawing({})
 
     def _drawing(self, faults: Mapping[int, str]) -> str:
-        partitions, epochs = _counted(len(self.partitions), "partition"), _counted(self.epochs, "epoch")
-        lengths = [_counted(phase.epochs, "epoch") for phase in self.phases]
+        partitions, epochs = counted(len(self.partitions), "partition"), counted(self.epochs, "epoch")
+        lengths = [counted(phase.epochs, "epoch") for phase in self.phases]
         width = max(map(len, lengths), default=0)
         lines = []
         for index, (phase, length) in enumerate(zip(self.phases, lengths, strict=True)):
@@ -174,7 +174,7 @@ class Plan:
         """
         if epochs < len(self.phases):
             raise UsageError(
-                f"the plan has {_counted(len(self.phases), 'phase')} and cannot be run in {_counted(epochs, 'epoch')}; "
+                f"the plan has {counted(len(self.phases), 'phase')} and cannot be run in {counted(epochs, 'epoch')}; "
                 f"ask for at least {len(self.phases)}"
             )
         phases: list[Phase] = []
@@ -194,7 +194,8 @@ def saving_in_words(recompute: str | None, *, segmented: bool, micro_batches: in
     return ", ".join(filter(None, (recomputes, f"{micro_batches} micro-batches" if micro_batches > 1 else "")))
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun in singular or plural."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
