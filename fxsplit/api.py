@@ -233,7 +233,8 @@ def trace(
     least two samples. `leaves` shall stay one op each: dotted paths or classes of modules, and functions. With `verify`
     the captured ops are run on `args`, which then need numbers, and held against the model as `prove` does.
 
-    Raises TraceError when the model itself, and not just a module in it, branches on data or cannot run on `args`, and
+    Raises TraceError when the model itself, and not just a module in it, branches on data before all else or cannot run
+    on `args`, and
     ProofError when it is captured wrong.
     """
     found = trace_model(model, args, kwargs, leaves=leaves)

@@ -11,7 +11,7 @@
         └── ProofError           4   on a batch, the partitions and the model differ
 
 A message says what is wrong, which thing is meant, why, and what to do. Two are none of them: `Terminated`, which like
-KeyboardInterrupt passes through every `except Exception`, and `UntraceableError`, which does not leave tracing.
+KeyboardInterrupt passes through every `except Exception`, and `UntraceableError`, which never leaves tracing.
 """
 
 from __future__ import annotations
@@ -68,6 +68,10 @@ class ProofError(CheckError):
 
 class UntraceableError(Exception):
     """Something that cannot be recorded; the module around it becomes one op. The message is the reason."""
+
+
+class BranchError(UntraceableError):
+    """An answer is asked for on which the way through the model depends, and which may be another one in each call."""
 
 
 class Terminated(KeyboardInterrupt):

@@ -7,8 +7,10 @@ counts its calls, or takes another way once it has kept something, would not run
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -21,10 +23,11 @@ from fxsplit.capture.questions import Guard
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.tracer import COMPILED, Leaf, ValueTracer, reason_of
 from fxsplit.capture.user_code import compiled_function, failing_function
-from fxsplit.errors import TraceError, UntraceableError
+from fxsplit.errors import BranchError, TraceError, UntraceableError
 from fxsplit.meta.costs import CostMeter
 from fxsplit.meta.evaluate import Constant, Outside, on_meta, resolve
 from fxsplit.meta.kernels import Kernels
+from fxsplit.meta.rest import Rest
 from fxsplit.objects.contents import Contents, drawing_nothing, generators_around
 from fxsplit.objects.same import Comparison
 from fxsplit.objects.structure import META, map_tensors, tensors_in
@@ -61,12 +64,14 @@ class Recorder:
     kernels: Kernels
     _whole: dict[str | FunctionType, str] = field(default_factory=dict)
     _lenient: bool = False
+    _rest: tuple[Rest, Exception] | None = None
 
     def record(self, batch_size: int | None = None, *, costs: bool = False) -> Recording:
         """At the batch size of the arguments, or at another one. With `costs` the nodes know theirs.
 
-        A function or method that cannot be recorded becomes one op, as a module does.
-        Raises TraceError when the model's own forward branches on data or cannot run.
+        A function or method that cannot be recorded becomes one op, as a module does, and so does the rest of the
+        model's own forward from the first statement on that cannot.
+        Raises TraceError when that is the first one of all, or the model cannot run.
         """
         while True:
             try:
@@ -84,8 +89,14 @@ class Recorder:
                     self._whole[function] = reason_of(error)
                 elif isinstance(error, UntraceableError) and not self._lenient:
                     self._lenient = True
+                elif self._rest is None and (rest := self._rest_after(error)) is not None:
+                    self._rest = rest, error
                 else:
-                    raise self._error(error) from error
+                    first = error if self._rest is None else self._rest[1]
+                    raise self._error(first) from first
+
+    def _rest_after(self, error: Exception) -> Rest | None:
+        return Rest.after(self.twin, error) if isinstance(error, BranchError) else None
 
     def _record(self, batch_size: int | None, *, costs: bool) -> Recording:
         while True:
@@ -184,12 +195,16 @@ class Recorder:
             kernels=self.kernels,
             meter=CostMeter(known, self.kernels) if costs else None,
         )
+        if self._rest is not None:
+            rest, error = self._rest
+            beginning = rest.beginning(self.twin, partial(tracer.call_rest, rest, reason_of(error)))
         functions = {each for each in (*self.leaves, *self._whole) if isinstance(each, FunctionType)}
         # Not watched: it is no context of the model's.
         with (
             torch.set_grad_enabled(self.twin.training),
             watched(tracer, functions),
             drawing_nothing(generators_around(self.twin)),
+            nullcontext() if self._rest is None else _attribute(self.twin, "forward", beginning),
         ):
             try:
                 graph = tracer.trace(self.twin)
@@ -207,6 +222,16 @@ class Recorder:
             else ""
         )
         return TraceError(f"{type(self.twin).__name__} cannot be traced in {mode}: {reason_of(error)}{advice}")
+
+
+@contextmanager
+def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Inside, the module has an attribute of its own."""
+    vars(module)[name] = value
+    try:
+        yield
+    finally:
+        del vars(module)[name]
 
 
 def same_nodes(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> bool:

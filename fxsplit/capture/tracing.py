@@ -151,7 +151,8 @@ def trace(
     Only shapes and types are looked at, so tensors may be on the meta device and the model needs no weights; give at
     least two samples. `leaves` shall stay one op each: dotted paths or classes of modules, and functions.
 
-    Raises TraceError when the model itself, and not just a module in it, branches on data or cannot run on `args`.
+    Raises TraceError when the model itself, and not just a module in it, branches on data before all else or cannot run
+    on `args`.
     """
     return _traced(model, args, kwargs or {}, leaves, {})
 
