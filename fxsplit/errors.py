@@ -1,4 +1,4 @@
-"""Every error a user can meet, each one a clear sentence with a documented exit code.
+"""Defines the errors that a user can meet, and the exit code of each.
 
     FxsplitError                 1   anything else that went wrong
     ├── UsageError               2   a value the user gave is wrong: model, data, option, recipe key
@@ -10,8 +10,9 @@
     └── CheckError               4   a requested check failed
         └── ProofError           4   on a batch, the partitions and the model differ
 
-A message says what is wrong, which thing is meant, why, and what to do. Two are none of them: `Terminated`, which like
-KeyboardInterrupt passes through every `except Exception`, and `UntraceableError`, which never leaves tracing.
+A message says what is wrong, which thing is meant, why, and what to do. Two further exceptions are not FxsplitErrors:
+`Terminated`, which like KeyboardInterrupt passes through every `except Exception`, and `UntraceableError`, which
+tracing raises and catches itself.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class ProofError(CheckError):
 
 
 class UntraceableError(Exception):
-    """Something that cannot be recorded; the module around it becomes one op. The message is the reason."""
+    """A call in a forward cannot be recorded; the module around it then becomes one op. The message is the reason."""
 
 
 class BranchError(UntraceableError):
@@ -79,17 +80,17 @@ class Terminated(KeyboardInterrupt):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint naming the known words closest to `word`: `"; did you mean 'a' or 'b'?"`, or an empty string."""
+    """Suggest the known words closest to `word`: `"; did you mean 'a' or 'b'?"`, or an empty string."""
     close = get_close_matches(word, list(known), n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what `error` says, fit to stand inside a sentence."""
+    """Return the first line of an error's message, without its full stop, to stand inside a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def printable(text: str) -> str:
-    """`text` with escapes such as `\\x1b` for what is no letter, so that a name gives no orders to a terminal."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    """Escape unprintable characters as `\\x1b`, so that a name cannot send control sequences to a terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,10 +1,10 @@
-"""The captured network as pure data: values, the operations that produce them, and what is live between them.
+"""Describes a captured network as pure data: values, the operations (ops) that produce them, and the cuts between ops.
 
     x ──► op 0 ──► op 1 ──► op 2 ──► ... ──► output
               cut 1    cut 2    cut 3
 
-Cut `k` lies between op `k - 1` and op `k`; cut 0 is before the first op, cut `len(ops)` after the last. The values
-that are produced before a cut and needed after it are its boundary. Nothing here owns a tensor or imports torch.
+Cut `k` lies between op `k - 1` and op `k`; cut 0 is before the first op, cut `len(ops)` after the last. The boundary of
+a cut are the values that are produced before it and needed after it. Nothing here owns a tensor or imports torch.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ from fxsplit.errors import PartitionError, nearest
 OpKind = Literal["module", "function", "method"]
 Result = TypeVar("Result")
 
-# What is kept by mode has these keys, as a module's own `training` says them.
+# The keys of whatever is kept for both modes: the values of `nn.Module.training`.
 TRAINING, EVALUATION = True, False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Value:
-    """What an input or an op delivers.
+    """Describes what an input or an op delivers.
 
-    `shape` is that of the traced batch, or None when the value is not a tensor; `dtype` is then the Python type.
-    `storage` names the value whose memory this one shares (its own name unless it is a view or was written in place).
+    Args:
+        shape: that of the traced batch, or None when the value is not a tensor.
+        dtype: the tensor's dtype such as "float32", or else the name of the Python type.
+        storage: the name of the value whose memory this one shares: its own, unless it is a view or the result of an
+            in-place op.
+
+    Raises ValueError for a negative size.
     """
 
     name: str
@@ -48,7 +53,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """A parameter or a buffer of the model, under the first of its names."""
+    """Describes a parameter or a buffer of the model, under the first of its names where it is tied."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,6 +63,7 @@ class State:
 
     @property
     def elements(self) -> int:
+        """Count the numbers in the tensor."""
         count = 1
         for size in self.shape:
             count *= size
@@ -66,24 +72,34 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
-    """One operation: a leaf module, a function or a method call.
+    """Describes one operation, a call of a leaf module, a function or a method, and what it costs.
 
-    `name` is unique and also names the value that the op delivers (`output`). `path` is the dotted path of the module
-    in which the op happens, or of the module that it is. `reads` are values, `state` parameters and buffers;
-    `mutates` lists those of both that are written in place.
+    Costs up to `hidden_bytes` are for one sample in training. Seconds and workspaces are measured on a device for the
+    traced batch; before that they are None and 0.
 
-    Costs are for one sample, in training: `macs` (one multiply-add is 1) and `backward_macs`, and `activation_bytes`,
-    what autograd keeps for backward because of this op, each storage counted once. `saves` are the storages of values
-    that it keeps, whether or not an earlier op keeps them too, and `hidden_bytes` what it keeps besides, such as a
-    mask. An op that is `uncounted` does work that torch's counter of multiply-adds does not know. One that
-    `mixes_samples`, as BatchNorm does with the statistics of its batch, gives a sample what depends on the others.
-    `single_value_norm` is the path of a BatchNorm in it whose statistics get one value a channel of a sample, so that
-    it needs two samples. One that `is_dropout` drops values at random in training. `autocast` numbers the region of
-    forward's own autocast in which it runs, if any: a parameter is cast once for all ops of a region.
+    Args:
+        name: unique; also the name of the value that the op delivers (`output`).
+        path: dotted path of the module that the op calls, or of the module whose forward calls it.
+        reads: names of the values that are its inputs.
+        state: names of the parameters and buffers that it uses.
+        mutates: names of the values, parameters and buffers that it writes in place.
+        macs: multiply-adds of forward, each counted as 1; `backward_macs` are those of backward.
+        activation_bytes: what autograd keeps for backward because of this op, each storage charged to the first op that
+            keeps it.
+        saves: storages of values that autograd keeps for this op, charged to it or not.
+        hidden_bytes: what autograd keeps for this op besides values, such as a mask.
+        uncounted: it does work that torch's flop counter does not know.
+        mixes_samples: what it gives for one sample depends on the others, as in BatchNorm in training.
+        single_value_norm: path of a BatchNorm in it that gets one value a channel from a sample, and so needs at least
+            two samples to train; None if there is none.
+        is_dropout: it drops values at random, in training.
+        autocast: number of the autocast region that forward opens around it, if any. A parameter is cast once a region.
+        seconds: time of forward and backward; `forward_seconds` is that of forward alone.
+        forward_workspace_bytes: memory that its kernels need only while they run; likewise `backward_workspace_bytes`.
+        settled_seconds: time once it is settled, for an op of the eval graph; 0 if it was folded away. Likewise
+            `settled_workspace_bytes`.
 
-    Measured on a device, and for the traced batch, are `seconds` (forward and backward) and `forward_seconds`, None
-    before, and `forward_workspace_bytes` and `backward_workspace_bytes`, which kernels borrow while they run; of an op
-    in evaluation also `settled_seconds` and `settled_workspace_bytes`, once it is settled: 0 if it was folded away.
+    Raises ValueError when its output has another name.
     """
 
     name: str
@@ -118,9 +134,10 @@ class Op:
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """The ops of one mode of a model, in the order in which they run.
+    """Lists the ops of one mode of a model in the order in which they run.
 
-    Raises ValueError when a name is used twice or read before it is written.
+    `outputs` name the values that the model returns. Raises ValueError when a name is used twice or read before it is
+    written.
     """
 
     batch_size: int
@@ -152,12 +169,12 @@ class Graph:
 
     @cached_property
     def values(self) -> dict[str, Value]:
-        """Every value by name, inputs first."""
+        """Map names to values, inputs first."""
         return {value.name: value for value in (*self.inputs, *(op.output for op in self.ops))}
 
     @cached_property
     def written_at(self) -> dict[str, int]:
-        """First cut at which a value exists: 0 for inputs, `i + 1` for the output of op `i`."""
+        """Map each value to the first cut at which it exists: 0 for inputs, `i + 1` for the output of op `i`."""
         return {
             **{value.name: 0 for value in self.inputs},
             **{op.name: index + 1 for index, op in enumerate(self.ops)},
@@ -165,12 +182,15 @@ class Graph:
 
     @cached_property
     def read_until(self) -> dict[str, int]:
-        """The last op that reads each value that any op reads."""
+        """Map each value that some op reads to the index of the last op that reads it."""
         return {name: index for index, op in enumerate(self.ops) for name in op.reads}
 
     @cached_property
     def needed_until(self) -> dict[str, int]:
-        """Last cut at which a value is still needed: `i` when op `i` reads it last, `len(ops)` for outputs."""
+        """Map each value to the last cut at which it is needed: `i` if op `i` reads it last, `len(ops)` for outputs.
+
+        -1 if nothing needs it.
+        """
         last = dict.fromkeys(self.values, -1)
         for index, op in enumerate(self.ops):
             for name in op.reads:
@@ -181,24 +201,15 @@ class Graph:
 
     @cached_property
     def boundaries(self) -> tuple[tuple[str, ...], ...]:
-        """The boundary of every cut `0 .. len(ops)`, each in the order in which its values are written."""
+        """List the boundary of every cut `0 .. len(ops)`, its values in the order in which they are written."""
         found: list[list[str]] = [[] for _ in range(len(self.ops) + 1)]
         for name, written in self.written_at.items():
             for cut in range(written, self.needed_until[name] + 1):
                 found[cut].append(name)
         return tuple(tuple(names) for names in found)
 
-    def live_at(self, cut: int) -> tuple[str, ...]:
-        """Names of the values in the boundary of `cut`, in the order in which they are written.
-
-        Raises IndexError when there is no such cut.
-        """
-        if not 0 <= cut <= len(self.ops):
-            raise IndexError(f"cut {cut} is outside 0..{len(self.ops)}")
-        return self.boundaries[cut]
-
     def find(self, path: str) -> int:
-        """Index of the first op at or inside the module `path`.
+        """Find the index of the first op at or inside the module `path`.
 
         Raises PartitionError when no op lies there.
         """
@@ -209,10 +220,9 @@ class Graph:
         raise PartitionError(f"no operation of the model lies in {path!r}{nearest(path, sorted(paths - {''}))}")
 
     def digest(self) -> str:
-        """A fingerprint of the structure: 16 hexadecimal digits.
+        """Hash the structure into 16 hexadecimal digits.
 
-        They depend on neither weights, costs nor the size of the input, so that one model has one digest for any
-        batch and any image.
+        Weights, costs and input sizes do not count, so that a model has one digest for any batch and image size.
         """
         lines: Iterable[object] = (
             *((value.name, value.dtype) for value in self.inputs),
@@ -224,7 +234,7 @@ class Graph:
 
 
 class Modes(Protocol):
-    """A model as its two graphs: `train` runs in training, `eval` in evaluation. A `fxsplit.Trace` is one."""
+    """Holds the two graphs of a model: `train` runs in training, `eval` in evaluation. A `fxsplit.Trace` is one."""
 
     @property
     def train(self) -> Graph: ...
@@ -233,27 +243,27 @@ class Modes(Protocol):
     def eval(self) -> Graph: ...
 
 
-def once_a_pair(function: Callable[[Modes], Result]) -> Callable[[Modes], Result]:
-    """Work out what follows from a pair of graphs only once, whoever holds the pair, and forget it with the graphs.
+def cached_by_graphs(function: Callable[[Modes], Result]) -> Callable[[Modes], Result]:
+    """Cache the result of `function` for each pair of graphs, until one of the graphs is freed.
 
-    The result must not hold the graphs themselves, which would then live for ever.
+    The result must not hold the graphs themselves, which would then never be freed.
     """
-    found: dict[tuple[int, int], Result] = {}
+    results: dict[tuple[int, int], Result] = {}
 
     @wraps(function)
-    def kept(modes: Modes) -> Result:
+    def cached(modes: Modes) -> Result:
         key = id(modes.train), id(modes.eval)
-        if key not in found:
-            found[key] = function(modes)
-            # Before another graph can get the id of one of them.
+        if key not in results:
+            results[key] = function(modes)
+            # A later graph may get the id of a freed one.
             for graph in (modes.train, modes.eval):
-                weakref.finalize(graph, found.pop, key, None).atexit = False
-        return found[key]
+                weakref.finalize(graph, results.pop, key, None).atexit = False
+        return results[key]
 
-    return kept
+    return cached
 
 
 def prefixes(path: str) -> list[str]:
-    """The modules around a path, from the outside in, and itself: `""`, `"layer1"`, `"layer1.0"`."""
-    parts = path.split(".")
-    return ["", *(".".join(parts[: depth + 1]) for depth in range(len(parts)) if path)]
+    """List the modules around a path from the outside in, and itself: `""`, `"layer1"`, `"layer1.0"`."""
+    names = path.split(".")
+    return ["", *(".".join(names[: depth + 1]) for depth in range(len(names)) if path)]

@@ -131,7 +131,7 @@ class RunReport:
         if (schema := data.get("schema")) != SCHEMA:
             raise UsageError(f"the report of a run has schema {schema!r}, and this version reads {SCHEMA}")
         own = {key: value for key, value in data.items() if key not in ("schema", "accuracy_pct")}
-        plan = from_dict(own.get("plan"), source="report.json").recorded_plan()
+        plan = from_dict(own.get("plan"), origin="report.json").recorded_plan()
         try:
             return read_record(cls, {**own, "plan": plan})
         except ValueError as error:

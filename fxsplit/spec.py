@@ -16,7 +16,7 @@ import yaml
 
 from fxsplit.errors import UsageError, nearest
 from fxsplit.options import key, kind_of, option, read_value
-from fxsplit.plan.partition import BALANCES, PLACES
+from fxsplit.plan.partition import BALANCES, CUT_KINDS
 from fxsplit.plan.planfile import read_file
 from fxsplit.plan.schedule import NO_SCHEDULE, SCHEDULES, SETTLING
 from fxsplit.presets import PRESETS, preset
@@ -133,7 +133,7 @@ class RunSpec:
         "Where --parts may cut: anywhere (op), where the blocks of the graph meet (natural), "
         "where the units meet that timm or Hugging Face names (block).",
         "op",
-        choices=PLACES,
+        choices=CUT_KINDS,
     )
     balance: str = option(
         "Layer-to-layer",

@@ -1,7 +1,7 @@
-"""Contexts that forward opens around its ops: gradients on or off, inference mode, autocast.
+"""Records the contexts that forward opens around its ops: gradients on or off, inference mode, autocast.
 
-A context acts on the thread, not on a tensor, so a graph does not show it. Each op therefore carries the contexts in
-which it ran, in the order in which they were opened, and runs in them again, wherever the graph is cut.
+A context acts on the thread, not on a tensor, so a graph does not show it. Each node therefore lists the contexts in
+which its op ran, in the order in which they were opened. The op runs in them again, wherever the graph is cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import fx
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """One context. `device`, `dtype` and `cache` are those of autocast."""
+    """Describes one context. `device`, `dtype` and `cache` are arguments of autocast."""
 
     kind: Literal["grad", "inference", "autocast"]
     enabled: bool
@@ -26,7 +26,7 @@ class Context:
     cache: bool | None = None
 
     def open(self) -> AbstractContextManager[object]:
-        """A new context manager of torch."""
+        """Make the context manager of torch."""
         if self.kind == "grad":
             return torch.enable_grad() if self.enabled else torch.no_grad()
         if self.kind == "inference":
@@ -36,7 +36,7 @@ class Context:
 
 @contextmanager
 def opened(contexts: Sequence[Context]) -> Iterator[None]:
-    """Inside, all `contexts` are open, the last one innermost."""
+    """Open all `contexts`, the last one innermost."""
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context.open())
@@ -44,6 +44,6 @@ def opened(contexts: Sequence[Context]) -> Iterator[None]:
 
 
 def contexts_of(node: fx.Node) -> tuple[Context, ...]:
-    """Those in which the op of a node runs; most run in none."""
+    """Return the contexts in which the op of a node runs; most ops run in none."""
     found: tuple[Context, ...] = node.meta.get("contexts", ())
     return found

@@ -1,4 +1,4 @@
-"""The answers that fixed a model's path while it was traced, asked again of every new form of input."""
+"""Checks for every new form of input that Python's questions have the same answers as when the model was traced."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fxsplit.objects.structure import META
 
 
 class _Ref(str):
-    """The value of the step with this name."""
+    """Stands for the value of the step with this name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class _Question:
     where: str
 
     def ask(self, value: Any) -> None:
-        """Raises GuardError when the answer is another one now."""
+        """Raise GuardError if the answer has changed."""
         answer = QUESTIONS[self.question](value)
         if answer != self.answer:
             raise GuardError(
@@ -51,17 +51,17 @@ class _Question:
 
 @dataclass(kw_only=True)
 class Guards:
-    """The questions of one mode, and the steps that lead to them, run on the meta device. Can be pickled."""
+    """Holds the questions of one mode and the ops, run on the meta device, on which they depend. Can be pickled."""
 
     questions: tuple[_Question, ...]
     inputs: tuple[str, ...]
     steps: tuple[_Step, ...]
-    twin: nn.Module
+    meta_model: nn.Module
     _passed: set[Any] = field(default_factory=set)
 
     @classmethod
-    def of(cls, recording: Recording, names: Mapping[fx.Node, str], twin: nn.Module) -> Guards:
-        """From the guards of a recording; `names` are those of its ops."""
+    def of(cls, recording: Recording, names: Mapping[fx.Node, str], meta_model: nn.Module) -> Guards:
+        """Extract the questions of a recording, whose ops have these `names`; they run on `meta_model`."""
         return cls(
             questions=tuple(
                 _Question(
@@ -75,25 +75,25 @@ class Guards:
             ),
             inputs=tuple(node.name for node in recording.graph.nodes if node.op == "placeholder"),
             steps=_steps(recording),
-            twin=twin,
+            meta_model=meta_model,
         )
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """Ask again for these inputs, once for each combination of shapes and types.
+        """Ask all questions for these inputs, once for each combination of shapes, dtypes and devices.
 
-        Raises GuardError when an answer is another one now.
+        Raises GuardError when an answer has changed.
         """
         if not self.questions:
             return
         form: tuple[Any, ...] = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        around = _asked_around(self.steps)
-        form += tuple(around.values())
+        ambient = _ambient_answers(self.steps)
+        form += tuple(ambient.values())
         if form in self._passed:
             return
         asked: dict[str, list[_Question]] = {}
         for question in self.questions:
             asked.setdefault(question.step, []).append(question)
-        with closing(_values(self.steps, self.inputs, self.twin, tensors, tensors[0].device, around)) as values:
+        with closing(_values(self.steps, self.inputs, self.meta_model, tensors, tensors[0].device, ambient)) as values:
             for name, value in values:
                 for question in asked.get(name, ()):
                     question.ask(value)
@@ -102,21 +102,21 @@ class Guards:
         self._passed.add(form)
 
 
-# A detector meets a new combination of image sizes at almost every step.
+# Forgotten beyond this number: a detector gets a new combination of image sizes at almost every step.
 MOST_FORMS = 1024
 
 
-def answers(recording: Recording, twin: nn.Module, tensors: Sequence[Tensor], device: torch.device) -> list[Any]:
-    """What these inputs answer to the questions of the guards."""
+def answers(recording: Recording, meta_model: nn.Module, tensors: Sequence[Tensor], device: torch.device) -> list[Any]:
+    """Compute the answers to the guards' questions for other inputs."""
     inputs = [node.name for node in recording.graph.nodes if node.op == "placeholder"]
     steps = _steps(recording)
-    around = _asked_around(steps)
-    values = dict(_values(steps, inputs, twin, tensors, device, around))
+    ambient = _ambient_answers(steps)
+    values = dict(_values(steps, inputs, meta_model, tensors, device, ambient))
     return [QUESTIONS[guard.question](values[guard.node.name]) for guard in recording.guards]
 
 
 def _steps(recording: Recording) -> tuple[_Step, ...]:
-    """The nodes that lead to the questions."""
+    """Extract the nodes on which the questions depend."""
     needed = {guard.node for guard in recording.guards}
     for node in reversed(recording.graph.nodes):
         if node in needed:
@@ -127,36 +127,37 @@ def _steps(recording: Recording) -> tuple[_Step, ...]:
 def _values(
     steps: Sequence[_Step],
     inputs: Sequence[str],
-    twin: nn.Module,
+    meta_model: nn.Module,
     tensors: Sequence[Tensor],
     device: torch.device,
-    around: Mapping[str, Any],
+    ambient: Mapping[str, Any],
 ) -> Generator[tuple[str, Any], None, None]:
-    """The inputs, what is asked of the contexts `around` the call, and then the steps, by name.
+    """Yield the names and values of the inputs, of the `ambient` answers and of the steps.
 
-    A step may fail once an earlier one has another value than traced.
+    A generator, because a step may fail where an earlier one has another value than when it was traced: the question
+    about that value is asked first.
     """
     values: dict[str, Any] = dict(zip(inputs, (tensor.detach().to(META) for tensor in tensors), strict=True))
-    values.update(around)
+    values.update(ambient)
     yield from list(values.items())
     with torch.no_grad():
         for step in steps:
-            if step.name in around:
+            if step.name in ambient:
                 continue
             args, kwargs = resolve(
                 (step.args, step.kwargs), lambda leaf: values[leaf] if isinstance(leaf, _Ref) else leaf
             )
             value = (
-                _attribute(twin, step.target)
+                _attribute(meta_model, step.target)
                 if step.kind == "get_attr"
-                else evaluate(twin, step.kind, step.target, args, kwargs, device)
+                else evaluate(meta_model, step.kind, step.target, args, kwargs, device)
             )
             values[step.name] = value.value if isinstance(value, StandIn) else value
             yield step.name, values[step.name]
 
 
-def _asked_around(steps: Sequence[_Step]) -> dict[str, Any]:
-    """What the contexts around the call answer now, by the name of the step that asks."""
+def _ambient_answers(steps: Sequence[_Step]) -> dict[str, Any]:
+    """Ask for the state of the contexts around the call now, by the name of each step that asks."""
     return {step.name: step.target(*step.args, **step.kwargs) for step in steps if isinstance(step.target, Outside)}
 
 

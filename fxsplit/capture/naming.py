@@ -1,4 +1,4 @@
-"""The names of ops: the user's own dotted names, the same for what both modes do."""
+"""Names ops by the user's dotted module paths, with one name for what both modes do."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ NAMED = ("placeholder", "call_module", "call_function", "call_method")
 
 
 def names_of(train: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, str]:
-    """`layer1.0.conv1` for a module, `layer1.0:add` for a function inside `layer1.0`, `_1`, `_2` ... when repeated.
+    """Name the nodes of both graphs.
 
-    What the two modes do alike is named alike: their ops are aligned as the lines of two texts are.
+    `layer1.0.conv1` is a module, `layer1.0:add` a function inside `layer1.0`; repeated names get `_1`, `_2`, and so on.
+    Ops that both modes have get the same name: the two sequences are aligned as the lines of two texts are in a diff.
     """
     first, second = ([n for n in graph.nodes if n.op in NAMED] for graph in (train, evaluation))
     names: dict[fx.Node, str] = {}
@@ -35,7 +36,7 @@ def names_of(train: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, str]:
 
     for node in first:
         give(node)
-    names |= {theirs: names[ours] for ours, theirs in _aligned(first, second)}
+    names |= {partner: names[node] for node, partner in _aligned(first, second)}
     for node in second:
         if node not in names:
             give(node)
@@ -43,44 +44,46 @@ def names_of(train: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, str]:
 
 
 def _aligned(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Pairs that do the same to the same; and between these, pairs that do the same, where both have as many of them.
+    """Yield pairs of nodes with the same op and inputs; between those, pairs with the same op alone.
 
-    Of two additions in training and one in evaluation nobody knows which of the two that one is.
+    The latter only where both sides have equally many of that op: of two additions in training and one in evaluation
+    it is not known which of the two the one is.
     """
-    mine, other = 0, 0
-    for ours, theirs, length in _matching(first, second, _signature):
-        between = _as_many(first[mine:ours], second[other:theirs])
-        for start, twin, count in _matching(*between, _kind):
-            yield from zip(between[0][start : start + count], between[1][twin : twin + count], strict=True)
-        mine, other = ours + length, theirs + length
-        yield from zip(first[ours:mine], second[theirs:other], strict=True)
+    end, partner_end = 0, 0
+    for start, partner, length in _matching(first, second, _signature):
+        gap, partner_gap = _equally_many(first[end:start], second[partner_end:partner])
+        for at, partner_at, count in _matching(gap, partner_gap, _kind):
+            yield from zip(gap[at : at + count], partner_gap[partner_at : partner_at + count], strict=True)
+        end, partner_end = start + length, partner + length
+        yield from zip(first[start:end], second[partner:partner_end], strict=True)
 
 
-def _as_many(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Those of which both have as many of the same kind."""
-    ours, theirs = (Counter(map(_kind, nodes)) for nodes in (first, second))
+def _equally_many(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Keep the nodes of those kinds of which both sides have equally many."""
+    counts, others = (Counter(map(_kind, nodes)) for nodes in (first, second))
     return (
-        [node for node in first if ours[_kind(node)] == theirs[_kind(node)]],
-        [node for node in second if ours[_kind(node)] == theirs[_kind(node)]],
+        [node for node in first if counts[_kind(node)] == others[_kind(node)]],
+        [node for node in second if counts[_kind(node)] == others[_kind(node)]],
     )
 
 
 def _matching(
     first: Sequence[fx.Node], second: Sequence[fx.Node], key: Callable[[fx.Node], Any]
 ) -> Sequence[tuple[int, int, int]]:
-    mine, other = [key(node) for node in first], [key(node) for node in second]
-    if mine == other:
-        return [(0, 0, len(mine))]
-    return SequenceMatcher(None, mine, other, autojunk=False).get_matching_blocks()
+    """Find equal runs of two sequences, compared by `key`: the start in each, and the length."""
+    keys, others = [key(node) for node in first], [key(node) for node in second]
+    if keys == others:
+        return [(0, 0, len(keys))]
+    return SequenceMatcher(None, keys, others, autojunk=False).get_matching_blocks()
 
 
 def _signature(node: fx.Node) -> Any:
-    """What a node does, and to what."""
-    return *_kind(node), tuple(_base_name(source) for source in node.all_input_nodes)
+    """Describe the op of a node and its inputs."""
+    return *_kind(node), tuple(_base_name(input_node) for input_node in node.all_input_nodes)
 
 
 def _kind(node: fx.Node) -> Any:
-    """What a node does."""
+    """Describe the op of a node."""
     return node.op, _base_name(node)
 
 
@@ -93,12 +96,12 @@ def _base_name(node: fx.Node) -> str:
 
 
 def method_of(node: fx.Node) -> str | None:
-    """The dotted name of the model's own method that the node calls, or None."""
+    """Return the dotted name of the model's own method that the node calls, or None."""
     return str(node.args[0].target) if calls_method(node.target) and isinstance(node.args[0], fx.Node) else None
 
 
 def called_module(node: fx.Node) -> str | None:
-    """The path of the module that the node calls, whole or by one of its methods; None if it calls none."""
+    """Return the path of the module that the node calls, or of whose methods it calls one; None if there is none."""
     if node.op == "call_module":
         return str(node.target)
     method = method_of(node)
@@ -106,7 +109,7 @@ def called_module(node: fx.Node) -> str | None:
 
 
 def assigned_by(node: fx.Node) -> list[str]:
-    """What the node puts another object in the place of: an attribute or a buffer of a module."""
+    """List the attribute or buffer of a module that the node sets to another object, if it does."""
     holder = node.args[0] if node.target is operator.setitem else None
     if not isinstance(holder, fx.Node) or holder.op != "get_attr":
         return []

@@ -1,6 +1,6 @@
-"""What single ops of torch do beside giving a value: mix the samples of a batch, move statistics, drop values.
+"""Finds what single ops do besides returning a value: mix samples of a batch, update running statistics, drop values.
 
-An op is a node of torch.fx that was just recorded, with the `module` that it calls, if it calls one.
+An op is given as a newly recorded node of torch.fx, with the `module` that it calls, if it calls one.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ DROPOUTS = {
     *(functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d),
 }
 
-# These move running statistics without telling autograd's version counter: (statistics, position of `training`).
+# Functions that update running statistics without raising the tensors' version: position and keyword of the running
+# mean, the running variance and the flag that says whether those of the batch are used.
 NORMS_WITH_STATISTICS: dict[Any, tuple[tuple[int, str], tuple[int, str], tuple[int, str]]] = {
     functional.batch_norm: ((1, "running_mean"), (2, "running_var"), (5, "training")),
     torch.batch_norm: ((3, "running_mean"), (4, "running_var"), (5, "training")),
     functional.instance_norm: ((1, "running_mean"), (2, "running_var"), (5, "use_input_stats")),
 }
 
-WHOLE = None
+ALL_DIMS = None
 
-# Ops along dimensions: by name, the position of the argument that says which, and which they are without it (all of
-# them: WHOLE).
+# Ops along dimensions: by name, the position of the argument that gives the dimensions, and its default.
 ALONG: dict[str, tuple[int, int | None]] = {
-    **dict.fromkeys(("mean", "sum", "prod", "var", "std", "amax", "amin", "max", "min", "median"), (1, WHOLE)),
-    **dict.fromkeys(("argmax", "argmin", "all", "any", "logsumexp"), (1, WHOLE)),
+    **dict.fromkeys(("mean", "sum", "prod", "var", "std", "amax", "amin", "max", "min", "median"), (1, ALL_DIMS)),
+    **dict.fromkeys(("argmax", "argmin", "all", "any", "logsumexp"), (1, ALL_DIMS)),
     **dict.fromkeys(("softmax", "log_softmax", "cumsum", "cumprod", "sort", "argsort", "flip"), (1, -1)),
     **dict.fromkeys(("topk", "kthvalue"), (2, -1)),
-    "norm": (2, WHOLE),
-    "roll": (2, WHOLE),
+    "norm": (2, ALL_DIMS),
+    "roll": (2, ALL_DIMS),
     "normalize": (2, 1),
 }
-PLACES = (torch, functional, Tensor)
+NAMESPACES = (torch, functional, Tensor)
 
 
 def moved_statistics(node: fx.Node, module: nn.Module | None) -> list[Tensor | fx.Node]:
-    """The running statistics that an op moves: tensors of a module that it calls, or what a function was given."""
+    """List the running statistics that an op updates: tensors of the module, or nodes among a function's arguments."""
     if module is not None:
         return [
             tensor
@@ -58,7 +58,7 @@ def moved_statistics(node: fx.Node, module: nn.Module | None) -> list[Tensor | f
 
 
 def mixes_samples(node: fx.Node, module: nn.Module | None, batch_size: int) -> bool:
-    """Whether what an op gives for a sample of the batch depends on the others."""
+    """Whether the result of an op for one sample of the batch depends on the others."""
     if module is not None:
         return any(map(_norms_by_batch, module.modules()))
     if node.target in (functional.batch_norm, torch.batch_norm):
@@ -67,12 +67,15 @@ def mixes_samples(node: fx.Node, module: nn.Module | None, batch_size: int) -> b
 
 
 def _norms_by_batch(module: nn.Module) -> bool:
-    """Whether it is a BatchNorm that takes the statistics of its batch now."""
+    """Whether it is a BatchNorm that now normalizes by the statistics of its batch."""
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
 def watch_norms(called: nn.Module) -> tuple[dict[str, torch.Size], list[RemovableHandle]]:
-    """The sizes of what reaches each BatchNorm in a module that takes the statistics of its batch, once it has run."""
+    """Record the input sizes of each BatchNorm in a module that uses batch statistics.
+
+    Returns a dict that fills as the module runs, and the hooks to remove afterwards.
+    """
     sizes: dict[str, torch.Size] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -90,7 +93,7 @@ def is_dropout(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _statistics(node: fx.Node) -> tuple[Any, Any, Any]:
-    """Of a function that normalizes: running mean, running variance and whether those of the batch are used."""
+    """Read from a normalizing function its running mean and variance, and whether the batch's own are used."""
     positions = NORMS_WITH_STATISTICS.get(node.target, ())
     found = [node.args[at] if at < len(node.args) else node.kwargs.get(keyword) for at, keyword in positions]
     mean, variance, training = found or (None, None, False)
@@ -98,30 +101,30 @@ def _statistics(node: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _is_along_samples(node: fx.Node, batch_size: int) -> bool:
-    """Whether an op reduces, sorts or shifts a value (batch_size, ...) of the batch along that first dimension.
+    """Whether an op reduces, sorts or shifts a tensor (batch_size, ...) along its first dimension.
 
-    Only ops of torch that say so by their arguments are known.
+    Known for the ops of torch in ALONG, which are told the dimension by an argument.
     """
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     if name not in ALONG or not (node.op == "call_method" or _is_torch(node.target, name)):
         return False
     position, default = ALONG[name]
-    source = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(source, fx.Node) or not source.meta.get("of_batch"):
+    operand = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(operand, fx.Node) or not operand.meta.get("of_batch"):
         return False
-    value = source.meta["value"]
+    value = operand.meta["value"]
     if not isinstance(value, Tensor) or not value.dim() or value.shape[0] != batch_size:
         return False
-    wanted: Any = node.args[position] if position < len(node.args) else default
+    dim: Any = node.args[position] if position < len(node.args) else default
     for keyword in ("dim", "dims", "axis"):
-        wanted = node.kwargs.get(keyword, wanted)
-    if isinstance(wanted, fx.Node):
-        wanted = wanted.meta["value"]
-    if isinstance(wanted, Tensor):  # the other operand of max and min
+        dim = node.kwargs.get(keyword, dim)
+    if isinstance(dim, fx.Node):
+        dim = dim.meta["value"]
+    if isinstance(dim, Tensor):  # the other operand of max and min
         return False
-    dims = range(value.dim()) if wanted is WHOLE else wanted if isinstance(wanted, tuple | list) else (wanted,)
-    return any(isinstance(dim, int) and dim % value.dim() == 0 for dim in dims)
+    dims = range(value.dim()) if dim is ALL_DIMS else dim if isinstance(dim, tuple | list) else (dim,)
+    return any(isinstance(each, int) and each % value.dim() == 0 for each in dims)
 
 
 def _is_torch(target: Any, name: str) -> bool:
-    return any(target is getattr(place, name, None) for place in PLACES)
+    return any(target is getattr(namespace, name, None) for namespace in NAMESPACES)

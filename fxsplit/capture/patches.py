@@ -1,7 +1,7 @@
-"""What Python and torch do by themselves, put under the tracer's eyes for as long as a model is traced.
+"""Patches functions of Python and torch while a model is traced, so that the tracer sees calls that torch.fx misses.
 
-Patches are seen by the whole process, so each looks first who calls: in another thread, or while the tracer itself
-runs an op, it does what was there before. One trace runs at a time.
+Patches hold for the whole process. Each therefore checks who calls: in another thread, or while the tracer itself runs
+an op, the original runs. Only one trace runs at a time.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from torch import fx, nn
 from torch.utils import checkpoint
 
 from fxsplit.capture.contexts import Context
-from fxsplit.capture.questions import MISSING, REAL_ISINSTANCE, Asked
+from fxsplit.capture.questions import MISSING, REAL_ISINSTANCE, TracerInterface
 from fxsplit.errors import UntraceableError
 
 
 def _methods_of(module: ModuleType, method: Any) -> tuple[str, ...]:
-    """The functions of a module that are methods of its one generator, but for those that read or set its state."""
+    """List the functions of a module that draw: methods of its global generator which do not read or set its state."""
     owner = method.__self__
     names = [name for name, value in vars(module).items() if getattr(value, "__self__", None) is owner]
     return tuple(name for name in names if name not in ("getstate", "setstate", "get_state", "set_state", "shuffle"))
 
 
-# Held by whoever traces.
+# Held while a model is traced.
 LOCK = threading.RLock()
 
 # Creating a tensor dispatches on no argument, so torch.fx would run it once and keep the result as a constant.
@@ -50,7 +50,7 @@ FACTORIES = (
     "normal", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros",
 )  # fmt: skip
 
-# What acts on the process or on modules around an op, and would be lost.
+# Functions that act on the process or on modules, which a graph of ops would lose.
 REFUSED: dict[Any, tuple[str, ...]] = {
     torch.random: ("fork_rng",),
     torch.nn.attention: ("sdpa_kernel",),
@@ -60,7 +60,7 @@ REFUSED: dict[Any, tuple[str, ...]] = {
     np.random: ("shuffle", "set_state"),
 }
 
-# What gives other numbers at each call, generators and clocks, and what says which numbers generators give.
+# Functions that give other numbers at each call, from generators and clocks, and those that seed generators.
 DRAWS: dict[Any, tuple[str, ...]] = {
     random: _methods_of(random, random.random),
     np.random: (*_methods_of(np.random, np.random.rand), "ranf", "sample"),
@@ -75,35 +75,35 @@ DRAWS: dict[Any, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-# Classes of C, which take no patches, and their methods that read a clock.
+# Classes written in C, whose methods cannot be patched, and the methods that read a clock.
 CLOCKS: dict[Any, tuple[str, ...]] = {datetime.datetime: ("now", "utcnow", "today"), datetime.date: ("today",)}
 
-# What makes a generator that, without a seed, gives other numbers each time.
+# Functions that make a generator, which without a seed gives other numbers each time.
 SEEDED: dict[Any, tuple[str, ...]] = {np.random: ("default_rng",)}
 
-# What a forward can ask of the contexts around it.
+# Functions by which a forward can ask for the state of the contexts around it.
 AMBIENT = (
     "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype",
     "is_autocast_cpu_enabled", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype",
 )  # fmt: skip
 
-# Classes, of which only an instance for the type of some value is recorded.
+# Classes whose calls are recorded only when they are given the dtype of a traced value.
 TYPE_LIMITS = ("finfo", "iinfo")
 
-# torch lists its factories when a device context is first entered, and must not find ours there.
+# torch lists its factories when a device context is first entered, and must not list our patches.
 with torch.device("meta"):
     torch.empty(0)
 
 
 @contextmanager
-def watched(tracer: Asked, functions: Iterable[Any] = ()) -> Iterator[None]:
-    """Inside, the tracer records what torch.fx would miss, in this thread.
+def watched(tracer: TracerInterface, functions: Iterable[Any] = ()) -> Iterator[None]:
+    """Let the tracer record what torch.fx would miss, in this thread, while the context is open.
 
-    These are the tensor factories, the given functions and methods, scripted functions, numbers drawn or read from the
-    clock, and contexts. Custom autograd functions are refused rather than lost, checkpoints are looked into, and a
-    proxy passes for an instance of its value's class.
+    It records calls of tensor factories, of the given `functions`, of scripted functions, of generators and clocks, and
+    contexts. It refuses custom autograd functions and looks into checkpoints. `isinstance` takes a proxy for an
+    instance of its value's class.
     """
-    # torch imports it as soon as some op needs it; what it then lists of torch must not be ours.
+    # torch imports it when some op first needs it, and it lists functions of torch: not our patches.
     importlib.import_module("torch._dynamo")
     patches = _Patches()
     try:
@@ -117,7 +117,7 @@ def watched(tracer: Asked, functions: Iterable[Any] = ()) -> Iterator[None]:
 
 
 class _Patches:
-    """Attributes with another value for a while."""
+    """Sets attributes to other values, and back."""
 
     def __init__(self) -> None:
         self._before: list[tuple[Any, str, Any]] = []
@@ -136,7 +136,7 @@ class _Patches:
                 setattr(owner, name, value)
 
 
-def _record_calls(patches: _Patches, tracer: Asked, functions: Iterable[Any]) -> None:
+def _record_calls(patches: _Patches, tracer: TracerInterface, functions: Iterable[Any]) -> None:
     def recorded(function: Any) -> Callable[..., Any]:
         @wraps(function, updated=())
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -146,8 +146,8 @@ def _record_calls(patches: _Patches, tracer: Asked, functions: Iterable[Any]) ->
 
         return call
 
-    def of_users(record: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Callable[[Any], Any]:
-        """Calls of libraries among themselves do what they do; those of the model's own code are for the tracer."""
+    def by_users(record: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Callable[[Any], Any]:
+        """Wrap functions so that calls by user code are recorded, and calls by libraries run as they are."""
 
         def wrap(function: Any) -> Callable[..., Any]:
             @wraps(function, updated=())
@@ -175,7 +175,7 @@ def _record_calls(patches: _Patches, tracer: Asked, functions: Iterable[Any]) ->
         def record(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return tracer.call_outside(kind.__module__, f"{kind.__name__}.{method.__name__}", args, kwargs)
 
-        return _in_place_of(kind, {name: of_users(record)(getattr(kind, name)) for name in CLOCKS[kind]})
+        return _with_methods(kind, {name: by_users(record)(getattr(kind, name)) for name in CLOCKS[kind]})
 
     def limits(kind: Any) -> Callable[..., Any]:
         record = recorded(kind)
@@ -189,10 +189,10 @@ def _record_calls(patches: _Patches, tracer: Asked, functions: Iterable[Any]) ->
         patches.put(torch, name, limits(getattr(torch, name)))
     wrappers = {
         "factory": recorded,
-        "drawing": of_users(draw),
-        "ambient": of_users(tracer.ask_ambient),
-        "refused": of_users(refuse),
-        "seeded": of_users(seeded),
+        "drawing": by_users(draw),
+        "ambient": by_users(tracer.ask_ambient),
+        "refused": by_users(refuse),
+        "seeded": by_users(seeded),
         "clock": clock,
     }
     replacing = {key: wrappers[kind](function) for key, (kind, _, _, function) in _functions().items()}
@@ -211,13 +211,13 @@ def _record_calls(patches: _Patches, tracer: Asked, functions: Iterable[Any]) ->
 
     patches.put(scripted, "__call__", call)
     for name in ("train", "requires_grad_"):
-        patches.put(nn.Module, name, _only_outside(tracer, getattr(nn.Module, name)))
+        patches.put(nn.Module, name, _refused_in_forward(tracer, getattr(nn.Module, name)))
 
 
-def _in_place_of(kind: Any, methods: dict[str, Callable[..., Any]]) -> type:
-    """A class that makes and knows the instances of `kind`, with other functions for some of its class methods."""
+def _with_methods(kind: Any, methods: dict[str, Callable[..., Any]]) -> type:
+    """Make a class that makes and recognises instances of `kind`, with some class methods replaced by `methods`."""
 
-    class InPlace(type(kind)):  # type: ignore[misc]
+    class Replacing(type(kind)):  # type: ignore[misc]
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
             return kind(*args, **kwargs)
 
@@ -227,11 +227,11 @@ def _in_place_of(kind: Any, methods: dict[str, Callable[..., Any]]) -> type:
         def __subclasscheck__(cls, other: Any) -> bool:
             return issubclass(other, kind)
 
-    return InPlace(kind.__name__, (kind,), {name: staticmethod(method) for name, method in methods.items()})
+    return Replacing(kind.__name__, (kind,), {name: staticmethod(method) for name, method in methods.items()})
 
 
-def _only_outside(tracer: Asked, method: Any) -> Callable[..., Any]:
-    """A method of modules that changes how later ops run, which a recording does not show."""
+def _refused_in_forward(tracer: TracerInterface, method: Any) -> Callable[..., Any]:
+    """Refuse calls, by the forward that is traced, of a method that changes how a module runs later."""
 
     @wraps(method)
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -242,8 +242,8 @@ def _only_outside(tracer: Asked, method: Any) -> Callable[..., Any]:
     return call
 
 
-def _record_contexts(patches: _Patches, tracer: Asked) -> None:
-    """Let the tracer know which contexts are open. `torch.set_grad_enabled(...)` also acts without a `with`."""
+def _record_contexts(patches: _Patches, tracer: TracerInterface) -> None:
+    """Tell the tracer which contexts are open. `torch.set_grad_enabled(...)` acts also without a `with`."""
 
     def watch(kind: Any, describe: Callable[[Any], Context], enter: Callable[[Any], Any] | None = None) -> None:
         plain_enter, plain_exit = kind.__enter__, kind.__exit__
@@ -263,7 +263,7 @@ def _record_contexts(patches: _Patches, tracer: Asked) -> None:
         patches.put(kind, "__exit__", left)
 
     def enter_inference(context: Any) -> None:
-        # Tensors made in true inference mode have no version by which to see what is written into them.
+        # Tensors made in real inference mode have no version, by which the tracer sees in-place writes.
         context._inference_mode_context = _GradMode(not context.mode)
         context._inference_mode_context.__enter__()
 
@@ -287,7 +287,7 @@ def _record_contexts(patches: _Patches, tracer: Asked) -> None:
     def made(context: Any, mode: Any) -> None:
         mode = bool(mode)
         make(context, mode)
-        # torch's own contexts call it as well.
+        # torch's own contexts also make it; only the user's counts.
         if tracer.is_recording and _is_user(sys._getframe(1)):
             tracer.context_opened(context, Context(kind="grad", enabled=mode))
 
@@ -306,7 +306,7 @@ def _record_contexts(patches: _Patches, tracer: Asked) -> None:
 
 
 class _GradMode:
-    """What inference mode does to gradients, and no more."""
+    """Switches gradients as inference mode does, and does nothing else of it."""
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
@@ -319,8 +319,8 @@ class _GradMode:
         torch._C._set_grad_enabled(self._before)
 
 
-def _look_into_checkpoints(patches: _Patches, tracer: Asked) -> None:
-    """Let a checkpointed function run as any other, and refuse other custom autograd functions."""
+def _look_into_checkpoints(patches: _Patches, tracer: TracerInterface) -> None:
+    """Trace checkpointed functions like any others, and refuse other custom autograd functions."""
     original_apply: Any = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -337,18 +337,18 @@ def _look_into_checkpoints(patches: _Patches, tracer: Asked) -> None:
             continue
         around = getattr(checkpoint, name)
 
-        def nothing(*args: Any, _around: Any = around, **kwargs: Any) -> Iterator[None]:
+        def unchecked(*args: Any, _around: Any = around, **kwargs: Any) -> Iterator[None]:
             if not tracer.is_recording:
                 yield from _around(*args, **kwargs)
                 return
             tracer.checkpoints = True
             yield
 
-        patches.put(checkpoint, name, nothing)
+        patches.put(checkpoint, name, unchecked)
 
 
 def _is_user(caller: FrameType) -> bool:
-    """Not Python's own library, which logs the time, nor torch, which asks for the contexts that it changes."""
+    """Whether user code calls: not Python's library, which reads clocks, nor torch, which asks for contexts."""
     return _is_users_module(caller.f_globals.get("__name__", ""))
 
 
@@ -360,9 +360,9 @@ def _is_users_module(name: str) -> bool:
 
 @cache
 def _functions() -> dict[int, tuple[str, str, str, Any]]:
-    """What is recorded whoever calls it, by id: its kind, its owner, its name and the function.
+    """List the functions to patch, by id: which wrapper they get, their owner, their name and the function itself.
 
-    Looked up once torch._dynamo is there, which puts others in the place of some.
+    Called only after torch._dynamo is imported, which replaces some of them.
     """
     clocks = {datetime: tuple(kind.__name__ for kind in CLOCKS)}
     return {
@@ -376,12 +376,12 @@ def _functions() -> dict[int, tuple[str, str, str, Any]]:
     }
 
 
-# What was found in each module, and how many names it had then.
+# By module: how many names it had when it was searched, and what was found.
 _found: WeakKeyDictionary[ModuleType, tuple[int, list[tuple[str, Any]]]] = WeakKeyDictionary()
 
 
 def _named_in_modules() -> Iterator[tuple[Any, str, Any]]:
-    """Every place from which these functions are called: the module that has them, and those that imported them."""
+    """Yield every module attribute that is one of these functions: in their own modules, and in user code."""
     functions = _functions()
     for name, module in list(sys.modules.items()):
         space = getattr(module, "__dict__", None)
@@ -397,9 +397,7 @@ def _named_in_modules() -> Iterator[tuple[Any, str, Any]]:
 
 
 def _owners_of(function: Any, model: nn.Module) -> list[tuple[Any, str]]:
-    """All places from which the function is called: modules of Python that imported it, classes whose method it is,
-    modules of the model that hold it, and closures.
-    """
+    """List everything that holds the function: Python modules, classes, modules of the model, and closures."""
     modules = list(model.modules())
     classes = {base for module in modules for base in type(module).__mro__}
     owners = [owner for owner in (*list(sys.modules.values()), *classes, *modules) if hasattr(owner, "__dict__")]
@@ -409,14 +407,17 @@ def _owners_of(function: Any, model: nn.Module) -> list[tuple[Any, str]]:
 
 
 def _isinstance_for(proxy_type: Any) -> Callable[[Any, Any], bool]:
-    """A `__class__` on the proxy would do as well, if torch's C code did not believe it and read foreign memory."""
+    """Make an `isinstance` that takes a proxy for an instance of its value's class.
+
+    A `__class__` property on the proxy is no way: torch's C code would trust it and read memory that is no tensor.
+    """
 
     def check(instance: Any, classinfo: Any) -> bool:
         if type(instance) is proxy_type:
             if REAL_ISINSTANCE(instance.value, classinfo):
                 return True
             if classinfo is fx.Proxy and _is_user(sys._getframe(1)) and instance.tracer.knows(instance):
-                # A model that spares a tracer its branches on data need not.
+                # A model asks this to skip a branch on data when it is traced. These numbers are known: it need not.
                 return False
         return REAL_ISINSTANCE(instance, classinfo)
 

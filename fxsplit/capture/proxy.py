@@ -1,4 +1,4 @@
-"""A proxy that stands for a value while a model is traced, and knows it."""
+"""Defines the proxy that stands for a value while a model is traced, and answers Python's questions about it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 
 from torch import fx
 
-from fxsplit.capture.questions import Asked
+from fxsplit.capture.questions import TracerInterface
 from fxsplit.capture.user_code import user_line
 from fxsplit.errors import UntraceableError
 
 
 class ValueProxy(fx.Proxy):
-    """A proxy that knows the value of its node, on the meta device."""
+    """A torch.fx proxy that carries the value of its node, with tensors on the meta device."""
 
-    tracer: Asked  # type: ignore[assignment]
+    tracer: TracerInterface  # type: ignore[assignment]
 
     @property
     def value(self) -> Any:
+        """Return the value of the node."""
         return self.node.meta["value"]
 
     def __getattr__(self, name: str) -> Any:
@@ -45,7 +46,7 @@ class ValueProxy(fx.Proxy):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self.tracer.evaluating:
-            # A module that forward has put values into is copied to run on stand-ins.
+            # The copy is made to evaluate a module that forward has put this value into.
             return self.value
         return self.tracer.create_proxy("call_function", copy.deepcopy, (self,), {})
 
@@ -86,7 +87,7 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-# torch.fx records `x += y` as `x + y`, which loses the write into x's memory; rounding it would ask for a number.
+# torch.fx records `x += y` as `x + y`, which loses the write into x's memory, and rounding would ask for a number.
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
     setattr(ValueProxy, f"__{_name}__", _recorded(getattr(operator, _name)))
 for _name, _function in (("ceil", math.ceil), ("floor", math.floor), ("trunc", math.trunc), ("round", round)):

@@ -1,4 +1,4 @@
-"""What is asked and noted while a model is traced, and of whom: where patches, proxies and the tracer meet.
+"""Defines what proxies and patches ask of the tracer and tell it, so that they need not import it.
 
 user's forward ── len(x) ──► ValueProxy ── answer(x, "len") ──► ValueTracer ──► a Guard
                ── torch.zeros(2) ──► patch ── call_function(...) ──► ValueTracer ──► an op
@@ -20,7 +20,7 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
     "bool": bool, "int": int, "float": float, "index": operator.index, "len": len, "str": str
 }  # fmt: skip
 
-# While a model is traced, another one stands in the place of Python's own.
+# Python's own, which is patched while a model is traced.
 REAL_ISINSTANCE = isinstance
 
 MISSING = object()
@@ -28,7 +28,7 @@ MISSING = object()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guard:
-    """An answer that fixed a path: `question` was asked of the value of `node` at the user's line `where`."""
+    """Records an answer that decided how forward went on: to `question` about the value of `node`, at line `where`."""
 
     node: fx.Node
     question: str
@@ -38,7 +38,7 @@ class Guard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """A forward that put `value` (nodes in it) into `owner`, the buffers or attributes of the module `path`."""
+    """Records that forward set `name` in `owner`, the buffers or attributes of the module `path`, to `value`."""
 
     path: str
     owner: dict[str, Any]
@@ -47,15 +47,15 @@ class Assignment:
     value: Any
 
     def undo(self) -> None:
-        """Put back what was there."""
+        """Set it back to what it was before."""
         if self.before is MISSING:
             del self.owner[self.name]
         else:
             self.owner[self.name] = self.before
 
 
-class Asked(Protocol):
-    """What patches and proxies ask of the tracer, and tell it: see `ValueTracer`."""
+class TracerInterface(Protocol):
+    """Lists the members of `ValueTracer` that patches and proxies use."""
 
     model: nn.Module
     evaluating: bool

@@ -1,7 +1,7 @@
-"""One call of a model, in one mode, recorded: torch.fx's nodes, and what was found out on the way.
+"""Records one call of a model in one mode: the nodes of torch.fx, guards and costs.
 
-A recording counts only if a second one, from the state in which the first leaves the model, is the same: a forward that
-counts its calls, or takes another way once it has kept something, would not run again as recorded.
+Where forward changes the model, a second call is recorded from the state in which the first one leaves it, and must
+give the same graph: a forward that counts its calls, or goes another way once it has stored something, is not recorded.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ from fxsplit.objects.structure import META, map_tensors, tensors_in
 
 @dataclass(kw_only=True)
 class Recording:
-    """`guards` are the answers that fixed the path, `opaque` the modules that became one op, with the reasons.
+    """Holds the graph of one call and what was found while it was recorded.
 
-    `checkpoints` says whether the model recomputes by itself, `cuts_gradients` whether that gives parameters no
-    gradient because no input wants one.
+    Args:
+        guards: answers that decided which way forward went.
+        opaque: modules and functions that became one op although they have ops inside, with the reasons.
+        checkpoints: the model recomputes by itself (`torch.utils.checkpoint`).
+        cuts_gradients: it does so by the older, reentrant kind, which gives parameters no gradient where no input
+            wants one.
     """
 
     graph: fx.Graph
@@ -50,12 +54,13 @@ class Recording:
 
 @dataclass(kw_only=True)
 class Recorder:
-    """Records `twin`, a copy of the model over meta tensors, in the mode in which it is.
+    """Records calls of `meta_model`, a copy of the model with meta tensors, in its current mode.
 
-    `arguments` are those of the call, by name; `originals` and `compiled` as the tracer has them.
+    `arguments` are those of the call, by name; `compiled` are paths and functions that torch.compile made, with the
+    reason why they stay one op; `leaves`, `originals` and `kernels` go to the tracer.
     """
 
-    twin: nn.Module
+    meta_model: nn.Module
     signature: Signature
     arguments: dict[str, Any]
     leaves: Sequence[Leaf]
@@ -67,11 +72,11 @@ class Recorder:
     _rest: tuple[Rest, Exception] | None = None
 
     def record(self, batch_size: int | None = None, *, costs: bool = False) -> Recording:
-        """At the batch size of the arguments, or at another one. With `costs` the nodes know theirs.
+        """Record a call at the batch size of the arguments, or at another one; with `costs` each op is measured.
 
-        A function or method that cannot be recorded becomes one op, as a module does, and so does the rest of the
-        model's own forward from the first statement on that cannot.
-        Raises TraceError when that is the first one of all, or the model cannot run.
+        A function or method that cannot be recorded becomes one op, as a module does, and so does the rest of the model's
+        own forward from the first statement on that cannot; then recording starts again. Raises TraceError when that is
+        the first statement of all, or the model cannot run.
         """
         while True:
             try:
@@ -96,11 +101,11 @@ class Recorder:
                     raise self._error(first) from first
 
     def _rest_after(self, error: Exception) -> Rest | None:
-        return Rest.after(self.twin, error) if isinstance(error, BranchError) else None
+        return Rest.after(self.meta_model, error) if isinstance(error, BranchError) else None
 
     def _record(self, batch_size: int | None, *, costs: bool) -> Recording:
         while True:
-            held = Contents(self.twin)
+            held = Contents(self.meta_model)
             tracer, graph = self._trace(batch_size, costs=costs)
             changed = held.changed(self._whole)
             if not tracer.assigned and not changed:
@@ -109,17 +114,17 @@ class Recorder:
             keeps_values = held.holds_values()
             for assignment in tracer.assigned:
                 assignment.owner[assignment.name] = resolve(assignment.value, _value_of)
-            held_then = Contents(self.twin)
+            held_after = Contents(self.meta_model)
             again, second = self._trace(batch_size)
-            # What is kept once and for all, such as a table of positions, changes nothing the second time.
-            goes_on = keeps_values or held_then.changed(self._whole)
+            # What is stored once, such as a table of positions, changes no more in the second call.
+            keeps_changing = keeps_values or held_after.changed(self._whole)
             for assignment in (*reversed(again.assigned), *reversed(tracer.assigned)):
                 assignment.undo()
             held.restore()
-            if same_nodes(needed_nodes(graph), needed_nodes(second)) and not (changed and goes_on):
+            if same_nodes(needed_nodes(graph), needed_nodes(second)) and not (changed and keeps_changing):
                 break
-            reasons = {path: _reason(name) for path, name in (changed or assigned).items()}
-            # One that is whole already is changed from elsewhere.
+            reasons = {path: _changes_itself(name) for path, name in (changed or assigned).items()}
+            # One that is one op already is changed by code outside of it.
             if known := [path for path in reasons if not path or path in self._whole]:
                 raise self._error(UntraceableError(reasons[known[0]]))
             self._whole.update(reasons)
@@ -132,13 +137,13 @@ class Recorder:
         )
 
     def keep_whole(self, modules: dict[str, str]) -> None:
-        """From now on each of these paths is one op, for the reason given."""
+        """Record each of these paths as one op from now on, for the reason given."""
         self._whole.update(modules)
 
-    def unsteady(self, recording: Recording) -> dict[str, str]:
-        """The module that computes with another number or object when it is recorded once more, and the reason.
+    def nondeterministic_module(self, recording: Recording) -> dict[str, str]:
+        """Find a module whose ops take another number or object when it is recorded once more, with that as reason.
 
-        Raises TraceError when that is the model itself.
+        Returns a dict of one item, or of none. Raises TraceError when it is the model itself.
         """
         node = first_difference(needed_nodes(recording.graph), needed_nodes(self.record().graph))
         if node is None:
@@ -155,18 +160,18 @@ class Recorder:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs really are."""
+        """Return the device of the inputs."""
         given = tensors_in(self.arguments)
         return given[0].device if given else META
 
     @property
     def batch_size(self) -> int:
-        """The first size of the first input that has one."""
+        """Return the first size of the first input that has sizes."""
         sizes = (len(tensor) for tensor in tensors_in(self.arguments) if tensor.dim())
         return max(next(sizes, 1), 1)
 
     def inputs(self, batch_size: int) -> list[Tensor]:
-        """The tensors of the call at another batch size, on the meta device."""
+        """List the input tensors at another batch size, on the meta device."""
         return tensors_in(self._resized(batch_size))
 
     def _resized(self, batch_size: int | None) -> dict[str, Any]:
@@ -182,9 +187,9 @@ class Recorder:
 
     def _trace(self, batch_size: int | None, *, costs: bool = False) -> tuple[ValueTracer, fx.Graph]:
         arguments = self._resized(batch_size)
-        known = [*self.twin.parameters(), *self.twin.buffers(), *tensors_in(arguments)]
+        known = [*self.meta_model.parameters(), *self.meta_model.buffers(), *tensors_in(arguments)]
         tracer = ValueTracer(
-            self.twin,
+            self.meta_model,
             self.signature,
             arguments,
             device=self.device,
@@ -197,17 +202,17 @@ class Recorder:
         )
         if self._rest is not None:
             rest, error = self._rest
-            beginning = rest.beginning(self.twin, partial(tracer.call_rest, rest, reason_of(error)))
+            beginning = rest.beginning(self.meta_model, partial(tracer.call_rest, rest, reason_of(error)))
         functions = {each for each in (*self.leaves, *self._whole) if isinstance(each, FunctionType)}
-        # Not watched: it is no context of the model's.
+        # Opened before the patches: it is not a context of the model.
         with (
-            torch.set_grad_enabled(self.twin.training),
+            torch.set_grad_enabled(self.meta_model.training),
             watched(tracer, functions),
-            drawing_nothing(generators_around(self.twin)),
-            nullcontext() if self._rest is None else _attribute(self.twin, "forward", beginning),
+            drawing_nothing(generators_around(self.meta_model)),
+            nullcontext() if self._rest is None else _attribute(self.meta_model, "forward", beginning),
         ):
             try:
-                graph = tracer.trace(self.twin)
+                graph = tracer.trace(self.meta_model)
             except BaseException:
                 for assignment in reversed(tracer.assigned):
                     assignment.undo()
@@ -215,13 +220,13 @@ class Recorder:
         return tracer, graph
 
     def _error(self, error: Exception) -> TraceError:
-        mode = "training" if self.twin.training else "evaluation"
+        mode = "training" if self.meta_model.training else "evaluation"
         advice = (
             "; move that part into a function or a module of its own, which then stays one op"
             if isinstance(error, UntraceableError)
             else ""
         )
-        return TraceError(f"{type(self.twin).__name__} cannot be traced in {mode}: {reason_of(error)}{advice}")
+        return TraceError(f"{type(self.meta_model).__name__} cannot be traced in {mode}: {reason_of(error)}{advice}")
 
 
 @contextmanager
@@ -235,12 +240,12 @@ def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 def same_nodes(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> bool:
-    """Whether the nodes of two recordings do the same, one by one, in the same contexts."""
+    """Whether the nodes of two recordings are the same ops, one by one, in the same contexts."""
     return first_difference(first, second) is None
 
 
 def first_difference(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> fx.Node | None:
-    """The first node that does not do what its partner in the other recording does, as `same_nodes` says."""
+    """Find the first node that differs from its partner in the other recording, or None."""
     comparison = Comparison(dict(zip(first, second, strict=False)))
     for one, other in zip(first, second, strict=False):
         if not (
@@ -254,18 +259,19 @@ def first_difference(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> fx.
 
 
 def has_numbers_of_its_own(recording: Recording, other: Recording) -> bool:
-    """Whether ops of a mode take numbers or objects that the `other` mode's do not.
+    """Whether ops of one mode take numbers or objects that those of the `other` mode do not.
 
-    Those that are drawn, counted or read from a clock do, and few others. What many ops of a kind that only this mode
-    has take alike, such as the 1 that is added to counters of batches, is not drawn.
+    Numbers that were drawn, counted or read from a clock differ between modes, and few others do: it is then worth
+    recording once more. A number that several ops of a kind which only this mode has take alike, such as the 1 that is
+    added to batch counters of norms, is not drawn.
     """
-    ours, theirs = (Counter(map(_numbers_taken, needed_nodes(each.graph))) for each in (recording, other))
-    kinds = {key[:2] for key in theirs}
-    return any(key[2] and (ours[key] == 1 or key[:2] in kinds) for key in ours - theirs)
+    counts, others = (Counter(map(_numbers_taken, needed_nodes(each.graph))) for each in (recording, other))
+    kinds = {key[:2] for key in others}
+    return any(key[2] and (counts[key] == 1 or key[:2] in kinds) for key in counts - others)
 
 
 def _numbers_taken(node: fx.Node) -> tuple[str, str, tuple[Any, ...]]:
-    """The kind of an op and, in order, the numbers and objects that it takes; flags apart."""
+    """Describe an op by its kind and, in order, the numbers and objects that it takes; flags and None do not count."""
     found: list[Any] = []
 
     def note(leaf: Any) -> None:
@@ -279,7 +285,7 @@ def _numbers_taken(node: fx.Node) -> tuple[str, str, tuple[Any, ...]]:
 
 
 def needed_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes without the sizes, numbers and flags that only guards looked at."""
+    """List the nodes without the sizes, numbers and flags that only guards use."""
     needed: dict[fx.Node, None] = {}
     for node in reversed(graph.nodes):
         if not (is_only_a_number(node) or node.op == "get_attr") or any(user in needed for user in node.users):
@@ -288,9 +294,9 @@ def needed_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def is_only_a_number(node: fx.Node) -> bool:
-    """Whether an op has no use but the number, size or flag that it delivers.
+    """Whether an op gives a number, size or flag and has no other effect, so that it can be left out if unused.
 
-    A tensor may be of none either, but making it may draw or write.
+    An op that makes a tensor may also draw or write, and stays.
     """
     value = node.meta.get("value")
     if value is None or node.op not in ("call_function", "call_method") or tensors_in(value):
@@ -302,5 +308,5 @@ def _value_of(leaf: Any) -> Any:
     return leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
 
 
-def _reason(name: str) -> str:
+def _changes_itself(name: str) -> str:
     return f"its forward changes {name!r} in it, and would take another way the next time"

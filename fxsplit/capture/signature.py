@@ -1,4 +1,4 @@
-"""How a model is called: which arguments, nested how, and where the tensors stand in them."""
+"""Describes how a model is called, and checks that later calls have the same form."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Leaves = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """The form of the traced call: every argument, or part of one, by a name such as `x` or `batch.image`.
+    """Describes the form of the traced call; every leaf of an argument has a name such as `x` or `batch.image`.
 
-    `names` are those of the tensors, in order; `constants` are all other parts, with their values. `positions` says how
-    many arguments were given by position.
+    `names` are those of the tensors, in order; `constants` are all other leaves with their values. `positions` counts
+    the arguments that were given by position.
     """
 
     parameters: inspect.Signature
@@ -32,9 +32,9 @@ class Signature:
 
     @classmethod
     def of(cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Signature:
-        """Raises TypeError when the model cannot be called like that."""
+        """Describe a call of `model`. Raises TypeError when it cannot be called like that."""
         given = inspect.signature(model.forward).parameters.values()
-        # Annotations may refer to what cannot be pickled, and nothing needs them.
+        # Annotations are not needed, and some cannot be pickled.
         parameters = inspect.Signature([each.replace(annotation=inspect.Parameter.empty) for each in given])
         leaves = _leaves(parameters, args, kwargs)
         return cls(
@@ -45,13 +45,13 @@ class Signature:
         )
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
-        """The call with its defaults filled in."""
+        """Bind a call to the parameters of forward, with defaults filled in."""
         return _bound(self.parameters, args, kwargs)
 
     def call(self, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments, by name, as they were given: a decorator around forward may look for them by position.
+        """Turn named arguments into those of a call of the traced form, leaving out defaults.
 
-        What has its default is not given.
+        Those that were given by position are given so again: a decorator around forward may look for them there.
         """
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
@@ -68,9 +68,9 @@ class Signature:
         return args, kwargs
 
     def tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The tensors of a call, in the order of `names`.
+        """List the tensors of a call in the order of `names`.
 
-        Raises GuardError when the call has another form than the traced one, TypeError when it has none at all.
+        Raises GuardError when the call has another form than the traced one, TypeError when the model cannot take it.
         """
         leaves = _leaves(self.parameters, args, kwargs)
         for name, leaf in leaves.items():
@@ -92,7 +92,7 @@ class Signature:
         return "a tensor" if name in self.names else _described(name, self.constants)
 
 
-# What no argument is.
+# Equal to no argument.
 _NOTHING = object()
 
 

@@ -1,9 +1,8 @@
-"""torch.fx's tracer, with proxies that carry values.
+"""Extends torch.fx's tracer with proxies that carry values.
 
-Beside the symbolic trace every operation also runs on tensors of the meta device, so a proxy can answer what Python
-asks of it: `if x.shape[1] > 3`, `len(x)`, `range(n)`. Each such answer is a guard, since it fixed the path through the
-model. A module that cannot be traced through becomes one op, with a reason. All that leans on torch.fx's inner workings
-is here.
+Beside the symbolic trace every op also runs on meta tensors, so that a proxy can answer Python's questions: `if
+x.shape[1] > 3`, `len(x)`, `range(n)`. Each answer becomes a guard, since it decided how forward went on. A module that
+cannot be traced through becomes one op, with a reason. What depends on the internals of torch.fx is in this file.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from fxsplit.meta.evaluate import Constant, External, Outside, Rebuild, Slot, St
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
 from fxsplit.meta.rest import Rest, calls_method
-from fxsplit.objects.contents import drawing_nothing, of_this_thread, unchanged
+from fxsplit.objects.contents import drawing_nothing, unchanged, unshared_generators
 from fxsplit.objects.hooks import hooks_of
 from fxsplit.objects.structure import map_tensors, module_at, template, tensors_in
 
 READ_DATA = ("item", "tolist", "numpy")
-# What acts on the tape of autograd, and leaves no value behind by which it would be kept.
-ON_THE_TAPE = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward")
+# Methods that act on autograd's graph and return nothing that a graph of ops could hold.
+AUTOGRAD_METHODS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward")
 
 Leaf = str | type[nn.Module] | FunctionType
 
@@ -49,16 +48,19 @@ Leaf = str | type[nn.Module] | FunctionType
 class ValueTracer(fx.Tracer):
     """Records one call of `model`, whose tensors are on the meta device.
 
-    It is called as `signature` says, with `arguments` by name. `device` is where the inputs really are.
-    `leaves` are paths, classes and functions to keep whole, `whole` are paths and functions with a reason. `originals`
-    finds the user's own object behind a copied one that is neither parameter nor buffer, by the id of the copy. If
-    `lenient`, the model's own forward may ask for sizes that depend on data; the answers are made sure of in each run.
+    Args:
+        signature: the form of the call; `arguments` are its arguments by name.
+        device: where the inputs really are.
+        leaves: paths, classes and functions that shall be one op each.
+        whole: paths and functions that must be one op, with the reason.
+        originals: by the id of a copied object that is neither parameter nor buffer, the user's own object.
+        lenient: the model's own forward may ask for sizes that depend on data; each run checks the answers.
+        kernels: cache of meta kernels.
+        meter: measures the cost of each op, if given.
 
-    After `trace`, `guards` are the answers that fixed the path, `opaque` the modules that became one op, with the
-    reasons, `assigned` what forward put into modules, `checkpoints` says whether it recomputes by itself, and
-    `cuts_gradients` whether it does so in the older way where an input wants no gradient. Every node has in its meta
-    the keys `value`, `path`, `state`, `written` (nodes and state names written in place), in contexts `contexts` and,
-    with a meter, `cost`.
+    After `trace`, `guards`, `opaque`, `checkpoints` and `cuts_gradients` are as in a Recording, and `assigned` is what
+    forward put into modules. The meta of each node has the keys `value`, `path`, `state`, `written` (nodes and state
+    names written in place), `contexts` if there are any and, with a meter, `cost`.
     """
 
     proxy_type = ValueProxy
@@ -102,7 +104,7 @@ class ValueTracer(fx.Tracer):
     # What is recorded
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """One placeholder for each tensor in the arguments, however they are nested; all else stays as it is."""
+        """Make a placeholder for each tensor in the nested arguments; called by torch.fx."""
         self._state = {
             id(tensor): f"{path}.{name}" if path else name
             for path, module in self.root.named_modules()
@@ -128,19 +130,21 @@ class ValueTracer(fx.Tracer):
                 return self.call_function(root_fn, (module, *args), kwargs)
             self._held = [(owner, dict(owner)) for owner in (module._buffers, vars(module))]
             with unchanged((args, kwargs)):
-                # Not the class's: an instance may have another one.
+                # Found on the instance, which may have a forward of its own.
                 return self._through(module, "", lambda: module.forward(*args, **kwargs))
 
         return call, [self.root]
 
     def proxy(self, node: fx.Node) -> ValueProxy:
+        """Make the proxy of a node."""
         return ValueProxy(node, self)
 
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **options: Any
     ) -> Any:
+        """Record an op, run it on the meta device, and return its proxy; None if its value is None."""
         if target is torch._assert:
-            # An answer about data becomes an op; any other is a guard.
+            # A condition on data becomes an op that checks it; asking for any other makes a guard.
             condition, message = [*args, *kwargs.values()]
             if type(condition) is ValueProxy and isinstance(condition.value, Tensor):
                 return self.create_proxy("call_function", expect, (condition, True, user_line()), {})
@@ -149,7 +153,7 @@ class ValueTracer(fx.Tracer):
             return None
         if kind == "call_method" and target in READ_DATA and isinstance(args[0].value, Tensor):
             raise BranchError(f"{user_line()} reads data: it calls {target}() of a tensor")
-        if kind == "call_method" and target in ON_THE_TAPE:
+        if kind == "call_method" and target in AUTOGRAD_METHODS:
             raise UntraceableError(f"{user_line()} calls {target}() of a tensor")
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         node = proxy.node
@@ -158,11 +162,11 @@ class ValueTracer(fx.Tracer):
             node.meta["contexts"] = self._contexts()
         value = self._evaluate(node)
         node.meta["value"] = value
-        # None is passed on as itself, so that `is None` holds.
+        # The user's `is None` must hold.
         return None if value is None and kind != "placeholder" else proxy
 
     def call_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call that shall be one op, of a function or of a method of one of the model's modules."""
+        """Record a call of a function, or of a method of one of the model's modules, as one op."""
         module = args[0] if args else None
         paths = {self.root: "", **(self.submodule_paths or {})}
         path = paths.get(module) if isinstance(module, nn.Module) else None
@@ -185,7 +189,7 @@ class ValueTracer(fx.Tracer):
             self._path = outer
 
     def call_rest(self, rest: Rest, reason: str, variables: dict[str, Any]) -> Any:
-        """The rest of the model's own forward as one op, which reads `variables`.
+        """Record the rest of the model's own forward as one op, which reads `variables`.
 
         Raises UntraceableError, with the `reason` for which it is one op, where there is no op before it, or where what
         is before it puts something into the model, which the rest may read.
@@ -204,15 +208,15 @@ class ValueTracer(fx.Tracer):
         return self.create_proxy("call_function", rest, (self.proxy(method), variables), {})
 
     def call_external(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of a function that is no Python function, as one op."""
+        """Record a call of a function that is not a Python function."""
         return self.create_proxy("call_function", External(function), args, kwargs)
 
     def call_outside(self, owner: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of what gives another value each time, or changes what a generator gives next."""
+        """Record a call whose result depends on the process: a draw, a seed, a clock."""
         return self.create_proxy("call_function", Outside(owner, name), args, kwargs)
 
     def ask_ambient(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The state of a context: that of one which forward opened, or of one around the call, which is a guard."""
+        """Return the state of a context; if forward did not open it itself, the answer is a guard."""
         kind = next(kind for kind in ("grad", "inference", "autocast") if kind in function.__name__)
         found = function(*args, **kwargs)
         if any(context.kind == kind for _, context in self._open):
@@ -222,9 +226,9 @@ class ValueTracer(fx.Tracer):
         return found
 
     def call_checkpointed(self, function: Callable[..., Any], args: Sequence[Any], *, reentrant: bool) -> Any:
-        """What a checkpoint calls; the older kind gives no gradient where none of its inputs wants one."""
+        """Trace a checkpointed function; the reentrant kind gives no gradient where none of its inputs wants one."""
         self.checkpoints = True
-        # Evaluation is recorded without gradients, and may run with them.
+        # Evaluation is recorded without gradients, but may run with them.
         records = torch.is_grad_enabled() or not self.model.training
         if reentrant and records and not any(map(_wants_gradient, args)):
             self.cuts_gradients = True
@@ -234,21 +238,22 @@ class ValueTracer(fx.Tracer):
 
     @property
     def is_recording(self) -> bool:
-        """Whether what happens in this thread is to be recorded now."""
+        """Whether calls in this thread are recorded now."""
         return not self.evaluating and get_ident() == self._thread
 
     def context_opened(self, holder: object, context: Context) -> None:
-        """From now on ops run in this context, until its `holder` is closed."""
+        """Note that ops run in this context until its `holder`, torch's context manager, is closed."""
         self._open.append((holder, context))
 
     def context_closed(self, holder: object) -> None:
-        """Close what was opened in the name of that holder, if anything was."""
+        """Note that the context of `holder` is closed, if it was open."""
         self._open = [(other, context) for other, context in self._open if other is not holder]
 
     def _contexts(self) -> tuple[Context, ...]:
-        """The open ones that count: the last one decides about gradients, unless inference mode does too.
+        """List the open contexts that matter, outermost first.
 
-        An outer autocast counts beside an inner one: its casts of weights are kept meanwhile.
+        Of several that switch gradients only the innermost does, unless inference mode is open too. An outer autocast
+        matters beside an inner one, because it keeps its casts of weights.
         """
         contexts = [context for _, context in self._open]
         if any(context.kind == "inference" for context in contexts):
@@ -258,9 +263,10 @@ class ValueTracer(fx.Tracer):
         )
 
     def create_arg(self, a: Any) -> Any:
+        """Convert an argument of a call to nodes, in more cases than torch.fx does."""
         kind = type(a)
         if kind is torch.Generator:
-            # torch.fx would make it an attribute of the model.
+            # torch.fx would set it as an attribute of the model.
             return self._constant(a).node
         if kind is ValueProxy or kind is fx.proxy.Attribute:
             return a.node
@@ -268,38 +274,39 @@ class ValueTracer(fx.Tracer):
             name = self._state.get(id(a))
             return (self._constant(a) if name is None else self._state_proxy(name, a)).node
         if isinstance(a, tuple) and hasattr(a, "_fields"):
-            # torch.fx would make an op of it.
+            # torch.fx would record its construction as an op.
             return kind(*(self.create_arg(item) for item in a))
         own_kind = isinstance(a, list | dict) and kind not in (list, dict, immutable_list, immutable_dict)
         if own_kind or is_dataclass(kind):
-            # torch.fx would make a plain list or dict of it, or call its class.
+            # torch.fx would turn it into a plain list or dict, or call its class.
             return self._object(a)
         try:
             return super().create_arg(a)
         except NotImplementedError:
-            # torch.fx takes no other objects as arguments.
+            # torch.fx refuses other objects as arguments.
             return self._object(a)
 
     def _object(self, a: Any) -> fx.Node:
-        """An object around values, made anew at each call; or one without any, which is the user's own."""
+        """Record an object that holds traced values as an op that makes it anew; any other as a constant."""
         values: list[Any] = []
 
         def slot(value: Any) -> Slot:
             values.append(value)
             return Slot(len(values) - 1)
 
-        apart = template(slot, a, (ValueProxy, Tensor))
+        reduced = template(slot, a, (ValueProxy, Tensor))
         if not values:
             return self._constant(a).node
-        node = self.create_proxy("call_function", Rebuild(apart, type(a).__name__), (values,), {}).node
+        node = self.create_proxy("call_function", Rebuild(reduced, type(a).__name__), (values,), {}).node
         assert isinstance(node, fx.Node)
         return node
 
     def keys(self, obj: fx.Proxy) -> Any:
-        """For `**value` and `dict.update(value)`."""
+        """List the keys of a traced mapping, for `**value` and `dict.update(value)`."""
         return list(obj.node.meta["value"])
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Replace a tensor of the model's state by its proxy; called by torch.fx for each attribute of a module."""
         name = self._state.get(id(attr_val)) if self.is_recording else None
         return attr_val if name is None else self._state_proxy(name, attr_val)
 
@@ -320,11 +327,12 @@ class ValueTracer(fx.Tracer):
     # Modules: traced through, or kept whole
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace through a module, or make it one op: if it is a leaf, must stay whole or cannot be traced through."""
         if not self.is_recording:
             return forward(*args, **kwargs)
         path = self.submodule_paths.get(m) if self.submodule_paths else None
         if path is None:
-            # Made inside forward: it has no name to be called by, so its operations are recorded instead.
+            # Made inside forward, so that it has no path by which a graph could call it: its own ops are recorded.
             return forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
@@ -345,24 +353,26 @@ class ValueTracer(fx.Tracer):
             try:
                 return self.create_proxy("call_module", path, args, kwargs)
             except Exception as error:
-                # It does not run whole on the meta device either: let the module around it try.
+                # It does not run as one op on the meta device either: the module around it becomes one.
                 del self.opaque[path]
                 raise (error if isinstance(error, UntraceableError) else first_error) from None
         self.opaque[path] = reason
         return self.create_proxy("call_module", path, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is one op: chosen by the user, or one of torch's own."""
         if any(
             module_qualified_name == leaf if isinstance(leaf, str) else isinstance(leaf, type) and isinstance(m, leaf)
             for leaf in self.leaves
         ):
             return True
         if parametrize.is_parametrized(m):
-            # torch gives it a class in torch.nn, which torch.fx would take for one of torch's own.
+            # Its class lies in torch.nn, so that torch.fx would take it for one of torch's own: the base tells.
             return bool(type(m).__bases__[0].__module__.startswith("torch.nn."))
         return super().is_leaf_module(m, module_qualified_name)
 
     def _forget(self, nodes: int, guards: int, assigned: int) -> None:
+        """Undo everything that was recorded beyond these numbers."""
         forgotten = set(list(self.graph.nodes)[nodes:])
         for node in reversed(list(self.graph.nodes)[nodes:]):
             self.graph.erase_node(node)
@@ -373,13 +383,13 @@ class ValueTracer(fx.Tracer):
         del self.assigned[assigned:]
 
     def _through(self, module: nn.Module, path: str, forward: Callable[[], Any]) -> Any:
-        """Call forward, and record what it puts into the module's buffers and attributes."""
+        """Call forward, and record which buffers and attributes of the module it sets."""
         owners = {"_buffers": module._buffers, "__dict__": vars(module)}
         before = {kind: dict(owner) for kind, owner in owners.items()}
         open_before, with_gradients = len(self._open), torch.is_grad_enabled()
         try:
-            # torch's own containers draw nothing themselves.
-            with drawing_nothing({} if type(module).__module__.startswith("torch.") else of_this_thread()):
+            # Containers of torch draw nothing themselves, so that the check is spared.
+            with drawing_nothing({} if type(module).__module__.startswith("torch.") else unshared_generators()):
                 value = forward()
         except BaseException:
             for kind, owner in owners.items():
@@ -408,7 +418,10 @@ class ValueTracer(fx.Tracer):
     # Values
 
     def answer(self, proxy: ValueProxy, question: str) -> Any:
-        """What Python wants to know of a value; a guard from now on. An assertion about data becomes an op."""
+        """Answer Python's question about a value, and keep the answer as a guard; an assertion on data becomes an op.
+
+        Raises UntraceableError when the answer depends on data or is drawn.
+        """
         value = proxy.value
         if isinstance(value, Tensor) and question != "len":
             expected = self._expected(proxy) if question == "bool" else None
@@ -429,12 +442,12 @@ class ValueTracer(fx.Tracer):
         return found
 
     def _expected(self, proxy: ValueProxy) -> bool | None:
-        """The answer about data that a run is held to, if there is one."""
+        """Find the truth of a tensor that runs can be checked for, if there is one."""
         numbers = self._numbers_of(proxy)
         return asserted() if numbers is None else bool(numbers)
 
     def knows(self, proxy: ValueProxy) -> bool:
-        """Whether the numbers of a tensor follow from sizes, so that a model may ask for them."""
+        """Whether the numbers of a tensor follow from sizes alone, so that a model may branch on them."""
         return self._numbers_of(proxy) is not None
 
     def _numbers_of(self, proxy: ValueProxy) -> Tensor | None:
@@ -445,16 +458,17 @@ class ValueTracer(fx.Tracer):
             self.evaluating = False
 
     def _answer_for_stand_in(self, proxy: ValueProxy, question: str, found: Any) -> None:
-        """How many parts a value has is made sure of when it is there; its sizes cannot be relied upon."""
+        """Record a check of an answer that depends on made-up numbers, if it is a length or the tracer is lenient."""
         where = user_line()
-        parts = isinstance(proxy.value, tuple | list | Mapping)
-        if not parts and (self._path or not self.lenient):
+        is_container = isinstance(proxy.value, tuple | list | Mapping)
+        if not is_container and (self._path or not self.lenient):
             raise BranchError(f"{where} asks for {question}() of a size that may depend on data")
         given = self.create_proxy("call_function", QUESTIONS[question], (proxy,), {})
         same = self.create_proxy("call_function", operator.eq, (given, found), {})
         self.create_proxy("call_function", expect, (same, True, where), {})
 
     def _evaluate(self, node: fx.Node) -> Any:
+        """Run a node on the meta device, and note in its meta what it does besides."""
         if node.op in ("placeholder", "get_attr"):
             return node.meta.get("value")
         args, kwargs = resolve(
@@ -467,7 +481,7 @@ class ValueTracer(fx.Tracer):
             **{name: [tensor] for name, tensor in state.items()},
         }
         versions = {key: [tensor._version for tensor in tensors] for key, tensors in watched.items()}
-        # torch's meta kernels call it a thousand times an op, and no proxy is among the values.
+        # Meta kernels call isinstance a thousand times an op, and no proxy reaches them: the original is faster.
         watching = builtins.isinstance
 
         def run(given: Any) -> Any:
@@ -528,21 +542,21 @@ def _wants_gradient(argument: Any) -> bool:
 
 
 def _node_wants(node: fx.Node) -> bool:
-    """Whether a value would want a gradient, were it recorded with gradients."""
+    """Whether a value would require a gradient if gradients were enabled."""
     if "wants" in node.meta:
         return bool(node.meta["wants"])
     return any(tensor.requires_grad for tensor in tensors_in(node.meta["value"]))
 
 
 def reason_to_keep_whole(module: nn.Module) -> str | None:
-    """Why a module must not be traced through, although it could be."""
+    """Say why a module must not be traced through although it could be, or None."""
     if any(hooks_of(module)):
         return "it has hooks, which tracing through it would drop; take them off to see inside"
     return reason_not_to_look_inside(module)
 
 
 def reason_not_to_look_inside(module: nn.Module) -> str | None:
-    """Why a module's own Python code is not all that it does; hooks apart, which its caller can run."""
+    """Say why a module does more than its Python code shows, or None. Hooks do not count: the caller can run them."""
     if parametrize.is_parametrized(module):
         return "it is parametrized, which tracing through it would drop; remove_parametrizations to see inside"
     if isinstance(module, torch.jit.ScriptModule):
@@ -558,6 +572,6 @@ COMPILED = "it is compiled; trace before torch.compile to see inside"
 
 
 def reason_of(error: Exception) -> str:
-    """In one line, of which torch fills several screens."""
+    """Shorten an error to one line; some of torch's fill several screens."""
     text = str(error) if isinstance(error, UntraceableError) else f"{type(error).__name__}: {error}"
     return shorten(" ".join(text.split()), LONGEST_REASON, placeholder=" ...")

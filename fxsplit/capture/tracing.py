@@ -1,6 +1,6 @@
-"""An unmodified model to ordered operations, once for training and once for evaluation.
+"""Captures an unmodified model as ordered operations, once for training and once for evaluation.
 
-    the user's model ──► twin: the same modules over meta tensors (the model itself is never run or changed)
+    the user's model ──► meta_model: the same modules over meta tensors (the model itself is never run or changed)
                           │ .train() / .eval()
                           ▼
           fx.Graph, one node an op ──► Graph (pure data)
@@ -34,20 +34,19 @@ from fxsplit.graph import EVALUATION, TRAINING, Graph, Op, OpKind, State, Value
 from fxsplit.meta.costs import Cost
 from fxsplit.meta.evaluate import on_meta, storage_key
 from fxsplit.meta.kernels import Kernels
+from fxsplit.objects.copies import meta_copy
 from fxsplit.objects.snapshot import Snapshot
 from fxsplit.objects.structure import map_tensors, tensors_in
-from fxsplit.objects.twins import twin_of
 
 KINDS: dict[str, OpKind] = {"call_module": "module", "call_function": "function", "call_method": "method"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A mode of the model, ready to be cut: its graph as data, and the node behind each op, in the same order.
+    """Holds one mode of the model: its graph as data, the torch.fx node of each op in the same order, and the guards.
 
-    `opaque` are the modules that became one op although they hold others, with the reasons. `checkpoints` says whether
-    the model recomputes by itself (gradient checkpointing), which tracing looks through; `cuts_gradients`, whether the
-    older kind of it gives parameters no gradient because no input wants one.
+    `opaque`, `checkpoints` and `cuts_gradients` are those of the Recording; what a checkpoint recomputes is in the
+    graph like any other ops.
     """
 
     graph: Graph
@@ -62,7 +61,7 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """How a model was called when it was traced, without the numbers: `devices` are where the tensors were."""
+    """Describes the call by which a model was traced, with meta tensors; `devices` are where the tensors were."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -71,12 +70,12 @@ class Call:
 
     @classmethod
     def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Leaf]) -> Call:
-        """Keeps no tensor of those given."""
+        """Describe a call, without keeping its tensors."""
         devices = tuple(tensor.device for tensor in tensors_in((tuple(args), dict(kwargs))))
         return cls(args=on_meta(tuple(args)), kwargs=on_meta(dict(kwargs)), devices=devices, leaves=tuple(leaves))
 
     def arguments(self, dtypes: Mapping[torch.dtype, torch.dtype]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of the same form, of zeros, with some types replaced by others."""
+        """Make arguments of the same form from zeros, with some dtypes replaced by others."""
         devices = iter(self.devices)
 
         def zeros(tensor: Tensor) -> Tensor:
@@ -89,10 +88,14 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """A captured model: `train` and `eval` graphs over one set of names. The model is shared, never copied.
+    """Holds a captured model: `train` and `eval` graphs over one set of names. The model is shared, never copied.
 
-    `tied` are the further names of parameters that have several. `call` is what it was traced with, `snapshot` what the
-    model was then, and `modes` are by mode of the model those of all its modules.
+    Args:
+        programs: the two modes, by `training`.
+        tied: by the first name of a parameter its further names.
+        call: how the model was called; `signature` is the form of that call.
+        snapshot: what the model was when it was traced.
+        modes: by the mode of the model, the mode of each of its modules.
     """
 
     model: nn.Module
@@ -105,28 +108,30 @@ class Trace:
 
     @property
     def train(self) -> Graph:
+        """Return the graph of training."""
         return self.programs[TRAINING].graph
 
     @property
     def eval(self) -> Graph:
+        """Return the graph of evaluation."""
         return self.programs[EVALUATION].graph
 
     @property
     def opaque(self) -> dict[str, str]:
-        """The modules that became one op in either mode, with the reasons."""
+        """Map the modules and functions that became one op in either mode to the reasons."""
         return {**self.programs[TRAINING].opaque, **self.programs[EVALUATION].opaque}
 
     @property
     def checkpoints(self) -> bool:
-        """Whether the model recomputes by itself in training, which its partitions do only if a phase says so."""
+        """Whether the model recomputes by itself in training. Its partitions do only where a phase says so."""
         return self.programs[TRAINING].checkpoints
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """One trace at a time, in no contexts of its caller's, and without looking for garbage.
+def _exclusively() -> Iterator[None]:
+    """Run one trace at a time, outside of its caller's gradient contexts and without garbage collection.
 
-    Capture holds on to nearly all that it makes: looking for garbage in it, over and over, finds little.
+    Capture keeps nearly all objects that it makes, so that collecting garbage among them takes long and finds little.
     """
     with LOCK, torch.inference_mode(False), torch.enable_grad():
         enabled = gc.isenabled()
@@ -138,7 +143,7 @@ def _alone() -> Iterator[None]:
                 gc.enable()
 
 
-@_alone()
+@_exclusively()
 def trace(
     model: nn.Module,
     args: Sequence[Any],
@@ -148,22 +153,26 @@ def trace(
 ) -> Trace:
     """Capture `model` as it would run on `args` and `kwargs`, in training and in evaluation.
 
-    Only shapes and types are looked at, so tensors may be on the meta device and the model needs no weights; give at
-    least two samples. `leaves` shall stay one op each: dotted paths or classes of modules, and functions.
+    Args:
+        model: left as it is; it may be on the meta device, without weights.
+        args: positional arguments of one call, with at least two samples. Only shapes and dtypes of tensors matter.
+        kwargs: keyword arguments of the call.
+        leaves: dotted paths or classes of modules, and functions, that shall be one op each.
 
-    Raises TraceError when the model itself, and not just a module in it, branches on data before all else or cannot run
-    on `args`.
+    Returns the Trace. Raises TraceError when the model itself, and not just a module in it, branches on data before all
+    else, or cannot run on `args`.
     """
     return _traced(model, args, kwargs or {}, leaves, {})
 
 
-@_alone()
+@_exclusively()
 def trace_again(
     model: nn.Module, call: Call, modes: Mapping[bool, Mapping[str, bool]], dtypes: Mapping[torch.dtype, torch.dtype]
 ) -> Trace:
-    """Capture `model` as it is now, called as in an earlier trace but for the `dtypes` of tensors.
+    """Capture `model` as it is now, by the `call` of an earlier trace with some dtypes replaced by others.
 
-    `modes` are by mode of the model those of modules that are in another one. Raises TraceError as `trace` does.
+    `modes` gives, by the mode of the model, the mode of modules that are in another one. Raises TraceError as `trace`
+    does.
     """
     args, kwargs = call.arguments(dtypes)
     return _traced(model, args, kwargs, call.leaves, modes)
@@ -187,12 +196,12 @@ def _traced(
     recorders = {}
     kernels = Kernels()
     for training in (TRAINING, EVALUATION):
-        twin, originals = twin_of(model)
-        twin.train(training)
+        meta_model, originals = meta_copy(model)
+        meta_model.train(training)
         for path, mode in modes.get(training, {}).items():
-            twin.get_submodule(path).training = mode
+            meta_model.get_submodule(path).training = mode
         recorders[training] = Recorder(
-            twin=twin,
+            meta_model=meta_model,
             signature=signature,
             arguments=signature.bind(args, kwargs).arguments,
             leaves=leaves,
@@ -206,7 +215,7 @@ def _traced(
     names = names_of(recordings[TRAINING].graph, recordings[EVALUATION].graph)
     alive = _alive(recordings, names)
     programs = {
-        training: _read(recordings[training], alive[training], names, recorder.twin, recorder.batch_size)
+        training: _program(recordings[training], alive[training], names, recorder.meta_model, recorder.batch_size)
         for training, recorder in recorders.items()
     }
     return Trace(
@@ -214,11 +223,11 @@ def _traced(
         signature=signature,
         programs=programs,
         tied=_tied(model),
-        # What is whole stays whole when the model is traced again: a table may have been made in it since.
+        # What became one op stays one when the model is traced again: a table may have been stored in it since.
         call=Call.of(args, kwargs, (*leaves, *_whole_modules(model, programs.values()))),
         snapshot=_snapshot(model, programs.values()),
         modes={
-            training: {path: module.training for path, module in recorder.twin.named_modules()}
+            training: {path: module.training for path, module in recorder.meta_model.named_modules()}
             for training, recorder in recorders.items()
         },
     )
@@ -240,11 +249,11 @@ def _whole_modules(model: nn.Module, programs: Iterable[Program]) -> list[str]:
 
 
 def _record_both(recorders: Mapping[bool, Recorder]) -> dict[bool, Recording]:
-    """Both modes. What one of them must keep whole, both do, so that they have their ops in common."""
+    """Record both modes. What becomes one op in one mode does so in the other too, so that they have ops in common."""
     while True:
         recordings = {training: recorder.record(costs=training) for training, recorder in recorders.items()}
         for training, recorder in recorders.items():
-            modules = dict(recorder.twin.named_modules())
+            modules = dict(recorder.meta_model.named_modules())
             opaque = recordings[not training].opaque
             only_there = {
                 path: opaque[path] for path in (opaque.keys() & modules.keys()) - recordings[training].opaque.keys()
@@ -252,25 +261,25 @@ def _record_both(recorders: Mapping[bool, Recorder]) -> dict[bool, Recording]:
             if only_there:
                 recorder.keep_whole(only_there)
                 recordings[training] = recorder.record(costs=training)
-        unsteady: dict[str, str] = {}
+        nondeterministic: dict[str, str] = {}
         for training, recorder in recorders.items():
             if has_numbers_of_its_own(recordings[training], recordings[not training]):
-                unsteady |= recorder.unsteady(recordings[training])
-        if not unsteady:
+                nondeterministic |= recorder.nondeterministic_module(recordings[training])
+        if not nondeterministic:
             return recordings
         for recorder in recorders.values():
-            recorder.keep_whole(unsteady)
+            recorder.keep_whole(nondeterministic)
 
 
-def _read(
-    recording: Recording, alive: Sequence[fx.Node], names: Mapping[fx.Node, str], twin: nn.Module, batch_size: int
+def _program(
+    recording: Recording, alive: Sequence[fx.Node], names: Mapping[fx.Node, str], meta_model: nn.Module, batch_size: int
 ) -> Program:
-    """An fx graph with values on its nodes to ops as data; afterwards the nodes hold no tensor."""
+    """Turn a recording into a Program: its nodes into ops as data. Afterwards the nodes hold no tensor."""
     recorded = recording.graph
     inputs = tuple(node for node in recorded.nodes if node.op == "placeholder")
     output = next(node for node in recorded.nodes if node.op == "output")
-    guards = Guards.of(recording, names, twin)
-    _give_state_to_methods(alive, twin)
+    guards = Guards.of(recording, names, meta_model)
+    _give_state_to_methods(alive, meta_model)
     storages: dict[int, str] = {}
     values = {node: _value(names[node], node.meta["value"], storages, batch_size) for node in (*inputs, *alive)}
     _number_regions(alive)
@@ -279,7 +288,7 @@ def _read(
         inputs=tuple(values[node] for node in inputs),
         ops=tuple(_op(node, names, values[node], storages, batch_size) for node in alive),
         outputs=tuple(names[node] for node in output.all_input_nodes if node in names),
-        state=_state(twin),
+        state=_state(meta_model),
     )
     for node in recorded.nodes:
         contexts = contexts_of(node)
@@ -299,10 +308,10 @@ def _read(
 
 
 def _alive(recordings: Mapping[bool, Recording], names: Mapping[fx.Node, str]) -> dict[bool, list[fx.Node]]:
-    """The ops of each mode without the sizes, numbers and flags that only guards looked at, in either mode."""
+    """List the ops of each mode without sizes, numbers and flags that only guards use, in both modes."""
     nodes = {mode: [node for node in each.graph.nodes if node.op in KINDS] for mode, each in recordings.items()}
     needed: set[str] = set()
-    # What the second mode needs may be dead in the first, which is looked at once more.
+    # What evaluation needs, training keeps too: it is looked at once more.
     for mode in (TRAINING, EVALUATION, TRAINING):
         for node in reversed(nodes[mode]):
             users = (user for user in node.users if user.op == "output" or names[user] in needed)
@@ -311,11 +320,11 @@ def _alive(recordings: Mapping[bool, Recording], names: Mapping[fx.Node, str]) -
     return {mode: [node for node in each if names[node] in needed] for mode, each in nodes.items()}
 
 
-def _give_state_to_methods(nodes: Sequence[fx.Node], twin: nn.Module) -> None:
-    """A method may use all that its module holds; what it alone can use is its own."""
+def _give_state_to_methods(nodes: Sequence[fx.Node], meta_model: nn.Module) -> None:
+    """Give each called method the state of its module that no other op uses: it may use any of it."""
     claimed = {name for node in nodes for name in node.meta["state"]}
     claimed |= {str(source.target) for node in nodes for source in node.all_input_nodes if source.op == "get_attr"}
-    held = [name for name, _ in (*twin.named_parameters(), *twin.named_buffers())]
+    held = [name for name, _ in (*meta_model.named_parameters(), *meta_model.named_buffers())]
     for node in nodes:
         if method_of(node):
             prefix = f"{node.meta['path']}.".removeprefix(".")
@@ -339,7 +348,7 @@ def _value(name: str, value: Any, storages: dict[int, str], batch_size: int) -> 
 
 
 def _number_regions(nodes: Sequence[fx.Node]) -> None:
-    """Give each op in an autocast region the number of the outermost one, for as long as which casts are kept."""
+    """Number the outermost autocast regions, and give each op its number: casts are kept until that region is left."""
     numbers: dict[int, int] = {}
     for node in nodes:
         outermost = next((context for context in contexts_of(node) if context.kind == "autocast"), None)
@@ -349,8 +358,8 @@ def _number_regions(nodes: Sequence[fx.Node]) -> None:
 
 def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, storages: Mapping[int, str], batch_size: int) -> Op:
     cost: Cost = node.meta.get("cost", Cost())
-    attributes = [source for source in node.all_input_nodes if source.op == "get_attr"]
-    state = [*node.meta["state"], *(str(source.target) for source in attributes if source.meta["registered"])]
+    attributes = [each for each in node.all_input_nodes if each.op == "get_attr"]
+    state = [*node.meta["state"], *(str(each.target) for each in attributes if each.meta["registered"])]
     written = [key if isinstance(key, str) else names.get(key, str(key.target)) for key in node.meta["written"]]
     called = method_of(node) or node.target
     target = called if isinstance(called, str) else _qualified(called)
@@ -359,7 +368,7 @@ def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, storages: Map
         path=node.meta["path"],
         kind=KINDS[node.op],
         target=target,
-        reads=tuple(names[source] for source in node.all_input_nodes if source in names),
+        reads=tuple(names[each] for each in node.all_input_nodes if each in names),
         output=value,
         state=tuple(dict.fromkeys(state)),
         mutates=tuple(dict.fromkeys(written)),
@@ -377,11 +386,11 @@ def _op(node: fx.Node, names: Mapping[fx.Node, str], value: Value, storages: Map
 
 
 def _is_uncounted(node: fx.Node) -> bool:
-    """A kernel from elsewhere, or what looks at data: how much it does depends on numbers that nobody had."""
+    """Whether an op is a kernel not of torch, or the first to need real numbers: its work is not known."""
     if isinstance(node.target, OpOverload | OpOverloadPacket):
         return str(node.target).partition(".")[0] not in ("aten", "prims")
-    looks = bool(node.meta.get("stand_in"))
-    return looks and not any(source.meta.get("stand_in") for source in node.all_input_nodes)
+    needs_numbers = bool(node.meta.get("stand_in"))
+    return needs_numbers and not any(each.meta.get("stand_in") for each in node.all_input_nodes)
 
 
 def _qualified(function: Any) -> str:

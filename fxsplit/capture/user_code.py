@@ -1,4 +1,4 @@
-"""The user's lines: where a model asks about a value, and whether it only makes sure of something there."""
+"""Finds the user's line that runs now, and reads from its source whether it only asserts something."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKAGES = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "pla
 
 
 def user_frame() -> FrameType | None:
-    """The innermost frame on the stack that is neither torch's nor ours, nor one of Python's own library."""
+    """Find the innermost frame that belongs neither to torch, this package's capture nor Python's library."""
     frame = inspect.currentframe()
     while frame is not None and not _is_users(frame.f_code.co_filename):
         frame = frame.f_back
@@ -42,15 +42,15 @@ def _is_users(file: str) -> bool:
 
 
 def user_line() -> str:
-    """`file.py:12`, the line of `user_frame`."""
+    """Name the line of `user_frame`, as `file.py:12`."""
     frame = user_frame()
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown"
 
 
 def failing_function(error: BaseException, known: Container[object]) -> FunctionType | None:
-    """The innermost function, or method of a module, that the user's forward was in when it failed.
+    """Find the innermost function, or method of a module, that was running below a forward when it failed.
 
-    None when that is a forward itself, or nothing that is not `known` already.
+    None if there is none but forwards and functions in `known`.
     """
     found = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -66,7 +66,7 @@ def failing_function(error: BaseException, known: Container[object]) -> Function
 
 
 def compiled_function(error: BaseException) -> FunctionType | None:
-    """The function made by torch.compile that refused to be traced, if that is the error."""
+    """Find the function made by torch.compile that refused to be traced, if `error` says so."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     code = frames[-1].f_code
     if code.co_name != "compile_wrapper":
@@ -92,11 +92,11 @@ def _function_of(frame: FrameType) -> FunctionType | None:
 
 
 def asserted() -> bool | None:
-    """The answer after which the model goes on, where `user_line` only makes sure of something; else None.
+    """Return the answer after which the model goes on, where `user_line` only asserts something; else None.
 
     assert mask.any()                       True
     if x.isnan().any(): raise ...           False
-    if (a < b).any() or not c.all(): ...    False, True: all parts of an `or` are asked
+    if a.any() or not b.all(): raise ...    False for a.any(), True for b.all()
     """
     frame = user_frame()
     if frame is None:
@@ -119,7 +119,7 @@ def asserted() -> bool | None:
 
 
 def _position(frame: FrameType) -> tuple[int, int]:
-    """Line and column of what a frame has just evaluated: a jump itself has the position of the whole statement."""
+    """Return line and column of the instruction before a jump, since the jump has those of the whole statement."""
     line, _, column, _ = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2 - 1, None))
     return line or frame.f_lineno, column or 0
 
@@ -133,21 +133,21 @@ def _parsed(file: str) -> ast.Module:
 
 
 def _answer_for(test: ast.expr, wanted: bool, position: tuple[int, int]) -> bool | None:
-    """What the part of `test` at `position` must answer for the whole to be `wanted`; None if that is not certain."""
+    """Return what the operand at `position` must be for `test` to be `wanted`; None if that is uncertain."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         return _answer_for(test.operand, not wanted, position)
     if not isinstance(test, ast.BoolOp):
         return wanted
-    part = next((part for part in test.values if _holds(part, position)), None)
-    # `a or b` is false, and `a and b` true, only if both are; otherwise the last part decides.
-    if part is None or (isinstance(test.op, ast.And) is not wanted and part is not test.values[-1]):
+    operand = next((operand for operand in test.values if _encloses(operand, position)), None)
+    # `a or b` is false, and `a and b` true, only if both are. The opposite is certain only if the last operand decides.
+    if operand is None or (isinstance(test.op, ast.And) is not wanted and operand is not test.values[-1]):
         return None
-    return _answer_for(part, wanted, position)
+    return _answer_for(operand, wanted, position)
 
 
-def _holds(part: ast.expr, position: tuple[int, int]) -> bool:
-    end = part.end_lineno or part.lineno, part.end_col_offset or part.col_offset
-    return (part.lineno, part.col_offset) <= position <= end
+def _encloses(node: ast.expr, position: tuple[int, int]) -> bool:
+    end = node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
+    return (node.lineno, node.col_offset) <= position <= end
 
 
 def _always_raises(body: list[ast.stmt]) -> bool:

@@ -150,19 +150,19 @@ def _evaluated(
 ) -> tuple[dict[str, Any], Any]:
     """Every value by name, and the output, for such inputs, on the meta device."""
     program = trace.programs[training]
-    twin = copy.deepcopy(program.guards.twin)
+    meta_model = copy.deepcopy(program.guards.meta_model)
     found: dict[fx.Node, Any] = dict(zip(program.inputs, on_meta(list(tensors)), strict=True))
 
     def lookup(leaf: Any) -> Any:
         if not isinstance(leaf, fx.Node):
             return leaf
-        return found[leaf] if leaf in found else attrgetter(str(leaf.target))(twin)
+        return found[leaf] if leaf in found else attrgetter(str(leaf.target))(meta_model)
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for node in program.nodes:
             args, kwargs = resolve((node.args, node.kwargs), lookup)
             with opened(contexts_of(node)):
-                value = evaluate(twin, node.op, node.target, args, kwargs, device)
+                value = evaluate(meta_model, node.op, node.target, args, kwargs, device)
             found[node] = value.value if isinstance(value, StandIn) else value
     nodes = (*program.inputs, *program.nodes)
     return dict(zip(program.graph.values, map(found.get, nodes), strict=True)), resolve(program.output.args[0], lookup)

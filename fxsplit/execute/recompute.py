@@ -27,7 +27,7 @@ from fxsplit.execute.prefix import ORIGINS
 from fxsplit.execute.stages import Backend, Stage
 from fxsplit.graph import TRAINING
 from fxsplit.meta.evaluate import Constant
-from fxsplit.objects.contents import OF_THE_PROCESS, Contents, restored, state_of
+from fxsplit.objects.contents import GLOBAL_GENERATORS, Contents, restored, state_of
 from fxsplit.objects.structure import map_tensors
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase
@@ -130,7 +130,7 @@ class Recomputing:
         # Somebody may put the model into evaluation before backward.
         modes = [(each, each.training) for path in self._called for each in model.get_submodule(path).modules()]
         # torch's own is put back by the checkpoint.
-        own = (OF_THE_PROCESS["random"], OF_THE_PROCESS["numpy.random"], *self._generators)
+        own = (GLOBAL_GENERATORS["random"], GLOBAL_GENERATORS["numpy.random"], *self._generators)
         numbers = [(generator, state_of(generator)) for generator in own]
         held = [Contents(model.get_submodule(path)) for path in self._holders]
         originals = {position: given[position] for position in self._written}

@@ -1,4 +1,4 @@
-"""Autocast on the meta device, whose tensors it leaves alone: types are found on stand-ins that claim another one."""
+"""Finds the dtypes that autocast would give meta tensors, which it leaves alone, by running ops on fake tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fxsplit.objects.structure import map_tensors, tensors_in
 
 
 def run(called: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
-    """Call it with tensors of the meta device; what comes back has the types that it would have on `device`.
+    """Call `called` with meta tensors, and give its results the dtypes that they would have on `device`.
 
-    Where that is the meta device too, autocast is taken as it is for a CPU, or else for CUDA.
+    If `device` is the meta device too, autocast's setting for the CPU counts, or else that for CUDA.
     """
     devices = [torch.device(each) for each in ("cpu", "cuda")] if device.type == "meta" else [device]
     enabled = [each for each in devices if torch.is_autocast_enabled(each.type)]
@@ -25,12 +25,12 @@ def run(called: Callable[..., Any], args: Any, kwargs: Any, device: torch.device
     try:
         value = called(*args, **kwargs)
     except RuntimeError:
-        # Nothing is cast here, and many kernels refuse tensors of several types.
+        # Autocast would have cast them; without it many kernels refuse tensors of several dtypes.
         value = called(*map_tensors(_in_full, args), **map_tensors(_in_full, kwargs))
-    types = iter(_types(called, args, kwargs, enabled[0]) if tensors_in(value) else ())
+    dtypes = iter(_dtypes(called, args, kwargs, enabled[0]) if tensors_in(value) else ())
 
     def retype(tensor: Tensor) -> Tensor:
-        dtype = next(types, tensor.dtype)
+        dtype = next(dtypes, tensor.dtype)
         # What is not cast stays the very same tensor, which may share memory with an argument.
         return tensor if dtype is tensor.dtype else tensor.to(dtype)
 
@@ -41,20 +41,20 @@ def _in_full(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _types(called: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> list[torch.dtype]:
-    """Those of the tensors that it delivers on `device`; none when it looks at numbers, or at tensors of its own."""
-    # It is slow to import, and most models never ask for it.
+def _dtypes(called: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> list[torch.dtype]:
+    """List the dtypes of the tensors that a call returns on `device`; none if it fails there, as without numbers."""
+    # Imported here because it is slow, and most models open no autocast.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    def claim(tensor: Tensor) -> Tensor:
+    def fake(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
 
     try:
         with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
-            args, kwargs = map_tensors(claim, (args, kwargs))
+            args, kwargs = map_tensors(fake, (args, kwargs))
             if not isinstance(called, nn.Module):
                 return [tensor.dtype for tensor in tensors_in(called(*args, **kwargs))]
-            state = map_tensors(claim, {**dict(called.named_parameters()), **dict(called.named_buffers())})
+            state = map_tensors(fake, {**dict(called.named_parameters()), **dict(called.named_buffers())})
             return [tensor.dtype for tensor in tensors_in(functional_call(called, state, args, kwargs))]
     except Exception:
         return []

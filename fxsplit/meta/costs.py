@@ -1,4 +1,4 @@
-"""What one operation costs: multiply-adds, and the bytes that autograd keeps for its backward."""
+"""Measures what single operations cost: multiply-adds, and the bytes that autograd keeps for their backward."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from fxsplit.objects.structure import map_tensors, tensors_in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Of one operation on the whole batch: multiply-adds, and the storages that it keeps for backward, by key.
+    """Holds what one operation on the whole batch costs.
 
-    `new_bytes` are those of the storages that no earlier operation keeps.
+    `saved` maps the keys of the storages that autograd keeps for it to their bytes; `new_bytes` sums those that no
+    earlier operation keeps.
     """
 
     macs: int = 0
@@ -28,24 +29,24 @@ class Cost:
 
 
 class CostMeter:
-    """Measures operations one after the other, on the meta device as well as on a real one.
+    """Measures operations one after the other, on the meta device or a real one.
 
-    `known` are tensors that cost nothing when they are kept: parameters, buffers and the inputs of the model. A storage
-    that several operations keep is charged to the first of them.
+    `free` are tensors that cost nothing when autograd keeps them: parameters, buffers and the inputs of the model. A
+    storage that several operations keep is charged to the first of them.
     """
 
-    def __init__(self, known: Iterable[Tensor], kernels: Kernels) -> None:
+    def __init__(self, free: Iterable[Tensor], kernels: Kernels) -> None:
         self._kernels = kernels
-        # All stay alive, so that no key is given to another storage.
-        self._kept: list[Tensor] = list(known)
+        # Kept alive, so that no later storage gets the key of one of them.
+        self._kept: list[Tensor] = list(free)
         self._free = {storage_key(tensor) for tensor in self._kept}
         self._charged = set(self._free)
         self._backward_macs: dict[object, int] = {}
 
     def measure(self, run: Callable[[Any], Any], given: Any, state: Sequence[Tensor]) -> tuple[Any, Cost]:
-        """Call `run` on what is `given`, in any nesting; return its value and what it costs. `state` it uses besides.
+        """Call `run` on the nested values `given` and return its result and cost; `state` are parameters that it uses.
 
-        Multiply-adds are those that torch's flop counter knows: matrix products, convolutions and attention.
+        Only what torch's flop counter knows counts as multiply-adds: matrix products, convolutions and attention.
         """
         saved: dict[int, int] = {}
 
@@ -55,7 +56,7 @@ class CostMeter:
                 saved[key] = bytes_of(tensor)
                 self._kept.append(tensor.detach())
 
-        # Nothing runs backward from here. An op that held its own output would never be freed.
+        # Backward never runs on these, so they are dropped: an op that saved its own output would never be freed.
         with self._kernels.counting() as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
             value = run(given)
         new_bytes = sum(size for key, size in saved.items() if key not in self._charged)
@@ -63,10 +64,10 @@ class CostMeter:
         macs = sum(flops.values()) // 2
         backward_macs = 0
         made, used = tensors_in(value), (*tensors_in(given), *state)
-        # Gradients on the meta device cannot go back into numbers elsewhere.
+        # Backward cannot run where meta tensors and real ones meet.
         mixed = isinstance(value, StandIn) or len({tensor.device for tensor in (*made, *used)}) > 1
         if macs and not mixed and any(tensor.requires_grad for tensor in made):
-            # Models repeat themselves: the same work on the same shapes is looked at once.
+            # Models repeat layers: backward of the same work on the same shapes is counted once.
             wanting = (tensor.shape for tensor in used if tensor.requires_grad)
             kind = (*flops.items(), *wanting)
             if kind not in self._backward_macs:
@@ -75,17 +76,17 @@ class CostMeter:
         return value, Cost(macs=macs, backward_macs=backward_macs, new_bytes=new_bytes, saved=saved)
 
     def _count_backward(self, run: Callable[[Any], Any], given: Any, state: Sequence[Tensor]) -> int:
-        """Of the gradients of all that wants one, run once more, apart from whatever made what is given."""
+        """Run once more, detached from earlier ops, and count the multiply-adds of all gradients that are wanted."""
         wanting = [tensor for tensor in state if tensor.requires_grad]
 
-        def apart(tensor: Tensor) -> Tensor:
+        def detached(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
                 return tensor
             wanting.append(tensor.detach().requires_grad_())
-            # What is no leaf of autograd may be written in place.
+            # `run` may write into it in place, which autograd forbids for a leaf.
             return wanting[-1].clone()
 
-        made = [tensor for tensor in tensors_in(run(map_tensors(apart, given))) if tensor.requires_grad]
+        made = [tensor for tensor in tensors_in(run(map_tensors(detached, given))) if tensor.requires_grad]
         if not wanting:
             return 0
         with self._kernels.counting() as flops:

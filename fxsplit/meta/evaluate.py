@@ -1,4 +1,4 @@
-"""Running single operations on the meta device, where tensors have shapes and types and no numbers."""
+"""Runs single operations on the meta device, where tensors have shapes and dtypes but no numbers."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from fxsplit.errors import GuardError
 from fxsplit.meta import autocast
 from fxsplit.meta.rest import calls_method
 from fxsplit.objects.contents import Contents, unchanged
+from fxsplit.objects.copies import Copier
 from fxsplit.objects.structure import ATOMS, META, filled, map_tensors, module_at, tensors_in
-from fxsplit.objects.twins import Copier
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Equal for two tensors that share memory, also on the meta device, as long as both are alive."""
+    """Return a key that is equal for two living tensors if they share memory, on the meta device too."""
     if tensor.layout is not torch.strided:
         return id(tensor)
     return int(tensor.untyped_storage()._cdata)
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """What its memory takes, together with all that shares it."""
+    """Measure the memory behind a tensor, which may be a view of a part of it."""
     is_dense = tensor.layout is torch.strided
     return tensor.untyped_storage().nbytes() if is_dense else tensor._nnz() * tensor.element_size()
 
 
 def on_meta(values: Any) -> Any:
-    """The same nesting of values, with its tensors on the meta device."""
+    """Copy nested values with all tensors on the meta device."""
     return map_tensors(lambda tensor: tensor if tensor.device == META else tensor.to(META), values)
 
 
 def resolve(argument: Any, lookup: Callable[[Any], Any]) -> Any:
-    """The arguments of a node with `lookup` applied to what is no container, in plain lists and dicts."""
+    """Copy the arguments of a node with `lookup` applied to all leaves, into plain lists and dicts."""
     kind = type(argument)
     if kind in ATOMS:
         return argument
@@ -60,7 +60,7 @@ def resolve(argument: Any, lookup: Callable[[Any], Any]) -> Any:
 
 
 class Constant:
-    """An operation that delivers an object which is neither a number nor part of the model's state."""
+    """An op that returns an object which is neither a number nor part of the model's state."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -71,7 +71,7 @@ class Constant:
 
 
 class External:
-    """An operation that calls a function of another language, such as a scripted one."""
+    """An op that calls a function which is not a Python function, such as a scripted one."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -82,9 +82,10 @@ class External:
 
 
 class Outside:
-    """An operation that draws from a generator of the process, reads a clock or the contexts around the call.
+    """An op that calls a function whose result depends on the process: a global generator, a clock, an open context.
 
-    It goes by names, which may be dotted, so that a copy asks the same generator.
+    It finds the function by the name of its module and a dotted name in it, so that copies of the op, and pickled ones,
+    use the generator of the process they run in.
     """
 
     def __init__(self, owner: str, name: str) -> None:
@@ -100,7 +101,7 @@ class Outside:
 
 @contextmanager
 def unchanged_generators() -> Iterator[None]:
-    """Inside, drawing numbers changes nothing for those who draw later."""
+    """Restore the process's generators at the end, so that drawing inside has no effect on later draws."""
     before = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -111,9 +112,9 @@ def unchanged_generators() -> Iterator[None]:
 
 
 class Rebuild:
-    """An operation that makes an object anew around the values that forward put into it.
+    """An op that makes a new object with the values that forward put into it.
 
-    `template` is the object taken apart, with a Slot in the place of each value.
+    `template` is the object taken apart (see `fxsplit.objects.structure`), with a Slot in place of each value.
     """
 
     def __init__(self, template: Any, name: str) -> None:
@@ -126,13 +127,16 @@ class Rebuild:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of a value in an object that is to be made."""
+    """Marks in a template which value goes there."""
 
     index: int
 
 
 def expect(condition: Any, answer: bool, where: str) -> None:
-    """An operation that makes sure of an answer about data. Raises GuardError when `condition` is not `answer`."""
+    """Raise GuardError if `condition` on data is not `answer`, as it was assumed in tracing; an op of the graph.
+
+    A condition on the meta device has no truth value and passes.
+    """
     if isinstance(condition, Tensor) and condition.device == META:
         return
     if bool(condition) is not answer:
@@ -144,7 +148,7 @@ def expect(condition: Any, answer: bool, where: str) -> None:
 
 @dataclass(frozen=True)
 class StandIn:
-    """A value that was made from numbers that mean nothing, so that even its sizes may be others for real data."""
+    """Wraps a result that was computed from made-up numbers: for real data even its sizes may differ."""
 
     value: Any
 
@@ -152,18 +156,24 @@ class StandIn:
 def evaluate(
     root: nn.Module, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
 ) -> Any:
-    """Run one node whose tensors are on the meta device. Whatever asks for a tensor's device hears `device` instead.
+    """Run one node of a graph whose tensors are on the meta device.
 
-    A module or function that looks at data, which meta tensors have none of, delivers a StandIn.
+    Args:
+        root: module in which `target` is found.
+        kind: `op` of the node, such as "call_module"; `target`, `args` and `kwargs` are the node's own, with values.
+        device: what a question for a tensor's device is answered with, instead of meta.
+
+    Returns the result on the meta device. A module or function that needs numbers, which meta tensors lack, runs on
+    made-up ones instead, and its result is a StandIn.
     """
     if target is getattr and isinstance(args[0], torch.device):
         return getattr(*args)
-    asks = isinstance(args[0], Tensor) if args else False
-    if target is getattr and asks and args[1] in ("device", "is_cuda"):
+    of_tensor = isinstance(args[0], Tensor) if args else False
+    if target is getattr and of_tensor and args[1] in ("device", "is_cuda"):
         return device if args[1] == "device" else device.type == "cuda"
-    if kind == "call_method" and asks and target in ("cpu", "cuda"):
+    if kind == "call_method" and of_tensor and target in ("cpu", "cuda"):
         return args[0]
-    if kind == "call_method" and asks and target == "to":
+    if kind == "call_method" and of_tensor and target == "to":
         args = tuple(META if isinstance(argument, str) else argument for argument in args)
     if isinstance(target, Outside):
         with unchanged_generators():
@@ -172,7 +182,7 @@ def evaluate(
     if isinstance(kwargs.get("device"), str | torch.device):
         kwargs["device"] = META
     if isinstance(kwargs.get("generator"), torch.Generator):
-        # It belongs to another device, and nothing is drawn here.
+        # It belongs to a real device, and nothing is drawn on the meta device.
         kwargs["generator"] = None
     is_sparse = _is_sparse(args)
     if kind == "call_method":
@@ -180,9 +190,9 @@ def evaluate(
         args = args[1:]
     else:
         called = _uncompiled(module_at(root, str(target))) if kind == "call_module" else target
-    with _left_alone(called) if kind == "call_module" and not _is_plain(called) else nullcontext():
+    with _restored(called) if kind == "call_module" and not _is_plain(called) else nullcontext():
         try:
-            with META, _users(called, (args, kwargs)):
+            with META, _guarded(called, (args, kwargs)):
                 return on_meta(autocast.run(called, args, kwargs, device))
         except Exception:
             if not _is_leaf(called) and not is_sparse:
@@ -192,9 +202,10 @@ def evaluate(
 
 
 @contextmanager
-def _users(called: Any, given: Any) -> Iterator[None]:
-    """Around code of the user's: it may draw, call compiled functions, which then do not compile, and refuses to
-    change what it is given.
+def _guarded(called: Any, given: Any) -> Iterator[None]:
+    """Run user code such that draws have no effect outside and compiled functions run uncompiled.
+
+    Raises UntraceableError when the code changes its arguments.
     """
     if not _is_leaf(called) or type(called).__module__.startswith("torch.nn."):
         yield
@@ -204,7 +215,7 @@ def _users(called: Any, given: Any) -> Iterator[None]:
 
 
 def _is_sparse(args: tuple[Any, ...]) -> bool:
-    """The meta device knows few ops on sparse tensors."""
+    """Whether some argument is sparse: few ops on such tensors run on the meta device."""
     return any(tensor.layout is not torch.strided for tensor in tensors_in(args))
 
 
@@ -215,14 +226,14 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """A single module of torch's own, whose forward replaces nothing in it."""
+    """Whether it is a single module of torch's own, whose forward replaces none of its attributes."""
     hooked = module._forward_hooks or module._forward_pre_hooks
     return type(module).__module__.startswith("torch.nn.modules.") and not module._modules and not hooked
 
 
 @contextmanager
-def _left_alone(module: nn.Module) -> Iterator[None]:
-    """Undo what a forward puts in the place of buffers and attributes; what it writes into them has no numbers."""
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Restore buffers and attributes that a forward replaces. In-place writes need no undoing: there are no numbers."""
     # A scripted module keeps its state elsewhere.
     inner = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
     held = Contents(module)
@@ -238,14 +249,14 @@ def _left_alone(module: nn.Module) -> Iterator[None]:
 
 
 def _is_leaf(called: Any) -> bool:
-    """A module, a method of one, or a function of the user's: of other Python functions only torch's are recorded."""
+    """Whether an op may run user code: a module, a method of one, or a function that is not torch's own."""
     users = isinstance(called, FunctionType) and called.__module__.partition(".")[0] != "torch"
     return users or isinstance(called, External) or calls_method(called) or isinstance(called, nn.Module)
 
 
 @unchanged_generators()
 def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> Any:
-    """Run on the CPU, on numbers that mean nothing."""
+    """Run on the CPU, on made-up numbers."""
     receiver = getattr(called, "__self__", None)
     if isinstance(receiver, Tensor):
         called = getattr(_filled(receiver), called.__name__)
@@ -258,7 +269,7 @@ def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> Any:
     elif calls_method(called):
         args = (getattr(_on_cpu(args[0].__self__), args[0].__name__), *args[1:])
     args, kwargs = resolve((args, kwargs), lookup)
-    with _users(called, (args, kwargs)):
+    with _guarded(called, (args, kwargs)):
         return on_meta(called(*args, **kwargs))
 
 
@@ -270,7 +281,7 @@ def _filled(tensor: Tensor) -> Tensor:
 
 
 def _on_cpu(module: nn.Module) -> nn.Module:
-    """A copy, its parameters and buffers zero, other tensors in it filled."""
+    """Copy a module to the CPU, with zeros as parameters and buffers and made-up numbers in its other meta tensors."""
     state = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
 
     def change(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""torch's kernels on the meta device, each run once for the same shapes, and their floating-point operations.
+"""Caches torch's kernels on the meta device, and counts their floating-point operations.
 
-They are written in Python, and slow: a BatchNorm takes a thousand calls to say that its output looks like its input.
-What they deliver depends on shapes, strides, types and numbers alone, and models repeat themselves.
+Meta kernels are written in Python and slow: a BatchNorm takes a thousand calls to find that its output has the shape of
+its input. Results depend on shapes, strides, dtypes and plain arguments alone, and models repeat layers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch.utils.flop_counter import flop_registry
 
 from fxsplit.meta.evaluate import storage_key
 
-# Nothing in a call that looks like these can be another one's.
+# Arguments of these types are compared by value.
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """What a tensor with memory of its own looks like, on the meta device."""
+    """Describes a meta tensor with memory of its own."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -37,18 +37,18 @@ class _Form:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """What a kernel delivers, in the nesting of its value, and the operations that it takes."""
+    """Describes the result of a kernel, as nested forms, and its floating-point operations."""
 
     form: Any
     flops: int
 
 
 class _UnknownFormError(Exception):
-    """An argument or a result that cannot be known again."""
+    """An argument or a result has no form by which the cache could find it."""
 
 
 class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is open, a kernel of the meta device whose result is known does not run again."""
+    """A dispatch mode in which a meta kernel runs once for equal arguments; later calls get an equal result."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -57,7 +57,7 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def counting(self) -> Iterator[Counter[Any]]:
-        """Inside, the floating-point operations are counted by kernel, two for a multiply-add."""
+        """Count floating-point operations by kernel while it is open, two for a multiply-add."""
         outer, self._flops = self._flops, Counter()
         try:
             with self:
@@ -70,7 +70,7 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(func, OpOverload):
             return func(*args, **kwargs)
         if _is_composite(func):
-            # Only in inference mode do these come undivided.
+            # Only in inference mode do these arrive without being decomposed.
             with self:
                 return func.decompose(*args, **kwargs)
         if not _makes_tensors(func):
@@ -102,14 +102,14 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @cache
 def _is_composite(func: OpOverload[..., Any]) -> bool:
-    """Whether torch itself would divide it into others."""
+    """Whether torch would decompose it into other ops."""
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return key in func.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)  # type: ignore[no-untyped-call]
 
 
 @cache
 def _makes_tensors(func: OpOverload[..., Any]) -> bool:
-    """Whether it takes tensors and delivers nothing but new ones; running statistics may be written on the way."""
+    """Whether it takes tensors and returns new ones only; it may write to arguments such as running statistics."""
     schema = func._schema
     takes = any("Tensor" in str(argument.type) for argument in schema.arguments)
     return (
@@ -122,7 +122,7 @@ def _makes_tensors(func: OpOverload[..., Any]) -> bool:
 
 
 def _form_of(argument: Any) -> Any:
-    """Equal for two arguments for which a kernel delivers the same."""
+    """Make a key for arguments, equal where a kernel gives the same result. Raises _UnknownFormError without one."""
     kind = type(argument)
     if kind is Tensor or kind is nn.Parameter:
         if argument.device.type != "meta" or argument.layout is not torch.strided or argument.is_conj():
@@ -138,7 +138,7 @@ def _form_of(argument: Any) -> Any:
 
 
 def _result(value: Any, flops: int, given: Any) -> _Result | None:
-    """None for what cannot be made again by its form, or is a view of what was given after all."""
+    """Describe a result; None if it has no form, or is a view of an argument in spite of its schema."""
     before, after = (
         {storage_key(leaf) for leaf in pytree.tree_leaves(of) if isinstance(leaf, Tensor)} for of in (given, value)
     )

@@ -1,8 +1,8 @@
-"""Tensors whose numbers follow from sizes alone, such as a mask of ones: a model may branch on them.
+"""Computes tensors whose numbers follow from sizes alone, such as a mask of ones, so that a model may branch on them.
 
-    torch.ones(x.shape[:2])  ──►  mask.all()  ──►  `if`:  answered from real numbers, and made sure of in each run
+    torch.ones(x.shape[:2])  ──►  mask.all()  ──►  `if`:  answered from real numbers, and checked in each run
 
-Nothing has numbers while a model is traced, so these are worked out on the CPU once the model asks.
+While a model is traced no tensor has numbers, so these are computed on the CPU when the model asks for one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LARGEST_BYTES = 2**28
 
 
 def is_known(node: fx.Node, value: Any) -> bool:
-    """Whether the numbers of a node that was just recorded follow from sizes; `value` is its value, without numbers."""
+    """Whether the numbers of a newly recorded node follow from sizes; `value` is its result on the meta device."""
     if node.meta["stand_in"] or node.meta["drawn"] or isinstance(node.target, Outside):
         return False
     tensors = tensors_in(value)
@@ -40,7 +40,7 @@ def is_known(node: fx.Node, value: Any) -> bool:
 
 
 def numbers_of(node: fx.Node) -> Tensor | None:
-    """The numbers of a known tensor, or None if they cannot be worked out, or if something wrote into them."""
+    """Compute the tensor of a node; None if its numbers do not follow from sizes, or if something wrote into it."""
     if not node.meta.get("known", False):
         return None
     written = {
@@ -51,23 +51,23 @@ def numbers_of(node: fx.Node) -> Tensor | None:
         for tensor in tensors_in(target.meta["value"])
     }
     try:
-        found = _worked_out(node, written, {})
+        found = _computed(node, written, {})
     except Exception:
         return None
     return found if isinstance(found, Tensor) else None
 
 
-def _worked_out(node: fx.Node, written: set[int], found: dict[fx.Node, Any]) -> Any:
+def _computed(node: fx.Node, written: set[int], found: dict[fx.Node, Any]) -> Any:
     tensors = tensors_in(node.meta["value"])
     if not tensors:
         return node.meta["value"]
     if node in found:
         return found[node]
     if written.intersection(map(storage_key, tensors)):
-        raise ValueError("what is written into is another tensor later")
+        raise ValueError("a tensor that is written into has other numbers later")
 
     def real(leaf: Any) -> Any:
-        leaf = _worked_out(leaf, written, found) if isinstance(leaf, fx.Node) else leaf
+        leaf = _computed(leaf, written, found) if isinstance(leaf, fx.Node) else leaf
         return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
     args, kwargs = resolve((node.args, node.kwargs), real)
@@ -82,6 +82,6 @@ def _worked_out(node: fx.Node, written: set[int], found: dict[fx.Node, Any]) -> 
             value = node.target(*args, **kwargs)
     if not torch.equal(torch.get_rng_state(), before):
         torch.set_rng_state(before)
-        raise ValueError("it draws")
+        raise ValueError("it draws random numbers")
     found[node] = value
     return value

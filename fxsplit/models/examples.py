@@ -1,4 +1,4 @@
-"""Random inputs that suit a model: what `trace` and `check` call it with when nobody has data at hand."""
+"""Makes random inputs that suit a model, with which `inspect` and `check` call it without data."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FRAMES = 16  # of a clip: what torchvision's video models are trained on
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """`model(*args, **kwargs)` is one call of the model."""
+    """Holds the arguments of one call of a model."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def in_channels_last(self) -> Example:
-        """The same call, with images (N, C, H, W) in that order."""
+        """Copy the call with images (N, C, H, W) in torch's channels-last memory format."""
 
         def relaid(tensor: Tensor) -> Tensor:
             return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
@@ -43,15 +43,19 @@ def example(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Example:
-    """Inputs for the model that `registry.build` made of `spec`, and for no other size of image than it was built for.
+    """Make inputs for the model that `registry.build` made of `spec`.
 
-    Images have `img_size` pixels a side, by default `registry.native_size(spec)`. In training, detectors also
-    get targets. A user's model may say what it takes, by Lightning's convention: `example_input_array`, a
-    tensor, or a tuple or dict of arguments; its tensors that have as many rows as the first are repeated or
-    cut to `batch_size` rows, and `img_size` does not matter.
+    Args:
+        batch_size: number of samples. Some models need two to train: BatchNorm over one value has no variance.
+        img_size: side of the images in pixels, which must be that with which the model was built;
+            `registry.native_size(spec)` if None.
+        training: give detectors their targets too.
+        device: where the tensors are; on the meta device they have no numbers.
+        seed: determines the numbers, which are the same on every device.
 
-    The numbers follow from `seed` alone, whatever the device; on the meta device there are none. Some models
-    need two images to train: BatchNorm over a single value has no variance.
+    A user's model may provide inputs by Lightning's convention: `example_input_array`, a tensor, or a tuple or dict of
+    arguments. Tensors in it with as many rows as the first one are repeated or cut to `batch_size` rows, and `img_size`
+    is ignored.
     """
     given = getattr(model, "example_input_array", None)
     if given is not None:
@@ -67,7 +71,7 @@ def example(
 
 
 def takes_images(model: nn.Module) -> bool:
-    """Whether a model is called with a batch of images (N, C, H, W) alone, as far as it says what it takes."""
+    """Whether a model takes a batch of images (N, C, H, W) and nothing else, as far as it tells."""
     given = tensors_in(getattr(model, "example_input_array", None))
     if given:
         return len(given) == 1 and given[0].dim() == 4
@@ -75,7 +79,7 @@ def takes_images(model: nn.Module) -> bool:
 
 
 class _Draw:
-    """Random tensors on a device, drawn on the CPU so that every device gets the same."""
+    """Makes random tensors on a device, drawn on the CPU so that every device gets the same."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.device = device
@@ -117,7 +121,7 @@ def _for_huggingface(model: Any, draw: _Draw, batch_size: int, side: int) -> Exa
 
 
 def _target(kind: str, draw: _Draw, side: int, objects: int = 3, keypoints: int = 17) -> dict[str, Tensor]:
-    """What a detector learns from one image; every object is of class 1, since 0 is the background."""
+    """Make the target of a detector for one image; every object is of class 1, since 0 is the background."""
     corners = draw.uniform(objects, 2) * side / 2
     sizes = (1 + draw.uniform(objects, 2)) * side / 4
     target = {
@@ -133,7 +137,7 @@ def _target(kind: str, draw: _Draw, side: int, objects: int = 3, keypoints: int 
 
 
 def _resized(given: Any, batch_size: int, device: torch.device) -> Example:
-    """The user's own inputs with another batch size."""
+    """Copy the user's own inputs with another batch size."""
     arguments = given if isinstance(given, tuple | dict) else (given,)
     values = arguments.values() if isinstance(arguments, dict) else arguments
     rows = next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 0)

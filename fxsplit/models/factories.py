@@ -1,4 +1,4 @@
-"""What a user's own function builds: `file.py:FACTORY` or `pkg.module:FACTORY`."""
+"""Calls a user's own function that builds a model: `file.py:FACTORY` or `pkg.module:FACTORY`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,17 @@ from fxsplit.errors import NoModelError, UsageError, nearest, reason
 
 
 def call(
-    source: str, name: str, offered: dict[str, Any], asked: Mapping[str, Any], *, libraries: Collection[str]
+    source: str, name: str, offered: dict[str, Any], required: Mapping[str, Any], *, libraries: Collection[str]
 ) -> object:
-    """What the function or class `name` of the file or module `source` returns for all that is `asked`, and those of
-    `offered` that its signature names.
+    """Call a function or class of the user's and return its result.
+
+    Args:
+        source: path of a .py file, or dotted name of a module; `name` is looked up there.
+        offered: arguments that are passed where its signature has them.
+        required: arguments that are passed in any case.
+        libraries: names that `source` may have been meant for, for the error.
+
+    Raises NoModelError when there is no such file, module or function, UsageError when one of them raises.
     """
     spec = f"{source}:{name}"
     with _importable(source):
@@ -35,7 +42,7 @@ def call(
             raise NoModelError(f"{source!r} has no function or class {name!r}{nearest(name, callables)}")
         try:
             named = inspect.signature(factory).parameters
-            return factory(**{key: value for key, value in offered.items() if key in named}, **asked)
+            return factory(**{key: value for key, value in offered.items() if key in named}, **required)
         except (Exception, SystemExit) as error:
             raise UsageError(f"{spec!r} raised {type(error).__name__}: {reason(error)}") from error
 
@@ -66,7 +73,7 @@ def _import_file(source: str) -> ModuleType:
         beside = (file.name for file in path.parent.glob("*.py"))
         raise NoModelError(f"there is no file {source!r}{nearest(path.name, beside)}")
     path = path.resolve()
-    # a name of its own, so that a file called torch.py hides nothing; pickle and dataclasses look it up
+    # A name of its own, so that a file called torch.py hides nothing; pickle and dataclasses look it up in sys.modules.
     name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]

@@ -1,8 +1,8 @@
-"""Models of Hugging Face's transformers: `hf:TYPE` small and offline, `hf:ORG/NAME` or `hf:./FOLDER` as its
-config.json says.
+"""Builds models of Hugging Face's transformers: `hf:TYPE` in a small size and offline, `hf:ORG/NAME` or `hf:./FOLDER`
+as its config.json says.
 
-A model ends in the first of these heads that its type has: image classification, sequence-to-sequence, masked or
-causal language modelling. Types that only have other heads are not known here.
+A model gets the first of these heads that its type has: image classification, sequence-to-sequence, masked or causal
+language modelling. Types that have only other heads cannot be built.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from fxsplit.errors import NoModelError, UsageError, nearest
 
-# What a small configuration may have at most, by the names that most types use for it; None becomes the same.
+# Limits of a small configuration, by the names that most types use for a size. None is replaced by the limit.
 # A head of 64 channels fits the rotary embeddings of all types.
 AT_MOST = {
     1: ("n_group", "topk_group"),
@@ -39,7 +39,7 @@ AT_MOST = {
 }
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
-# What else some types need so that their small configuration holds together.
+# Further settings without which the small configuration of a type is inconsistent.
 ALSO: dict[str, dict[str, Any]] = {
     "esm": {"token_dropout": False},
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -67,12 +67,12 @@ UNFIT = {
 
 
 def names() -> list[str]:
-    """All types that `hf:TYPE` builds."""
+    """List all types that `hf:TYPE` builds."""
     return sorted(kind for kind in _heads() if kind not in UNFIT)
 
 
 def build(name: str, *, num_classes: int, img_size: int, pretrained: bool) -> nn.Module:
-    """See the module; raises whatever transformers raises when it cannot build or read it."""
+    """Build the model `hf:name`. Raises UsageError for an unknown type, and what transformers raises."""
     config = _configuration(name)
     import transformers
 
@@ -83,8 +83,8 @@ def build(name: str, *, num_classes: int, img_size: int, pretrained: bool) -> nn
     # transformers looks for the class of a type with several of them here
     config.architectures = [architecture]
     config.num_labels = num_classes
-    for part in (config, config.get_text_config()):
-        part.use_cache = False
+    for each in (config, config.get_text_config()):
+        each.use_cache = False
     if pretrained:
         model = auto.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
     else:
@@ -96,18 +96,18 @@ def build(name: str, *, num_classes: int, img_size: int, pretrained: bool) -> nn
 
 
 def native_size(name: str) -> int | None:
-    """The side in pixels of the images that the model is made for, None where its configuration has none."""
+    """Return the side in pixels of the images that the model is made for, None if its configuration has none."""
     size = getattr(_configuration(name), "image_size", None)
     return size[0] if isinstance(size, list | tuple) else size
 
 
 def is_repository(name: str) -> bool:
-    """Whether `name` is an address or a folder, and not a type of model."""
+    """Whether `name` is a repository on the hub or a folder, and not a type of model."""
     return "/" in name
 
 
 def _heads() -> dict[str, tuple[str, str]]:
-    """By type: the factory for its head, and the class that this makes."""
+    """Map each type to the factory for its head, and to the class that the factory makes."""
     try:
         from transformers.models.auto import modeling_auto as auto
     except ModuleNotFoundError as error:
@@ -145,7 +145,7 @@ def _configuration(name: str) -> Any:
 
 
 def _small(config_class: Any) -> Any:
-    """A configuration of few layers and small sizes, parts within it as well."""
+    """Make a configuration with few layers and small sizes, in its sub-configurations too."""
     usual = config_class()
     # read past the class: some types refuse to name a value that may differ from layer to layer
     values = vars(usual)
@@ -163,7 +163,7 @@ def _small(config_class: Any) -> Any:
     if isinstance(values.get("depths"), list | tuple):
         settings["depths"] = [min(depth, 2) for depth in values["depths"]]
     settings.update({token: 1 for token in SPECIAL_TOKENS if token in known})
-    for part in config_class.sub_configs:
-        if hasattr(type(values.get(part)), "sub_configs"):
-            settings[part] = _small(type(values[part]))
+    for name in config_class.sub_configs:
+        if hasattr(type(values.get(name)), "sub_configs"):
+            settings[name] = _small(type(values[name]))
     return config_class(**settings | ALSO.get(config_class.model_type, {}))

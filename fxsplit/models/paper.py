@@ -1,11 +1,10 @@
-"""The four networks of Bhyravabhottla and Lee, "Comparison between layer-to-layer network training and
-conventional network training using Deep Convolutional Neural Networks", section 3, written from its text.
+"""Builds the four networks of Bhyravabhottla and Lee, "Comparison between layer-to-layer network training and
+conventional network training using Deep Convolutional Neural Networks", section 3, from its text.
 
-Every builder takes the number of classes, the side of the square images in pixels and their channels, and
-returns a module that maps images (N, in_channels, img_size, img_size) to logits (N, num_classes): cross-
-entropy applies the softmax that the text puts last. Weights are Glorot-uniform and biases zero, the
-defaults of Keras, in which the paper's experiments are written. Where the text is silent, a network does as
-the architecture it names.
+Every builder takes the number of classes, the side of the square images in pixels and their channels, and returns a
+module that maps images (N, in_channels, img_size, img_size) to logits (N, num_classes): cross-entropy applies the
+softmax that the text puts last. Weights are Glorot-uniform and biases zero, the defaults of Keras, in which the paper's
+experiments are written. What the text leaves open is as in the architecture that it names.
 
 The builders raise UsageError when poolings would leave nothing of the image.
 """
@@ -22,9 +21,7 @@ from fxsplit.errors import UsageError
 
 
 def cnn(num_classes: int = 10, img_size: int = 32, in_channels: int = 3) -> nn.Module:
-    """The 12-layer base network ("Architecture"): one child module a layer, a ReLU belonging to the layer
-    before it.
-    """
+    """Build the 12-layer base network ("Architecture"): one child module a layer, ReLUs with the layer before."""
     _require_pixels(img_size, at_least=4)
     side = img_size // 4  # two poolings
     return _glorot(
@@ -48,30 +45,29 @@ def cnn(num_classes: int = 10, img_size: int = 32, in_channels: int = 3) -> nn.M
 
 
 def vgg16(num_classes: int = 10, img_size: int = 32, in_channels: int = 3) -> nn.Module:
-    """What "VGG16 Architecture" describes: the layers of `cnn`, one by one, not the sixteen of Simonyan and
-    Zisserman.
+    """Build what "VGG16 Architecture" describes: the layers of `cnn`, not the sixteen of Simonyan and Zisserman.
 
-    The section counts parameters at (32, 32, 3): 896, 18,496, 2,097,664 and 513 a class, all met here.
-    Twice it contradicts its own text, which is followed: a second convolution "with the same parameters" as
-    the one before reads 32 (or 64) channels, not 3 (or 32), and so has 9,248 parameters, not 896 (or
-    36,928, not 18,496). Its 64 * 8 * 8 flattened values are those after two poolings.
+    Of the parameter counts in that section, for images (32, 32, 3), the network has 896, 18,496, 2,097,664 and 513 a
+    class. Two contradict the text around them, which is followed here: the second convolution of a pair, "with the same
+    parameters" as the first, reads 32 (or 64) channels and so has 9,248 parameters, not 896 (or 36,928, not 18,496).
+    The 64 * 8 * 8 flattened values are those after two poolings.
     """
     return cnn(num_classes, img_size, in_channels)
 
 
 def resnext(num_classes: int = 10, img_size: int = 32, in_channels: int = 3, drop_path_rate: float = 0.0) -> nn.Module:
-    """Four residual groups of two 3x3 convolutions with 64, 128, 256 and 512 filters, each followed by max
+    """Build four residual groups of two 3x3 convolutions with 64, 128, 256 and 512 filters, each followed by max
     pooling ("ResNext Architecture").
 
     The text leaves open how a group splits, transforms and merges. As in Xie et al., "Aggregated Residual
-    Transformations for Deep Neural Networks": an ordinary convolution prepares the 32 paths, a grouped one
-    (cardinality 32) transforms each alone, and adding the shortcut merges them. The last ReLU of a group
-    follows the addition, the shortcut is a 1x1 convolution with BatchNorm where the filters double,
-    convolutions before a BatchNorm have no bias, and BatchNorm has eps 1e-5 and momentum 0.1 (Keras'
-    momentum of 0.99, torch's 0.01, needs more steps than a short run has).
+    Transformations for Deep Neural Networks", an ordinary convolution prepares the 32 paths, a grouped one (cardinality
+    32) transforms each alone, and adding the shortcut merges them. The last ReLU of a group follows the addition, the
+    shortcut is a 1x1 convolution with BatchNorm where the filters double, convolutions before a BatchNorm have no bias,
+    and BatchNorm has eps 1e-5 and momentum 0.1 (Keras' momentum of 0.99, torch's 0.01, needs more steps than a short
+    run has).
 
-    The paper has no stochastic depth. With `drop_path_rate` above 0, group l of the 4 leaves out its transformed
-    paths for an image at l / 4 of that rate, as in Huang et al., "Deep Networks with Stochastic Depth".
+    The paper has no stochastic depth. With `drop_path_rate` above 0, group l of the 4 leaves out its transformed paths
+    for an image at l / 4 of that rate, as in Huang et al., "Deep Networks with Stochastic Depth".
     """
     _require_pixels(img_size, at_least=16)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -85,14 +81,14 @@ def resnext(num_classes: int = 10, img_size: int = 32, in_channels: int = 3, dro
 
 
 def densenet(num_classes: int = 10, img_size: int = 32, in_channels: int = 3) -> nn.Module:
-    """A convolution with BatchNorm and ReLU, three dense blocks of bottlenecks, global average pooling and
-    the classifier ("DenseNet Architecture").
+    """Build a convolution with BatchNorm and ReLU, three dense blocks of bottlenecks, global average pooling and the
+    classifier ("DenseNet Architecture").
 
-    The text gives no sizes. As in Huang et al., "Densely Connected Convolutional Networks", this is
-    DenseNet-BC for CIFAR with their smallest depth and growth rate, 40 and 12, which two cores still train:
-    24 filters first, six layers a block, bottlenecks of 4 * 12 filters, BatchNorm and ReLU before each
-    convolution, and transitions that halve both the channels (1x1 convolution) and the side (average
-    pooling). BatchNorm is as in `resnext`, for the same reason, and there is no dropout.
+    The text gives no sizes. As in Huang et al., "Densely Connected Convolutional Networks", this is DenseNet-BC for
+    CIFAR with their smallest depth and growth rate, 40 and 12, which two cores still train: 24 filters first, six
+    layers a block, bottlenecks of 4 * 12 filters, BatchNorm and ReLU before each convolution, and transitions that
+    halve both the channels (1x1 convolution) and the side (average pooling). BatchNorm is as in `resnext`, for the same
+    reason, and there is no dropout.
     """
     _require_pixels(img_size, at_least=4)
     growth, depth, blocks = 12, 40, 3
@@ -130,8 +126,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 class ResNeXtGroup(nn.Module):
-    """(N, channels, H, W) -> (N, filters, H, W): two 3x3 convolutions, the second in 32 paths, beside a
-    shortcut. In training the convolutions are left out for an image at the rate `drop_path`.
+    """Maps (N, channels, H, W) to (N, filters, H, W) by two 3x3 convolutions, the second in 32 paths, and a shortcut.
+
+    In training the convolutions are left out for an image at the rate `drop_path`.
     """
 
     def __init__(self, channels: int, filters: int, drop_path: float = 0.0) -> None:
@@ -156,8 +153,8 @@ class ResNeXtGroup(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """(N, channels, H, W) -> (N, channels + growth, H, W): the input, and what a bottleneck and a
-    convolution add.
+    """Maps (N, channels, H, W) to (N, channels + growth, H, W): the input, and the output of a bottleneck and a
+    convolution.
     """
 
     def __init__(self, channels: int, growth: int) -> None:

@@ -1,5 +1,5 @@
-"""A model from one line of text: `timm:NAME`, `torchvision:NAME`, `hf:TYPE`, `paper:NAME`, `file.py:FACTORY` or
-`pkg.module:FACTORY`. What stands before the first colon says where to look, the rest what to take there.
+"""Builds a model from one line of text: `timm:NAME`, `torchvision:NAME`, `hf:TYPE`, `paper:NAME`, `file.py:FACTORY` or
+`pkg.module:FACTORY`. Before the first colon stands the source, after it what to take from there.
 """
 
 from __future__ import annotations
@@ -38,29 +38,30 @@ def build(
     stem: str = "original",
     drop_path: float = 0.0,
 ) -> nn.Module:
-    """The model that `spec` names, for images (N, 3, img_size, img_size) of `num_classes` classes.
+    """Build the model that `spec` names, for images (N, 3, img_size, img_size).
 
-    A factory gets those of `num_classes` and `img_size` that its signature names. Pretrained weights come
-    from timm, torchvision or a repository `hf:ORG/NAME`; a classifier for another number of classes starts
-    anew. torchvision's detectors resize their images to `img_size` and count the background as a class, its
-    optical flow has no classes, and what it calls quantized is built before quantization. `hf:TYPE` is a
-    small model of that type; one for language has neither classes nor images (see `huggingface`).
+    Args:
+        spec: the line of text. A factory is called with those of `num_classes` and `img_size` that its signature has;
+            `hf:TYPE` is a small model of that type (see `huggingface`).
+        num_classes: classes of the model. torchvision's detectors count the background as one; its optical flow models
+            and language models have none.
+        img_size: side of the images in pixels; torchvision's detectors resize images to it.
+        pretrained: take the weights of timm, torchvision or the repository `hf:ORG/NAME`; a classifier for another
+            number of classes gets new ones. torchvision's quantized models are built before quantization.
+        stem: "cifar" keeps the resolution of small images. The first convolution, if strided, becomes 3x3 with stride 1
+            (a 3x3 kernel keeps its weights, a larger one gets new ones), and the first pooling after it the identity,
+            unless a block of several convolutions comes before. timm's models for one image size get patches of 4
+            pixels instead.
+        drop_path: rate of stochastic depth in [0, 1), at which a residual branch is left out in training (Huang et al.,
+            2016). timm's models and factories take it as `drop_path_rate`, torchvision's as `stochastic_depth_prob`, of
+            the paper's networks `resnext`; others take none.
 
-    `stem="cifar"` keeps a stem made for large images from throwing small ones away. A strided first
-    convolution becomes 3x3 at stride 1 (a 3x3 kernel keeps its weights, a larger one starts anew), and the
-    first pooling after it the identity, unless a block of several convolutions comes between. timm's models
-    that are built for one image size get patches of 4 pixels instead.
-
-    `drop_path` above 0 is the rate of stochastic depth, in [0, 1): how often a residual branch is left out in training.
-    timm's models and factories take it as `drop_path_rate`, torchvision's as `stochastic_depth_prob`, and of the
-    paper's networks `resnext` does; those that fix it themselves, or have no such branches, take none.
-
-    Nothing is seeded here: weights are drawn from torch's global random state.
+    Weights are drawn from torch's global random state, which is not seeded here.
 
     Raises UsageError when there is no such model, it cannot be built as asked, has no such stem or takes no
     `drop_path`, and DataError when it cannot be downloaded or read.
     """
-    source, name = _parts(spec)
+    source, name = _split(spec)
     if stem not in STEMS:
         raise UsageError(f"there is no stem {stem!r}, only {' and '.join(STEMS)}{nearest(stem, STEMS)}")
     library = LIBRARIES.get(source)
@@ -72,27 +73,28 @@ def build(
 
 
 def sketch(spec: str, *, num_classes: int, img_size: int, stem: str = "original", drop_path: float = 0.0) -> nn.Module:
-    """The model as `build` builds it, but without memory: on the meta device where it can be built there."""
+    """Build the model as `build` does, but on the meta device, without memory, if it can be built there."""
     make = partial(build, spec, num_classes=num_classes, img_size=img_size, stem=stem, drop_path=drop_path)
     try:
         with torch.device("meta"):
             return make()
     except Exception:
-        # Some models compute while they are built, which the meta device cannot. What else is wrong shows again.
+        # Some models compute while they are built, which the meta device cannot. Any other error is raised again.
         return make()
 
 
 def native_size(spec: str) -> int:
-    """The side in pixels of the images that the model is made for; 224 where nothing says it."""
-    source, name = _parts(spec)
+    """Return the side in pixels of the images that the model is made for; 224 if it is not known."""
+    source, name = _split(spec)
     library = LIBRARIES.get(source)
     return library.native_size(name) if library else USUAL_SIZE
 
 
 def expand(pattern: str) -> tuple[str, ...]:
-    """The full names of all models that a spec with wildcards means, such as `timm:resnet*`, in the library's order.
+    """List the full names of the models that match a spec such as `timm:resnet*`, in the library's order.
 
-    A spec without wildcards (`*`, `?`, `[...]`) means itself, whether there is such a model or not.
+    A spec without wildcards (`*`, `?`, `[...]`) gives itself, whether there is such a model or not. Raises NoModelError
+    when nothing matches, or when the source cannot be listed.
     """
     source, _, wanted = pattern.partition(":")
     if not set("*?[") & set(wanted):
@@ -110,14 +112,14 @@ def expand(pattern: str) -> tuple[str, ...]:
 
 
 def families() -> dict[str, tuple[str, ...]]:
-    """timm's models by the module that defines them: `{"beit": ("timm:beit_base_patch16_224", ...), ...}`."""
+    """Group timm's models by the module that defines them: `{"beit": ("timm:beit_base_patch16_224", ...), ...}`."""
     import timm
 
     return {module: tuple(f"timm:{name}" for name in timm.list_models(module=module)) for module in timm.list_modules()}
 
 
 def smallest(specs: Iterable[str]) -> str:
-    """The one with the fewest parameters, the first of equals."""
+    """Find the model with the fewest parameters, the first of equals."""
 
     def parameter_count(spec: str) -> int:
         model = sketch(spec, num_classes=1000, img_size=native_size(spec))
@@ -158,7 +160,7 @@ def _timm_size(name: str) -> int:
 
 
 def _timm_config(name: str) -> dict[str, Any]:
-    """What timm says of a model's images: whether it must be told their size, and which size it is made for."""
+    """Read what timm says about a model's images: whether it must be told their size, and the size it is made for."""
     from timm import models
 
     source, address = models.parse_model_name(name)
@@ -201,7 +203,7 @@ def _from_torchvision(
 
 
 def _torchvision_sizes(kind: str, img_size: int) -> dict[str, Any]:
-    """The argument that tells a builder the image size, hidden behind its **kwargs, where it takes one."""
+    """Return the argument by which a builder takes the image size, if it does; its signature hides it in `**kwargs`."""
     if kind == "vision_transformer":
         return {"image_size": img_size}
     if kind == "maxvit":
@@ -212,7 +214,7 @@ def _torchvision_sizes(kind: str, img_size: int) -> dict[str, Any]:
 
 
 def torchvision_module(name: str) -> str:
-    """The module below `torchvision.models` that defines a model, such as "resnet" or "detection.ssd"."""
+    """Name the module below `torchvision.models` that defines a model, such as "resnet" or "detection.ssd"."""
     from torchvision import models
 
     if name not in models.list_models():
@@ -283,7 +285,7 @@ def _from_factory(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """How a source of named models builds one, what it calls them all, and the image size that one is made for."""
+    """Describes a source of named models: how to build one, list them all, and find the image size of one."""
 
     build: Callable[..., nn.Module]
     names: Callable[[], list[str]]
@@ -298,7 +300,7 @@ LIBRARIES = {
 }
 
 
-def _parts(spec: str) -> tuple[str, str]:
+def _split(spec: str) -> tuple[str, str]:
     source, _, name = spec.partition(":")
     if factories.is_file(source) and not name:
         found = ", ".join(f"{source}:{factory}" for factory in factories.names(source))
@@ -312,6 +314,7 @@ def _parts(spec: str) -> tuple[str, str]:
 
 @contextmanager
 def _errors_of(library: str, name: str, settings: dict[str, Any], *, cache: str) -> Iterator[None]:
+    """Turn the errors of a library into DataError and UsageError."""
     try:
         yield
     except UsageError:
@@ -327,13 +330,13 @@ def _errors_of(library: str, name: str, settings: dict[str, Any], *, cache: str)
 
 
 def _asked(parameter: str, rate: float) -> dict[str, float]:
-    """What a builder is told of stochastic depth: nothing, if none is wanted, so that its own default holds."""
+    """Return the argument for stochastic depth: none for a rate of 0, so that the builder's default holds."""
     return {parameter: rate} if rate else {}
 
 
 @contextmanager
 def _drop_path_of(spec: str, rate: float) -> Iterator[None]:
-    """Tell in one sentence that a builder does not take the rate. Only calling it shows: many hide it in `**kwargs`."""
+    """Turn the error of a builder that does not take the rate into UsageError. Only calling shows it: many hide it."""
     try:
         yield
     except (TypeError, UsageError) as error:
@@ -355,10 +358,10 @@ def _refuse_pretrained(spec: str, pretrained: bool) -> None:
 
 
 def _full_names(name: str) -> str:
-    """A hint naming the model that is called `name`, or nearly so, in every library that has it."""
+    """Suggest the model that is called `name`, or nearly so, in every library that has it."""
     libraries: dict[str, list[str]] = {}
     for source, library in LIBRARIES.items():
-        with suppress(UsageError):  # what is not installed has none
+        with suppress(UsageError):  # of a library that is not installed
             libraries[source] = library.names()
     best = get_close_matches(name, sorted({model for known in libraries.values() for model in known}), n=1)
     full = [f"{source}:{model}" for model in best for source, known in libraries.items() if model in known]

@@ -1,4 +1,4 @@
-"""Changes to a model's ends, in place: a classifier for other classes, a stem for small images."""
+"""Changes the ends of a model in place: a classifier for other classes, a stem for small images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from fxsplit.errors import UsageError
 
 
 def fit_classifier(model: nn.Module, spec: str, known_classes: int, num_classes: int) -> None:
-    """Replace the last linear layer of a pretrained model, in place, unless its classes are those wanted."""
+    """Replace the last linear layer of the pretrained model `spec`, in place, if it has another number of classes.
+
+    Raises UsageError when it does not end in a linear layer of `known_classes` outputs.
+    """
     if known_classes == num_classes:
         return
     linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -22,7 +25,7 @@ def fit_classifier(model: nn.Module, spec: str, known_classes: int, num_classes:
 
 
 def keep_small_images(model: nn.Module, spec: str) -> None:
-    """Give `model`, in place, the stem that `build` describes as "cifar"."""
+    """Give the model `spec`, in place, the stem that `build` calls "cifar". Raises UsageError if that is impossible."""
     convolutions = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     if not convolutions or max(convolutions[0][1].stride) == 1:
         raise UsageError(f"{spec!r} has no stem to change: it does not begin with a strided convolution")
@@ -40,7 +43,7 @@ def keep_small_images(model: nn.Module, spec: str) -> None:
 
 
 def _stem_pooling(model: nn.Module, conv_path: str) -> str | None:
-    """Path of the first pooling that is registered after the first convolution and before any block."""
+    """Find the first pooling that is registered after the first convolution and before any block, or None."""
     modules: list[tuple[str, nn.Module]] = list(model.named_modules())
     start = [path for path, _ in modules].index(conv_path) + 1
     for path, module in modules[start:]:

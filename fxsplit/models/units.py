@@ -1,4 +1,4 @@
-"""What a library says belongs together in its models: hints, for graph order has the last word on where to cut."""
+"""Finds which modules of a model belong together according to its library, such as blocks; the model is cut between."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 
 def units_of(model: nn.Module) -> dict[str, str]:
-    """For modules by path the name of the unit to which all that is in them belongs.
+    """Map the paths of modules to the name of the unit to which all their ops belong.
 
-    They come from timm's `group_matcher`, which groups parameters, from Hugging Face's `_no_split_modules`, which
+    Units come from timm's `group_matcher`, which groups parameters, from Hugging Face's `_no_split_modules`, which
     names the classes of blocks, or else are the model's own children.
     """
     if callable(matcher := getattr(model, "group_matcher", None)):
@@ -23,7 +23,7 @@ def units_of(model: nn.Module) -> dict[str, str]:
 
 
 def _grouped(model: nn.Module, matcher: Callable[[], Any]) -> dict[str, str]:
-    """Every module whose parameters are all of one group."""
+    """Map each module whose parameters are all of one group to that group."""
     groups: dict[str, set[str]] = {}
     for parameter, group in group_parameters(model, matcher(), reverse=True).items():
         path = parameter.rpartition(".")[0]
@@ -34,7 +34,7 @@ def _grouped(model: nn.Module, matcher: Callable[[], Any]) -> dict[str, str]:
 
 
 def _whole(model: nn.Module, blocks: set[str], path: str = "") -> Iterator[str]:
-    """The blocks, and around them the largest modules that hold none."""
+    """Yield the paths of the blocks, and of the largest modules around them that hold none."""
     for name, child in model.named_children():
         inner = f"{path}.{name}".removeprefix(".")
         is_block = type(child).__name__ in blocks

@@ -1,7 +1,7 @@
-"""What a forward changes besides tensors: containers, objects and generators that the model holds.
+"""Detects what a forward changes besides tensors: containers, objects and random generators.
 
-A recording shows ops on tensors. A list that is appended to, an attribute of an object, a generator that is drawn from
-go unseen there, so they are compared before and after.
+A recording shows only ops on tensors. A list that forward appends to, an attribute that it sets, or a generator that it
+draws from would go unnoticed, so they are compared before and after.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor, fx, nn
 
 from fxsplit.errors import UntraceableError
 from fxsplit.objects.same import same_value
-from fxsplit.objects.structure import ATOMS, WHOLE, members, taken_apart
+from fxsplit.objects.structure import ATOMS, INDIVISIBLE, members, taken_apart
 
-# Generators are objects of C, whose state does not lie in attributes: how to read and to set it.
+# The state of a generator lies in C, not in attributes: functions that read and set it.
 GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
     random.Random: (lambda each: each.getstate(), lambda each, state: each.setstate(state)),
     np.random.RandomState: (lambda each: each.get_state(), lambda each, state: each.set_state(state)),
@@ -34,19 +34,20 @@ GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] =
     ),
     torch.Generator: (lambda each: each.get_state(), lambda each, state: each.set_state(state)),
 }
-# Those of the process, by the names under which people know them.
-OF_THE_PROCESS: dict[str, Any] = {
+# The global generators, by the names under which people know them.
+GLOBAL_GENERATORS: dict[str, Any] = {
     "random": vars(random)["random"].__self__,
     "numpy.random": vars(np.random)["rand"].__self__,
     "torch": torch.default_generator,
 }
-# What every module has, and what the tracer itself looks after.
-_BASE = frozenset((*vars(nn.Module()), "_flat_weights"))
+# Attributes of every module, and those that the tracer itself watches.
+_IGNORED = frozenset((*vars(nn.Module()), "_flat_weights"))
+# Objects in containers in objects are compared this deep.
 _DEPTH = 6
 
 
 class Contents:
-    """The containers, objects and generators that a model's modules hold, as they are now."""
+    """Remembers the current contents of the containers, objects and generators that a model's modules hold."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -54,13 +55,13 @@ class Contents:
         seen: set[int] = set()
         for path, module in model.named_modules():
             for name, value in vars(module).items():
-                if name not in _BASE:
+                if name not in _IGNORED:
                     self._look(path, name, value, seen)
 
     def changed(self, whole: Container[Any] = ()) -> dict[str, str]:
-        """The modules that hold something which is different now, and the name of the first such attribute.
+        """Map the modules that hold something which has changed since to the name of the first such attribute.
 
-        Iterators, which nobody can set back, may go on in modules that are `whole`.
+        Iterators, which cannot be set back, may advance in the modules in `whole`.
         """
         found: dict[str, str] = {}
         for path, name, held, before in self._held:
@@ -71,18 +72,18 @@ class Contents:
         return found
 
     def holds_values(self) -> bool:
-        """Whether something different now holds what forward computed."""
-        different = (held for _, _, held, before in self._held if not _holds(held, before))
-        return any(next(members(_content(held), fx.Proxy), None) is not None for held in different)
+        """Whether something that has changed since holds a value of a forward that is being traced."""
+        changed = (held for _, _, held, before in self._held if not _holds(held, before))
+        return any(next(members(_content(held), fx.Proxy), None) is not None for held in changed)
 
     def restore(self) -> None:
-        """Give everything back what it held."""
+        """Give everything its former contents."""
         for _, _, held, before in self._held:
             if not _holds(held, before):
                 _restore(held, before)
 
     def again(self) -> Contents:
-        """Of the same model, as they are now."""
+        """Remember the current contents of the same model."""
         return Contents(self._model)
 
     def _look(self, path: str, name: str, value: Any, seen: set[int]) -> None:
@@ -91,7 +92,7 @@ class Contents:
 
 @contextmanager
 def unchanged(given: Any) -> Iterator[None]:
-    """Inside, what is in a nesting of containers and objects must stay there. Raises UntraceableError otherwise."""
+    """Raise UntraceableError at the end if containers or objects nested in `given` were changed inside."""
     held = list(_held_by(given, set(), _DEPTH))
     yield
     if not all(_holds(each, before) for each, before in held):
@@ -99,7 +100,7 @@ def unchanged(given: Any) -> Iterator[None]:
 
 
 def _held_by(value: Any, seen: set[int], depth: int) -> Iterator[tuple[Any, Any]]:
-    """What can change in a value, each with its content now."""
+    """Yield what can change in nested values, each with its current contents."""
     if type(value) in ATOMS or id(value) in seen or not depth:
         return
     seen.add(id(value))
@@ -113,7 +114,7 @@ def _held_by(value: Any, seen: set[int], depth: int) -> Iterator[tuple[Any, Any]
 
 
 def generators_around(model: nn.Module) -> dict[str, Any]:
-    """Generators that the forwards of a model have at hand beside the model: global in their file, or in a closure."""
+    """Find the generators that forwards can use without the model holding them: in module globals and closures."""
     found: dict[str, Any] = {}
     for kind in {type(module) for module in model.modules()}:
         module = sys.modules.get(kind.__module__)
@@ -129,7 +130,7 @@ def generators_around(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-# Looked for once, and again when a module has more names.
+# By module: how many names it had when it was searched, and what was found.
 _found: WeakKeyDictionary[ModuleType, tuple[int, list[tuple[str, Any]]]] = WeakKeyDictionary()
 
 
@@ -142,7 +143,7 @@ def _generators_in(module: ModuleType) -> list[tuple[str, Any]]:
 
 
 def _content(value: Any) -> Any:
-    """What something holds now, one level deep; None of what holds nothing, or is looked after elsewhere."""
+    """Return the current contents of a value, one level deep; None if it has none or is watched elsewhere."""
     kind = type(value)
     if kind in GENERATORS:
         return GENERATORS[kind][0](value)
@@ -151,14 +152,16 @@ def _content(value: Any) -> Any:
     if isinstance(value, list | tuple | set | deque):
         return list(value)
     if isinstance(value, Iterator):
-        # Where it stands; one that cannot be copied is shared, and not looked at.
+        # Its position. One that cannot be copied is shared with the model, and not compared.
         return taken_apart(value)
-    is_looked_into = hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (Tensor, *WHOLE))
+    is_looked_into = (
+        hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (Tensor, *INDIVISIBLE))
+    )
     return dict(vars(value)) if is_looked_into else None
 
 
 def _holds(held: Any, before: Any) -> bool:
-    """Whether the same is held as before: numbers and generators' states by value, all else by identity."""
+    """Whether the contents are the same as before: numbers and generators by value, all else by identity."""
     now = _content(held)
     by_value = type(held) in GENERATORS or isinstance(held, Iterator)
     return same_value(now, before) if by_value else _same(now, before)
@@ -202,10 +205,7 @@ def _restore(held: Any, before: Any) -> None:
 
 @contextmanager
 def drawing_nothing(generators: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, no numbers may be drawn from these generators by name; afterwards they are where they stood.
-
-    Raises UntraceableError when some were.
-    """
+    """Restore generators, given by name, at the end, and raise UntraceableError if numbers were drawn from one."""
     before = {name: state_of(generator) for name, generator in generators.items()}
     try:
         yield
@@ -218,18 +218,18 @@ def drawing_nothing(generators: Mapping[str, Any]) -> Iterator[None]:
         )
 
 
-def of_this_thread() -> Mapping[str, Any]:
-    """The generators of the process, if nobody else can draw from them meanwhile."""
-    return OF_THE_PROCESS if threading.active_count() == 1 else {}
+def unshared_generators() -> Mapping[str, Any]:
+    """Return the global generators, or none while another thread might draw from them."""
+    return GLOBAL_GENERATORS if threading.active_count() == 1 else {}
 
 
 def state_of(generator: Any) -> Any:
-    """Of a generator of one of the kinds in GENERATORS."""
+    """Read the state of a generator of one of the types in GENERATORS."""
     return GENERATORS[type(generator)][0](generator)
 
 
 def restored(generator: Any, state: Any) -> bool:
-    """Set a generator back; whether it had moved."""
+    """Set a generator back to `state`, and return whether it had moved."""
     moved = not same_value(state_of(generator), state)
     if moved:
         GENERATORS[type(generator)][1](generator, state)

@@ -1,4 +1,4 @@
-"""Whether two values are the same: by structure and bits, never by how they print."""
+"""Compares values by structure and bits."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from fxsplit.objects.structure import taken_apart
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Equal in type, structure and every bit, objects by what they hold.
+    """Whether two values are equal in type, structure and every bit; objects are compared by what they hold.
 
-    Modules, and what cannot be looked into, only if they are one and the same.
+    Modules, and objects that cannot be taken apart, are the same only if they are identical.
     """
     return Comparison().values(a, b)
 
 
 class Comparison:
+    """Compares values; nodes of two graphs are the same if `nodes` maps the first to the second."""
+
     def __init__(self, nodes: Mapping[fx.Node, fx.Node] | None = None) -> None:
         self._nodes = nodes or {}
-        # Held, so that no other object can get the id of one of them.
+        # Pairs under comparison, which may refer to themselves; kept alive, so that their ids stay theirs.
         self._seen: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     def values(self, a: Any, b: Any) -> bool:
+        """Whether `a` and `b` are the same, as `same_value` defines it."""
         if isinstance(a, fx.Node):
             return self._nodes.get(a) is b
         if type(a) is not type(b):
@@ -52,7 +55,7 @@ class Comparison:
         if isinstance(a, slice):
             return self._pairs((a.start, a.stop, a.step), (b.start, b.stop, b.step))
         if isinstance(a, FunctionType):
-            # One that is defined in forward is made anew in each call.
+            # A function that is defined inside forward is another object in each call.
             return a.__code__ is b.__code__ and self.values(_held_by(a), _held_by(b))
         if isinstance(a, type | nn.Module):
             return False
@@ -72,7 +75,7 @@ def _held_by(function: FunctionType) -> tuple[Any, ...]:
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Equal in form and, where they have numbers, in every bit: not-a-number equals itself."""
+    """Whether two tensors are equal in shape, dtype, device, layout and, unless on meta, every bit; NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.layout != b.layout:
         return False
     if a.is_meta:

@@ -1,8 +1,8 @@
-"""What a graph may depend on besides its inputs: the modules of the model, and what they hold.
+"""Remembers what a traced graph depends on besides its inputs: the model's modules, and the attributes they hold.
 
     model ──► Snapshot, when it is traced        later: snapshot.differences(model) ──► [layer1.0: 'scale' 1.0, now 2.0]
 
-A difference need not matter. Whether it does, tracing the model again tells.
+A difference need not change the graph. Only tracing the model again shows whether it does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fxsplit.objects.hooks import hooks_of
 
-# Under this name a model carries what an executor holds of it; see fxsplit.execute.holding.
+# The attribute by which an executor marks the model that it holds; see fxsplit.execute.holding.
 MARK = "_fxsplit_held"
 
 # Compared by value.
@@ -26,9 +26,9 @@ ATOMS = (
     *(torch.layout, torch.memory_format, range),
 )
 CONTAINERS = (list, tuple, dict, set, frozenset)
-# Their attributes say nothing about what they do, or are looked at elsewhere.
+# Their attributes do not say what they do, or are compared elsewhere.
 CLOSED = (nn.Module, Tensor, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
-# Containers in objects in containers are looked into; what is longer or deeper is compared by identity alone.
+# Nesting this deep, and containers this long, are looked into; beyond, values are compared by identity alone.
 DEPTH, LENGTH = 3, 100
 
 BOOKKEEPING = {*vars(nn.Module()), MARK}
@@ -47,12 +47,13 @@ MISSING = _Missing()
 
 
 class Identity:
-    """Stands for one object. A copy of it stands for whatever it meets first, since that was copied as well."""
+    """Remembers one object. A copied Identity takes the first object that it is compared with, the copy of its own."""
 
     def __init__(self, value: Any = MISSING) -> None:
         self.value = value
 
     def is_of(self, value: Any) -> bool:
+        """Whether `value` is the object."""
         if self.value is MISSING:
             self.value = value
         return self.value is value
@@ -61,35 +62,35 @@ class Identity:
         return Identity, ()
 
 
-class Parts:
-    """A container or an object, with the forms of what it holds. An object is meant itself: `identity`."""
+class NestedForm:
+    """Remembers a container or an object by the forms of what it holds; an object also by its `identity`."""
 
     def __init__(self, kind: type, items: Mapping[Any, Any], identity: Identity | None = None) -> None:
         self.kind, self.items, self.identity = kind, dict(items), identity
 
 
 class TensorForm:
-    """A tensor that a module holds under a name of its own: the graph asks for it by that name in every call."""
+    """Remembers the shape of a tensor in a plain attribute: the graph reads the attribute anew in every call."""
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
 
 
 def form_of(value: Any, depth: int = DEPTH) -> Any:
-    """What `value` is now, so that it can be told whether it was changed: atoms themselves, else one of the above."""
+    """Make the form by which `is_unchanged` recognises a value: atoms themselves, else one of the classes above."""
     kind = type(value)
     if kind in ATOMS or (kind is tuple and all(type(item) in ATOMS for item in value)):
         return value
     if depth and isinstance(value, CONTAINERS) and len(value) <= LENGTH:
-        return Parts(kind, {key: form_of(item, depth - 1) for key, item in _items(value).items()})
+        return NestedForm(kind, {key: form_of(item, depth - 1) for key, item in _items(value).items()})
     attributes = _attributes(value)
     if depth and attributes is not None and len(attributes) <= LENGTH:
-        return Parts(kind, {name: form_of(item, depth - 1) for name, item in attributes.items()}, Identity(value))
+        return NestedForm(kind, {name: form_of(item, depth - 1) for name, item in attributes.items()}, Identity(value))
     return Identity(value)
 
 
 def is_unchanged(form: Any, value: Any) -> bool:
-    """Whether `value` still is what it was."""
+    """Whether `value` still is what it was when `form` was made."""
     kind = type(form)
     if form is value:
         return True
@@ -99,8 +100,8 @@ def is_unchanged(form: Any, value: Any) -> bool:
         return isinstance(value, Tensor) and value.shape == form.shape
     if kind is tuple:
         return type(value) is kind and len(form) == len(value) and all(map(is_unchanged, form, value))
-    if kind is not Parts:
-        # Two that are not numbers are no change.
+    if kind is not NestedForm:
+        # NaN equals NaN here.
         return type(value) is kind and bool(form == value or (form != form and value != value))
     if type(value) is not form.kind or not (form.identity is None or form.identity.is_of(value)):
         return False
@@ -124,7 +125,7 @@ def _attributes(value: Any) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """`what` is another one now: in words, such as "attribute 'scale'"; of the module at `path`."""
+    """Describes a change in the module at `path`; `what` changed is given in words, such as "attribute 'scale'"."""
 
     path: str
     what: str
@@ -138,7 +139,7 @@ class Difference:
 
 def _words(value: Any) -> str:
     value = value.value if isinstance(value, Identity) else value
-    if isinstance(value, Parts):
+    if isinstance(value, NestedForm):
         return f"another {value.kind.__name__}"
     if isinstance(value, _Shape):
         return f"{value.name!r} of shape {value.sizes}"
@@ -151,14 +152,14 @@ def _words(value: Any) -> str:
 
 
 class _Shape(NamedTuple):
-    """A parameter or buffer: the first of its names, and its sizes."""
+    """Describes a parameter or buffer by the first of its names, and its sizes."""
 
     name: str
     sizes: tuple[int, ...]
 
 
 class _Structure(NamedTuple):
-    """What a module is made of: children, and shapes of tensors, each with the first of the names that it has."""
+    """Describes a module by its children and the shapes of its tensors, each under the first of its names."""
 
     children: dict[str, Any]
     parameters: dict[str, Any]
@@ -166,7 +167,7 @@ class _Structure(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """What one module was: `attributes` are forms."""
+    """Describes a module as it was; `attributes` are forms."""
 
     kind: type
     structure: _Structure
@@ -174,11 +175,13 @@ class _Held(NamedTuple):
 
 
 class Snapshot:
-    """What the modules of `model` are and hold: classes, children, shapes of parameters, other attributes.
+    """Remembers the modules of `model`: classes, children, shapes of parameters, other attributes.
 
-    What lies inside a module that the graph calls, one of the paths in `called`, is that module's business. So are the
-    attributes of modules in `called` and `opaque`, which may count their calls there, unless they are torch's own or
-    code that was traced through names them. `assigned` are paths of attributes that the graph itself sets.
+    Args:
+        called: paths of modules that are one op in the graph. What lies inside of them is not compared.
+        opaque: paths of modules of which a method is one op. Attributes of modules in `called` and `opaque` may change,
+            as when they count their calls, unless they are torch's own modules or traced code mentions the attribute.
+        assigned: paths of attributes that the graph itself sets, which are not compared.
     """
 
     def __init__(
@@ -210,13 +213,13 @@ class Snapshot:
         }
 
     def differences(self, model: nn.Module) -> list[Difference]:
-        """What is another one now, in the order of the modules."""
+        """List what has changed since, in the order of the modules."""
         found: list[Difference] = []
         visible = list(self._visible(model))
         for path, module, structure in visible:
             was = self._modules.get(path)
             if was is None:
-                # Told of as a child of the module that holds it.
+                # It is new, and listed as a child of the module that holds it.
                 continue
             if type(module) is not was.kind:
                 found.append(Difference(path=path, what="the class", was=was.kind, now=type(module)))
@@ -233,22 +236,22 @@ class Snapshot:
             found += _differing(path, "attribute ", self._inner.get(path, attributes), attributes)
         for kind in self._traced_classes(visible):
             was_class = self._classes.get(kind)
-            # A class that is new here is told of as a module's.
+            # A new class is listed as the class of a module.
             if was_class is not None and (differing := list(_differing("", "", was_class, _own(kind)))):
                 path = next(path for path, module, _ in visible if isinstance(module, kind))
                 found += [replace(each, path=path, what=f"{kind.__name__}.{each.what}") for each in differing]
         return found
 
     def traced_through(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The modules below the model whose ops are in the graph, instead of a call of the module.
+        """List the submodules whose own ops are in the graph, instead of a call of the module.
 
-        Not those that had hooks when it was traced: with hooks a module stays one op, if it is called at all.
+        Modules that had hooks when the model was traced are not among them: with hooks a module stays one op.
         """
         without = self._called | self._hooked
         return [(path, module) for path, module, _ in self._visible(model) if path and path not in without]
 
     def visible(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The modules that the graph calls and those that it goes through."""
+        """List the modules that the graph calls, and those whose own ops are in it."""
         return [(path, module) for path, module, _ in self._visible(model)]
 
     def _visible(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, _Structure]]:
@@ -290,7 +293,7 @@ class Snapshot:
     def _named_inside(
         self, model: nn.Module, visible: Iterable[tuple[str, nn.Module, Any]]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What modules inside of those that are called hold under names that code outside has."""
+        """Yield the attributes of modules inside of called ones whose names are mentioned in traced code outside."""
         if not self._named:
             return
         seen = {path for path, _, _ in visible}
@@ -301,7 +304,7 @@ class Snapshot:
                     yield path, {name: vars(module)[name] for name in names}
 
     def _traced_classes(self, visible: Iterable[tuple[str, nn.Module, Any]]) -> list[type]:
-        """Those with code of the user's that was traced through."""
+        """List the classes whose user code was traced through."""
         found: dict[type, None] = {}
         for path, module, _ in visible:
             if path not in self._called:
@@ -317,7 +320,7 @@ def _is_torchs(module: nn.Module) -> bool:
 
 
 def _names_in(classes: Iterable[type]) -> set[str]:
-    """The names, and the strings that may be some, in the code of classes and of the functions that it calls."""
+    """Collect the names and strings in the code of classes, and of the functions that they call."""
     found: set[str] = set()
     seen: set[Any] = set()
     waiting = [value for kind in classes for value in vars(kind).values()]
@@ -356,13 +359,13 @@ def _differing(path: str, word: str, was: Mapping[str, Any], now: Mapping[str, A
     for name in dict.fromkeys((*was, *now)):
         before, after = was.get(name, MISSING), now.get(name, MISSING)
         if not (name in was and name in now and is_unchanged(before, after)):
-            place, before, after = _innermost(name, before, after)
-            yield Difference(path=path, what=f"{word}{place!r}" if word else place, was=before, now=after)
+            inner, before, after = _innermost(name, before, after)
+            yield Difference(path=path, what=f"{word}{inner!r}" if word else inner, was=before, now=after)
 
 
 def _innermost(name: str, form: Any, value: Any) -> tuple[str, Any, Any]:
-    """Where in a container or an object the first difference is."""
-    while isinstance(form, Parts) and type(value) is form.kind:
+    """Find the first difference inside of a container or an object: its name, and both sides."""
+    while isinstance(form, NestedForm) and type(value) is form.kind:
         items = _items(value) if form.identity is None else _attributes(value)
         if items is None or not (form.identity is None or form.identity.is_of(value)):
             break

@@ -1,9 +1,9 @@
-"""What is inside of values: tensors in any nesting of containers and objects, and the same nesting with others.
+"""Finds and replaces tensors in nested containers and objects, as torch's pytree does in containers alone.
 
-Python's own protocol for copies (`__reduce_ex__`) takes an object apart and puts it together again, so that a class of
-the user's, a dict or list of an own kind, a dataclass or a slotted object needs no case of its own:
+Python's protocol for copies (`__reduce_ex__`) takes an object apart and puts it together again, so that user classes,
+subclasses of dict and list, dataclasses and slotted objects need no special cases:
 
-    object ──taken_apart──► how it is made, arguments, state, items, pairs ──put_together──► object
+    object ──taken_apart──► Reduced: how it is made, arguments, state, items, pairs ──put_together──► object
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor, fx, nn
 
 META = torch.device("meta")
-# Nothing in these can be a tensor.
+# Types of values that hold no tensor.
 ATOMS = (type(None), bool, int, float, str, torch.dtype)
 _ATOMS = {*ATOMS, bytes, complex, torch.device, torch.Size, torch.layout, torch.memory_format, range, slice, type(...)}
-# Never looked into.
-WHOLE = (
+# Never taken apart.
+INDIVISIBLE = (
     *(type, FunctionType, BuiltinFunctionType, MethodType, ModuleType),
     *(nn.Module, fx.Node, fx.Proxy, np.ndarray, np.generic, torch.Generator, torch.jit.ScriptFunction),
 )  # fmt: skip
 Kind = type | tuple[type, ...]
-# While a model is traced, another one lets a proxy pass for a tensor.
+# While a model is traced, `isinstance` is patched to take a proxy for a tensor.
 _isinstance = isinstance
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:
-    """What `root.get_submodule(path)` gives, without looking for attributes, which is slow while a model is traced.
+    """Find a submodule as `root.get_submodule` does, but without `getattr`, which is slow while a model is traced.
 
     Raises KeyError when there is no such module.
     """
@@ -41,8 +41,8 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
     return module
 
 
-class Parts(NamedTuple):
-    """An object taken apart: `make(*arguments)`, then its `state`, the `items` of a list and the `pairs` of a dict."""
+class Reduced(NamedTuple):
+    """Holds an object taken apart: `make(*arguments)`, then its `state`, `items` of a list and `pairs` of a dict."""
 
     make: Any
     arguments: tuple[Any, ...]
@@ -51,30 +51,30 @@ class Parts(NamedTuple):
     pairs: dict[Any, Any]
 
 
-def taken_apart(value: Any) -> Parts | None:
-    """The parts of an object, or None if it has none or cannot be copied."""
-    if _isinstance(value, WHOLE):
+def taken_apart(value: Any) -> Reduced | None:
+    """Take an object apart; None if it is indivisible or cannot be copied."""
+    if _isinstance(value, INDIVISIBLE):
         return None
     try:
-        reduced = value.__reduce_ex__(4)
+        found = value.__reduce_ex__(4)
     except Exception:
         return None
-    if not _isinstance(reduced, tuple):
+    if not _isinstance(found, tuple):
         return None
-    make, arguments, *rest = reduced
+    make, arguments, *rest = found
     state, items, pairs = (*rest, None, None, None)[:3]
-    return Parts(make, arguments, state, list(items or ()), dict(pairs or ()))
+    return Reduced(make, arguments, state, list(items or ()), dict(pairs or ()))
 
 
 def put_together(make: Any, arguments: tuple[Any, ...], state: Any, items: list[Any], pairs: dict[Any, Any]) -> Any:
-    """The object that has these parts."""
+    """Make the object that was taken apart into these arguments."""
     made = make(*arguments)
     fill(made, state, items, pairs)
     return made
 
 
 def fill(made: Any, state: Any, items: list[Any], pairs: dict[Any, Any]) -> None:
-    """Give an object that has just been made what it held."""
+    """Give a new object its state, items and pairs."""
     if state is not None:
         if hasattr(made, "__setstate__"):
             made.__setstate__(state)
@@ -91,12 +91,12 @@ def fill(made: Any, state: Any, items: list[Any], pairs: dict[Any, Any]) -> None
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in a tensor, in any nesting of containers, and in the attributes of objects."""
+    """List the tensors in nested containers and in the attributes of objects; a tensor lists itself."""
     return [value] if type(value) is Tensor else list(members(value, Tensor))
 
 
 def members(value: Any, kind: Kind, seen: set[int] | None = None) -> Iterator[Any]:
-    """What is of a kind in any nesting of containers and in objects; what an object holds twice, once."""
+    """Yield the values of a type in nested containers and objects; what an object holds twice, only once."""
     if _isinstance(value, kind):
         if seen is None or id(value) not in seen:
             if seen is not None:
@@ -109,23 +109,23 @@ def members(value: Any, kind: Kind, seen: set[int] | None = None) -> Iterator[An
             yield from members(item, kind, seen)
     elif type(value) not in _ATOMS:
         seen = set() if seen is None else seen
-        if id(value) not in seen and (parts := taken_apart(value)):
+        if id(value) not in seen and (reduced := taken_apart(value)):
             seen.add(id(value))
-            yield from members(tuple(parts), kind, seen)
+            yield from members(tuple(reduced), kind, seen)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """The same nesting of values with `function` applied to its tensors; objects that hold tensors are copied."""
+    """Copy nested values with `function` applied to their tensors; objects that hold none are not copied."""
     return map_members(function, value, Tensor)
 
 
 def map_members(function: Callable[[Any], Any], value: Any, kind: Kind) -> Any:
-    """The same nesting with `function` applied to what is of a kind; objects without any stay the very same."""
+    """Copy nested values with `function` applied to those of a type; objects that hold none are not copied."""
     return filled(template(function, value, kind))
 
 
 def template(function: Callable[[Any], Any], value: Any, kind: Kind) -> Any:
-    """The same nesting with `function` applied to what is of a kind, objects that hold any taken apart."""
+    """Copy nested values with `function` applied to those of a type; objects that hold any become Reduced."""
     if _isinstance(value, kind):
         return function(value)
     items = _items(value)
@@ -133,27 +133,27 @@ def template(function: Callable[[Any], Any], value: Any, kind: Kind) -> Any:
         return _like(value, [template(function, item, kind) for _, item in items])
     if type(value) in _ATOMS or next(members(value, kind), None) is None:
         return value
-    parts = taken_apart(value)
-    assert parts is not None
+    reduced = taken_apart(value)
+    assert reduced is not None
     function = _once(function)
-    return Parts(*(template(function, part, kind) for part in parts))
+    return Reduced(*(template(function, field, kind) for field in reduced))
 
 
 def filled(template: Any, function: Callable[[Any], Any] | None = None, kind: Kind = ()) -> Any:
-    """A template with `function` applied to what is of a kind, and its objects put together."""
+    """Copy a template with `function` applied to values of a type, and put its objects together again."""
     if function is not None and _isinstance(template, kind):
         return function(template)
     items = _items(template)
     if items is None:
         return template
     made = [filled(item, function, kind) for _, item in items]
-    return put_together(*made) if type(template) is Parts else _like(template, made)
+    return put_together(*made) if type(template) is Reduced else _like(template, made)
 
 
 def leaves_of(value: Any, name: str, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """What is no container in a nesting, each by a name such as `batch.image`; of objects also the class.
+    """Yield the leaves of nested values, each with a name such as `batch.image`, and the classes of objects.
 
-    In the order of `members`, and like there what an object holds twice comes once.
+    They come in the order of `members`, and as there what an object holds twice comes once.
     """
     items = _items(value)
     if _isinstance(value, Tensor):
@@ -168,19 +168,19 @@ def leaves_of(value: Any, name: str, seen: set[int] | None = None) -> Iterator[t
         yield name, value
     else:
         seen = set() if seen is None else seen
-        parts = taken_apart(value)
-        if id(value) in seen or parts is None:
+        reduced = taken_apart(value)
+        if id(value) in seen or reduced is None:
             return
         seen.add(id(value))
         yield f"{name}.class", type(value)
-        yield from leaves_of(parts.arguments, f"{name}.made of", seen)
-        yield from leaves_of(parts.state, name, seen)
-        yield from leaves_of(parts.items, name, seen)
-        yield from leaves_of(parts.pairs, name, seen)
+        yield from leaves_of(reduced.arguments, f"{name}.made of", seen)
+        yield from leaves_of(reduced.state, name, seen)
+        yield from leaves_of(reduced.items, name, seen)
+        yield from leaves_of(reduced.pairs, name, seen)
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]] | None:
-    """What a plain container holds, with keys; None of anything else."""
+    """List the keys and items of a plain container; None for anything else."""
     kind = type(value)
     if kind is dict:
         items: Iterable[tuple[Any, Any]] = value.items()
@@ -193,7 +193,7 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]] | None:
 
 
 def _like(container: Any, items: list[Any]) -> Any:
-    """A plain container of the same kind and the same keys."""
+    """Make a plain container of the same type and keys with other items."""
     kind = type(container)
     if kind is dict:
         return dict(zip(container, items, strict=True))
@@ -203,7 +203,7 @@ def _like(container: Any, items: list[Any]) -> Any:
 
 
 def _once(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The same result for the same thing, which an object may hold under several names."""
+    """Cache `function` by identity, since an object may hold a value under several names."""
     results: dict[int, Any] = {}
 
     def call(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""A plan that keeps within memory: in each phase the fastest mix of recomputing and micro-batches that fits.
+"""Fits a plan into a memory budget: in each phase the fastest mix of recomputing and micro-batches that fits.
 
-What recomputes does so partition by partition or, where less fits, segment by segment.
+Partitions recompute one at a time or, where less memory fits, one segment at a time.
 """
 
 from __future__ import annotations
@@ -25,23 +25,29 @@ def fit(
     micro_batches: int = 1,
     strict: bool = True,
 ) -> Plan:
-    """The fastest of the plans that differ from `plan` in what recomputes, and in micro-batches, and whose forecast
-    keeps within `budget`.
+    """Choose for each phase of `plan` the fastest mix of recomputing and micro-batches that fits `budget`.
 
-    A budget of at most 1 is a share of the activation memory that standard training takes, a larger one bytes of
-    everything at a time. Standard training takes a batch in `micro_batches`, a phase in 1, 2, 4, ... times as many of
-    equal size, and in no more where an op needs the batch as a whole.
-    Raises PartitionError, which names the least that would do, when a phase fits none; unless `strict`, it then takes
-    that.
+    Args:
+        plan: gives partitions, and phases whose own choices are replaced.
+        modes: the graphs of the model that it was made for.
+        budget: at most 1, a fraction of the activation memory of standard training; above 1, bytes of all memory.
+        batch_size: samples of a whole batch.
+        optimizer_slots: values that the optimizer keeps for each parameter.
+        micro_batches: in how many standard training takes a batch. A phase takes 1, 2, 4, ... times as many of equal
+            size, or just as many where an op needs the batch as a whole.
+        strict: raise when nothing fits; otherwise take what needs least.
+
+    Returns the plan with the new phases. Raises PartitionError, which names the least budget that would do, when a
+    phase does not fit and `strict` holds.
     """
     costs = CostModel(plan.partitions, modes, batch_size, optimizer_slots, micro_batches=micro_batches)
     standard = costs.phase(costs.standard)
 
     def need(phase: Phase) -> float:
-        told = costs.phase(phase)
-        return told.activation_bytes / standard.activation_bytes if budget <= 1 else told.peak_bytes
+        forecast = costs.phase(phase)
+        return forecast.activation_bytes / standard.activation_bytes if budget <= 1 else forecast.peak_bytes
 
-    fitting = []
+    phases = []
     for number, phase in enumerate(plan.phases, start=1):
         indivisible = needs_whole_batch(phase, plan, modes)
         choices = sorted(
@@ -53,20 +59,20 @@ def fit(
             found = found or min(choices, key=need)
         if found is None:
             least = min(map(need, choices))
-            allow = f"{-(-least * 100 // 1) / 100:.2f}" if budget <= 1 else f"{least:.0f} bytes"
+            needed = f"{-(-least * 100 // 1) / 100:.2f}" if budget <= 1 else f"{least:.0f} bytes"
             raise PartitionError(
                 f"phase {number} of the {plan.schedule} plan does not fit a memory budget of {budget:g}, whatever "
-                f"recomputes: it needs {allow}; allow that much, make more partitions or take smaller batches"
+                f"recomputes: it needs {needed}; raise the budget to that, make more partitions or take smaller batches"
                 + (f" (not in micro-batches: {indivisible.name!r} needs a batch as a whole)" if indivisible else "")
             )
-        fitting.append(found)
-    return replace(plan, phases=tuple(fitting))
+        phases.append(found)
+    return replace(plan, phases=tuple(phases))
 
 
 def needs_whole_batch(phase: Phase, plan: Plan, modes: Modes) -> Op | None:
-    """The first op that forbids micro-batches in a phase, if there is one.
+    """Find the first op that forbids micro-batches in a phase, or None.
 
-    It mixes samples, or writes to a parameter or a buffer, as it then would once for each micro-batch.
+    It mixes samples, or it writes to a parameter or a buffer, which micro-batches would do several times a step.
     """
     state = {each.name for each in modes.train.state}
     for index, part in enumerate(plan.partitions):
@@ -78,7 +84,7 @@ def needs_whole_batch(phase: Phase, plan: Plan, modes: Modes) -> Op | None:
 
 
 def _choices(phase: Phase, *, micro_batches: int, batch_size: int | None) -> Iterator[Phase]:
-    """Ways to run a phase in `micro_batches`, and unless the batch is to stay as it is (None), in parts of these."""
+    """Yield the ways to run a phase in `micro_batches`; unless `batch_size` is None also in 2, 4, ... times as many."""
     while True:
         yield replace(phase, recompute=0, segmented=False, micro_batches=micro_batches)
         for recompute, segmented in product(range(phase.start + 1, phase.stop), (False, True)):

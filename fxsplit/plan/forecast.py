@@ -1,4 +1,4 @@
-"""What a plan will cost, before it runs: time and memory of a step in each phase, from the costs of the ops alone."""
+"""Forecasts what a plan will cost: time and memory of a step in each phase, from the costs of the ops alone."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.plan.segments import segments
 
-# Without measured seconds: how many multiply-adds a machine does while it moves one byte.
+# Without measured seconds: how many multiply-adds a device does while it moves one byte.
 MACS_PER_BYTE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseForecast:
-    """One step of a phase, optimizer included, loss and data left out.
+    """Forecasts one step of a phase, optimizer included, loss and data left out.
 
-    `step_cost` is relative to a step of `standard`; `step_seconds` is None where the ops were not measured.
-    `activation_bytes` is the most that values, what autograd saves and their gradients hold at a time; with
-    micro-batches those of one, and a parameter's gradient until it is added to that of the ones before. Optimizer state
-    and `gradient_bytes` are those of the parameters that train. `peak_bytes` is the most of everything at a time: by
-    when the last gradients of parameters arrive, most activations are gone.
+    Args:
+        step_cost: time relative to a step of standard training.
+        step_seconds: time, or None where the ops were not measured.
+        activation_bytes: the most that values, what autograd saves and the gradients of values take at a time. With
+            micro-batches those of one, and the gradient of a parameter until it is added to the earlier sum.
+        parameter_bytes, buffer_bytes: of the whole model.
+        gradient_bytes, optimizer_bytes: of the parameters that train.
+        peak_bytes: the most of everything at a time. That is less than the sum of all, since most activations are freed
+            before the last gradients of parameters arrive.
     """
 
     step_cost: float
@@ -40,7 +44,7 @@ class PhaseForecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """A whole plan beside `standard`: `time_ratio` over all its epochs, `peak_ratio` of the largest peaks.
+    """Forecasts a whole plan beside standard training: time over all epochs, and the largest peak, as ratios.
 
     `seconds` of all training steps is None where the ops were not measured or the steps of an epoch are not known.
     """
@@ -63,14 +67,19 @@ def forecast(
     steps_per_epoch: int | None = None,
     micro_batches: int = 1,
 ) -> Forecast:
-    """What the phases of `plan`, made for a model with these graphs, will cost with batches of `batch_size`.
+    """Forecast what the phases of `plan` will cost beside standard training.
 
-    `standard`, to which they are held, takes a batch in `micro_batches`.
+    Args:
+        plan: made for a model with the graphs `modes`.
+        batch_size: samples of a whole batch.
+        optimizer_slots: values that the optimizer keeps for each parameter: 2 for Adam, 1 for SGD with momentum, 0 for
+            plain SGD.
+        update_seconds: time of the optimizer's update of all parameters, if it was measured.
+        steps_per_epoch: needed for `Forecast.seconds`.
+        micro_batches: in how many standard training takes a batch.
 
-    `optimizer_slots` is the number of values that the optimizer keeps a parameter: 2 for Adam, 1 for SGD with momentum,
-    0 for plain SGD. Time is that of the measured ops where both graphs have seconds, with `update_seconds` for the
-    optimizer's update of all parameters; else multiply-adds and bytes moved are weighed, MACS_PER_BYTE of the ones for
-    one of the others, and so is an update whose seconds are not given.
+    Time is the sum of measured seconds where all ops of both graphs have them. Else it is counted in multiply-adds, a
+    moved byte for MACS_PER_BYTE of them. An update without measured time is converted by the same rule.
     """
     costs = CostModel(plan.partitions, modes, batch_size, optimizer_slots, update_seconds, micro_batches=micro_batches)
     epochs = plan.epochs
@@ -91,7 +100,7 @@ def forecast(
 
 
 class CostModel:
-    """What a step costs in any phase over these partitions; the arguments are those of `forecast`."""
+    """Computes what a step costs in any phase over some partitions; the arguments are those of `forecast`."""
 
     def __init__(
         self,
@@ -122,22 +131,25 @@ class CostModel:
         self.standard_time = self._step_time(self.standard)
 
     def step_cost(self, phase: Phase) -> float:
-        """The time of a step relative to one of `standard`; memory is left alone, so that this is quick."""
+        """Compute the time of a step relative to standard training, without its memory, so that this is quick."""
         return self._step_time(phase) / self.standard_time if self.standard_time else 1.0
 
     def phase(self, phase: Phase) -> PhaseForecast:
+        """Forecast time and memory of a step."""
         steps = list(self._steps(phase))
         gradients = {name: self.bytes[name] for name in self._trained(phase)}
         optimizer_bytes = self.optimizer_slots * sum(gradients.values())
-        part = -(-self.batch_size // phase.micro_batches)
+        micro_batch_size = -(-self.batch_size // phase.micro_batches)
         if phase.micro_batches == 1:
-            activations, most = (
-                peak_bytes(steps, self.modes.train, batch_size=part, gradient_bytes=counted)
+            activations, with_gradients = (
+                peak_bytes(steps, self.modes.train, batch_size=micro_batch_size, gradient_bytes=counted)
                 for counted in (dict.fromkeys(gradients, 0), gradients)
             )
         else:
-            activations = peak_bytes(steps, self.modes.train, batch_size=part, gradient_bytes=gradients, adds=True)
-            most = activations + sum(gradients.values())
+            activations = peak_bytes(
+                steps, self.modes.train, batch_size=micro_batch_size, gradient_bytes=gradients, adds=True
+            )
+            with_gradients = activations + sum(gradients.values())
         return PhaseForecast(
             step_cost=self.step_cost(phase),
             step_seconds=self._step_time(phase) if self.measured else None,
@@ -146,34 +158,35 @@ class CostModel:
             buffer_bytes=sum(self.bytes.values()) - self.parameter_bytes,
             gradient_bytes=sum(gradients.values()),
             optimizer_bytes=optimizer_bytes,
-            peak_bytes=sum(self.bytes.values()) + optimizer_bytes + most,
+            peak_bytes=sum(self.bytes.values()) + optimizer_bytes + with_gradients,
         )
 
     @cached_property
     def _segment_of(self) -> dict[str, int]:
-        """By the name of each op of the train graph, the place where its segment starts."""
-        parts = chain.from_iterable(segments(self.partitions, self.modes))
-        return {op.name: part.start for part in parts for op in self.modes.train.ops[part.span(training=True)]}
+        """Map each op of the train graph to the start of its segment."""
+        every = chain.from_iterable(segments(self.partitions, self.modes))
+        ops = self.modes.train.ops
+        return {op.name: segment.start for segment in every for op in ops[segment.span(training=True)]}
 
     def _trained(self, phase: Phase) -> frozenset[str]:
-        window = self.partitions[phase.start : phase.stop]
-        return frozenset(name for part in window for name in part.state if name in self.parameters)
+        training = self.partitions[phase.start : phase.stop]
+        return frozenset(name for part in training for name in part.state if name in self.parameters)
 
     def _steps(self, phase: Phase) -> Iterator[Step]:
-        """Every op in the order in which it runs: settled in evaluation, then training, then frozen in evaluation."""
+        """Yield every op of a phase in the order in which it runs."""
         # The ops of a phase from left to right, and the gradients that come back through those that are recorded.
         #
         #     0             start            recompute            stop              n
         #     ├─── settled ───┼──────── trains ──┼──── trains ──────┼──── frozen ─────┤
         #     │ (1) eval graph│ (1) train graph                     │ (1) eval graph  │
-        #     │ (4) folded    │ (5) made again   │ kept             │ (3) as trained  │
+        #     │ (4) folded    │ (5) runs again   │ kept             │ (3) as trained  │
         #                     ◄────────────── gradients ─────────────────────────── loss
         #
         # (1) Which graph an op is taken from. Outside of what trains, all runs in evaluation.
-        # (2) Autograd records an op that has a parameter which trains, or that reads a value which an op before it has
-        #     made a gradient wanted for. So gradients go back through the frozen ops to the first op that trains.
-        # (3) What a frozen op saves and what its backward takes was measured of its twin in the train graph.
-        # (4) A settled op takes what it was measured to take when it is folded.
+        # (2) Autograd records an op that has a parameter which trains, or that reads the output of a recorded op. So
+        #     gradients go back through the frozen ops to the first op that trains.
+        # (3) A frozen op saves, and takes in backward, what was measured of the same op in the train graph.
+        # (4) A settled op takes the time and memory that were measured after folding.
         # (5) What recomputes runs again in backward, together with all of its partition or of its segment.
         train, evaluation = self.modes.train, self.modes.eval
         trained = self._trained(phase)
@@ -198,7 +211,7 @@ class CostModel:
                 yield Step(op=op, recorded=recorded, trains=trains, passes=passes, recomputes=recomputes)
 
     def _step_time(self, phase: Phase) -> float:
-        """Seconds of a step where they are measured, else work in multiply-adds."""
+        """Estimate a step in seconds where all ops were measured, else in multiply-adds."""
         key = phase.start, phase.stop, phase.recompute
         if key not in self._times:
             self._times[key] = self._time(phase, self._seconds if self.measured else self._work)
@@ -209,7 +222,7 @@ class CostModel:
         return self._times[key] + update * (1 + added)
 
     def _time(self, phase: Phase, times: Callable[[Op], tuple[float, float]]) -> float:
-        """Of all ops, forward and backward."""
+        """Sum forward and backward of all ops, whose two times `times` gives."""
         inputs = {value.name for value in self.modes.train.inputs}
         total = 0.0
         for step in self._steps(phase):
@@ -222,12 +235,12 @@ class CostModel:
         return total
 
     def _seconds(self, op: Op) -> tuple[float, float]:
-        share = self.batch_size / self.modes.train.batch_size
+        scale = self.batch_size / self.modes.train.batch_size
         forward = op.forward_seconds or 0.0
-        return share * forward, share * ((op.seconds or 0.0) - forward)
+        return scale * forward, scale * ((op.seconds or 0.0) - forward)
 
     def _work(self, op: Op) -> tuple[float, float]:
-        """In multiply-adds; backward moves gradients beside the values."""
+        """Estimate forward and backward in multiply-adds; backward moves gradients beside the values."""
         moved = self.batch_size * sum(self.values[name].bytes_per_sample for name in (*op.reads, op.name))
         moved += sum(self.bytes[name] for name in op.state)
         return (
@@ -237,14 +250,14 @@ class CostModel:
 
 
 def _is_differentiable(value: Value) -> bool:
-    """Tuples of tensors have no type of their own, and count as such."""
+    """Whether a value can have a gradient; a tuple of tensors, whose dtypes are not known, counts as one."""
     return value.dtype.startswith(("float", "bfloat", "complex")) or (
         value.shape is None and value.bytes_per_sample > 0
     )
 
 
 def _settled(op: Op, shared: dict[str, str]) -> Op:
-    """A settled op as it was measured. One that was folded away delivers what it reads; `shared` remembers that."""
+    """Give a settled op its measured costs. One that was folded away returns its input; `shared` keeps whose memory."""
     if op.settled_seconds is None:
         return op
     if not op.settled_seconds and op.reads:
@@ -259,8 +272,9 @@ def _settled(op: Op, shared: dict[str, str]) -> Op:
 
 
 def _frozen(op: Op, trained: Op | None) -> Op:
-    """An op of the eval graph that passes gradients on: what it saves and how long its backward takes is known of its
-    twin in training. One that delivers what it reads, as dropout does in evaluation, has neither.
+    """Give a frozen op of the eval graph the backward costs of the same op in the train graph, if that has it.
+
+    An op that only returns its input in evaluation, such as dropout, has no backward costs.
     """
     if trained is None or op.output.storage != trained.output.storage:
         return op

@@ -1,8 +1,7 @@
-"""The partitions between chosen cuts: pure data, from a model's two graphs.
+"""Divides a model's two graphs into partitions, as pure data.
 
-`count` partitions are found in two steps: how small the largest of them can be, by binary search over greedy fills,
-and then, among divisions that are nearly as good, the one with the best cuts, by dynamic programming with a sliding
-minimum.
+A number of partitions is found in two steps: how small the largest can be, by binary search over greedy fills; and
+then, among divisions nearly as balanced, the one with the best cuts, by dynamic programming with a sliding minimum.
 """
 
 from __future__ import annotations
@@ -15,22 +14,26 @@ from functools import partial
 from itertools import accumulate, pairwise
 
 from fxsplit.errors import PartitionError, UsageError, nearest
-from fxsplit.graph import Graph, Modes, State, once_a_pair
-from fxsplit.plan.cuts import Cut, cuts, places_of, unit_borders, with_ends
+from fxsplit.graph import Graph, Modes, State, cached_by_graphs
+from fxsplit.plan.cuts import Cut, cuts, first_ops, unit_borders, with_ends
 
 BALANCES = ("macs", "params", "activations", "seconds")
-PLACES = ("op", "natural", "block")
+CUT_KINDS = ("op", "natural", "block")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Partition:
-    """The ops [start, stop) of the train graph and [eval_start, eval_stop) of the eval graph. Owns no tensor.
+    """Describes the ops [start, stop) of the train graph and [eval_start, eval_stop) of the eval graph; owns no tensor.
 
-    `name` is the path of its starting cut. It `reads` and `writes` the boundaries at its two ends: the first
-    reads the live inputs, the last writes the outputs of both graphs. `state` are the parameters and buffers
-    that it owns, those which no earlier partition uses, of `parameters` elements and `state_bytes` bytes,
-    buffers included. `macs`, `activation_bytes` (kept for backward) and `boundary_bytes` (at its start) are
-    for one sample in training.
+    Args:
+        name: path of the cut at which it begins.
+        reads: boundary at its start, for the first partition the inputs that are used; `writes` is that at its end, for
+            the last partition the outputs of both graphs.
+        state: parameters and buffers that it owns: those which it uses and no earlier partition does.
+        parameters: numbers in the parameters that it owns; `state_bytes` counts buffers too.
+        macs: multiply-adds of forward, for one sample in training.
+        activation_bytes: what autograd keeps for backward, for one sample.
+        boundary_bytes: size of the boundary at its start, for one sample.
 
     Raises ValueError when it holds no op of the train graph.
     """
@@ -58,7 +61,7 @@ class Partition:
             )
 
     def span(self, *, training: bool) -> slice:
-        """Its ops in the graph of that mode."""
+        """Locate its ops in the train graph or the eval graph."""
         return slice(self.start, self.stop) if training else slice(self.eval_start, self.eval_stop)
 
 
@@ -71,52 +74,56 @@ def partition(
     by: str = "op",
     units: Mapping[str, str] | None = None,
 ) -> tuple[Partition, ...]:
-    """Divide a model into partitions, either `count` of them or one more than there are places in `at`.
+    """Divide a model into partitions: `count` balanced ones, or those between the cuts named by `at`.
 
-    `at` names modules by dotted path, or single ops; the cut is before the first op of each.
+    Args:
+        modes: the model's two graphs.
+        count: number of partitions, at least 1.
+        at: dotted paths of modules, or names of ops; the model is cut before the first op of each.
+        balance: what weighs a partition: multiply-adds ("macs"), bytes of its parameters ("params"), bytes kept for
+            backward ("activations") or measured time ("seconds"). Where every op weighs 0, ops are counted.
+        by: which cuts `count` may choose from: all legal ones ("op"), the natural ones ("natural") or those between
+            units ("block").
+        units: for "block", the name of the unit that each module belongs to, by module path.
 
-    The cuts allowed to `count` are all legal ones (`by` "op"), the natural ones ("natural") or those at the borders of
-    units ("block"), of which `units` says by module path what belongs together. The optimum is the smallest largest
-    partition that they allow, in multiply-adds (`balance` "macs"), bytes of owned parameters ("params"), bytes kept
-    for backward ("activations") or measured time ("seconds"). Of all divisions whose largest partition is within 5 %
-    of it, the best is the one with the fewest cuts at several tensors, then with the most natural cuts, then with the
-    smallest largest partition, then with the smallest boundaries in sum. None has a partition that weighs 0 unless all
-    have. A model for which every weight is 0 is balanced by the number of ops.
+    Of all divisions whose heaviest partition is at most 5 % above the optimum, the best has the fewest cuts at several
+    tensors, then the most natural cuts, then the lightest heaviest partition, then the smallest boundaries in sum. No
+    partition weighs 0 unless there are fewer weights than partitions.
 
-    Raises UsageError when not exactly one of `count` and `at` is given, when `count`, `balance` or `by` is none
-    that exists, or when seconds are wanted that nobody measured; PartitionError, which names every wrong place at
-    once, when a path is unknown or refused, and when there are too few allowed cuts or no ops.
+    Raises UsageError when not exactly one of `count` and `at` is given, when `count`, `balance` or `by` is no valid
+    value, or when ops lack the seconds to balance by; PartitionError, which names all wrong paths at once, when a path
+    is unknown or cannot be cut at, and when there are too few allowed cuts or no ops.
     """
     if (count is None) == (not at):
         raise UsageError("give either the number of partitions or the paths at which to cut, and not both")
     every = with_ends(modes)
     if count is None:
-        if wrong := wrong_places(modes, at):
+        if wrong := unusable_paths(modes, at):
             raise PartitionError("; ".join(wrong))
-        places = places_of(modes.train)
-        inner = [every[index] for index in sorted({places[place] for place in at})]
+        op_at = first_ops(modes.train)
+        inner = [every[index] for index in sorted({op_at[path] for path in at})]
     else:
         allowed = _allowed(modes, by, units or {})
         inner = _cuts_by_count(count, allowed, _op_weights(modes, balance), by)
     return between(modes, (every[0], *inner, every[-1]))
 
 
-def wrong_places(modes: Modes, at: Sequence[str]) -> list[str]:
-    """A sentence about each of the places that gives no cut, and where near it there is one."""
+def unusable_paths(modes: Modes, at: Sequence[str]) -> list[str]:
+    """Explain in a sentence each path at which the model cannot be cut, and name the nearest at which it can."""
     every = with_ends(modes)
     legal = {cut.index: cut for cut in every[1:-1] if cut.refusal is None}
-    places = places_of(modes.train)
-    return [fault for place in dict.fromkeys(at) if (fault := _fault_at(place, every, legal, places))]
+    op_at = first_ops(modes.train)
+    return [fault for path in dict.fromkeys(at) if (fault := _fault_at(path, every, legal, op_at))]
 
 
 def most_partitions(modes: Modes, *, by: str = "op", units: Mapping[str, str] | None = None) -> int:
-    """The largest `count` for which there is a division. Raises as `partition` does."""
+    """Count the partitions between all cuts that `by` allows, the most that `partition` makes. Raises likewise."""
     return len(_allowed(modes, by, units or {})) + 1
 
 
 def _allowed(modes: Modes, by: str, units: Mapping[str, str]) -> list[Cut]:
-    if by not in PLACES:
-        raise UsageError(f"a model is cut by {', '.join(PLACES)}, not by {by!r}{nearest(by, PLACES)}")
+    if by not in CUT_KINDS:
+        raise UsageError(f"a model is cut by {', '.join(CUT_KINDS)}, not by {by!r}{nearest(by, CUT_KINDS)}")
     legal = [cut for cut in cuts(modes) if cut.refusal is None]
     if by == "natural":
         return [cut for cut in legal if cut.natural]
@@ -126,21 +133,21 @@ def _allowed(modes: Modes, by: str, units: Mapping[str, str]) -> list[Cut]:
     return legal
 
 
-@once_a_pair
+@cached_by_graphs
 def owning_ops(modes: Modes) -> Mapping[str, int]:
-    """Parameters and buffers, by first use, and the train op whose partition owns each.
+    """Map each parameter and buffer to the train op whose partition owns it, in the order of their first use.
 
-    A name that evaluation uses earlier than training belongs to the train op between whose cuts' twins that
-    use lies.
+    Evaluation may use one before training does. It then belongs to the train op whose two cuts have their twins around
+    that use.
     """
     train, evaluation = modes.train, modes.eval
     twins = [cut.eval_index for cut in cuts(modes)]
-    eval_places = [bisect_right(twins, index) for index in range(len(evaluation))]
+    train_op_of = [bisect_right(twins, index) for index in range(len(evaluation))]
     owners: dict[str, int] = {}
-    for graph, places in ((train, range(len(train))), (evaluation, eval_places)):
-        for op, place in zip(graph.ops, places, strict=True):
+    for graph, train_ops in ((train, range(len(train))), (evaluation, train_op_of)):
+        for op, index in zip(graph.ops, train_ops, strict=True):
             for name in op.state:
-                owners[name] = min(owners.get(name, place), place)
+                owners[name] = min(owners.get(name, index), index)
     return dict(sorted(owners.items(), key=lambda item: item[1]))
 
 
@@ -149,7 +156,7 @@ def _states(modes: Modes) -> dict[str, State]:
 
 
 def _op_weights(modes: Modes, balance: str) -> list[int]:
-    """What each train op adds to the weight of its partition."""
+    """Weigh each train op, in the unit of `balance`."""
     if balance not in BALANCES:
         hint = nearest(balance, BALANCES)
         raise UsageError(f"partitions are balanced by {', '.join(BALANCES)}, not by {balance!r}{hint}")
@@ -169,7 +176,7 @@ def _op_weights(modes: Modes, balance: str) -> list[int]:
 
 
 def _nanoseconds(train: Graph) -> list[int]:
-    """Whole numbers, among which the smallest bottleneck can be searched for."""
+    """Express the measured seconds of each op as whole numbers, so that the optimum can be found by binary search."""
     seconds = {op.name: op.seconds for op in train.ops}
     if missing := [name for name, value in seconds.items() if value is None]:
         raise UsageError(
@@ -179,20 +186,20 @@ def _nanoseconds(train: Graph) -> list[int]:
     return [round(1e9 * value) for value in seconds.values() if value is not None]
 
 
-def _fault_at(place: str, every: Sequence[Cut], legal: Mapping[int, Cut], places: Mapping[str, int]) -> str | None:
-    """Why the model cannot be cut at a place, and where near it can, or None."""
-    if place not in places:
-        known = [path for path, index in places.items() if index in legal]
-        hint = nearest(place, known) or _alternatives(known[:3])
-        return f"no operation of the model lies in {place!r}{hint}"
-    index = places[place]
+def _fault_at(path: str, every: Sequence[Cut], legal: Mapping[int, Cut], op_at: Mapping[str, int]) -> str | None:
+    """Say why the model cannot be cut before `path`, and where near it can; None if it can."""
+    if path not in op_at:
+        known = [other for other, index in op_at.items() if index in legal]
+        hint = nearest(path, known) or _alternatives(known[:3])
+        return f"no operation of the model lies in {path!r}{hint}"
+    index = op_at[path]
     if index in legal:
         return None
     reason = every[index].refusal if index else "it holds the first operation of the model"
     indices = sorted(legal)
     after = bisect_left(indices, index)
     near = [legal[index].path for index in indices[max(0, after - 1) : after + 1]]
-    return f"the model cannot be cut before {place!r}: {reason}{_alternatives(near)}"
+    return f"the model cannot be cut before {path!r}: {reason}{_alternatives(near)}"
 
 
 def _alternatives(paths: Sequence[str]) -> str:
@@ -203,10 +210,10 @@ def _cuts_by_count(count: int, allowed: Sequence[Cut], op_weights: Sequence[int]
     if count < 1:
         raise UsageError(f"the number of partitions must be at least 1, not {count}")
     if len(allowed) < count - 1:
-        ones = {"op": "legal ones", "natural": "natural ones", "block": "at the borders of its blocks"}[by]
+        kind = {"op": "legal ones", "natural": "natural ones", "block": "at the borders of its blocks"}[by]
         advice = "" if by == "op" else ", or cut by op"
         raise PartitionError(
-            f"{count} partitions need {count - 1} cuts and the model has {len(allowed)} {ones}; "
+            f"{count} partitions need {count - 1} cuts and the model has {len(allowed)} {kind}; "
             f"ask for at most {len(allowed) + 1} partitions{advice}"
         )
     before = list(accumulate(op_weights, initial=0))
@@ -220,17 +227,17 @@ def _cuts_by_count(count: int, allowed: Sequence[Cut], op_weights: Sequence[int]
     return [allowed[point - 1] for point in chosen]
 
 
-# The share of the optimum, a twentieth, that a division may weigh more for the sake of better cuts.
+# For the sake of better cuts the heaviest partition may weigh this fraction more than the optimum: a twentieth.
 TOLERANCE = 20
 
 
 def _divide(before: Sequence[int], flaws: Sequence[int], sizes: Sequence[int], count: int) -> list[int]:
-    """The `count - 1` inner points that divide a line best.
+    """Choose the `count - 1` inner points that divide a line of weights into the best parts.
 
     `before` is the weight left of each point, from 0 at the first point to the total at the last. Of the divisions
     whose heaviest part is within the tolerance of the optimum, the best have the least sum of `flaws`, then the
-    lightest heaviest part, then the least sum of `sizes`. A part weighs nothing only where more parts are wanted than
-    there are weights between points.
+    lightest heaviest part, then the least sum of `sizes`. A part weighs 0 only where more parts are wanted than there
+    are weights between points.
     """
     scale = sum(sizes) + 1
     costs = [flaw * scale + size for flaw, size in zip(flaws, sizes, strict=True)]
@@ -250,7 +257,7 @@ def _divide(before: Sequence[int], flaws: Sequence[int], sizes: Sequence[int], c
 
 
 def _at_every_weight(before: Sequence[int], costs: Sequence[int], count: int) -> list[int]:
-    """The cheapest point between every two weights, and then the cheapest others."""
+    """Choose the cheapest point between every two weights, so that no weight is divided; then the cheapest others."""
     inner = sorted(range(1, len(before) - 1), key=costs.__getitem__)
     needed = {before[point]: point for point in reversed(inner) if 0 < before[point] < before[-1]}
     first = [*needed.values()]
@@ -259,7 +266,7 @@ def _at_every_weight(before: Sequence[int], costs: Sequence[int], count: int) ->
 
 
 def _cheapest(before: Sequence[int], costs: Sequence[int], count: int, limit: int) -> list[int]:
-    """The `count - 1` inner points of the least sum of costs between which no part weighs nothing or over `limit`."""
+    """Choose the `count - 1` inner points of least cost between which parts weigh more than 0 and at most `limit`."""
     # Part by part, the cheapest way to each point at which that part can end.
     #
     #     0 ────── a ── b ───── c ──── point ─────────── n      a, b, c: ends of the part before
@@ -267,29 +274,29 @@ def _cheapest(before: Sequence[int], costs: Sequence[int], count: int, limit: in
     #
     # (1) A part can end only where the parts up to it can reach and those after it can still cover the rest.
     # (2) Its start is the cheapest end of the part before that lies within `limit` to the left and leaves some weight
-    #     between. As `point` moves right, ends come in at the right of this window and drop out at its left. An end
-    #     that is dearer than one to its right is never needed again, so the costs in the window rise from left to
-    #     right, and its first is the cheapest: linear, not quadratic.
+    #     between. As `point` moves right, ends join this queue at its right and leave it at its left. An end that is
+    #     dearer than one to its right is never needed again, so the costs in the queue rise from left to right, and
+    #     its first is the cheapest: linear, not quadratic.
     # (3) The starts that were chosen lead back from n.
     total = before[-1]
     ends = [(0, 0)]
     starts: list[dict[int, int]] = []
     for part in range(1, count + 1):
         coming, ends = deque(ends), []
-        window: deque[tuple[int, int]] = deque()
+        queue: deque[tuple[int, int]] = deque()
         start_of: dict[int, int] = {}
         low = bisect_left(before, total - (count - part) * limit)  # (1)
         high = bisect_right(before, part * limit)
         for point in range(low, high):
             while coming and before[coming[0][0]] < before[point]:  # (2)
                 end = coming.popleft()
-                while window and window[-1][1] > end[1]:
-                    window.pop()
-                window.append(end)
-            while window and before[window[0][0]] < before[point] - limit:
-                window.popleft()
-            if window:
-                start_of[point], cost = window[0]
+                while queue and queue[-1][1] > end[1]:
+                    queue.pop()
+                queue.append(end)
+            while queue and before[queue[0][0]] < before[point] - limit:
+                queue.popleft()
+            if queue:
+                start_of[point], cost = queue[0]
                 ends.append((point, cost + costs[point]))
         starts.append(start_of)
     points = [len(before) - 1]
@@ -299,7 +306,7 @@ def _cheapest(before: Sequence[int], costs: Sequence[int], count: int, limit: in
 
 
 def _fits(before: Sequence[int], count: int, limit: int) -> bool:
-    """Whether `count` parts of at most `limit` each cover the line, or fewer: cutting on adds no weight."""
+    """Whether `count` parts, or fewer, of at most `limit` each cover the line: further cuts add no weight."""
     reach = 0
     for _ in range(count):
         reach = bisect_right(before, before[reach] + limit) - 1
@@ -307,13 +314,13 @@ def _fits(before: Sequence[int], count: int, limit: int) -> bool:
 
 
 def between(modes: Modes, chosen: Sequence[Cut]) -> tuple[Partition, ...]:
-    """The partitions between neighbours in `chosen`."""
+    """Make the partitions between neighbouring cuts in `chosen`, which begins and ends with the model's two ends."""
     states, owners = _states(modes), owning_ops(modes)
-    made = []
+    partitions = []
     for index, (first, last) in enumerate(pairwise(chosen)):
         ops = modes.train.ops[first.index : last.index]
         owned = [states[name] for name, op_index in owners.items() if first.index <= op_index < last.index]
-        made.append(
+        partitions.append(
             Partition(
                 index=index,
                 name=first.path,
@@ -331,4 +338,4 @@ def between(modes: Modes, chosen: Sequence[Cut]) -> tuple[Partition, ...]:
                 boundary_bytes=first.bytes_per_sample,
             )
         )
-    return tuple(made)
+    return tuple(partitions)

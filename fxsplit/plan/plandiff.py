@@ -1,4 +1,4 @@
-"""What differs between two plan files."""
+"""Compares two plan files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIGURES = ("ops", "parameters", "macs", "activation_bytes", "boundary_bytes")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One difference. Each side is text, a number or figures by name; None where that plan has no such thing."""
+    """Describes one difference. Each side is text, a number or figures by name; None where a plan lacks it."""
 
     what: str
     before: str | int | Figures | None
@@ -26,9 +26,9 @@ class Change:
 
 
 def diff(before: PlanFile, after: PlanFile) -> tuple[Change, ...]:
-    """Every difference: what the plans were made with, their cuts, phases, partitions and totals.
+    """List every difference: what the plans were made with, their cuts, phases, partitions and totals.
 
-    Partitions are compared by the cut at which they begin, where the figures of both files belong to their cuts.
+    Partitions that begin at the same cut are compared, if both files have figures for their partitions.
     """
     phases = zip_longest(map(str, before.phases), map(str, after.phases))
     changes = [
@@ -46,7 +46,7 @@ def diff(before: PlanFile, after: PlanFile) -> tuple[Change, ...]:
 
 
 def _figures(file: PlanFile) -> dict[str, Figures]:
-    """Of each partition, by its name."""
+    """Collect the figures of each partition, by its name."""
     return {part.name: {key: _figure(part, key) for key in FIGURES} for part in file.derived}
 
 
@@ -55,7 +55,7 @@ def _figure(part: Partition, key: str) -> int:
 
 
 def _aligned(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[str | None, str | None]]:
-    """What was taken away beside what was put in its place."""
+    """Pair each item that was removed with the one that replaced it, None where there is none."""
     for word, start, stop, new_start, new_stop in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
         if word != "equal":
             yield from zip_longest(before[start:stop], after[new_start:new_stop])
@@ -66,11 +66,11 @@ def _compared(before: Mapping[str, Figures], after: Mapping[str, Figures]) -> It
         return
     for name in (name for name in before if name in after):
         yield _change(f"partition {name}", before[name], after[name])
-    largest = ({key: max(part[key] for part in parts.values()) for key in FIGURES} for parts in (before, after))
+    largest = ({key: max(part[key] for part in each.values()) for key in FIGURES} for each in (before, after))
     yield _change("largest partition", *largest)
 
 
 def _change(what: str, before: Figures, after: Figures) -> Change:
-    """Of the figures only those that differ."""
+    """Describe a difference in figures, leaving out those that are equal."""
     changed = [key for key in FIGURES if before[key] != after[key]]
     return Change(what=what, before={key: before[key] for key in changed}, after={key: after[key] for key in changed})

@@ -1,12 +1,12 @@
-"""A plan as a file, for people to read, edit, review, compare and use again; records hold the same, as plain data.
+"""Reads and writes plans as files that people can read, edit, review and compare; records hold the same data.
 
-    "cuts":    ["layer2", "layer3"],                         what says where the model is cut, and
+    "cuts":    ["layer2", "layer3"],                         where the model is cut
     "phases":  [{"from": null, "up_to": null, "epochs": 9},  which partitions train for how long
                 {"from": "layer2", "up_to": null, "epochs": 6}],
-    "derived": [{"name": "layer2", "macs": 411041792}]       what follows from it: the partitions, in full
+    "derived": [{"name": "layer2", "macs": 411041792}]       the partitions in full, which follow from the cuts
 
-Phases name the cuts between which they train, so that a cut may be added or taken away without renumbering. Read
-against a model, all that is derived is worked out anew. Only a record, which has no model at hand, believes it.
+Phases name the cuts between which they train, so that a cut can be added or removed without renumbering. `derived` is
+ignored when a plan is made for a model; only a record, which has no model at hand, is read with it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from fxsplit.errors import PartitionError, UsageError, nearest
 from fxsplit.graph import Modes
-from fxsplit.plan.cuts import places_of
-from fxsplit.plan.partition import Partition, partition, wrong_places
+from fxsplit.plan.cuts import first_ops
+from fxsplit.plan.partition import Partition, partition, unusable_paths
 from fxsplit.plan.schedule import Phase, Plan, saving_in_words
 from fxsplit.presets import PRESETS
 from fxsplit.records import json_line, read_record
@@ -30,7 +30,7 @@ SCHEMA = 3
 
 
 class Rule(NamedTuple):
-    """What a key may hold: whether a value suits, and what does, in words."""
+    """Says which values a key may hold: as a predicate, and in words."""
 
     suits: Callable[[Any], bool]
     words: str
@@ -43,7 +43,7 @@ CUT = Rule(lambda value: value is None or isinstance(value, str), "one of the cu
 
 
 class Key(NamedTuple):
-    """A key of the file: its rule, and whether it may be left out."""
+    """Describes a key of the file: its rule, and whether it may be left out."""
 
     name: str
     rule: Rule
@@ -51,10 +51,10 @@ class Key(NamedTuple):
 
 
 class PhaseKey(NamedTuple):
-    """A key of a phase in the file, and the field that it fills.
+    """Describes a key of a phase in the file, and the field of NamedPhase and Phase that it fills.
 
-    A cut is a name in the file and an index in a Phase. A key with a `default` may be left out, and so it is when
-    written, where it is `rare`.
+    A cut is a name in the file and in a NamedPhase, an index in a Phase. A key with a `default` may be left out; a
+    `rare` one is not written when it has its default.
     """
 
     name: str
@@ -65,6 +65,7 @@ class PhaseKey(NamedTuple):
 
     @property
     def optional(self) -> bool:
+        """Whether the key may be left out."""
         return self.default is not ...
 
 
@@ -81,7 +82,7 @@ PHASE_KEYS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedPhase:
-    """A Phase whose cuts are names: it trains from the cut `start` (None: the model's start) up to `stop` (its end)."""
+    """Describes a Phase by the names of cuts. None stands for the model's own start or end, or for no recomputing."""
 
     start: str | None
     stop: str | None
@@ -92,8 +93,8 @@ class NamedPhase:
     micro_batches: int = 1
 
     def __str__(self) -> str:
-        places = (("from", self.start), ("up to", self.stop))
-        trains = " ".join(f"{word} {place}" for word, place in places if place is not None) or "all"
+        ends = (("from", self.start), ("up to", self.stop))
+        trains = " ".join(f"{word} {cut}" for word, cut in ends if cut is not None) or "all"
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
         fresh = "fresh optimizer" * self.fresh_optimizer
         saving = saving_in_words(self.recompute, segmented=self.segmented, micro_batches=self.micro_batches)
@@ -102,9 +103,10 @@ class NamedPhase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFile:
-    """What a plan file says. `model`, `graph` (the digest) and `torch` tell what it was made with, or are empty.
+    """Holds the contents of a plan file.
 
-    `derived` are the partitions, in order; none where the cuts were edited since, or where the file has none.
+    `model`, `graph` (the digest of its train graph) and `torch` (the version) say what the plan was made with, or are
+    empty. `derived` are the partitions; none if the file has none, or if its cuts were edited since.
     """
 
     model: str = ""
@@ -118,7 +120,7 @@ class PlanFile:
 
     @classmethod
     def of(cls, plan: Plan, *, model: str = "", graph: str = "", torch: str = "") -> PlanFile:
-        """The file of a plan."""
+        """Describe a plan by the names of its cuts."""
         names = tuple(part.name for part in plan.partitions[1:])
         cuts = [None, *names, None]
         phases = []
@@ -139,21 +141,21 @@ class PlanFile:
 
     @property
     def epochs(self) -> int:
-        """Epochs of all phases together."""
+        """Sum the epochs of all phases."""
         return sum(phase.epochs for phase in self.phases)
 
     def plan(self, modes: Modes) -> Plan:
-        """The plan for a model with these graphs, of which all figures are worked out.
+        """Make the plan for a model with these graphs, from the cuts and phases alone.
 
         Raises PartitionError when a cut is not one of this model or its phases cannot run.
         """
         partitions = partition(modes, at=self.cuts) if self.cuts else partition(modes, count=1)
         index_of = {part.start: part.index for part in partitions}
-        places = places_of(modes.train)
-        return self._plan(partitions, {cut: index_of[places[cut]] for cut in self.cuts})
+        op_at = first_ops(modes.train)
+        return self._plan(partitions, {cut: index_of[op_at[cut]] for cut in self.cuts})
 
     def recorded_plan(self) -> Plan:
-        """The plan as it was written down, its partitions too: for a record, which has no model at hand.
+        """Make the plan with the partitions that are written down, for a record, which has no model at hand.
 
         Raises PartitionError when the partitions are not written down or the phases cannot run.
         """
@@ -183,7 +185,7 @@ class PlanFile:
         return Plan(schedule=self.schedule, preset=self.preset, partitions=partitions, phases=tuple(phases))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it stands in the file: the same for the same plan."""
+        """Convert to plain data as it stands in the file; equal plans give equal data."""
         return {
             "schema": SCHEMA,
             **{key: getattr(self, key) for key in ("model", "graph", "torch", "preset", "schedule")},
@@ -200,7 +202,7 @@ class PlanFile:
         }
 
     def to_json(self) -> str:
-        """The text of the file, one line a cut, a phase and a partition."""
+        """Convert to the text of the file, with one line for each cut, phase and partition."""
         fields = [
             f'"{key}": {_lines(value) if isinstance(value, list) else json_line(value)}'
             for key, value in self.to_dict().items()
@@ -213,7 +215,7 @@ def _lines(rows: Sequence[object]) -> str:
 
 
 def write_file(file: PlanFile, path: str) -> None:
-    """Write a plan file, in the place of what was there. Raises UsageError when it cannot be written."""
+    """Write a plan file, replacing an earlier one. Raises UsageError when it cannot be written."""
     try:
         Path(path).write_text(file.to_json(), encoding="utf-8")
     except OSError as error:
@@ -224,45 +226,50 @@ def write_file(file: PlanFile, path: str) -> None:
 
 
 def read_file(path: str, *, modes: Modes | None = None) -> PlanFile:
-    """The plan file at `path`. Raises as `read` does, and UsageError when it cannot be read."""
+    """Read the plan file at `path`. Raises as `read` does, and UsageError when the file cannot be read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"the plan {path!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"the plan {path!r} cannot be read: it is no text") from error
-    return read(text, source=path, modes=modes)
+    return read(text, origin=path, modes=modes)
 
 
-def read(text: str, *, source: str, modes: Modes | None = None) -> PlanFile:
-    """What the text of a plan file says. Raises as `from_dict` does, and UsageError when the text is not JSON."""
+def read(text: str, *, origin: str, modes: Modes | None = None) -> PlanFile:
+    """Parse the text of a plan file. Raises as `from_dict` does, and UsageError when the text is not JSON."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UsageError(f"the plan {source!r} is not valid JSON near line {error.lineno}: {error.msg}") from error
-    return from_dict(data, source=source, modes=modes)
+        raise UsageError(f"the plan {origin!r} is not valid JSON near line {error.lineno}: {error.msg}") from error
+    return from_dict(data, origin=origin, modes=modes)
 
 
-def from_dict(data: Any, *, source: str, modes: Modes | None = None) -> PlanFile:
-    """What the plain data of a plan say; with the `modes` of a model its cuts are looked for there.
+def from_dict(data: Any, *, origin: str, modes: Modes | None = None) -> PlanFile:
+    """Validate the plain data of a plan.
 
-    Raises an error, which tells all that is wrong at once and begins with `source`: UsageError when this is no plan
-    of a known schema, PartitionError when no more than its cuts are wrong.
+    Args:
+        data: as `PlanFile.to_dict` gives it.
+        origin: what errors call it, such as the name of the file.
+        modes: the graphs of the model for which the plan shall be used; its cuts must then exist there.
+
+    Raises an error that lists all faults at once: UsageError when this is no plan of a known schema, PartitionError
+    when only its cuts do not fit the model.
     """
     if not isinstance(data, dict):
-        raise UsageError(f"the plan {source!r} must be a JSON object, with the keys {', '.join(_KEYS)}")
+        raise UsageError(f"the plan {origin!r} must be a JSON object, with the keys {', '.join(_KEYS)}")
     if (schema := data.get("schema", SCHEMA)) != SCHEMA:
         raise UsageError(
-            f"the plan {source!r} has schema {schema!r}, and this version reads {SCHEMA}; save the plan anew"
+            f"the plan {origin!r} has schema {schema!r}, and this version reads {SCHEMA}; save the plan anew"
         )
     faults = list(_faults(data))
     cuts = data.get("cuts", ())
-    misfits = wrong_places(modes, cuts) if modes and _KEYS["cuts"].rule.suits(cuts) else []
+    misfits = unusable_paths(modes, cuts) if modes and _KEYS["cuts"].rule.suits(cuts) else []
     if faults or misfits:
         another = modes and data.get("graph") not in (None, "", modes.train.digest())
         hint = " (it was made for another model than this one)" if another and misfits else ""
         kind = UsageError if faults else PartitionError
-        raise kind(f"the plan {source!r} cannot be used{hint}: {'; '.join([*faults, *misfits])}")
+        raise kind(f"the plan {origin!r} cannot be used{hint}: {'; '.join([*faults, *misfits])}")
     derived = _partitions(data.get("derived", ()))
     return PlanFile(
         **{key: data[key] for key in ("model", "graph", "torch", "preset", "schedule") if key in data},
@@ -316,7 +323,7 @@ _PHASE_KEYS = {key.name: key for key in PHASE_KEYS}
 
 
 def _faults(data: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence about everything that is wrong in a plan, whatever model it is for."""
+    """Yield a sentence for each fault of a plan that shows without a model."""
     yield from _wrong_keys(data, _KEYS, "")
     cuts: list[str] | None = data["cuts"] if _is_names(data.get("cuts")) else None
     yield from (f"the cut {cut!r} is given twice" for cut, times in Counter(cuts).items() if times > 1)
@@ -324,10 +331,10 @@ def _faults(data: Mapping[str, Any]) -> Iterator[str]:
         yield from _wrong_keys(phase, _PHASE_KEYS, f"phase {number}: ")
         if phase.get("segmented") is True and phase.get("recompute_up_to") is None:
             yield f"phase {number}: segmented is true, but there is no recompute_up_to"
-        for word in (key.name for key in PHASE_KEYS if key.rule is CUT):
-            place = phase.get(word)
-            if cuts is not None and isinstance(place, str) and place not in cuts:
-                yield f"phase {number}: {word} is {place!r}, which is none of the cuts{nearest(place, cuts)}"
+        for key in (key.name for key in PHASE_KEYS if key.rule is CUT):
+            cut = phase.get(key)
+            if cuts is not None and isinstance(cut, str) and cut not in cuts:
+                yield f"phase {number}: {key} is {cut!r}, which is none of the cuts{nearest(cut, cuts)}"
 
 
 def _wrong_keys(data: Mapping[str, Any], keys: Mapping[str, Key] | Mapping[str, PhaseKey], where: str) -> Iterator[str]:

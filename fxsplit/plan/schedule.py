@@ -1,9 +1,9 @@
-"""Which partitions train when: phases, the plan of a whole run, and the schedules that make one.
+"""Plans which partitions train when: phases, the plan of a whole run, and the schedules that make one.
 
 settle      grow        window
 ####        #---        ######        # trains
-.###        ##--        .####-        . settled: frozen for good
-..##        ###-        ..##--        - frozen: passes gradients on
+.###        ##--        .####-        . settled: frozen for good, runs without autograd
+..##        ###-        ..##--        - frozen: passes gradients on to what trains
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ MOVES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """Partitions [start, stop) train for `epochs`; those before are settled, those after frozen.
+    """Describes a phase: partitions [start, stop) train for `epochs`; those before are settled, those after frozen.
 
-    With `fresh_optimizer` the optimizer's moments start anew. Partitions [start, recompute) keep no activations for
-    backward: their forward runs once more there, and if `segmented`, that of their segments one after the other. The
-    batch of a step is taken in `micro_batches` parts, one after the other, and their gradients are summed. Raises
-    ValueError when nothing trains, for no epoch and no part, when `recompute` is neither 0 nor inside of what trains,
-    and when nothing recomputes that could be `segmented`.
+    Args:
+        start: first partition that trains; `stop` is the first frozen one after it, or the number of partitions.
+        epochs: length, at least 1.
+        fresh_optimizer: the optimizer's moments start anew.
+        recompute: partitions [start, recompute) keep no activations; their forward runs again in backward
+            (checkpointing). 0 if none do.
+        segmented: they recompute one segment at a time.
+        micro_batches: into how many a batch is divided, at least 1; their gradients are summed.
+
+    Raises ValueError when a value is out of its range: when nothing trains, when `recompute` is neither 0 nor between
+    `start` and `stop`, and when a phase is segmented that recomputes nothing.
     """
 
     start: int
@@ -55,25 +61,26 @@ class Phase:
         if self.epochs < 1:
             raise ValueError(f"a phase must last at least 1 epoch, not {self.epochs}")
         if self.micro_batches < 1:
-            raise ValueError(f"a phase must take a batch in at least 1 part, not {self.micro_batches}")
+            raise ValueError(f"a phase must take a batch in at least 1 micro-batch, not {self.micro_batches}")
 
     def role(self, index: int) -> Role:
-        """What partition `index` does in this phase."""
+        """Say what partition `index` does in this phase."""
         return "settled" if index < self.start else "training" if index < self.stop else "frozen"
 
     def cut(self, count: int) -> int | None:
-        """The first partition of the teacher, or None where all `count` partitions train."""
+        """Find the first partition of the teacher, at the border of what trains; None if all `count` train."""
         return self.start or (self.stop if self.stop < count else None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All phases of a run over its partitions. Printed, it is a drawing of one line a phase.
+    """Lists the partitions of a model and the phases of a run over them. Printed, it draws one line a phase.
 
-    `preset` names the preset that the plan is a part of, or is "none": a run by the plan takes the rest of it too.
+    `preset` names the preset that the plan was made by, or is "none". A run by the plan takes the preset's other
+    settings too.
 
-    Raises PartitionError, showing the plan with every wrong phase marked, when a window does not fit the
-    partitions or holds no parameter, when a settled partition would train again, or when there is no phase.
+    Raises PartitionError, showing the plan with every wrong phase marked, when a phase ends after the last partition or
+    trains no parameter, when it would train a settled partition again, and when there is no phase.
     """
 
     schedule: str
@@ -94,9 +101,9 @@ class Plan:
         for index, phase in enumerate(self.phases):
             wrong = []
             if phase.stop > len(self.partitions):
-                wrong.append(f"the window [{phase.start}, {phase.stop}) ends after the last partition")
+                wrong.append(f"the range [{phase.start}, {phase.stop}) ends after the last partition")
             elif not trainable(self.partitions, phase.start, phase.stop):
-                wrong.append(f"the window [{phase.start}, {phase.stop}) holds no parameter that could train")
+                wrong.append(f"the range [{phase.start}, {phase.stop}) holds no parameter that could train")
             if phase.start < settled:
                 wrong.append(f"partition {phase.start} is settled for good by an earlier phase")
             if wrong:
@@ -114,56 +121,56 @@ class Plan:
         lines = []
         for index, (phase, length) in enumerate(zip(self.phases, lengths, strict=True)):
             words = ", ".join(filter(None, (self._ends(phase), self.saving(phase))))
-            line = f"{self._window(phase)}  {length:{width}}  {words}".rstrip()
+            line = f"{self._row(phase)}  {length:{width}}  {words}".rstrip()
             lines.append(f"> {line}  <- {faults[index]}" if index in faults else f"  {line}")
         return "\n".join([f"{self.title}: {partitions}, {epochs}", *lines])
 
-    def _window(self, phase: Phase) -> str:
-        places = range(len(self.partitions))
-        return "".join("." if i < phase.start else "#" if i < phase.stop else "-" for i in places)
+    def _row(self, phase: Phase) -> str:
+        symbols = {"settled": ".", "training": "#", "frozen": "-"}
+        return "".join(symbols[phase.role(index)] for index in range(len(self.partitions)))
 
     def _ends(self, phase: Phase) -> str:
-        """The paths of the cuts at which the window begins and ends, where these are cuts."""
+        """Name the cuts between which a phase trains, leaving out the model's own ends."""
         ends = (("from", phase.start), ("up to", phase.stop))
         return " ".join(f"{word} {self.partitions[cut].name}" for word, cut in ends if 0 < cut < len(self.partitions))
 
     def saving(self, phase: Phase) -> str:
-        """How a phase saves memory, in words; empty if it does not."""
+        """Say in words how a phase saves memory; empty if it does not."""
         is_cut = 0 < phase.recompute < len(self.partitions)
         recompute = self.partitions[phase.recompute].name if is_cut else None
         return saving_in_words(recompute, segmented=phase.segmented, micro_batches=phase.micro_batches)
 
     @property
     def title(self) -> str:
-        """Its preset, if it is a part of one, and its schedule."""
+        """Name its preset, if it was made by one, and its schedule."""
         return self.schedule if self.preset == "none" else f"{self.preset} ({self.schedule})"
 
     @property
     def epochs(self) -> int:
-        """Epochs of all phases together."""
+        """Sum the epochs of all phases."""
         return sum(phase.epochs for phase in self.phases)
 
     def first_epoch(self, phase_index: int) -> int:
-        """The epoch with which a phase begins. Raises IndexError when there is no such phase."""
+        """Find the epoch, counted from 0, with which a phase begins. Raises IndexError when there is no such phase."""
         if not 0 <= phase_index < len(self.phases):
             raise IndexError(f"phase {phase_index} is outside 0..{len(self.phases) - 1}")
         return sum(phase.epochs for phase in self.phases[:phase_index])
 
     def phase_index_at(self, epoch: int) -> int:
-        """The phase to which an epoch, counted from 0, belongs. Raises IndexError outside of the run."""
+        """Find the index of the phase of an epoch, counted from 0. Raises IndexError outside of the run."""
         if not 0 <= epoch < self.epochs:
             raise IndexError(f"epoch {epoch} is outside 0..{self.epochs - 1}")
         return bisect_right(list(accumulate(phase.epochs for phase in self.phases)), epoch)
 
     def phase_at(self, epoch: int) -> Phase:
-        """The phase itself. Raises IndexError outside of the run."""
+        """Find the phase of an epoch, counted from 0. Raises IndexError outside of the run."""
         return self.phases[self.phase_index_at(epoch)]
 
     def lasting(self, epochs: int) -> Plan:
-        """Stretch or shrink the phases to a run of so many `epochs`.
+        """Stretch or shrink the phases to a run of `epochs`.
 
-        Each phase ends at the epoch nearest to its old share of the run, and lasts at least one. Raises UsageError when
-        there are fewer epochs than phases.
+        Each phase ends after the same fraction of the run as before, to the nearest epoch, and lasts at least one.
+        Raises UsageError when there are fewer epochs than phases.
         """
         if epochs < len(self.phases):
             raise UsageError(
@@ -182,7 +189,7 @@ class Plan:
 
 
 def saving_in_words(recompute: str | None, *, segmented: bool, micro_batches: int) -> str:
-    """Up to which cut a phase recomputes, and in how many parts it takes a batch."""
+    """Say up to which cut a phase recomputes, and in how many micro-batches it takes a batch."""
     recomputes = f"recomputes up to {recompute}{' in segments' * segmented}" if recompute else ""
     return ", ".join(filter(None, (recomputes, f"{micro_batches} micro-batches" if micro_batches > 1 else "")))
 
@@ -191,7 +198,7 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-# Schedules: none of their windows is without parameters, if the partitions are not
+# Schedules. In each phase of theirs some parameter trains, if the partitions have any.
 
 
 def trainable(partitions: Sequence[Partition], start: int, stop: int) -> bool:
@@ -200,47 +207,47 @@ def trainable(partitions: Sequence[Partition], start: int, stop: int) -> bool:
 
 
 def standard(partitions: Sequence[Partition], epochs: int) -> tuple[Phase, ...]:
-    """Everything trains, in one phase."""
+    """Train everything, in one phase."""
     return (Phase(start=0, stop=len(partitions), epochs=epochs),)
 
 
 def window(partitions: Sequence[Partition], epochs: int, epochs_total: int | None = None) -> tuple[Phase, ...]:
-    """The window closes from both ends, [i, N - i), with a fresh optimizer at each phase.
+    """Train fewer partitions in each phase, from both ends, [i, N - i), with a fresh optimizer.
 
-    This is the code released with the layer-to-layer paper, which gives each phase `epochs`; with
-    `epochs_total` that many are shared out instead. Raises UsageError when they are fewer than the phases.
+    So does the code released with the layer-to-layer paper (Bhyravabhottla and Lee). Each phase lasts `epochs`, as
+    there, or all together last `epochs_total`. Raises UsageError when that is fewer than the phases.
     """
     count = max(1, len(partitions) // 2)
     while count > 1 and not trainable(partitions, count - 1, len(partitions) - count + 1):
         count -= 1
     if epochs_total is not None and epochs_total < count:
         raise UsageError(
-            f"the window schedule over {len(partitions)} partitions has {count} phases and cannot share out "
-            f"{epochs_total} epochs in total; ask for at least {count}, or for fewer partitions"
+            f"the window schedule over {len(partitions)} partitions has {count} phases and cannot divide "
+            f"{epochs_total} epochs among them; ask for at least {count}, or for fewer partitions"
         )
-    shares = [epochs] * count if epochs_total is None else _shares(epochs_total, count)
+    lengths = [epochs] * count if epochs_total is None else _divided_evenly(epochs_total, count)
     return tuple(
-        Phase(start=index, stop=len(partitions) - index, epochs=share, fresh_optimizer=True)
-        for index, share in enumerate(shares)
+        Phase(start=index, stop=len(partitions) - index, epochs=length, fresh_optimizer=True)
+        for index, length in enumerate(lengths)
     )
 
 
 def grow(partitions: Sequence[Partition], epochs: int) -> tuple[Phase, ...]:
-    """The student grows, [0, c) for c = 1 .. N, under a frozen teacher; in larger steps if epochs are few.
+    """Train a growing student, [0, c) for c = 1 .. N, under a frozen teacher; in larger steps if epochs are few.
 
-    The first c is the one with which the student gets its first parameter.
+    The first c is the smallest with which the student has a parameter.
     """
     last = len(partitions)
     first = next((c for c in range(1, last) if trainable(partitions, 0, c)), last)
     count = min(last - first + 1, epochs)
     return tuple(
-        Phase(start=0, stop=first - 1 + (index + 1) * (last - first + 1) // count, epochs=share)
-        for index, share in enumerate(_shares(epochs, count))
+        Phase(start=0, stop=first - 1 + (index + 1) * (last - first + 1) // count, epochs=length)
+        for index, length in enumerate(_divided_evenly(epochs, count))
     )
 
 
-def _shares(epochs: int, count: int) -> list[int]:
-    """Epochs shared out as evenly as possible, the longer shares first."""
+def _divided_evenly(epochs: int, count: int) -> list[int]:
+    """Divide epochs as evenly as possible, the longer lengths first."""
     return [epochs // count + (index < epochs % count) for index in range(count)]
 
 
@@ -252,14 +259,18 @@ def settle(
     stop: float = 0.80,
     share: float = 0.60,
 ) -> tuple[Phase, ...]:
-    """The student settles, [c, N) for growing c, and the teacher goes on.
+    """Settle a growing student, while the teacher, [c, N) for growing c, goes on training.
 
-    Between the shares `start` and `stop` of the run, at 4 moments, the cut moves to the last partition before
-    which lies no more than `share * (moment - start) / (stop - start)` of the multiply-adds (of the partitions,
-    where no multiply-adds are known). The first phase trains everything, and at least the last partition always does.
+    The first phase trains everything. The cut c then moves at 4 evenly spaced moments, the k-th of them at
+    `start + (stop - start) * k / 4` of the run, to the last partition before which lies at most `share * k / 4` of all
+    multiply-adds (of the number of partitions, where no multiply-adds are known). At least the last partition trains.
 
-    Raises UsageError when the moments do not lie in the run or in order, or when the allowed share would
-    shrink.
+    Args:
+        start: fraction of the run from which the moments count, 0 to `stop`.
+        stop: fraction of the run at which the last move is made, at most 1.
+        share: fraction of the multiply-adds that is settled in the end, at least 0.
+
+    Raises UsageError when one of them is out of its range.
     """
     if not (0 <= start <= stop <= 1 and share >= 0):
         raise UsageError(
@@ -275,7 +286,7 @@ def settle(
     for move in range(1, MOVES + 1):
         epoch = max(1, round(epochs * (start + (stop - start) * move / MOVES)))
         if epoch < epochs:
-            # With the tolerance 0.6 * 0.75, which is less than 0.45 in binary, reaches a partition at 0.45.
+            # In binary 0.6 * 0.75 is less than 0.45; the tolerance lets it reach a partition at 0.45.
             allowed = share * (move / MOVES) + 1e-9
             moves[epoch] = bisect_right(before, allowed * sum(weights)) - 1
     begins: dict[int, int] = {}
@@ -295,10 +306,11 @@ def settle_far(
     stop: float | None = None,
     share: float = 0.95,
 ) -> tuple[Phase, ...]:
-    """`settle`, up to nearly all of the work, and the earlier the longer the run, unless told.
+    """Settle as `settle` does, up to nearly all of the work, and the earlier the longer the run is.
 
-    From 0.3 to 0.83 of a run of 10 epochs, from 0.05 to 0.497 of one of 60 or more, and between by the logarithm of the
-    epochs. Found by the experiments of docs/results: a short run has to learn first, a long one overfits.
+    Unless given, `start` and `stop` are 0.3 and 0.83 of a run of 10 epochs, 0.05 and 0.497 of one of 60 or more; other
+    lengths follow by the logarithm of the epochs. The experiments of docs/results led to these numbers: a short run has
+    to learn first, a long one overfits.
     """
     length = min(1.0, math.log(epochs / 10) / math.log(60 / 10))
     start = min(1.0, 0.3 - 0.25 * length) if start is None else start
@@ -313,9 +325,9 @@ SCHEDULES: Mapping[str, Callable[..., tuple[Phase, ...]]] = {
     "settle": settle,
     "settle-far": settle_far,
 }
-# Those which move the cut between shares of the run.
+# Those which take start, stop and share.
 SETTLING = ("settle", "settle-far")
-# What is no schedule, though it may be taken for one, and what to ask for instead.
+# Names that may be taken for a schedule, and what to ask for instead.
 NO_SCHEDULE = {"l2l": "l2l is a preset: ask for it as such, by --l2l or preset=l2l; its phases alone are settle-far"}
 
 
@@ -329,11 +341,16 @@ def schedule(
     stop: float | None = None,
     share: float | None = None,
 ) -> Plan:
-    """The plan of a named schedule.
+    """Make the plan of a schedule.
 
-    `epochs` are those of the run, with "window" of each phase; `epochs_total`, if given, are those of the run
-    in every schedule. `start`, `stop` and `share` of "settle" and "settle-far" are theirs if None. Raises UsageError
-    for an unknown name and for too few epochs.
+    Args:
+        name: one of "standard", "window", "grow", "settle" and "settle-far".
+        partitions: as `fxsplit.partition` makes them.
+        epochs: length of the run; for "window" of each phase.
+        epochs_total: length of the run for every schedule, if given.
+        start, stop, share: for "settle" and "settle-far", where and how far the cut moves; the schedule's own if None.
+
+    Raises UsageError for an unknown name and for too few epochs.
     """
     if name in NO_SCHEDULE:
         raise UsageError(f"there is no schedule {name!r}: {NO_SCHEDULE[name]}")
@@ -346,8 +363,8 @@ def schedule(
     if name == "window":
         phases = window(partitions, epochs, epochs_total)
     elif name in SETTLING:
-        shares = {word: value for word, value in given.items() if value is not None}
-        phases = SCHEDULES[name](partitions, wanted, **shares)
+        fractions = {key: value for key, value in given.items() if value is not None}
+        phases = SCHEDULES[name](partitions, wanted, **fractions)
     else:
         phases = SCHEDULES[name](partitions, wanted)
     return Plan(schedule=name, partitions=tuple(partitions), phases=phases)

@@ -1,8 +1,8 @@
-"""The segments of a partition that recomputes: pieces of it that are made again one after the other.
+"""Divides partitions that recompute into segments, whose forward runs again one segment at a time.
 
-What a partition keeps while its backward runs is what autograd saves in the segment that was made again last, and the
-values at the starts of the segments before. So a long partition needs less memory than all that it saves, for the
-same time.
+During its backward a partition then holds what autograd saves in one segment, and the values at the starts of the
+segments before: less memory than all that it saves, for the same time (Chen et al., "Training Deep Nets with Sublinear
+Memory Cost").
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from fxsplit.plan.partition import Partition, between
 
 
 def segments(partitions: Sequence[Partition], modes: Modes) -> tuple[tuple[Partition, ...], ...]:
-    """Each partition divided at legal cuts of its own into as many as 8 segments, where that lessens what it needs.
+    """Divide each partition at legal cuts into the segments, at most 8, that need the least memory.
 
-    The segment that saves most is divided next, and of all these divisions the best is taken. The last partition never
-    recomputes and stays whole.
+    Greedily, the segment that saves most is divided next; of all divisions on the way the best is taken. The last
+    partition never recomputes and stays one segment.
     """
     divider = _Divider(modes)
     *earlier, last = partitions
@@ -27,8 +27,8 @@ def segments(partitions: Sequence[Partition], modes: Modes) -> tuple[tuple[Parti
     return (*divided, (last,))
 
 
-# More would save little: what is held for the starts of segments grows with their number.
-MOST = 8
+# More would save little, since the values at the starts of segments are held too.
+MAX_SEGMENTS = 8
 
 
 class _Divider:
@@ -38,11 +38,11 @@ class _Divider:
         self._saved = list(accumulate((op.activation_bytes for op in modes.train.ops), initial=0))
 
     def divide(self, partition: Partition) -> list[Cut]:
-        """The cuts at both ends and within; each further one divides the segment that saves most."""
+        """Choose the cuts at both ends of the partition and between its segments."""
         ends = [self._every[partition.start], self._every[partition.stop]]
         held = {*partition.reads, *partition.writes}
         found = [ends]
-        while len(ends) <= MOST:
+        while len(ends) <= MAX_SEGMENTS:
             first, last = max(pairwise(ends), key=lambda pair: self._saved_between(*pair))
             inner = [cut for cut in self._every[first.index + 1 : last.index] if cut.refusal is None]
             if not inner:
@@ -56,7 +56,7 @@ class _Divider:
         return self._saved[last.index] - self._saved[first.index]
 
     def _need(self, ends: Sequence[Cut], held: set[str]) -> int:
-        """Bytes for one sample beyond what is `held` for the partition anyway."""
+        """Sum the bytes that segments between `ends` need for one sample, beyond the values `held` anyway."""
         names = dict.fromkeys(name for cut in ends[1:-1] for name in cut.boundary if name not in held)
         most = max(self._saved_between(first, last) for first, last in pairwise(ends))
         return most + shared_bytes(tuple(names), self._values)

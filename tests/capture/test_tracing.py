@@ -555,7 +555,7 @@ class TriesAgain(GivesUpLate):
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(GivesUpLate()), TriesAgain, HAZARDS["OtherTensors"]])
 def test_nothing_of_an_attempt_stays_behind(make: Callable[[], nn.Module]) -> None:
     for program in captured(make()).programs.values():
-        assert not list(members([vars(module) for module in program.guards.twin.modules()], fx.Proxy, set()))
+        assert not list(members([vars(module) for module in program.guards.meta_model.modules()], fx.Proxy, set()))
 
 
 class KeepsFirst(nn.Module):

@@ -117,7 +117,7 @@ def test_the_tree_has_costs_on_every_level(
 def test_json(inspection: Inspection, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(shown(inspection, "json", capsys))
     assert data["totals"] == {"ops": 6, "parameters": 15_000, "macs": 6_000_000, "activation_bytes": 9000}
-    assert from_dict(data["plan"], source="stdout").recorded_plan() == inspection.plan
+    assert from_dict(data["plan"], origin="stdout").recorded_plan() == inspection.plan
     # What `jq .plan` would print of it is a plan file.
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(data["plan"]), encoding="utf-8")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxsplit.errors import PartitionError
-from fxsplit.graph import Graph, Modes, Op, State, Value, once_a_pair
+from fxsplit.graph import Graph, Modes, Op, State, Value, cached_by_graphs
 from tests.pairs import Pair
 
 
@@ -53,7 +53,7 @@ def test_a_boundary_is_what_is_written_before_a_cut_and_read_after_it(net: Graph
     for cut in range(len(net) + 1):
         written = names[: len(net.inputs) + cut]
         needed = {name for op in net.ops[cut:] for name in op.reads} | set(net.outputs)
-        assert net.live_at(cut) == tuple(name for name in written if name in needed)
+        assert net.boundaries[cut] == tuple(name for name in written if name in needed)
 
 
 @given(graphs())
@@ -67,15 +67,8 @@ def test_each_half_runs_on_its_boundary_alone(net: Graph) -> None:
     whole = run(dict(inputs), net.ops)
     for cut in range(len(net) + 1):
         first = run(dict(inputs), net.ops[:cut])
-        second = run({name: first[name] for name in net.live_at(cut)}, net.ops[cut:])
+        second = run({name: first[name] for name in net.boundaries[cut]}, net.ops[cut:])
         assert [second[name] for name in net.outputs] == [whole[name] for name in net.outputs]
-
-
-@pytest.mark.parametrize("cut", [-1, 3])
-def test_there_is_no_cut_outside_the_graph(cut: int) -> None:
-    net = graph(op("a", "x"), op("b", "a"))
-    with pytest.raises(IndexError, match=re.escape(f"cut {cut} is outside 0..2")):
-        net.live_at(cut)
 
 
 def test_an_input_that_nobody_reads_is_in_no_boundary() -> None:
@@ -163,7 +156,7 @@ def test_the_digest_sees_structure_and_neither_costs_nor_the_batch() -> None:
 def test_what_follows_from_a_pair_is_worked_out_once_and_forgotten_with_its_graphs() -> None:
     worked: list[int] = []
 
-    @once_a_pair
+    @cached_by_graphs
     def lengths(modes: Modes) -> list[int]:
         worked.append(len(modes.train))
         return [len(modes.train), len(modes.eval)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fxsplit.errors import PartitionError, UsageError
 from fxsplit.graph import Graph, Op, State, Value
 from fxsplit.plan.cuts import Cut, cuts, unit_borders
-from fxsplit.plan.partition import BALANCES, PLACES, Partition, most_partitions, partition
+from fxsplit.plan.partition import BALANCES, CUT_KINDS, Partition, most_partitions, partition
 from tests.pairs import Pair, both
 
 
@@ -150,16 +150,16 @@ def test_a_cut_is_legal_when_some_twin_has_all_that_both_modes_need(graphs: tupl
         return {op.name for op in net.ops[:cut]} & common
 
     def needed(net: Graph, cut: int) -> set[str]:
-        return {*net.live_at(cut)} & {name for op in net.ops[cut:] for name in op.reads}
+        return {*net.boundaries[cut]} & {name for op in net.ops[cut:] for name in op.reads}
 
     for cut in cuts(Pair(train, eval_graph)):
         twins = [j for j in range(len(eval_graph) + 1) if before(eval_graph, j) == before(train, cut.index)]
-        unions = {j: {*train.live_at(cut.index), *eval_graph.live_at(j)} for j in twins}
+        unions = {j: {*train.boundaries[cut.index], *eval_graph.boundaries[j]} for j in twins}
         assert set(cut.boundary) == unions[cut.eval_index]
         missed = [(needed(train, cut.index) | needed(eval_graph, j)) - common for j in twins]
         assert (cut.refusal is None) == (not all(missed))
-        same = [j for j in twins if eval_graph.live_at(j) == train.live_at(cut.index)]
-        assert not same or eval_graph.live_at(cut.eval_index) == train.live_at(cut.index)
+        same = [j for j in twins if eval_graph.boundaries[j] == train.boundaries[cut.index]]
+        assert not same or eval_graph.boundaries[cut.eval_index] == train.boundaries[cut.index]
     twins = [0, *(cut.eval_index for cut in cuts(Pair(train, eval_graph))), len(eval_graph)]
     assert twins == sorted(twins)
 
@@ -540,7 +540,7 @@ def weight(part: Partition, net: Graph, balance: str) -> int:
     return sum(state.bytes for state in net.state if state.name in part.state and state.is_parameter)
 
 
-@given(networks(), st.sampled_from(BALANCES), st.sampled_from(PLACES), st.data())
+@given(networks(), st.sampled_from(BALANCES), st.sampled_from(CUT_KINDS), st.data())
 def test_of_all_divisions_the_best(net: Graph, balance: str, by: str, data: st.DataObject) -> None:
     units = {op.path: data.draw(st.sampled_from("AB")) for op in net.ops}
     others = [after.name for before, after in pairwise(net.ops) if units[before.path] != units[after.path]]

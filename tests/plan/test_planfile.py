@@ -72,7 +72,7 @@ def edited(change: Callable[[dict[str, Any]], object], plan: Plan = PLAN) -> str
 
 
 def planned(text: str, net: Graph = NET) -> Plan:
-    return read(text, source="p.json", modes=both(net)).plan(both(net))
+    return read(text, origin="p.json", modes=both(net)).plan(both(net))
 
 
 # Reading back
@@ -87,8 +87,8 @@ def test_a_plan_survives_its_file(name: str, at: list[str], epochs: int) -> None
     parts = partition(both(NET), at=at) if at else partition(both(NET), count=1)
     plan = schedule(name, partitions=parts, epochs=epochs)
     text = file_of(plan).to_json()
-    assert read(text, source="p.json") == file_of(plan)
-    assert read(text, source="p.json").to_json() == text
+    assert read(text, origin="p.json") == file_of(plan)
+    assert read(text, origin="p.json").to_json() == text
     assert planned(text) == plan
 
 
@@ -142,10 +142,10 @@ def test_a_record_of_a_plan_gives_it_back_without_a_model() -> None:
     )
     plan = Plan(schedule="mine", preset="l2l", partitions=PLAN.partitions, phases=phases)
     data = file_of(plan).to_dict()
-    assert from_dict(json.loads(json.dumps(data)), source="p.json").recorded_plan() == plan
+    assert from_dict(json.loads(json.dumps(data)), origin="p.json").recorded_plan() == plan
     assert json.loads(file_of(plan).to_json()) == json.loads(json.dumps(data))
     with pytest.raises(PartitionError, match="does not say of which partitions"):
-        from_dict({**data, "derived": data["derived"][:2]}, source="p.json").recorded_plan()
+        from_dict({**data, "derived": data["derived"][:2]}, origin="p.json").recorded_plan()
 
 
 def test_every_field_of_a_phase_has_a_key() -> None:
@@ -289,7 +289,7 @@ def test_a_plan_may_be_used_for_another_model_that_has_its_places() -> None:
 )
 def test_what_is_no_plan(change: Callable[[dict[str, Any]], object], fault: str) -> None:
     with pytest.raises(UsageError) as caught:
-        read(edited(change), source="p.json")
+        read(edited(change), origin="p.json")
     assert str(caught.value).startswith("the plan 'p.json' cannot be used: ")
     assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -307,7 +307,7 @@ def test_what_is_no_plan(change: Callable[[dict[str, Any]], object], fault: str)
 )
 def test_what_is_no_plan_at_all(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
-        read(text, source="p.json")
+        read(text, origin="p.json")
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
@@ -402,7 +402,7 @@ def test_every_difference_is_told() -> None:
 
 
 def test_figures_that_belong_to_other_cuts_are_not_compared() -> None:
-    moved = read(edited(lambda data: data["cuts"].__setitem__(2, "head")), source="p.json")
+    moved = read(edited(lambda data: data["cuts"].__setitem__(2, "head")), origin="p.json")
     assert moved.derived == ()
     assert diff(file_of(PLAN), moved) == (Change(what="cut", before="layer3", after="head"),)
 

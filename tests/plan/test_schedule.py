@@ -66,7 +66,7 @@ def test_no_window_is_without_parameters(name: str, holds: list[bool], epochs: i
 
 def test_a_window_without_parameters_is_refused() -> None:
     parts = tuple(replace(part, parameters=part.index) for part in partitions(1, 1))
-    with pytest.raises(PartitionError, match=r"> #-  1 epoch.*<- the window \[0, 1\) holds no parameter"):
+    with pytest.raises(PartitionError, match=r"> #-  1 epoch.*<- the range \[0, 1\) holds no parameter"):
         Plan(schedule="mine", partitions=parts, phases=(Phase(start=0, stop=1, epochs=1),))
 
 
@@ -156,7 +156,7 @@ def test_window(count: int, total: int | None, expected: list[tuple[int, int, in
 
 
 def test_window_cannot_share_out_fewer_epochs_than_phases() -> None:
-    with pytest.raises(UsageError, match="has 3 phases and cannot share out 2 epochs in total"):
+    with pytest.raises(UsageError, match="has 3 phases and cannot divide 2 epochs among them"):
         schedule("window", partitions=partitions(*[1] * 6), epochs=5, epochs_total=2)
 
 
@@ -295,10 +295,10 @@ def test_a_wrong_plan_is_drawn_with_a_mark_at_each_wrong_phase() -> None:
     assert str(caught.value).split("\n") == [
         "the marked phases of the plan cannot run",
         "mine: 3 partitions, 4 epochs",
-        "> ###  1 epoch  <- the window [0, 9) ends after the last partition",
+        "> ###  1 epoch  <- the range [0, 9) ends after the last partition",
         "  ..#  1 epoch  from block2",
         "> .#-  1 epoch  from block1 up to block2  <- partition 1 is settled for good by an earlier phase",
-        "> .##  1 epoch  from block1  <- the window [1, 4) ends after the last partition; "
+        "> .##  1 epoch  from block1  <- the range [1, 4) ends after the last partition; "
         "partition 1 is settled for good by an earlier phase",
     ]
 

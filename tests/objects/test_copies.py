@@ -130,7 +130,7 @@ def test_an_error_names_the_users_line_and_no_library() -> None:
         def forward(self, x: Any) -> Any:
             return sorted([super().forward(x).sum(), x.sum()])[0]
 
-    with pytest.raises(TraceError, match=r"test_twins\.py:\d+ branches on data"):
+    with pytest.raises(TraceError, match=r"test_copies\.py:\d+ branches on data"):
         trace(Model(), (rows(),))
 
 

@@ -1,7 +1,7 @@
-"""Copies of a model for tracing: its modules and all that they hold, over other tensors.
+"""Copies models with other tensors in place of their own, for tracing.
 
-`copy.deepcopy` gives up on a whole model for one lock, file or tensor with a history in it. Here what cannot be copied
-is shared, and so is nothing else.
+`copy.deepcopy` fails for a whole model because of one lock, open file or non-leaf tensor in it. Here such an object is
+shared by model and copy, and nothing else is.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from fxsplit.objects.structure import ATOMS, META, fill, taken_apart
 
 
-def twin_of(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
-    """A copy with parameters and buffers on the meta device; nothing that happens to it reaches the model.
+def meta_copy(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
+    """Copy a model with parameters and buffers on the meta device; changes of the copy do not reach the model.
 
-    Also gives the original behind each copied object, by the id of the copy.
+    Returns the copy, and the original of each copied object by the id of its copy.
     """
     state = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
@@ -34,25 +34,25 @@ def twin_of(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
     copier = Copier(on_meta)
-    twin = copier.copy(model)
-    assert isinstance(twin, nn.Module)
-    return twin, copier.originals()
+    copied = copier.copy(model)
+    assert isinstance(copied, nn.Module)
+    return copied, copier.originals()
 
 
 class Copier:
-    """Copies values, with `change` in the place of copying a tensor."""
+    """Copies nested values deeply; `change` makes the copy of each tensor."""
 
     def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
         self._change = change
-        # Originals are held, so that no other object can get the id of one of them.
+        # By id. The originals are kept alive, so that no later object gets their ids.
         self._made: dict[int, tuple[Any, Any]] = {}
 
     def originals(self) -> dict[int, Any]:
-        """The original behind each copy, by the id of the copy."""
+        """Map the id of each copy to its original."""
         return {id(made): original for original, made in self._made.values() if made is not original}
 
     def copy(self, value: Any) -> Any:
-        """A copy that shares nothing that can change, or the very same where there is none to be had."""
+        """Copy a value, once however often it occurs; what cannot be copied is returned itself."""
         kind = type(value)
         if kind in ATOMS:
             return value
@@ -64,7 +64,7 @@ class Copier:
             made = self._keep(value, [])
             made.extend(map(self.copy, value))
             return made
-        # The hooks of a module are in ordered dicts, nearly all of them empty.
+        # The hooks of modules lie in ordered dicts, most of them empty: this is faster than taking them apart.
         if kind is dict or (kind is OrderedDict and not vars(value)):
             made = self._keep(value, kind())
             made.update({self.copy(key): self.copy(item) for key, item in value.items()})
@@ -75,12 +75,12 @@ class Copier:
             return self._keep(value, MethodType(value.__func__, self.copy(value.__self__)))
         if isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
             made = self._keep(value, object.__new__(kind))
-            # As in any copy of a module, what torch.compile made of it stays with the original.
+            # As in `nn.Module.__getstate__`, the compiled call stays with the original.
             held = {name: item for name, item in vars(value).items() if name != "_compiled_call_impl"}
             vars(made).update({name: self.copy(item) for name, item in held.items()})
             return made
         if isinstance(value, torch.jit.ScriptModule):
-            # Its tensors lie where no attribute leads to.
+            # Its tensors lie in C++, where no attribute leads.
             with suppress(Exception):
                 return self._keep(value, copy.deepcopy(value))
             return self._keep(value, value)
@@ -91,12 +91,12 @@ class Copier:
         return self._object(value)
 
     def _object(self, value: Any) -> Any:
-        parts = taken_apart(value)
-        if parts is None:
+        reduced = taken_apart(value)
+        if reduced is None:
             return self._keep(value, value)
         try:
-            made = self._keep(value, parts.make(*map(self.copy, parts.arguments)))
-            fill(made, self.copy(parts.state), self.copy(parts.items), self.copy(parts.pairs))
+            made = self._keep(value, reduced.make(*map(self.copy, reduced.arguments)))
+            fill(made, self.copy(reduced.state), self.copy(reduced.items), self.copy(reduced.pairs))
         except Exception:
             return self._keep(value, value)
         return made
