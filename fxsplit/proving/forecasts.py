@@ -103,7 +103,7 @@ def _adamw(parameters: Iterable[nn.Parameter]) -> Optimizer:
     return torch.optim.AdamW(parameters)
 
 
-def _loss(given: Example, net: nn.Module, _part: int, _parts: int) -> Tensor:
+def _loss(given: Example, net: nn.Module, _index: int, _count: int) -> Tensor:
     """Cross-entropy with the first class, of an image or of each of its pixels. The batch is taken whole."""
     scores = logits_of(net(*given.args, **given.kwargs))
     return F.cross_entropy(scores, scores.new_zeros((len(scores), *scores.shape[2:]), dtype=torch.long))
