@@ -289,7 +289,7 @@ def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: O
             trainer.executor,
             batch.images,
             batch.labels,
-            parts=trainer.plan.phases[0].micro_batches,
+            micro_batches=trainer.plan.phases[0].micro_batches,
             loss=lambda output, labels: cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing),
             autocast=trainer.forward.autocast,
             notice=observer.notice,
