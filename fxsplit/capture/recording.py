@@ -74,9 +74,9 @@ class Recorder:
     def record(self, batch_size: int | None = None, *, costs: bool = False) -> Recording:
         """Record a call at the batch size of the arguments, or at another one; with `costs` each op is measured.
 
-        A function or method that cannot be recorded becomes one op, as a module does, and so does the rest of the model's
-        own forward from the first statement on that cannot; then recording starts again. Raises TraceError when that is
-        the first statement of all, or the model cannot run.
+        A function or method that cannot be recorded becomes one op, as a module does, and so does the rest of the
+        model's own forward from the first statement on that cannot; then recording starts again. Raises TraceError when
+        that is the first statement of all, or the model cannot run.
         """
         while True:
             try:
