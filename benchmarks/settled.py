@@ -63,7 +63,7 @@ def executor(
 def cached(net: Executor, loader: Loader, folder: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Scores and labels, over and over, with all rows in a file before the first."""
     forward = Forward(net, loader.device)
-    cache = CachePolicy(place="disk", folder=folder).open(forward, loader, epochs=1000, notice=print)
+    cache = CachePolicy(medium="disk", folder=folder).open(forward, loader, epochs=1000, notice=print)
     for _ in cache.batches(0):
         pass
     epoch = 0

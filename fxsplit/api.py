@@ -1,4 +1,4 @@
-"""The verbs: each a short story, told in the order in which things happen."""
+"""The public verbs: train, inspect, check, check_forecasts and trace, each a list of calls in the order of the work."""
 
 from __future__ import annotations
 
@@ -16,20 +16,17 @@ from fxsplit.capture.tracer import Leaf
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.data import datasets
-from fxsplit.errors import NoModelError, UsageError
+from fxsplit.errors import NoModelError
 from fxsplit.execute.executor import Executor
-from fxsplit.execute.passes import names_of
-from fxsplit.measuring.environment import environment
 from fxsplit.measuring.op_costs import measure as measure_ops
 from fxsplit.models import registry
-from fxsplit.models.examples import takes_images
 from fxsplit.plan.partition import most_partitions, partition
 from fxsplit.plan.planfile import write_file
 from fxsplit.proving.checking import check_model
 from fxsplit.proving.first_batch import prove
 from fxsplit.proving.forecasts import check_forecast
 from fxsplit.proving.workers import call_each
-from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Inspection, Observer, RunReport
+from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
 from fxsplit.spec import RunSpec
 from fxsplit.training.batchnorm import check_batches
 
@@ -37,81 +34,51 @@ from fxsplit.training.batchnorm import check_batches
 def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
     """Train a model as `spec` says, standard or layer-to-layer, and leave a run folder behind.
 
-    When it is interrupted, the folder gets the weights and the epochs so far before KeyboardInterrupt goes on.
-    Raises a FxsplitError for anything that the user can mend.
+    Returns the records of the run. An interrupted or failed run keeps the weights and the records so far in its folder
+    before the exception goes on. Raises a FxsplitError for anything that the user can mend.
     """
-    observer = observer or Observer()
-    began = perf_counter()
+    observer, began = observer or Observer(), perf_counter()
     device = assembly.choose_device(spec.device)
     with assembly.determinism(spec.seed, spec.deterministic):
-        data = assembly.data(spec, observer).to(device)
-        model = assembly.model(spec, data, device)
-        if not takes_images(model):
-            raise UsageError(
-                f"train takes image classifiers, and {spec.model!r} takes no images; give it its own data in a loop of "
-                "your own around fxsplit.Executor"
-            )
-        shape = (data.channels, data.img_size, data.img_size)
-        trace = trace_model(model, (assembly.in_layout(spec, torch.empty(2, *shape, device=device)),))
+        data = assembly.data(spec, observer).to(device)  # images and labels, or an error before all else
+        model = assembly.model(spec, data, device)  # an untouched nn.Module
+        trace = assembly.trace(spec, model, data)  # its ops in order, in training and in evaluation
         passes = assembly.passes(spec, device)
         if passes:
             observer.notice("1x1 convolutions run as matrix products: faster, and equal to the model within rounding")
         if spec.balance == "seconds" and spec.plan is None:
-            images = assembly.in_layout(spec, torch.rand(max(2, spec.batch_size), *shape, device=device))
-            trace = measure_ops(trace, (images,), device=device, passes=passes)
-        plan = assembly.plan(spec, trace, observer)
-        executor = assembly.executor(spec, trace, plan, passes)
+            trace = measure_ops(trace, (assembly.random_images(spec, data),), device=device, passes=passes)
+        plan = assembly.plan(spec, trace, observer)  # partitions and phases: names and numbers, no tensors
+        executor = assembly.executor(spec, trace, plan, passes)  # the model again, which runs any phase
         trainer = assembly.trainer(spec, trace, executor, plan, data, observer)
         check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader)
-        surroundings = environment(device)
-        folder = None if spec.dry_run else assembly.run_folder(spec, plan, trace, surroundings)
+        run = assembly.recorder(
+            spec, trace, plan, passes, device, began=began
+        )  # the run folder, unless it is a dry run
         observer.run_started(
-            folder=str(folder.path) if folder else "",
+            folder=run.path,
             device=str(device),
             plan=plan,
             train_images=len(data.train),
             test_images=len(data.test),
         )
-        setup_seconds = perf_counter() - began
-        prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer) if spec.prove else 0.0
-        records: list[EpochRecord] = []
-        status = "failed"
-        try:
+        run.setup_seconds = perf_counter() - began
+        if spec.prove:  # the same numbers as the model's, or a ProofError
+            run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)
+        with run:
             for record in islice(trainer.epochs(), 1 if spec.dry_run else None):
-                records.append(record)
-                if folder:
-                    folder.add(record)
-            status = "finished"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            report = RunReport(
-                status=status,
-                spec=spec.to_flat(),
-                environment=surroundings,
-                graph_digest=trace.train.digest(),
-                plan=plan,
-                passes=names_of(passes),
-                epochs=tuple(records),
-                setup_seconds=setup_seconds,
-                prove_seconds=prove_seconds,
-                total_seconds=perf_counter() - began,
-                folder=str(folder.path) if folder else "",
-            )
-            if folder:
-                folder.finish(report, assembly.inspection(spec, trace, plan), model)
-    return report
+                run.add(record)
+    return run.report
 
 
 def inspect(
     spec: RunSpec, *, measured: bool = False, save_to: str | None = None, observer: Observer | None = None
 ) -> Inspection:
-    """The partitions of a model, the phases of its schedule and a forecast of what they cost.
+    """Show the partitions of a model, the phases of its schedule and a forecast of what they cost, without training.
 
-    Without weights, data or a device, unless ops are to be `measured` (or partitions balanced by seconds): then each
-    is timed on the device of `spec`, in a model with random weights. With `save_to` the plan is also written there,
-    as a file to edit and to train by.
+    It needs no weights, data or device, unless ops are to be `measured` (or partitions balanced by seconds): then each
+    op is timed on the device of `spec`, in a model with random weights. With `save_to` the plan is also written there,
+    as a file to edit and to train by. Raises a FxsplitError for anything that the user can mend.
     """
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     measured = measured or spec.balance == "seconds"
@@ -141,11 +108,19 @@ def check(
 ) -> tuple[CheckRecord, ...]:
     """Prove that partitions compute what the models compute, bit for bit; one record a model, in the order of `specs`.
 
-    `specs` may hold wildcards, such as `timm:resnet*`. Each model gets random weights and inputs of its own size
-    (`img_size` otherwise). With `structure_only` it is captured and cut on the meta device, and nothing is computed.
-    With `channels_last` all runs as in `train` with that option, and each matrix product is held to the convolution in
-    its place. `jobs` models are checked at a time. What is wrong with a model is in its record, also that there is none
-    of that name; raises UsageError when no name means a model.
+    What is wrong with a model is said in its record, also that there is none of that name.
+
+    Args:
+        specs: models as `RunSpec.model` names them; wildcards such as `timm:resnet*` stand for many. Each gets random
+            weights.
+        structure_only: capture and cut on the meta device, and compute nothing.
+        parts: partitions of a model, or as many as it allows.
+        img_size: side of the images in pixels; None for the size that the model was made for.
+        channels_last: run as `train` with that option, and compare each matrix product with its convolution.
+        jobs: models that are checked at a time, each in a process of its own if there are several.
+        observer: is given each record when it is there.
+
+    Raises UsageError when no name means a model.
     """
     observer = observer or Observer()
     names = _expanded(specs)
@@ -172,14 +147,24 @@ def check_forecasts(
     channels_last: bool = False,
     observer: Observer | None = None,
 ) -> tuple[ForecastRecord, ...]:
-    """Hold the forecast of every phase of `schedule` against a few steps of it; one record a model.
+    """Compare the forecast of every phase of `schedule` with a few measured steps; one record a model.
 
-    `specs` may hold wildcards. Each model has random weights and is trained by AdamW; one runs at a time, so that
-    none slows another down. With `channels_last` all runs as in `train` with that option. Raises UsageError when no
-    name means a model and for a device that is not there.
+    Each model has random weights and is trained by AdamW. One runs at a time, so that none slows another down.
+
+    Args:
+        specs: models, as `check` takes them.
+        schedule: one of those of `fxsplit.schedule`.
+        parts: partitions of a model, or as many as it allows.
+        img_size: side of the images in pixels; None for the size that the model was made for.
+        batch_size: images in a step.
+        device: as `RunSpec.device`.
+        channels_last: run as `train` with that option.
+        observer: is given each record when it is there.
+
+    Raises UsageError when no name means a model, and when the device is not there.
     """
     observer = observer or Observer()
-    place = assembly.choose_device(device)
+    chosen = assembly.choose_device(device)
     names = _expanded(specs)
     records = []
     for name in names:
@@ -189,7 +174,7 @@ def check_forecasts(
             parts=parts,
             img_size=img_size,
             batch_size=batch_size,
-            device=place,
+            device=chosen,
             channels_last=channels_last,
         )
         records.append(record)
@@ -199,7 +184,10 @@ def check_forecasts(
 
 
 def _expanded(specs: Sequence[str]) -> list[str]:
-    """The names of models that specs mean, each once; a wildcard that means none stays, and is told of in its turn."""
+    """Return the names of models that specs mean, each once.
+
+    A wildcard that means none stays: checking it makes the record that says so.
+    """
     names: dict[str, None] = {}
     for spec in specs:
         try:
@@ -210,7 +198,7 @@ def _expanded(specs: Sequence[str]) -> list[str]:
 
 
 def _refuse_unknown(records: Sequence[CheckRecord | ForecastRecord]) -> None:
-    """Raise UsageError when there is no model of any of the names."""
+    """Raise NoModelError, a UsageError, when none of the names means a model."""
     if records and all(record.unknown for record in records):
         raise NoModelError("; ".join(str(record.refusal) for record in records))
 
@@ -227,13 +215,18 @@ def trace(
     leaves: Sequence[Leaf] = (),
     verify: bool = False,
 ) -> Trace:
-    """Capture `model` as it would run on `args` and `kwargs`, in training and in evaluation.
+    """Capture the ops that `model` runs on `args` and `kwargs`, in training and in evaluation.
 
-    Only shapes and types are looked at, so tensors may be on the meta device and the model needs no weights; give at
-    least two samples. `leaves` shall stay one op each: dotted paths or classes of modules, and functions. With `verify`
-    the captured ops are run on `args`, which then need numbers, and held against the model as `prove` does.
+    Args:
+        model: stays as it is. It may be on the meta device, without weights.
+        args: an example of its inputs, of at least two samples; only shapes and types are looked at.
+        kwargs: likewise.
+        leaves: what stays one op: dotted paths of modules, classes of modules, and functions.
+        verify: also run the captured ops on `args`, which then need numbers, and compare them with the model as `prove`
+            does.
 
-    Raises TraceError when the model itself, and not just a module in it, branches on data or cannot run on `args`, and
+    Raises TraceError when the model itself, and not just a module in it, branches on data before all else or cannot run
+    on `args`, and
     ProofError when it is captured wrong.
     """
     found = trace_model(model, args, kwargs, leaves=leaves)

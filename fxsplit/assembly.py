@@ -1,4 +1,4 @@
-"""From a RunSpec to what it stands for: data, model, plan, executor, trainer. Nothing else reads its fields."""
+"""Makes the parts of a run from its RunSpec: data, model, plan, executor, trainer. Nothing else reads its fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from timm.utils.random import random_seed
@@ -21,6 +21,7 @@ import fxsplit.plan.forecast
 from fxsplit import planning
 from fxsplit.caching.cache import GIB, CachePolicy
 from fxsplit.caching.feed import Feed
+from fxsplit.capture import tracing as capture
 from fxsplit.capture.tracing import Trace
 from fxsplit.data import datasets
 from fxsplit.data.images import Data
@@ -28,7 +29,8 @@ from fxsplit.data.loader import Loader
 from fxsplit.errors import UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward, logits_of
-from fxsplit.execute.passes import Pass, passes_for
+from fxsplit.execute.passes import Pass, names_of, passes_for
+from fxsplit.measuring.environment import environment
 from fxsplit.measuring.phase_costs import update_seconds
 from fxsplit.models import registry
 from fxsplit.models.examples import Example, example, takes_images
@@ -45,6 +47,7 @@ from fxsplit.training.objective import Objective
 from fxsplit.training.optimizers import make_optimizer, make_scheduler, slots_of
 from fxsplit.training.phase_optimizer import MakeScheduler, PhaseOptimizer
 from fxsplit.training.plasticity import QUIET_INTERVALS, Plasticity
+from fxsplit.training.recorder import Recorder
 from fxsplit.training.run_folder import RunFolder
 from fxsplit.training.soft_targets import LastTargets, MeanTargets, SoftTargets
 from fxsplit.training.step import Step
@@ -56,7 +59,7 @@ DEFAULT_PARTS = 8
 
 
 def data(spec: RunSpec, observer: Observer) -> Data:
-    """The images and labels of a run."""
+    """Load the images and labels of a run, on the CPU. Raises UsageError and DataError as `datasets.load` does."""
     return datasets.load(
         spec.data,
         img_size=spec.img_size,
@@ -69,7 +72,10 @@ def data(spec: RunSpec, observer: Observer) -> Data:
 
 
 def model(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
-    """The model of a run, for the classes and sizes of its data."""
+    """Build the model of a run, for the classes and sizes of its data.
+
+    Raises UsageError when it takes something other than images, and what `registry.build` raises.
+    """
     model = registry.build(
         spec.model,
         num_classes=len(data.classes),
@@ -78,28 +84,49 @@ def model(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
         stem=spec.stem,
         drop_path=spec.drop_path,
     )
+    if not takes_images(model):
+        raise UsageError(
+            f"train takes image classifiers, and {spec.model!r} takes no images; give it its own data in a loop of "
+            "your own around fxsplit.Executor"
+        )
     return in_layout(spec, model.to(device))
 
 
+def trace(spec: RunSpec, model: nn.Module, data: Data) -> Trace:
+    """Capture the model of a run, with images as it trains on. Raises TraceError as `fxsplit.trace` does."""
+    images = torch.empty(2, data.channels, data.img_size, data.img_size, device=data.train.device)
+    return capture.trace(model, (in_layout(spec, images),))
+
+
+def random_images(spec: RunSpec, data: Data) -> torch.Tensor:
+    """Draw a batch of the size that the run trains on, to time its ops with; of two images at least."""
+    shape = (max(2, spec.batch_size), data.channels, data.img_size, data.img_size)
+    return in_layout(spec, torch.rand(shape, device=data.train.device))
+
+
 def in_layout(spec: RunSpec, given: Moved) -> Moved:
-    """A model or images, in the order in which the run keeps images."""
+    """Return a model or images in the memory format of the run: channels_last, where it is asked for."""
     return given.to(memory_format=torch.channels_last) if spec.channels_last else given
 
 
 def passes(spec: RunSpec, device: torch.device) -> tuple[Pass, ...]:
-    """The graph passes that a run asks for."""
+    """Choose the graph passes that a run on this device asks for."""
     return passes_for(device, channels_last=spec.channels_last)
 
 
 def example_inputs(spec: RunSpec, model: nn.Module, img_size: int, device: torch.device) -> Example:
-    """A batch of images as `train` would give them, or whatever else the model takes."""
+    """Make a batch of images as `train` would give them, or of whatever else the model takes."""
     if not takes_images(model):
         return example(spec.model, model, batch_size=spec.batch_size, img_size=img_size, training=True, device=device)
     return Example(args=(in_layout(spec, torch.rand(spec.batch_size, 3, img_size, img_size, device=device)),))
 
 
 def plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
-    """Cut the model and say which partitions train when, and what is recomputed to keep within memory."""
+    """Cut the model, decide which partitions train when, and what is recomputed to keep within memory.
+
+    Raises UsageError when the spec or its plan file cannot be followed, and PartitionError when they do not fit the
+    model.
+    """
     plan = _given_plan(spec, trace, observer)
     phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
     plan = replace(plan, preset=spec.preset, phases=tuple(phases))
@@ -137,7 +164,7 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
 
 
 def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Forecast:
-    """What the phases of a plan will cost in this run."""
+    """Forecast what the phases of a plan will cost in this run; in seconds too, if ops are `measured`."""
 
     def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
         return _optimizer(spec)(nn.ParameterList(parameters))
@@ -153,7 +180,7 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Fore
 
 
 def inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None = None) -> Inspection:
-    """What there is to show of a plan, its model and what is ahead."""
+    """Collect what there is to show of a plan and its model, with the forecast `ahead` if there is one."""
     return Inspection(
         model=spec.model,
         input_shape=trace.train.inputs[0].shape or (),
@@ -170,7 +197,7 @@ def inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None =
 
 
 def executor(spec: RunSpec, trace: Trace, plan: Plan, passes: Sequence[Pass]) -> Executor:
-    """The executor of a run, with its precision, its passes and its compiler."""
+    """Make the executor of a run, with its precision, its passes and its compiler."""
     return Executor(
         trace,
         plan.partitions,
@@ -181,7 +208,7 @@ def executor(spec: RunSpec, trace: Trace, plan: Plan, passes: Sequence[Pass]) ->
 
 
 def loaders(spec: RunSpec, data: Data) -> tuple[Loader, Loader]:
-    """The batches to train on, and those to test on."""
+    """Make the loaders of the images to train on and of those to test on."""
     train = Loader(
         data.train,
         batch_size=spec.batch_size,
@@ -206,7 +233,7 @@ def loaders(spec: RunSpec, data: Data) -> tuple[Loader, Loader]:
 
 
 def trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: Data, observer: Observer) -> Trainer:
-    """The trainer of a run, with all that its spec switches on."""
+    """Make the trainer of a run, with all that its spec switches on. Raises UsageError for names that timm lacks."""
     train_loader, test_loader = loaders(spec, data)
     steps_per_epoch = train_loader.steps_per_epoch
     forward = Forward(executor, train_loader.device, amp_dtype=getattr(torch, spec.amp_dtype) if spec.amp else None)
@@ -248,9 +275,10 @@ def trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: D
 
 
 def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: Observer) -> float:
-    """Hold the executor against the model on the first batch, as the run takes it; the seconds that it took.
+    """Prove on the first batch that the executor computes what the model computes; return the seconds that it took.
 
-    Compilers round as they like, so the proof is of what they are given: stages run as they are.
+    Compilers may round otherwise, so stages run uncompiled here: the proof is of what the compiler is given. Raises
+    ProofError when the two differ.
     """
     began = perf_counter()
     trainer.executor.train()
@@ -261,7 +289,7 @@ def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: O
             trainer.executor,
             batch.images,
             batch.labels,
-            parts=trainer.plan.phases[0].micro_batches,
+            micro_batches=trainer.plan.phases[0].micro_batches,
             loss=lambda output, labels: cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing),
             autocast=trainer.forward.autocast,
             notice=observer.notice,
@@ -296,7 +324,7 @@ def _soft_targets(spec: RunSpec, data: Data) -> SoftTargets | None:
 
 
 def _plasticity(executor: Executor, steps_per_epoch: int) -> Plasticity:
-    # Quiet for as long as an epoch.
+    # Partitions count as quiet after QUIET_INTERVALS intervals, which together last an epoch.
     return Plasticity(named_parameters(executor), interval=max(1, steps_per_epoch // QUIET_INTERVALS))
 
 
@@ -304,7 +332,7 @@ def _cache_policy(spec: RunSpec) -> CachePolicy | None:
     if spec.cache == "off" or spec.dry_run:
         return None
     return CachePolicy(
-        place=spec.cache,
+        medium=spec.cache,
         limit_bytes=None if spec.cache_limit is None else int(spec.cache_limit * GIB),
         dtype=None if spec.cache_dtype == "exact" else getattr(torch, spec.cache_dtype),
         folder=str(Path(spec.output).expanduser()),
@@ -328,16 +356,36 @@ def _optimizer(spec: RunSpec) -> partial[Optimizer]:
     return partial(make_optimizer, name=spec.opt, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
 
 
-def run_folder(spec: RunSpec, plan: Plan, trace: Trace, surroundings: dict[str, Any]) -> RunFolder:
-    """A folder of its own, with what was asked and planned in it."""
-    folder = RunFolder(spec.output, model=spec.model, schedule=plan.title, seed=spec.seed, experiment=spec.experiment)
-    plan_json = inspection(spec, trace, plan).plan_file.to_json()
-    folder.start(args_yaml=spec.to_yaml(), plan_json=plan_json, environment=surroundings)
-    return folder
+def recorder(
+    spec: RunSpec, trace: Trace, plan: Plan, passes: Sequence[Pass], device: torch.device, *, began: float
+) -> Recorder:
+    """Make the recorder of a run and, unless it is a dry run, its folder, with what was asked and planned in it.
+
+    `began` is when the run began, on the clock of `perf_counter`. Raises UsageError when the folder cannot be made.
+    """
+    found, surroundings = inspection(spec, trace, plan), environment(device)
+    folder = None
+    if not spec.dry_run:
+        folder = RunFolder(
+            spec.output, model=spec.model, schedule=plan.title, seed=spec.seed, experiment=spec.experiment
+        )
+        folder.start(args_yaml=spec.to_yaml(), plan_json=found.plan_file.to_json(), environment=surroundings)
+    return Recorder(
+        folder,
+        found,
+        trace.model,
+        spec=spec.to_flat(),
+        environment=surroundings,
+        passes=names_of(passes),
+        began=began,
+    )
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is a GPU, else the CPU. Raises UsageError when there is no such device."""
+    """Find the device of that name; `auto` is CUDA where there is a GPU, else the CPU.
+
+    Raises UsageError when there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -351,7 +399,10 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def determinism(seed: int, deterministic: bool) -> Iterator[None]:
-    """Seed every generator. With `deterministic` torch refuses kernels that are not; else cuDNN looks for fast ones."""
+    """Seed every generator, and inside choose kernels for a run; torch's settings are put back at the end.
+
+    With `deterministic` torch refuses kernels that are not; without, cuDNN looks for the fastest ones.
+    """
     random_seed(seed)
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = not deterministic

@@ -71,6 +71,10 @@ class UntraceableError(Exception):
     """A call in a forward cannot be recorded; the module around it then becomes one op. The message is the reason."""
 
 
+class BranchError(UntraceableError):
+    """Forward asks for an answer that decides how it goes on, and that may differ from call to call."""
+
+
 class Terminated(KeyboardInterrupt):
     """The process was asked to end (SIGTERM); the exit code is 143 where that of an interruption is 130."""
 

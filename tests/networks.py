@@ -454,12 +454,12 @@ class Regions(Chain):
 
 
 class BranchOnData(Chain):
-    """A branch on data at the very top: this cannot be captured, and must be refused well."""
+    """A branch on data in the first statement of all: this cannot be captured, and must be refused well."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(self.conv1(x))
         if x.mean() > 0:
             x = x.relu()
+        x = self.norm1(self.conv1(x))
         return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
 
 

@@ -4,8 +4,8 @@
                                                         └──► rows
     later epochs    rows ──(read ahead by a thread)──► values ──► the rest
 
-A row is what one image, or one stored view of it, has at the cut. Settled partitions never change and treat each
-image by itself, so a row stays right whatever batch the image comes in.
+A row holds the values of one image, or of one stored view of it, at the cut. Settled partitions never change and treat
+each image by itself, so a row stays right whatever batch the image comes in.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ from fxsplit.data.loader import Loader
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
 
-# Reading a byte costs about as much as this much work: of a disk for a CPU, of the bus for a large GPU.
+# Floating-point operations that take about as long as reading one byte: from a disk, beside a CPU; over the bus, beside
+# a large GPU.
 FLOPS_PER_BYTE = {"cpu": 20, "cuda": 4000}
 GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachePolicy:
-    """Says where caches of the settled prefix lie and how much they take.
+    """Says where caches of the settled prefix are kept and how much they may take.
 
     Args:
-        place: "ram", "disk" (a nameless file in `folder`, gone with the process) or "auto": disk, where reading costs
+        medium: "ram", "disk" (a nameless file in `folder`, gone with the process) or "auto": disk, where reading costs
             less than computing.
-        limit_bytes: what the caches of a phase take at most; None for half of what is free.
-        dtype: what floating-point values are kept as, or bit for bit if None.
-        folder: where files lie.
+        limit_bytes: what the caches of a phase may take together; None for half of what is free.
+        dtype: the type in which floating-point values are kept; None keeps them bit for bit.
+        folder: where the file is.
     """
 
-    place: str
+    medium: str
     limit_bytes: int | None = None
     dtype: torch.dtype | None = None
     folder: str = "."
@@ -59,13 +60,13 @@ class CachePolicy:
         beside: Cache | None = None,
         exact: bool = False,
     ) -> Cache:
-        """Open a cache of what the partitions deliver that are settled now.
+        """Open an empty cache for the partitions that are settled now.
 
         Args:
             forward: runs the settled partitions.
             loader: the images.
-            epochs: how long the cut is to last.
-            notice: takes a sentence that says why there are no rows.
+            epochs: for how many epochs the cut stays where it is.
+            notice: is called with a sentence that says why there are no rows.
             beside: a cache that this one shares the limit with.
             exact: keep values bit for bit, whatever the `dtype`.
         """
@@ -73,10 +74,10 @@ class CachePolicy:
 
 
 class Cache:
-    """Gives the batches of an epoch at the cut, from rows where it has them; images where there can be no rows.
+    """Gives the batches of an epoch at the cut: read from rows where it has them, else computed and kept as rows.
 
-    Where rows cannot be had it says why to `notice` and goes on without; "auto" is silent when they would not pay.
-    `CachePolicy.open` makes one, and says what goes in.
+    Where rows cannot be kept it gives images instead and calls `notice` once with the reason; under "auto" it is silent
+    when they would merely not pay. Made by `CachePolicy.open`, which describes the arguments.
     """
 
     def __init__(
@@ -111,21 +112,21 @@ class Cache:
 
     @property
     def resident_bytes(self) -> int:
-        """What the rows hold of this process's memory."""
+        """Bytes of this process's memory that the rows take."""
         return 0 if self._rows is None else self._rows.resident_bytes
 
     @property
     def file_bytes(self) -> int:
-        """What they hold of the disk."""
+        """Bytes of the disk that the rows take."""
         return 0 if self._rows is None else self._rows.file_bytes
 
     def close(self) -> None:
-        """Give memory and disk back."""
+        """Free memory and disk. Batches are images from then on."""
         self._drop()
         self._given_up = True
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Give the epoch's batches, of the images that the loader would give, in its order."""
+        """Give the epoch's batches: the same images as the loader's, in the same order."""
         if not self._given_up and (key := cache_key(self._forward.executor, self._loader)) != self._key:
             self._drop()
             self._key = key
@@ -144,21 +145,21 @@ class Cache:
         else:
             values = self._forward.settle(batch.images)
             if not _are_rows(values, len(batch)):
-                # Whoever takes a batch in parts can divide the images, but not these.
+                # Micro-batches need values that can be divided image by image.
                 self._give_up("what crosses the cut is not one row for each image")
                 return batch
             self._keep(rows, values, batch.images)
         return Batch(values=tuple(values), cut=self.cut, labels=batch.labels, ids=batch.ids)
 
-    def _read_ahead(self, turns: Sequence[Tensor], first: int) -> Iterator[Batch]:
+    def _read_ahead(self, batches: Sequence[Tensor], first: int) -> Iterator[Batch]:
         assert self._rows is not None
         device = self._loader.device
         with ThreadPoolExecutor(max_workers=1) as reader:
-            coming = reader.submit(self._rows.read, turns[0] + first)
-            for ids, following in zip(turns, (*turns[1:], None), strict=True):
-                values = self._unpacked(coming.result())
-                if following is not None:
-                    coming = reader.submit(self._rows.read, following + first)
+            pending = reader.submit(self._rows.read, batches[0] + first)
+            for ids, next_ids in zip(batches, (*batches[1:], None), strict=True):
+                values = self._unpacked(pending.result())
+                if next_ids is not None:
+                    pending = reader.submit(self._rows.read, next_ids + first)
                 ids = ids.to(device)
                 yield Batch(values=tuple(values), cut=self.cut, labels=self._loader.images.labels[ids], ids=ids)
 
@@ -168,8 +169,8 @@ class Cache:
 
     def _keep(self, rows: Tensor, values: list[Any], images: Tensor) -> None:
         try:
-            if self._rows is None and (against := self._open(values, images)):
-                self._give_up(*against)
+            if self._rows is None and (refusal := self._open(values, images)):
+                self._give_up(*refusal)
             if self._rows is not None:
                 pairs = zip(self._columns, values, strict=True)
                 self._rows.write(rows, [column.pack(value) for column, value in pairs if column is not None])
@@ -178,7 +179,7 @@ class Cache:
             self._give_up(getattr(error, "strerror", None) or "there is not enough memory")
 
     def _open(self, values: list[Any], images: Tensor) -> tuple[str, bool] | None:
-        """Make room for all rows, or return why not, and whether they would have paid."""
+        """Make room for all rows, or return the reason why not and whether rows would have paid."""
         loader = self._loader
         if not self._repeats(values, images):
             return "the settled partitions do not deliver the same for an image each time", True
@@ -186,19 +187,19 @@ class Cache:
         columns = [column for column in self._columns if column is not None]
         row_bytes = sum(column.row_bytes for column in columns)
         macs = sum(partition.macs for partition in self._forward.executor.partitions[: self.cut])
-        if self._policy.place == "auto" and not pays(macs, row_bytes, device=loader.device.type):
+        if self._policy.medium == "auto" and not pays(macs, row_bytes, device=loader.device.type):
             return "reading rows would take longer than computing them", False
         size, limit = len(self._filled) * row_bytes, self._limit()
         if size > limit:
             return f"it needs {size / GIB:.3g} GiB and may take {limit / GIB:.3g}", True
-        if self._policy.place == "ram":
+        if self._policy.medium == "ram":
             self._rows = MemoryRows(len(self._filled), columns)
         else:
             self._rows = FileRows(len(self._filled), columns, self._policy.folder)
         return None
 
     def _repeats(self, values: list[Any], images: Tensor) -> bool:
-        """Tell whether half of the images alone give what they gave among all, and no random numbers are drawn."""
+        """Tell whether half of the batch, run again, gives the same, and without random numbers."""
         half = -(-len(images) // 2)
         devices = [images.device] if images.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -214,13 +215,13 @@ class Cache:
         if policy.limit_bytes is not None:
             taken = self._beside.resident_bytes + self._beside.file_bytes if self._beside else 0
             return policy.limit_bytes - taken
-        free = psutil.virtual_memory().available if policy.place == "ram" else shutil.disk_usage(policy.folder).free
+        free = psutil.virtual_memory().available if policy.medium == "ram" else shutil.disk_usage(policy.folder).free
         return int(free // 2)
 
     def _give_up(self, why: str, pays: bool = True) -> None:
         self._drop()
         self._given_up = True
-        if pays or self._policy.place != "auto":
+        if pays or self._policy.medium != "auto":
             batch = "batch" if self._loader.training else "test batch"
             self._notice(f"the settled partitions are computed anew for each {batch}, without a cache: {why}")
 
@@ -231,7 +232,7 @@ class Cache:
         self._filled = self._none_filled()
 
     def _none_filled(self) -> Tensor:
-        """Make the record of the rows that are filled, with none."""
+        """Make the mask of the rows that are filled, with none of them filled."""
         return torch.zeros(len(self._loader.images) * (self._loader.views or 1), dtype=torch.bool)
 
 
@@ -245,7 +246,13 @@ def cache_key(executor: Executor, loader: Loader) -> str:
 
 
 def pays(macs: int, row_bytes: int, *, device: str) -> bool:
-    """Tell whether computing a row, of `macs` multiply-adds, takes longer than reading it."""
+    """Tell whether computing a row takes longer than reading it.
+
+    Args:
+        macs: multiply-adds of the settled partitions for one image.
+        row_bytes: size of the row.
+        device: "cpu" or "cuda", which computes.
+    """
     return 2 * macs > FLOPS_PER_BYTE[device] * row_bytes
 
 
@@ -255,7 +262,7 @@ def _are_rows(values: Sequence[Any], count: int) -> bool:
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Tell whether they are equal within what kernels for other batch sizes may round otherwise."""
+    """Tell whether two tensors are equal but for rounding: a kernel may add up otherwise for another batch size."""
     if not one.is_floating_point():
         return torch.equal(one, other)
     bound = 32 * torch.finfo(one.dtype).eps * float(other.abs().max()) if one.numel() else 0.0

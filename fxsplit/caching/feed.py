@@ -34,7 +34,10 @@ class Feed:
         self._test_cache: Cache | None = None
 
     def enter(self, cut: int, *, epochs: int, notice: Callable[[str], None]) -> None:
-        """Keep the caches if they are at `cut`, else open new ones, which are to last for `epochs`."""
+        """Keep the caches if they are at `cut`, else open new ones there, where the cut stays for `epochs`.
+
+        `notice` is called with the reason if a cache keeps nothing.
+        """
         if self._train_cache is not None and self._train_cache.cut == cut:
             return
         self.close()
@@ -48,6 +51,7 @@ class Feed:
         """Give the batches of a training epoch, at the cut or as images."""
         if self._train_cache is not None:
             return self._train_cache.batches(epoch)
+        # Stored views replace the augmentation of the epoch once anything is settled, whether or not rows are kept.
         settled = self._forward.executor.window[0] > 0
         return self.train_loader.batches(epoch, view=self.train_loader.view(epoch) if settled else None)
 
@@ -59,18 +63,18 @@ class Feed:
 
     @property
     def resident_bytes(self) -> int | None:
-        """What the caches hold of this process's memory; None without caches."""
+        """Bytes of this process's memory that the caches take; None without caches."""
         caches = self._caches()
         return sum(cache.resident_bytes for cache in caches) if caches else None
 
     @property
     def file_bytes(self) -> int | None:
-        """What they hold of the disk."""
+        """Bytes of the disk that the caches take; None without caches."""
         caches = self._caches()
         return sum(cache.file_bytes for cache in caches) if caches else None
 
     def close(self) -> None:
-        """Give memory and disk back."""
+        """Close the caches, which frees memory and disk."""
         for cache in self._caches():
             cache.close()
         self._train_cache = self._test_cache = None

@@ -1,4 +1,4 @@
-"""Rows of tensors, one a sample, in memory or in a file."""
+"""Storage for rows of tensors, one row a sample, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ from torch import Tensor
 
 
 class Column(NamedTuple):
-    """How rows of one value are kept: as this type, with their dimensions in the order in which they lie in memory.
+    """Describes how the rows of one value are kept, and converts values to rows and back.
 
-    Unpacked they have their own type and order of dimensions back, so that whatever runs on them runs the same kernels.
+    Dimensions are kept in the order in which they lie in memory. Unpacked values have their type and memory layout
+    back, so that the same kernels run on them.
+
+    Args:
+        shape: of a row, its dimensions in that order.
+        dtype: of the value.
+        kept: the type in which rows are kept.
+        order: for each dimension of a packed batch, that of the value.
     """
 
     shape: tuple[int, ...]
@@ -28,25 +35,28 @@ class Column(NamedTuple):
 
     @classmethod
     def of(cls, value: Tensor, dtype: torch.dtype | None) -> Column:
-        """For values like this one (B, ...); floating-point numbers are kept as `dtype`, or as they are if None."""
+        """Describe the rows of values like this one (B, ...); `dtype`, unless None, is the type to keep floats in."""
         kept = dtype if dtype is not None and value.is_floating_point() else value.dtype
         order = (0, *sorted(range(1, value.dim()), key=value.stride().__getitem__, reverse=True))
         return cls(tuple(value.shape[dimension] for dimension in order[1:]), value.dtype, kept, order)
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row."""
         return prod(self.shape) * self.kept.itemsize
 
     def pack(self, value: Tensor) -> Tensor:
+        """Make rows on the CPU from a value (B, ...)."""
         return value.detach().permute(self.order).to("cpu", self.kept).contiguous()
 
     def unpack(self, rows: Tensor, device: torch.device) -> Tensor:
+        """Make the value (B, ...) again from rows, on `device`."""
         back = [self.order.index(dimension) for dimension in range(len(self.order))]
         return rows.to(device, self.dtype, non_blocking=True).permute(back)
 
 
 class MemoryRows:
-    """`count` rows of each column in memory. Raises MemoryError when there is not enough."""
+    """Keeps `count` rows of each column in memory. Raises MemoryError when there is not enough."""
 
     file_bytes = 0
 
@@ -58,19 +68,20 @@ class MemoryRows:
             raise MemoryError(str(error)) from error
 
     def write(self, rows: Tensor, packed: Sequence[Tensor]) -> None:
-        """Packed values (B, ...) of each column, into `rows` int64 (B,)."""
+        """Write packed values (B, ...) of each column into `rows`, int64 (B,)."""
         for tensor, value in zip(self._tensors, packed, strict=True):
             tensor[rows] = value
 
     def read(self, rows: Tensor) -> list[Tensor]:
-        """Packed values (B, ...) of each column: copies, which may be written into."""
+        """Read packed values (B, ...) of each column from `rows`: copies, which may be written into."""
         return [tensor[rows] for tensor in self._tensors]
 
 
 class FileRows:
-    """`count` rows of each column in a nameless file in `folder`, read through a memory map.
+    """Keeps `count` rows of each column in a nameless file in `folder`, read through a memory map.
 
-    The file ends with the object, however the process ends. Raises OSError when it cannot be made or the disk is full.
+    The file is gone with the object, however the process ends. Raises OSError when it cannot be made or the disk is
+    full.
     """
 
     resident_bytes = 0
@@ -84,7 +95,8 @@ class FileRows:
         self.file_bytes = end
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as the object
         weakref.finalize(self, self._file.close)
-        # Space is set aside now, and rows are written by calls: on a full disk a page of the map would end the process.
+        # Space is reserved now, and rows are written by system calls, because these raise an exception on a full disk:
+        # writing into the memory map would end the process by a signal.
         self._file.truncate(end)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._file.fileno(), 0, end)
@@ -97,7 +109,7 @@ class FileRows:
         ]
 
     def write(self, rows: Tensor, packed: Sequence[Tensor]) -> None:
-        """Packed values (B, ...) of each column, into `rows` int64 (B,). Raises OSError when the disk is full."""
+        """Write packed values (B, ...) of each column into `rows`, int64 (B,). Raises OSError when the disk is full."""
         for column, offset, value in zip(self._columns, self._offsets, packed, strict=True):
             data = value.reshape(len(value), -1).view(torch.uint8).numpy()
             for row, line in zip(rows.tolist(), data, strict=True):
@@ -105,9 +117,9 @@ class FileRows:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def read(self, rows: Tensor) -> list[Tensor]:
-        """Packed values (B, ...) of each column: copies, which may be written into."""
+        """Read packed values (B, ...) of each column from `rows`: copies, which may be written into."""
         found = [tensor[rows] for tensor in self._tensors]
-        # Pages that were looked at would count as this process's memory, although the system can take them back.
+        # Pages that were read would count as this process's memory, although the system can take them back.
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
         return found

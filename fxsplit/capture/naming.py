@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import fx
 
+from fxsplit.meta.rest import Rest, calls_method
+
 NAMED = ("placeholder", "call_module", "call_function", "call_method")
 
 
@@ -88,14 +90,14 @@ def _kind(node: fx.Node) -> Any:
 def _base_name(node: fx.Node) -> str:
     if node.op in ("placeholder", "call_module", "get_attr"):
         return str(node.target)
-    called = method_of(node) or node.target
+    called = node.target if isinstance(node.target, Rest) else method_of(node) or node.target
     name = called if isinstance(called, str) else getattr(called, "__name__", "call")
     return f"{node.meta['path']}:{name.rpartition('.')[2]}".removeprefix(":")
 
 
 def method_of(node: fx.Node) -> str | None:
     """Return the dotted name of the model's own method that the node calls, or None."""
-    return str(node.args[0].target) if node.target is operator.call and isinstance(node.args[0], fx.Node) else None
+    return str(node.args[0].target) if calls_method(node.target) and isinstance(node.args[0], fx.Node) else None
 
 
 def called_module(node: fx.Node) -> str | None:

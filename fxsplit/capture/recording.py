@@ -7,8 +7,10 @@ give the same graph: a forward that counts its calls, or goes another way once i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -21,10 +23,11 @@ from fxsplit.capture.questions import Guard
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.tracer import COMPILED, Leaf, ValueTracer, reason_of
 from fxsplit.capture.user_code import compiled_function, failing_function
-from fxsplit.errors import TraceError, UntraceableError
+from fxsplit.errors import BranchError, TraceError, UntraceableError
 from fxsplit.meta.costs import CostMeter
 from fxsplit.meta.evaluate import Constant, ImpureCall, on_meta, resolve
 from fxsplit.meta.kernels import Kernels
+from fxsplit.meta.rest import Rest
 from fxsplit.objects.contents import Contents, drawing_nothing, generators_around
 from fxsplit.objects.same import Comparison
 from fxsplit.objects.structure import META, map_tensors, tensors_in
@@ -66,12 +69,14 @@ class Recorder:
     kernels: Kernels
     _whole: dict[str | FunctionType, str] = field(default_factory=dict)
     _lenient: bool = False
+    _rest: tuple[Rest, Exception] | None = None
 
     def record(self, batch_size: int | None = None, *, costs: bool = False) -> Recording:
         """Record a call at the batch size of the arguments, or at another one; with `costs` each op is measured.
 
-        A function or method that cannot be recorded becomes one op, as a module does, and recording starts again.
-        Raises TraceError when the model's own forward branches on data or cannot run.
+        A function or method that cannot be recorded becomes one op, as a module does, and so does the rest of the
+        model's own forward from the first statement on that cannot; then recording starts again. Raises TraceError when
+        that is the first statement of all, or the model cannot run.
         """
         while True:
             try:
@@ -89,8 +94,14 @@ class Recorder:
                     self._whole[function] = reason_of(error)
                 elif isinstance(error, UntraceableError) and not self._lenient:
                     self._lenient = True
+                elif self._rest is None and (rest := self._rest_after(error)) is not None:
+                    self._rest = rest, error
                 else:
-                    raise self._error(error) from error
+                    first = error if self._rest is None else self._rest[1]
+                    raise self._error(first) from first
+
+    def _rest_after(self, error: Exception) -> Rest | None:
+        return Rest.after(self.meta_model, error) if isinstance(error, BranchError) else None
 
     def _record(self, batch_size: int | None, *, costs: bool) -> Recording:
         # (1) Record a call. If it left the model as it was, that is all.
@@ -193,12 +204,16 @@ class Recorder:
             kernels=self.kernels,
             meter=CostMeter(known, self.kernels) if costs else None,
         )
+        if self._rest is not None:
+            rest, error = self._rest
+            beginning = rest.beginning(self.meta_model, partial(tracer.call_rest, rest, reason_of(error)))
         functions = {each for each in (*self.leaves, *self._whole) if isinstance(each, FunctionType)}
         # Opened before the patches: it is not a context of the model.
         with (
             torch.set_grad_enabled(self.meta_model.training),
             watched(tracer, functions),
             drawing_nothing(generators_around(self.meta_model)),
+            nullcontext() if self._rest is None else _attribute(self.meta_model, "forward", beginning),
         ):
             try:
                 graph = tracer.trace(self.meta_model)
@@ -216,6 +231,16 @@ class Recorder:
             else ""
         )
         return TraceError(f"{type(self.meta_model).__name__} cannot be traced in {mode}: {reason_of(error)}{advice}")
+
+
+@contextmanager
+def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of the module while the context is open."""
+    vars(module)[name] = value
+    try:
+        yield
+    finally:
+        del vars(module)[name]
 
 
 def same_nodes(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> bool:

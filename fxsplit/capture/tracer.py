@@ -28,11 +28,12 @@ from fxsplit.capture.proxy import ValueProxy
 from fxsplit.capture.questions import MISSING, QUESTIONS, REAL_ISINSTANCE, Assignment, Guard
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.user_code import asserted, user_line
-from fxsplit.errors import UntraceableError
+from fxsplit.errors import BranchError, UntraceableError
 from fxsplit.meta.costs import CostMeter
 from fxsplit.meta.evaluate import Constant, ForeignCall, ImpureCall, Rebuild, Slot, StandIn, evaluate, expect, resolve
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
+from fxsplit.meta.rest import Rest, calls_method
 from fxsplit.objects.contents import drawing_nothing, unchanged, unshared_generators
 from fxsplit.objects.hooks import hooks_of
 from fxsplit.objects.structure import map_tensors, module_at, template, tensors_in
@@ -91,6 +92,7 @@ class ValueTracer(fx.Tracer):
         self.evaluating = False
         self.checkpoints = self.cuts_gradients = False
         self._thread = get_ident()
+        self._held: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._open: list[tuple[object, Context]] = []
         self._whole = whole or {}
         self._path = ""
@@ -126,6 +128,7 @@ class ValueTracer(fx.Tracer):
         def call(module: nn.Module) -> Any:
             if super(ValueTracer, self).is_leaf_module(module, ""):
                 return self.call_function(root_fn, (module, *args), kwargs)
+            self._held = [(owner, dict(owner)) for owner in (module._buffers, vars(module))]
             with unchanged((args, kwargs)):
                 # Found on the instance, which may have a forward of its own.
                 return self._through(module, "", lambda: module.forward(*args, **kwargs))
@@ -149,7 +152,7 @@ class ValueTracer(fx.Tracer):
                 raise AssertionError(message)
             return None
         if kind == "call_method" and target in READ_DATA and isinstance(args[0].value, Tensor):
-            raise UntraceableError(f"{user_line()} reads data: it calls {target}() of a tensor")
+            raise BranchError(f"{user_line()} reads data: it calls {target}() of a tensor")
         if kind == "call_method" and target in AUTOGRAD_METHODS:
             raise UntraceableError(f"{user_line()} calls {target}() of a tensor")
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
@@ -184,6 +187,25 @@ class ValueTracer(fx.Tracer):
             return self.create_proxy("call_function", target, args, kwargs)
         finally:
             self._path = outer
+
+    def call_rest(self, rest: Rest, reason: str, variables: dict[str, Any]) -> Any:
+        """Record the rest of the model's own forward as one op, which reads `variables`.
+
+        Raises UntraceableError, with the `reason` for which it is one op, where there is no op before it, or where what
+        is before it puts something into the model, which the rest may read.
+        """
+        begun = any(node.op in ("call_module", "call_function", "call_method") for node in self.graph.nodes)
+        changed = any(
+            owner.get(name, MISSING) is not before.get(name, MISSING)
+            for owner, before in self._held
+            for name in owner.keys() | before.keys()
+        )
+        if not begun or changed:
+            raise UntraceableError(reason)
+        method = self.create_node("get_attr", "forward", (), {})
+        method.meta.update(value=self.root.forward, registered=False)
+        self.opaque[f"forward from line {rest.line} on"] = reason
+        return self.create_proxy("call_function", rest, (self.proxy(method), variables), {})
 
     def call_foreign(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a function that is not a Python function."""
@@ -404,12 +426,12 @@ class ValueTracer(fx.Tracer):
         if isinstance(value, Tensor) and question != "len":
             expected = self._expected(proxy) if question == "bool" else None
             if expected is None:
-                raise UntraceableError(f"{user_line()} branches on data: it asks for {question}() of a tensor")
+                raise BranchError(f"{user_line()} branches on data: it asks for {question}() of a tensor")
             self.create_proxy("call_function", expect, (proxy, expected, user_line()), {})
             return expected
         found = QUESTIONS[question](value)
         if proxy.node.meta.get("drawn"):
-            raise UntraceableError(
+            raise BranchError(
                 f"{user_line()} asks for {question}() of a number that is another one at each call, drawn or read from "
                 "a clock"
             )
@@ -440,7 +462,7 @@ class ValueTracer(fx.Tracer):
         where = user_line()
         is_container = isinstance(proxy.value, tuple | list | Mapping)
         if not is_container and (self._path or not self.lenient):
-            raise UntraceableError(f"{where} asks for {question}() of a size that may depend on data")
+            raise BranchError(f"{where} asks for {question}() of a size that may depend on data")
         given = self.create_proxy("call_function", QUESTIONS[question], (proxy,), {})
         same = self.create_proxy("call_function", operator.eq, (given, found), {})
         self.create_proxy("call_function", expect, (same, True, where), {})
@@ -467,7 +489,7 @@ class ValueTracer(fx.Tracer):
             args, kwargs = given
             return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
 
-        holder = getattr(args[0], "__self__", None) if node.target is operator.call else None
+        holder = getattr(args[0], "__self__", None) if calls_method(node.target) else None
         called = holder if module is None else module
         sizes, hooks = watch_norms(called) if isinstance(called, nn.Module) else ({}, [])
         self.evaluating, builtins.isinstance = True, REAL_ISINSTANCE

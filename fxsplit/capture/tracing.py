@@ -159,8 +159,8 @@ def trace(
         kwargs: keyword arguments of the call.
         leaves: dotted paths or classes of modules, and functions, that shall be one op each.
 
-    Returns the Trace. Raises TraceError when the model itself, and not just a module in it, branches on data or cannot
-    run on `args`.
+    Returns the Trace. Raises TraceError when the model itself, and not just a module in it, branches on data before all
+    else, or cannot run on `args`.
     """
     return _traced(model, args, kwargs or {}, leaves, {})
 

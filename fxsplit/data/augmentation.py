@@ -1,7 +1,7 @@
-"""Augmentations: images changed at random, each by draws of its own.
+"""Augmentations: images changed at random.
 
-An augmentation draws for the whole image set, on the CPU, and gives a function that changes the pixels of a batch. So
-what an image gets depends on no batch, device or worker.
+An augmentation draws its random numbers for the whole image set at once, on the CPU, and returns a function that
+changes the pixels of a batch. So how an image is changed depends on no batch, device or worker.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ Augment = Callable[[Tensor, Tensor], Tensor]
 
 
 def augmentation(name: str, images: ImageSet, *, seed: int, draw: int) -> Augment:
-    """Draw what augmentation `name` does to each of `images`, from the `seed` and the number of the `draw`.
+    """Draw how augmentation `name` changes each of `images`, and return the function that changes a batch.
 
-    Raises UsageError when there is no such augmentation.
+    What is drawn depends on `seed` and `draw` alone; epochs with the same `draw` change images alike. Raises UsageError
+    when there is no such augmentation.
     """
     if name not in AUGMENTATIONS:
         known, hint = " and ".join(AUGMENTATIONS), nearest(name, tuple(AUGMENTATIONS))
@@ -48,15 +49,19 @@ AUGMENTATIONS: dict[str, Callable[[ImageSet, int, int], Augment]] = {"none": _no
 
 
 def crop_flip(pixels: Tensor, corners: Tensor, flips: Tensor, *, padding: int) -> Tensor:
-    """Crops of the size of `pixels` (B, C, H, W), out of a border of `padding` zeros; then mirrored where asked.
+    """Pad images with zeros, cut a crop of their own size out of each, and mirror some; returns (B, C, H, W).
 
-    `corners` int64 (B, 2): top and left of each crop in the padded image, 0 .. 2 * padding. `flips` bool (B,).
+    Args:
+        pixels: (B, C, H, W).
+        corners: top and left of each crop in the padded image, 0 .. 2 * padding, int64 (B, 2).
+        flips: which crops to mirror, bool (B,).
+        padding: rows and columns of zeros on each side.
     """
     batch, channels, height, width = pixels.shape
     padded = functional.pad(pixels, (padding,) * 4)
     columns = torch.arange(width, device=pixels.device)
     columns = corners[:, 1, None] + torch.where(flips[:, None], width - 1 - columns, columns)
     rows = corners[:, 0, None] + torch.arange(height, device=pixels.device)
-    places = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]
-    index = places.view(batch, 1, -1).expand(-1, channels, -1)
+    positions = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]
+    index = positions.view(batch, 1, -1).expand(-1, channels, -1)
     return padded.flatten(2).gather(2, index).view(pixels.shape)

@@ -1,4 +1,4 @@
-"""A batch of training: images, or what the settled partitions made of them, with labels and ids."""
+"""A batch: images, or what the settled partitions computed from them, with labels and ids."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Batch:
     """Holds the values of some images at a cut, with their labels and ids.
 
     Args:
-        values: what crosses the cut, one row an image: tensors (B, ...), or None where nothing does. At cut 0 it is the
-            images alone, float32 (B, C, H, W).
-        cut: the partitions before it have been run.
+        values: the values at the cut, one row an image: tensors (B, ...), or None for a value that this mode does not
+            have. At cut 0 it is the images alone, float32 (B, C, H, W).
+        cut: how many partitions have been run already.
         labels: int64 (B,).
         ids: positions in the image set, int64 (B,).
     """
@@ -37,22 +37,23 @@ class Batch:
         images: Tensor = self.values[0]
         return images
 
-    def divided(self, parts: int, *, batch_size: int) -> Iterator[Batch]:
-        """Divide the batch into at most `parts` micro-batches, as `part_sizes` does; a small batch gives fewer."""
-        sizes = part_sizes(len(self), parts, batch_size=batch_size)
+    def divided(self, count: int, *, batch_size: int) -> Iterator[Batch]:
+        """Divide the batch into at most `count` micro-batches, of `micro_batch_sizes`; a small batch gives fewer."""
+        sizes = micro_batch_sizes(len(self), count, batch_size=batch_size)
         values = ([None] * len(sizes) if value is None else torch.split(value, sizes) for value in self.values)
         labels, ids = torch.split(self.labels, sizes), torch.split(self.ids, sizes)
-        for part, own_labels, own_ids in zip(zip(*values, strict=True), labels, ids, strict=True):
-            yield Batch(values=part, cut=self.cut, labels=own_labels, ids=own_ids)
+        for own_values, own_labels, own_ids in zip(zip(*values, strict=True), labels, ids, strict=True):
+            yield Batch(values=own_values, cut=self.cut, labels=own_labels, ids=own_ids)
 
 
-def part_sizes(samples: int, parts: int, *, batch_size: int) -> list[int]:
-    """How many samples are in each part of a batch that is divided into at most `parts`, as `Tensor.chunk` does it.
+def micro_batch_sizes(samples: int, count: int, *, batch_size: int) -> list[int]:
+    """Return how many samples each micro-batch has, when a batch is divided into at most `count` of them.
 
-    But no part holds a single sample, from which BatchNorm can take no statistics, unless those of a full batch of
-    `batch_size` do: one that would be left alone gets another from the part before, or joins it where that has two.
+    They are equal but for the last, as those of `Tensor.chunk`. From a single sample BatchNorm can take no statistics,
+    so none stands alone, unless a full batch of `batch_size` gives single samples anyway. A last sample that would be
+    alone gets another one from the micro-batch before it, or joins that one if it has two.
     """
-    size = max(-(-samples // parts), 1 if batch_size <= parts else 2)
+    size = max(-(-samples // count), 1 if batch_size <= count else 2)
     full, rest = divmod(samples, size)
     sizes = [size] * full + [rest] * (rest > 0)
     if rest == 1 and full:

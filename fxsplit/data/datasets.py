@@ -1,4 +1,4 @@
-"""Where images come from: embedded, downloaded, in a folder, or made up."""
+"""Data sets by name: installed with scikit-learn, downloaded, in a folder, or made of noise."""
 
 from __future__ import annotations
 
@@ -39,12 +39,18 @@ def load(
     workers: int,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Data:
-    """The data set `name`, on the CPU: digits, cifar10, cifar100, synthetic or folder:PATH.
+    """Load the data set `name`, on the CPU: digits, cifar10, cifar100, synthetic or folder:PATH.
 
-    `img_size` None takes the data's own size; of a folder, the short side of its first image, at most 224.
-    `train_limit` keeps the first images of a permutation drawn with `seed`. A folder whose decoded images need
-    more than `memory_limit_bytes` stays in files, read by `workers` processes. What was decided for the user is
-    said to `notice`.
+    Args:
+        name: of the data set.
+        img_size: side of the square images in pixels; None for the data's own: of a folder, the short side of its first
+            image, at most 224.
+        data_dir: where downloaded data sets are kept.
+        seed: what is drawn here depends on it: synthetic images, the images held out of a folder, a `train_limit`.
+        train_limit: how many images to train on, drawn at random; None for all.
+        notice: is called with sentences about what was decided for the user.
+        workers: processes that read images which do not fit in memory.
+        memory_limit_bytes: a folder whose decoded images need more stays in files.
 
     Raises UsageError when there is no such data set or it has fewer images than `train_limit`, and DataError
     when it cannot be read, downloaded or split.
@@ -52,15 +58,15 @@ def load(
     if path := _folder_path(name):
         data = _folder(path, img_size, seed, workers, notice)
     else:
-        source = _source(name)
-        data = source.load(img_size or source.img_size, Path(data_dir).expanduser(), seed)
+        known = _known(name)
+        data = known.load(img_size or known.img_size, Path(data_dir).expanduser(), seed)
     if train_limit is not None:
         data = replace(data, train=data.train.subset(_drawn(name, len(data.train), train_limit, seed)))
     return _into_memory(data, memory_limit_bytes, notice)
 
 
 def describe(name: str, *, img_size: int | None) -> tuple[int, int]:
-    """Number of classes and side of the images that `load` would give, without loading them.
+    """Return the number of classes and the side in pixels of the images that `load` would give, without loading them.
 
     Raises UsageError and DataError as `load` does.
     """
@@ -68,12 +74,12 @@ def describe(name: str, *, img_size: int | None) -> tuple[int, int]:
         train_root, _ = image_folders.layout(path, _unsaid)
         classes, paths, _ = image_folders.list_classes(train_root, _unsaid)
         return len(classes), img_size or _own_size(paths)
-    source = _source(name)
-    return source.classes, img_size or source.img_size
+    known = _known(name)
+    return known.classes, img_size or known.img_size
 
 
 def _unsaid(_: str) -> None:
-    """A notice that nobody asked for."""
+    """Drop a notice: `load` gives it again."""
 
 
 def _folder_path(name: str) -> Path | None:
@@ -81,13 +87,13 @@ def _folder_path(name: str) -> Path | None:
     return Path(path).expanduser() if scheme == "folder" and path else None
 
 
-def _source(name: str) -> Source:
-    if name in SOURCES:
-        return SOURCES[name]
-    hint = nearest(name, [*SOURCES, "folder:PATH"])
+def _known(name: str) -> KnownData:
+    if name in KNOWN:
+        return KNOWN[name]
+    hint = nearest(name, [*KNOWN, "folder:PATH"])
     if Path(name).expanduser().is_dir():
         hint = f"; write folder:{name} for the images in that folder"
-    raise UsageError(f"there is no data set {name!r}, only {', '.join(SOURCES)} and folder:PATH{hint}")
+    raise UsageError(f"there is no data set {name!r}, only {', '.join(KNOWN)} and folder:PATH{hint}")
 
 
 def _drawn(name: str, images: int, limit: int, seed: int) -> Tensor:
@@ -100,7 +106,7 @@ def _drawn(name: str, images: int, limit: int, seed: int) -> Tensor:
 
 
 def _into_memory(data: Data, limit_bytes: int, notice: Notice) -> Data:
-    """Images in files, decoded if those of both sets fit into `limit_bytes`."""
+    """Decode images that lie in files, if those of both sets fit into `limit_bytes`."""
     train, test = data.train, data.test
     if not (isinstance(train, FileImages) and isinstance(test, FileImages)):
         return data
@@ -119,9 +125,9 @@ def _into_memory(data: Data, limit_bytes: int, notice: Notice) -> Data:
 
 
 def _digits(img_size: int, _data_dir: Path, _seed: int) -> Data:
-    """scikit-learn's 1797 scans of handwritten digits, 8x8 pixels of 0 .. 16, as three equal channels.
+    """Load scikit-learn's 1797 scans of handwritten digits, 8x8 pixels of 0 .. 16, as three equal channels.
 
-    The split does not depend on the seed: every run is tested on the same images.
+    The division into training and test images does not depend on the seed: every run is tested on the same images.
     """
     from sklearn.datasets import load_digits  # takes most of a second to import
 
@@ -142,7 +148,7 @@ def _digits(img_size: int, _data_dir: Path, _seed: int) -> Data:
 
 
 def _cifar(kind: type[CIFAR10], img_size: int, data_dir: Path, _seed: int) -> Data:
-    """CIFAR (Krizhevsky, 2009): 50,000 + 10,000 images, 32x32, downloaded once into `data_dir`."""
+    """Load CIFAR (Krizhevsky, 2009): 50,000 + 10,000 images, 32x32, downloaded once into `data_dir`."""
     try:
         parts = [kind(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, HTTPException, RuntimeError) as error:
@@ -163,7 +169,7 @@ def _cifar(kind: type[CIFAR10], img_size: int, data_dir: Path, _seed: int) -> Da
 
 
 def _synthetic(img_size: int, _data_dir: Path, seed: int) -> Data:
-    """Noise in 10 classes, for benchmarks: 512 images to train and 128 to test on. Nothing can be learnt."""
+    """Make noise in 10 classes, for benchmarks: 512 images to train and 128 to test on. Nothing can be learnt."""
     stream = random_stream("synthetic", seed)
     train, test = (
         MemoryImages(
@@ -176,24 +182,27 @@ def _synthetic(img_size: int, _data_dir: Path, seed: int) -> Data:
     return Data(train=train, test=test, classes=tuple("0123456789"), img_size=img_size)
 
 
-class Source(NamedTuple):
-    """A data set by name: its number of classes, the side its images have unless told, and what loads it."""
+class KnownData(NamedTuple):
+    """A data set that has a name: its number of classes, the default side of its images in pixels, and its loader.
+
+    `load` takes the side of the images, the folder for downloads and the seed.
+    """
 
     classes: int
     img_size: int
     load: Callable[[int, Path, int], Data]
 
 
-SOURCES = {
-    "digits": Source(10, 32, _digits),
-    "cifar10": Source(10, 32, partial(_cifar, CIFAR10)),
-    "cifar100": Source(100, 32, partial(_cifar, CIFAR100)),
-    "synthetic": Source(10, 64, _synthetic),
+KNOWN = {
+    "digits": KnownData(10, 32, _digits),
+    "cifar10": KnownData(10, 32, partial(_cifar, CIFAR10)),
+    "cifar100": KnownData(100, 32, partial(_cifar, CIFAR100)),
+    "synthetic": KnownData(10, 64, _synthetic),
 }
 
 
 def _folder(root: Path, img_size: int | None, seed: int, workers: int, notice: Notice) -> Data:
-    """Images in one folder a class, below folders to train and to test on; else below `root`, split here."""
+    """Load images that lie in a folder for each class, below train/ and test/; or below `root`, to be divided here."""
     train_root, test_root = image_folders.layout(root, notice)
     classes, paths, labels = image_folders.list_classes(train_root, notice)
     files = partial(FileImages, img_size=img_size or _own_size(paths), workers=workers, warned=_say_once(notice))
@@ -211,7 +220,7 @@ def _folder(root: Path, img_size: int | None, seed: int, workers: int, notice: N
 
 
 def _say_once(notice: Notice) -> Warned:
-    """What says what Pillow warns of, the first time that it does."""
+    """Make a function that passes on what Pillow warns of, in one notice, and only the first time."""
     said = False
 
     def say(found: Mapping[str, str]) -> None:
@@ -237,7 +246,7 @@ def _refuse_single_images(root: Path, classes: tuple[str, ...], labels: Tensor) 
 
 
 def _held_out(labels: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Ids to train and to test on, 4 to 1 and stratified by class; drawn by `seed` alone."""
+    """Draw ids to train and to test on, 4 to 1 and stratified by class, from `seed` alone."""
     from sklearn.model_selection import train_test_split  # takes most of a second to import
 
     count = max(math.ceil(TEST_SHARE * len(labels)), int(labels.max()) + 1)

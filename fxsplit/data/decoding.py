@@ -1,4 +1,4 @@
-"""One image file as square RGB pixels: any format that Pillow reads, any depth, upright and opaque.
+"""Decodes an image file into square RGB pixels: any format that Pillow reads, any bit depth, upright and opaque.
 
 file ──open──► 16 bits, int32, float ──► 8 bits ──► over white ──► RGB ──► upright ──► resized and cropped
 """
@@ -20,10 +20,10 @@ from torchvision.transforms.v2 import functional as transforms
 
 from fxsplit.errors import DataError, reason
 
-# EPS is drawn by Ghostscript, which is a program to be started. IPTC may hold an image of any format, of this one too.
-# Pillow knows an MPEG when it sees one, and no more.
+# For EPS Pillow starts another program, Ghostscript. IPTC may wrap any format, EPS included. Pillow recognizes MPEG but
+# cannot decode it.
 NOT_READ = ("EPS", "IPTC", "MPEG")
-# The longest of the images that are resized whole, in short sides.
+# An image whose long side is more than so many short sides is cropped before it is resized.
 LONGEST = 8
 
 BITS_PER_SAMPLE, SAMPLE_FORMAT, UNSIGNED = 258, 339, 1  # of TIFF files
@@ -41,12 +41,12 @@ _reading = threading.local()
 
 
 def decode(path: str | Path, img_size: int) -> Tensor:
-    """The image in a file, uint8 (3, img_size, img_size): short side resized, centre cropped.
+    """Decode the image in a file to uint8 (3, img_size, img_size): short side resized, centre cropped.
 
-    It is turned as its EXIF orientation says, and what is transparent is laid over white. Of several frames it is the
-    first. Values of more than 8 bits are scaled to 0 .. 255: from 0 .. 65535 if they have 16 bits, from 0 .. 1 if they
-    are floats within that range, from 0 .. 255 if they are 32-bit integers within that. Others have no known range: the
-    smallest value in the image becomes 0 and the largest 255, and a warning says so.
+    The image is turned as its EXIF orientation says, and transparent pixels are laid over white. Of several frames the
+    first is taken. Values of more than 8 bits are scaled to 0 .. 255: from 0 .. 65535 if they have 16 bits, from 0 .. 1
+    if they are floats within that range, from 0 .. 255 if they are 32-bit integers within that. Others have no known
+    range: the smallest value in the image becomes 0 and the largest 255, and a warning says so.
 
     Raises DataError when the file cannot be decoded.
     """
@@ -57,14 +57,14 @@ def decode(path: str | Path, img_size: int) -> Tensor:
 
 
 def short_side(path: str | Path) -> int:
-    """Pixels of the short side of the image in a file. Raises DataError when the file cannot be decoded."""
+    """Return the pixels of the short side of the image in a file. Raises DataError when the file cannot be decoded."""
     with open_image(path) as image:
         return min(image.size)
 
 
 @contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """An image file, open; DataError whenever reading it fails, since every decoder fails in its own way."""
+    """Open an image file. Inside, whatever exception a decoder raises becomes a DataError that names the file."""
     before = getattr(_reading, "path", None)
     _reading.path = str(path)
     try:
@@ -85,26 +85,26 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The names of the formats that are read: those that Pillow decodes by itself, without starting a program."""
+    """Return the names of the formats that are read: those that Pillow decodes without starting another program."""
     Image.init()
     return tuple(name for name in Image.ID if name not in NOT_READ and not _is_stub(Image.OPEN[name][0]))
 
 
 @cache
 def suffixes() -> frozenset[str]:
-    """How the names of image files end, in small letters and with the dot."""
+    """Return how the names of image files end, in lower case and with the dot."""
     read = {*formats(), "MPO"}  # JPEG's decoder reads that too
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in read)
 
 
 def _is_stub(factory: Any) -> bool:
-    """Whether Pillow leaves decoding to somebody else."""
+    """Tell whether Pillow leaves the decoding to a plug-in that is not installed."""
     return isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
 
 
 @contextmanager
 def image_warnings() -> Iterator[Mapping[str, str]]:
-    """Collects what is warned of while images are read, in whatever thread: the first sentence for each path."""
+    """Inside, collect the warnings while images are read, in any thread: the first sentence for each path."""
     found: dict[str, str] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -121,7 +121,7 @@ def image_warnings() -> Iterator[Mapping[str, str]]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """An image with at most 8 bits a channel; Pillow would cut larger values off at 255."""
+    """Scale an image to at most 8 bits a channel; Pillow's own conversion would cut larger values off at 255."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
@@ -140,7 +140,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _range(values: np.ndarray[Any, np.dtype[Any]]) -> tuple[float, float]:
-    """What becomes black and white, where the type of the values does not tell."""
+    """Find the values that become black and white, where the type of the values does not tell."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     most = 1.0 if values.dtype.kind == "f" else 255.0
@@ -154,7 +154,7 @@ def _range(values: np.ndarray[Any, np.dtype[Any]]) -> tuple[float, float]:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """An RGB image; what is transparent is laid over white, as it would be on a page."""
+    """Make an RGB image; transparent pixels are laid over white, as they would be on a page."""
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     coloured = image.convert("RGBA")
@@ -162,7 +162,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """The `pixels` of a loaded image, turned as it says; TIFF files have been turned by Pillow and say so no more."""
+    """Turn the `pixels` of a loaded image as its EXIF data say; for TIFF files Pillow has done so already."""
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception as error:  # every kind of broken data fails in its own way
@@ -180,8 +180,8 @@ def _square(pixels: Image.Image, size: int) -> Image.Image:
 
 
 def _without_ends(pixels: Image.Image) -> Image.Image:
-    """The middle of a very long image: resized by its short side, a line of pixels would take gigabytes."""
+    """Crop a very long image to its middle: a line of pixels whose short side is enlarged would take gigabytes."""
     width, height = pixels.size
-    # An even number of pixels goes, so that the middle stays where it is.
+    # As many pixels go on either side, so that the centre stays where it is.
     x, y = (max(0, (long - LONGEST * short) // 2) for long, short in ((width, height), (height, width)))
     return pixels.crop((x, y, width - x, height - y)) if x or y else pixels

@@ -1,4 +1,4 @@
-"""Folders of images as people have them: which images there are, of which class, and what is left out and said.
+"""Finds the images in folders and their classes, and gives a notice about the files that are left out.
 
 ROOT/train/CLASS/**/*.jpg          ROOT/CLASS/**/*.jpg
 ROOT/test/CLASS/**/*.jpg
@@ -18,24 +18,26 @@ from torch import Tensor
 from fxsplit.data.decoding import suffixes
 from fxsplit.errors import DataError, printable
 
-# Names of the folders of each split, in small letters.
+# Names of the folders of each set, in lower case.
 TRAIN = ("train", "training")
 TEST = ("test", "testing")
 VALIDATION = ("val", "valid", "validation", "dev")
 # What programs leave behind in folders, besides names that begin with a dot; most of it is copies of the images.
 JUNK = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
+# A folder that is a link to one of those around it: following it would never end.
 LEADS_UP = "linked back up"
 
 Notice = Callable[[str], None]
-# Device and number of a folder, by whatever path it is reached.
+# Device and inode of a folder: the same by whatever path it is reached.
 Identity = tuple[int, int]
 
 
 def layout(root: Path, notice: Notice) -> tuple[Path, Path | None]:
-    """The folders to train and to test on; the second is None when `root` itself holds the class folders.
+    """Find the folders to train and to test on; the second is None when `root` itself holds the class folders.
 
-    Raises DataError when there is no such folder, or one of the two is missing or there twice.
+    Raises DataError when there is no such folder, when one of the two is missing, or when it has two names that mean
+    the same.
     """
     if not root.is_dir():
         raise DataError(f"there is no folder {str(root)!r}; check the path after folder:")
@@ -45,7 +47,7 @@ def layout(root: Path, notice: Notice) -> tuple[Path, Path | None]:
             notice(f"{root} has both {test[0].name}/ and {validation[0].name}/: {test[0].name}/ is used")
         return _only(train), _only(test or validation)
     for lone in (*train, *test, *validation):
-        # Class folders have no folders in them, so this is a split of which the other half is missing.
+        # Class folders have no folders in them, so this one holds classes, and the other of the two is missing.
         if any(not _is_hidden(path.name) for path in _folders(lone)):
             raise DataError(
                 f"{str(root)!r} has {lone.name}/ but not train/ together with test/ or val/; "
@@ -55,7 +57,7 @@ def layout(root: Path, notice: Notice) -> tuple[Path, Path | None]:
 
 
 def list_classes(root: Path, notice: Notice) -> tuple[tuple[str, ...], list[str], Tensor]:
-    """The classes below `root`, the paths of their images, and the label of each image, int64 (N,).
+    """Find the classes below `root`, the paths of their images, and the label of each image, int64 (N,).
 
     Raises DataError when there are fewer than two classes, or one without images.
     """
@@ -77,7 +79,7 @@ def list_classes(root: Path, notice: Notice) -> tuple[tuple[str, ...], list[str]
 
 
 def list_test(root: Path, classes: tuple[str, ...], notice: Notice) -> tuple[list[str], Tensor]:
-    """The paths of the images to test on, and their labels, as positions in `classes`.
+    """Find the paths of the images to test on, and their labels, as positions in `classes`, int64 (N,).
 
     Raises DataError when there are other classes, or no images.
     """
@@ -98,17 +100,18 @@ def list_test(root: Path, classes: tuple[str, ...], notice: Notice) -> tuple[lis
 
 
 class _LeftOut:
-    """What is not read of a folder, by the reason."""
+    """Collects the files of a folder that are not read, by the reason."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._paths: dict[str, list[str]] = defaultdict(list)
 
     def add(self, why: str, path: str) -> None:
+        """Add a file, or a folder, that is left out."""
         self._paths[why].append(printable(os.path.relpath(path, self._root)))
 
     def tell(self, notice: Notice) -> None:
-        """Say it in one notice, if there is anything."""
+        """Give one notice about all of them, if there are any."""
         groups = [
             f"{len(paths)} {why} ({paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''})"
             for why, paths in self._paths.items()
@@ -118,7 +121,7 @@ class _LeftOut:
 
 
 def _named(root: Path, names: tuple[str, ...]) -> list[Path]:
-    """The folders with one of these names, whatever its case."""
+    """Find the folders with one of these names, in upper or lower case."""
     return [path for path in _folders(root) if path.name.lower() in names]
 
 
@@ -161,7 +164,7 @@ def _list_images(root: Path, classes: tuple[str, ...], left_out: _LeftOut) -> tu
 
 
 def _images_below(folder: str, above: frozenset[Identity], left_out: _LeftOut) -> Iterator[str]:
-    """The paths of images in `folder` and the folders in it; `above` are those that it lies in."""
+    """Find the images in `folder` and in the folders in it; `above` are the folders that it lies in."""
     above |= {_identity(folder)}
     for entry in _entries(folder, left_out):
         if entry.is_dir():
@@ -172,14 +175,14 @@ def _images_below(folder: str, above: frozenset[Identity], left_out: _LeftOut) -
         elif not _is_named_like_an_image(entry.name):
             left_out.add("not named like an image that Pillow reads", entry.path)
         elif os.path.exists(entry.path) and not entry.is_file():
-            # Reading a pipe would wait for ever. A link to nothing is kept, so that whoever reads it names it.
+            # Reading a pipe would wait for ever. A broken link is kept, so that the error of reading it names it.
             left_out.add("not a file", entry.path)
         else:
             yield entry.path
 
 
 def _entries(folder: str | Path, left_out: _LeftOut) -> list[os.DirEntry[str]]:
-    """What lies in a folder, by name, without what is hidden."""
+    """List the files and folders in a folder by name, without hidden ones, which are noted as left out."""
     with _readable(folder), os.scandir(folder) as found:
         entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
@@ -197,7 +200,7 @@ def _is_named_like_an_image(name: str) -> bool:
 
 
 def _above(folder: Path) -> frozenset[Identity]:
-    """All folders that `folder` lies in, on the way that was taken to it and on the one without links."""
+    """Find all folders that `folder` lies in, both by the path given and by its real path, without links."""
     return frozenset(_identity(path) for each in (folder.absolute(), folder.resolve()) for path in each.parents)
 
 

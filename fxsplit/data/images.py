@@ -1,4 +1,4 @@
-"""Images in memory or in files: uint8 pixels of one size, read in any order."""
+"""Sets of images, in memory or in files: uint8 pixels of one size, read in any order."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from torchvision.transforms.v2 import functional as transforms
 from fxsplit.data.decoding import decode, image_warnings
 from fxsplit.errors import DataError
 
+# Images that a thread decodes at a time.
 DECODE_CHUNK = 64
 
-# Takes what Pillow warns of, by the path of the image.
+# Is called with what Pillow warns of, by the path of the image.
 Warned = Callable[[Mapping[str, str]], None]
-# Pixels (B, 3, H, W), or what is wrong with one of the images, and what Pillow warns of.
+# Pixels (B, 3, H, W), or the error message of an image; and what Pillow warns of, by path.
 ReadBatch = tuple[Tensor | str, Mapping[str, str]]
 
 
 class ImageSet(ABC):
-    """Square images of `img_size` pixels and their `labels`, int64 (N,), which lie on `device`."""
+    """Gives batches of square images, `img_size` pixels wide, with `labels`, int64 (N,); image i has the id i."""
 
     labels: Tensor
     img_size: int
@@ -37,12 +38,12 @@ class ImageSet(ABC):
 
     @cached_property
     def digest(self) -> str:
-        """A fingerprint of the images, as hexadecimal digits; labels do not matter."""
+        """A digest of the images, in hexadecimal; labels do not matter."""
         return sha256(f"{self.img_size} ".encode() + self._identity()).hexdigest()
 
     @abstractmethod
     def _identity(self) -> bytes:
-        """Bytes that differ where any image differs."""
+        """Return bytes that differ where any image differs."""
 
     @property
     def device(self) -> torch.device:
@@ -51,20 +52,20 @@ class ImageSet(ABC):
 
     @abstractmethod
     def to(self, device: torch.device) -> ImageSet:
-        """The same images on `device`."""
+        """Return the same images, whose batches are made on `device`."""
 
     @abstractmethod
     def subset(self, ids: Tensor) -> ImageSet:
-        """The images `ids` (M,), which get the ids 0 .. M - 1."""
+        """Select the images `ids` (M,), which get the ids 0 .. M - 1."""
 
     @abstractmethod
     def read(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels uint8 (B, C, H, W) and ids (B,) of each batch, in the `order` (M,) of ids on the CPU."""
+        """Read batch by batch, in an `order` of ids int64 (M,) on the CPU: pixels uint8 (B, C, H, W) and ids (B,)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MemoryImages(ImageSet):
-    """Images held as `pixels`, uint8 (N, C, h, w).
+    """Gives images from `pixels` in memory, uint8 (N, C, h, w).
 
     Pixels of another size than `img_size` are resized batch by batch, so small images stay small in memory.
     """
@@ -93,10 +94,17 @@ class MemoryImages(ImageSet):
 
 
 class FileImages(ImageSet):
-    """Images in files, read by `workers` processes while they are needed (by this one if `workers` is 0).
+    """Gives images from files, which worker processes read ahead.
 
-    One `read` at a time: a new one ends the one before. What Pillow warns of while a batch is read goes to `warned`, by
-    path. Raises DataError when a file cannot be decoded.
+    Only one `read` can go on at a time: a new one ends the one before. It raises DataError when a file cannot be
+    decoded.
+
+    Args:
+        paths: of the files.
+        labels: int64 (N,).
+        img_size: side of the images in pixels.
+        workers: how many processes read; with 0 this one does.
+        warned: is called with what Pillow warns of while a batch is read.
     """
 
     def __init__(
@@ -107,7 +115,7 @@ class FileImages(ImageSet):
         self.img_size = img_size
         self.workers = workers
         self.warned = warned
-        self._turns: list[list[int]] = []
+        self._batches: list[list[int]] = []
 
     def to(self, device: torch.device) -> FileImages:
         return self._with(self.paths, self.labels.to(device))
@@ -119,7 +127,7 @@ class FileImages(ImageSet):
         return FileImages(paths, labels, img_size=self.img_size, workers=self.workers, warned=self.warned)
 
     def decoded(self) -> MemoryImages:
-        """The same images in memory, decoded by `workers` threads: decoders do not hold Python's lock."""
+        """Decode all images into memory, by `workers` threads: Pillow's decoders run outside Python's lock."""
         pixels = torch.empty((len(self), 3, self.img_size, self.img_size), dtype=torch.uint8)
 
         def fill(start: int) -> None:
@@ -137,7 +145,7 @@ class FileImages(ImageSet):
         return repr(times).encode()
 
     def read(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self._turns[:] = [ids.tolist() for ids in torch.split(order, batch_size)]
+        self._batches[:] = [ids.tolist() for ids in torch.split(order, batch_size)]
         all_ids = torch.split(order.to(self.device), batch_size)
         for (pixels, found), ids in zip(self._loader, all_ids, strict=True):
             if found and self.warned:
@@ -148,10 +156,10 @@ class FileImages(ImageSet):
 
     @cached_property
     def _loader(self) -> DataLoader[ReadBatch]:
-        """Yields the batches listed in `_turns`; its own generator leaves the global random state alone."""
+        """Yields the batches listed in `_batches`; its own generator leaves the global random state alone."""
         return DataLoader(
             _Files(self.paths, self.img_size),
-            sampler=self._turns,
+            sampler=self._batches,
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
@@ -168,7 +176,7 @@ class _Files(Dataset["ReadBatch"]):
         self.img_size = img_size
 
     def __getitem__(self, ids: list[int]) -> ReadBatch:
-        """Pixels, or what is wrong with one image: raised here, it would arrive as a traceback in text."""
+        """Return pixels or an error message: an exception raised here would arrive as the text of a traceback."""
         with image_warnings() as found:
             try:
                 return torch.stack([decode(self.paths[index], self.img_size) for index in ids]), found
@@ -178,7 +186,7 @@ class _Files(Dataset["ReadBatch"]):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Data:
-    """Square images to train and to test on, `img_size` pixels wide; label i means `classes[i]`."""
+    """Holds square images to train and to test on, `img_size` pixels wide; label i means `classes[i]`."""
 
     train: ImageSet
     test: ImageSet
@@ -187,5 +195,5 @@ class Data:
     channels: int = 3
 
     def to(self, device: torch.device) -> Data:
-        """The same data on `device`."""
+        """Return the same data, whose batches are made on `device`."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))

@@ -1,4 +1,4 @@
-"""The batches of an epoch, in the order, size and layout that a run asks for.
+"""The batches of an epoch, in the order, size and memory layout of a run.
 
     image set ──read──► uint8 pixels ──augment──► float32 / 255 ──► (x - mean) / std ──► Batch
 
@@ -34,9 +34,10 @@ class Loader:
             take no statistics, is left out. Without, each image comes once, in the order of the set.
         seed: what order and augmentation depend on, besides the epoch.
         augment: how images are changed at random, one of `AUGMENTATIONS`.
-        views: how many augmentations there are of each image where a view of it is asked for; None for no such bound.
-        mean: taken from images in [0, 1]: one number, or one a channel; none leaves them as they are.
-        std: what they are then divided by, likewise.
+        views: how many augmented versions of each image there are, so that a cache can keep them all; None for a new
+            one in each epoch.
+        mean: subtracted from images in [0, 1]: one number, or one a channel; none leaves them as they are.
+        std: what images are then divided by, likewise.
         channels_last: lay images out in memory with the channels last.
         limit: the most batches of an epoch.
     """
@@ -66,7 +67,7 @@ class Loader:
         return count if self.limit is None else min(count, self.limit)
 
     def order(self, epoch: int) -> Tensor:
-        """The ids of an epoch's images, one batch after the other: int64 (M,), on the CPU."""
+        """Return the ids of an epoch's images, one batch after the other: int64 (M,), on the CPU."""
         count = len(self.images)
         if self.training:
             order = torch.from_numpy(random_stream("order", self.seed, epoch).permutation(count))
@@ -75,26 +76,27 @@ class Loader:
         return order[: self.batch_size * self.steps_per_epoch]
 
     def view(self, epoch: int) -> int | None:
-        """The view that an epoch takes, one after the other; None without `views`."""
+        """Return the number of the view that an epoch takes, 0 .. views - 1 in turn; None without `views`."""
         return None if self.views is None else epoch % self.views
 
     def identity(self) -> tuple[object, ...]:
-        """All that the images of an epoch depend on, besides their order and their view."""
+        """Return all that the images of an epoch depend on, besides their order and their view."""
         return self.images.digest, self.seed, self.augment, tuple(self.mean), tuple(self.std), self.channels_last
 
     def batches(self, epoch: int, *, view: int | None = None) -> Iterator[Batch]:
-        """Read, augment and normalize the images of an epoch; all epochs that name a `view` share its augmentation.
+        """Read, augment and normalize the images of an epoch, and give them batch by batch.
 
-        Raises UsageError when the augmentation is unknown, and DataError when an image file cannot be decoded.
+        With a `view`, images are augmented as in every epoch that names the same one; else anew for this epoch. Raises
+        UsageError when the augmentation is unknown, and DataError when an image file cannot be decoded.
         """
         order = self.order(epoch)
         if not len(order):
             return  # splitting nothing would give one empty batch
-        change = augmentation(self.augment, self.images, seed=self.seed, draw=epoch if view is None else view)
+        augment = augmentation(self.augment, self.images, seed=self.seed, draw=epoch if view is None else view)
         mean, std = (torch.tensor(each, device=self.device).view(1, -1, 1, 1) for each in (self.mean, self.std))
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         for pixels, ids in self.images.read(order, self.batch_size):
-            x = change(pixels, ids).to(torch.float32).div_(255)
+            x = augment(pixels, ids).to(torch.float32).div_(255)
             if len(self.mean):
                 x = x.sub_(mean)
             if len(self.std):

@@ -6,5 +6,5 @@ import numpy as np
 
 
 def random_stream(purpose: str, *numbers: int) -> np.random.Generator:
-    """Random numbers that depend on nothing but the arguments; two purposes never share a stream."""
+    """Make a generator whose numbers depend on nothing but the arguments; two purposes never share a stream."""
     return np.random.default_rng([*purpose.encode(), *numbers])

@@ -7,7 +7,6 @@ within rounding: norms are folded, convolutions may run in another layout, and p
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,6 +18,7 @@ from fxsplit.capture.tracing import Trace
 from fxsplit.execute.folding import Place, fold
 from fxsplit.execute.stages import Backend, Stage, code_of, stage_graph
 from fxsplit.graph import EVALUATION
+from fxsplit.meta.rest import calls_method
 from fxsplit.objects.hooks import hooks_of, is_untouched
 from fxsplit.objects.structure import map_tensors
 
@@ -175,7 +175,7 @@ def takes_any_layout(graph: fx.Graph, model: nn.Module) -> bool:
         called = type(model.get_submodule(op.path)) if op.kind == "module" else node.target
         name = called if isinstance(called, str) else called.__name__
         origin = "torch" if isinstance(called, str) else (called.__module__ or "torch")
-        if name in ASKING | DRAWING or called is operator.call or origin.partition(".")[0] not in ORIGINS:
+        if name in ASKING | DRAWING or calls_method(called) or origin.partition(".")[0] not in ORIGINS:
             return False
         views |= name in RESHAPING and op.output.storage != op.name
         writes |= bool(op.mutates)

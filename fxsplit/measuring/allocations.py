@@ -1,4 +1,4 @@
-"""Every block of memory that torch allocates and frees on a device, in order, with marks between them."""
+"""Records the blocks of memory that torch allocates and frees on a device, in order, with marks between them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Event(NamedTuple):
 
 
 def mark(name: str) -> None:
-    """Leave a mark between the events."""
+    """Add a mark to the events that are being recorded."""
     with record_function(MARK + name):
         pass
 
 
 @contextmanager
 def recorded(device: torch.device) -> Iterator[list[Event]]:
-    """Inside, events happen; the list holds them once the block is left.
+    """Inside, record events; the list holds them once the `with` block is left.
 
-    They come from the allocator itself, so that memory which a kernel takes and gives back counts too. The free of a
-    block that is older than the recording is told only if an earlier recording saw it allocated.
+    They come from the allocator itself, so they include memory that a kernel borrows and gives back. The free of a
+    block that was allocated before the recording is in it only if an earlier recording saw the allocation.
     """
-    # The profiler's library talks to stderr otherwise.
+    # Without this the profiler's library writes to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     events: list[Event] = []
     with profile(profile_memory=True, use_kineto=False) as profiler:
@@ -42,10 +42,10 @@ def recorded(device: torch.device) -> Iterator[list[Event]]:
     found = []
     results = profiler.kineto_results
     assert results is not None
-    waiting = list(results.experimental_event_tree())
-    while waiting:
-        each = waiting.pop()
-        waiting.extend(each.children)
+    to_visit = list(results.experimental_event_tree())
+    while to_visit:
+        each = to_visit.pop()
+        to_visit.extend(each.children)
         if each.name.startswith(MARK):
             found.append((each.start_time_ns, Event(0, mark=each.name.removeprefix(MARK))))
         elif each.name == "[memory]" and each.extra_fields.device.type == device.type:
@@ -54,7 +54,7 @@ def recorded(device: torch.device) -> Iterator[list[Event]]:
 
 
 def survivors(events: Sequence[Event]) -> set[int]:
-    """The positions of the allocations that are not freed by the end."""
+    """Return the positions of the allocations that are not freed by the end."""
     alive: dict[int, int] = {}
     for position, event in enumerate(events):
         if event.size > 0:
@@ -65,7 +65,10 @@ def survivors(events: Sequence[Event]) -> set[int]:
 
 
 def peak(events: Sequence[Event], *, without: frozenset[int] | set[int] = frozenset()) -> int:
-    """The most that is allocated at a time beyond what was at the start; allocations at `without` left out."""
+    """Return the most bytes that are allocated at a time, beyond those at the start.
+
+    Events at the positions `without` are left out.
+    """
     used = most = 0
     for position, event in enumerate(events):
         if position not in without:

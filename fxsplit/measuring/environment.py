@@ -1,4 +1,4 @@
-"""What numbers depend on besides the recipe of a run: versions, processor, GPU, commit."""
+"""Describes the machine and the software of a run: versions, processor, GPU, commit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "fxsplit")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a run's numbers depend on besides its recipe, as plain JSON data."""
+    """Collect what a run's numbers depend on besides its recipe, as plain data for JSON."""
     return {
         "date_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -55,7 +55,7 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
 
 
 def _git_commit() -> str | None:
-    """Commit of the working directory, "-dirty" when files differ from it; None without git or a repository."""
+    """Find the commit of the working directory, "-dirty" when files differ from it; None without git or repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -1,7 +1,4 @@
-"""The measuring protocol: clock, memory and energy.
-
-A figure that this machine cannot give is None, never 0.
-"""
+"""Reads clock, memory and energy. A figure that this machine cannot give is None, never 0."""
 
 from __future__ import annotations
 
@@ -20,22 +17,22 @@ import torch
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a monotonic clock, once `device` has done all that was asked of it."""
+    """Wait until `device` has done its work, and read a monotonic clock, in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def resident_bytes() -> int:
-    """Memory of this process at this moment."""
+    """Return the memory that this process holds now."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident memory of this process so far.
+    """Return the most memory that this process has held so far.
 
-    On Linux, getrusage counts the process that started this program too; VmHWM of proc_pid_status(5), which
-    does not, goes first.
+    On Linux this is VmHWM of proc_pid_status(5) where it can be read: getrusage may count the process that started this
+    program, too.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
@@ -49,11 +46,11 @@ def peak_resident_bytes() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Memory and energy at one moment.
+    """Holds memory and energy at one moment.
 
-    Peaks are those of the process since its start, and of CUDA since `Meter.reset_peaks`: `allocated` by tensors,
-    `reserved` by torch's allocator. `device_bytes` is what all processes together hold on the GPU. Of
-    `energy_joules` only differences mean anything.
+    The resident peak is since the start of the process, that of CUDA since `Meter.reset_peaks`: `allocated` to tensors,
+    `reserved` by torch's allocator. `device_bytes` is what all processes together hold on the GPU. `energy_joules`
+    counts from an unknown moment, so only differences mean anything.
     """
 
     resident_bytes: int
@@ -77,7 +74,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def read(self) -> Usage:
-        """What is in use once the device has done all that was asked of it."""
+        """Read what is in use once the device has done its work."""
         now(self._device)
         gpu = self._nvml
         return Usage(
@@ -91,9 +88,9 @@ class Meter:
 
 
 class NvmlDevice:
-    """One GPU as NVML sees it, found by its CUDA UUID because NVML counts devices in another order.
+    """Reads a GPU through NVML, by its CUDA UUID: NVML numbers devices in another order.
 
-    Every figure is None without NVML, and on a GPU divided by MIG, whose figures are not of our part alone.
+    Every figure is None without NVML, and on a GPU that MIG divides: NVML's figures are those of the whole GPU.
     """
 
     def __init__(self, uuid: str) -> None:
@@ -108,26 +105,27 @@ class NvmlDevice:
             self._handle = handle
 
     def used_bytes(self) -> int | None:
-        """Device memory in use, by all processes."""
+        """Read the device memory in use, by all processes."""
         memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, self._handle)
         return None if memory is None else int(memory.used)
 
     def energy_joules(self) -> float | None:
-        """Energy used since the driver was loaded."""
+        """Read the energy used since the driver was loaded."""
         millijoules = _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, self._handle)
         return None if millijoules is None else millijoules / 1000
 
     def driver(self) -> str | None:
-        """Version of the driver."""
+        """Read the version of the driver."""
         return None if self._handle is None else _ask(pynvml.nvmlSystemGetDriverVersion)
 
 
 def uuid_of(device: torch.device) -> str:
+    """Return the UUID of a CUDA device."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _ask(function: Callable[..., Any], *arguments: Any) -> Any | None:
-    """What NVML answers; None when it cannot, or when there is no handle to ask about."""
+    """Call a function of NVML; None when it fails, or when one of the arguments is None, as a missing handle is."""
     if None in arguments:
         return None
     try:

@@ -1,12 +1,12 @@
-"""What each op of a captured model takes on a device: seconds, and the memory that its kernels borrow.
+"""Measures each op of a captured model on a device: its seconds, and its workspace, the memory that its kernels borrow.
 
-One training step after the other runs op by op. Forward is measured between ops, backward between the moments at which
-the gradients of their outputs are complete:
+Whole training steps run, op by op. The clock is read between ops in forward, and in backward whenever the gradients of
+an op's outputs are complete:
 
     forward   op 0 ─┬─ op 1 ─┬─ op 2 ─┬─ ...      backward  ... ─┬─ op 2 ─┬─ op 1 ─┬─ op 0
                    now      now      now                        now      now      now
 
-So memory is as full, and caches are as cold, as they are in training.
+An op alone would find an empty memory and its input in the processor's caches. Here both are as they are in training.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from fxsplit.plan.partition import partition
 WARMUP = 2
 FORWARD, BACKWARD = "forward", "backward"
 
-# An op in one of the two directions; its name is empty where none runs.
+# What runs from now on: a direction and the name of an op, which is empty between ops.
 Moment = tuple[str, str]
-# How ops run. Settled ones are folded.
+# The way in which ops run. Settled ones are folded.
 Kind = Literal["training", "evaluation", "settled"]
 
 
@@ -53,12 +53,20 @@ def measure(
     steps: int = 5,
     passes: Sequence[Pass] = (),
 ) -> Trace:
-    """The same trace, its ops with seconds (the median of `steps` steps) and workspace bytes as measured on `device`.
+    """Measure every op of a model, and return the trace with seconds and workspace bytes in its ops.
 
-    In the train graph they are those of a training step, in the eval graph of a forward without autograd, as the model
-    is and as it is when it is settled; with `passes`, as an executor with these runs it. A copy of the model runs; the
-    model stays as it is. Where `args` hold another number of samples than the trace, figures are in proportion. Raises
-    TraceError when the model has no weights, and GuardError when `args` take another path than the traced one.
+    Ops of the train graph have the figures of a training step. Ops of the eval graph have those of a forward without
+    autograd, both as the model is and as it is when it is settled. A copy of the model runs; the model stays as it is.
+
+    Args:
+        trace: of the model, which has weights.
+        args: the inputs to run on. If they hold another number of samples than the trace, figures are scaled.
+        kwargs: likewise.
+        device: where the copy runs.
+        steps: seconds are the median over so many steps.
+        passes: graph passes, as those of the executor that will run the model.
+
+    Raises TraceError when the model has no weights, and GuardError when `args` take another path than the traced one.
     """
     device = torch.device(device)
     if any(tensor.is_meta for tensor in (*trace.model.parameters(), *trace.model.buffers())):
@@ -74,9 +82,9 @@ def measure(
         for program in trace.programs.values():
             program.guards.check(given)
         for step in range(WARMUP + steps):
-            # In turn, so that whatever else the machine does falls on all.
+            # In turn, so that whatever else the machine does slows all of them alike.
             for kind, runner in runners.items():
-                runner.step(clocks[kind] if step >= WARMUP else _pass)
+                runner.step(clocks[kind] if step >= WARMUP else _ignore)
         for kind, runner in runners.items():
             with allocations.recorded(device) as events:
                 runner.step(lambda moment: allocations.mark(":".join(moment)))
@@ -108,58 +116,57 @@ def _runners(trace: Trace, model: nn.Module, inputs: Sequence[Tensor], passes: S
     return runners
 
 
-def _pass(_moment: Moment) -> None:
-    """Measure nothing."""
+def _ignore(_moment: Moment) -> None:
+    """Measure nothing: the step is a warm-up."""
 
 
-def _annotated(program: Program, figures: Sequence[Figures], share: float) -> Program:
-    """The program with the figures of its own mode, and in evaluation those of the settled model."""
+def _annotated(program: Program, figures: Sequence[Figures], scale: float) -> Program:
+    """Give ops their figures: the first are those of the program's mode, further ones those of the settled model."""
     ops = []
     for op in program.graph.ops:
-        (forward, backward), (borrowed, borrowed_back) = figures[0].of(op.name, share)
+        (forward, backward), (workspace, backward_workspace) = figures[0].of(op.name, scale)
         op = replace(
             op,
             seconds=forward + backward,
             forward_seconds=forward,
-            forward_workspace_bytes=borrowed,
-            backward_workspace_bytes=borrowed_back,
+            forward_workspace_bytes=workspace,
+            backward_workspace_bytes=backward_workspace,
         )
         for settled in figures[1:]:
-            (forward, _), (borrowed, _) = settled.of(op.name, share)
-            op = replace(op, settled_seconds=forward, settled_workspace_bytes=borrowed)
+            (forward, _), (workspace, _) = settled.of(op.name, scale)
+            op = replace(op, settled_seconds=forward, settled_workspace_bytes=workspace)
         ops.append(op)
     return replace(program, graph=replace(program.graph, ops=tuple(ops)))
 
 
 def _workspaces(events: Sequence[Event]) -> dict[Moment, int]:
-    """The most that each op held beyond what was there before it and what is left of it afterwards."""
+    """Return the most that each op allocated at a time, without what it leaves allocated."""
     found: dict[Moment, int] = {}
     marks = [position for position, event in enumerate(events) if event.mark]
     for position, end in zip(marks, [*marks[1:], len(events)], strict=True):
-        way, _, name = events[position].mark.partition(":")
+        direction, _, name = events[position].mark.partition(":")
         inside = events[position + 1 : end]
         left = sum(inside[survivor].size for survivor in allocations.survivors(inside))
-        found[way, name] = max(allocations.peak(inside) - left, 0)
+        found[direction, name] = max(allocations.peak(inside) - left, 0)
     return found
 
 
 class Figures(NamedTuple):
-    """What the ops of one way to run them took."""
+    """Holds what ops took in one way of running them: seconds of each step, and workspace bytes."""
 
     seconds: Mapping[Moment, list[float]]
     workspaces: Mapping[Moment, int]
 
-    def of(self, name: str, share: float) -> tuple[tuple[float, float], tuple[int, int]]:
-        """Seconds and workspace bytes of an op, forward and backward, for a `share` of the batch."""
-        forward, backward = (
-            (share * statistics.median(self.seconds.get((way, name), [0.0])), self.workspaces.get((way, name), 0))
-            for way in (FORWARD, BACKWARD)
-        )
-        return (forward[0], backward[0]), (round(share * forward[1]), round(share * backward[1]))
+    def of(self, name: str, scale: float) -> tuple[tuple[float, float], tuple[int, int]]:
+        """Return an op's median seconds and its workspace bytes, each (forward, backward), times `scale`."""
+        moments = (FORWARD, name), (BACKWARD, name)
+        seconds = [scale * statistics.median(self.seconds.get(moment, [0.0])) for moment in moments]
+        workspaces = [round(scale * self.workspaces.get(moment, 0)) for moment in moments]
+        return (seconds[0], seconds[1]), (workspaces[0], workspaces[1])
 
 
 class Clock:
-    """Called at each moment; sums up the `seconds` from one to the next, once a step."""
+    """Is called at each moment, and keeps the `seconds` until the next one."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[Moment, list[float]] = defaultdict(list)
@@ -175,9 +182,13 @@ class Clock:
 
 
 class OpRunner(fx.Interpreter):
-    """Runs steps of a stage's `graph` op by op, and calls back whenever another op begins, in either direction.
+    """Runs steps of a stage's graph op by op, and calls a function whenever another op begins, in either direction.
 
-    `given` are the arguments of the graph.
+    Args:
+        model: its modules are called.
+        graph: as `stage_graph` makes it.
+        given: the arguments of the graph.
+        training: run in training, with a backward; else in evaluation.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, given: Sequence[Any], *, training: bool) -> None:
@@ -186,7 +197,10 @@ class OpRunner(fx.Interpreter):
         self._given, self._training = given, training
 
     def step(self, begins: Callable[[Moment], None]) -> None:
-        """A forward; in training also the backward, from random gradients of the outputs."""
+        """Run a forward, and in training a backward from random gradients of the outputs.
+
+        `begins` is called with each moment.
+        """
         self.module.train(self._training)
         self._begins = begins
         self._hooked: set[Node] = set()
@@ -194,9 +208,9 @@ class OpRunner(fx.Interpreter):
         given = [list(each) if isinstance(each, list) else each for each in self._given]
         with torch.set_grad_enabled(self._training):
             made = [tensor for tensor in tensors_in(self.run(*given)) if tensor.requires_grad]
-        directions = [torch.randn_like(tensor) for tensor in made]
+        gradients = [torch.randn_like(tensor) for tensor in made]
         if made:
-            torch.autograd.backward(made, directions)
+            torch.autograd.backward(made, gradients)
             begins((BACKWARD, ""))
         for parameter in self.module.parameters():
             parameter.grad = None
@@ -205,14 +219,14 @@ class OpRunner(fx.Interpreter):
         self._hooked.clear()
 
     def run_node(self, n: fx.Node) -> Any:
-        """One op of the forward."""
+        """Run an op forward, and hook the backward of what it delivers."""
         name = self._names.get(n, "")
         with opened(contexts_of(n)):
             self._begins((FORWARD, name))
             value = super().run_node(n)
             self._begins((FORWARD, ""))
         for tensor in tensors_in(value):
-            # What an op merely hands on belongs to the op that made it.
+            # A value that an op merely passes on has the hook of the op that made it.
             if tensor.grad_fn is not None and tensor.grad_fn not in self._hooked:
                 self._hooked.add(tensor.grad_fn)
                 tensor.grad_fn.register_prehook(lambda _gradients, name=name: self._begins((BACKWARD, name)))

@@ -1,4 +1,4 @@
-"""What the phases of a plan really take: the figures to hold a forecast against."""
+"""Measures what the phases of a plan take, to compare a forecast with."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ WARMUP = 2
 
 
 class Loss(Protocol):
-    """What one of the `parts` of a batch adds to the mean loss of the batch."""
+    """Computes what micro-batch `index` of `count` adds to the mean loss of the batch."""
 
-    def __call__(self, net: nn.Module, part: int, parts: int, /) -> Tensor: ...
+    def __call__(self, net: nn.Module, index: int, count: int, /) -> Tensor: ...
 
 
 def measure_phases(
@@ -36,28 +36,36 @@ def measure_phases(
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     steps: int = 5,
 ) -> tuple[PhaseMeasurement, ...]:
-    """Train a copy of `executor` in each phase of `plan`, and `standard` in turn with it, step by step.
+    """Measure each phase of `plan` by training a copy of `executor` in it, in turn with standard training.
 
-    The batch is always the same. Seconds are medians. Equal phases are measured once.
+    Phases that differ in nothing that a step depends on are measured once.
+
+    Args:
+        executor: stays as it is.
+        plan: the phases.
+        loss: of a batch, which must be the same at each call.
+        make_optimizer: is given the parameters that train.
+        steps: seconds are the median over so many steps.
     """
-    whole = Phase(start=0, stop=len(plan.partitions), epochs=1)
-    standard = _Arm(executor, whole, loss, make_optimizer)
-    alike = [replace(phase, epochs=1, fresh_optimizer=False) for phase in plan.phases]
+    everything = Phase(start=0, stop=len(plan.partitions), epochs=1)
+    standard = _Arm(executor, everything, loss, make_optimizer)
+    comparable = [replace(phase, epochs=1, fresh_optimizer=False) for phase in plan.phases]
     found: dict[Phase, PhaseMeasurement] = {}
-    for phase in alike:
+    for phase in comparable:
         if phase not in found:
-            is_standard = phase == whole
+            is_standard = phase == everything
             arm = standard if is_standard else _Arm(executor, phase, loss, make_optimizer)
             pairs = [(standard.step(), arm.step()) for _ in range(WARMUP + steps)][WARMUP:]
+            ratios = [arm_seconds / standard_seconds for standard_seconds, arm_seconds in pairs]
             activations, peak = arm.memory()
             found[phase] = PhaseMeasurement(
-                # Of neighbours: a machine that slows down for a while slows both.
-                step_cost=1.0 if is_standard else statistics.median(mine / its for its, mine in pairs),
-                step_seconds=statistics.median(mine for _, mine in pairs),
+                # Ratios of neighbours in time: a machine that slows down for a while slows both.
+                step_cost=1.0 if is_standard else statistics.median(ratios),
+                step_seconds=statistics.median(arm_seconds for _, arm_seconds in pairs),
                 activation_bytes=activations,
                 peak_bytes=peak,
             )
-    return tuple(found[phase] for phase in alike)
+    return tuple(found[phase] for phase in comparable)
 
 
 def update_seconds(
@@ -66,7 +74,7 @@ def update_seconds(
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     steps: int = 5,
 ) -> float:
-    """What an optimizer's update of copies of all `parameters` takes: the median of `steps`."""
+    """Measure the seconds of an optimizer's update of copies of all `parameters`: the median over `steps` updates."""
     copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     optimizer = make_optimizer(copies)
     for each in copies:
@@ -80,7 +88,7 @@ def update_seconds(
 
 
 class _Arm:
-    """A copy of the executor in one phase, with an optimizer of its own."""
+    """One side of the comparison: a copy of the executor in one phase, with an optimizer of its own."""
 
     def __init__(
         self,
@@ -91,13 +99,13 @@ class _Arm:
     ) -> None:
         self._net = copy.deepcopy(executor).train()
         self._net.enter(phase)
-        self._loss, self._parts = loss, phase.micro_batches
+        self._loss, self._micro_batches = loss, phase.micro_batches
         self._parameters = [parameter for parameter in self._net.parameters() if parameter.requires_grad]
         self._optimizer = make_optimizer(self._parameters)
         self._device = self._parameters[0].device
 
     def step(self) -> float:
-        """One step; its seconds."""
+        """Take a training step, and return its seconds."""
         began = now(self._device)
         self._optimizer.zero_grad()
         self._backward()
@@ -105,11 +113,11 @@ class _Arm:
         return now(self._device) - began
 
     def _backward(self) -> None:
-        for part in range(self._parts):
-            self._loss(self._net, part, self._parts).backward()  # type: ignore[no-untyped-call]
+        for index in range(self._micro_batches):
+            self._loss(self._net, index, self._micro_batches).backward()  # type: ignore[no-untyped-call]
 
     def memory(self) -> tuple[int, int]:
-        """Peak bytes of forward and backward without gradients of parameters, and of everything."""
+        """Return the peak bytes of forward and backward without gradients of parameters, and those of everything."""
         self._optimizer.zero_grad()
         with allocations.recorded(self._device) as events:
             self._backward()

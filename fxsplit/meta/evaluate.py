@@ -18,6 +18,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from fxsplit.errors import GuardError
 from fxsplit.meta import autocast
+from fxsplit.meta.rest import calls_method
 from fxsplit.objects.contents import Contents, unchanged
 from fxsplit.objects.copies import Copier
 from fxsplit.objects.structure import ATOMS, META, filled, map_tensors, module_at, tensors_in
@@ -250,7 +251,7 @@ def _restored(module: nn.Module) -> Iterator[None]:
 def _is_leaf(called: Any) -> bool:
     """Whether an op may run user code: a module, a method of one, or a function that is not torch's own."""
     users = isinstance(called, FunctionType) and called.__module__.partition(".")[0] != "torch"
-    return users or isinstance(called, ForeignCall) or called is operator.call or isinstance(called, nn.Module)
+    return users or isinstance(called, ForeignCall) or calls_method(called) or isinstance(called, nn.Module)
 
 
 @unchanged_generators()
@@ -265,7 +266,7 @@ def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> Any:
 
     if isinstance(called, nn.Module):
         called = _on_cpu(called)
-    elif called is operator.call:
+    elif calls_method(called):
         args = (getattr(_on_cpu(args[0].__self__), args[0].__name__), *args[1:])
     args, kwargs = resolve((args, kwargs), lookup)
     with _guarded(called, (args, kwargs)):

@@ -39,8 +39,8 @@ def natural_cuts(train: Graph, sizes: Sequence[int], eligible: Sequence[bool], p
 
     A candidate is natural
 
-    - when it is a local minimum: in both directions a larger candidate, or the model's end, comes before a smaller one.
-      Of several in a row of equal size, those before the outermost modules count;
+    - when it is a local minimum: in both directions a larger cut, or the model's end, comes before a smaller candidate.
+      Of several candidates in a row of equal size, those before the outermost modules count;
     - or when it is smaller than the first cut of its rest, as after a pooling.
     """
     inside = _inside_blocks(train)

@@ -1,11 +1,11 @@
-"""The proof that partitions compute exactly what the model computes: two copies, run side by side, compared bit by bit.
+"""Proves that partitions compute exactly what the model computes: two copies run side by side, compared bit by bit.
 
 plain model ──► output, loss, gradients, buffers, random state ┐
                                                                ├── equal, in training and evaluation,
 executor    ──► output, loss, gradients, buffers, random state ┘   at two batch sizes
 
-What is not equal is held against a third and a fourth copy, both plain: only where these two differ as well, in the
-very same name, is it the model's own doing.
+If anything differs, two further copies, both plain, are compared as well. Where these two differ in the same value, the
+model itself is not deterministic there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ import torch
 from torch import nn
 
 from fxsplit.capture.tracing import trace
-from fxsplit.errors import FxsplitError, NoModelError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.passes import passes_for
 from fxsplit.execute.pointwise import held_to_convolutions
@@ -35,6 +33,7 @@ from fxsplit.objects.structure import tensors_in
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import most_partitions, partition
 from fxsplit.proving.equality import Difference, differences, loss_of, outcome, random_states, set_random_states
+from fxsplit.proving.refusals import never_raises
 from fxsplit.report import CheckRecord
 
 CLASSES = 10
@@ -42,29 +41,21 @@ BATCH_SIZES = (2, 3)
 SEED = 0
 
 
+@never_raises(CheckRecord)
 def check_model(
     spec: str, *, structure_only: bool, parts: int, img_size: int | None, channels_last: bool = False
 ) -> CheckRecord:
-    """Capture a model with random weights, cut it, and unless `structure_only` prove it equal to the plain model.
+    """Capture a model with random weights, cut it, and prove it equal to the plain model.
 
-    With `channels_last` it runs as `train` runs it then, and each product is held to the convolution in its place.
     Never raises for what is wrong with the model: the record says it.
+
+    Args:
+        spec: names the model.
+        structure_only: capture and cut it on the meta device, and run nothing.
+        parts: how many partitions, or as many as the model allows.
+        img_size: side of its images in pixels; None for the size that it was made for.
+        channels_last: run it as `train` does with that option, and compare each matrix product with its convolution.
     """
-    began = perf_counter()
-    try:
-        record = _check(
-            spec, structure_only=structure_only, parts=parts, img_size=img_size, channels_last=channels_last
-        )
-    except FxsplitError as error:
-        record = CheckRecord(model=spec, refusal=str(error), unknown=isinstance(error, NoModelError))
-    except Exception as error:
-        record = CheckRecord(model=spec, refusal=f"{type(error).__name__}: {' '.join(str(error).split())}")
-    return replace(record, seconds=perf_counter() - began)
-
-
-def _check(spec: str, *, structure_only: bool, parts: int, img_size: int | None, channels_last: bool) -> CheckRecord:
-    # A wildcard is here because it means no model.
-    registry.expand(spec)
     size = registry.native_size(spec) if img_size is None else img_size
 
     def build() -> nn.Module:
@@ -103,7 +94,7 @@ def _check(spec: str, *, structure_only: bool, parts: int, img_size: int | None,
 
 
 def _inputs(spec: str, model: nn.Module, size: int, *, structure_only: bool) -> list[Example]:
-    """Two batches; the second has another size, unless the images come in a list, whose length is part of the call."""
+    """Make two batches of different size; of the same if images come in a list, whose length the trace has fixed."""
     draw = partial(example, spec, model, img_size=size, training=True, device="meta" if structure_only else "cpu")
     first, second = (draw(batch_size=batch_size) for batch_size in BATCH_SIZES)
     counts = [len(tensors_in((given.args, given.kwargs))) for given in (first, second)]
@@ -111,7 +102,7 @@ def _inputs(spec: str, model: nn.Module, size: int, *, structure_only: bool) -> 
 
 
 def differing(plain: nn.Module, other: nn.Module, inputs: Sequence[Example]) -> Iterator[Difference]:
-    """In what two modules with equal weights differ, in training and evaluation: nothing, if they compute the same."""
+    """Run two modules with equal weights on `inputs`, in training and evaluation, and give all in which they differ."""
     for training in (True, False):
         plain.train(training)
         other.train(training)
@@ -123,7 +114,7 @@ def differing(plain: nn.Module, other: nn.Module, inputs: Sequence[Example]) -> 
 
 
 def _outcome(net: nn.Module, given: Example, training: bool) -> dict[str, Any]:
-    """All that a call leaves behind, by name."""
+    """Run a call, with its backward in training, and return all that it leaves behind, by name."""
     given = copy.deepcopy(given)
 
     def step(net: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -141,7 +132,10 @@ def _outcome(net: nn.Module, given: Example, training: bool) -> dict[str, Any]:
 
 
 def _what(difference: Difference) -> tuple[str, bool]:
-    """What two plain models must differ in as well: a model with random numbers has no right to another shape."""
+    """Return what must be alike for a difference between two plain models to excuse this one.
+
+    That is its name, and whether it is one of numbers: random numbers do not excuse another shape.
+    """
     return difference.name, math.isinf(difference.size)
 
 

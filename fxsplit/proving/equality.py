@@ -1,10 +1,10 @@
-"""What two calls leave behind, held against each other by structure and by bits.
+"""Compares what two calls leave behind, by structure and bit by bit.
 
     a step ──► output, loss, gradients, buffers, random state ──► leaves   {"output['logits']": a tensor, ...}
 
 Every value is taken apart into leaves with names: tensors, and atoms such as numbers, strings and types. Two leaves
-are equal if they have the same type and the same bits. Neither `repr` nor the `==` of foreign classes is ever asked:
-the one leaves things out, the other may say anything.
+are equal if they have the same type and the same bits. Neither `repr` nor the `==` of foreign classes is used: the
+first may leave things out, the second may be defined in any way.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from torch import Tensor, nn
 
 from fxsplit.objects.structure import tensors_in
 
-# Makes values, by name, with a module; its backward is included.
+# Runs a module, backward included, and gives the values that this leaves, with names.
 Step = Callable[[nn.Module], Iterable[tuple[str, Any]]]
 
-# Their `==` compares contents and nothing else.
+# Types whose `==` compares contents and nothing else.
 PLAIN = (NoneType, bool, int, str, bytes, range, torch.dtype, torch.device, torch.layout, torch.memory_format)
 BY_IDENTITY = (type, ModuleType, BuiltinFunctionType, Enum)
 SPARSE_PARTS = ("crow_indices", "col_indices", "ccol_indices", "row_indices", "values")
 
 
 class Leaf(NamedTuple):
-    """A tensor or an atom; an atom's `value` is plain data or, to be compared by identity, the thing itself."""
+    """Holds a tensor or an atom; an atom's `value` is plain data, or an object that is compared by identity."""
 
     kind: type
     value: Any
@@ -48,9 +48,9 @@ Outcome = dict[str, Leaf]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Something that two calls did not leave alike: its name, by how much its numbers differ at most, and in words.
+    """A value that two calls left different: its name, the largest difference of its numbers, and both in words.
 
-    Where it is no matter of numbers, such as another shape or type, `size` is infinite.
+    Where the difference is not one of numbers, such as another shape or type, `size` is infinite.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Difference:
 
 
 def outcome(net: nn.Module, step: Step) -> Outcome:
-    """All that a step with `net` leaves behind, by name. Gradients are dropped before and after."""
+    """Run a step with `net`, and return all that it leaves behind, by name. Gradients are dropped before and after."""
     net.zero_grad(set_to_none=True)
     left: Outcome = {}
     for name, value in step(net):
@@ -79,7 +79,10 @@ def outcome(net: nn.Module, step: Step) -> Outcome:
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """A number that depends on every element of the output, and on each one differently; None without any to learn."""
+    """Compute a scalar that depends on every element of the output, on each in another way.
+
+    Returns None when nothing in the output requires a gradient.
+    """
     leaves = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in tensors_in(output)]
     leaves = [leaf.float() for leaf in leaves if leaf.requires_grad and leaf.numel()]
     if not leaves:
@@ -89,10 +92,10 @@ def loss_of(output: Any) -> Tensor | None:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of the generators that everybody draws from."""
+    """Return the states of the global random generators: torch's, Python's and numpy's."""
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        # Of hundreds of numbers each.
+        # As bytes: each is a tuple of hundreds of numbers, which would become as many leaves.
         "Python": pickle.dumps(random.getstate()),
         "numpy": pickle.dumps(np.random.get_state()),
     }
@@ -102,7 +105,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what `random_states` gave."""
+    """Set the states that `random_states` returned."""
     torch.set_rng_state(states["torch"])
     random.setstate(pickle.loads(states["Python"]))
     np.random.set_state(pickle.loads(states["numpy"]))
@@ -111,12 +114,12 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def leaves(value: Any, name: str, *, copied: bool = True) -> Outcome:
-    """Take a value apart, whatever it is; tensors are `copied`, so that later writes do not reach them."""
+    """Take any value apart into leaves, by name; tensors are `copied` unless nothing is written into them later."""
     return dict(_Parts(copied=copied).of(value, name))
 
 
 def differences(expected: Mapping[str, Leaf], found: Mapping[str, Leaf]) -> list[Difference]:
-    """All in which `found` differs from what was `expected`, in the order in which a step leaves it."""
+    """List all in which `found` differs from what was `expected`, in the order in which a step leaves it."""
     return [
         Difference(name=name, size=size, words=words)
         for name in {**expected, **found}
@@ -125,17 +128,17 @@ def differences(expected: Mapping[str, Leaf], found: Mapping[str, Leaf]) -> list
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two dense tensors of one shape and type are equal: not-a-number equals itself, and 0 is not -0."""
+    """Tell whether two dense tensors of one shape and type are equal bit by bit: NaN equals itself, 0 is not -0."""
     return torch.equal(bytes_of(one), bytes_of(other))
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """The bits of a dense tensor, uint8 (N,)."""
+    """Return the bytes of a dense tensor, uint8 (N,)."""
     return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 class _Parts:
-    """Takes values apart; what was met before is a reference to its first name."""
+    """Takes values apart; an object that was met before becomes a reference to its first name."""
 
     def __init__(self, *, copied: bool) -> None:
         self._copied = copied
@@ -151,7 +154,7 @@ class _Parts:
         elif isinstance(value, BY_IDENTITY):
             yield name, Leaf(kind, value)
         elif isinstance(value, FunctionType):
-            # Two copies of a model may have made a function each from the same code.
+            # Two copies of a model may each have created a function from the same code.
             yield name, Leaf(kind, value.__code__)
         elif isinstance(value, nn.Module):
             yield name, Leaf(kind, None)
@@ -179,7 +182,7 @@ class _Parts:
             keys = [repr(key) if type(key) in PLAIN else f"key {index}" for index, key in enumerate(value)]
             yield f"keys of {name}", Leaf(str, "\n".join(keys))
             for key, item in zip(keys, value.items(), strict=True):
-                # The name says a plain key.
+                # A plain key is in the name already; any other is taken apart with its item.
                 yield from self.of(item if key.startswith("key ") else item[1], f"{name}[{key}]")
         elif isinstance(value, tuple | list | deque):
             yield f"length of {name}", Leaf(int, len(value))
@@ -209,7 +212,7 @@ class _Parts:
             yield from self._tensor(inner, f"{name}.{part}")
 
     def _reduced(self, value: Any, name: str) -> Iterator[tuple[str, Leaf]]:
-        """By what it would be pickled as; what cannot be pickled equals itself alone."""
+        """Take apart what an object would be pickled as; one that cannot be pickled is compared by identity."""
         try:
             parts = value.__reduce_ex__(2)
         except Exception:
@@ -239,14 +242,14 @@ def _has(tensor: Tensor, part: str) -> bool:
 
 
 def _between(expected: Leaf | None, found: Leaf | None) -> Iterator[tuple[float, str]]:
-    """By how much two leaves differ, and how in words; nothing, if they are equal."""
+    """Give by how much two leaves differ, and how in words; nothing if they are equal."""
     if expected is None or found is None:
         yield math.inf, "in only one of the two"
     elif not _same_type(expected.kind, found.kind):
         kinds = [("nothing" if leaf.kind is NoneType else leaf.kind.__name__) for leaf in (found, expected)]
         yield math.inf, " instead of ".join(kinds)
     elif expected.wants_gradient != found.wants_gradient:
-        yield math.inf, "on the tape of autograd in only one of the two"
+        yield math.inf, "requires a gradient in only one of the two"
     elif isinstance(expected.value, Tensor) and isinstance(found.value, Tensor):
         yield from _between_tensors(expected.value, found.value)
     elif isinstance(expected.value, type) and isinstance(found.value, type):
@@ -261,7 +264,7 @@ def _between(expected: Leaf | None, found: Leaf | None) -> Iterator[tuple[float,
 
 
 def _same_type(one: type, other: type) -> bool:
-    """A class that a function makes is another one at each call, but means the same."""
+    """Tell whether two types mean the same: a class that a function defines is a new object at each call."""
     return one is other or (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 

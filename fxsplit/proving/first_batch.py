@@ -1,12 +1,12 @@
-"""One step of the plain model against one of the executor: the same numbers in, the same numbers out, or an error.
+"""Compares one step of the plain model with one of the executor: the same results, bit for bit, or an error.
 
     model     ──► output, loss, gradients, buffers, random state ┐
                                                                  ├── equal bit for bit, then all is put back
     executor  ──► output, loss, gradients, buffers, random state ┘
 
-The two share their modules, so the model runs first and is put back before the executor runs. Only if they differ, more
-runs follow: of the model once more, since kernels of a GPU may add up in another order each time, and then of both with
-ears on every module, to say where the difference begins.
+The two share their modules, so the model runs first, and its state is restored before the executor runs. Only if they
+differ do more runs follow: the model again, since kernels of a GPU may add up in another order each time, and then both
+with a hook on every module, to find the first module whose output differs.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from fxsplit.objects.structure import map_tensors, tensors_in
 from fxsplit.proving.equality import Difference, Outcome, Step, bytes_of, differences, leaves, loss_of, outcome
 from fxsplit.proving.untouched import untouched
 
-# Further runs of the plain model, at most, until what it varies by itself covers a difference.
+# The plain model runs again at most so many times, until its own variation explains a difference.
 REPEATS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """What was compared, and how long it took.
+    """Says how many values were compared, how many seconds it took, and which values vary.
 
-    `compared` counts the values. `varying` are those in which two runs of the plain model differ by themselves, with by
-    how much: no more was allowed to the executor. All others are equal bit for bit.
+    `varying` has the values in which two runs of the plain model itself differ, each with the largest difference seen:
+    the executor may differ by twice that, since its own run lies on either side. All others are equal bit for bit.
     """
 
     compared: int
@@ -49,13 +49,20 @@ class Proof:
 
 
 def prove(model: nn.Module, net: Executor, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Proof:
-    """Run `model` and the executor `net` of it once on `args`, forward and backward, and compare all that they leave.
+    """Run a model and its executor once, forward and backward, and compare all that they leave behind.
 
     That is the output with its structure and types, which parameters get gradients, the gradients, buffers, and the
-    random state of torch, Python and numpy. Each begins from the same random state, in the mode in which `net` is;
-    in the end everything is as it was. The backward is that of a weighted sum of the outputs.
+    random state of torch, Python and numpy. Both begin with the same random state, in the mode in which `net` is; at
+    the end everything is as it was. The backward is that of a weighted sum of the outputs.
 
-    Raises ProofError when they differ, and UsageError when `net` is in a phase, or there are no numbers to run on.
+    Args:
+        model: the plain model.
+        net: its executor, before it enters a phase.
+        args: the inputs of the call.
+        kwargs: likewise.
+
+    Raises ProofError when the two differ, and UsageError when `net` is in a phase, or when tensors are on the meta
+    device.
     """
     given = kwargs or {}
     tensors = (*tensors_in((args, given)), *model.parameters(), *model.buffers())
@@ -78,11 +85,11 @@ def prove(model: nn.Module, net: Executor, args: Sequence[Any], kwargs: Mapping[
 
 
 def prove_step(model: nn.Module, net: Executor, step: Step) -> Proof:
-    """The same for any step, such as one of a training loop. See `prove`."""
+    """Compare any step, such as one of a training loop, of model and executor, as `prove` does for a call."""
     if net.window != (0, len(net.partitions)):
         raise UsageError(
             "the executor is in a phase, in which settled partitions are folded and equal within rounding alone; "
-            "prove it before it enters one, or after `release()`"
+            "prove it before it enters one, or call its `release()` first"
         )
     began = perf_counter()
 
@@ -102,7 +109,7 @@ def prove_step(model: nn.Module, net: Executor, step: Step) -> Proof:
         if not wrong:
             break
     if wrong:
-        raise ProofError(_sentence(wrong, _place(model, net, run, wrong)))
+        raise ProofError(_sentence(wrong, _origin(model, net, run, wrong)))
     return Proof(compared=len(expected), seconds=perf_counter() - began, varying=varying)
 
 
@@ -112,24 +119,36 @@ def prove_batch(
     images: Tensor,
     labels: Tensor,
     *,
-    parts: int,
+    micro_batches: int,
     loss: Callable[[Any, Tensor], Tensor],
     autocast: Callable[[], AbstractContextManager[Any]],
     notice: Callable[[str], None],
 ) -> Proof | None:
-    """The same for a batch of training: images (N, ...) and labels (N,), in `parts` micro-batches, each in `autocast`.
+    """Compare a training step of model and executor, as `prove` does for a call.
 
-    `loss` is that of an output and its labels. Where memory does not hold it, half of the images are taken, and half of
-    these; a `notice` says so. None, if not even two of them can be proved.
+    Where memory does not hold it, half of the images are taken, then half of these. Returns None if it does not hold
+    even two.
+
+    Args:
+        model: the plain model.
+        net: its executor, before it enters a phase.
+        images: (N, ...).
+        labels: (N,).
+        micro_batches: into how many the batch is divided.
+        loss: of an output and its labels.
+        autocast: makes the context of each forward.
+        notice: is called with a sentence when images are left out.
+
+    Raises ProofError when the two differ, and UsageError when `net` is in a phase.
     """
     count = len(images)
     while True:
         try:
-            return prove_step(model, net, _step(images[:count], labels[:count], parts, loss, autocast))
+            return prove_step(model, net, _step(images[:count], labels[:count], micro_batches, loss, autocast))
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-        # Only here, where the error no longer holds all that it went by.
+        # Not inside `except`: there the traceback still holds the tensors of the failed step.
         if images.is_cuda:
             torch.cuda.empty_cache()
         if count < 4:
@@ -142,12 +161,12 @@ def prove_batch(
 def _step(
     images: Tensor,
     labels: Tensor,
-    parts: int,
+    micro_batches: int,
     loss: Callable[[Any, Tensor], Tensor],
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Step:
     def step(module: nn.Module) -> Iterator[tuple[str, Any]]:
-        pairs = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+        pairs = list(zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
         for number, (part, own_labels) in enumerate(pairs, start=1):
             which = f" of micro-batch {number}" if len(pairs) > 1 else ""
             with autocast():
@@ -163,7 +182,7 @@ def _step(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, of Python, or of torch on the CPU, which has no class of its own for it."""
+    """Tell whether memory ran out: on a GPU, in Python, or in torch on the CPU, which raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
@@ -172,13 +191,16 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _covers(varying: Mapping[str, float], difference: Difference) -> bool:
-    """Whether it is no more than by what runs of the model itself were seen to lie on either side of the first."""
+    """Tell whether runs of the model itself vary enough to explain a difference.
+
+    They were each compared with the first run. Two runs may lie on either side of it, hence the factor of 2.
+    """
     return difference.name in varying and difference.size <= 2 * varying[difference.name]
 
 
-def _sentence(wrong: Sequence[Difference], place: str) -> str:
+def _sentence(wrong: Sequence[Difference], origin: str) -> str:
     shown = ", ".join(map(str, wrong[:3])) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    where = f", which begins {place}" if place else ""
+    where = f", which begins {origin}" if origin else ""
     return (
         f"the partitions do not compute what the model computes, on the same batch: {shown} differ{where}; keep a "
         "module around it whole, by its path in fxsplit.trace(..., leaves=[PATH]), or go on without this proof, by "
@@ -186,45 +208,46 @@ def _sentence(wrong: Sequence[Difference], place: str) -> str:
     )
 
 
-# A call of a module: its path, the how-many-th of that path, and digests of what went in and came out.
+# A call of a module: its path, and how many calls of it came before.
 Call = tuple[str, int]
-Heard = dict[Call, tuple[bytes, bytes]]
+# Digests of what went into each call and of what came out.
+Calls = dict[Call, tuple[bytes, bytes]]
 
 
-def _place(model: nn.Module, net: Executor, run: Callable[[nn.Module], Outcome], wrong: Sequence[Difference]) -> str:
-    """Where the first difference appears: in or before a module of forward, else in a module's backward or buffers."""
-    once, again, theirs = (_heard(model, partial(run, each)) for each in (model, model, net))
-    last = ""
-    for call, (given, made) in theirs.items():
-        # What varies by itself says nothing.
-        if call not in once or once[call] != again.get(call):
+def _origin(model: nn.Module, net: Executor, run: Callable[[nn.Module], Outcome], wrong: Sequence[Difference]) -> str:
+    """Say where the first difference appears: in or before a module in forward, else in its backward or its buffers."""
+    plain, plain_again, executed = (_calls(model, partial(run, each)) for each in (model, model, net))
+    last_equal = ""
+    for call, (inputs, output) in executed.items():
+        # A call that differs between two runs of the plain model says nothing about the executor.
+        if call not in plain or plain[call] != plain_again.get(call):
             continue
-        if once[call][1] != made:
+        if plain[call][1] != output:
             path = call[0]
-            return f"in module {path!r}" if once[call][0] == given else f"before module {path!r}{last}"
-        last = f", after {call[0]!r}"
+            return f"in module {path!r}" if plain[call][0] == inputs else f"before module {path!r}{last_equal}"
+        last_equal = f", after {call[0]!r}"
     owners = [each.name.split(" ")[-1].rpartition(".")[0] for each in wrong if each.name.startswith("gradient of ")]
-    order = {path: index for index, (path, _) in enumerate(once)}
+    order = {path: index for index, (path, _) in enumerate(plain)}
     if owners:
-        # Backward comes from the end.
+        # Backward runs from the end, so the last of these modules is the first to differ.
         return f"in the backward of {max(owners, key=lambda path: order.get(path, -1))!r}, or of what follows it"
     owners = [each.name.split(" ")[-1].rpartition(".")[0] for each in wrong if each.name.startswith("buffer ")]
     return f"in the buffers of {owners[0]!r}" if owners else ""
 
 
-def _heard(model: nn.Module, run: Callable[[], object]) -> Heard:
-    """What each module is given and gives in a run, in the order in which they end."""
+def _calls(model: nn.Module, run: Callable[[], object]) -> Calls:
+    """Record the calls of all modules in a run, in the order in which they end."""
     paths = {module: path for path, module in model.named_modules() if path}
-    calls: Heard = {}
+    calls: Calls = {}
     counts: Counter[str] = Counter()
 
-    def hear(module: nn.Module, given: Any, made: Any) -> None:
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
         if (path := paths.get(module)) is not None:
-            calls[path, counts[path]] = _digest(given), _digest(made)
+            calls[path, counts[path]] = _digest(inputs), _digest(output)
             counts[path] += 1
 
-    # Of all modules, so that none has a hook of its own, which it would be noticed by.
-    handle = register_module_forward_hook(hear)
+    # A global hook: where a module has a hook of its own, the executor runs other code.
+    handle = register_module_forward_hook(record)
     try:
         run()
     finally:

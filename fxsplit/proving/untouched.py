@@ -1,4 +1,4 @@
-"""Run a model, and have it afterwards as it was before, bit for bit."""
+"""Runs a model and restores it to what it was before, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CONTAINERS = (list, dict, set, OrderedDict, defaultdict)
 
 @contextmanager
 def untouched(*roots: nn.Module) -> Iterator[None]:
-    """Put back, in the end, all that a forward or backward of these modules may have changed, also after an exception.
+    """Restore at the end all that a forward or backward of these modules may have changed, also after an exception.
 
-    That is the random states; each module's attributes and mode, hooks, and what is registered in it; contents of
+    Restored are the random states; each module's attributes, mode, hooks, and what is registered in it; the contents of
     parameters and buffers, of tensors and generators in attributes, and of lists, dicts and sets in attributes;
-    gradients and whether they are wanted. Other objects in attributes are the same afterwards, but what they hold is
-    theirs.
+    gradients and `requires_grad`. Other objects in attributes are the same ones afterwards, but their contents are not
+    restored.
     """
     modules = dict.fromkeys(module for root in roots for module in root.modules())
     kept = _Kept()
@@ -37,7 +37,7 @@ def untouched(*roots: nn.Module) -> Iterator[None]:
 
 
 class _Kept:
-    """Contents of what can be changed in place, by the id of what holds them."""
+    """Keeps copies of the contents of objects that can be changed in place, by their id."""
 
     def __init__(self) -> None:
         self._containers: dict[int, tuple[Any, Any]] = {}
@@ -45,7 +45,7 @@ class _Kept:
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
 
     def keep(self, value: Any) -> None:
-        """What is in it, and in what it holds."""
+        """Keep the contents of a value, and of the values in it."""
         if isinstance(value, Tensor):
             self._keep_tensor(value)
         elif isinstance(value, torch.Generator):
@@ -64,7 +64,7 @@ class _Kept:
             self._tensors[id(tensor)] = tensor, tensor.detach().clone(), grad, tensor.requires_grad
 
     def put_back(self) -> None:
-        """All of it, into the very objects; what is still the same is not written."""
+        """Write all contents back into the objects; those that have not changed are not written."""
         for container, content in self._containers.values():
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)

@@ -1,4 +1,4 @@
-"""Many independent calls in several processes, each answered even if its process dies."""
+"""Makes many independent calls in several processes; each has a result even if its process dies."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ Result = TypeVar("Result")
 def call_each(
     call: Callable[[str], Result], names: Sequence[str], *, jobs: int, died: Callable[[str], Result]
 ) -> Iterator[Result]:
-    """`call` of every name, in the order in which they are done. A name whose process dies yields `died` of it.
+    """Give the result of `call` for every name, in the order in which calls end.
 
-    With one job the calls happen here. Otherwise `call` must be picklable, and each process uses one thread.
+    Args:
+        call: with several jobs it must be picklable.
+        names: what it is called with.
+        jobs: how many processes, each with one thread; 1 makes the calls in this process.
+        died: makes the result for a name whose process dies.
     """
     if jobs == 1:
         yield from map(call, names)
@@ -33,7 +37,7 @@ def call_each(
                 break
             unfinished.remove(futures[future])
             yield result
-    # A process that dies takes all others with it: alone, only its own call is lost.
+    # A process that dies breaks the pool for all. In a pool for each name it loses no call but its own.
     for name in unfinished:
         with _pool(1) as pool:
             try:

@@ -1,4 +1,4 @@
-"""Loss and accuracy, summed up over batches."""
+"""Mean loss and accuracy over batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """Mean loss and accuracies over `count` samples."""
+    """Holds mean loss and accuracies, in per cent, over `count` samples."""
 
     loss: float
     top1_pct: float
@@ -21,7 +21,7 @@ class Score:
 
 
 class Accuracy:
-    """Sums losses and hits on the device; only `read` waits for it."""
+    """Sums losses and correct predictions on the device, without waiting for it; only `read` does."""
 
     def __init__(self, device: torch.device) -> None:
         self._count = 0
@@ -37,7 +37,7 @@ class Accuracy:
         self._count += samples
 
     def read(self) -> Score:
-        """Return the means so far; not a number before the first batch."""
+        """Return the means so far; they are NaN before the first batch."""
         sums = torch.cat((self._loss[None], self._hits.double())).tolist()
         loss, top1, top5 = (total / self._count if self._count else float("nan") for total in sums)
         return Score(loss=loss, top1_pct=100 * top1, top5_pct=100 * top5, count=self._count)
@@ -47,7 +47,7 @@ class Accuracy:
         return {"count": self._count, "loss": self._loss, "hits": self._hits}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the sums that `state_dict` returned."""
+        """Load the sums that `state_dict` returned."""
         self._count = state["count"]
         self._loss.copy_(state["loss"])
         self._hits.copy_(state["hits"])

@@ -1,4 +1,4 @@
-"""BatchNorm: statistics estimated again for the weights as they are now, and batches from which none can be taken."""
+"""BatchNorm: running statistics estimated again for the present weights, and batches that are too small for it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
 from fxsplit.plan.schedule import Plan
 
-# Batches that statistics are estimated from: enough that more of them change nothing that could be seen.
+# From so many batches statistics are estimated. More of them make no difference that could be measured.
 BATCHES = 50
 
 
 def recalibrate(forward: Forward, stop: int, batches: Iterable[Batch]) -> None:
-    """Estimate the statistics of the partitions that train before cut `stop` again, from the first of `batches`."""
+    """Estimate BatchNorm statistics again, from the first BATCHES of `batches`.
+
+    Only those of the partitions that train and lie before cut `stop` are estimated; only these run.
+    """
     norms = norms_of(forward.executor, stop)
     if norms:
         with recalibrated(norms):
@@ -34,19 +37,19 @@ def recalibrate(forward: Forward, stop: int, batches: Iterable[Batch]) -> None:
 
 def norms_of(executor: Executor, stop: int) -> list[_BatchNorm]:
     """Find the BatchNorm modules of the partitions that train before cut `stop`, if they keep statistics."""
-    window = executor.partitions[executor.window[0] : stop]
-    paths = dict.fromkeys(name.rpartition(".")[0] for part in window for name in part.state)
+    training = executor.partitions[executor.window[0] : stop]
+    paths = dict.fromkeys(name.rpartition(".")[0] for partition in training for name in partition.state)
     modules = map(executor.get_submodule, paths)
     return [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
 
 
 @contextmanager
 def recalibrated(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Inside, each forward pass in training counts the same in the statistics, and none before it counts at all."""
+    """Inside, forward passes in training build new statistics of `norms`, in which all of these passes count alike."""
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None
+        norm.momentum = None  # to torch: the mean over all batches, not a moving average
     try:
         yield
     finally:
@@ -57,25 +60,24 @@ def recalibrated(norms: Sequence[_BatchNorm]) -> Iterator[None]:
 def check_batches(trace: Trace, plan: Plan, train_loader: Loader, test_loader: Loader) -> None:
     """Raise UsageError if a single image would reach a BatchNorm that needs two to take statistics from.
 
-    Where a batch only leaves one image over, it is divided otherwise; here are those of which no part has two.
+    In training that is so where every micro-batch of a phase has one image; a single image at the end of a batch is no
+    fault, because micro-batches are then divided otherwise.
     """
     for number, phase in enumerate(plan.phases, start=1):
-        parts = phase.micro_batches
-        if train_loader.batch_size > parts:
+        count = phase.micro_batches
+        if train_loader.batch_size > count:
             continue
-        for index, part in enumerate(plan.partitions):
+        for index, partition in enumerate(plan.partitions):
             trains = phase.role(index) == "training"
-            start, stop = (part.start, part.stop) if trains else (part.eval_start, part.eval_stop)
-            if path := needs_two_images(trace, start, stop, training=trains):
+            if path := needs_two_images(trace, partition.span(training=trains), training=trains):
                 raise UsageError(
                     f"BatchNorm {path!r} sees a single value a channel of an image, so it cannot run on one image, but "
-                    f"phase {number} takes batches of {train_loader.batch_size} in {parts} part{'s' * (parts > 1)}; "
-                    "leave two images to a part, by a larger batch-size or fewer parts, or make the images larger"
+                    f"phase {number} takes batches of {train_loader.batch_size} in {count} "
+                    f"micro-batch{'es' * (count > 1)}; leave two images to each, by a larger batch-size or fewer "
+                    "micro-batches, or make the images larger"
                 )
     tested, batch_size = len(test_loader.order(0)), test_loader.batch_size
-    if (batch_size == 1 or tested % batch_size == 1) and (
-        path := needs_two_images(trace, 0, len(trace.eval), training=False)
-    ):
+    if (batch_size == 1 or tested % batch_size == 1) and (path := needs_two_images(trace, slice(None), training=False)):
         raise UsageError(
             f"BatchNorm {path!r} has no running statistics and sees a single value a channel of an image, so it cannot "
             f"run on one image, which batches of {batch_size} leave of {tested} to test on; "
@@ -83,10 +85,10 @@ def check_batches(trace: Trace, plan: Plan, train_loader: Loader, test_loader: L
         )
 
 
-def needs_two_images(trace: Trace, start: int, stop: int, *, training: bool) -> str | None:
-    """Find the path of the first BatchNorm among ops [start, stop) that cannot run on a single image.
+def needs_two_images(trace: Trace, span: slice, *, training: bool) -> str | None:
+    """Find the path of the first BatchNorm among the ops of `span` that cannot run on a single image.
 
-    It takes statistics from the batch, of which each image has one value a channel.
+    It is one that takes statistics from the batch and sees a single value a channel of each image.
     """
-    ops = (trace.train if training else trace.eval).ops[start:stop]
+    ops = (trace.train if training else trace.eval).ops[span]
     return next((op.single_value_norm for op in ops if op.single_value_norm is not None), None)

@@ -18,7 +18,7 @@ from fxsplit.training.batchnorm import recalibrate
 
 
 class WeightAverage:
-    """Keeps the running mean of parameters by name, each over as many moments as it was added at.
+    """Keeps the running mean of each parameter, by name, over the values that were added.
 
     Source: Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018, algorithm 1.
     """
@@ -40,18 +40,18 @@ class WeightAverage:
 
     @torch.no_grad()
     def apply(self, parameters: Mapping[str, Tensor]) -> None:
-        """Set `parameters` to their means, if they have any, and forget these."""
+        """Set those of `parameters` that have a mean to it, and forget the mean."""
         for name, parameter in parameters.items():
             if name in self._means:
                 parameter.copy_(self._means.pop(name))
                 del self._counts[name]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the means, and over how many moments they are."""
+        """Return the means, and the number of values that each is over."""
         return {"means": dict(self._means), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with means that `state_dict` returned."""
+        """Load means that `state_dict` returned."""
         self._means = {name: mean.clone() for name, mean in state["means"].items()}
         self._counts = dict(state["counts"])
 
@@ -69,8 +69,8 @@ class Endings:
         steps_per_epoch: optimizer steps in an epoch.
         average: share of a partition's steps that is averaged, 0 (off) to 1.
         recalibrate: also estimate statistics again where nothing was averaged.
-        midpoint: at the midpoint of the run, all that trains takes such a mean of the run so far, and trains on from
-            it. A run of one epoch has no midpoint.
+        midpoint: in the middle of the run, before an epoch begins, all that trains is set to such a mean over the run
+            so far, and trains on from there. A run of one epoch has no midpoint.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Endings:
         self._mean, self._midpoint_mean = WeightAverage(), WeightAverage()
 
     def step_done(self, steps: int) -> None:
-        """Add the weights to the means that they count in, after so many `steps` of the run."""
+        """Add the weights to the means that this step counts in, the last of so many `steps` of the run."""
         if not self.average:
             return
         middle = self.midpoint_epoch or 0
@@ -107,15 +107,16 @@ class Endings:
         return steps > (1 - self.average) * end * self._steps_per_epoch
 
     def end(self, partitions: Sequence[int], batches: Iterable[Batch], *, at_midpoint: bool = False) -> None:
-        """End the training of `partitions`; `at_midpoint`, let all partitions that train take their mean.
+        """End the training of `partitions`: set them to their means and recalibrate BatchNorm.
 
-        Statistics are estimated from `batches`, which are read if they are needed.
+        With `at_midpoint` all partitions that train are set to their midpoint means as well. Statistics are estimated
+        from `batches`, which are read only if they are needed.
         """
         self._apply(self._mean, partitions)
         if at_midpoint:
             partitions = range(*self._forward.executor.window)
             self._apply(self._midpoint_mean, partitions)
-            # What was averaged so far is of weights that are no more.
+            # Training goes on from other weights now, so those averaged so far count no more.
             self._mean = WeightAverage()
         if self.average or self._recalibrates:
             recalibrate(self._forward, max(partitions, default=-1) + 1, batches)
@@ -129,7 +130,7 @@ class Endings:
         return {"mean": self._mean.state_dict(), "midpoint_mean": self._midpoint_mean.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Load what `state_dict` returned."""
         self._mean.load_state_dict(state["mean"])
         self._midpoint_mean.load_state_dict(state["midpoint_mean"])
 

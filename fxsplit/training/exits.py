@@ -3,8 +3,8 @@
 images ──► settled ──► trains ──┬──► trains ──┬──► trains ──► ... ──► scores
                               exit          exit
 
-An exit gives the partitions before it a gradient that has a short way to come. It goes when its partition settles, and
-is no part of the model.
+The loss of an exit reaches the partitions before it by a short way. An exit trains as long as its partition, is dropped
+when that settles, and is no part of the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from fxsplit.plan.schedule import Phase
 
 
 class Exit(nn.Module):
-    """Global average pooling and a linear layer: class scores (N, classes) from the values that a partition writes."""
+    """Computes class scores (N, classes) from a partition's output, by global average pooling and a linear layer.
+
+    Args:
+        value: the value that is read, a floating-point row for each image.
+        partition: writes that value.
+        num_classes: how many scores there are.
+    """
 
     def __init__(self, value: Value, partition: Partition, *, num_classes: int) -> None:
         super().__init__()
@@ -38,7 +44,7 @@ class Exit(nn.Module):
 
     def forward(self, values: Sequence[Any]) -> Tensor:
         features = values[self._position]
-        # To torch, no dimension means all of them.
+        # For an empty list of dimensions torch would take the mean over all of them.
         scores: Tensor = self.linear(features.mean(self._pooled_dims) if self._pooled_dims else features)
         return scores
 
@@ -47,16 +53,16 @@ class Exits:
     """Holds the exits of a phase, at the ends of its first training partitions, and computes their losses.
 
     The last partition of the model has none, nor has one that delivers no floating-point row for each image. `modules`
-    holds them by the index of their partition, for the optimizer.
+    holds the exits by the index of their partition, for the optimizer.
 
     Args:
-        graph: the model in training.
+        graph: the model's ops in training.
         partitions: those of the plan.
-        count: the most exits of a phase.
-        num_classes: the scores that each gives.
-        weight: of each exit's loss beside the model's own.
-        seed: what their first weights depend on; torch's random state stays as it is.
-        device: where they lie.
+        count: the most exits that a phase has.
+        num_classes: how many scores each exit gives.
+        weight: factor of each exit's loss, beside the model's own, which has 1.
+        seed: first weights depend on it; torch's random state stays as it is.
+        device: where exits are.
     """
 
     def __init__(
@@ -74,11 +80,14 @@ class Exits:
         self._graph, self._partitions = graph, partitions
         self._count, self._num_classes, self._weight = count, num_classes, weight
         self._seed, self._device = seed, device
-        # Partitions without an exit, of which a notice said so.
+        # Partitions that can have no exit, and for which a notice has said so.
         self._refused: set[int] = set()
 
     def enter(self, phase: Phase, notice: Callable[[str], None]) -> None:
-        """Keep the exits that the phase has too, drop others, make new ones; notice once each that cannot be made."""
+        """Keep the exits that the phase has too, drop the others, and make new ones.
+
+        `notice` is called once for each partition that can have none.
+        """
         before, self.modules = self.modules, nn.ModuleDict()
         for index in range(phase.start, min(phase.start + self._count, phase.stop, len(self._partitions) - 1)):
             name, value = str(index), features_of(self._graph, self._partitions[index])
@@ -93,7 +102,7 @@ class Exits:
 
     @contextmanager
     def tapped(self, executor: Executor) -> Iterator[list[Tensor]]:
-        """Inside, forward passes of `executor` add the class scores (B, classes) of each exit to the list."""
+        """Inside, each forward pass of `executor` appends the class scores (B, classes) of every exit to the list."""
         scores: list[Tensor] = []
 
         def tap(index: int, values: Sequence[Any]) -> None:
@@ -104,7 +113,10 @@ class Exits:
             yield scores
 
     def add_to(self, loss: Tensor, scores: Sequence[Tensor], labels: Tensor, *, smoothing: float) -> Tensor:
-        """Add the weighted cross-entropies of exits' scores to a loss (); labels int64 (B,)."""
+        """Return `loss` () plus the weighted cross-entropy of each of the exits' `scores` (B, classes).
+
+        Labels are int64 (B,); `smoothing` is label smoothing, as for the model's own loss.
+        """
         for each in scores:
             loss = loss + self._weight * F.cross_entropy(each, labels, label_smoothing=smoothing)
         return loss
@@ -114,7 +126,7 @@ class Exits:
         return dict(self.modules.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned in the phase that was entered."""
+        """Load what `state_dict` returned; the same phase must have been entered."""
         self.modules.load_state_dict(state)
 
     def _new(self, index: int, value: Value) -> Exit:
@@ -126,9 +138,9 @@ class Exits:
 
 
 def features_of(graph: Graph, partition: Partition) -> Value | None:
-    """Find the largest value with a floating-point row for each image that a partition makes and delivers.
+    """Find the largest value with a floating-point row for each image that a partition computes and writes.
 
-    Of equals it is the last; None if there is none.
+    Among equally large ones it is the last. Returns None if there is none.
     """
     ops = reversed(graph.ops[partition.start : partition.stop])
     rows = [
@@ -143,6 +155,6 @@ def features_of(graph: Graph, partition: Partition) -> Value | None:
 
 
 def channel_dim(shape: Sequence[int]) -> int:
-    """Tell where the channels are: last in tokens (N, T, C) and in square maps (N, H, H, C), else second."""
+    """Guess the dimension of the channels: the last of tokens (N, T, C) and of square maps (N, H, H, C), else 1."""
     is_last = len(shape) == 3 or (len(shape) == 4 and shape[1] == shape[2] != shape[3])
     return len(shape) - 1 if is_last else 1

@@ -15,11 +15,11 @@ from fxsplit.training.exits import Exits
 from fxsplit.training.soft_targets import MeanTargets, SoftTargets
 
 
-class Learnt(NamedTuple):
-    """What a forward pass in training gives.
+class Losses(NamedTuple):
+    """Holds the losses of a forward pass in training, and its class scores.
 
-    `total` () is what is learnt from. `loss` () is the model's own share of it, without the exits, so that runs with
-    and without exits can be compared.
+    `total` () is the loss that gradients are taken of. `loss` () leaves out the exits, so that runs with and without
+    exits can be compared; it is what records show.
     """
 
     total: Tensor
@@ -28,12 +28,12 @@ class Learnt(NamedTuple):
 
 
 class Objective:
-    """Computes the loss of a part of a batch.
+    """Computes the loss of a micro-batch.
 
     Args:
         smoothing: label smoothing, 0 to 1.
         soft_targets: earlier outputs of the network, to learn from beside the labels.
-        exits: classifiers that train beside the model.
+        exits: auxiliary classifiers that train beside the model.
     """
 
     def __init__(
@@ -43,30 +43,30 @@ class Objective:
 
     @property
     def has_midpoint(self) -> bool:
-        """Whether targets are to be kept at the midpoint of the run, by `keep_targets`."""
+        """Whether `keep_targets` must be called at the midpoint of the run."""
         return isinstance(self.soft_targets, MeanTargets)
 
-    def __call__(self, forward: Forward, part: Batch, *, progress: float) -> Learnt:
-        """Run a part of a batch forward when `progress` of the run is done, 0 to 1, and return its losses."""
+    def __call__(self, forward: Forward, batch: Batch, *, progress: float) -> Losses:
+        """Run a micro-batch forward and return its losses; `progress` is the share of the run that is done, 0 to 1."""
         if self.exits is None:
-            logits = forward.logits(part)
-            loss = self._loss(logits, part, progress)
-            return Learnt(loss, loss, logits)
+            logits = forward.logits(batch)
+            loss = self._loss(logits, batch, progress)
+            return Losses(loss, loss, logits)
         with self.exits.tapped(forward.executor) as scores:
-            logits = forward.logits(part)
-        loss = self._loss(logits, part, progress)
-        total = self.exits.add_to(loss, scores, part.labels, smoothing=self.smoothing)
-        return Learnt(total, loss, logits)
+            logits = forward.logits(batch)
+        loss = self._loss(logits, batch, progress)
+        total = self.exits.add_to(loss, scores, batch.labels, smoothing=self.smoothing)
+        return Losses(total, loss, logits)
 
-    def _loss(self, logits: Tensor, part: Batch, progress: float) -> Tensor:
+    def _loss(self, logits: Tensor, batch: Batch, progress: float) -> Tensor:
         if self.soft_targets is None:
-            return F.cross_entropy(logits, part.labels, label_smoothing=self.smoothing)
-        loss = self.soft_targets.loss(logits, part.labels, part.ids, progress=progress, smoothing=self.smoothing)
-        self.soft_targets.learnt(logits, part.ids)
+            return F.cross_entropy(logits, batch.labels, label_smoothing=self.smoothing)
+        loss = self.soft_targets.loss(logits, batch.labels, batch.ids, progress=progress, smoothing=self.smoothing)
+        self.soft_targets.after_forward(logits, batch.ids)
         return loss
 
     def keep_targets(self, forward: Forward, batches: Iterable[Batch]) -> None:
-        """Keep what the network, as it is now and in evaluation, says of each image as its soft target."""
+        """Keep the network's present output in evaluation as the soft target of each image of `batches`."""
         if self.soft_targets is not None:
             forward.executor.eval()
             with torch.no_grad(), forward.autocast():
@@ -79,7 +79,7 @@ class Objective:
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned in the same phase."""
+        """Load what `state_dict` returned; the same phase must have been entered."""
         if self.soft_targets is not None:
             self.soft_targets.load_state_dict(state["soft_targets"])
         if self.exits is not None:

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from fxsplit.errors import UsageError, nearest
 
-# Those of timm's schedules that are functions of the step alone: plateau looks at the test images.
+# timm's schedules that are functions of the step alone. Its "plateau" looks at the test images and is left out.
 SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
 
-# Those of torch that have a fused kernel for CPU and CUDA alike.
+# torch's optimizers that have a fused kernel, which updates all parameters in one call, on CPU and CUDA alike.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
@@ -30,11 +30,17 @@ def make_optimizer(
     weight_decay: float,
     previous: Optimizer | None = None,
 ) -> Optimizer:
-    """Make an optimizer over the parameters of `modules` that want a gradient, each in exactly one group.
+    """Make an optimizer over the parameters of `modules` that require a gradient, each in exactly one group.
 
-    Weight decay leaves out biases, norms and what a module itself lists in `no_weight_decay()`, as timm does.
-    Parameters that `previous` holds too keep their state. Raises UsageError for an unknown name and for values
-    that the optimizer refuses.
+    Args:
+        modules: whose parameters are optimized.
+        name: of the optimizer, in timm.
+        lr: learning rate, above 0.
+        momentum: for optimizers that have one, 0 to 1.
+        weight_decay: leaves out biases, norms and what a module itself lists in `no_weight_decay()`, as timm does.
+        previous: an optimizer of the same kind; parameters that it holds too keep their state.
+
+    Raises UsageError for an unknown name and for values that the optimizer refuses.
     """
     if name not in list_optimizers():
         raise UsageError(f"timm has no optimizer {name!r}{nearest(name, list_optimizers())}")
@@ -53,7 +59,7 @@ def make_optimizer(
 
 
 def _fused(name: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """Ask for the one kernel that updates everything, where torch has it: on a CPU more than twice as fast."""
+    """Return the option for torch's fused kernel, where it has one: on a CPU it is more than twice as fast."""
     numbers = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
     return {"fused": True} if numbers and get_optimizer_info(name).opt_class in FUSED else {}
 
@@ -67,7 +73,10 @@ def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def slots_of(make_optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]) -> int:
-    """Count the values that an optimizer keeps for each parameter, by a step on a small one."""
+    """Count the numbers that an optimizer keeps for each number of a parameter, by a step on a small one.
+
+    `make_optimizer` is given the parameters. SGD without momentum has 0, AdamW 2.
+    """
     weight = nn.Parameter(torch.zeros(16, 16))
     optimizer = make_optimizer([weight])
     weight.grad = torch.ones_like(weight)
@@ -77,30 +86,32 @@ def slots_of(make_optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]) -> i
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """List all parameters that an optimizer moves."""
+    """List all parameters of an optimizer."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def split_by_end(optimizer: Optimizer, ends: Mapping[Tensor, int]) -> None:
-    """Divide the optimizer's groups so that all parameters of one stop training at the same step, its "end".
+    """Divide the optimizer's groups, in place, so that each holds parameters that stop training at the same step.
 
-    One that no partition uses has no end of its own, and takes the last.
+    That step is the group's "end". `ends` has it by parameter; a parameter that is not in there, because no partition
+    uses it, takes the last end.
     """
     groups: list[dict[str, Any]] = []
     last = max(ends.values())
     for group in optimizer.param_groups:
-        parts: dict[int, list[Tensor]] = {}
+        by_end: dict[int, list[Tensor]] = {}
         for parameter in group["params"]:
-            parts.setdefault(ends.get(parameter, last), []).append(parameter)
-        groups += [{**group, "params": parameters, "end": end} for end, parameters in parts.items()]
+            by_end.setdefault(ends.get(parameter, last), []).append(parameter)
+        groups += [{**group, "params": parameters, "end": end} for end, parameters in by_end.items()]
     optimizer.param_groups[:] = groups
 
 
 def anneal(optimizer: Optimizer, step: int, *, steps: float) -> None:
-    """Scale the learning rate of each group down to zero over the last `steps` before its end, by half a cosine.
+    """Set each group's "lr_scale" at `step`: it falls to 0 over the last `steps` before the group's end, as a cosine.
 
-    timm's schedulers multiply theirs by this scale. With `steps` as long as a group trains, and no other schedule, this
-    is the annealing of Brock et al., FreezeOut: accelerate training by progressively freezing layers, 2017.
+    timm's schedulers multiply their learning rate by this scale. With `steps` as long as a group trains, and a constant
+    schedule, this is the annealing of Brock et al., FreezeOut: accelerate training by progressively freezing layers,
+    2017.
     """
     for group in optimizer.param_groups:
         left = min(1.0, max(0, group["end"] - step) / min(steps, group["end"]))
@@ -119,10 +130,20 @@ def make_scheduler(
     decay_milestones: Sequence[float] = (),
     decay_rate: float = 0.1,
 ) -> Scheduler:
-    """Make the learning rate of the whole run, a function of the steps done: set it with `step_update`.
+    """Make a timm scheduler for the learning rate of the whole run; `step_update(steps done)` sets it.
 
-    The rate decays by `decay_rate` every `decay_epochs` ("step"; a third of the run if None) or at `decay_milestones`
-    ("multistep"). Raises UsageError for an unknown name.
+    Args:
+        optimizer: whose learning rate is set.
+        name: one of `SCHEDULES`.
+        epochs: of the run.
+        steps_per_epoch: optimizer steps in an epoch.
+        warmup_epochs: epochs of linear warm-up.
+        min_lr: the lowest learning rate.
+        decay_epochs: epochs between decays, for "step"; None for a third of the run.
+        decay_milestones: epochs of the decays, for "multistep".
+        decay_rate: factor of a decay; the power of "poly".
+
+    Raises UsageError for an unknown name.
     """
     if name not in SCHEDULES:
         raise UsageError(
@@ -149,8 +170,8 @@ def make_scheduler(
 def named_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
     """Return an optimizer's state with the name of each parameter in place of its number.
 
-    It has the form of `get_optimizer_state_dict` in torch.distributed.checkpoint, which covers the parameters of one
-    module alone.
+    `names` has the name of each parameter. The form is that of torch.distributed.checkpoint's
+    `get_optimizer_state_dict`, which can only take parameters of a single module.
     """
     state = optimizer.state_dict()
     order = [names[parameter] for parameter in parameters_of(optimizer)]
@@ -163,10 +184,10 @@ def named_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, 
 
 
 def load_named_state(optimizer: Optimizer, state: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
-    """Load a state that `named_state` returned. Raises ValueError when it is of other parameters."""
+    """Load a state that `named_state` returned. Raises ValueError when it belongs to other parameters."""
     order = [names[parameter] for parameter in parameters_of(optimizer)]
     saved = [name for group in state["param_groups"] for name in group["params"]]
     if saved != order:
         raise ValueError(f"the state is of {len(saved)} parameters, which are not the {len(order)} of this optimizer")
-    # To torch, a parameter's number is any key by which its state is found.
+    # torch finds a parameter's state by whatever keys "params" lists, so names do as well as numbers.
     optimizer.load_state_dict(dict(state))

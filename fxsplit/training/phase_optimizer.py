@@ -18,7 +18,7 @@ from fxsplit.training.optimizers import anneal, load_named_state, named_state, p
 class MakeOptimizer(Protocol):
     """Makes an optimizer over the parameters of the model that train now and those of further `modules`.
 
-    What `previous` keeps of parameters that both have is taken over.
+    Parameters that `previous` holds too keep their state.
     """
 
     def __call__(self, *modules: nn.Module, previous: Optimizer | None) -> Optimizer: ...
@@ -35,24 +35,24 @@ class Scheduler(Protocol):
 
 
 class MakeScheduler(Protocol):
-    """Makes the learning rate of the whole run, for an optimizer of one phase."""
+    """Makes a scheduler of the whole run's learning rate, for the optimizer of one phase."""
 
     def __call__(self, optimizer: Optimizer, *, steps_per_epoch: int) -> Scheduler: ...
 
 
 class PhaseOptimizer:
-    """Makes optimizer and learning rate anew for each phase, over what trains in it.
+    """Makes a new optimizer and scheduler for each phase, over the parameters that train in it.
 
-    Both are also made at once, so that unknown names and impossible values are refused before a run has left anything
-    behind.
+    Both are also made in the constructor, so that unknown names and impossible values are refused before a run writes
+    anything.
 
     Args:
-        executor: whose parameters are trained.
+        executor: its parameters are trained.
         plan: the phases, and when each partition stops training.
         make_optimizer: called once a phase.
         make_scheduler: called once a phase.
         steps_per_epoch: optimizer steps in an epoch.
-        exits: what trains beside the model.
+        exits: their parameters train beside the model's.
         annealing: share of the run over which the learning rate of a partition falls to zero before it stops training,
             0 (off) to 1.
 
@@ -77,7 +77,7 @@ class PhaseOptimizer:
         self._make(previous=None)
 
     def enter(self, phase: Phase) -> None:
-        """Make optimizer and learning rate over what trains now; what still trains keeps its state.
+        """Make optimizer and scheduler over what trains now. Parameters that trained before keep their optimizer state.
 
         A phase with `fresh_optimizer` begins without any state.
         """
@@ -91,7 +91,7 @@ class PhaseOptimizer:
         self._scheduler = self._make_scheduler(self.optimizer, steps_per_epoch=self._steps_per_epoch)
 
     def _ends(self) -> dict[Tensor, int]:
-        """Return the step at which each parameter stops training by the plan, an exit's with those of its partition."""
+        """Return the step at which each parameter stops training by the plan. An exit stops with its partition."""
         partitions = [list(parameters) for parameters in self._executor.owned]
         for index, each in self._exits.modules.items() if self._exits else ():
             partitions[int(index)] += each.parameters()
@@ -109,7 +109,7 @@ class PhaseOptimizer:
 
     @property
     def rate(self) -> float:
-        """The highest learning rate of a group."""
+        """The highest learning rate of all groups."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     @property
@@ -118,17 +118,17 @@ class PhaseOptimizer:
         return sum(parameter.numel() for parameter in parameters_of(self.optimizer))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of both, with the names of parameters."""
+        """Return the states of optimizer and scheduler, with parameters by name."""
         return {"optimizer": named_state(self.optimizer, self._names()), "scheduler": self._scheduler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned in the phase that was entered."""
+        """Load what `state_dict` returned; the same phase must have been entered."""
         load_named_state(self.optimizer, state["optimizer"], self._names())
         self._scheduler.load_state_dict(state["scheduler"])
 
     def _names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._executor.named_parameters()}
         if self._exits is not None:
-            # No module of the model can have a name that begins so by accident.
+            # No parameter of the model is called so: its names have no colon unless somebody registers one by hand.
             names |= {parameter: f"exit:{name}" for name, parameter in self._exits.modules.named_parameters()}
         return names

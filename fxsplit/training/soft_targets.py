@@ -11,34 +11,35 @@ from torch.nn import functional as F
 
 
 class SoftTargets(ABC):
-    """Keeps logits of the network for each image, and compares later ones with them.
+    """Keeps logits of the network for each image, and computes a loss that compares later logits with them.
 
-    Of the loss, a share is the divergence from the logits that were kept of the image, both at `temperature` (Hinton et
-    al., Distilling the knowledge in a neural network, 2015); the rest is the cross-entropy with the labels. An image of
-    which none were kept has the cross-entropy alone.
+        loss = (1 - share) * cross-entropy with the label + share * T^2 * divergence from the kept logits
+
+    The divergence is that of Kullback and Leibler at temperature T (Hinton et al., Distilling the knowledge in a neural
+    network, 2015). For an image without kept logits the share is 0.
 
     Args:
         samples: how many images there are.
         weight: the largest share, 0 to 1.
-        temperature: what logits are divided by before they are compared.
+        temperature: T, which logits are divided by before they are compared, above 0.
     """
 
     def __init__(self, samples: int, *, weight: float, temperature: float = 1.0) -> None:
         self.weight, self.temperature = weight, temperature
         self._samples = samples
-        # float16 (samples, K), not a number where none were kept; None before the first are.
+        # float16 (samples, K), NaN for an image without kept logits; None before any are kept.
         self._logits: Tensor | None = None
 
     @abstractmethod
     def share(self, progress: float) -> float:
-        """Return the share of the loss when `progress` of the run is done, 0 to 1."""
+        """Return the share of the divergence in the loss, 0 to 1, when `progress` of the run is done, 0 to 1."""
 
     @abstractmethod
-    def learnt(self, logits: Tensor, ids: Tensor) -> None:
-        """Take note of the logits (B, K) that training gave for the images `ids` (B,)."""
+    def after_forward(self, logits: Tensor, ids: Tensor) -> None:
+        """Use the logits (B, K) of a training step for the images `ids` (B,), after its loss was computed."""
 
     def keep(self, logits: Tensor, ids: Tensor) -> None:
-        """Keep logits (B, K) of the images `ids` (B,), in place of those kept before."""
+        """Keep logits (B, K) as the targets of the images `ids` (B,), in place of earlier ones."""
         if self._logits is None:
             self._logits = logits.new_full((self._samples, logits.shape[1]), float("nan"), dtype=torch.float16)
         largest = torch.finfo(torch.float16).max
@@ -48,7 +49,7 @@ class SoftTargets(ABC):
         """Return the mean loss () of logits (B, K) with labels (B,) of the images `ids` (B,)."""
         hard = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
         earlier = torch.full_like(logits, float("nan")).float() if self._logits is None else self._logits[ids].float()
-        # Nothing here asks the device for a number, so that a GPU is never waited for.
+        # Nothing here reads a number from the device: the host would wait for the GPU.
         share = torch.where(earlier.isnan().any(dim=1), 0.0, self.share(progress))
         own = F.log_softmax(logits.float() / self.temperature, dim=1)
         wanted = F.log_softmax(earlier.nan_to_num() / self.temperature, dim=1)
@@ -56,37 +57,37 @@ class SoftTargets(ABC):
         return ((1 - share) * hard + share * soft).mean()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the logits that were kept."""
+        """Return the kept logits."""
         return {} if self._logits is None else {"logits": self._logits}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with logits that `state_dict` returned."""
+        """Load kept logits that `state_dict` returned."""
         self._logits = state["logits"].clone() if "logits" in state else None
 
 
 class LastTargets(SoftTargets):
-    """Targets are what training gave when it last saw the image; no forward pass is added.
+    """Takes as an image's target the logits of the training step that last saw it; no forward pass is added.
 
-    Their share grows with the run. Source: Kim et al., Self-knowledge distillation with progressive refinement of
-    targets, 2021, equations 6 and 7.
+    The share grows linearly over the run. Source: Kim et al., Self-knowledge distillation with progressive refinement
+    of targets, 2021, equations 6 and 7.
     """
 
     def share(self, progress: float) -> float:
         return self.weight * progress
 
-    def learnt(self, logits: Tensor, ids: Tensor) -> None:
+    def after_forward(self, logits: Tensor, ids: Tensor) -> None:
         self.keep(logits, ids)
 
 
 class MeanTargets(SoftTargets):
-    """Targets are what the mean of the weights gives for each image, kept once, at the midpoint of the run.
+    """Takes as an image's target the output of the averaged weights at the midpoint of the run, kept once.
 
-    Their share is the same from then on. Sources: Furlanello et al., Born-again neural networks, 2018, learning from
+    The share is the same from then on. Sources: Furlanello et al., Born-again neural networks, 2018, learning from
     the mean of Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018.
     """
 
-    def share(self, progress: float) -> float:  # noqa: ARG002 - of every moment the same
+    def share(self, progress: float) -> float:  # noqa: ARG002 - the same throughout the run
         return self.weight
 
-    def learnt(self, logits: Tensor, ids: Tensor) -> None:
-        """Nothing: what training gives is no target here."""
+    def after_forward(self, logits: Tensor, ids: Tensor) -> None:
+        """Do nothing: targets are set by `keep`, at the midpoint."""

@@ -26,10 +26,10 @@ class Step:
     The gradient is that of the whole batch, however it is divided. No micro-batch holds a single image, unless all do.
 
     Args:
-        forward: runs micro-batches; its `autocast` decides the precision. float16 gets loss scaling.
-        objective: their loss.
+        forward: runs micro-batches; its `autocast` sets the precision. float16 gets loss scaling.
+        objective: computes their loss.
         batch_size: images in a full batch.
-        clip_grad: bound of the gradient's norm, or None.
+        clip_grad: the largest norm of the gradient, or None for no limit.
     """
 
     def __init__(
@@ -47,23 +47,29 @@ class Step:
     def __call__(
         self, batch: Batch, optimizer: Optimizer, *, micro_batches: int, progress: float, accuracy: Accuracy
     ) -> None:
-        """Move the parameters of `optimizer`, and add the batch to `accuracy`.
+        """Update the parameters of `optimizer`, and add the batch to `accuracy`.
 
-        It is divided into `micro_batches`; `progress` is the share of the run that is done, 0 to 1. Raises
-        FxsplitError when the loss depends on nothing that trains.
+        Args:
+            batch: what to train on.
+            optimizer: its learning rate has been set.
+            micro_batches: the number of micro-batches that the batch is divided into.
+            progress: the share of the run that is done, 0 to 1.
+            accuracy: sums up losses and correct predictions.
+
+        Raises FxsplitError when the loss depends on nothing that trains.
         """
         optimizer.zero_grad()
-        for part in batch.divided(micro_batches, batch_size=self._batch_size):
+        for micro_batch in batch.divided(micro_batches, batch_size=self._batch_size):
             with self.forward.autocast():
-                total, loss, logits = self.objective(self.forward, part, progress=progress)
+                total, loss, logits = self.objective(self.forward, micro_batch, progress=progress)
             if not total.requires_grad:
                 raise FxsplitError(
                     "the loss depends on no parameter that trains now, so nothing would be learnt: the model's forward "
                     "runs under torch.no_grad, or what trains is not used"
                 )
-            share = len(part) / len(batch)
-            self._scaler.scale(total * share if share < 1 else total).backward()  # type: ignore[no-untyped-call]
-            accuracy.update(loss, logits, part.labels)
+            weight = len(micro_batch) / len(batch)  # the loss of a micro-batch is a mean over its images alone
+            self._scaler.scale(total * weight if weight < 1 else total).backward()  # type: ignore[no-untyped-call]
+            accuracy.update(loss, logits, micro_batch.labels)
         if self._clip_grad is not None:
             self._scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters_of(optimizer), self._clip_grad)
@@ -71,9 +77,9 @@ class Step:
         self._scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the loss scaling."""
+        """Return the state of loss scaling."""
         return {"scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Load what `state_dict` returned."""
         self._scaler.load_state_dict(state["scaler"])

@@ -1,4 +1,4 @@
-"""Times, memory and energy of a run, made into its records."""
+"""Measures a run and writes its records: times, memory and energy beside loss and accuracy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fxsplit.training.phase_optimizer import PhaseOptimizer
 
 
 class Telemetry:
-    """Measures epochs, and writes records of steps and epochs.
+    """Measures epochs, and makes the records of steps and epochs.
 
     Args:
-        device: what does the work, and is waited for where a time is taken.
+        device: does the work; it is waited for before a time is taken.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class Telemetry:
         self._energy = self._meter.read().energy_joules
 
     def phase_begins(self) -> None:
-        """Forget the peaks of memory so far, those of CUDA."""
+        """Begin the peaks of CUDA memory anew."""
         self._meter.reset_peaks()
 
     def training_ends(self) -> None:
@@ -39,7 +39,10 @@ class Telemetry:
         self._trained = now(self._device)
 
     def step(self, *, phase: int, epoch: int, step: int, steps: int, score: Score) -> StepRecord:
-        """Write the record of step number `step`, from 1, of the `steps` of an epoch."""
+        """Make the record of a step: number `step`, from 1, of the `steps` of `epoch`, from 0, in phase `phase`.
+
+        `score` is over the epoch so far.
+        """
         usage = self._meter.read()
         on_cuda = usage.peak_allocated_bytes
         return StepRecord(
@@ -64,16 +67,26 @@ class Telemetry:
         trained: Score,
         tested: Score,
     ) -> EpochRecord:
-        """Write the record of an epoch, which ends now."""
+        """Make the record of an epoch that ends now.
+
+        Args:
+            plan: that of the run.
+            phase: index of the phase.
+            epoch: from 0.
+            optimizer: for the learning rate and how many parameters train.
+            feed: for the size of its caches.
+            trained: score on the training images.
+            tested: score on the test images.
+        """
         ended, usage = now(self._device), self._meter.read()
-        window = plan.phases[phase]
-        cut = window.cut(len(plan.partitions))
+        entered = plan.phases[phase]
+        cut = entered.cut(len(plan.partitions))
         energy = usage.energy_joules
         return EpochRecord(
             epoch=epoch + 1,
             phase=phase,
-            start=window.start,
-            stop=window.stop,
+            start=entered.start,
+            stop=entered.stop,
             cut="" if cut is None else plan.partitions[cut].name,
             lr=optimizer.rate,
             train_loss=trained.loss,

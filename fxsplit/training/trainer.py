@@ -1,4 +1,4 @@
-"""Training: phases, epochs and batches of a plan, whatever the schedule."""
+"""The loop of training: the phases of a plan, their epochs, their batches. It is the same for every schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fxsplit.training.telemetry import Telemetry
 
 
 class Stateful(Protocol):
-    """A part that saves its state and goes on from it; torch.distributed.checkpoint has the same protocol."""
+    """Something that can save its state and load it again, as in torch.distributed.checkpoint."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -34,7 +34,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """Where a run is: in a phase (-1 before the first), with so many epochs done and so many steps of the next."""
+    """Where a run is: the index of its phase (-1 before the first), the epochs done, and the steps done of the next."""
 
     phase: int = -1
     epoch: int = 0
@@ -45,19 +45,19 @@ class Position:
 class Trainer:
     """Trains an executor by a plan: phases of epochs of batches, one optimizer step a batch.
 
-    The parts do the work, and each keeps its own state. They are made for the same executor and the same plan.
+    Its parts do the work, and each keeps its own state. They must be made for the same executor and the same plan.
 
     Args:
-        plan: which partitions train when.
+        plan: says which partitions train when.
         forward: runs batches through the executor.
-        feed: the batches to train and to test on.
-        objective: what is learnt from.
-        step: an optimizer step.
-        optimizer: the optimizer and the learning rate of each phase.
-        endings: what a partition keeps when it stops training.
-        plasticity: lets partitions whose weights still move settle later than planned; None to keep to the plan.
-        log_interval: the observer hears of every so many steps.
-        observer: hears of the run.
+        feed: gives the batches to train and to test on.
+        objective: computes the loss.
+        step: takes an optimizer step.
+        optimizer: has the optimizer and the learning rate of each phase.
+        endings: averages and recalibrates partitions that stop training.
+        plasticity: lets partitions whose weights still move settle later than planned; None keeps to the plan.
+        log_interval: steps between two calls of the observer's `step_done`.
+        observer: is called while the run happens.
     """
 
     plan: Plan
@@ -79,7 +79,10 @@ class Trainer:
         self._telemetry = Telemetry(self.forward.device)
 
     def epochs(self) -> Iterator[EpochRecord]:
-        """Train and test, an epoch at each step of the iterator. At its end everything may train again."""
+        """Train and test epoch by epoch, and give the record of each.
+
+        At the end, or when the iterator is closed, caches are freed and the model is as free to train as it was before.
+        """
         try:
             for epoch in range(self._position.epoch, self.plan.epochs):
                 self._telemetry.epoch_begins()
@@ -93,7 +96,7 @@ class Trainer:
             self.executor.release()
 
     def _begin(self, epoch: int) -> None:
-        """Move on to the phase of an epoch, and take the mean of the weights if it is the midpoint of the run."""
+        """Change to the phase of an epoch; at the midpoint of the run, also average weights and keep soft targets."""
         before, index = self._position.phase, self._phase_of(epoch)
         at_midpoint = epoch == self.endings.midpoint_epoch
         if index == before:
@@ -105,7 +108,7 @@ class Trainer:
         self._enter(index, epoch)
 
     def _phase_of(self, epoch: int) -> int:
-        """Return the phase that the plan has for an epoch, or the last before it that settles nothing which moves."""
+        """Return the index of an epoch's phase: as planned, or an earlier one that settles only quiet partitions."""
         planned, now = self.plan.phase_index_at(epoch), self._position.phase
         if now < 0 or self.plasticity is None:
             return planned
@@ -119,9 +122,9 @@ class Trainer:
         return now
 
     def _leave(self, epoch: int, following: Phase | None, *, at_midpoint: bool = False) -> None:
-        """Let those partitions stop training that do not train in the phase that follows; all do at the end."""
-        trains = range(following.start, following.stop) if following else ()
-        self._end([i for i in range(*self.executor.window) if i not in trains], epoch, at_midpoint=at_midpoint)
+        """End the training of the partitions that do not train in the following phase; without one, of all."""
+        go_on = range(following.start, following.stop) if following else ()
+        self._end([i for i in range(*self.executor.window) if i not in go_on], epoch, at_midpoint=at_midpoint)
 
     def _end(self, partitions: Sequence[int], epoch: int, *, at_midpoint: bool) -> None:
         self.endings.end(partitions, self.feed.training(epoch), at_midpoint=at_midpoint)
@@ -129,18 +132,18 @@ class Trainer:
             self.objective.keep_targets(self.forward, self.feed.training(epoch))
 
     def _enter(self, index: int, epoch: int) -> None:
-        # Entering a phase, in an order in which each looks at what those before it did:
+        # Each of these steps depends on what those before it have done to the model:
         #
         #   0 ............. start ................... stop ............. n
-        #   |    settled      |        trains           |     frozen     |    (1) modes, gradients, folding
-        #   |<---- cached --->|                                               (2) rows at the cut, if it moved
-        #                     |------ exit ---- exit                          (3) after the first that train
-        #                     |<----- optimizer ------->|                     (4) over all of (1) and (3) that trains
+        #   |    settled      |        trains           |     frozen     |    (1) modes, requires_grad, folded weights
+        #   |<---- cached --->|                                               (2) a new cache, if the cut has moved
+        #                     |------ exit ---- exit                          (3) exits of the first that train
+        #                     |<----- optimizer ------->|                     (4) over what trains after (1) and (3)
         phase = self.plan.phases[index]
         self._position = replace(self._position, phase=index)
         self.executor.enter(phase)  # (1)
-        left = self.plan.first_epoch(index) + phase.epochs - epoch
-        self.feed.enter(phase.start, epochs=left, notice=self.observer.notice)  # (2)
+        epochs_left = self.plan.first_epoch(index) + phase.epochs - epoch
+        self.feed.enter(phase.start, epochs=epochs_left, notice=self.observer.notice)  # (2)
         if self.objective.exits is not None:
             self.objective.exits.enter(phase, self.observer.notice)  # (3)
         self.optimizer.enter(phase)  # (4)
@@ -170,17 +173,17 @@ class Trainer:
         )
 
     def _train(self, epoch: int) -> Score:
-        """Take the steps of an epoch that are left."""
+        """Take the steps of an epoch that are not done yet, and return the score on the training images."""
         self.executor.train()
-        phase, last = self._position.phase, self._steps_per_epoch
+        phase, steps = self._position.phase, self._steps_per_epoch
         for batch in islice(self.feed.training(epoch), self._position.step, None):
-            done = epoch * last + self._position.step
+            done = epoch * steps + self._position.step
             self.optimizer.set_rate(done)
             self.step(
                 batch,
                 self.optimizer.optimizer,
                 micro_batches=self.plan.phases[phase].micro_batches,
-                progress=done / (self.plan.epochs * last),
+                progress=done / (self.plan.epochs * steps),
                 accuracy=self._accuracy,
             )
             self.endings.step_done(done + 1)
@@ -188,15 +191,15 @@ class Trainer:
                 self.plasticity.step_done()
             step = self._position.step + 1
             self._position = replace(self._position, step=step)
-            if step % self.log_interval == 0 or step == last:
+            if step % self.log_interval == 0 or step == steps:
                 score = self._accuracy.read()
                 self.observer.step_done(
-                    self._telemetry.step(phase=phase, epoch=epoch, step=step, steps=last, score=score)
+                    self._telemetry.step(phase=phase, epoch=epoch, step=step, steps=steps, score=score)
                 )
         return self._accuracy.read()
 
     def evaluate(self) -> Score:
-        """Return accuracy and cross-entropy, without smoothing, on the test images."""
+        """Return the score on the test images; the loss is cross-entropy without label smoothing."""
         self.executor.eval()
         accuracy = Accuracy(self.forward.device)
         with torch.no_grad(), self.forward.autocast():
@@ -206,18 +209,18 @@ class Trainer:
         return accuracy.read()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that training goes on from, besides the model's own state and random states.
+        """Return what is needed to go on training, besides the model's own state and the random states.
 
-        It is of plain data and tensors, with parameters by name. The tensors are those that are trained on: save or
-        copy them before the next step.
+        It holds plain data and tensors, with parameters by name. The tensors are not copies: save or copy them before
+        the next step.
         """
         state = {name: part.state_dict() for name, part in self._parts().items()}
         return {"position": asdict(self._position), **state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned, after the model has loaded its own state, on the run's device.
+        """Load what `state_dict` returned. The model must have loaded its own state before, on the run's device.
 
-        `epochs` then begins where the run was, between two steps too.
+        `epochs` then goes on where the run was, also in the midst of an epoch.
         """
         self._position = Position(**state["position"])
         if self._position.phase >= 0:

@@ -37,7 +37,7 @@ class Run(Observer):
 
     def __init__(
         self,
-        place: str,
+        medium: str,
         folder: Path,
         *,
         kind: Callable[[], nn.Module] = Chain,
@@ -51,10 +51,10 @@ class Run(Observer):
         self.notices: list[str] = []
         self.settled = [0] * sum(phase.epochs for phase in plan)
         self.records: list[EpochRecord] = []
-        cache = CachePolicy(place=place, folder=str(folder), limit_bytes=limit_bytes, dtype=dtype)
+        cache = CachePolicy(medium=medium, folder=str(folder), limit_bytes=limit_bytes, dtype=dtype)
         model = kind()
         self.trainer = trainer(
-            model, plan=plan, cache=None if place == "off" else cache, observer=self, log_interval=1000, **changes
+            model, plan=plan, cache=None if medium == "off" else cache, observer=self, log_interval=1000, **changes
         )
         settle = Executor.settle
 
@@ -80,14 +80,14 @@ class Run(Observer):
         return losses == others and same(self.weights, other.weights)
 
 
-@pytest.mark.parametrize("place", ["ram", "disk"])
+@pytest.mark.parametrize("medium", ["ram", "disk"])
 @pytest.mark.parametrize("kind", [Chain, LongSkip, HAZARDS["InPlace"], HAZARDS["RootParameter"]])
 def test_training_from_the_cache_is_the_same_bit_for_bit(
-    kind: Callable[[], nn.Module], place: str, tmp_path: Path
+    kind: Callable[[], nn.Module], medium: str, tmp_path: Path
 ) -> None:
     plain = Run("off", tmp_path, kind=kind)
     threads = threading.active_count()
-    cached = Run(place, tmp_path, kind=kind)
+    cached = Run(medium, tmp_path, kind=kind)
     assert cached.same_as(plain)
     assert plain.settled == [0, 50, 50, 50]
     # Half of the first batch is computed twice, to see that images do not depend on each other.
@@ -110,25 +110,25 @@ def test_layout_and_precision_are_kept(changes: dict[str, Any], tmp_path: Path) 
 
 def test_gradients_accumulate_over_parts_of_rows(tmp_path: Path) -> None:
     phases = tuple(replace(phase, micro_batches=3) for phase in PHASES)
-    plain, cached = (Run(place, tmp_path, plan=phases).records for place in ("off", "ram"))
+    plain, cached = (Run(medium, tmp_path, plan=phases).records for medium in ("off", "ram"))
     assert [r.train_loss for r in cached] == pytest.approx([r.train_loss for r in plain], rel=1e-5)
 
 
-@pytest.mark.parametrize("place", ["ram", "disk"])
-def test_half_precision_halves_the_rows_and_hardly_changes_training(place: str, tmp_path: Path) -> None:
-    exact, half = (Run(place, tmp_path, dtype=dtype) for dtype in (None, torch.float16))
+@pytest.mark.parametrize("medium", ["ram", "disk"])
+def test_half_precision_halves_the_rows_and_hardly_changes_training(medium: str, tmp_path: Path) -> None:
+    exact, half = (Run(medium, tmp_path, dtype=dtype) for dtype in (None, torch.float16))
     large, small = (
         (r.cache_resident_bytes or 0) + (r.cache_file_bytes or 0) for r in (exact.records[-1], half.records[-1])
     )
     # Those of 50 training images, while those of the test images stay exact. Files take whole pages.
     halved = 25 * exact.trainer.plan.partitions[2].boundary_bytes
-    assert large - small == halved if place == "ram" else abs(large - small - halved) < 2 * 4096
+    assert large - small == halved if medium == "ram" else abs(large - small - halved) < 2 * 4096
     assert not half.same_as(exact)
     assert half.records[-1].train_loss == pytest.approx(exact.records[-1].train_loss, rel=1e-2)
 
 
 def test_memory_and_file_are_reported_apart(tmp_path: Path) -> None:
-    ram, disk, off = (Run(place, tmp_path).records for place in ("ram", "disk", "off"))
+    ram, disk, off = (Run(medium, tmp_path).records for medium in ("ram", "disk", "off"))
     crossing = sum(partition.boundary_bytes for partition in Run("off", tmp_path).trainer.plan.partitions[2:3])
     assert [(r.cache_resident_bytes, r.cache_file_bytes) for r in ram] == [(None, None), *[(70 * crossing, 0)] * 3]
     assert [r.cache_resident_bytes for r in disk] == [None, 0, 0, 0]
@@ -182,10 +182,10 @@ def test_views_are_what_augmentation_would_give(tmp_path: Path) -> None:
 def test_random_augmentation_without_views_is_not_cached(tmp_path: Path) -> None:
     changes = {"loader": {"augment": "crop-flip"}}
     plain = Run("off", tmp_path, **changes)
-    for place in ("ram", "auto"):
-        cached = Run(place, tmp_path, **changes)
+    for medium in ("ram", "auto"):
+        cached = Run(medium, tmp_path, **changes)
         assert cached.same_as(plain)
-        assert [("changed at random" in sentence) for sentence in cached.notices] == ([True] if place == "ram" else [])
+        assert [("changed at random" in sentence) for sentence in cached.notices] == ([True] if medium == "ram" else [])
 
 
 def test_auto_weighs_bytes_against_work(tmp_path: Path) -> None:
@@ -207,15 +207,15 @@ def test_what_would_be_read_once_is_not_kept(tmp_path: Path) -> None:
     assert Run("auto", tmp_path, plan=once).notices == []
 
 
-@pytest.mark.parametrize("place", ["ram", "disk", "auto"])
-def test_a_limit_that_is_too_small_is_told_and_loses_nothing(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("medium", ["ram", "disk", "auto"])
+def test_a_limit_that_is_too_small_is_told_and_loses_nothing(medium: str, tmp_path: Path) -> None:
     plan = (Phase(start=3, stop=4, epochs=2),)
     (needed,) = {partition.boundary_bytes for partition in Run("off", tmp_path).trainer.plan.partitions[3:]}
-    cached = Run(place, tmp_path, plan=plan, limit_bytes=50 * needed - 1)
+    cached = Run(medium, tmp_path, plan=plan, limit_bytes=50 * needed - 1)
     assert cached.same_as(Run("off", tmp_path, plan=plan))
     assert len(cached.notices) == 1
     assert "GiB and may take" in cached.notices[0]
-    assert Run(place, tmp_path, plan=plan, limit_bytes=50 * needed).settled == [58, 0]
+    assert Run(medium, tmp_path, plan=plan, limit_bytes=50 * needed).settled == [58, 0]
 
 
 def full(*_: object) -> int:
@@ -321,7 +321,7 @@ def test_weights_that_change_empty_the_cache(tmp_path: Path) -> None:
             with torch.no_grad():
                 next(net.executor.parameters()).mul_(2)
 
-    plain, cached = (Run(place, tmp_path, before_epoch=scale) for place in ("off", "ram"))
+    plain, cached = (Run(medium, tmp_path, before_epoch=scale) for medium in ("off", "ram"))
     assert cached.same_as(plain)
     assert cached.settled == [0, 58, 0, 58]
 

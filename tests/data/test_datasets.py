@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from fxsplit.data.datasets import SOURCES, describe, load
+from fxsplit.data.datasets import KNOWN, describe, load
 from fxsplit.data.images import Data, FileImages, ImageSet, MemoryImages
 from fxsplit.data.loader import Loader
 from fxsplit.errors import DataError, UsageError
@@ -136,7 +136,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
         folder.mkdir(parents=True)
         stream = np.random.default_rng(0)
         label_key, names_key = ("labels", "label_names") if name == "cifar10" else ("fine_labels", "fine_label_names")
-        classes = SOURCES[name].classes
+        classes = KNOWN[name].classes
 
         def dump(file: str, content: Mapping[str, object]) -> str:
             data = pickle.dumps(content, protocol=2)
@@ -165,7 +165,7 @@ def test_cifar_is_what_its_archive_holds(cifar: Callable[[str], Path], name: str
     root = cifar(name)
     data = open_data(name, data_dir=str(root))
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    assert data.classes == tuple(f"class {index}" for index in range(SOURCES[name].classes))
+    assert data.classes == tuple(f"class {index}" for index in range(KNOWN[name].classes))
     assert data.img_size == 32
     for images, files in ((data.train, kind.train_list), (data.test, kind.test_list)):
         held = [pickle.loads((root / kind.base_folder / file).read_bytes()) for file, _ in files]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fxsplit.data.augmentation import crop_flip
-from fxsplit.data.batch import Batch, part_sizes
+from fxsplit.data.batch import Batch, micro_batch_sizes
 from fxsplit.data.decoding import decode
 from fxsplit.data.images import Data, FileImages, MemoryImages
 from fxsplit.data.loader import Loader
@@ -191,7 +191,7 @@ def test_a_batch_is_divided_without_leaving_an_image_alone() -> None:
     for batch_size in range(1, 17):
         for parts in range(1, batch_size + 1):
             for samples in range(1, batch_size + 1):
-                sizes = part_sizes(samples, parts, batch_size=batch_size)
+                sizes = micro_batch_sizes(samples, parts, batch_size=batch_size)
                 usual = [len(part) for part in torch.arange(samples).chunk(parts)]
                 assert sum(sizes) == samples
                 assert len(sizes) <= parts

@@ -175,7 +175,7 @@ def test_a_module_that_gives_something_else_is_named() -> None:
     [
         (_drawn, "random state of numpy .another value. differ"),
         (lambda value: (value,), "type of output .tuple instead of Tensor."),
-        (lambda value: value.detach(), "output .on the tape of autograd in only one of the two."),
+        (lambda value: value.detach(), "output .requires a gradient in only one of the two."),
         (lambda value: value.double(), "output .dtype torch.float64 instead of torch.float32."),
     ],
 )
@@ -254,7 +254,7 @@ def test_what_cannot_be_proved_is_refused() -> None:
 
 def batch_proof(model: nn.Module, net: fxsplit.Executor, **options: Any) -> tuple[Any, list[str]]:
     notices: list[str] = []
-    given: dict[str, Any] = {"parts": 1, "loss": F.cross_entropy, "autocast": nullcontext, **options}
+    given: dict[str, Any] = {"micro_batches": 1, "loss": F.cross_entropy, "autocast": nullcontext, **options}
     return prove_batch(model, net, IMAGES, LABELS, notice=notices.append, **given), notices
 
 
@@ -268,7 +268,7 @@ def test_micro_batches_and_autocast_are_those_of_the_run() -> None:
         types.append(made.dtype)
 
     model.conv.register_forward_hook(hear)
-    proof, _ = batch_proof(model, net, parts=2, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    proof, _ = batch_proof(model, net, micro_batches=2, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     assert sizes == [2, 2] * 2
     assert set(types) == {torch.bfloat16}
     assert proof.compared == batch_proof(model, net)[0].compared + 4
@@ -299,7 +299,9 @@ def test_other_errors_go_on() -> None:
     model = Net()
     net = net_of(model)
     with pytest.raises(IndexError):
-        prove_batch(model, net, IMAGES, LABELS + 9, parts=1, loss=F.cross_entropy, autocast=nullcontext, notice=print)
+        prove_batch(
+            model, net, IMAGES, LABELS + 9, micro_batches=1, loss=F.cross_entropy, autocast=nullcontext, notice=print
+        )
 
 
 def test_a_trace_is_verified_where_it_is_asked_for() -> None:

@@ -78,13 +78,14 @@ def check(
 
 @pytest.mark.parametrize("norm", [lambda: nn.BatchNorm1d(4), Functional, Whole, Method])
 @pytest.mark.parametrize(
-    ("batch_size", "micro_batches", "parts"), [(1, 1, "1 part;"), (4, 4, "4 parts"), (6, 8, "8 parts")]
+    ("batch_size", "micro_batches", "words"),
+    [(1, 1, "1 micro-batch;"), (4, 4, "4 micro-batches"), (6, 8, "8 micro-batches")],
 )
-def test_parts_of_one_image_are_refused_where_a_norm_takes_one_value_of_it(
-    norm: Any, batch_size: int, micro_batches: int, parts: str
+def test_micro_batches_of_one_image_are_refused_where_a_norm_takes_one_value_of_it(
+    norm: Any, batch_size: int, micro_batches: int, words: str
 ) -> None:
     given = {"batch_size": batch_size}
-    with pytest.raises(UsageError, match=rf"^BatchNorm '4(.norm)?' sees a single value .* phase 2 .* {parts}.*larger"):
+    with pytest.raises(UsageError, match=rf"^BatchNorm '4(.norm)?' sees a single value .* phase 2 .* {words}.*larger"):
         check(pooled(norm()), Phase(start=0, stop=4, epochs=1, micro_batches=micro_batches), **given)
     # Settled or frozen it has its statistics, and the other norm has many values.
     for start, stop in ((3, 4), (0, 2)):
@@ -127,7 +128,7 @@ def test_batches_that_leave_an_image_over_train(
             Phase(start=0, stop=4, epochs=1, micro_batches=parts),
             Phase(start=1, stop=4, epochs=2, micro_batches=parts),
         ),
-        cache=CachePolicy(place="ram", folder=str(tmp_path)) if cached else None,
+        cache=CachePolicy(medium="ram", folder=str(tmp_path)) if cached else None,
         recalibrate=True,
     )
     seen.clear()

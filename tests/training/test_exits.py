@@ -171,7 +171,7 @@ def test_exits_are_at_the_ends_of_the_first_partitions_that_train(
 
 @pytest.mark.parametrize("kind", [layers, Chain, LongSkip, HAZARDS["InPlace"]])
 def test_training_from_a_cache_is_the_same_bit_for_bit(kind: Callable[[], nn.Module], tmp_path: Path) -> None:
-    cache = CachePolicy(place="ram", folder=str(tmp_path))
+    cache = CachePolicy(medium="ram", folder=str(tmp_path))
     phases = (Phase(start=0, stop=4, epochs=1), Phase(start=1, stop=4, epochs=3))
     plain, cached = (run(kind, plan=phases, cache=each) for each in (None, cache))
     assert len(plain[1]) == 4

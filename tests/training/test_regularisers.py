@@ -49,7 +49,7 @@ def test_the_loss_is_the_one_of_the_paper() -> None:
     labels, ids = torch.tensor([0, 1, 2, 3]), torch.tensor([7, 3, 0, 5])
     soft = LastTargets(8, weight=0.8, temperature=2.0)
     assert torch.allclose(soft.loss(first, labels, ids, progress=0.5), F.cross_entropy(first, labels))
-    soft.learnt(first, ids)
+    soft.after_forward(first, ids)
     # Image 2 is new, and image 7 comes at another place of the batch.
     again = torch.tensor([3, 2, 5, 7])
     found = soft.loss(second, labels, again, progress=0.5, smoothing=0.1)
@@ -82,7 +82,7 @@ def test_soft_targets_are_those_of_the_epoch_before() -> None:
             progress = (4 * epoch + step) / 16
             logits = plain(batch.images)
             soft.loss(logits, batch.labels, batch.ids, progress=progress).backward()
-            soft.learnt(logits, batch.ids)
+            soft.after_forward(logits, batch.ids)
             optimizer.step()
     assert same(weights(model), weights(plain))
 
@@ -92,7 +92,7 @@ def test_soft_targets_keep_large_logits_finite() -> None:
     ids, labels = torch.tensor([0]), torch.tensor([0])
     for _ in range(2):
         assert soft.loss(logits, labels, ids, progress=1.0).isfinite()
-        soft.learnt(logits, ids)
+        soft.after_forward(logits, ids)
 
 
 def test_targets_of_the_mean_are_kept_once_and_weigh_the_same_from_then_on() -> None:
@@ -102,7 +102,7 @@ def test_targets_of_the_mean_are_kept_once_and_weigh_the_same_from_then_on() -> 
     soft = MeanTargets(4, weight=0.8, temperature=2.0)
     hard = F.cross_entropy(second, labels)
     assert torch.allclose(soft.loss(first, labels, ids, progress=0.1), F.cross_entropy(first, labels))
-    soft.learnt(first, ids)
+    soft.after_forward(first, ids)
     assert torch.allclose(soft.loss(second, labels, ids, progress=0.9), hard)
     soft.keep(first, ids)
     target = (first.half().float() / 2).softmax(1)

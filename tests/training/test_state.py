@@ -55,7 +55,7 @@ def with_exits(folder: Path, **changes: Any) -> Trainer:
         annealing=0.5,
         scheduler={"name": "cosine"},
         clip_grad=1.0,
-        cache=CachePolicy(place="ram", folder=str(folder)),
+        cache=CachePolicy(medium="ram", folder=str(folder)),
         **changes,
     )
 

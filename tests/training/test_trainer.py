@@ -259,7 +259,7 @@ def test_micro_batches_train_as_whole_batches_do(counts: tuple[int, int], cached
             Phase(start=0, stop=4, epochs=1, micro_batches=first),
             Phase(start=1, stop=4, epochs=3, micro_batches=later, recompute=2),
         )
-        cache = CachePolicy(place="ram", folder=str(tmp_path)) if cached else None
+        cache = CachePolicy(medium="ram", folder=str(tmp_path)) if cached else None
         net = trainer(model, plan=phases, cache=cache, optimizer={"name": "momentum", "lr": 0.1})
         losses = [record.train_loss for record in net.epochs()]
         return weights(model), losses

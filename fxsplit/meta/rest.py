@@ -1,0 +1,155 @@
+"""Makes the rest of a forward, from one of its statements on, one op.
+
+    def forward(self, x):                  def forward(self, x):
+        h = self.a(x)                          h = self.a(x)
+        if random() < 0.5:        (1) ──►      return operation(locals())     (2)
+            return self.c(h)
+        return self.c(self.b(h))           def rest(self, x=None, h=None):    (3)
+                                               if random() < 0.5:
+                                                   return self.c(h)
+                                               return self.c(self.b(h))
+
+(1) cannot be recorded, since it may go another way in each call. What comes before it can (2); the rest is one op (3).
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import operator
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+_OPERATION = "__operation__"
+
+
+def calls_method(target: Any) -> bool:
+    """Whether an op calls a method of the model, its first argument, or the rest of one."""
+    return target is operator.call or isinstance(target, Rest)
+
+
+class Rest:
+    """An op that runs `forward`, a function of a model's class, from the statement `index` of its body on."""
+
+    def __init__(self, forward: FunctionType, index: int) -> None:
+        self.forward, self.index = forward, index
+        self.__name__ = self.__qualname__ = "rest"
+
+    @classmethod
+    def after(cls, model: nn.Module, error: BaseException) -> Rest | None:
+        """Find the rest of the model's forward, from the statement that raised `error` on.
+
+        None if that is the first statement, or if the source does not show all that the forward does.
+        """
+        forward = type(model).forward
+        if "forward" in vars(model) or not isinstance(forward, FunctionType):
+            return None
+        frames = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code is forward.__code__]
+        body = _body(forward)
+        for index, statement in enumerate(body):
+            if frames and index and statement.lineno <= frames[0] <= (statement.end_lineno or 0):
+                return None if any(map(_keeps_names, body[:index])) else cls(forward, index)
+        return None
+
+    @property
+    def line(self) -> int:
+        """Return the line of the file at which it begins."""
+        return _body(self.forward)[self.index].lineno
+
+    def beginning(self, model: nn.Module, operation: Callable[[dict[str, Any]], Any]) -> MethodType:
+        """Make a forward of `model` that ends with `operation`, called with the variables that the rest reads."""
+
+        def call(variables: Mapping[str, Any]) -> Any:
+            return operation({name: variables[name] for name in self._names if name in variables})
+
+        return MethodType(self._function(self._codes[0], call), model)
+
+    def __call__(self, forward: MethodType, variables: dict[str, Any]) -> Any:
+        """Run it with these variables, for the model that the bound method `forward` belongs to."""
+        return self._function(self._codes[1], None)(forward.__self__, **variables)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rest, (self.forward, self.index)
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        """List the variables, except `self`, that it may read."""
+        code = self.forward.__code__
+        rest = _body(self.forward)[self.index :]
+        used = {node.id for statement in rest for node in ast.walk(statement) if isinstance(node, ast.Name)}
+        variables = dict.fromkeys(code.co_varnames + code.co_cellvars)
+        return tuple(name for name in variables if name in used and name != code.co_varnames[0])
+
+    @cached_property
+    def _codes(self) -> tuple[CodeType, CodeType]:
+        """Compile the beginning (2) and the rest (3), inside of a function whose variables are the forward's closure."""
+        definition = _definition(self.forward)
+        assert definition is not None
+        own = definition.args.posonlyargs + definition.args.args
+        inputs = _arguments((own[0].arg, *self._names))
+        ending = ast.parse(f"return {_OPERATION}(locals())").body
+        outer = ast.FunctionDef(
+            name="outer",
+            args=_arguments((*self.forward.__code__.co_freevars, _OPERATION)),
+            body=[
+                ast.FunctionDef("forward", definition.args, [*definition.body[: self.index], *ending], []),
+                ast.FunctionDef("forward", inputs, definition.body[self.index :], []),
+            ],
+            decorator_list=[],
+        )
+        tree = ast.fix_missing_locations(ast.Module([outer], []))
+        code = compile(tree, self.forward.__code__.co_filename, "exec", dont_inherit=True)
+        (made,) = (each for each in code.co_consts if isinstance(each, CodeType))
+        first, second = (each for each in made.co_consts if isinstance(each, CodeType))
+        return first, second
+
+    def _function(self, code: CodeType, operation: Any) -> FunctionType:
+        """Make a function of one of the codes, with the globals and the closure of the forward."""
+        cells = dict(zip(self.forward.__code__.co_freevars, self.forward.__closure__ or (), strict=True))
+        cells[_OPERATION] = CellType(operation)
+        defaults = self.forward.__defaults__ if code is self._codes[0] else (None,) * len(self._names)
+        closure = tuple(cells[name] for name in code.co_freevars)
+        function = FunctionType(code, self.forward.__globals__, "forward", defaults, closure)
+        if code is self._codes[0]:
+            function.__kwdefaults__ = self.forward.__kwdefaults__
+        return function
+
+
+def _arguments(names: Iterable[str]) -> ast.arguments:
+    return ast.arguments(posonlyargs=[], args=[*map(ast.arg, names)], kwonlyargs=[], kw_defaults=[], defaults=[])
+
+
+def _body(forward: FunctionType) -> list[ast.stmt]:
+    """Parse the statements of a function, with their lines; none if its source is missing or does not show all."""
+    definition = _definition(forward)
+    return [] if definition is None else definition.body
+
+
+def _definition(forward: FunctionType) -> ast.FunctionDef | None:
+    try:
+        lines, first = inspect.getsourcelines(forward.__code__)
+        # Not dedented, since that would change strings over several lines.
+        tree = ast.parse("if 1:\n" + "".join(lines) if lines[0][:1].isspace() else "\n" + "".join(lines))
+    except (OSError, SyntaxError):
+        return None
+    ast.increment_lineno(tree, first - 2)
+    definition = tree.body[0].body[0] if isinstance(tree.body[0], ast.If) else tree.body[0]
+    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
+        return None
+    return None if any(map(_depends_on_function, ast.walk(definition))) else definition
+
+
+def _depends_on_function(node: ast.AST) -> bool:
+    """Whether a node means something else in another function: a generator, a name that its class changes."""
+    private = isinstance(node, ast.Attribute) and node.attr.startswith("__") and not node.attr.endswith("__")
+    return private or isinstance(node, ast.Yield | ast.YieldFrom | ast.Global | ast.Nonlocal)
+
+
+def _keeps_names(statement: ast.stmt) -> bool:
+    """Whether a statement makes a function, which would see later changes of the variables."""
+    return any(isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef) for node in ast.walk(statement))
