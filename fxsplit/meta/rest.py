@@ -87,7 +87,7 @@ class Rest:
 
     @cached_property
     def _codes(self) -> tuple[CodeType, CodeType]:
-        """Compile the beginning (2) and the rest (3), inside of a function whose variables are the forward's closure."""
+        """Compile the beginning (2) and the rest (3), in a function whose variables are the forward's closure."""
         definition = _definition(self.forward)
         assert definition is not None
         own = definition.args.posonlyargs + definition.args.args
