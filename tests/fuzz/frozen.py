@@ -20,11 +20,15 @@ from tests.fuzz.units import READS
 
 
 class Calls:
-    """The partition of each call of a module that is one op, and of each forward that asks for `self.training`."""
+    """The partition of each call of a module that is one op, and of each forward that asks for `self.training`.
+
+    `rest` is the partition of the rest of the model's own forward, where that is one op.
+    """
 
     def __init__(self, trace: Trace, partitions: Sequence[Partition]) -> None:
         self.whole: dict[str, list[int]] = {}
         self.asking: dict[str, list[int]] = {}
+        self.rest: int | None = None
         in_training = [(part.start, part.stop) for part in partitions]
         in_evaluation = [(part.eval_start, part.eval_stop) for part in partitions]
         for graph, spans in ((trace.eval, in_evaluation), (trace.train, in_training)):
@@ -36,6 +40,8 @@ class Calls:
                         whole.setdefault(op.path, []).append(index)
                     elif op.target.rpartition(".")[2] in READS:
                         asking.setdefault(op.path, []).append(index)
+                    elif op.name == "rest":
+                        self.rest = index
             # Training comes second: it decides where it has the op.
             self.whole |= whole
             self.asking |= asking

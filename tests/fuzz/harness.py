@@ -23,7 +23,7 @@ from tests.fuzz.case import Case, Stretch
 from tests.fuzz.draw import draw
 from tests.fuzz.events import EVENTS
 from tests.fuzz.frozen import Calls, Frozen
-from tests.fuzz.source import build, names_of
+from tests.fuzz.source import build, names_of, source_of
 from tests.fuzz.units import CHANNELS, CONTAINERS, SIZE, WIDTH
 
 # What fxsplit may refuse, in words, rather than compute.
@@ -65,7 +65,7 @@ class DifferenceError(Exception):
 
 
 class VoidError(Exception):
-    """The plain model itself does not run."""
+    """The plain model itself does not run, or is no reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,6 +302,10 @@ class _Run:
     def _enter(self, stretch: Stretch) -> None:
         before = self.phase
         self.phase = phase_of(stretch, len(self.partitions), self.calls.apart())
+        if self.phase.start and "use_reentrant=True" in source_of(self.case):
+            raise VoidError("behind what is frozen the older checkpoint trains nothing, and partitions train")
+        if self.calls.rest is not None and self.phase.role(self.calls.rest) != "training":
+            raise VoidError("nobody can put half of a forward into evaluation by hand")
         mine, theirs = self.optimizers
         self.net.enter(self.phase, mine if "optimizer given" in self.case.options else None)
         self.frozen.enter(self.phase)
