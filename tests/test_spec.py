@@ -143,7 +143,7 @@ def test_every_field_has_a_key_and_help() -> None:
         ),
         (
             {"cache": "ram", "augment": "crop-flip"},
-            "cache is 'ram' and augment is 'crop-flip', but images that are changed at random can be kept only in a",
+            "cache is 'ram' and augment is 'crop-flip', but of images that are changed at random only a fixed",
         ),
         (
             {"batch_size": 32, "grad_accum_steps": 5},
@@ -374,12 +374,12 @@ def test_a_field_that_there_is_not_is_refused() -> None:
 
 def test_every_choice_is_one_that_the_code_has() -> None:
     """What lies beside torch is named a second time, in the spec, which starts without it."""
-    from fxsplit.data.images import AUGMENTATIONS
+    from fxsplit.data.augmentation import AUGMENTATIONS
     from fxsplit.models.registry import STEMS
 
     choices = {item.name: item.metadata["choices"] for item in fields(RunSpec)}
     assert choices["stem"] == STEMS
-    assert choices["augment"] == AUGMENTATIONS
+    assert choices["augment"] == tuple(AUGMENTATIONS)
 
 
 def test_what_a_plan_says_are_all_fields_of_its_group() -> None:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import GuardError, PartitionError
 from fxsplit.execute.changes import Changes
-from fxsplit.execute.holding import Holding
+from fxsplit.execute.freezing import Freezing
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.prefix import Prefix, in_precision, out_of_precision, without_history
 from fxsplit.execute.recompute import Recomputation
@@ -68,7 +68,7 @@ class _forward:  # noqa: N801 - used as a decorator
 OWN = frozenset(
     (
         *("_model", "_signature", "_stages", "_prefix", "_recomputation", "_read", "_settled_dtype", "_cuts_gradients"),
-        *("_phase", "_everything", "_running", "_changes", "_holding", "_hooks", "_modes", "_tap"),
+        *("_phase", "_everything", "_running", "_changes", "_freezing", "_hooks", "_modes", "_tap"),
     )
 )
 
@@ -136,7 +136,7 @@ class Executor(nn.Module):
         self._phase = self._everything = self._running = Phase(start=0, stop=len(self._stages), epochs=1)
         self._cuts_gradients = {mode: program.cuts_gradients for mode, program in trace.programs.items()}
         self._changes = Changes(trace)
-        self._holding = Holding(trace, partitions)
+        self._freezing = Freezing(trace, partitions)
         self._arrange()
 
     @property
@@ -168,7 +168,7 @@ class Executor(nn.Module):
 
         A parameter that several partitions use belongs to the first of them.
         """
-        return self._holding.owned
+        return self._freezing.owned
 
     @property
     def training(self) -> bool:
@@ -184,11 +184,11 @@ class Executor(nn.Module):
 
         Raises GuardError when the model was changed since tracing and computes something else.
         """
-        self._holding.give_back()
+        self._freezing.restore_modes()
         self._model.train(mode)
         self._changes.check(self._model)
         self._arrange()
-        self._holding.take()
+        self._freezing.freeze_modes()
         return self
 
     def enter(self, phase: Phase, optimizer: Optimizer | None = None) -> None:
@@ -214,9 +214,9 @@ class Executor(nn.Module):
         is_new = phase != self._phase
         self._enter(phase)
         if optimizer is not None:
-            for held in list(optimizer.state):
-                if (is_new and phase.fresh_optimizer) or not held.requires_grad:
-                    del optimizer.state[held]
+            for parameter in list(optimizer.state):
+                if (is_new and phase.fresh_optimizer) or not parameter.requires_grad:
+                    del optimizer.state[parameter]
 
     def release(self) -> None:
         """Leave the phase: what trained before `enter` trains again, and modules are in the modes that the user set."""
@@ -227,26 +227,26 @@ class Executor(nn.Module):
         #   |   settled     |       trains          |     frozen     |    (1) requires_grad, gradients, modes
         #                   |<-- recompute -->|                           (2) stages or segments that run in their place
         #   |<- folded ---->|                                             (3) from modules and weights as they are now
-        self._holding.enter(phase.start, phase.stop)  # (1)
+        self._freezing.enter(phase.start, phase.stop)  # (1)
         self._phase = self._running = phase
         self._recomputation.prepare(phase, self._model)  # (2)
         self._arrange()  # (3)
 
     def _arrange(self) -> None:
         """Find the modules and parameters that the model has now; weights are folded again when they are needed."""
-        self._holding.arrange()
+        self._freezing.arrange()
         for stage in self._stages:
             stage.arrange(self._model)
         self._recomputation.arrange(self._model)
         self._prefix.arrange(self._model)
         self._hooks = self._changes.hooks(self._model)
         visible = dict(self._changes.visible(self._model))
-        free = {path: module for path, module in visible.items() if not self._holding.covers(path)}
+        free = {path: module for path, module in visible.items() if not self._freezing.covers(path)}
         # By the mode of the model, and whether partitions are frozen now: then modes of their modules do not count.
         self._modes = {
-            (training, held): _Modes(modules, self._changes.modes_of(training, tuple(modules)))
+            (training, frozen): _Modes(modules, self._changes.modes_of(training, tuple(modules)))
             for training in (TRAINING, EVALUATION)
-            for held, modules in ((True, free), (False, visible))
+            for frozen, modules in ((True, free), (False, visible))
         }
 
     @_forward
@@ -260,14 +260,14 @@ class Executor(nn.Module):
             return
         if any(self._hooks):
             self._changes.refuse_hook(self._model)
-        held = self._holding.look()
+        frozen = self._freezing.refresh()
         training = self._model.training
-        modes = self._modes[training, held]
+        modes = self._modes[training, frozen]
         now = tuple([module.training for module in modes.modules])
         if now not in modes.known:
             self._changes.check_modes(self._model, training, dict(zip(modes.paths, now, strict=True)))
             modes.known.add(now)
-        running = self._everything if self._holding.estimating else self._phase
+        running = self._everything if self._freezing.estimating else self._phase
         if running is not self._running:
             self._running = running
 
@@ -295,7 +295,7 @@ class Executor(nn.Module):
             return values
         dtype = self._settled_dtype if training else None
         if training and not tracked:
-            with self._holding.evaluating(*range(running.start)):
+            with self._freezing.evaluating(*range(running.start)):
                 return self._prefix(self._model, values, running.start, dtype)
         with nullcontext() if tracked else torch.no_grad(), in_precision(values, dtype):
             for index in range(running.start):
@@ -329,7 +329,7 @@ class Executor(nn.Module):
 
     def _evaluate(self, index: int, values: list[Any]) -> Any:
         """Run a partition in evaluation; while the model trains, the last one returns all that training returns."""
-        with self._holding.evaluating(index):
+        with self._freezing.evaluating(index):
             return self._stages[index](values, training=EVALUATION, returned=self.training)
 
     @contextmanager
@@ -372,7 +372,7 @@ class Executor(nn.Module):
             vars(self)[name] = value
             return
         known = name in vars(self) or hasattr(type(self), name)
-        if not known and "_holding" in vars(self) and name in vars(self._model):
+        if not known and "_freezing" in vars(self) and name in vars(self._model):
             setattr(self._model, name, value)
         else:
             super().__setattr__(name, value)
