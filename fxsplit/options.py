@@ -1,4 +1,4 @@
-"""Options as fields of a dataclass: what each is for, what it may be, and the strict reading of a value."""
+"""Options as fields of a dataclass: their help, what is allowed, and the strict reading of values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxsplit.errors import nearest
 
 
 class Kind(NamedTuple):
-    """The type of an option without None, and whether None is allowed."""
+    """The type of an option, without None, and whether None is allowed too."""
 
     type: Any
     optional: bool
@@ -33,10 +33,20 @@ def option(
     below: float | None = None,
     most: float | None = None,
 ) -> Any:
-    """Make a field of a dataclass that is an option of `group`, with its help and what it may be.
+    """Make a field of a dataclass that is an option.
 
-    The help of one with a `pattern` lists what is allowed. `instead` has, for words that are no choice but may be
-    taken for one, what to ask for.
+    Args:
+        group: the heading under which its help stands.
+        text: its help. With a `pattern` it also serves as the list of what is allowed.
+        default: its value if it is not given.
+        flags: further names on the command line.
+        choices: the words that are allowed.
+        instead: by words that may be taken for a choice, what to ask for instead.
+        pattern: regular expression that the whole text must match.
+        least: the least number allowed.
+        above: numbers must be greater.
+        below: numbers must be less.
+        most: the greatest number allowed.
     """
     metadata: dict[str, Any] = {"group": group, "help": text, "flags": flags, "choices": choices, "pattern": pattern}
     metadata |= {"least": least, "above": above, "below": below, "most": most, "instead": instead or {}}
@@ -44,12 +54,12 @@ def option(
 
 
 def key(name: str) -> str:
-    """Spell the name of a field as the key of a recipe: with hyphens."""
+    """Turn the name of a field into the key of a recipe: `batch_size` into `batch-size`."""
     return name.replace("_", "-")
 
 
 def kind_of(hint: Any) -> Kind:
-    """Find what kind of option an annotation means."""
+    """Find the kind of an option from its annotation."""
     members = get_args(hint)
     return Kind(members[0], True) if NoneType in members else Kind(hint, False)
 
@@ -106,7 +116,7 @@ def _read_whole(value: object) -> int:
 
 
 def _read_number(value: object) -> float:
-    """Text counts as a number because YAML reads 1e-3, without a point, as text."""
+    """Read a number, also from text: YAML reads 1e-3, which has no point, as text."""
     if not isinstance(value, int | float | str) or isinstance(value, bool) or not math.isfinite(float(value)):
         raise TypeError
     return float(value)
@@ -119,12 +129,12 @@ def _read_text(value: object) -> str:
 
 
 def _read_path(value: object) -> str:
-    """A number counts as a path because layers of an nn.Sequential are called 0, 1, 2."""
+    """Read a module path, also from a number: layers of an nn.Sequential are called 0, 1, 2."""
     return str(_read_whole(value)) if isinstance(value, int) else _read_text(value)
 
 
 def _read_list(value: object, read_item: Callable[[object], Any]) -> tuple[Any, ...]:
-    """A list, a single item, or text with commas."""
+    """Read a list, a single item, or text with commas."""
     if isinstance(value, str):
         value = [item.strip() for item in value.split(",") if item.strip()]
     return tuple(read_item(item) for item in (value if isinstance(value, list | tuple) else [value]))

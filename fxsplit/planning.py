@@ -1,4 +1,4 @@
-"""Plans of a traced model: its partitions, and the files that hold its plans."""
+"""Partitions and plan files of a traced model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,18 @@ from fxsplit.report import Observer
 def partition(
     trace: Trace, *, count: int | None = None, at: Sequence[str] = (), balance: str = "macs", by: str = "op"
 ) -> tuple[Partition, ...]:
-    """Divide a traced model into `count` partitions of equal weight, or before the modules named in `at`.
+    """Divide a traced model into partitions; returns them in order.
 
-    See `fxsplit.plan.partition.partition`.
+    Args:
+        trace: the captured model.
+        count: how many partitions, of about equal weight; give this or `at`.
+        at: dotted paths of the modules before which to cut.
+        balance: the weight: multiply-adds ("macs"), parameters ("params"), bytes kept for backward ("activations"), or
+            measured time ("seconds").
+        by: where `count` may cut: anywhere ("op"), where the blocks of the graph meet ("natural"), or where the units
+            meet that timm or Hugging Face names ("block").
+
+    Raises UsageError and PartitionError as `fxsplit.plan.partition.partition` does, which has the details.
     """
     return fxsplit.plan.partition.partition(trace, count=count, at=at, balance=balance, by=by, units=units(trace, by))
 
@@ -32,10 +41,10 @@ def save_plan(plan: Plan, trace: Trace, path: str) -> None:
 
 
 def load_plan(path: str, trace: Trace, observer: Observer | None = None) -> Plan:
-    """The plan in a file, for a traced model. It need not be the one for which the file was made, if its cuts fit.
+    """Read a plan from a file, for a traced model. It may be made for another model, as long as its cuts fit.
 
     Raises UsageError when the file cannot be read or is no plan, PartitionError when it does not fit the model; both
-    tell all that is wrong at once.
+    name all faults at once.
     """
     file = read_file(path, modes=trace)
     if observer and file.graph not in ("", trace.train.digest()):
@@ -44,5 +53,5 @@ def load_plan(path: str, trace: Trace, observer: Observer | None = None) -> Plan
 
 
 def units(trace: Trace, by: str) -> dict[str, str]:
-    """The unit of each module, where partitions are to be cut between units."""
+    """Return the unit of each module by its path, if partitions are cut `by` "block"; else nothing."""
     return units_of(trace.model) if by == "block" else {}

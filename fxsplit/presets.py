@@ -1,4 +1,4 @@
-"""What a preset switches on, by the length of the run: a table a preset, and the one place where it stands."""
+"""Presets: options that are switched on together, depending on the length of the run. A table for each."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Setting(NamedTuple):
     from_epochs: int = 1
 
 
-# Of two settings of a field the later one holds, where the run is long enough for it. Found by the experiments of
-# docs/results.
+# Of several settings of a field, the last one counts for which the run is long enough. The values come from the
+# experiments in docs/results.
 PRESETS: Mapping[str, tuple[Setting, ...]] = {
     "none": (),
     "l2l": (
         Setting("schedule", "settle-far"),
         Setting("by", "natural"),
         Setting("smoothing", 0.1),
-        # In 20 epochs they cost accuracy; in 60 the network knows all its images by the middle, and they give some.
+        # They cost accuracy in 20 epochs. In 60 the network fits all its images by the middle, and they gain some.
         Setting("soft_targets", 0.8, from_epochs=40),
         Setting("soft_from", "mean"),
         Setting("soft_temperature", 2.0),
-        # In 10 epochs the weights still move fast, and a longer mean lags behind; in 20 it no longer does.
+        # In 10 epochs weights move fast to the end, and a longer mean would lag behind them; in 20 it does not.
         Setting("average", 0.1),
         Setting("average", 0.25, from_epochs=15),
         Setting("recalibrate", True),
@@ -38,7 +38,7 @@ PRESETS: Mapping[str, tuple[Setting, ...]] = {
 
 
 def preset(name: str, epochs: int) -> dict[str, Any]:
-    """Look up what a preset switches on in a run of so many epochs: values by field of RunSpec.
+    """Look up what a preset switches on in a run of `epochs`: values by field of RunSpec.
 
     Raises UsageError when there is no such preset.
     """

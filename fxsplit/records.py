@@ -1,4 +1,4 @@
-"""Records as JSON and back. All JSON is written here, so that it is strict: a number that is not finite is null."""
+"""Writes records as strict JSON and reads them back; all JSON is written here. Numbers that are not finite are null."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Record = TypeVar("Record", bound="DataclassInstance")
 
 
 def json_text(data: Any) -> str:
-    """Write plain data as JSON for people to read: indented, with a newline at its end."""
+    """Write plain data as JSON for people to read: indented, and ending with a newline."""
     return json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
 
 
@@ -38,8 +38,9 @@ def _finite(data: Any) -> Any:
 def read_record(kind: type[Record], data: Any) -> Record:
     """Make a record from plain data: the inverse of `dataclasses.asdict`, and of the JSON written of it.
 
-    Fields may be booleans, whole numbers, numbers, text, mappings, other records, and tuples of these; an optional one
-    may be None. Null in the place of a number is what became of one that was not finite, and is read as not a number.
+    Fields may be bool, int, float, str, mappings, other records, tuples of these, or optional. Null in the place of a
+    float stands for one that was not finite, and is read as NaN.
+
     Raises ValueError when a key is missing or unknown, or when a value has another type than its field.
     """
     if not isinstance(data, Mapping):
@@ -60,7 +61,7 @@ def read_record(kind: type[Record], data: Any) -> Record:
 
 
 def _read(hint: Any, value: Any) -> Any:
-    """A value as its field has it. Raises TypeError when it has another type."""
+    """Convert a value to the type of its field. Raises TypeError when it has another one."""
     members = get_args(hint)
     if NoneType in members:
         return None if value is None else _read(members[0], value)

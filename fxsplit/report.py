@@ -1,4 +1,4 @@
-"""What a run tells: frozen records that own no tensor, and the observer that hears of them while they happen."""
+"""The records of a run: frozen, without tensors. And the observer, which is called while a run happens."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fxsplit.plan.planfile import PlanFile, from_dict
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.records import read_record
 
-# Of the report of a run as plain data; a plan in it has one of its own.
+# The schema of a report as plain data. The plan in it has a schema of its own.
 SCHEMA = 1
 CHECKPOINTS = (
     "the model's own gradient checkpointing is looked through, so its partitions keep their activations; "
     "--memory-budget recomputes them here"
 )
-# By how much a forecast of memory may miss, relative to what is measured.
+# The largest error of a forecast of memory, relative to what is measured.
 FORECAST_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """Where training stands inside an epoch, counted from 1; means and `images_per_second` are over the epoch so far.
+    """Says where training stands within an epoch. Means and `images_per_second` are over the epoch so far.
 
-    `phase` is its index in the plan.
+    `epoch` and `step` count from 1; `phase` is the index in the plan, from 0.
     """
 
     phase: int
@@ -43,15 +43,16 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochRecord:
-    """One epoch: what was trained, how well, how fast, and at what cost.
+    """Describes an epoch: what was trained, how well, how fast, and at what cost.
 
-    `epoch` counts from 1 over the whole run; `phase` is its index in the plan, and partitions [start, stop) trained.
-    `train_loss` and `train_top1` are of the training images, as they were seen and while the weights moved;
-    `eval_loss`, `eval_top1` and `eval_top5` of the test images after the epoch. Accuracies are in per cent.
+    `epoch` counts from 1 over the whole run; `phase` is its index in the plan, from 0. Partitions [start, stop) train.
+    `cut` is the name of the partition that the sliding cut is before, or empty where all trained. `train_loss` and
+    `train_top1` are means over the steps of the epoch, in which the weights changed; `eval_loss`, `eval_top1` and
+    `eval_top5` are of the test images after the epoch. Accuracies are in per cent.
 
-    Memory peaks are of the run so far for the process, of the phase so far for CUDA; a figure that this machine cannot
-    give is None. A cache of the settled prefix held `cache_resident_bytes` of memory, which are part of the peaks, and
-    `cache_file_bytes` of the disk.
+    Memory peaks are over the run so far for the process, over the phase so far for CUDA; a figure that this machine
+    cannot give is None. The cache of the settled prefix held `cache_resident_bytes` of memory, which are part of the
+    peaks, and `cache_file_bytes` of the disk.
     """
 
     epoch: int
@@ -80,10 +81,11 @@ class EpochRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """A whole run. `status` is "finished", "interrupted" or "failed"; `folder` is where its files lie.
+    """Describes a whole run. `status` is "finished", "interrupted" or "failed"; `folder` has its files.
 
-    `passes` are the graph passes that rewrote what it ran; without any, it ran what the model runs, bit for bit.
-    `setup_seconds` are without the `prove_seconds` that the proof of the first batch took.
+    `spec` is its recipe and `environment` its machine, as plain data. `passes` are the graph passes that rewrote its
+    stages; without any, these ran what the model runs, bit for bit. `total_seconds` include `setup_seconds`, until the
+    first batch, and `prove_seconds`, for the proof on it.
     """
 
     status: str
@@ -104,7 +106,7 @@ class RunReport:
         return self.epochs[-1].eval_top1 if self.epochs else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: the fields, the schema and the final accuracy; `plan` is a plan file to train by."""
+        """Return plain data for JSON: schema, final accuracy and the fields; `plan` is a plan file to train by."""
         file = PlanFile.of(
             self.plan,
             model=str(self.spec.get("model", "")),
@@ -121,9 +123,9 @@ class RunReport:
 
     @classmethod
     def from_dict(cls, data: Any) -> RunReport:
-        """Make the report of which these are the plain data, also after a way through JSON.
+        """Make a report from the plain data of `to_dict`, which may have been written as JSON and read back.
 
-        A number that was not finite comes back as not a number. Raises UsageError when this is no report of a known
+        A number that was not finite is NaN then. Raises UsageError when this is no report of a known
         schema, PartitionError when its plan cannot be run.
         """
         if not isinstance(data, Mapping):
@@ -140,12 +142,12 @@ class RunReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """A model seen as partitions: its graphs in training and in evaluation, where it is cut, the phases of a schedule.
+    """Describes a model as partitions: its graphs in training and evaluation, its cuts, and the phases of its plan.
 
-    `classes` are those of its modules, by path. `tied` are parameters with their other names, `opaque` the modules that
-    are kept whole, with the reasons. `torch` is the version that captured it. `checkpoints` says whether the model
-    recomputes by itself. `forecast` is what the phases will cost, or None of a run, which measures it. The costs of ops
-    have seconds, and so has the forecast, where they were measured.
+    `classes` are those of its modules, by path. `tied` has parameters with their other names, `opaque` the modules that
+    are kept whole, with the reasons. `torch` is the version that captured it. `checkpoints` says whether the model has
+    gradient checkpoints of its own. `forecast` is what the phases will cost; a run has None, since it measures that.
+    Where ops were measured, their costs and the forecast have seconds.
     """
 
     model: str
@@ -167,11 +169,12 @@ class Inspection:
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
+        """Those of the plan."""
         return self.plan.partitions
 
     @property
     def notes(self) -> list[str]:
-        """How phases save memory, what figures leave out, what is tied and what is kept whole, in words."""
+        """Sentences about how phases save memory, what figures leave out, what is tied and what is kept whole."""
         savings = map(self.plan.saving, self.plan.phases)
         return [
             *(f"phase {number}, to save memory: {words}" for number, words in enumerate(savings, start=1) if words),
@@ -184,12 +187,12 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckRecord:
-    """What checking one model found.
+    """Says what checking a model found.
 
-    `refusal` says why it cannot be captured or cut, or is None; `unknown`, that there is no such model. `guards` counts
-    those of both modes, `cuts` the legal ones. `batch_sizes` are those at which it ran beside the plain model, none if
-    only its structure was looked at; `differences` is what was not equal then; `own_differences` was not either, but is
-    not with two plain models.
+    `refusal` says why it cannot be captured or cut, or is None; `unknown` says that there is no such model. `guards`
+    counts those of both modes, `cuts` the legal ones. `batch_sizes` are those at which it was compared with the plain
+    model, none if only its structure was checked. `differences` are the values that were not equal then, apart from
+    `own_differences`, in which two plain models differ as well.
     """
 
     model: str
@@ -209,12 +212,12 @@ class CheckRecord:
 
     @property
     def passed(self) -> bool:
-        """Captured, cut, and equal to the plain model wherever that equals itself."""
+        """Whether it was captured, cut, and found equal to the plain model wherever two plain models are equal."""
         return self.refusal is None and not self.differences
 
     @property
     def verdict(self) -> str:
-        """One word or two."""
+        """The result in a few words."""
         if self.refusal is not None:
             return "unknown" if self.unknown else "refused"
         if self.differences:
@@ -224,17 +227,17 @@ class CheckRecord:
         return "equal" if self.batch_sizes else "captured"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {**asdict(self), "passed": self.passed, "verdict": self.verdict}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseMeasurement:
-    """One step of a phase, loss and optimizer included, as `PhaseForecast` tells it before.
+    """Holds the measured cost of a step of a phase, loss and optimizer included; `PhaseForecast` has the same figures.
 
-    `step_cost` is relative to a step of `standard` that ran in turn with it. `activation_bytes` is the most that
-    forward and backward hold at a time, gradients of parameters left out; `peak_bytes` the most of everything until
-    the end of backward.
+    `step_cost` is relative to a step of standard training, measured in turn with it. `activation_bytes` is the most
+    that forward and backward hold at a time, without gradients of parameters; `peak_bytes` is the most of everything
+    until the end of backward.
     """
 
     step_cost: float
@@ -245,7 +248,7 @@ class PhaseMeasurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseCheck:
-    """A phase that trains partitions [start, stop), as it was forecast and as it was."""
+    """Compares the forecast of a phase that trains partitions [start, stop) with what was measured."""
 
     start: int
     stop: int
@@ -254,16 +257,16 @@ class PhaseCheck:
 
     @property
     def errors(self) -> dict[str, float]:
-        """By how much the forecast of each figure is too high, relative to what was measured."""
+        """The error of each figure of the forecast, relative to what was measured; positive if it is too high."""
         names = ("step_cost", "activation_bytes", "peak_bytes")
         return {name: getattr(self.forecast, name) / getattr(self.measured, name) - 1 for name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForecastRecord:
-    """What holding the forecast of one model's phases against measurement found.
+    """Says what comparing forecast and measurement of a model's phases found.
 
-    `refusal` says why that could not be done, or is None; `unknown`, that there is no such model.
+    `refusal` says why that could not be done, or is None; `unknown` says that there is no such model.
     """
 
     model: str
@@ -275,7 +278,7 @@ class ForecastRecord:
 
     @property
     def passed(self) -> bool:
-        """Memory of every phase as forecast within 10 %. Time is told, but depends on what else the machine does."""
+        """Whether the memory of every phase is as forecast within 10 %. Time, which varies, does not count."""
         memory = ("activation_bytes", "peak_bytes")
         return self.refusal is None and all(
             abs(phase.errors[name]) <= FORECAST_TOLERANCE for phase in self.phases for name in memory
@@ -283,34 +286,34 @@ class ForecastRecord:
 
     @property
     def verdict(self) -> str:
-        """One word or two."""
+        """The result in a few words."""
         if self.refusal is not None:
             return "unknown" if self.unknown else "refused"
         return "as forecast" if self.passed else "not as forecast"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         phases = [{**asdict(phase), "errors": phase.errors} for phase in self.phases]
         return {**asdict(self), "phases": phases, "passed": self.passed, "verdict": self.verdict}
 
 
 class Observer:
-    """Hears of a run while it happens. Every method may be left as it is."""
+    """Is called while a run happens, and does nothing. Subclass it, and override the methods that you need."""
 
     def run_started(self, *, folder: str, device: str, plan: Plan, train_images: int, test_images: int) -> None:
-        """The model is captured and the data loaded."""
+        """Called when data, model and plan are ready. `folder` is empty if nothing is written."""
 
     def notice(self, sentence: str) -> None:
-        """Something that was decided for the user and should be said aloud."""
+        """Called with a sentence about something that was decided for the user."""
 
     def phase_started(self, index: int, phase: Phase) -> None:
-        """A phase begins."""
+        """Called when a phase begins; `index` counts from 0."""
 
     def step_done(self, record: StepRecord) -> None:
-        """Every `log_interval` steps, and at the last step of an epoch."""
+        """Called every `log_interval` steps, and at the last step of an epoch."""
 
     def epoch_done(self, record: EpochRecord) -> None:
-        """An epoch was trained and tested."""
+        """Called when an epoch was trained and tested."""
 
     def model_checked(self, record: CheckRecord | ForecastRecord, count: int) -> None:
-        """One of the `count` models to check is done."""
+        """Called when one of the `count` models to check is done."""

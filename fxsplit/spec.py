@@ -1,8 +1,8 @@
-"""Everything a run is asked to do, as plain values, and the strict reading of it.
+"""RunSpec: everything that a run can be asked for, as plain values, and the strict reading of it.
 
-Order of precedence: defaults < preset < recipe file < `FXSPLIT_*` environment < command line. The field `batch_size`
-is the key `batch-size` of a recipe, the variable `FXSPLIT_BATCH_SIZE` and the option `--batch-size`; the
-options of the command line are made from the fields below, so a field's metadata is its documentation.
+Later ones win: defaults < preset < recipe file < `FXSPLIT_*` environment < command line. The field `batch_size` is the
+key `batch-size` of a recipe, the variable `FXSPLIT_BATCH_SIZE` and the option `--batch-size`. The command line makes
+its options from the fields below, so the text of a field is its documentation.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fxsplit.presets import PRESETS, preset
 
 ENVIRONMENT_PREFIX = "FXSPLIT_"
 
-# When partitions settle: heeded only by schedules that settle any.
+# Fields that say when partitions settle. Only schedules that settle partitions use them.
 MOMENTS = ("settle_from", "settle_until", "settle_share")
-# What a plan file says itself, and no field may say beside it.
+# Fields that may not be given beside a plan file, because the file decides them.
 PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs_total", *MOMENTS)
-# What a field takes back that a later layer gives: earlier words about the same thing.
+# By field, those whose values from earlier layers are dropped when a later layer gives it: they decide the same thing.
 WITHDRAWN = {
     "parts": ("at",),
     "at": ("parts",),
@@ -38,13 +38,13 @@ WITHDRAWN = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
-    """One training run. Every field is also a key of a recipe and an option of `fxsplit train`.
+    """Describes a training run. Every field is also a key of a recipe and an option of `fxsplit train`.
 
-    A field that is not given is as the `preset` has it in a run of so many epochs, else as below: `preset="l2l"` means
-    what `--l2l` means. With a `plan`, the preset and the number of epochs are those of the file, unless given.
+    A field that is not given has the value of the `preset` for this number of epochs, or else the default below;
+    `preset="l2l"` is what `--l2l` means. With a `plan`, preset and epochs are those of the file unless they are given.
 
-    Raises UsageError, which tells all that is wrong at once, when a value has another type than its field, is
-    not one that the field allows, or contradicts another one.
+    Raises UsageError, which names all faults at once, when a value has another type than its field, is not one that the
+    field allows, or contradicts another one.
     """
 
     model: str = option(
@@ -69,23 +69,27 @@ class RunSpec:
     batch_size: int = option("Data", "Images in one optimizer step.", 64, flags=("-b",), least=1)
     workers: int = option("Data", "Processes that read images which do not fit in memory.", 2, flags=("-j",), least=0)
     train_limit: int | None = option("Data", "Train on this many images, drawn with the seed.", None, least=1)
-    train_batches_per_epoch: int | None = option("Data", "Stop each epoch after this many steps.", None, least=1)
+    train_batches_per_epoch: int | None = option("Data", "End each epoch after this many steps.", None, least=1)
     augment: str = option(
         "Data",
         "crop-flip: random crop with padding, and horizontal flip.",
         "none",
         choices=("none", "crop-flip"),
     )
-    mean: tuple[float, ...] = option("Data", "Channel means, subtracted after pixels / 255.", ())
-    std: tuple[float, ...] = option("Data", "Channel standard deviations, divided by.", (), above=0)
+    mean: tuple[float, ...] = option("Data", "Means of the channels, subtracted from pixels / 255.", ())
+    std: tuple[float, ...] = option(
+        "Data", "Standard deviations of the channels, by which images are then divided.", (), above=0
+    )
 
     epochs: int = option("Training", "Epochs of the run; of each phase with --schedule window.", 10, least=1)
-    epochs_total: int | None = option("Training", "Epochs of the whole run, shared out over the phases.", None, least=1)
+    epochs_total: int | None = option("Training", "Epochs of the whole run, divided among the phases.", None, least=1)
     opt: str = option("Training", "Optimizer, by timm's name.", "adamw")
     lr: float = option("Training", "Learning rate.", 1e-3, above=0)
     momentum: float = option("Training", "Momentum, for optimizers that have one.", 0.9, least=0, below=1)
     weight_decay: float = option("Training", "Weight decay.", 0.0, flags=("--wd",), least=0)
-    clip_grad: float | None = option("Training", "Clip the gradient's norm to this.", None, above=0)
+    clip_grad: float | None = option(
+        "Training", "Largest norm of the gradient; a larger one is scaled down.", None, above=0
+    )
     sched: str = option("Training", "Learning-rate schedule, by timm's name.", "constant")
     warmup_epochs: int = option("Training", "Epochs of linear warm-up.", 0, least=0)
     decay_epochs: float | None = option(
@@ -95,13 +99,13 @@ class RunSpec:
         "Training", "Epochs of the decays with --sched multistep.", (), above=0
     )
     decay_rate: float = option(
-        "Training", "What remains of the rate after a decay; power of --sched poly.", 0.1, above=0
+        "Training", "Factor of the learning rate at each decay; the power of --sched poly.", 0.1, above=0
     )
     min_lr: float = option("Training", "Lowest learning rate of the schedule.", 0.0, least=0)
 
     preset: str = option(
         "Layer-to-layer",
-        "A set of options that go together, each of which gives way to its own: layer-to-layer training (l2l).",
+        "Options that go together: layer-to-layer training (l2l). An option that is given itself wins.",
         "none",
         choices=tuple(PRESETS),
     )
@@ -124,10 +128,12 @@ class RunSpec:
         "Layer-to-layer", "Share of the run after which no more partitions settle.", None, above=0, below=1
     )
     settle_share: float | None = option(
-        "Layer-to-layer", "Share of the multiply-adds that settles at most.", None, least=0, below=1
+        "Layer-to-layer", "Largest share of the multiply-adds that may settle.", None, least=0, below=1
     )
     parts: int | None = option("Layer-to-layer", "Number of partitions.", None, least=1)
-    at: tuple[str, ...] = option("Layer-to-layer", "Cut before these modules instead, by dotted path.", ())
+    at: tuple[str, ...] = option(
+        "Layer-to-layer", "Cut before these modules instead of into --parts, by dotted path.", ()
+    )
     by: str = option(
         "Layer-to-layer",
         "Where --parts may cut: anywhere (op), where the blocks of the graph meet (natural), "
@@ -137,7 +143,7 @@ class RunSpec:
     )
     balance: str = option(
         "Layer-to-layer",
-        "What --parts makes equal.",
+        "What is about equal in all --parts.",
         "macs",
         choices=BALANCES,
     )
@@ -150,22 +156,24 @@ class RunSpec:
     smoothing: float = option("Regularisation", "Label smoothing.", 0.0, least=0, below=1)
     soft_targets: float = option(
         "Regularisation",
-        "Share of the loss that compares with the network's own earlier output for the image.",
+        "Share of the loss that compares the output with the network's own earlier output for the image.",
         0.0,
         least=0,
         below=1,
     )
     soft_from: str = option(
         "Regularisation",
-        "Which output: when it last saw the image, with a share that grows till the end of the run (last), or in the "
-        "second half of the run what the mean of its weights said in the middle (mean).",
+        "Which earlier output: that of the last step on the image, with a share that grows over the run (last), or "
+        "that of the averaged weights in the middle of the run, used in its second half (mean).",
         "last",
         choices=("last", "mean"),
     )
-    soft_temperature: float = option("Regularisation", "Temperature of this comparison.", 1.0, above=0)
+    soft_temperature: float = option(
+        "Regularisation", "Temperature at which the two outputs are compared.", 1.0, above=0
+    )
     average: float = option(
         "Regularisation",
-        "Each partition ends its training with the mean of its weights over this last share of its steps.",
+        "Average the weights of each partition over this last share of its training.",
         0.0,
         least=0,
         below=1,
@@ -177,23 +185,23 @@ class RunSpec:
         least=0,
         most=1,
     )
-    recalibrate: bool = option("Regularisation", "Take BatchNorm statistics anew before partitions settle.", False)
-    veto: bool = option("Regularisation", "Settle partitions later while their weights still move.", False)
+    recalibrate: bool = option("Regularisation", "Estimate BatchNorm statistics again before partitions settle.", False)
+    veto: bool = option("Regularisation", "Let partitions whose weights still move settle later than planned.", False)
     drop_path: float = option(
         "Regularisation",
         "Stochastic depth: the rate at which the last residual branch is left out in training, earlier ones less "
-        "often; 0 leaves it to the model.",
+        "often; 0 keeps the model's own.",
         0.0,
         least=0,
         below=1,
     )
     exits: int = option(
         "Regularisation",
-        "Auxiliary exits: pooling and a linear layer at the ends of this many of the first partitions that train.",
+        "Auxiliary classifiers (pooling and a linear layer) at the ends of so many of the first partitions that train.",
         0,
         least=0,
     )
-    exit_weight: float = option("Regularisation", "Weight of the loss of each exit.", 0.3, least=0)
+    exit_weight: float = option("Regularisation", "Weight of the loss of each of the --exits.", 0.3, least=0)
 
     amp: bool = option("Precision and speed", "Automatic mixed precision.", False)
     amp_dtype: str = option("Precision and speed", "Type used by --amp.", "bfloat16", choices=("bfloat16", "float16"))
@@ -201,34 +209,34 @@ class RunSpec:
     torchcompile: str | None = option("Precision and speed", "Compile each stage with this backend.", None)
     grad_accum_steps: int = option(
         "Precision and speed",
-        "Take each batch in this many micro-batches, or in more where the plan of a phase says so.",
+        "Divide each batch into this many micro-batches, or into more where the plan of a phase says so.",
         1,
         least=1,
     )
 
     settled_dtype: str = option(
         "Settled partitions",
-        "Precision in which they run while others train: that of the others (same), or lower.",
+        "Precision in which settled partitions run while others train: that of the others (same), or lower.",
         "same",
         choices=("same", "bfloat16", "float16"),
     )
     memory_budget: float | None = option(
         "Memory",
-        "Let partitions recompute in backward, or take batches in parts, where a phase would need more memory than "
-        "this: up to 1, of the activations of standard training; above 1, bytes of everything.",
+        "Recompute activations in backward, or divide batches into micro-batches, where a phase would need more memory "
+        "than this. Up to 1: a share of the activations of standard training; above 1: bytes of everything.",
         None,
         above=0,
     )
     memory_aim: float | None = option(
         "Memory",
-        "The same where there is no --memory-budget, but a phase that cannot keep within it takes the least it can.",
+        "Like --memory-budget, where that is not given; but a phase that cannot keep within it takes the least it can.",
         None,
         above=0,
     )
     cache: str = option(
         "Settled partitions",
-        "Keep what the settled partitions deliver for each image: ram, disk (a file in --output, gone after the run), "
-        "auto (disk, if reading costs less than computing).",
+        "Where to keep what the settled partitions compute for each image: ram, disk (a file in --output, gone after "
+        "the run), auto (disk, if reading costs less than computing).",
         "auto",
         choices=("off", "ram", "disk", "auto"),
     )
@@ -237,34 +245,36 @@ class RunSpec:
     )
     cache_views: int | None = option(
         "Settled partitions",
-        "With --augment: once partitions are settled, augment each image in this many ways and keep them all.",
+        "With --augment: once partitions are settled, augment each image in this many ways, so that all can be kept.",
         None,
         least=1,
     )
     cache_dtype: str = option(
         "Settled partitions",
-        "Type of the numbers kept; exact keeps them bit for bit.",
+        "Type in which the cache keeps numbers; exact keeps them bit for bit.",
         "exact",
         choices=("exact", "float16", "bfloat16"),
     )
 
     device: str = option("Run", "auto, cpu, cuda or cuda:N.", "auto", pattern=r"auto|cpu|cuda(:\d+)?")
     seed: int = option("Run", "Seed of weights, order and augmentation.", 42, least=0, below=2**32)
-    deterministic: bool = option("Run", "Only deterministic kernels.", False)
+    deterministic: bool = option("Run", "Use only deterministic kernels.", False)
     prove: bool = option(
         "Run",
-        "Hold the first batch through the partitions against the plain model before the first step.",
+        "Before the first step, prove on the first batch that the partitions compute what the model computes.",
         True,
     )
-    output: str = option("Run", "Folder that gets one folder a run.", "output/train", flags=("--output-dir",))
-    experiment: str | None = option("Run", "Name of the run's folder, instead of one from the time.", None)
+    output: str = option(
+        "Run", "Folder in which each run gets a folder of its own.", "output/train", flags=("--output-dir",)
+    )
+    experiment: str | None = option("Run", "Name of the run's folder, instead of one made from the time.", None)
     log_interval: int = option("Run", "Steps between two progress reports.", 10, least=1)
-    dry_run: bool = option("Run", "Plan, train one step, test one batch, write nothing.", False)
+    dry_run: bool = option("Run", "Plan, train one step, test one batch, and write nothing.", False)
 
-    if not TYPE_CHECKING:  # checkers know the constructor that dataclass makes of the fields: it takes the same
+    if not TYPE_CHECKING:  # type checkers see the constructor that dataclass makes, which takes the same arguments
 
         def __init__(self, **given: Any) -> None:
-            """Fill the fields from what is `given` and what lies under it, and check them."""
+            """Fill the fields from what is `given`, then plan file, preset and defaults, and check them."""
             if unknown := [name for name in given if name not in _KINDS]:
                 raise TypeError(f"RunSpec has no field {unknown[0]!r}{nearest(unknown[0], _KINDS)}")
             merged = _DEFAULTS | _under(given)
@@ -276,21 +286,21 @@ class RunSpec:
 
     @classmethod
     def keys(cls) -> tuple[str, ...]:
-        """The keys of a recipe, hyphenated, in the order of the fields."""
+        """List the keys of a recipe, hyphenated, in the order of the fields."""
         return tuple(key(item.name) for item in fields(cls))
 
     def to_flat(self) -> dict[str, Any]:
-        """The recipe of this run: every key, with plain YAML values."""
+        """Return the recipe of this run: every key, with plain YAML values."""
         values = {key(item.name): getattr(self, item.name) for item in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def to_yaml(self) -> str:
-        """The recipe as text. Reading it back gives an equal RunSpec."""
+        """Write the recipe as text. Reading it back gives an equal RunSpec."""
         return yaml.safe_dump(self.to_flat(), sort_keys=False)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The values in a recipe file, by field name.
+    """Read the values in a recipe file, by field name.
 
     Raises UsageError when the file cannot be read, is not a YAML mapping, or holds an unknown key or a wrong
     value.
@@ -309,7 +319,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The values in `FXSPLIT_*` variables, by field name.
+    """Read the values in `FXSPLIT_*` variables, by field name.
 
     Raises UsageError when such a variable is unknown or has a wrong value.
     """
@@ -323,7 +333,7 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def from_text(name: str, text: str) -> object:
-    """What text means to a field; text that means nothing to it is left for the error to show."""
+    """Convert text to the type of a field. Text that has no such meaning is returned, for the error to show."""
     kind = _KINDS[name].type
     if kind is bool:
         return {"1": True, "true": True, "0": False, "false": False}.get(text.lower(), text)
@@ -336,10 +346,10 @@ def from_text(name: str, text: str) -> object:
 
 
 def read_values(values: Mapping[Any, object], *, source: str = "") -> dict[str, Any]:
-    """Values by field name, from a mapping whose keys may have hyphens or underscores.
+    """Read values by field name, from a mapping whose keys may have hyphens or underscores.
 
-    Raises UsageError, which begins with `source`, when a key is unknown or given twice, or when a value is
-    wrong.
+    Raises UsageError when a key is unknown or given twice, or when a value is wrong; its message begins with `source`,
+    which says where the values come from.
     """
     named: dict[str, object] = {}
     sentences = []
@@ -358,11 +368,11 @@ def read_values(values: Mapping[Any, object], *, source: str = "") -> dict[str, 
 
 
 def resolve(*layers: Mapping[str, Any]) -> RunSpec:
-    """One RunSpec from values by field name; a later layer wins over an earlier one.
+    """Make a RunSpec from layers of values by field name, of which later ones win.
 
-    A layer that gives `parts` also withdraws an earlier layer's `at`, and the other way round; one that gives a
-    `plan` withdraws all that earlier layers say about what the plan says itself, one that gives a `preset` their
-    schedule, and one that gives a schedule that settles nothing, what they say about settling.
+    A layer also drops values of earlier layers that its own make obsolete: `parts` drops `at`, and `at` drops `parts`;
+    `plan` drops all that a plan file decides; `preset` drops `schedule`; and a schedule that settles nothing drops the
+    fields that say when partitions settle.
 
     Raises UsageError as RunSpec does.
     """
@@ -381,7 +391,7 @@ def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _under(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given, and under it what the preset has, which a plan file may name, as it may say the epochs."""
+    """Complete what is given with the options of the preset; preset and epochs may come from a plan file."""
     path = given.get("plan")
     of_file = {}
     if path and isinstance(path, str) and not {"preset", "epochs"} <= given.keys():
@@ -389,20 +399,20 @@ def _under(given: Mapping[str, Any]) -> dict[str, Any]:
         of_file = {"preset": file.preset, "epochs": file.epochs}
     known = {**_DEFAULTS, **of_file, **given}
     name, epochs = known["preset"], known["epochs_total"] or known["epochs"]
-    # What is neither is told when the fields are read.
+    # A wrong preset or number of epochs is refused later, when the fields are read.
     of_preset = preset(name, epochs) if name in list(PRESETS) and isinstance(epochs, int) else {}
     options = {name: value for name, value in given.items() if name != "preset"}
     return of_file | _layered(of_preset, options) | dict(given)
 
 
 def beside_plan(names: Collection[str]) -> str:
-    """The sentence about fields that say what the plan file says itself."""
+    """Write the error about fields that may not be given beside a plan file."""
     keys = ", ".join(map(key, names))
     return f"the plan file says itself where to cut and what trains when, so leave out {keys}, or the plan"
 
 
 def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
-    """Fields that contradict each other; those that are `wrong` by themselves are left out."""
+    """Give a sentence about each contradiction between fields, apart from fields that are `wrong` by themselves."""
     if spec.parts is not None and spec.at and not {"parts", "at"} & set(wrong):
         yield f"parts is {spec.parts} and at is {','.join(spec.at)!r}, but only one can say where to cut"
     doubled = [name for name in PLANNED if getattr(spec, name) != _DEFAULTS[name] and name not in wrong]
@@ -423,8 +433,8 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
         )
     if spec.cache in ("ram", "disk") and spec.augment != "none" and spec.cache_views is None:
         yield (
-            f"cache is {spec.cache!r} and augment is {spec.augment!r}, but images that are changed at random can be "
-            "kept only in a number of views; give cache-views, or leave out the cache"
+            f"cache is {spec.cache!r} and augment is {spec.augment!r}, but of images that are changed at random "
+            "only a fixed number of views can be kept; give cache-views, or leave out the cache"
         )
     if not {"mean", "std"} & set(wrong) and (len(spec.mean) != len(spec.std) or len(spec.mean) not in (0, 1, 3)):
         yield (
@@ -434,7 +444,7 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
 
 
 def _read_fields(values: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values that suit their fields, and by name a sentence about each that does not."""
+    """Read the values that suit their fields, and write a sentence, by name, about each that does not."""
     read: dict[str, Any] = {}
     problems: dict[str, str] = {}
     for name, value in values.items():

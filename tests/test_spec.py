@@ -143,7 +143,7 @@ def test_every_field_has_a_key_and_help() -> None:
         ),
         (
             {"cache": "ram", "augment": "crop-flip"},
-            "cache is 'ram' and augment is 'crop-flip', but images that are changed at random can be kept only in a",
+            "cache is 'ram' and augment is 'crop-flip', but of images that are changed at random only a fixed",
         ),
         (
             {"batch_size": 32, "grad_accum_steps": 5},

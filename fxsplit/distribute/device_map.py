@@ -16,12 +16,14 @@ from fxsplit.plan.partition import Partition
 
 
 def device_map(trace: Trace, partitions: Sequence[Partition], devices: Sequence[str | int]) -> dict[str, str | int]:
-    """Where each module goes, for `accelerate.dispatch_model` and the `device_map` of Hugging Face models.
+    """Say which device each module goes to, for `accelerate.dispatch_model` and Hugging Face's `device_map`.
 
-    Partition `i` goes to `devices[i]`, such as `"cpu"` or GPU `0`. Keys are the shortest paths that lie on one device
-    as a whole, `""` for the model itself; parameters and buffers of a module that is divided have keys of their own. A
-    module without any that runs on several devices has no key; what no op uses goes to the first device. The model's
-    own forward runs, so cut where no function joins values of two devices: between blocks.
+    Partition `i` goes to `devices[i]`, such as `"cpu"` or `0` for the first GPU. What no op uses goes to the first
+    device. Returns the device by path, of the shortest paths that lie on one device as a whole, `""` for the model
+    itself. In a module that is divided, parameters and buffers have keys of their own; a module that has none and runs
+    on several devices has no key.
+
+    The model's own forward runs, so cut where no function takes values of two devices: between blocks.
 
     Raises UsageError when there is not one device a partition, PartitionError when the partitions are not those of the
     trace, or when a parameter or buffer is used on two devices.
@@ -38,7 +40,7 @@ def device_map(trace: Trace, partitions: Sequence[Partition], devices: Sequence[
         for prefix in prefixes(path):
             found[prefix].add(device)
 
-    def place(path: str, module: nn.Module) -> Iterator[tuple[str, str | int]]:
+    def keys_below(path: str, module: nn.Module) -> Iterator[tuple[str, str | int]]:
         held = [name for name in first if path in prefixes(name)]
         within = found.get(path, set(devices[:1]) if held else set())
         if len(within) == 1:
@@ -47,6 +49,6 @@ def device_map(trace: Trace, partitions: Sequence[Partition], devices: Sequence[
         yield from ((name, homes.get(name, devices[0])) for name in held if name.rpartition(".")[0] == path)
         for name, child in module._modules.items():
             if child is not None:
-                yield from place(f"{path}.{name}".removeprefix("."), child)
+                yield from keys_below(f"{path}.{name}".removeprefix("."), child)
 
-    return dict(place("", trace.model))
+    return dict(keys_below("", trace.model))

@@ -34,10 +34,10 @@ _SENDS_INTEGERS = "input_grads" in inspect.signature(PipelineStage).parameters
 
 
 class PipelineModule(Stage):
-    """A stage that is called as schedules do it: boundary values in one by one, and out as a tuple.
+    """Runs a partition as pipeline schedules call it: boundary values are arguments, and come out as a tuple.
 
-    It runs over its own part of the model, which alone is on this rank's device, in the mode that it is in itself. The
-    first one is called as the model is, the last one returns what the model returns.
+    It holds only its own part of the model, which alone is on this rank's device, and runs in its own mode. The first
+    one is called as the model is, the last one returns what the model returns.
     """
 
     def __init__(self, trace: Trace, partition: Partition, *, is_last: bool) -> None:
@@ -48,14 +48,14 @@ class PipelineModule(Stage):
         self.training = trace.model.training
 
     def arrange(self, model: nn.Module) -> None:
-        """Share what the model has now."""
+        """Share the modules and tensors that the model has now, and run over them alone."""
         super().arrange(model)
         vars(self)["_model"] = self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises GuardError when the inputs of the first one take another path than the traced one."""
+        """Run the partition. The first one raises GuardError when its inputs take another path than the traced one."""
         if self._signature is None:
-            # Keywords are the model's; schedules hand them to every stage of a rank.
+            # Keyword arguments are for the first stage; schedules pass them to every stage of a rank.
             values = list(args)
         else:
             tensors = self._signature.tensors(args, kwargs)
@@ -75,14 +75,20 @@ def to_pipeline_stages(
     device: torch.device | str,
     group: distributed.ProcessGroup | None = None,
 ) -> list[PipelineStage]:
-    """The stages of this rank, for a schedule of torch.distributed.pipelining: one a partition.
+    """Make this rank's stages for a schedule of torch.distributed.pipelining, one for each of its partitions.
 
-    Of `n` ranks in `group` (by default all), rank `r` gets partitions `r`, `r + n`, `r + 2n`, ...: one each for
-    `ScheduleGPipe` and `Schedule1F1B`, several for interleaved schedules. `args` and `kwargs` are an example of one
-    micro-batch, of which only shapes and types are looked at; nothing is computed or sent.
+    Of `n` ranks, rank `r` gets partitions `r`, `r + n`, `r + 2n`, ...: one each for `ScheduleGPipe` and `Schedule1F1B`,
+    several for interleaved schedules. Each `stage.submod` shares this rank's part of the model, and moves it to
+    `device`. Parameters on the meta device stay there, to be allocated with `stage.submod.to_empty(device=...)` and
+    loaded by the model's own names. Nothing is computed or sent.
 
-    Each `stage.submod` shares this rank's part of the model, and moves it to `device`. Parameters on the meta device
-    stay there, to be allocated with `stage.submod.to_empty(device=...)` and loaded by the model's own names.
+    Args:
+        trace: the captured model.
+        partitions: all of this trace.
+        args: an example of one micro-batch; only shapes and types are looked at.
+        kwargs: likewise.
+        device: that of this rank.
+        group: the ranks of the pipeline; None for all.
 
     Raises UsageError when torch.distributed is not initialized; PartitionError when the partitions are not those of
     the trace or do not divide over the ranks, when several of them use one parameter, when something other than a
@@ -114,7 +120,7 @@ def to_pipeline_stages(
                 index,
                 count,
                 device,
-                # Without these two torch would run the model to find them, which moves statistics and random state.
+                # Without these torch would run the stage to find them, which changes BatchNorm and random states.
                 input_args=boundaries[index],
                 output_args=boundaries[index + 1],
                 group=group,
@@ -126,7 +132,7 @@ def to_pipeline_stages(
 def _boundaries(
     trace: Trace, partitions: Sequence[Partition], args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device
 ) -> list[tuple[Tensor, ...]]:
-    """The inputs, the values at each cut, and the outputs, as tensors on the meta device."""
+    """List the inputs, the values at each cut, and the outputs, as tensors on the meta device."""
     tensors = trace.signature.tensors(args, kwargs)
     values, outputs = {}, {}
     for training in (TRAINING, EVALUATION):
@@ -137,9 +143,10 @@ def _boundaries(
     inputs = tuple(tensor.to(META) for tensor in args if isinstance(tensor, Tensor))
     inner = [
         tuple(
-            _sent(name, values[TRAINING][name], values[EVALUATION][name], part, name in trained) for name in part.reads
+            _sent(name, values[TRAINING][name], values[EVALUATION][name], partition, name in trained)
+            for name in partition.reads
         )
-        for part in partitions[1:]
+        for partition in partitions[1:]
     ]
     output = outputs[TRAINING]
     return [inputs, *inner, (output,) if isinstance(output, Tensor) else tuple(output)]
@@ -148,7 +155,7 @@ def _boundaries(
 def _evaluated(
     trace: Trace, training: bool, tensors: Sequence[Tensor], device: torch.device
 ) -> tuple[dict[str, Any], Any]:
-    """Every value by name, and the output, for such inputs, on the meta device."""
+    """Evaluate the ops of a mode on the meta device; return every value by name, and the output."""
     program = trace.programs[training]
     meta_model = copy.deepcopy(program.guards.meta_model)
     found: dict[fx.Node, Any] = dict(zip(program.inputs, on_meta(list(tensors)), strict=True))
@@ -169,7 +176,7 @@ def _evaluated(
 
 
 def _trained(trace: Trace) -> set[str]:
-    """The values through which a gradient reaches a parameter."""
+    """Find the values through which a gradient reaches a parameter."""
     parameters = {name for name, parameter in trace.model.named_parameters() if parameter.requires_grad}
     trained: set[str] = set()
     for op in trace.train.ops:
@@ -179,7 +186,10 @@ def _trained(trace: Trace) -> set[str]:
 
 
 def _sent(name: str, train: Any, evaluation: Any, partition: Partition, is_trained: bool) -> Tensor:
-    """How a value goes from one stage to the next: contiguous, and with a gradient in return if it is trained."""
+    """Make an example of a value sent to the next stage: contiguous, with a gradient in return if `is_trained`.
+
+    Raises PartitionError when it cannot be sent.
+    """
     if fault := _not_sendable(train, evaluation):
         raise PartitionError(
             f"the cut at {partition.name!r} cannot lie between two stages of a pipeline, because its value {name!r} "
@@ -205,9 +215,10 @@ def _form(tensor: Tensor) -> str:
 
 
 def _refuse_output(output: Any) -> None:
-    for part in output if type(output) in (tuple, list) else [output]:
-        if not isinstance(part, Tensor):
+    for value in output if type(output) in (tuple, list) else [output]:
+        if not isinstance(value, Tensor):
             raise PartitionError(
-                f"what the model returns holds a value of type {type(part).__name__}, and the last stage of a pipeline "
-                "must return a tensor or a tuple of tensors; trace a call that does, such as with return_dict=False"
+                f"what the model returns holds a value of type {type(value).__name__}, and the last stage of a "
+                "pipeline must return a tensor or a tuple of tensors; trace a call that does, such as one with "
+                "return_dict=False"
             )

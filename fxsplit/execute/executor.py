@@ -1,9 +1,10 @@
-"""The executor: a traced model that runs any phase. It is the one place where the state of training changes.
+"""The executor: a traced model that runs any phase. Only here does the model's state of training change.
 
-phase [start, stop)      [0, start)                   [start, stop)     [stop, n)
-                         settled                      trains            frozen
-in training, modules     in evaluation                as found          in evaluation
-autograd                 for an input that wants it   on                on, for gradients that pass through
+partitions of a phase    [0, start)                  [start, stop)           [stop, n)
+                         settled                     trains                  frozen
+modules in training      in evaluation mode          as the user has them    in evaluation mode
+autograd                 off, unless an input        on                      on, so that gradients pass through
+                         requires a gradient
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.optim import Optimizer
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import GuardError, PartitionError
 from fxsplit.execute.changes import Changes
-from fxsplit.execute.holding import Holding
+from fxsplit.execute.freezing import Freezing
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.prefix import Prefix, in_precision, out_of_precision, without_history
 from fxsplit.execute.recompute import Recomputation
@@ -41,7 +42,7 @@ class _Forward:
         return self.__func__(self.__self__, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # As a method does.
+        # A bound method has its function's attributes, too.
         return getattr(self.__func__, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -53,7 +54,7 @@ class _Forward:
 
 
 class _forward:  # noqa: N801 - used as a decorator
-    """A method `forward` that tools see with the model's signature: they look which arguments it takes."""
+    """Decorates `forward`, so that tools which ask for its arguments see those of the model."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -63,43 +64,43 @@ class _forward:  # noqa: N801 - used as a decorator
         return self._function if instance is None else _Forward(self._function, instance)
 
 
-# What an executor holds; its model may have a submodule of the same name.
+# The executor's own attributes: setting one must not reach a submodule of the model that has the same name.
 OWN = frozenset(
     (
-        *("_model", "_signature", "_stages", "_prefix", "_recomputation", "_fed", "_settled_dtype", "_cuts_gradients"),
-        *("_phase", "_everything", "_running", "_changes", "_holding", "_hooks", "_modes", "_tap"),
+        *("_model", "_signature", "_stages", "_prefix", "_recomputation", "_read", "_settled_dtype", "_cuts_gradients"),
+        *("_phase", "_everything", "_running", "_changes", "_freezing", "_hooks", "_modes", "_tap"),
     )
 )
 
 
 class _Modes:
-    """Modules whose modes matter, and those modes that are known to run the traced graph."""
+    """Modules whose modes may change the graph, and the combinations of their modes that give the traced one."""
 
     def __init__(self, modules: Mapping[str, nn.Module], traced: Sequence[bool]) -> None:
         self.paths, self.modules = tuple(modules), list(modules.values())
-        self.right = {tuple(traced)}
+        self.known = {tuple(traced)}
 
 
 class Executor(nn.Module):
     """Runs `trace.model` partition by partition, in any phase; takes the model's place in any training loop.
 
     It shares the model's modules, parameters and buffers, so `state_dict()` has the model's own keys, and moving or
-    loading either of the two does so to both. `train()`, `eval()` and `training` are the model's own, and so is every
-    attribute that the executor lacks. Before the first `enter`, everything trains, bit for bit as the model does. What
-    is settled is folded in training, with pointwise convolutions as products where these are faster, and delivers the
-    same within rounding.
+    loading one of the two moves or loads both. `train()`, `eval()` and `training` are those of the model, and so is
+    every attribute that the executor lacks. Before the first `enter` everything trains, and results equal the model's
+    bit for bit. In a phase, settled partitions run folded while the rest trains, and 1x1 convolutions in them as matrix
+    products where these are faster: their results equal the model's within rounding.
 
-    What is changed in the model after tracing is followed or refused, with a GuardError that names it: weights, modules
-    and attributes at the next `enter`, `train()` or `eval()`, hooks and modes at the next call.
+    Changes of the model after tracing are followed, or refused with a GuardError that names them: those of weights,
+    modules and attributes at the next `enter`, `train()` or `eval()`, those of hooks and modes at the next call.
 
     Args:
         trace: the captured model.
         partitions: all partitions of this trace, in order.
-        passes: what rewrites the graph of each stage, such as `fxsplit.execute.pointwise.pointwise_products`. A pass
-            may change results by rounding.
+        passes: functions that rewrite the graph of each stage, such as
+            `fxsplit.execute.pointwise.pointwise_products`. A pass may change results by rounding.
         settled_dtype: the precision, such as torch.bfloat16, in which settled partitions run while the rest trains;
-            None is that of the rest. In evaluation all run as ever.
-        backend: of torch.compile, such as "inductor": compiles each stage when it first runs.
+            None for that of the rest. Evaluation is not affected.
+        backend: of torch.compile, such as "inductor": each stage is compiled when it first runs. None compiles nothing.
 
     Raises PartitionError when the partitions are not those of this trace.
     """
@@ -117,56 +118,57 @@ class Executor(nn.Module):
         backend: Backend | None = None,
     ) -> None:
         model = trace.model
-        # Not registered as a submodule: its names would then begin with another one.
+        # Not registered as a submodule: that would put a prefix before the names in `state_dict()`.
         self._model = model
         training = model.training
         super().__init__()
         model.training = training
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
-        # The model's own hooks go on, and hear of the executor in its place.
+        # The model's own hooks are called for the executor, which takes the model's place.
         vars(self).update({name: value for name, value in vars(model).items() if "_hooks" in name})
         self._signature = trace.signature
         self._settled_dtype = settled_dtype
         self._stages = stages(trace, partitions, passes=passes, backend=backend)
         self._prefix = Prefix(trace, self._stages, backend)
         self._recomputation = Recomputation(trace, self._stages, passes=passes, backend=backend)
-        self._fed = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
+        self._read = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
         self._phase = self._everything = self._running = Phase(start=0, stop=len(self._stages), epochs=1)
         self._cuts_gradients = {mode: program.cuts_gradients for mode, program in trace.programs.items()}
         self._changes = Changes(trace)
-        self._holding = Holding(trace, partitions)
+        self._freezing = Freezing(trace, partitions)
         self._arrange()
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
+        """All partitions, in order."""
         return tuple(stage.partition for stage in self._stages)
 
     def stage_at(self, index: int) -> Stage:
-        """The module as which partition `index` runs, for hooks and for what wraps modules, such as FSDP2.
+        """Return the module that runs partition `index`, to hook it or to wrap it, as FSDP2 does.
 
-        It is called in every phase and mode, settled and recomputed too; only what recomputes in segments runs as
-        modules of its own.
+        It is called in every phase and mode, also where it is settled or recomputed; but a partition that recomputes in
+        segments runs those instead.
         """
         return self._stages[index]
 
     @property
     def settled_dtype(self) -> torch.dtype | None:
-        """The precision in which settled partitions run in training; None is that of the rest."""
+        """The precision in which settled partitions run in training; None for that of the rest."""
         return self._settled_dtype
 
     @property
     def window(self) -> tuple[int, int]:
-        """Partitions [start, stop) train."""
+        """The partitions that train in the present phase, as (start, stop)."""
         return self._phase.start, self._phase.stop
 
     @property
     def owned(self) -> tuple[tuple[Parameter, ...], ...]:
         """The parameters of each partition, without those that the user froze.
 
-        One that several partitions use belongs to the first of them.
+        A parameter that several partitions use belongs to the first of them.
         """
-        return self._holding.owned
+        return self._freezing.owned
 
     @property
     def training(self) -> bool:
@@ -178,105 +180,112 @@ class Executor(nn.Module):
         self._model.training = mode
 
     def train(self, mode: bool = True) -> Executor:
-        """Put the model into a mode by its own `train()`, and what the phase freezes into evaluation.
+        """Call the model's own `train(mode)`, then put what the phase freezes into evaluation mode.
 
         Raises GuardError when the model was changed since tracing and computes something else.
         """
-        self._holding.give_back()
+        self._freezing.restore_modes()
         self._model.train(mode)
-        self._changes.look(self._model)
+        self._changes.check(self._model)
         self._arrange()
-        self._holding.take()
+        self._freezing.freeze_modes()
         return self
 
     def enter(self, phase: Phase, optimizer: Optimizer | None = None) -> None:
-        """Let the phase's partitions train, and nothing else: other parameters want no gradient and hold none.
+        """Let the phase's partitions train, and freeze the others: no `requires_grad`, no gradient, evaluation mode.
 
-        With `optimizer` they have no state in it either, and a phase with `fresh_optimizer` begins without any.
-        Entering the phase that it is in, or one that is equal to it, keeps that state, so a loop may do so in every
-        epoch.
+        A loop may enter the phase of each epoch; entering a phase equal to the present one keeps all state. Parameters
+        that the user froze, in the model or in one that it is a copy of, never train.
 
-        Parameters that the user froze, in the model or in one that it is a copy of, never train. Raises PartitionError
-        when the phase has more partitions than there are, or when another executor has entered a phase over the model;
-        GuardError when the model was changed since tracing and computes something else.
+        Args:
+            phase: from a plan of this executor's partitions.
+            optimizer: drops its state of all that is frozen; when the phase is a new one with `fresh_optimizer`, of
+                everything.
+
+        Raises PartitionError when the phase has more partitions than there are, or when another executor has entered a
+        phase over the model; GuardError when the model was changed since tracing and computes something else.
         """
         if phase.stop > len(self._stages):
             raise PartitionError(
                 f"the phase trains partitions [{phase.start}, {phase.stop}) of {len(self._stages)}; "
                 "make the plan from this executor's partitions"
             )
-        self._changes.look(self._model)
+        self._changes.check(self._model)
         is_new = phase != self._phase
         self._enter(phase)
         if optimizer is not None:
-            for held in list(optimizer.state):
-                if (is_new and phase.fresh_optimizer) or not held.requires_grad:
-                    del optimizer.state[held]
+            for parameter in list(optimizer.state):
+                if (is_new and phase.fresh_optimizer) or not parameter.requires_grad:
+                    del optimizer.state[parameter]
 
     def release(self) -> None:
-        """Give the model back as it was: what trained before `enter` does so again, and modes are the user's."""
+        """Leave the phase: what trained before `enter` trains again, and modules are in the modes that the user set."""
         self._enter(self._everything)
 
     def _enter(self, phase: Phase) -> None:
-        self._holding.enter(phase.start, phase.stop)
+        #   0 ............ start ................ stop ............ n
+        #   |   settled     |       trains          |     frozen     |    (1) requires_grad, gradients, modes
+        #                   |<-- recompute -->|                           (2) stages or segments that run in their place
+        #   |<- folded ---->|                                             (3) from modules and weights as they are now
+        self._freezing.enter(phase.start, phase.stop)  # (1)
         self._phase = self._running = phase
-        self._recomputation.prepare(phase, self._model)
-        self._arrange()
+        self._recomputation.prepare(phase, self._model)  # (2)
+        self._arrange()  # (3)
 
     def _arrange(self) -> None:
-        """Find the modules and parameters that the model has now; what was folded of them is folded anew."""
-        self._holding.arrange()
+        """Find the modules and parameters that the model has now; weights are folded again when they are needed."""
+        self._freezing.arrange()
         for stage in self._stages:
             stage.arrange(self._model)
         self._recomputation.arrange(self._model)
         self._prefix.arrange(self._model)
         self._hooks = self._changes.hooks(self._model)
         visible = dict(self._changes.visible(self._model))
-        free = {path: module for path, module in visible.items() if not self._holding.covers(path)}
-        # By the mode of the model, and whether partitions are held.
+        free = {path: module for path, module in visible.items() if not self._freezing.covers(path)}
+        # By the mode of the model, and whether partitions are frozen now: then modes of their modules do not count.
         self._modes = {
-            (training, held): _Modes(modules, self._changes.modes_of(training, tuple(modules)))
+            (training, frozen): _Modes(modules, self._changes.modes_of(training, tuple(modules)))
             for training in (TRAINING, EVALUATION)
-            for held, modules in ((True, free), (False, visible))
+            for frozen, modules in ((True, free), (False, visible))
         }
 
     @_forward
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model would return. Raises GuardError when the inputs take another path than the traced one."""
+        """Return what the model would return. Raises GuardError when inputs take another path than the traced one."""
         return self._resume(self.settle(*args, **kwargs))
 
-    def _look(self) -> None:
-        """See what may have changed since the last call: hooks and modes. Takes microseconds."""
+    def _check_model(self) -> None:
+        """Check what may have changed since the last call without notice: hooks and modes. It takes microseconds."""
         if torch.compiler.is_compiling():
             return
         if any(self._hooks):
             self._changes.refuse_hook(self._model)
-        held = self._holding.look()
+        frozen = self._freezing.refresh()
         training = self._model.training
-        modes = self._modes[training, held]
+        modes = self._modes[training, frozen]
         now = tuple([module.training for module in modes.modules])
-        if now not in modes.right:
-            self._changes.look_at_modes(self._model, training, dict(zip(modes.paths, now, strict=True)))
-            modes.right.add(now)
-        running = self._everything if self._holding.estimating else self._phase
+        if now not in modes.known:
+            self._changes.check_modes(self._model, training, dict(zip(modes.paths, now, strict=True)))
+            modes.known.add(now)
+        running = self._everything if self._freezing.estimating else self._phase
         if running is not self._running:
             self._running = running
 
     def settle(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """The values of the boundary after the settled partitions; the inputs, if none is settled.
+        """Run the settled partitions, and return the values at the cut after them; the inputs, if none is settled.
 
-        They are worked out without autograd, unless one of the inputs wants a gradient. Raises GuardError as `forward`
-        does.
+        Autograd is off, unless one of the inputs requires a gradient. Raises GuardError as `forward` does.
         """
         tensors = self._signature.tensors(args, kwargs)
-        self._look()
+        self._check_model()
         training, running = self.training, self._running
         everything = (running.start, running.stop) == (0, len(self._stages))
+        # Where some partitions are in evaluation while others train, both graphs run, and the inputs must suit both.
         for mode in {training, training and everything}:
             self._changes.guards[mode].check(tensors)
-        values: list[Any] = [tensors[index] for index in self._fed]
-        wants = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in values)
-        if wants and self._cuts_gradients[training]:
+        values: list[Any] = [tensors[index] for index in self._read]
+        tracked = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in values)
+        if tracked and self._cuts_gradients[training]:
             raise GuardError(
                 "an input wants a gradient, and the model was traced with inputs that want none, where its checkpoints "
                 "of the older kind give none to parameters either; trace it with such an input, or use checkpoints "
@@ -285,18 +294,21 @@ class Executor(nn.Module):
         if not running.start:
             return values
         dtype = self._settled_dtype if training else None
-        if training and not wants:
-            with self._holding.evaluating(*range(running.start)):
+        if training and not tracked:
+            with self._freezing.evaluating(*range(running.start)):
                 return self._prefix(self._model, values, running.start, dtype)
-        with nullcontext() if wants else torch.no_grad(), in_precision(values, dtype):
+        with nullcontext() if tracked else torch.no_grad(), in_precision(values, dtype):
             for index in range(running.start):
                 values = self._evaluate(index, values)
         values = out_of_precision(values, dtype)
-        return values if wants else without_history(values)
+        return values if tracked else without_history(values)
 
     def resume(self, values: list[Any], stop: int | None = None) -> Any:
-        """What the model would return, from what `settle` gave; the list is emptied. Or the values at cut `stop`."""
-        self._look()
+        """Run the partitions after the settled ones; return what the model would return, or the values at cut `stop`.
+
+        `values` are what `settle` returned; the list is emptied.
+        """
+        self._check_model()
         return self._resume(values, stop)
 
     def _resume(self, values: list[Any], stop: int | None = None) -> Any:
@@ -316,16 +328,15 @@ class Executor(nn.Module):
         return result
 
     def _evaluate(self, index: int, values: list[Any]) -> Any:
-        """What a partition gives in evaluation; in training, the last one returns all that training does."""
-        with self._holding.evaluating(index):
+        """Run a partition in evaluation; while the model trains, the last one returns all that training returns."""
+        with self._freezing.evaluating(index):
             return self._stages[index](values, training=EVALUATION, returned=self.training)
 
     @contextmanager
     def tapped(self, tap: Callable[[int, list[Any]], None]) -> Iterator[None]:
-        """Inside, call `tap(index, values)` with what each partition delivers, before the next one runs.
+        """Inside, call `tap(index, values)` with what each partition writes, before the next one runs.
 
-        The values are those that the partition `writes`, on the tape of autograd. Settled partitions and the last one
-        are left out.
+        The values have their autograd history. Settled partitions and the last one are left out.
         """
         self._tap = tap
         try:
@@ -334,7 +345,7 @@ class Executor(nn.Module):
             self._tap = None
 
     def settled_state(self) -> dict[str, Tensor]:
-        """The parameters and buffers of the settled partitions, by the model's names."""
+        """Return the parameters and buffers of the settled partitions, by the model's names."""
         state: dict[str, Tensor] = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         owned = [name for stage in self._stages[: self.window[0]] for name in stage.partition.state]
         return {name: state[name] for name in owned if name in state}
@@ -343,7 +354,7 @@ class Executor(nn.Module):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """For the Trainer of transformers: whether the number of items in the batch was among the traced arguments."""
+        """Whether the number of items in the batch is a traced argument; the Trainer of transformers asks for this."""
         names = (*self._signature.names, *self._signature.constants)
         return any(name.rpartition(".")[2] == "num_items_in_batch" for name in names)
 
@@ -351,7 +362,7 @@ class Executor(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Copying and pickling look for methods that are the model's own business.
+            # copy and pickle look for special methods; those of the model would copy the model instead.
             if "_model" not in vars(self) or (name.startswith("__") and name.endswith("__")):
                 raise
         return getattr(self._model, name)
@@ -361,7 +372,7 @@ class Executor(nn.Module):
             vars(self)[name] = value
             return
         known = name in vars(self) or hasattr(type(self), name)
-        if not known and "_holding" in vars(self) and name in vars(self._model):
+        if not known and "_freezing" in vars(self) and name in vars(self._model):
             setattr(self._model, name, value)
         else:
             super().__setattr__(name, value)

@@ -1,9 +1,9 @@
-"""What evaluation does not need, out of the graph of a partition that never changes again.
+"""Folds the graph of a settled partition: norms go into the weights before them, and idle ops go away.
 
     conv ─► norm ─► dropout ─► relu      becomes      conv, with the norm in its weights ─► relu
 
-The graph then takes folded weights as one more value, a list. They are tensors of their own: the model's parameters
-and buffers stay as they are.
+The folded graph takes its weights as one more value, a list. They are tensors of their own: the model's parameters and
+buffers stay as they are.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from fxsplit.execute import pointwise
 Modules = Mapping[str, nn.Module]
 
 FUNCTIONS: dict[Any, Any] = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-# The rank of what they deliver, where its second dimension is the channels that a norm goes by.
+# How many dimensions their output has if its second one is the channels, as a norm after them takes it.
 RANKS: dict[Any, int] = {F.linear: 2, F.conv1d: 3, F.conv2d: 4, F.conv3d: 5}
 OPTIONS = ("stride", "padding", "dilation", "groups")
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# In evaluation these deliver the very tensor that they are given.
+# In evaluation these return the very tensor that they are given.
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 IDLE_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
-class Place(NamedTuple):
-    """Where the model keeps a tensor or, for want of one, None: a name in the module at `path`."""
+class Attribute(NamedTuple):
+    """Refers to an attribute of the module at `path`: a tensor or None, or the epsilon of a norm."""
 
     path: str
     name: str
 
     def of(self, modules: Modules) -> Any:
-        """What the model has there now."""
+        """Return its present value."""
         return getattr(modules[self.path], self.name)
 
 
 class Affine(NamedTuple):
-    """A linear op or a convolution: `function(input, weight, bias, **options)`."""
+    """A linear op or a convolution that can take a norm: `function(input, weight, bias, **options)`."""
 
     function: Any
     input: fx.Node
-    weight: Place
-    bias: Place | None
+    weight: Attribute
+    bias: Attribute | None
     options: dict[str, Any]
 
-    def runner(self, modules: Modules) -> Any:
-        """The function, or a faster one that does the same."""
+    def fastest(self, modules: Modules) -> Any:
+        """Return the function, or a faster one that computes the same."""
         is_pointwise = self.function is F.conv2d and pointwise.is_pointwise(self.weight.of(modules), **self.options)
         return pointwise.conv2d if is_pointwise else self.function
 
@@ -63,19 +63,19 @@ class Norm(NamedTuple):
     """A BatchNorm in evaluation; `statistics` are its mean, variance, weight and bias."""
 
     input: fx.Node
-    statistics: tuple[Place | None, ...]
-    epsilon: Place | float
+    statistics: tuple[Attribute | None, ...]
+    epsilon: Attribute | float
 
 
 class PassedOver(NamedTuple):
-    """A module that a folded graph no longer calls: it counts on its class, and on these attributes of it."""
+    """A module that a folded graph no longer calls. The folding is right as long as its class and attributes stay."""
 
     path: str
     kind: type[nn.Module]
     attributes: dict[str, Any]
 
-    def is_there(self, modules: Modules) -> bool:
-        """Whether the module is what it was when its graph was folded."""
+    def is_unchanged(self, modules: Modules) -> bool:
+        """Tell whether the module has the class and the attributes that it had when the graph was folded."""
         module = modules.get(self.path)
         return type(module) is self.kind and all(
             getattr(module, name) == value for name, value in self.attributes.items()
@@ -83,46 +83,50 @@ class PassedOver(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """What the weight and the bias of one op are made of: an op's own, and the `statistics` of a norm or ()."""
+    """Says how a folded weight and bias are computed: from those of an op, and from the `statistics` of a norm or ().
 
-    weight: Place
-    bias: Place | None
+    `shape` is that of the op's weight when the graph was folded.
+    """
+
+    weight: Attribute
+    bias: Attribute | None
     shape: torch.Size
-    statistics: tuple[Place | None, ...] = ()
-    epsilon: Place | float = 0.0
+    statistics: tuple[Attribute | None, ...] = ()
+    epsilon: Attribute | float = 0.0
 
     def is_there(self, modules: Modules) -> bool:
-        """Whether the model still has what the fold was made for."""
-        places = [place for place in (self.weight, self.bias, *self.statistics) if place is not None]
-        if not all(place.path in modules and hasattr(modules[place.path], place.name) for place in places):
+        """Tell whether the model still has all that is folded here, with a weight of the same shape."""
+        known = [each for each in (self.weight, self.bias, *self.statistics) if each is not None]
+        if not all(each.path in modules and hasattr(modules[each.path], each.name) for each in known):
             return False
-        weight, needed = self.weight.of(modules), [place for place in self.statistics[:2] if place is not None]
+        weight, needed = self.weight.of(modules), [each for each in self.statistics[:2] if each is not None]
         return (
-            weight is not None and weight.shape == self.shape and all(place.of(modules) is not None for place in needed)
+            weight is not None and weight.shape == self.shape and all(each.of(modules) is not None for each in needed)
         )
 
-    def sources(self, modules: Modules) -> list[Tensor | None]:
-        """The model's own tensors."""
-        return [None if place is None else place.of(modules) for place in (self.weight, self.bias, *self.statistics)]
+    def originals(self, modules: Modules) -> list[Tensor | None]:
+        """Return the model's tensors that are folded: weight, bias and statistics."""
+        return [None if each is None else each.of(modules) for each in (self.weight, self.bias, *self.statistics)]
 
     def tensors(self, modules: Modules, layout: torch.memory_format) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias, worked out in double precision; the weight of a 2D convolution in that layout."""
-        tensors = [each if each is None else each.detach() for each in self.sources(modules)]
+        """Compute weight and bias, in double precision; the weight of a 2D convolution gets that memory format."""
+        tensors = [each if each is None else each.detach() for each in self.originals(modules)]
         weight, bias = tensors[:2]
         assert weight is not None
         if self.statistics:
             exact: list[Any] = [each if each is None else each.to("cpu", torch.float64) for each in tensors]
             own, own_bias, mean, variance, gain, shift = exact
-            epsilon = self.epsilon.of(modules) if isinstance(self.epsilon, Place) else self.epsilon
+            epsilon = self.epsilon.of(modules) if isinstance(self.epsilon, Attribute) else self.epsilon
             fused = fuse_conv_bn_weights(own, own_bias, mean, variance, epsilon, gain, shift)
             weight, bias = (each.detach().to(weight) for each in fused)
         return weight.to(memory_format=layout) if weight.dim() == 4 else weight, bias
 
 
 def fold(graph: fx.Graph, model: nn.Module) -> tuple[list[Fold], list[PassedOver]]:
-    """Fold a stage's graph in place; what is not surely exact stays as it is.
+    """Fold a stage's graph in place, wherever the result is surely equal but for rounding.
 
-    Returns how the weights that it then takes are made, in their order, and the modules that it no longer calls.
+    Returns how to compute the weights that the graph then takes, in their order, and the modules that it no longer
+    calls.
     """
     folder = _Folder(graph, model)
     folder.run()
@@ -142,14 +146,14 @@ class _Folder:
         with self._graph.inserting_after(values):
             self._weights = self._graph.call_method("pop", (values,))
         for node in self._ops():
-            if source := self._idle(node):
-                self._replace(node, source)
+            if given := self._idle(node):
+                self._replace(node, given)
         for node in self._ops():
             if norm := self._norm(node):
                 self._fold_norm(node, norm)
         for node in self._ops():
             affine = self._affine(node)
-            # Alone, only a 2D convolution gains: from the layout of its weight.
+            # Without a norm only a 2D convolution gains: its weight gets a faster memory format.
             if affine and affine.function is F.conv2d:
                 self._put(affine, self._fold(affine), node)
         for node in reversed(self._graph.nodes):
@@ -167,15 +171,17 @@ class _Folder:
         if shape is not None and len(shape) == RANKS[affine.function]:
             self._put(affine, self._fold(affine, norm.statistics, norm.epsilon), norm.input, node)
 
-    def _fold(self, affine: Affine, statistics: tuple[Place | None, ...] = (), epsilon: Place | float = 0.0) -> Fold:
+    def _fold(
+        self, affine: Affine, statistics: tuple[Attribute | None, ...] = (), epsilon: Attribute | float = 0.0
+    ) -> Fold:
         return Fold(affine.weight, affine.bias, affine.weight.of(self._modules).shape, statistics, epsilon)
 
     def _put(self, affine: Affine, folded: Fold, *nodes: fx.Node) -> None:
-        """One op with folded weights in the place of `nodes`, of which each reads the one before."""
+        """Put one op with folded weights in the place of `nodes`, each of which reads the one before it."""
         with self._graph.inserting_before(nodes[0]):
             pair = self._graph.call_function(operator.getitem, (self._weights, len(self.folds)))
             weight, bias = (self._graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
-            one = self._graph.call_function(affine.runner(self._modules), (affine.input, weight, bias), affine.options)
+            one = self._graph.call_function(affine.fastest(self._modules), (affine.input, weight, bias), affine.options)
             one.meta.update(nodes[0].meta)
         self.folds.append(folded)
         for node in reversed(nodes):
@@ -190,13 +196,13 @@ class _Folder:
         self._graph.erase_node(node)
 
     def _idle(self, node: fx.Node) -> fx.Node | None:
-        """The input of an op that does nothing in evaluation."""
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node):
+        """Return the input of an op that does nothing in evaluation; None for any other op."""
+        given = node.args[0] if node.args else None
+        if not isinstance(given, fx.Node):
             return None
         if node.target in IDLE_FUNCTIONS:
-            return source if _arguments(node)["training"] is False else None
-        return source if type(self._module(node)) in IDLE else None
+            return given if _arguments(node)["training"] is False else None
+        return given if type(self._module(node)) in IDLE else None
 
     def _affine(self, node: fx.Node) -> Affine | None:
         if "op" not in node.meta or not self._written.isdisjoint(node.meta["op"].state):
@@ -210,14 +216,16 @@ class _Folder:
                 return None
             options = {name: getattr(module, name) for name in OPTIONS if function is not F.linear}
             path = str(node.target)
-            return Affine(function, node.all_input_nodes[0], Place(path, "weight"), Place(path, "bias"), options)
+            return Affine(
+                function, node.all_input_nodes[0], Attribute(path, "weight"), Attribute(path, "bias"), options
+            )
         if node.target not in RANKS:
             return None
-        # These are built in and have no signature.
+        # Builtin functions have no signature that could be bound.
         given = dict(zip(("input", "weight", "bias", *OPTIONS), node.args, strict=False)) | node.kwargs
-        places = self._places(node, given.pop("weight"), given.pop("bias", None))
-        source: Any = given.pop("input")
-        return None if places is None else Affine(node.target, source, places[0], places[1], given)
+        tensors = self._attributes(node, given.pop("weight"), given.pop("bias", None))
+        read: Any = given.pop("input")
+        return None if tensors is None else Affine(node.target, read, tensors[0], tensors[1], given)
 
     def _norm(self, node: fx.Node) -> Norm | None:
         if not self._written.isdisjoint(node.meta["op"].state):
@@ -228,24 +236,26 @@ class _Folder:
                 return None
             names = ("running_mean", "running_var", "weight", "bias")
             path = str(node.target)
-            return Norm(node.all_input_nodes[0], tuple(Place(path, name) for name in names), Place(path, "eps"))
+            return Norm(node.all_input_nodes[0], tuple(Attribute(path, name) for name in names), Attribute(path, "eps"))
         if node.target is not F.batch_norm:
             return None
         given = _arguments(node)
         if given["training"] is not False:
             return None
-        statistics = self._places(node, *(given[name] for name in ("running_mean", "running_var", "weight", "bias")))
+        statistics = self._attributes(
+            node, *(given[name] for name in ("running_mean", "running_var", "weight", "bias"))
+        )
         return None if statistics is None else Norm(given["input"], statistics, given["eps"])
 
-    def _places(self, node: fx.Node, *arguments: Any) -> tuple[Any, ...] | None:
-        """Where the model keeps what is given to an op; None when any of it was worked out."""
-        found: list[Place | None] = []
+    def _attributes(self, node: fx.Node, *arguments: Any) -> tuple[Any, ...] | None:
+        """Find the model's attributes that an op is given; None when any argument was computed instead."""
+        found: list[Attribute | None] = []
         for argument in arguments:
             if argument is None:
                 found.append(None)
             elif isinstance(argument, fx.Node) and argument.target in node.meta["op"].state:
                 path, _, name = str(argument.target).rpartition(".")
-                found.append(Place(path, name))
+                found.append(Attribute(path, name))
             else:
                 return None
         return tuple(found)

@@ -1,4 +1,4 @@
-"""The forward pass of a batch, be it of images or of values at the cut."""
+"""The forward pass of a batch, of images or of values at a cut."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Forward:
     """Runs batches through an executor: images from the first partition on, values from their cut on.
 
     Args:
-        executor: what runs; its phase must not settle less than a batch has behind it.
-        device: where batches lie.
-        amp_dtype: the precision of `autocast`, or None for none.
+        executor: its phase must settle all partitions that a batch has been through.
+        device: where batches are.
+        amp_dtype: the precision of `autocast`; None runs without it.
     """
 
     def __init__(self, executor: Executor, device: torch.device, *, amp_dtype: torch.dtype | None = None) -> None:
@@ -33,7 +33,7 @@ class Forward:
     def __call__(self, batch: Batch, *, stop: int | None = None) -> Any:
         """Return what the model returns for a batch, or the values at cut `stop`."""
         if not batch.cut and stop is None:
-            # A call, so that hooks of the model as a whole are called too.
+            # Called as a whole, so that hooks of the model itself are called, too.
             return self.executor(*batch.values)
         values = list(batch.values) if batch.cut else self.executor.settle(*batch.values)
         return self.executor.resume(values, stop)
@@ -43,7 +43,7 @@ class Forward:
         return logits_of(self(batch))
 
     def settle(self, images: Tensor) -> list[Any]:
-        """Return what crosses the cut after the settled partitions, in autocast."""
+        """Run the settled partitions in autocast, and return the values at the cut after them."""
         with self.autocast():
             return self.executor.settle(images)
 
@@ -56,11 +56,11 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
-        parts: Any = list(output.values())
+        items: Any = list(output.values())
     elif is_dataclass(output):
-        parts = [getattr(output, field.name) for field in fields(output)]
+        items = [getattr(output, field.name) for field in fields(output)]
     else:
-        parts = output
-    if isinstance(parts, Sequence) and parts:
-        return logits_of(parts[0])
+        items = output
+    if isinstance(items, Sequence) and items:
+        return logits_of(items[0])
     raise FxsplitError(f"the model returns {type(output).__name__}, and no class scores are found in it")

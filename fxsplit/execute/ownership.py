@@ -1,4 +1,4 @@
-"""Which partitions use which parameters and buffers of a model."""
+"""Finds which partitions use which parameters and buffers of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fxsplit.plan.partition import Partition
 
 
 def ops_of(trace: Trace, partitions: Sequence[Partition]) -> Iterator[tuple[int, Op, fx.Node]]:
-    """The ops of both modes, each with the index of its partition and its node."""
+    """Give the ops of both modes, each with the index of its partition and its node."""
     for partition in partitions:
         for training in (TRAINING, EVALUATION):
             program, span = trace.programs[training], partition.span(training=training)
@@ -23,30 +23,33 @@ def ops_of(trace: Trace, partitions: Sequence[Partition]) -> Iterator[tuple[int,
 
 
 def users_of(trace: Trace, partitions: Sequence[Partition]) -> dict[str, set[int]]:
-    """The partitions that use each parameter and buffer, and other tensors that modules hold.
+    """Return the partitions that use each parameter and buffer, and each other tensor that is an attribute of a module.
 
-    A method may use all that its module holds.
+    An op that is a method is taken to use all that its module holds.
     """
     names = dict.fromkeys(first_names(trace.model).values())
     users: dict[str, set[int]] = {name: set() for name in names}
     for index, op, node in ops_of(trace, partitions):
         held = [name for name in names if op.path in prefixes(name)] if method_of(node) else op.state
-        read = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
-        for name in (*held, *read, *assigned_by(node)):
+        given = [str(read.target) for read in node.all_input_nodes if read.op == "get_attr"]
+        for name in (*held, *given, *assigned_by(node)):
             users.setdefault(name, set()).add(index)
     return users
 
 
 def changing(trace: Trace, partitions: Sequence[Partition]) -> set[str]:
-    """The parameters, and all that ops write."""
+    """Return the names of what changes in training: all parameters, and what ops write."""
     written = {name for _, op, node in ops_of(trace, partitions) for name in (*op.mutates, *assigned_by(node))}
     return written.union(name for name, _ in trace.model.named_parameters())
 
 
 def refuse_divided(
-    trace: Trace, partitions: Sequence[Partition], names: Collection[str], places: Sequence[str | int]
+    trace: Trace, partitions: Sequence[Partition], names: Collection[str], devices: Sequence[str | int]
 ) -> None:
-    """Raise PartitionError when one of the parameters and buffers in `names` is used in two `places`."""
+    """Raise PartitionError when one of the parameters and buffers in `names` is used on two devices.
+
+    `devices` has that of each partition, as a name or a number.
+    """
     for _, op, node in ops_of(trace, partitions):
         if method_of(node) and not op.path:
             raise PartitionError(
@@ -54,7 +57,7 @@ def refuse_divided(
                 "not be divided; move the method into a module of its own"
             )
     for name, users in users_of(trace, partitions).items():
-        if name in names and len({places[index] for index in users}) > 1:
+        if name in names and len({devices[index] for index in users}) > 1:
             which = " and ".join(map(str, sorted(users)))
             raise PartitionError(
                 f"{name!r} is used by partitions {which}, which would need a copy each; "
@@ -63,7 +66,7 @@ def refuse_divided(
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter or buffer, with the first name of the same one."""
+    """Return for every name of a parameter or buffer the first name of the same tensor: tied ones have several."""
     first: dict[int, str] = {}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}

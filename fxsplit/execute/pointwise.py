@@ -2,9 +2,8 @@
 
     (N, C, H, W) in channels_last  =  N*H*W rows of C numbers, without a copy;  rows @ weight.T  =  the same sums
 
-The results differ from those of the convolution by rounding, so a stage does this only where it is given the pass
-`pointwise_products`; a settled partition, which is folded and equal within rounding anyway, always does. Everywhere
-else the convolution itself runs.
+The results differ from those of the convolution by rounding, so a stage does this only with the pass
+`pointwise_products`. A settled partition always does: it is folded, and so equal only within rounding anyway.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ _held_to_convolutions = ContextVar("held_to_convolutions", default=False)
 
 
 def conv2d(images: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    """What F.conv2d gives for a pointwise convolution: images (N, C, H, W), weight (filters, C, 1, 1)."""
+    """Compute a pointwise convolution as F.conv2d does: images (N, C, H, W), weight (filters, C, 1, 1)."""
     return _product(images, weight, bias) if _is_faster(images) else F.conv2d(images, weight, bias, **options)
 
 
 def convolved(module: nn.Conv2d, images: Tensor) -> Tensor:
-    """What a pointwise convolution gives; with its hooks, it does it itself."""
+    """Compute what the module of a pointwise convolution computes; the module itself is called if it has hooks."""
     if _is_faster(images) and is_untouched(module, nn.Conv2d):
         if _held_to_convolutions.get():
             return _held_to_convolution(module, images)
@@ -42,12 +41,12 @@ def convolved(module: nn.Conv2d, images: Tensor) -> Tensor:
 
 @contextmanager
 def held_to_convolutions() -> Iterator[None]:
-    """Inside, each product is computed beside its convolution and held against it; the convolution's result goes on.
+    """Inside, compute each product beside its convolution, compare the two, and go on with the convolution's result.
 
-    So what runs inside is equal to the model bit for bit, but for a product that differs by more than any order of
-    summation can: that raises CheckError. A sum of n products, taken in whatever order, is off by at most n * u / (1 -
-    n * u) of the sum of their absolute values, where u is half the distance from 1 to the next number; two such sums
-    differ by at most twice that (Higham, Accuracy and stability of numerical algorithms, 2002, section 3.1).
+    So what runs inside equals the model bit for bit. A product that differs by more than any order of summation can
+    explain raises CheckError. A sum of n products, in whatever order, is off by at most n * u / (1 - n * u) of the sum
+    of their absolute values, where u is half the distance from 1 to the next number; two such sums differ by at most
+    twice that (Higham, Accuracy and stability of numerical algorithms, 2002, section 3.1).
     """
     token = _held_to_convolutions.set(True)
     try:
@@ -62,10 +61,10 @@ def _held_to_convolution(module: nn.Conv2d, images: Tensor) -> Tensor:
         terms = module.in_channels + (module.bias is not None)
         rounding = terms * torch.finfo(images.dtype).eps / 2
         sizes = [None if each is None else each.abs() for each in (images, module.weight, module.bias)]
-        # These sums of absolute values are themselves rounded, by as much.
+        # The sum of absolute values is itself rounded by as much, hence the square.
         bound = 2 * rounding / (1 - rounding) ** 2 * _product(*sizes)  # type: ignore[arg-type]
         product = _product(images, module.weight, module.bias)
-        # Where the model itself has no finite numbers, there is nothing to be held to.
+        # Where neither result is finite, there is nothing to compare, and the first condition is false.
         wrong = ((product - result).abs() > bound) | (product.isfinite() != result.isfinite())
         if wrong.any():
             raise CheckError(
@@ -92,7 +91,7 @@ def _is_faster(images: Tensor) -> bool:
 
 
 def is_pointwise(weight: Tensor, *, stride: Any = 1, padding: Any = 0, groups: Any = 1, **_: Any) -> bool:
-    """Whether these arguments of F.conv2d leave each pixel by itself, in its place."""
+    """Tell whether a convolution with these arguments of F.conv2d computes each pixel from the same pixel alone."""
     return (
         weight.shape[2:] == (1, 1) and stride in (1, (1, 1)) and padding in (0, (0, 0), "valid", "same") and groups == 1
     )
@@ -103,7 +102,7 @@ def _is_module_pointwise(module: nn.Conv2d) -> bool:
 
 
 def pointwise_products(graph: fx.Graph, model: nn.Module) -> fx.Graph:
-    """Let pointwise convolutions in a stage's graph be `convolved`, in place; returns the graph."""
+    """Replace pointwise convolutions in a stage's graph by `convolved`, in place, and return the graph."""
     for node in list(graph.nodes):
         path = called_module(node)
         if path is None:

@@ -1,10 +1,10 @@
-"""Partitions whose activations are not kept: their forward runs once more when their backward needs them.
+"""Gradient checkpointing of partitions: their activations are not kept, and their forward runs again in backward.
 
-forward    values at the boundary ──► stage ──► ...        nothing kept but the boundary
+forward    values at the boundary ──► stage ──► ...        nothing is kept but the boundary
 backward   values at the boundary ──► stage ──► gradients  from the same buffers and with the same dropout
 
-Where an op writes into an input of the model, as a first ReLU in place does, a copy of what the input held is kept. The
-first forward writes into the caller's tensor, as the plain model does, and each further one into a copy of the copy.
+Where an op writes into an input of the model, as a first ReLU in place does, a copy of that input is kept. The first
+forward writes into the caller's tensor, as the plain model does; each further one writes into a copy of the kept copy.
 
 Source: Chen et al., Training deep nets with sublinear memory cost, 2016.
 """
@@ -33,17 +33,21 @@ from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase
 from fxsplit.plan.segments import segments
 
-# What a module holds: its own attributes, and its buffers.
+# What a module holds: its attributes, and its buffers.
 Content = tuple[dict[str, Any], dict[str, Tensor | None]]
 Modes = list[tuple[nn.Module, bool]]
-# Generators with their states.
+# Random generators with their states.
 States = list[tuple[Any, Any]]
 
 
 class Recomputation:
-    """Makes what runs in place of `stages` that recompute, as wholes or in segments, when a phase first needs it.
+    """Makes what runs in place of stages that recompute, as a whole or in segments, when a phase first needs it.
 
-    Segments are stages of their own, planned by `fxsplit.plan.segments`, with the same `passes` and `backend`.
+    Args:
+        trace: the captured model.
+        stages: those of the executor, all of them.
+        passes: of the stages; segments, which are stages of their own, get them, too.
+        backend: likewise.
     """
 
     def __init__(
@@ -55,42 +59,42 @@ class Recomputation:
         self._in_segments: tuple[tuple[Recomputing, ...], ...] = ()
 
     def prepare(self, phase: Phase, model: nn.Module) -> None:
-        """Make what the phase needs over the `model` as it is now."""
+        """Make what the phase needs, over the modules that the model has now."""
         if phase.recompute and self._trace is not None:
             self._make(replace(self._trace, model=model), segmented=phase.segmented)
 
     def of(self, index: int, *, segmented: bool) -> tuple[Recomputing, ...]:
-        """What runs, one after the other, in place of stage `index`."""
+        """Return what runs, one after the other, in place of stage `index`: its segments, or itself as a whole."""
         return (self._in_segments if segmented else self._whole)[index]
 
     def arrange(self, model: nn.Module) -> None:
-        """Run over the model and share what it has now."""
-        for parts in self._in_segments:
-            for part in parts:
-                part.stage.arrange(model)
+        """Let segments share what the model has now; the executor arranges its own stages."""
+        for pieces in self._in_segments:
+            for piece in pieces:
+                piece.stage.arrange(model)
 
     def _make(self, trace: Trace, *, segmented: bool) -> None:
         self._whole = self._whole or tuple((Recomputing(trace, stage),) for stage in self._stages)
         if segmented and not self._in_segments:
             divided = segments([stage.partition for stage in self._stages], trace)
             self._in_segments = tuple(
-                whole if len(parts) == 1 else tuple(self._segment(trace, part) for part in parts)
-                for whole, parts in zip(self._whole, divided, strict=True)
+                whole if len(pieces) == 1 else tuple(self._segment(trace, piece) for piece in pieces)
+                for whole, pieces in zip(self._whole, divided, strict=True)
             )
 
-    def _segment(self, trace: Trace, part: Partition) -> Recomputing:
-        stage = Stage(trace, part, is_last=False, modes=(TRAINING,), passes=self._passes, backend=self._backend)
+    def _segment(self, trace: Trace, piece: Partition) -> Recomputing:
+        stage = Stage(trace, piece, is_last=False, modes=(TRAINING,), passes=self._passes, backend=self._backend)
         return Recomputing(trace, stage)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A graph of torch.fx cannot be pickled, so a copy has all that it may need.
+        # The graphs of a trace cannot be pickled, so all segments are made before, and the trace is left out.
         if self._trace is not None:
             self._make(self._trace, segmented=True)
         return {**vars(self), "_trace": None}
 
 
 class Recomputing:
-    """A `stage` in training that keeps only the values at its start for backward, and changes nothing else."""
+    """Runs a stage in training and keeps only the values at its start for backward; all results stay the same."""
 
     def __init__(self, trace: Trace, stage: Stage) -> None:
         self.stage = stage
@@ -108,13 +112,13 @@ class Recomputing:
                     if module._buffers or not _is_plain(module):
                         owners.add(name)
         self._owners, self._called = tuple(sorted(owners)), tuple(called)
-        # What else they hold may change too: lists, counters, generators.
+        # Modules that may hold more that forward changes: lists, counters, generators.
         self._holders = tuple(path for path in called if not _is_plain(trace.model.get_submodule(path)))
-        # Those that ops are given; wherever the op lies that delivers them.
+        # Generators that ops are given as constants, in whatever partition the constant is made.
         constants = (node.target.value for node in program.nodes if isinstance(node.target, Constant))
         self._generators = [each for each in constants if isinstance(each, torch.Generator)]
         self._stops_early = all(_saves_as_it_begins(trace.model, node) for node in program.nodes[span])
-        # No cut is legal that lets an op write into what lies before it, so these are inputs of the model.
+        # A cut at which a later op writes into an earlier value is refused, so what is written here are model inputs.
         values = program.graph.values
         memory = {values[name].storage for op in program.graph.ops[span] for name in op.mutates if name in values}
         self._written = tuple(
@@ -124,12 +128,12 @@ class Recomputing:
         )
 
     def __call__(self, model: nn.Module, values: list[Any]) -> Any:
-        """Boundary values in, boundary values out; the list is emptied."""
+        """Run on boundary values, whose list is emptied, and return boundary values."""
         given, values[:] = list(values), []
         contents = {path: _content(model.get_submodule(path)) for path in self._owners}
-        # Somebody may put the model into evaluation before backward.
+        # The user may put the model into evaluation mode before backward.
         modes = [(each, each.training) for path in self._called for each in model.get_submodule(path).modules()]
-        # torch's own is put back by the checkpoint.
+        # torch's checkpoint restores torch's own generator.
         own = (GLOBAL_GENERATORS["random"], GLOBAL_GENERATORS["numpy.random"], *self._generators)
         numbers = [(generator, state_of(generator)) for generator in own]
         held = [Contents(model.get_submodule(path)) for path in self._holders]
@@ -143,21 +147,21 @@ class Recomputing:
                 values[position] = originals.pop(position) if position in originals else _copy(values[position])
             return self.stage(values, training=TRAINING)
 
-        again = _Anew(lambda: _put_back(model, contents, modes, numbers, held))
+        restoring = _MadeOnEntry(lambda: _restored(model, contents, modes, numbers, held))
         with set_checkpoint_early_stop(self._stops_early):
-            return checkpoint(run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+            return checkpoint(run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), restoring))
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """The same numbers, laid out alike: kernels may go by that."""
+    """Copy a tensor with its memory layout, on which the choice of kernels may depend."""
     return tensor.new_empty_strided(tensor.size(), tensor.stride()).copy_(tensor)
 
 
 def _saves_as_it_begins(model: nn.Module, node: fx.Node) -> bool:
-    """Whether all that an op saves for backward is there when it is saved.
+    """Tell whether the tensors that an op saves for backward have their numbers at the moment when they are saved.
 
-    A checkpoint forwards again until the last such tensor is saved, and not further; the noise of RReLU has no numbers
-    by then. Code from elsewhere may use that.
+    Recomputation may then stop early, when the last of them is saved. RReLU saves its noise before it draws the
+    numbers, and code from outside torch may use RReLU.
     """
     if node.op == "call_module":
         inner = model.get_submodule(str(node.target)).modules()
@@ -169,7 +173,7 @@ def _saves_as_it_begins(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """One of torch's own, which holds nothing that forward changes but buffers."""
+    """Tell whether a module is one of torch's own: of these, forward changes nothing but buffers."""
     return type(module).__module__.startswith("torch.nn.")
 
 
@@ -178,8 +182,8 @@ def _content(module: nn.Module) -> Content:
     return {} if _is_plain(module) else dict(vars(module)), buffers
 
 
-class _Anew:
-    """A context that is made anew whenever it is entered: backward may run several times."""
+class _MadeOnEntry:
+    """A context that makes a new one whenever it is entered, since backward may run several times."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
         self._make = make
@@ -193,16 +197,16 @@ class _Anew:
 
 
 @contextmanager
-def _put_back(
+def _restored(
     model: nn.Module,
     contents: Mapping[str, Content],
     modes: Modes,
     numbers: States,
     held: Sequence[Contents],
 ) -> Iterator[None]:
-    """Inside, modules hold again what they held before the first forward, and the same numbers are drawn.
+    """Inside, modules hold what they held before the first forward, and the same random numbers are drawn.
 
-    What they hold now stays for later, as do the generators.
+    At the end, modules and generators have their present states again.
     """
     modules = {path: model.get_submodule(path) for path in contents}
     now = {path: (dict(vars(module)), dict(module._buffers)) for path, module in modules.items()}
@@ -215,7 +219,7 @@ def _put_back(
         _set_generators(numbers)
         for path, (attributes, buffers) in contents.items():
             vars(modules[path]).update(attributes)
-            # Copies, since each further run starts from the same buffers.
+            # Copies, since every run must start from the same buffers.
             modules[path]._buffers.update(map_tensors(Tensor.clone, buffers))
         _set(modes)
         yield

@@ -1,11 +1,11 @@
-"""A graph of ops as the source of a Python function. No name of the model stands in it as code.
+"""Writes a graph of ops as the source code of a Python function. No name of the model stands in it as code.
 
     heads["global"](x) * 2  becomes  v1 = getattr(values, 'pop')()
                                      v2 = model._modules['heads']._modules['global'](v1); v1 = None  # 'heads.global'
                                      v3 = c0(v2, 2); v2 = None  # 'mul'
 
-Variables and objects get names of our own, and what the model calls something is an escaped string. A module is looked
-up at each call, so that the function serves any copy of the model and follows a module that is replaced.
+Variables and objects get generated names, and the model's names appear only as escaped strings. A module is looked up
+at each call, so that the function serves any copy of the model and finds a module that was replaced.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ NAME = "stage"
 
 
 def source_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
-    """The source of a function `stage(model, values)`, and the objects that it finds among its globals by name.
+    """Write the source of a function `stage(model, values)`; return it with the objects that are to be its globals.
 
-    A variable is emptied with its last use. An op runs in the contexts that its node carries.
+    A variable is set to None after its last use. An op runs in the contexts, such as autocast, that its node carries.
     """
     writer = _Writer(graph)
     writer.write()
@@ -40,23 +40,23 @@ class _Writer:
         self._names: dict[int, str] = {}
 
     def write(self) -> None:
-        last_use = {source: node for node in self._nodes for source in node.all_input_nodes}
+        last_use = {read: node for node in self._nodes for read in node.all_input_nodes}
         used_up: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for source, node in last_use.items():
-            used_up[node].append(source)
-        # The contexts that are open in each of the blocks around the next line, outermost first.
+        for read, node in last_use.items():
+            used_up[node].append(read)
+        # For each open `with` block around the next line, outermost first: all contexts that are open in it.
         blocks: list[tuple[Context, ...]] = [()]
         for node in self._nodes:
             if node.op == "placeholder":
                 self._variables[node] = "values"
                 continue
-            # What is no op of the model, such as reading a weight, does not divide a region.
+            # A node that is no op of the model, such as reading a weight, stays in the block where it happens to be.
             if "op" in node.meta or node.op == "output":
                 self._move_to(contexts_of(node), blocks)
             self.lines.append("    " * len(blocks) + self._statement(node, used_up[node]))
 
     def _move_to(self, contexts: tuple[Context, ...], blocks: list[tuple[Context, ...]]) -> None:
-        """Close and open blocks; those that stay open keep what autocast has cached in them."""
+        """Close and open `with` blocks. A block that can stay open does: autocast caches converted weights in it."""
         while not _begins_with(contexts, blocks[-1]):
             blocks.pop()
         if further := contexts[len(blocks[-1]) :]:
@@ -71,7 +71,7 @@ class _Writer:
         if node.users:
             self._variables[node] = f"v{len(self._variables)}"
             statement = f"{self._variables[node]} = {statement}"
-        if emptied := [self._variables[source] for source in used_up if source.op != "placeholder"]:
+        if emptied := [self._variables[read] for read in used_up if read.op != "placeholder"]:
             statement += f"; {' = '.join(emptied)} = None"
         return f"{statement}  # {node.meta['op'].name!a}" if "op" in node.meta else statement
 
@@ -122,5 +122,5 @@ def _module(path: str) -> str:
 
 
 def _begins_with(contexts: tuple[Context, ...], first: tuple[Context, ...]) -> bool:
-    """Whether they are the very same ones: a region that is opened again is another one."""
+    """Tell whether contexts begin with the very same objects: a context that was closed and opened again is another."""
     return len(contexts) >= len(first) and all(one is other for one, other in zip(contexts, first, strict=False))

@@ -1,8 +1,9 @@
-"""A partition made runnable: a module that runs the ops of either mode, as a function over the model's own modules.
+"""Stages: partitions made runnable, as modules that run the ops of either mode.
 
     values [a, b] ──► stage(values) ──► values [c]
 
-Its code holds no tensor: the same function serves any copy of the model.
+A stage runs generated code that calls the model's own modules. The code holds no tensor, so it serves any copy of the
+model.
 """
 
 from __future__ import annotations
@@ -31,17 +32,23 @@ from fxsplit.meta.evaluate import resolve
 from fxsplit.objects.same import same_value
 from fxsplit.plan.partition import Partition
 
-# Of torch.compile: a name, or a function of its own kind.
+# A backend of torch.compile: its name, or a function.
 Backend = str | Callable[..., Any]
 
 _serial = itertools.count()
 
 
 class Code:
-    """A generated function `(model, values) -> result` that can be pickled and copied. `values` is emptied.
+    """A generated function `(model, values) -> result` that can be pickled and copied.
 
-    A list is handed over, rather than arguments, so that no caller's frame keeps a value alive that the function has
-    already used up. With a `backend` of torch.compile it is compiled when it first runs.
+    It empties the list of values: arguments would be kept alive by the callers' frames until it returns, but a value is
+    freed as soon as it was read last.
+
+    Args:
+        source: of the function, as `source_of` writes it.
+        objects: what it refers to, by name.
+        label: what tracebacks call it.
+        backend: of torch.compile, which compiles it when it first runs; None runs it as it is.
     """
 
     def __init__(self, source: str, objects: dict[str, Any], label: str, backend: Backend | None = None) -> None:
@@ -49,7 +56,7 @@ class Code:
         file = f"<fxsplit {label} {next(_serial)}>"
         scope = dict(objects)
         exec(compile(source, file, "exec"), scope)
-        # Tracebacks and debuggers show the generated lines, for as long as there is something to show.
+        # Tracebacks and debuggers find the generated lines here, as long as the function exists.
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         weakref.finalize(self, linecache.cache.pop, file, None).atexit = False
         self._function: Callable[[nn.Module, list[Any]], Any] = scope[NAME]
@@ -65,19 +72,21 @@ class Code:
 
 
 class _Reference(NamedTuple):
-    """Where a function is found; several of torch's cannot be pickled."""
+    """Names a function by the module and path where it is found; several of torch's cannot be pickled themselves."""
 
     module: str
     path: str
 
     @classmethod
     def of(cls, value: Any) -> _Reference | None:
+        """Make the reference of a function, or None if it is not found by its name."""
         if isinstance(value, OpOverload | OpOverloadPacket):
             return cls("torch", f"ops.{value}")
         module, name = getattr(value, "__module__", None) or "", getattr(value, "__name__", None) or ""
         return cls(module, name) if vars(sys.modules.get(module, cls)).get(name) is value else None
 
     def resolve(self) -> Any:
+        """Find the function."""
         return attrgetter(self.path)(importlib.import_module(self.module))
 
 
@@ -87,17 +96,23 @@ def _restore(source: str, objects: dict[str, Any], label: str, backend: Backend 
 
 
 class Stage(nn.Module):
-    """A partition as a module: the list of values at its start in, the list of those at its end out.
+    """Runs a partition: takes the list of values at its start, returns the list of those at its end.
 
     The last stage returns the model's own output. The list that comes in is emptied, so that a value is freed as soon
-    as it was read last: a hook that wants one takes it before forward.
+    as it was read last; a hook that needs one takes it in a pre-forward hook.
 
     A stage shares the modules, parameters and buffers that its ops use, under the model's own names, so
-    `parameters()`, `state_dict()` and FSDP2 see its part of the model. It runs over the model itself, whose modules it
-    calls in the modes in which they are; `training` only says which of the two graphs runs. What it runs is rewritten
-    by `passes`, which may change results by rounding, and compiled by a `backend` of torch.compile, if there is one,
-    when it first runs. Without them it is what the model runs. A stage in `modes` of one mode alone cannot run in the
-    other.
+    `parameters()`, `state_dict()` and FSDP2 see its part of the model. It calls the modules of the model itself, in the
+    modes in which they are; `training` only chooses which of the two graphs runs.
+
+    Args:
+        trace: the captured model.
+        partition: one of this trace.
+        is_last: whether it is the last one, which returns the model's output.
+        modes: the modes it can run in.
+        passes: functions that rewrite its graph; they may change results by rounding. Without any it runs what the
+            model runs.
+        backend: of torch.compile, which compiles it when it first runs; None runs it as it is.
     """
 
     partition: Partition
@@ -115,7 +130,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.partition = partition
-        # By the mode of the ops and the one whose output is returned.
+        # By (the mode of the ops, the mode whose output is returned).
         self._codes = {
             (training, returned): code_of(
                 rewritten(
@@ -133,17 +148,20 @@ class Stage(nn.Module):
         self.arrange(trace.model)
 
     def forward(self, values: list[Any], training: bool | None = None, returned: bool | None = None) -> Any:
-        """What the partition makes of the values at its start, in its own mode unless `training` says another.
+        """Run the partition on the values at its start.
 
-        The last one returns the model's output of that mode; or if `returned` is true, that of training, in as far as
-        what ran in evaluation has it.
+        Args:
+            values: a list, which is emptied.
+            training: the mode; None for the stage's own.
+            returned: for the last stage, the mode whose output is returned; None for that in which it runs. In
+                evaluation, the output of training has what ops in evaluation can give of it.
         """
         mode = self.training if training is None else training
         key = (mode, mode if returned is None else returned)
         return self._codes.get(key, self._codes[mode, mode])(self._model, values)
 
     def arrange(self, model: nn.Module) -> None:
-        """Share what the model has now, and run over it."""
+        """Share the modules and tensors that the model has now, and run over this model from now on."""
         # Not registered: the stage holds a part of the model, not the model.
         vars(self)["_model"] = model
         for held in (self._modules, self._parameters, self._buffers):
@@ -153,52 +171,58 @@ class Stage(nn.Module):
 
 
 def _paths(trace: Trace, partition: Partition) -> Iterator[str]:
-    """What the ops of a partition use of the model: modules first, then tensors."""
+    """List the paths of all that the ops of a partition use of the model: modules first, then tensors."""
     nodes = [node for _, _, node in ops_of(trace, [partition])]
     for node in nodes:
         if path := called_module(node):
             yield path
     for node in nodes:
-        yield from (str(source.target) for source in node.all_input_nodes if source.op == "get_attr")
+        yield from (str(read.target) for read in node.all_input_nodes if read.op == "get_attr")
 
 
 def _adopt(holder: nn.Module, model: nn.Module, path: str) -> None:
-    """Let `holder` have what the model has at `path`, at the same path. What is not there any more is left out."""
+    """Share with `holder` what the model has at `path`, at the same path; nothing, if it is not there any more."""
     *parents, name = path.split(".")
-    source = model
+    owner = model
     # Not by setattr: the model's names may be those of a stage's own attributes.
     for parent in parents:
-        inner = source._modules.get(parent)
+        inner = owner._modules.get(parent)
         if inner is None:
             return
         mirror = holder._modules.get(parent) or nn.Module()
         holder._modules[parent] = mirror
         if mirror is inner:
-            return
-        source, holder = inner, mirror
-    if name in source._modules:
-        holder._modules[name] = source._modules[name]
-    elif name in source._parameters:
-        holder._parameters[name] = source._parameters[name]
-    elif isinstance(value := getattr(source, name, None), Tensor):
+            return  # a module around it is shared as a whole
+        owner, holder = inner, mirror
+    if name in owner._modules:
+        holder._modules[name] = owner._modules[name]
+    elif name in owner._parameters:
+        holder._parameters[name] = owner._parameters[name]
+    elif isinstance(value := getattr(owner, name, None), Tensor):
         holder._buffers[name] = value
-        if name not in source._buffers or name in source._non_persistent_buffers_set:
+        if name not in owner._buffers or name in owner._non_persistent_buffers_set:
             holder._non_persistent_buffers_set.add(name)
 
 
 def stage_graph(
     trace: Trace, partition: Partition, *, is_last: bool, training: bool, returned: bool | None = None
 ) -> fx.Graph:
-    """The ops of a partition as a graph of its own, from the list of values that it reads to what it writes.
+    """Make the ops of a partition a graph of its own, from the list of values that it reads to what it writes.
 
-    Each of its ops has the Op that it is in its node's meta, as `op`. The last one returns the model's output, perhaps
-    that of the mode `returned`.
+    The node of each op has its Op in `meta["op"]`.
+
+    Args:
+        trace: the captured model.
+        partition: one of this trace.
+        is_last: return the model's output, not boundary values.
+        training: the mode whose ops run.
+        returned: for the last partition, the mode whose output is returned; None for that in which it runs.
     """
     program, span = trace.programs[training], partition.span(training=training)
     names = _nodes_by_name(program)
     graph = fx.Graph()
     values = graph.placeholder("values")
-    # What this mode does not have is taken as well, and passed on: a partition in the other mode may have made it.
+    # A value that only the other mode has is taken as well, and passed on: an earlier partition may run in that mode.
     taken = {name: graph.call_method("pop", (values,)) for name in reversed(partition.reads)}
     made = {names[name]: node for name, node in taken.items() if name in names}
 
@@ -208,8 +232,8 @@ def stage_graph(
         return made[node]
 
     for node, op in zip(program.nodes[span], program.graph.ops[span], strict=True):
-        for source in node.all_input_nodes:
-            find(source)
+        for read in node.all_input_nodes:
+            find(read)
         made[node] = graph.node_copy(node, find)
         made[node].meta["op"] = op
     at_hand = taken | {name: made[node] for name, node in names.items() if node in made}
@@ -236,10 +260,17 @@ def _as_in_training(
     taken: Container[str],
     find: Callable[[fx.Node], fx.Node],
 ) -> Any:
-    """What training returns, of the values `at_hand`, some of them `taken` from partitions in either mode.
+    """Build the output of training from the values that a partition in evaluation has.
 
-    What nobody made in training is what evaluation returns in the same place: where a part in evaluation returns its
-    features, these are the ones without dropout. Where evaluation returns none, it is None.
+    A value that was not computed in training is replaced by the one that evaluation returns in its place, such as
+    features without dropout; by None, if evaluation returns nothing there.
+
+    Args:
+        trace: the captured model.
+        graph: that of the stage.
+        at_hand: the nodes of the values that it has, by name.
+        taken: the names of those that come from earlier partitions, which may run in either mode.
+        find: maps a node of the trace to the stage's own.
     """
     names = {node: name for program in trace.programs.values() for name, node in _nodes_by_name(program).items()}
 
@@ -268,7 +299,10 @@ def _as_in_training(
 
 
 def _if_made(value: Any, other: Any) -> Any:
-    """Raises PartitionError when nobody made either: each lies in a partition that was in the other mode."""
+    """Return the first of two values that was computed.
+
+    Raises PartitionError when neither was: each lies in a partition that ran in the other mode.
+    """
     if value is None and other is None:
         raise PartitionError(
             "the model returns a value that it makes in training before a cut and in evaluation after it, so that in "
@@ -278,7 +312,7 @@ def _if_made(value: Any, other: Any) -> Any:
 
 
 def _returns_alike(trace: Trace) -> bool:
-    """Whether both modes return the same values in the same places."""
+    """Tell whether both modes return the same values in the same places."""
     outputs = []
     for program in trace.programs.values():
         names = {node: name for name, node in _nodes_by_name(program).items()}
@@ -291,14 +325,14 @@ def _returns_alike(trace: Trace) -> bool:
 
 
 def code_of(graph: fx.Graph, label: str, backend: Backend | None = None) -> Code:
-    """What a stage's graph says, as a function, compiled if there is a `backend`."""
+    """Make the function of a stage's graph, compiled if there is a `backend`; tracebacks call it `label`."""
     return Code(*source_of(graph), label, backend)
 
 
 def stages(
     trace: Trace, partitions: Sequence[Partition], *, passes: Sequence[Pass] = (), backend: Backend | None = None
 ) -> tuple[Stage, ...]:
-    """One stage a partition, sharing the modules of `trace.model`. Raises as `refuse_foreign` does."""
+    """Make a stage for each partition, sharing the modules of `trace.model`. Raises as `refuse_foreign` does."""
     refuse_foreign(trace, partitions)
     last = len(partitions) - 1
     return tuple(
@@ -312,6 +346,6 @@ def refuse_foreign(trace: Trace, partitions: Sequence[Partition]) -> None:
     ends = [0, *(partition.stop for partition in partitions)]
     if [partition.start for partition in partitions] != ends[:-1] or ends[-1] != len(trace.train):
         raise PartitionError(
-            f"the partitions were made from another trace than this one, whose model has {len(trace.train)} ops; call "
-            "fxsplit.partition with the trace that is given here"
+            f"these partitions were made from another trace, or some are missing (they end at op {ends[-1]}, and this "
+            f"model has {len(trace.train)}); call fxsplit.partition(trace, ...) with the trace that is given here"
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fxsplit.objects.hooks import hooks_of
 
-# The attribute by which an executor marks the model that it holds; see fxsplit.execute.holding.
+# The attribute in which a model carries what an executor has frozen of it; see fxsplit.execute.freezing.
 MARK = "_fxsplit_held"
 
 # Compared by value.

@@ -1,1 +1,1 @@
-"""Records -> one-file HTML."""
+"""Records as HTML pages of one file each."""

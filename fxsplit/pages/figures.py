@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Writes figures as people read them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fxsplit.plan.schedule import Plan
 
 
 def human(number: float | None, unit: str = "") -> str:
-    """`1.5 GB`, `25.6 M`, `512`; a figure that there is not is "not available", never 0."""
+    """Write a figure as `1.5 GB`, `25.6 M` or `512`; None is "not available", never 0."""
     if number is None:
         return "not available"
     prefixes = iter(("", "k", "M", "G", "T"))
@@ -19,7 +19,7 @@ def human(number: float | None, unit: str = "") -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`1 h 02 min`, `3 min 05 s`, `12.3 s`, `4.5 ms`."""
+    """Write seconds as `1 h 02 min`, `3 min 05 s`, `12.3 s` or `4.5 ms`; None is "not available"."""
     if seconds is None:
         return "not available"
     if seconds < 1:
@@ -31,21 +31,21 @@ def duration(seconds: float | None) -> str:
 
 
 def shape(sizes: tuple[int, ...]) -> str:
-    """`64 x 3 x 32 x 32`; a tensor without dimensions is a "scalar"."""
+    """Write a shape as `64 x 3 x 32 x 32`; a tensor without dimensions is a "scalar"."""
     return " x ".join(map(str, sizes)) or "scalar"
 
 
 def epochs_of(index: int, plan: Plan) -> str:
-    """The epochs of a phase; people count them from 1."""
+    """Write the epochs of phase `index`, counted from 1."""
     first = plan.first_epoch(index) + 1
     last = first + plan.phases[index].epochs - 1
     return f"epochs {first} to {last}" if last > first else f"epoch {first}"
 
 
 def in_words(forecast: Forecast) -> str:
-    """What a whole plan costs beside standard training, and how that is known."""
-    source = "from shapes alone" if forecast.standard.step_seconds is None else "from ops measured one by one"
+    """Write what a whole plan costs beside standard training, and how that was worked out."""
+    basis = "from shapes alone" if forecast.standard.step_seconds is None else "from ops measured one by one"
     return (
-        f"Forecast {source}, batches of {forecast.batch_size}: the whole plan takes {forecast.time_ratio:.2f} of the "
+        f"Forecast {basis}, batches of {forecast.batch_size}: the whole plan takes {forecast.time_ratio:.2f} of the "
         f"time of standard training and {forecast.peak_ratio:.2f} of its peak memory."
     )

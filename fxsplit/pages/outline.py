@@ -1,4 +1,4 @@
-"""What every view of a network shows: the modules of each partition as a tree, with costs summed on every level.
+"""The outline of a network: the modules of each partition as a tree, with costs summed on every level.
 
     ops, in the order in which they run        blocks
     blocks.0.norm1                             blocks.0 ... blocks.5   x 6, opened on demand
@@ -7,7 +7,7 @@
     ...                                            attn
     blocks.5.mlp.fc2                                 qkv, softmax
 
-A module that runs twice, with others in between, is there twice. A module with one thing in it is told in one line.
+A module that runs twice, with others in between, is there twice. A module with a single block in it is one line.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fxsplit.report import Inspection
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Of a block; all but `parameters` and `seconds` of one sample in training.
+    """Holds the costs of a block: `macs` and `activation_bytes` are of one sample in training.
 
-    A parameter counts where it is used first. `seconds`, of the traced batch, is None where an op was not measured.
+    A parameter counts where it is used first. `seconds` are of the traced batch, or None when an op was not measured.
     """
 
     ops: int
@@ -36,25 +36,25 @@ class Costs:
     seconds: float | None
 
     @classmethod
-    def sum(cls, parts: Iterable[Costs]) -> Costs:
-        """All of them together."""
-        known = list(parts)
-        seconds = [part.seconds for part in known if part.seconds is not None]
+    def sum(cls, costs: Iterable[Costs]) -> Costs:
+        """Add up costs; seconds only if all of them were measured."""
+        terms = list(costs)
+        seconds = [term.seconds for term in terms if term.seconds is not None]
         return cls(
-            ops=sum(part.ops for part in known),
-            parameters=sum(part.parameters for part in known),
-            macs=sum(part.macs for part in known),
-            activation_bytes=sum(part.activation_bytes for part in known),
-            seconds=sum(seconds) if len(seconds) == len(known) else None,
+            ops=sum(term.ops for term in terms),
+            parameters=sum(term.parameters for term in terms),
+            macs=sum(term.macs for term in terms),
+            activation_bytes=sum(term.activation_bytes for term in terms),
+            seconds=sum(seconds) if len(seconds) == len(terms) else None,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """A module and what happens in it, a single `op`, or a row of `count` equal blocks.
+    """A line of the outline: a module with the `blocks` in it, a single `op`, or a row of `count` equal blocks.
 
-    `name` is relative to the block around it, `path` is not: a module's, or the name of the op. `what` is the class of
-    the module, or what the op calls.
+    `path` is the module's, or the name of the op; `name` is the same relative to the block around it. `what` is the
+    class of the module, or what the op calls.
     """
 
     name: str
@@ -68,19 +68,19 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
-    """The blocks of each partition, in order. `parameters` are those that each op is the first to use, by its name."""
+    """The blocks of each partition. `parameters` has, by the name of an op, how many it is the first to use."""
 
     partitions: tuple[Block, ...]
     parameters: Mapping[str, int]
 
     @property
     def costs(self) -> Costs:
-        """Of the whole network."""
+        """Those of the whole network."""
         return Costs.sum(partition.costs for partition in self.partitions)
 
 
 def outline(inspection: Inspection) -> Outline:
-    """The tree of an inspected model."""
+    """Make the outline of an inspected model."""
     graph = inspection.train
     sizes = {
         state.name: state.elements for side in (inspection.eval, graph) for state in side.state if state.is_parameter
@@ -92,15 +92,15 @@ def outline(inspection: Inspection) -> Outline:
 
 
 def _partitions(inspection: Inspection, owned: Mapping[str, int]) -> Iterable[Block]:
-    for part in inspection.partitions:
-        blocks = _blocks(inspection.train.ops[part.span(training=True)], "", inspection.classes, owned)
-        what = inspection.classes.get(part.name, "")
+    for partition in inspection.partitions:
+        blocks = _blocks(inspection.train.ops[partition.span(training=True)], "", inspection.classes, owned)
+        what = inspection.classes.get(partition.name, "")
         costs = Costs.sum(block.costs for block in blocks)
-        yield Block(name=part.name, path=part.name, what=what, blocks=blocks, costs=costs)
+        yield Block(name=partition.name, path=partition.name, what=what, blocks=blocks, costs=costs)
 
 
 def _blocks(ops: Sequence[Op], inside: str, classes: Mapping[str, str], owned: Mapping[str, int]) -> tuple[Block, ...]:
-    """The blocks of ops that all lie in the module `inside`, equal neighbours told once."""
+    """Make the blocks of ops that all lie in the module `inside`; equal neighbours become a row."""
     made = []
     for path, group in groupby(ops, key=lambda op: _child(op, inside)):
         if path is None:
@@ -114,7 +114,7 @@ def _blocks(ops: Sequence[Op], inside: str, classes: Mapping[str, str], owned: M
 
 
 def _child(op: Op, inside: str) -> str | None:
-    """The module directly in `inside` that holds the op, or None where no module between the two does."""
+    """Find the path of the module directly in `inside` that the op lies in, or None if it lies in `inside` itself."""
     holder = op.path.rpartition(".")[0] if op.kind == "module" else op.path
     if holder == inside:
         return None
@@ -158,11 +158,14 @@ def _row(alike: Sequence[Block]) -> Block:
 
 
 def _series(block: Block) -> str:
-    """`layer1` and `layer2` may be told as one row, `q_norm` and `k_norm` have names of their own."""
+    """Return the name without its numbers: `layer1` and `layer2` may share a row, `q_norm` and `k_norm` may not."""
     return re.sub(r"\d+", "#", block.name)
 
 
 def _structure(block: Block) -> object:
-    """Equal for blocks that do the same under the same names. Sizes may differ: dense layers grow, and are one row."""
+    """Return what is equal for blocks that call the same under the same names, of whatever sizes.
+
+    The layers of a DenseNet grow, and are still one row.
+    """
     called = (block.op.kind, block.op.target) if block.op and block.op.kind != "module" else ()
     return block.what, called, block.count, tuple((inner.name, _structure(inner)) for inner in block.blocks)

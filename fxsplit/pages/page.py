@@ -1,7 +1,7 @@
-"""A model, or a run of one, as one HTML file that needs no network.
+"""Shows a model, or a run of one, as one HTML file that needs no network.
 
-A page loads nothing, and nothing in it but its own style sheet and script may act: the browser is given their digests.
-All else, names of models and modules among it, is escaped.
+A page loads nothing. Its content security policy has the digests of its own style sheet and script, so that the browser
+runs no others. All else, such as the names of models and modules, is escaped.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from fxsplit.report import EpochRecord, Inspection, RunReport
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """A figure over the epochs, as stairs or as named curves; `told` is the figure of each epoch in words."""
+    """A figure over the epochs, drawn as stairs or as named curves; `captions` has the figure of each epoch as text."""
 
     name: str
     extent: str
-    told: tuple[str, ...]
+    captions: tuple[str, ...]
     stairs: str = ""
     curves: tuple[tuple[str, str], ...] = ()
 
 
 def inspection_page(inspection: Inspection) -> str:
-    """What `fxsplit inspect` finds: the partitions, and the schedule beside its forecast."""
+    """Make the page of an inspection: the partitions, and the schedule with its forecast."""
     lanes = tuple(_forecast_lanes(inspection.forecast, inspection.plan)) if inspection.forecast else ()
     return _page(inspection, report=None, lanes=lanes)
 
 
 def report_page(report: RunReport, inspection: Inspection) -> str:
-    """The same of a run, with what was measured in place of the forecast."""
+    """Make the page of a run: the same, with what was measured in place of the forecast."""
     return _page(inspection, report=report, lanes=tuple(_measured_lanes(report.epochs)))
 
 
 def _page(inspection: Inspection, *, report: RunReport | None, lanes: tuple[Lane, ...]) -> str:
-    every = with_ends(inspection)
-    most_bytes = max(cut.bytes_per_sample for cut in every)
+    all_cuts = with_ends(inspection)
+    most_bytes = max(cut.bytes_per_sample for cut in all_cuts)
     style, script = _asset("page.css"), _asset("page.js")
     return (
         _environment()
@@ -64,10 +64,10 @@ def _page(inspection: Inspection, *, report: RunReport | None, lanes: tuple[Lane
             graph=inspection.train,
             values=inspection.eval.values | inspection.train.values,
             outline=outline(inspection),
-            cuts=every,
-            profile=charts.steps([cut.bytes_per_sample for cut in every], most_bytes),
+            cuts=all_cuts,
+            profile=charts.steps([cut.bytes_per_sample for cut in all_cuts], most_bytes),
             most_bytes=most_bytes,
-            most_boundary=max(every[part.start].bytes_per_sample for part in inspection.partitions),
+            most_boundary=max(all_cuts[partition.start].bytes_per_sample for partition in inspection.partitions),
             lanes=lanes,
             style=Markup(style),
             style_digest=_digest(style),
@@ -78,8 +78,9 @@ def _page(inspection: Inspection, *, report: RunReport | None, lanes: tuple[Lane
 
 
 def _forecast_lanes(forecast: Forecast, plan: Plan) -> Iterator[Lane]:
-    phases = [phase for phase, its in zip(forecast.phases, plan.phases, strict=True) for _ in range(its.epochs)]
-    cost, peak = [phase.step_cost for phase in phases], [phase.peak_bytes for phase in phases]
+    pairs = zip(forecast.phases, plan.phases, strict=True)
+    by_epoch = [predicted for predicted, phase in pairs for _ in range(phase.epochs)]
+    cost, peak = [each.step_cost for each in by_epoch], [each.peak_bytes for each in by_epoch]
     yield _staircase("time of a step", cost, lambda value: f"{value:.2f} of standard", most=max(1.0, *cost))
     yield _staircase("peak memory", peak, _bytes, most=max(forecast.standard.peak_bytes, *peak))
 
@@ -103,27 +104,27 @@ def _measured_lanes(epochs: Sequence[EpochRecord]) -> Iterator[Lane]:
         yield _staircase("peak memory, process", [record.peak_resident_bytes for record in epochs], _bytes)
 
 
-def _staircase(name: str, values: Sequence[float], told: Callable[[float], str], *, most: float | None = None) -> Lane:
+def _staircase(name: str, values: Sequence[float], write: Callable[[float], str], *, most: float | None = None) -> Lane:
     top = max(values, default=0) if most is None else most
     return Lane(
         name=name,
-        extent=f"up to {told(top)}" if values else "",
+        extent=f"up to {write(top)}" if values else "",
         stairs=charts.steps(values, top),
-        told=tuple(map(told, values)),
+        captions=tuple(map(write, values)),
     )
 
 
-def _curves(name: str, curves: dict[str, list[float]], told: Callable[[float], str]) -> Lane:
-    """Several on one scale."""
+def _curves(name: str, curves: dict[str, list[float]], write: Callable[[float], str]) -> Lane:
+    """Draw several curves on one scale."""
     found = charts.bounds(value for values in curves.values() for value in values)
     least, most = found or (0.0, 0.0)
     epochs = zip(*curves.values(), strict=True)
     return Lane(
         name=name,
-        extent=f"{told(least)} to {told(most)}" if found else "",
+        extent=f"{write(least)} to {write(most)}" if found else "",
         curves=tuple((side, charts.line(values, least, most)) for side, values in curves.items()),
-        told=tuple(
-            ", ".join(f"{side} {told(value)}" for side, value in zip(curves, values, strict=True)) for values in epochs
+        captions=tuple(
+            ", ".join(f"{side} {write(value)}" for side, value in zip(curves, values, strict=True)) for values in epochs
         ),
     )
 
@@ -133,24 +134,24 @@ def _bytes(number: float | None) -> str:
 
 
 def _share(part: float, whole: float) -> str:
-    """For an attribute of SVG: `12.5%`, and no less than nothing of nothing."""
+    """Write the share of `part` in `whole` for an attribute of SVG, such as `12.5%`; that of 0 in 0 is `0%`."""
     return f"{100 * part / whole if whole else 0:.4g}%"
 
 
 def _roles(plan: Plan, index: int) -> list[tuple[Role, int, int]]:
-    """What partition `index` does over the run: the role, its first epoch and how many, neighbours joined."""
+    """List the roles of partition `index` over the run, each with its first epoch, from 0, and how many it has."""
     roles = [plan.phase_at(epoch).role(index) for epoch in range(plan.epochs)]
     firsts = [epoch for epoch in range(plan.epochs) if epoch == 0 or roles[epoch] != roles[epoch - 1]]
     return [(roles[first], first, stop - first) for first, stop in pairwise([*firsts, plan.epochs])]
 
 
 def _tensors_of(names: Iterable[str], values: Mapping[str, Value]) -> list[Value]:
-    """What has bytes; sizes and flags that are passed on too have none."""
+    """Select the tensors among the values of a boundary: sizes and flags, which are passed on too, have no bytes."""
     return [values[name] for name in names if values[name].bytes_per_sample]
 
 
 def _trains(phase: Phase, plan: Plan) -> str:
-    """Which partitions, in words."""
+    """Write which partitions train in a phase."""
     if phase.stop - phase.start == len(plan.partitions):
         return "all"
     last = phase.stop - 1
@@ -158,7 +159,7 @@ def _trains(phase: Phase, plan: Plan) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Control characters of names as escapes: a page may be printed to a terminal."""
+    """Escape control characters in names: a page may be printed to a terminal."""
     return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
 
 

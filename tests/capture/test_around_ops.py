@@ -123,7 +123,7 @@ def test_scripted_modules_keep_their_mode() -> None:
     assert torch.equal(*plain)
 
 
-@pytest.mark.parametrize("name", ["_model", "_signature", "_stages", "_phase", "_holding"])
+@pytest.mark.parametrize("name", ["_model", "_signature", "_stages", "_phase", "_freezing"])
 def test_a_submodule_may_have_a_name_of_the_executors(name: str) -> None:
     class Model(Linears):
         def forward(self, x: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import fx
 from fxsplit.capture import tracing
 from fxsplit.execute import recompute, source
 from fxsplit.execute.executor import Executor
-from fxsplit.execute.holding import Holding
+from fxsplit.execute.freezing import Freezing
 from fxsplit.execute.prefix import Prefix
 from fxsplit.objects.structure import map_tensors
 from fxsplit.plan import cuts
@@ -40,15 +40,15 @@ def overwritten_boundaries() -> AbstractContextManager[Any]:
 
 def kept_gradients() -> AbstractContextManager[Any]:
     """A parameter that a phase freezes keeps its gradient, so that an optimizer moves it."""
-    enter = Holding.enter
+    enter = Freezing.enter
 
-    def mutated(holding: Holding, start: int, stop: int) -> None:
-        before = [(parameter, parameter.grad) for parameter in holding._model.parameters()]
-        enter(holding, start, stop)
+    def mutated(freezing: Freezing, start: int, stop: int) -> None:
+        before = [(parameter, parameter.grad) for parameter in freezing._model.parameters()]
+        enter(freezing, start, stop)
         for parameter, gradient in before:
             parameter.grad = gradient
 
-    return patch.object(Holding, "enter", mutated)
+    return patch.object(Freezing, "enter", mutated)
 
 
 def lost_contexts() -> AbstractContextManager[Any]:
@@ -87,28 +87,28 @@ def stopped_gradients() -> AbstractContextManager[Any]:
 
 def forced_modes() -> AbstractContextManager[Any]:
     """What a phase trains is put into training, also what the user has put into evaluation."""
-    look = Holding.look
+    refresh = Freezing.refresh
 
-    def mutated(holding: Holding) -> bool:
-        if holding._model.training:
-            held = set(map(id, holding._held_modules))
-            for module in holding._model.modules():
-                module.training = module.training or id(module) not in held
-        return look(holding)
+    def mutated(freezing: Freezing) -> bool:
+        if freezing._model.training:
+            frozen = set(map(id, freezing._frozen_list))
+            for module in freezing._model.modules():
+                module.training = module.training or id(module) not in frozen
+        return refresh(freezing)
 
-    return patch.object(Holding, "look", mutated)
+    return patch.object(Freezing, "refresh", mutated)
 
 
-def unheld_modes() -> AbstractContextManager[Any]:
+def unfrozen_modes() -> AbstractContextManager[Any]:
     """What a phase freezes stays in training."""
-    return patch.object(Holding, "_hold", lambda *_: None)
+    return patch.object(Freezing, "_freeze", lambda *_: None)
 
 
 MUTATIONS: Mapping[str, Mutation] = {
     mutation.__name__: mutation
     for mutation in (
         stale_folds, overwritten_boundaries, kept_gradients, lost_contexts, moved_twice, lost_counters,
-        stopped_gradients, forced_modes, unheld_modes,
+        stopped_gradients, forced_modes, unfrozen_modes,
     )
 }  # fmt: skip
 

@@ -1,11 +1,11 @@
-"""What an executor holds of its model in a phase, and gives back when that ends: modes of modules, and gradients.
+"""Freezes the partitions of a model that do not train in a phase, and undoes it: modes of modules, and gradients.
 
     before              enter(phase)                               release()
     norm.training       False, and True is remembered              True
     requires_grad       False, and the name is remembered          True
 
-What an executor froze must be told from what the user froze, also after the executor is gone and in a copy of the
-model. So what is remembered travels with the model, as one attribute that it has while something is held.
+What an executor froze must be told apart from what the user froze, even when the executor is gone, and in a copy of the
+model. So the record of it is an attribute of the model, MARK, which is there as long as something is frozen.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from fxsplit.plan.partition import Partition
 RENAMED = re.compile(r"parametrizations\.([^.]+)\.original\d*$|(?<=[^.])_orig$")
 
 
-class _Place(NamedTuple):
-    """Where the model keeps a parameter, under its full name, and under which one it may have been frozen."""
+class _Entry(NamedTuple):
+    """A parameter of the model: its name, an earlier name under which it may have been frozen, and where it is kept."""
 
     name: str
     earlier: str
@@ -43,19 +43,23 @@ class _Place(NamedTuple):
 
 
 class _Statistics(NamedTuple):
-    """How a norm was when it was held."""
+    """A norm with running statistics, as it was when it was frozen."""
 
     norm: _BatchNorm
     momentum: float | None
     counted: bool
 
 
-class Holding:
-    """Holds the model of `trace` for one executor: partitions [start, stop) train, the others are frozen.
+class Freezing:
+    """Freezes partitions for one executor: [start, stop) train, the others are frozen.
 
-    The modules that only partitions outside the window call are in evaluation. One that partitions on both sides call
-    is in evaluation for some of its calls, see `evaluating`. A module outside the window that has a `train` of its own
-    is told by that, since it may do more than set a flag, such as merge weights.
+    Modules that only frozen partitions call are in evaluation mode all the time. One that training partitions call as
+    well is in evaluation mode only while a frozen one calls it, see `evaluating`. The mode of a module that has a
+    `train` method of its own is changed by that, since it may do more than set a flag, such as merge weights.
+
+    Args:
+        trace: of the model.
+        partitions: all of this trace, in order.
     """
 
     def __init__(self, trace: Trace, partitions: Sequence[Partition]) -> None:
@@ -64,7 +68,7 @@ class Holding:
             training: [_called(program.nodes[partition.span(training=training)]) for partition in partitions]
             for training, program in trace.programs.items()
         }
-        # The partitions that have ops in a module.
+        # By the path of a module, the partitions that have ops in it.
         self._inside: dict[str, set[int]] = {}
         for index, op, _ in ops_of(trace, partitions):
             for path in prefixes(op.path):
@@ -76,7 +80,7 @@ class Holding:
         self._statistics: list[_Statistics] = []
         self._averaging: list[_BatchNorm] = []
         self.estimating = False
-        self._make_way(insist=False)
+        self._undo_others(insist=False)
         self.arrange()
         _all.add(self)
 
@@ -85,20 +89,20 @@ class Holding:
         _all.add(self)
 
     def enter(self, start: int, stop: int) -> None:
-        """Let partitions [start, stop) train, and nothing else: other parameters want no gradient and hold none.
+        """Let partitions [start, stop) train and freeze the others: their parameters have no gradient and require none.
 
-        Raises PartitionError when another executor holds the model.
+        Raises PartitionError when another executor has frozen partitions of the model.
         """
-        self._make_way()
-        self.give_back()
+        self._undo_others()
+        self.restore_modes()
         self._statistics, self._averaging = [], []
         self.start, self.stop = start, stop
         self.arrange()
-        frozen = self._frozen()
+        frozen = self._frozen_names()
         self._mark = None if (start, stop) == (0, self._count) else {"parameters": [], "modes": {}, "training": None}
-        for index, places in enumerate(self._places):
+        for index, entries in enumerate(self._entries):
             trains = start <= index < stop
-            for name, parameter in _parameters(places, frozen):
+            for name, parameter in _parameters(entries, frozen):
                 parameter.requires_grad_(trains)
                 if not trains:
                     # Momentum would move a parameter even with a gradient of zero.
@@ -108,20 +112,20 @@ class Holding:
         vars(self._model).pop(MARK, None)
         if self._mark is not None:
             vars(self._model)[MARK] = self._mark
-        self.take()
+        self.freeze_modes()
 
-    def _make_way(self, *, insist: bool = True) -> None:
-        """Undo what an executor that is gone holds of this model, or of the one that this is a copy of.
+    def _undo_others(self, *, insist: bool = True) -> None:
+        """Undo what an executor that is gone has frozen, in this model or in the one that it is a copy of.
 
-        Raises PartitionError when the executor is still there and `insist` is true.
+        Raises PartitionError when that executor is still there and `insist` is true.
         """
         mark = vars(self._model).get(MARK)
         if mark is None or mark is self._mark:
             return
-        if _is_held(mark):
-            # Perhaps by garbage that nobody has collected yet.
+        if _is_in_use(mark):
+            # The other executor may be garbage that was not collected yet.
             gc.collect()
-        if _is_held(mark):
+        if _is_in_use(mark):
             if not insist:
                 return
             raise PartitionError(
@@ -129,7 +133,7 @@ class Holding:
                 "parameters for it; call that executor's release() first, or go on with it"
             )
         if self._model.training is mark["training"]:
-            _put_back(dict(self._model.named_modules()), mark["modes"])
+            _set_modes(dict(self._model.named_modules()), mark["modes"])
         parameters = dict(self._model.named_parameters())
         for name, parameter in parameters.items():
             if not {name, _earlier(name, parameters)}.isdisjoint(mark["parameters"]):
@@ -139,30 +143,30 @@ class Holding:
     def arrange(self) -> None:
         """Find the modules and parameters that the model has now."""
         modules = dict(self._model.named_modules(remove_duplicate=False))
-        self._held, self._shared = self._modules_to_hold(modules)
-        self._held_modules = list(self._held.values())
-        self._places: list[list[_Place]] = [[] for _ in range(self._count)]
+        self._frozen, self._shared = self._modules_to_freeze(modules)
+        self._frozen_list = list(self._frozen.values())
+        self._entries: list[list[_Entry]] = [[] for _ in range(self._count)]
         names = dict.fromkeys(name for name, _ in self._model.named_parameters())
         for name in names:
             index = self._owner_of(name)
             if index is not None:
                 path, _, key = name.rpartition(".")
-                self._places[index].append(_Place(name, _earlier(name, names), modules[path]._parameters, key))
+                self._entries[index].append(_Entry(name, _earlier(name, names), modules[path]._parameters, key))
 
     # Gradients
 
     @property
     def owned(self) -> tuple[tuple[Parameter, ...], ...]:
         """The parameters of each partition, as the model has them now, without those that the user froze."""
-        frozen = self._frozen()
-        return tuple(tuple(each for _, each in _parameters(places, frozen)) for places in self._places)
+        frozen = self._frozen_names()
+        return tuple(tuple(each for _, each in _parameters(entries, frozen)) for entries in self._entries)
 
-    def _frozen(self) -> set[str]:
-        """The names of those that are frozen, but not by the user."""
+    def _frozen_names(self) -> set[str]:
+        """Return the names of the parameters that an executor froze, not the user."""
         return set(vars(self._model).get(MARK, {}).get("parameters", ()))
 
     def _owner_of(self, name: str) -> int | None:
-        """The first partition that uses a parameter. One that came after tracing is used where its module is."""
+        """Find the first partition that uses a parameter; if it is new since tracing, the first in its module."""
         if name in self._known:
             return self._owner.get(name)
         inside = (self._inside[path] for path in reversed(prefixes(name)) if path and path in self._inside)
@@ -170,54 +174,54 @@ class Holding:
 
     # Modes
 
-    def take(self) -> None:
-        """Put what is held into evaluation."""
+    def freeze_modes(self) -> None:
+        """Put frozen modules into evaluation mode, and remember their modes."""
         self.estimating = any(map(_is_reset, self._statistics))
         if self._mark is None or self.estimating:
             return
-        self._hold(self._mark)
+        self._freeze(self._mark)
         self._statistics = [
             _Statistics(module, module.momentum, module.momentum is None and _batches(module) > 0)
-            for module in self._held_modules
+            for module in self._frozen_list
             if isinstance(module, _BatchNorm) and module.track_running_stats
         ]
         self._averaging = [each.norm for each in self._statistics if each.momentum is not None]
 
-    def _hold(self, mark: dict[str, Any]) -> None:
+    def _freeze(self, mark: dict[str, Any]) -> None:
         modes = mark["modes"]
         if mark["training"] is not self._model.training:
-            # All of the model was put into another mode, and what it held before does not matter any more.
+            # The model as a whole was put into another mode, which makes the remembered ones obsolete.
             modes.clear()
             mark["training"] = self._model.training
-        # All before any, because a module may put those in it into evaluation as well.
-        for path, module in self._held.items():
+        # All modes are read before any is changed, because a module may change those in it as well.
+        for path, module in self._frozen.items():
             if module.training or path not in modes:
                 modes[path] = module.training
-        for module in self._held_modules:
-            _put(module, False)
+        for module in self._frozen_list:
+            _set_mode(module, False)
 
-    def give_back(self) -> None:
-        """Put what is held into the modes in which it would be without this executor."""
+    def restore_modes(self) -> None:
+        """Put frozen modules into the modes in which they would be without this executor."""
         if self._mark is None:
             return
         modes = self._mark["modes"]
         if modes and self._mark["training"] is self._model.training:
-            # Somebody may have put a module into training since.
-            modes.update({path: True for path, module in self._held.items() if module.training})
-            _put_back(self._held, modes)
+            # The user may have put a module into training mode since.
+            modes.update({path: True for path, module in self._frozen.items() if module.training})
+            _set_modes(self._frozen, modes)
         modes.clear()
 
-    def look(self) -> bool:
-        """Hold again what somebody has put into training since. Returns whether partitions are held now.
+    def refresh(self) -> bool:
+        """Freeze the modes again that the user has changed since, and return whether modes are frozen now.
 
-        They are not while the statistics of norms are estimated anew, as `torch.optim.swa_utils.update_bn` does: reset,
-        with a momentum of None, which means all batches alike.
+        They are not while BatchNorm statistics are estimated again, as `torch.optim.swa_utils.update_bn` does: this is
+        seen by norms whose statistics were reset and whose momentum is None, for the mean over all batches.
 
-        Raises PartitionError when another executor holds the model and it is in training.
+        Raises PartitionError when another executor has frozen partitions and the model is in training.
         """
         training = self._model.training
         if training and vars(self._model).get(MARK) is not self._mark:
-            self._make_way()
+            self._undo_others()
         if self._mark is None:
             return False
         if None in [norm.momentum for norm in self._averaging]:
@@ -225,40 +229,42 @@ class Holding:
         elif self._averaging:
             self.estimating = False
         if self.estimating:
-            self.give_back()
-        elif self._mark["training"] is not training or True in [module.training for module in self._held_modules]:
-            self._hold(self._mark)
+            self.restore_modes()
+        elif self._mark["training"] is not training or True in [module.training for module in self._frozen_list]:
+            self._freeze(self._mark)
         return not self.estimating
 
     def covers(self, path: str) -> bool:
-        """Whether the mode of a module concerns partitions outside the window alone, when these are held."""
+        """Tell whether the mode of a module matters to frozen partitions alone."""
         inside = self._inside.get(path)
         is_outside = bool(path) and inside is not None and not any(self.start <= index < self.stop for index in inside)
-        return is_outside or path in self._held
+        return is_outside or path in self._frozen
 
     @contextmanager
     def evaluating(self, *outside: int) -> Iterator[None]:
-        """Inside, what partitions outside the window call is in evaluation, also what the window calls as well."""
-        on = [module for index in outside for module in self._shared[index] if module.training]
-        for module in on:
-            _put(module, False)
+        """Inside, all that the frozen partitions `outside` call is in evaluation mode, even if others train it."""
+        training = [module for index in outside for module in self._shared[index] if module.training]
+        for module in training:
+            _set_mode(module, False)
         try:
             yield
         finally:
-            for module in on:
-                _put(module, True)
+            for module in training:
+                _set_mode(module, True)
 
-    def _modules_to_hold(self, modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], list[list[nn.Module]]]:
-        """Those that are held all the time, by path, and by partition those that the window calls as well."""
-        window = range(self.start, self.stop)
-        trained = {id(module) for index in window for _, module in _below(modules, self._called[TRAINING][index])}
-        outside = set(range(self._count)) - set(window)
-        held: set[str] = set()
+    def _modules_to_freeze(
+        self, modules: Mapping[str, nn.Module]
+    ) -> tuple[dict[str, nn.Module], list[list[nn.Module]]]:
+        """Find the modules to freeze all the time, by path; and by partition those that training partitions share."""
+        training = range(self.start, self.stop)
+        trained = {id(module) for index in training for _, module in _below(modules, self._called[TRAINING][index])}
+        outside = set(range(self._count)) - set(training)
+        frozen: set[str] = set()
         shared: list[list[nn.Module]] = [[] for _ in range(self._count)]
         for index in outside:
             for path, module in _below(modules, self._called[EVALUATION][index]):
                 if id(module) not in trained:
-                    held.add(path)
+                    frozen.add(path)
                 elif module not in shared[index]:
                     shared[index].append(module)
         own = [
@@ -266,16 +272,16 @@ class Holding:
             for path, module in modules.items()
             if path and _has_own_train(module) and path in self._inside and self._inside[path] <= outside
         ]
-        held |= {path for path, module in _below(modules, own) if id(module) not in trained}
-        # In this order a module comes before those in it.
-        return {path: module for path, module in modules.items() if path in held}, shared
+        frozen |= {path for path, module in _below(modules, own) if id(module) not in trained}
+        # In the model's order, in which a module comes before those in it.
+        return {path: module for path, module in modules.items() if path in frozen}, shared
 
 
-_all: weakref.WeakSet[Holding] = weakref.WeakSet()
+_all: weakref.WeakSet[Freezing] = weakref.WeakSet()
 
 
-def _is_held(mark: Mapping[str, Any]) -> bool:
-    return any(holding._mark is mark for holding in _all)
+def _is_in_use(mark: Mapping[str, Any]) -> bool:
+    return any(each._mark is mark for each in _all)
 
 
 def _called(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
@@ -283,22 +289,22 @@ def _called(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
 
 
 def _below(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules at these paths, where there still are any, and all that they hold."""
+    """Give the modules at these paths, as far as they still exist, and all modules in them."""
     for path in paths:
         if path in modules:
             yield from modules[path].named_modules(prefix=path)
 
 
-def _parameters(places: Iterable[_Place], frozen: Container[str]) -> Iterator[tuple[str, Parameter]]:
-    """Those that want a gradient, or would if they were not frozen."""
-    for name, earlier, parameters, key in places:
+def _parameters(entries: Iterable[_Entry], frozen: Container[str]) -> Iterator[tuple[str, Parameter]]:
+    """Give the parameters that require a gradient, or would if they were not `frozen`."""
+    for name, earlier, parameters, key in entries:
         parameter = parameters.get(key)
         if parameter is not None and (parameter.requires_grad or name in frozen or earlier in frozen):
             yield name, parameter
 
 
 def _earlier(name: str, names: Container[str]) -> str:
-    """The name that a parameter may have had before it was parametrized or pruned."""
+    """Return the name that a parameter may have had before it was parametrized or pruned."""
     earlier = RENAMED.sub(lambda match: match[1] or "", name)
     return name if earlier in names else earlier
 
@@ -307,7 +313,7 @@ def _has_own_train(module: nn.Module) -> bool:
     return "train" in vars(module) or type(module).train is not nn.Module.train
 
 
-def _put(module: nn.Module, mode: bool) -> None:
+def _set_mode(module: nn.Module, mode: bool) -> None:
     if module.training is mode:
         return
     if _has_own_train(module):
@@ -316,10 +322,10 @@ def _put(module: nn.Module, mode: bool) -> None:
         module.training = mode
 
 
-def _put_back(modules: Mapping[str, nn.Module], modes: Mapping[str, bool]) -> None:
+def _set_modes(modules: Mapping[str, nn.Module], modes: Mapping[str, bool]) -> None:
     for path, mode in modes.items():
         if path in modules:
-            _put(modules[path], mode)
+            _set_mode(modules[path], mode)
 
 
 def _batches(norm: _BatchNorm) -> int:
@@ -328,6 +334,6 @@ def _batches(norm: _BatchNorm) -> int:
 
 
 def _is_reset(each: _Statistics) -> bool:
-    """Whether its statistics were reset, to become those of the batches to come."""
+    """Tell whether statistics were reset, to be estimated again from the batches to come."""
     was_used = each.momentum is not None or each.counted
     return each.norm.momentum is None and was_used and _batches(each.norm) == 0
