@@ -47,6 +47,7 @@ REFUSABLE = frozenset(
         "random branch",
     }
 )
+UNTYING = ("state assigned", "module replaced", "new parameter", "parametrization set")
 BY_HAND = ("evaluation by hand", "block evaluation by hand")
 # Of the largest value, in double precision: norms in the weights before them, and what follows from that.
 TOLERANCE = 1e-8
@@ -321,7 +322,7 @@ class _Run:
             if event.kind not in BY_HAND:
                 for model in models:
                     EVENTS[event.kind](model, Random(event.choice))
-        if "tied" in self.case.features and any(event.kind == "state assigned" for event in events):
+        if "tied" in self.case.features and any(event.kind in UNTYING for event in events):
             raise VoidError("parameters that are tied no longer have no partition to be frozen with")
         if any(event.kind in ("state assigned", "new parameter", "module replaced", "parametrization set")
                for event in events):  # fmt: skip
