@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from torch import fx, nn
 from torch.nn import functional as F
 
 import fxsplit
@@ -303,6 +304,20 @@ def test_products_are_asked_for_and_reported(
     assert any("matrix products" in sentence for sentence in heard.sentences) is channels_last
     fxsplit.inspect(spec(channels_last=channels_last), measured=True)
     assert given == [(pointwise_products,) if channels_last else ()] * 2
+
+
+def test_a_run_speaks_of_the_passes_that_it_has(
+    monkeypatch: pytest.MonkeyPatch, spec: Callable[..., fxsplit.RunSpec]
+) -> None:
+    def nothing_changed(graph: fx.Graph, _model: nn.Module) -> fx.Graph:
+        return graph
+
+    monkeypatch.setattr("fxsplit.assembly.passes", lambda *_: (nothing_changed,))
+    heard = Notices()
+    fxsplit.train(spec(epochs=1), heard)
+    assert [each for each in heard.sentences if "matrix products" in each or "pass" in each] == [
+        "graphs are rewritten by the pass nothing_changed"
+    ]
 
 
 def test_exits_leave_no_trace_in_what_is_saved(spec: Callable[..., fxsplit.RunSpec]) -> None:
