@@ -112,7 +112,7 @@ class RunSpec:
     schedule: str = option(
         "Layer-to-layer",
         "Which partitions train when: all (standard), fewer at both ends (window), the student (grow), the teacher "
-        "(settle; settle-far up to nearly all of the work, and the earlier the longer the run).",
+        "(settle; settle-far: as settle, but nearly everything; sooner in longer runs).",
         "standard",
         choices=tuple(SCHEDULES),
         instead=NO_SCHEDULE,
