@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fxsplit.pages.figures import human
+from fxsplit.pages.figures import human, trains
 from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import CheckRecord, ForecastRecord, RunReport
@@ -34,20 +34,20 @@ def report(result: RunReport) -> None:
         table.add_row(str(index + 1), *window, str(len(records)), f"{seconds:.1f}", accuracy)
     console.print(table, "")
 
-    def known(name: str) -> list[Any]:
+    def measured(name: str) -> list[Any]:
         return [value for record in result.epochs if (value := getattr(record, name)) is not None]
 
-    joules = known("energy_joules")
+    joules = measured("energy_joules")
     facts = Table.grid(padding=(0, 2))
     for name, fact in {
         "test accuracy": f"{result.accuracy_pct:.2f} % (last epoch)" if result.epochs else human(None),
         "total time": f"{result.total_seconds:.1f} s, of which setup {result.setup_seconds:.1f} s",
-        "peak memory: process resident": human(max(known("peak_resident_bytes"), default=None), "B"),
-        "peak memory: CUDA allocated": human(max(known("peak_allocated_bytes"), default=None), "B"),
-        "peak memory: CUDA reserved": human(max(known("peak_reserved_bytes"), default=None), "B"),
-        "peak memory: device (NVML)": human(max(known("device_bytes"), default=None), "B"),
-        "cache: in memory": human(max(known("cache_resident_bytes"), default=None), "B"),
-        "cache: in a file": human(max(known("cache_file_bytes"), default=None), "B"),
+        "peak memory: process resident": human(max(measured("peak_resident_bytes"), default=None), "B"),
+        "peak memory: CUDA allocated": human(max(measured("peak_allocated_bytes"), default=None), "B"),
+        "peak memory: CUDA reserved": human(max(measured("peak_reserved_bytes"), default=None), "B"),
+        "peak memory: device (NVML)": human(max(measured("device_bytes"), default=None), "B"),
+        "cache: in memory": human(max(measured("cache_resident_bytes"), default=None), "B"),
+        "cache: in a file": human(max(measured("cache_file_bytes"), default=None), "B"),
         "energy (NVML)": human(sum(joules) if joules else None, "J"),
     }.items():
         facts.add_row(name, Text(fact, "bold" if name == "test accuracy" else ""))
@@ -76,10 +76,10 @@ def checks(records: Sequence[CheckRecord]) -> None:
 def _findings(record: CheckRecord) -> list[str]:
     """What is to be said of a model beside its row; each line goes on where its name ends."""
     lines = [f": {record.refusal}"] if record.refusal else []
-    for found, cause in ((record.differences, ""), (record.own_differences, ", and so do two plain models")):
+    for found, aside in ((record.differences, ""), (record.own_differences, ", and so do two plain models")):
         if found:
             more = len(found) - LISTED
-            lines.append(f" differs{cause}: {'; '.join(found[:LISTED])}{f'; and {more} more' if more > 0 else ''}")
+            lines.append(f" differs{aside}: {'; '.join(found[:LISTED])}{f'; and {more} more' if more > 0 else ''}")
     alike: dict[str, list[str]] = {}
     for path, reason in record.opaque.items():
         alike.setdefault(reason, []).append(path)
@@ -98,7 +98,7 @@ def forecasts(records: Sequence[ForecastRecord]) -> None:
             ahead, real = phase.forecast, phase.measured
             table.add_row(
                 Text(record.model),
-                f"{phase.start} to {phase.stop - 1}",
+                trains(phase.start, phase.stop, record.partitions),
                 *(f"{cost:.2f}" for cost in (ahead.step_cost, real.step_cost)),
                 *(human(size, "B") for size in (ahead.activation_bytes, real.activation_bytes)),
                 *(human(size, "B") for size in (ahead.peak_bytes, real.peak_bytes)),
@@ -150,9 +150,7 @@ def where(phase: Phase, plan: Plan) -> tuple[Text, Text]:
     """Say which partitions train, and before which module the cut is."""
     count = len(plan.partitions)
     cut = phase.cut(count)
-    window = f"{phase.start} to {phase.stop - 1}" if phase.stop - phase.start > 1 else str(phase.start)
-    trains = "all" if phase.stop - phase.start == count else f"{window} of {count}"
-    return Text(trains), Text("-" if cut is None else plan.partitions[cut].name)
+    return Text(trains(phase.start, phase.stop, count)), Text("-" if cut is None else plan.partitions[cut].name)
 
 
 def new_table(*headers: str) -> Table:

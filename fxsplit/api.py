@@ -18,6 +18,7 @@ from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.data import datasets
 from fxsplit.errors import NoModelError
 from fxsplit.execute.executor import Executor
+from fxsplit.execute.passes import effect_of
 from fxsplit.measuring.op_costs import measure as measure_ops
 from fxsplit.models import registry
 from fxsplit.plan.partition import most_partitions, partition
@@ -44,8 +45,8 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         model = assembly.model(spec, data, device)  # an untouched nn.Module
         trace = assembly.trace(spec, model, data)  # its ops in order, in training and in evaluation
         passes = assembly.passes(spec, device)
-        if passes:
-            observer.notice("1x1 convolutions run as matrix products: faster, and equal to the model within rounding")
+        for each in passes:
+            observer.notice(effect_of(each))
         if spec.balance == "seconds" and spec.plan is None:
             trace = measure_ops(trace, (assembly.random_images(spec, data),), device=device, passes=passes)
         plan = assembly.plan(spec, trace, observer)  # partitions and phases: names and numbers, no tensors

@@ -81,8 +81,13 @@ class Terminated(KeyboardInterrupt):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Suggest the known words closest to `word`: `"; did you mean 'a' or 'b'?"`, or an empty string."""
-    close = get_close_matches(word, list(known), n=2, cutoff=0.6)
+    close = closest(word, known)
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+
+
+def closest(word: str, known: Iterable[str]) -> list[str]:
+    """List up to two known words that `word` may be a misspelling of."""
+    return get_close_matches(word, list(known), n=2, cutoff=0.6)
 
 
 def reason(error: BaseException) -> str:

@@ -273,6 +273,7 @@ class ForecastRecord:
     refusal: str | None = None
     unknown: bool = False
     batch_size: int = 0
+    partitions: int = 0
     phases: tuple[PhaseCheck, ...] = ()
     seconds: float = 0.0
 

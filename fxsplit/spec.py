@@ -17,7 +17,7 @@ import yaml
 from fxsplit.errors import UsageError, nearest
 from fxsplit.options import key, kind_of, option, read_value
 from fxsplit.plan.partition import BALANCES, CUT_KINDS
-from fxsplit.plan.planfile import read_file
+from fxsplit.plan.planfile import read_options
 from fxsplit.plan.schedule import NO_SCHEDULE, SCHEDULES, SETTLING
 from fxsplit.presets import PRESETS, preset
 
@@ -112,7 +112,7 @@ class RunSpec:
     schedule: str = option(
         "Layer-to-layer",
         "Which partitions train when: all (standard), fewer at both ends (window), the student (grow), the teacher "
-        "(settle; settle-far up to nearly all of the work, and the earlier the longer the run).",
+        "(settle; settle-far: as settle, but nearly everything; sooner in longer runs).",
         "standard",
         choices=tuple(SCHEDULES),
         instead=NO_SCHEDULE,
@@ -395,8 +395,7 @@ def _under(given: Mapping[str, Any]) -> dict[str, Any]:
     path = given.get("plan")
     of_file = {}
     if path and isinstance(path, str) and not {"preset", "epochs"} <= given.keys():
-        file = read_file(path)
-        of_file = {"preset": file.preset, "epochs": file.epochs}
+        of_file = read_options(path)
     known = {**_DEFAULTS, **of_file, **given}
     name, epochs = known["preset"], known["epochs_total"] or known["epochs"]
     # A wrong preset or number of epochs is refused later, when the fields are read.

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from torch import fx, nn
 from torch.nn import functional as F
 
 import fxsplit
@@ -305,6 +306,37 @@ def test_products_are_asked_for_and_reported(
     assert given == [(pointwise_products,) if channels_last else ()] * 2
 
 
+@pytest.mark.parametrize("preset", ["none", "l3l"])
+def test_wrong_keys_of_a_plan_file_hide_no_wrong_cuts(
+    spec: Callable[..., fxsplit.RunSpec], tmp_path: Path, preset: str
+) -> None:
+    path = tmp_path / "plan.json"
+    plan = {"schema": 3, "preset": preset, "schedule": "mine", "cuts": ["9"], "phases": [{"epoch": 2}]}
+    path.write_text(json.dumps(plan), encoding="utf-8")
+    asked = spec(plan=str(path))
+    for verb in (fxsplit.train, fxsplit.inspect):
+        with pytest.raises(UsageError) as caught:
+            verb(asked)
+        sentences = str(caught.value).partition(": ")[2]
+        assert ("preset is" in sentences) is (preset != "none")
+        assert "phase 1: the key 'epoch' is not known; did you mean 'epochs'?" in sentences
+        assert "no operation of the model lies in '9'" in sentences
+
+
+def test_a_run_speaks_of_the_passes_that_it_has(
+    monkeypatch: pytest.MonkeyPatch, spec: Callable[..., fxsplit.RunSpec]
+) -> None:
+    def nothing_changed(graph: fx.Graph, _model: nn.Module) -> fx.Graph:
+        return graph
+
+    monkeypatch.setattr("fxsplit.assembly.passes", lambda *_: (nothing_changed,))
+    heard = Notices()
+    fxsplit.train(spec(epochs=1), heard)
+    assert [each for each in heard.sentences if "matrix products" in each or "pass" in each] == [
+        "graphs are rewritten by the pass nothing_changed"
+    ]
+
+
 def test_exits_leave_no_trace_in_what_is_saved(spec: Callable[..., fxsplit.RunSpec]) -> None:
     plain, more = (train(spec(epochs=6, schedule="settle", exits=count)) for count in (0, 2))
     saved = [safetensors.torch.load_file(Path(report.folder) / "model.safetensors") for report in (plain, more)]
@@ -496,6 +528,7 @@ def test_forecasts_are_held_against_measurement(spec: Callable[..., fxsplit.RunS
     assert heard == [f"{name} of 3" for name in names]
     small, cnn, pixels = records
     assert [(phase.start, phase.stop) for phase in small.phases] == [(0, 3), (1, 3)]
+    assert small.partitions == 3
     assert cnn.verdict == "as forecast"
     assert all(phase.measured.step_seconds > 0 for record in (small, cnn) for phase in record.phases)
     assert pixels.verdict == "refused"

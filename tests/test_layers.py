@@ -66,7 +66,7 @@ FILES = sorted(path for path in (ROOT / "fxsplit").rglob("*.py") if not path.nam
 
 
 def test_every_file_has_its_layer() -> None:
-    assert len(FILES) == 107
+    assert {ROOT / "fxsplit" / name for name in ("api.py", "plan/schedule.py", "execute/executor.py")} <= set(FILES)
     assert {noun(path) for path in FILES} == set().union(*LAYERS)
 
 

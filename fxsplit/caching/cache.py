@@ -76,8 +76,9 @@ class CachePolicy:
 class Cache:
     """Gives the batches of an epoch at the cut: read from rows where it has them, else computed and kept as rows.
 
-    Where rows cannot be kept it gives images instead and calls `notice` once with the reason; under "auto" it is silent
-    when they would merely not pay. Made by `CachePolicy.open`, which describes the arguments.
+    Where rows cannot be kept it gives images instead and calls `notice` once with the reason. Under "auto" it is silent
+    when they would merely not pay, unless the images have views, which were asked for so that rows can be kept. Made by
+    `CachePolicy.open`, which describes the arguments.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class Cache:
     def _give_up(self, why: str, pays: bool = True) -> None:
         self._drop()
         self._given_up = True
-        if pays or self._policy.medium != "auto":
+        if pays or self._policy.medium != "auto" or self._loader.views is not None:
             batch = "batch" if self._loader.training else "test batch"
             self._notice(f"the settled partitions are computed anew for each {batch}, without a cache: {why}")
 

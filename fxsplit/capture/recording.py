@@ -85,7 +85,7 @@ class Recorder:
                 raise
             except Exception as error:
                 compiled = compiled_function(error)
-                function = compiled or failing_function(error, known=self._whole)
+                function = compiled or failing_function(error, kept_whole=self._whole)
                 if compiled is not None and compiled in self._whole:
                     raise self._error(UntraceableError(f"it calls {compiled.__name__!r}, which {COMPILED}")) from error
                 if compiled is not None:

@@ -106,6 +106,12 @@ class Trace:
     snapshot: Snapshot
     modes: Mapping[bool, Mapping[str, bool]]
 
+    def __str__(self) -> str:
+        """List the ops of the training graph, one a line: name, kind and shape of the output."""
+        rows = [(op.name, op.kind, " × ".join(map(str, op.output.shape or ())) or "-") for op in self.train.ops]
+        name_width, kind_width = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
+        return "\n".join(f"{name:{name_width}}  {kind:{kind_width}}  {shape}" for name, kind, shape in rows)
+
     @property
     def train(self) -> Graph:
         """Return the graph of training."""

@@ -47,10 +47,10 @@ def user_line() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown"
 
 
-def failing_function(error: BaseException, known: Container[object]) -> FunctionType | None:
+def failing_function(error: BaseException, kept_whole: Container[object]) -> FunctionType | None:
     """Find the innermost function, or method of a module, that was running below a forward when it failed.
 
-    None if there is none but forwards and functions in `known`.
+    Forwards do not count, nor functions in `kept_whole`; None if nothing else was running.
     """
     found = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -60,7 +60,7 @@ def failing_function(error: BaseException, known: Container[object]) -> Function
         if not _is_users(code.co_filename) or code.co_name == "forward":
             continue
         function = _function_of(frame)
-        if function is not None and function not in known:
+        if function is not None and function not in kept_whole:
             found = function
     return found
 
@@ -120,6 +120,7 @@ def asserted() -> bool | None:
 
 def _position(frame: FrameType) -> tuple[int, int]:
     """Return line and column of the instruction before a jump, since the jump has those of the whole statement."""
+    # An instruction takes two bytes, and `co_positions` has an entry for each instruction.
     line, _, column, _ = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2 - 1, None))
     return line or frame.f_lineno, column or 0
 

@@ -14,6 +14,11 @@ from fxsplit.execute.pointwise import pointwise_products
 # node that replaces another takes over its meta. Reports name a pass by its `__name__`.
 Pass = Callable[[fx.Graph, nn.Module], fx.Graph]
 
+# What a run with a pass says of it.
+EFFECTS: dict[Pass, str] = {
+    pointwise_products: "1x1 convolutions run as matrix products: faster, and equal to the model within rounding",
+}
+
 
 def rewritten(graph: fx.Graph, model: nn.Module, passes: Sequence[Pass]) -> fx.Graph:
     """Let the passes rewrite a stage's graph, one after the other, and return it."""
@@ -23,6 +28,12 @@ def rewritten(graph: fx.Graph, model: nn.Module, passes: Sequence[Pass]) -> fx.G
 def passes_for(device: torch.device, *, channels_last: bool) -> tuple[Pass, ...]:
     """Choose the passes that make a run faster: 1x1 convolutions as products, for channels-last images on a CPU."""
     return (pointwise_products,) if channels_last and device.type == "cpu" else ()
+
+
+def effect_of(each: Pass) -> str:
+    """Say what a pass changes, in a sentence for people; of one without such a sentence, its name."""
+    (name,) = names_of((each,))
+    return EFFECTS.get(each, f"graphs are rewritten by the pass {name}")
 
 
 def names_of(passes: Sequence[Pass]) -> tuple[str, ...]:

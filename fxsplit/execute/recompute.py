@@ -108,16 +108,16 @@ class Recomputing:
             path = called_module(node)
             if path is not None:
                 called[path] = None
-                for name, module in trace.model.get_submodule(path).named_modules(prefix=path):
+                for inner, module in trace.model.get_submodule(path).named_modules(prefix=path):
                     if module._buffers or not _is_plain(module):
-                        owners.add(name)
+                        owners.add(inner)
         self._owners, self._called = tuple(sorted(owners)), tuple(called)
         # Modules that may hold more that forward changes: lists, counters, generators.
         self._holders = tuple(path for path in called if not _is_plain(trace.model.get_submodule(path)))
         # Generators that ops are given as constants, in whatever partition the constant is made.
         constants = (node.target.value for node in program.nodes if isinstance(node.target, Constant))
         self._generators = [each for each in constants if isinstance(each, torch.Generator)]
-        self._stops_early = all(_saves_as_it_begins(trace.model, node) for node in program.nodes[span])
+        self._stops_early = all(_saves_final_tensors(trace.model, node) for node in program.nodes[span])
         # A cut at which a later op writes into an earlier value is refused, so what is written here are model inputs.
         values = program.graph.values
         memory = {values[name].storage for op in program.graph.ops[span] for name in op.mutates if name in values}
@@ -129,17 +129,17 @@ class Recomputing:
 
     def __call__(self, model: nn.Module, values: list[Any]) -> Any:
         """Run on boundary values, whose list is emptied, and return boundary values."""
-        given, values[:] = list(values), []
+        boundary, values[:] = list(values), []
         contents = {path: _content(model.get_submodule(path)) for path in self._owners}
         # The user may put the model into evaluation mode before backward.
         modes = [(each, each.training) for path in self._called for each in model.get_submodule(path).modules()]
         # torch's checkpoint restores torch's own generator.
-        own = (GLOBAL_GENERATORS["random"], GLOBAL_GENERATORS["numpy.random"], *self._generators)
-        numbers = [(generator, state_of(generator)) for generator in own]
-        held = [Contents(model.get_submodule(path)) for path in self._holders]
-        originals = {position: given[position] for position in self._written}
+        others = (GLOBAL_GENERATORS["random"], GLOBAL_GENERATORS["numpy.random"], *self._generators)
+        generator_states = [(generator, state_of(generator)) for generator in others]
+        snapshots = [Contents(model.get_submodule(path)) for path in self._holders]
+        originals = {position: boundary[position] for position in self._written}
         for position, tensor in originals.items():
-            given[position] = _copy(tensor.detach()).requires_grad_(tensor.requires_grad)
+            boundary[position] = _copy(tensor.detach()).requires_grad_(tensor.requires_grad)
 
         def run(*given: Any) -> Any:
             values = list(given)
@@ -147,9 +147,9 @@ class Recomputing:
                 values[position] = originals.pop(position) if position in originals else _copy(values[position])
             return self.stage(values, training=TRAINING)
 
-        restoring = _MadeOnEntry(lambda: _restored(model, contents, modes, numbers, held))
+        restoring = _MadeOnEntry(lambda: _restored(model, contents, modes, generator_states, snapshots))
         with set_checkpoint_early_stop(self._stops_early):
-            return checkpoint(run, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), restoring))
+            return checkpoint(run, *boundary, use_reentrant=False, context_fn=lambda: (nullcontext(), restoring))
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -157,8 +157,8 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.new_empty_strided(tensor.size(), tensor.stride()).copy_(tensor)
 
 
-def _saves_as_it_begins(model: nn.Module, node: fx.Node) -> bool:
-    """Tell whether the tensors that an op saves for backward have their numbers at the moment when they are saved.
+def _saves_final_tensors(model: nn.Module, node: fx.Node) -> bool:
+    """Tell whether the tensors that an op saves for backward are final at the moment when they are saved.
 
     Recomputation may then stop early, when the last of them is saved. RReLU saves its noise before it draws the
     numbers, and code from outside torch may use RReLU.
@@ -201,8 +201,8 @@ def _restored(
     model: nn.Module,
     contents: Mapping[str, Content],
     modes: Modes,
-    numbers: States,
-    held: Sequence[Contents],
+    generator_states: States,
+    snapshots: Sequence[Contents],
 ) -> Iterator[None]:
     """Inside, modules hold what they held before the first forward, and the same random numbers are drawn.
 
@@ -211,12 +211,12 @@ def _restored(
     modules = {path: model.get_submodule(path) for path in contents}
     now = {path: (dict(vars(module)), dict(module._buffers)) for path, module in modules.items()}
     modes_now = [(module, module.training) for module, _ in modes]
-    numbers_now = [(generator, state_of(generator)) for generator, _ in numbers]
-    held_now = [each.again() for each in held]
+    states_now = [(generator, state_of(generator)) for generator, _ in generator_states]
+    snapshots_now = [each.again() for each in snapshots]
     try:
-        for each in held:
+        for each in snapshots:
             each.restore()
-        _set_generators(numbers)
+        _set_generators(generator_states)
         for path, (attributes, buffers) in contents.items():
             vars(modules[path]).update(attributes)
             # Copies, since every run must start from the same buffers.
@@ -224,8 +224,8 @@ def _restored(
         _set(modes)
         yield
     finally:
-        _set_generators(numbers_now)
-        for each in held_now:
+        _set_generators(states_now)
+        for each in snapshots_now:
             each.restore()
         _set(modes_now)
         for path, (attributes, buffers) in now.items():

@@ -306,7 +306,8 @@ def _split(spec: str) -> tuple[str, str]:
     if factories.is_file(source) and not name:
         found = ", ".join(f"{source}:{factory}" for factory in factories.names(source))
         raise UsageError(
-            f"{source!r} is a file; name the function or class of it that builds the model: {found or '-'}"
+            f"{source!r} is a file; name the function or class of it that builds the model: "
+            f"{found or 'it defines none'}"
         )
     if not (source and name):
         raise NoModelError(f"{spec!r} is not the full name of a model{_full_names(spec) or f'; write {FORMS}'}")

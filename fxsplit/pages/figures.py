@@ -31,8 +31,22 @@ def duration(seconds: float | None) -> str:
 
 
 def shape(sizes: tuple[int, ...]) -> str:
-    """Write a shape as `64 x 3 x 32 x 32`; a tensor without dimensions is a "scalar"."""
-    return " x ".join(map(str, sizes)) or "scalar"
+    """Write a shape as `64 × 3 × 32 × 32`; a tensor without dimensions is a "scalar"."""
+    return " × ".join(map(str, sizes)) or "scalar"
+
+
+def trains(start: int, stop: int, count: int) -> str:
+    """Write which of `count` partitions [start, stop) are, such as `all`, `first 2 of 4` and `last 3 of 4`.
+
+    Those in the middle are counted from 1: `2 to 3 of 4`, or `number 2 of 4`.
+    """
+    if stop - start == count:
+        return "all"
+    if start == 0:
+        return f"first {stop} of {count}"
+    if stop == count:
+        return f"last {stop - start} of {count}"
+    return f"number {stop} of {count}" if stop - start == 1 else f"{start + 1} to {stop} of {count}"
 
 
 def epochs_of(index: int, plan: Plan) -> str:

@@ -24,7 +24,7 @@ from fxsplit.pages import charts, figures
 from fxsplit.pages.outline import outline
 from fxsplit.plan.cuts import with_ends
 from fxsplit.plan.forecast import Forecast
-from fxsplit.plan.schedule import Phase, Plan, Role
+from fxsplit.plan.schedule import Plan, Role
 from fxsplit.report import EpochRecord, Inspection, RunReport
 
 
@@ -82,7 +82,8 @@ def _forecast_lanes(forecast: Forecast, plan: Plan) -> Iterator[Lane]:
     by_epoch = [predicted for predicted, phase in pairs for _ in range(phase.epochs)]
     cost, peak = [each.step_cost for each in by_epoch], [each.peak_bytes for each in by_epoch]
     yield _staircase("time of a step", cost, lambda value: f"{value:.2f} of standard", most=max(1.0, *cost))
-    yield _staircase("peak memory", peak, _bytes, most=max(forecast.standard.peak_bytes, *peak))
+    standard = forecast.standard.peak_bytes
+    yield _staircase("peak memory", peak, _bytes, most=max(standard, *peak), beside=f" (standard: {_bytes(standard)})")
 
 
 def _measured_lanes(epochs: Sequence[EpochRecord]) -> Iterator[Lane]:
@@ -104,12 +105,15 @@ def _measured_lanes(epochs: Sequence[EpochRecord]) -> Iterator[Lane]:
         yield _staircase("peak memory, process", [record.peak_resident_bytes for record in epochs], _bytes)
 
 
-def _staircase(name: str, values: Sequence[float], write: Callable[[float], str], *, most: float | None = None) -> Lane:
-    top = max(values, default=0) if most is None else most
+def _staircase(
+    name: str, values: Sequence[float], write: Callable[[float], str], *, most: float | None = None, beside: str = ""
+) -> Lane:
+    """Draw one figure, on a scale that ends at `most`, or at the largest value; `beside` follows that value."""
+    top = max(values, default=0)
     return Lane(
         name=name,
-        extent=f"up to {write(top)}" if values else "",
-        stairs=charts.steps(values, top),
+        extent=f"up to {write(top)}{beside}" if values else "",
+        stairs=charts.steps(values, top if most is None else most),
         captions=tuple(map(write, values)),
     )
 
@@ -150,14 +154,6 @@ def _tensors_of(names: Iterable[str], values: Mapping[str, Value]) -> list[Value
     return [values[name] for name in names if values[name].bytes_per_sample]
 
 
-def _trains(phase: Phase, plan: Plan) -> str:
-    """Write which partitions train in a phase."""
-    if phase.stop - phase.start == len(plan.partitions):
-        return "all"
-    last = phase.stop - 1
-    return str(last) if phase.start == last else f"{phase.start} to {last}"
-
-
 def _shown(value: Any) -> Any:
     """Escape control characters in names: a page may be printed to a terminal."""
     return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
@@ -185,7 +181,7 @@ def _environment() -> Environment:
         "roles": _roles,
         "share": _share,
         "tensors_of": _tensors_of,
-        "trains": _trains,
+        "trains": figures.trains,
     }
     return environment
 

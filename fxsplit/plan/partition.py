@@ -60,6 +60,14 @@ class Partition:
                 f"[{self.eval_start}, {self.eval_stop}) in evaluation"
             )
 
+    def __str__(self) -> str:
+        """Say in a line which partition it is, and how many ops, parameters and multiply-adds it has."""
+        ops = self.stop - self.start
+        return (
+            f"{self.index}: from {self.name}, {ops} op{'s' * (ops > 1)}, {self.parameters:,} parameters, "
+            f"{self.macs:,} multiply-adds"
+        )
+
     def span(self, *, training: bool) -> slice:
         """Locate its ops in the train graph or the eval graph."""
         return slice(self.start, self.stop) if training else slice(self.eval_start, self.eval_stop)

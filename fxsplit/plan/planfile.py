@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fxsplit.errors import PartitionError, UsageError, nearest
+from fxsplit.errors import PartitionError, UsageError, closest, nearest
 from fxsplit.graph import Modes
 from fxsplit.plan.cuts import first_ops
 from fxsplit.plan.partition import Partition, partition, unusable_paths
@@ -226,22 +226,54 @@ def write_file(file: PlanFile, path: str) -> None:
 
 def read_file(path: str, *, modes: Modes | None = None) -> PlanFile:
     """Read the plan file at `path`. Raises as `read` does, and UsageError when the file cannot be read."""
+    return read(_text(path), origin=path, modes=modes)
+
+
+def read_options(path: str) -> dict[str, Any]:
+    """Read from a plan file what it decides besides the plan: the preset and the number of epochs.
+
+    One that is wrong is left out: `read_file` lists all faults at once when the model is there. Raises UsageError when
+    the file cannot be read, or is not JSON of a known schema.
+    """
+    data = _checked(_parsed(_text(path), path), path)
+    preset = data.get("preset", "none")
+    phases: Any = data.get("phases")
+    found: dict[str, Any] = {"preset": preset} if _KEYS["preset"].rule.suits(preset) else {}
+    if _KEYS["phases"].rule.suits(phases) and all(COUNT.suits(phase.get("epochs")) for phase in phases):
+        found["epochs"] = sum(phase["epochs"] for phase in phases)
+    return found
+
+
+def _text(path: str) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"the plan {path!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"the plan {path!r} cannot be read: it is no text") from error
-    return read(text, origin=path, modes=modes)
 
 
 def read(text: str, *, origin: str, modes: Modes | None = None) -> PlanFile:
     """Parse the text of a plan file. Raises as `from_dict` does, and UsageError when the text is not JSON."""
+    return from_dict(_parsed(text, origin), origin=origin, modes=modes)
+
+
+def _parsed(text: str, origin: str) -> Any:
     try:
-        data = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"the plan {origin!r} is not valid JSON near line {error.lineno}: {error.msg}") from error
-    return from_dict(data, origin=origin, modes=modes)
+
+
+def _checked(data: Any, origin: str) -> dict[str, Any]:
+    """Return the plain data of a plan if it is an object of this schema, or says no schema. Raises UsageError else."""
+    if not isinstance(data, dict):
+        raise UsageError(f"the plan {origin!r} must be a JSON object, with the keys {', '.join(_KEYS)}")
+    if (schema := data.get("schema", SCHEMA)) != SCHEMA:
+        raise UsageError(
+            f"the plan {origin!r} has schema {schema!r}, and this version reads {SCHEMA}; save the plan anew"
+        )
+    return data
 
 
 def from_dict(data: Any, *, origin: str, modes: Modes | None = None) -> PlanFile:
@@ -255,12 +287,7 @@ def from_dict(data: Any, *, origin: str, modes: Modes | None = None) -> PlanFile
     Raises an error that lists all faults at once: UsageError when this is no plan of a known schema, PartitionError
     when only its cuts do not fit the model.
     """
-    if not isinstance(data, dict):
-        raise UsageError(f"the plan {origin!r} must be a JSON object, with the keys {', '.join(_KEYS)}")
-    if (schema := data.get("schema", SCHEMA)) != SCHEMA:
-        raise UsageError(
-            f"the plan {origin!r} has schema {schema!r}, and this version reads {SCHEMA}; save the plan anew"
-        )
+    data = _checked(data, origin)
     faults = list(_faults(data))
     cuts = data.get("cuts", ())
     misfits = unusable_paths(modes, cuts) if modes and _KEYS["cuts"].rule.suits(cuts) else []
@@ -342,6 +369,8 @@ def _wrong_keys(data: Mapping[str, Any], keys: Mapping[str, Key] | Mapping[str, 
             yield f"{where}the key {name!r} is not known{nearest(name, keys)}"
         elif not keys[name].rule.suits(value):
             yield f"{where}{name} is {json_line(value)[:80]}, but must be {keys[name].rule.words}"
+    # Of a misspelt key it is said above what it should be.
+    here = data.keys() | {meant for name in data if name not in keys for meant in closest(name, keys)}
     yield from (
-        f"{where}the key {name!r} is missing" for name, key in keys.items() if not key.optional and name not in data
+        f"{where}the key {name!r} is missing" for name, key in keys.items() if not key.optional and name not in here
     )

@@ -77,6 +77,7 @@ def check_forecast(
     return ForecastRecord(
         model=spec,
         batch_size=batch_size,
+        partitions=len(partitions),
         phases=tuple(
             PhaseCheck(start=phase.start, stop=phase.stop, forecast=predicted, measured=real)
             for phase, predicted, real in zip(plan.phases, ahead.phases, found, strict=True)

@@ -51,9 +51,9 @@ class SoftTargets(ABC):
         earlier = torch.full_like(logits, float("nan")).float() if self._logits is None else self._logits[ids].float()
         # Nothing here reads a number from the device: the host would wait for the GPU.
         share = torch.where(earlier.isnan().any(dim=1), 0.0, self.share(progress))
-        own = F.log_softmax(logits.float() / self.temperature, dim=1)
-        wanted = F.log_softmax(earlier.nan_to_num() / self.temperature, dim=1)
-        soft = self.temperature**2 * F.kl_div(own, wanted, reduction="none", log_target=True).sum(dim=1)
+        predicted = F.log_softmax(logits.float() / self.temperature, dim=1)
+        targets = F.log_softmax(earlier.nan_to_num() / self.temperature, dim=1)
+        soft = self.temperature**2 * F.kl_div(predicted, targets, reduction="none", log_target=True).sum(dim=1)
         return ((1 - share) * hard + share * soft).mean()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -82,8 +82,9 @@ class LastTargets(SoftTargets):
 class MeanTargets(SoftTargets):
     """Takes as an image's target the output of the averaged weights at the midpoint of the run, kept once.
 
-    The share is the same from then on. Sources: Furlanello et al., Born-again neural networks, 2018, learning from
-    the mean of Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018.
+    The share is the same from then on. Sources: Furlanello et al., Born-again neural networks, 2018, for learning from
+    an earlier self; Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018, for the
+    averaged weights.
     """
 
     def share(self, progress: float) -> float:  # noqa: ARG002 - the same throughout the run

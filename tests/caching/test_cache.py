@@ -196,6 +196,11 @@ def test_auto_weighs_bytes_against_work(tmp_path: Path) -> None:
     cheap = Run("auto", tmp_path, kind=HAZARDS["TiedWeight"], plan=(Phase(start=1, stop=4, epochs=2),))
     assert cheap.settled == [58, 50]
     assert cheap.notices == []
+    asked = {"loader": {"augment": "crop-flip", "views": 1}}
+    (notice,) = Run(
+        "auto", tmp_path, kind=HAZARDS["TiedWeight"], plan=(Phase(start=1, stop=4, epochs=2),), **asked
+    ).notices
+    assert notice.endswith("for each batch, without a cache: reading rows would take longer than computing them")
     dear = Run("auto", tmp_path, plan=(Phase(start=3, stop=4, epochs=2),))
     assert dear.settled == [58, 0]
     assert dear.records[-1].cache_file_bytes

@@ -32,6 +32,22 @@ def captured(model: nn.Module, size: int = 8) -> Trace:
     return trace(model, (torch.empty(2, 3, size, size, device="meta"),))
 
 
+def test_a_trace_is_printed_with_a_line_for_each_op() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(x)).flatten(1)
+
+    assert str(captured(Net())).splitlines() == [
+        "conv     module    2 × 4 × 6 × 6",
+        "relu     function  2 × 4 × 6 × 6",
+        "flatten  method    2 × 144",
+    ]
+
+
 LARGE: dict[str, Callable[[], nn.Module]] = {
     "timm:resnext50_32x4d": lambda: timm.create_model("resnext50_32x4d"),
     "timm:densenet121": lambda: timm.create_model("densenet121"),

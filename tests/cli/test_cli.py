@@ -215,13 +215,13 @@ def phase_check(*, told: int) -> PhaseCheck:
 def test_a_forecast_may_miss_memory_by_a_tenth(
     told: int, code: int, api: FakeApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    api.records = (ForecastRecord(model="timm:a", batch_size=8, phases=(phase_check(told=told),)),)
+    api.records = (ForecastRecord(model="timm:a", batch_size=8, partitions=6, phases=(phase_check(told=told),)),)
     arguments = ["--forecast", "--schedule", "grow", "--parts", "6", "--batch-size", "8", "--device", "cpu"]
     assert main(["check", "timm:a", *arguments]) == code
     options = {"schedule": "grow", "parts": 6, "batch_size": 8, "device": "cpu"}
     assert api.checked == (["timm:a"], options)
     out, _ = capsys.readouterr()
-    assert re.search(r"timm:a +1 to 3 +0.50 +0.80 +500.0 kB +500.0 kB ", out)
+    assert re.search(r"timm:a +2 to 4 of 6 +0.50 +0.80 +500.0 kB +500.0 kB ", out)
     assert "time         off by 37.5% (median), 37.5% (worst)" in out
     assert f"{1 - code // 4} of 1 passed" in out
     assert main(["check", "timm:a", "--forecast", "--json"]) == code

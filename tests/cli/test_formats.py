@@ -46,10 +46,10 @@ def test_the_table_fits_and_adds_up(
         f"{second.step_cost:.2f}",
         *(f"{size / 1000:.1f} kB" for size in (second.activation_bytes, second.peak_bytes)),
     ]
-    assert ["2", "██ ██│▒▒▒", "0 to 1 of 3", "[red].4", "2", *costs] in cells
+    assert ["2", "██ ██│▒▒▒", "first 2 of 3", "[red].4", "2", *costs] in cells
     said = f"Forecast from shapes alone, batches of 2: the whole plan takes {inspection.forecast.time_ratio:.2f} of the"
     assert any(line.startswith(said) for line in lines)
-    assert lines[0] == "file[bold].py:make, input 1 x 3 x 32 x 32"
+    assert lines[0] == "file[bold].py:make, input 1 × 3 × 32 × 32"
     assert lines[-2:] == [
         "tied: op0.weight is also head.weight",
         "kept whole: block.norm, because it has hooks",
@@ -66,8 +66,8 @@ def test_a_narrow_table_leaves_out_what_it_implies(
     assert ["1", "[red].2", "2", "5.0 k", "2.0 M", "3.0 kB", "2.0 kB"] in cells
     assert [row[:3] for row in cells if len(row) == 6] == [
         ["phase", "trains", "epochs"],
-        ["1", "0 of 3", "2"],
-        ["2", "0 to 1 of 3", "2"],
+        ["1", "first 1 of 3", "2"],
+        ["2", "first 2 of 3", "2"],
         ["3", "all", "2"],
     ]
 
@@ -156,13 +156,13 @@ def test_csv_has_a_row_for_each_op(inspection: Inspection, capsys: pytest.Captur
 def test_markdown_has_two_tables(inspection: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(replace(inspection, model="a|b`c"), "md", capsys)
     assert out.splitlines()[:5] == [
-        "## `a\\|b'c`, input 1 x 3 x 32 x 32",
+        "## `a\\|b'c`, input 1 × 3 × 32 × 32",
         "",
         "| # | from | ops | params | MACs | activations | boundary |",
         "|---|---|--:|--:|--:|--:|--:|",
         "| 0 | `[red]` | 2 | 5.0 k | 2.0 M | 3.0 kB | 512 B |",
     ]
-    assert "| 2 | 3 to 4 | 0 to 1 of 3 | `[red].4` | " in out
+    assert "| 2 | 3 to 4 | first 2 of 3 | `[red].4` | " in out
     tables = re.findall(r"(?:^\|.*\n)+", out, re.MULTILINE)
     assert [{line.replace("\\|", "").count("|") for line in table.splitlines()} for table in tables] == [{8}, {8}]
     assert out.endswith("- tied: op0.weight is also head.weight\n- kept whole: block.norm, because it has hooks\n")

@@ -77,6 +77,7 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nets.py").write_text(USER_FILE)
     (tmp_path / "beside.py").write_text("WIDTH = 5\n")
     (tmp_path / "bad_syntax.py").write_text("def f(:\n")
+    (tmp_path / "empty.py").write_text("NUMBER = 3\n")
     (tmp_path / "needs_more.py").write_text("import surely_not_installed\n")
     monkeypatch.chdir(tmp_path)
     for module in ("nets", "beside", "bad_syntax", "needs_more"):
@@ -295,6 +296,7 @@ def test_a_file_elsewhere_imports_what_lies_beside_it(user_folder: Path, monkeyp
         ("nets:NUMBER", "'nets' has no function or class 'NUMBER'"),
         ("nets.py", "is a file; .* nets.py:Settings, nets.py:Net, nets.py:sized, .*, nets.py:broken, nets.py:wrong$"),
         ("nets.py:", "is a file; .* nets.py:Settings, nets.py:Net, "),
+        ("empty.py", "is a file; .* builds the model: it defines none$"),
         ("nets.py:BUILT", "is a module already built; name a function"),
         ("nets.py:broken", "'nets.py:broken' raised RuntimeError: two$"),
         ("nets.py:wrong", "'nets.py:wrong' returned dict, not a torch.nn.Module"),

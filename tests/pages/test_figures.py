@@ -43,5 +43,15 @@ def test_durations(seconds: float | None, text: str) -> None:
 
 
 def test_shapes() -> None:
-    assert figures.shape((64, 3, 8)) == "64 x 3 x 8"
+    assert figures.shape((64, 3, 8)) == "64 × 3 × 8"
     assert figures.shape(()) == "scalar"
+
+
+def test_partitions_that_train() -> None:
+    windows = [(start, stop) for start in range(4) for stop in range(start + 1, 5)]
+    assert [figures.trains(*window, 4) for window in windows] == [
+        "first 1 of 4", "first 2 of 4", "first 3 of 4", "all",
+        "number 2 of 4", "2 to 3 of 4", "last 3 of 4",
+        "number 3 of 4", "last 2 of 4",
+        "last 1 of 4",
+    ]  # fmt: skip

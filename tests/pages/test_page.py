@@ -145,6 +145,7 @@ def test_the_timeline_shows_the_role_of_each_partition(inspection: Inspection) -
     ]  # fmt: skip
     labels = [names.get("aria-label") for tag, names in page.elements if tag == "svg"]
     assert "training in epochs 1 to 5, frozen in epochs 6 to 8, training in epochs 9 to 10" in labels
+    assert {"all", "number 2 of 3", "last 2 of 3"} <= set(page.texts["td"])
 
 
 def test_the_forecast_lies_beside_the_timeline(page: Page, inspection: Inspection) -> None:
@@ -157,6 +158,15 @@ def test_the_forecast_lies_beside_the_timeline(page: Page, inspection: Inspectio
     ]  # fmt: skip
     assert any(text.startswith("Forecast from shapes alone, batches of 2: ") for text in page.texts["p"])
     assert any(text.startswith("epoch 1: ") and text.endswith(" of standard") for text in page.texts["title"])
+
+
+def test_the_peak_of_the_plan_stands_beside_that_of_standard_training(inspection: Inspection) -> None:
+    assert inspection.forecast is not None
+    phases = tuple(replace(phase, peak_bytes=2_000_000) for phase in inspection.forecast.phases)
+    standard = replace(inspection.forecast.standard, peak_bytes=5_000_000)
+    ahead = replace(inspection.forecast, phases=phases, standard=standard)
+    page = Page(inspection_page(replace(inspection, forecast=ahead)))
+    assert "up to 2.0 MB (standard: 5.0 MB)" in page.texts["small"]
 
 
 def test_a_run_has_measured_figures_in_place_of_the_forecast(run_page: Page) -> None:

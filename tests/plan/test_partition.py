@@ -178,6 +178,14 @@ def test_a_cut_tells_where_it_is_and_what_passes() -> None:
     )  # fmt: skip
 
 
+def test_a_partition_is_printed_in_a_line() -> None:
+    net = graph([op("op0", "x", state=("p8",), macs=1200), op("op1", "op0"), op("op2", "op1", macs=5)])
+    assert [str(part) for part in partition(both(net), at=["op2"])] == [
+        "0: from op0, 2 ops, 2 parameters, 1,200 multiply-adds",
+        "1: from op2, 1 op, 0 parameters, 5 multiply-adds",
+    ]
+
+
 def test_a_functional_dropout_of_training_is_passed_by() -> None:
     train = graph(chain("conv", "dropout", "fc"))
     eval_graph = graph(chain("conv", "fc"))

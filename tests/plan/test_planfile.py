@@ -328,6 +328,20 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     )
 
 
+def test_a_misspelt_key_is_told_once() -> None:
+    def misspell(data: dict[str, Any]) -> None:
+        data["shedule"] = data.pop("schedule")
+        data["phases"][1]["epoch"] = data["phases"][1].pop("epochs")
+        data["phases"][2].pop("epochs")
+
+    with pytest.raises(UsageError) as caught:
+        planned(edited(misspell))
+    assert str(caught.value) == (
+        "the plan 'p.json' cannot be used: the key 'shedule' is not known; did you mean 'schedule'?; "
+        "phase 2: the key 'epoch' is not known; did you mean 'epochs'?; phase 3: the key 'epochs' is missing"
+    )
+
+
 def test_a_plan_that_no_longer_fits_says_where() -> None:
     text = file_of(PLAN).to_json()
     changed = graph("stem", "layer1", "layer2.0", "tail")
