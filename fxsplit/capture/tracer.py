@@ -92,6 +92,7 @@ class ValueTracer(fx.Tracer):
         self.evaluating = False
         self.checkpoints = self.cuts_gradients = False
         self._thread = get_ident()
+        self._refused: list[UntraceableError] = []
         self._held: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._open: list[tuple[object, Context]] = []
         self._whole = whole or {}
@@ -152,15 +153,20 @@ class ValueTracer(fx.Tracer):
                 raise AssertionError(message)
             return None
         if kind == "call_method" and target in READ_DATA and isinstance(args[0].value, Tensor):
-            raise BranchError(f"{user_line()} reads data: it calls {target}() of a tensor")
+            raise self.refused(BranchError(f"{user_line()} reads data: it calls {target}() of a tensor"))
         if kind == "call_method" and target in AUTOGRAD_METHODS:
-            raise UntraceableError(f"{user_line()} calls {target}() of a tensor")
+            raise self.refused(UntraceableError(f"{user_line()} calls {target}() of a tensor"))
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         node = proxy.node
         node.meta["path"] = str(target) if kind == "call_module" else self._path
         if self._open:
             node.meta["contexts"] = self._contexts()
-        value = self._evaluate(node)
+        try:
+            value = self._evaluate(node)
+        except Exception as error:
+            # Forward may catch the error and go on, as it would in any call.
+            self.graph.erase_node(node)
+            raise (self.refused(error) if isinstance(error, UntraceableError) else error) from None
         node.meta["value"] = value
         # The user's `is None` must hold.
         return None if value is None and kind != "placeholder" else proxy
@@ -235,6 +241,11 @@ class ValueTracer(fx.Tracer):
             with torch.no_grad():
                 return function(*args)
         return function(*args)
+
+    def refused(self, error: UntraceableError) -> UntraceableError:
+        """Return an error to be raised, and note it: it must not be lost where forward itself catches errors."""
+        self._refused.append(error)
+        return error
 
     @property
     def is_recording(self) -> bool:
@@ -338,7 +349,7 @@ class ValueTracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         reason = self.opaque.get(path) or self._whole.get(path) or reason_to_keep_whole(m)
         if reason is None:
-            marks = len(self.graph.nodes), len(self.guards), len(self.assigned)
+            marks, refused = (len(self.graph.nodes), len(self.guards), len(self.assigned)), len(self._refused)
             outer, self._path = self._path, path
             try:
                 return self._through(m, path, lambda: forward(*args, **kwargs))
@@ -348,6 +359,7 @@ class ValueTracer(fx.Tracer):
             finally:
                 self._path = outer
             self._forget(*marks)
+            del self._refused[refused:]
             self.opaque = {inner: why for inner, why in self.opaque.items() if not inner.startswith(f"{path}.")}
             self.opaque[path] = reason
             try:
@@ -355,7 +367,8 @@ class ValueTracer(fx.Tracer):
             except Exception as error:
                 # It does not run as one op on the meta device either: the module around it becomes one.
                 del self.opaque[path]
-                raise (error if isinstance(error, UntraceableError) else first_error) from None
+                found = error if isinstance(error, UntraceableError) else first_error
+                raise (self.refused(found) if isinstance(found, UntraceableError) else found) from None
         self.opaque[path] = reason
         return self.create_proxy("call_module", path, args, kwargs)
 
@@ -386,11 +399,14 @@ class ValueTracer(fx.Tracer):
         """Call forward, and record which buffers and attributes of the module it sets."""
         owners = {"_buffers": module._buffers, "__dict__": vars(module)}
         before = {kind: dict(owner) for kind, owner in owners.items()}
-        open_before, with_gradients = len(self._open), torch.is_grad_enabled()
+        open_before, with_gradients, refused = len(self._open), torch.is_grad_enabled(), len(self._refused)
         try:
             # Containers of torch draw nothing themselves, so that the check is spared.
             with drawing_nothing({} if type(module).__module__.startswith("torch.") else unshared_generators()):
                 value = forward()
+            if self._refused[refused:]:
+                # Forward caught it, and went another way than it does when it is not traced.
+                raise self._refused[refused]
         except BaseException:
             for kind, owner in owners.items():
                 owner.clear()
@@ -426,14 +442,16 @@ class ValueTracer(fx.Tracer):
         if isinstance(value, Tensor) and question != "len":
             expected = self._expected(proxy) if question == "bool" else None
             if expected is None:
-                raise BranchError(f"{user_line()} branches on data: it asks for {question}() of a tensor")
+                raise self.refused(BranchError(f"{user_line()} branches on data: it asks for {question}() of a tensor"))
             self.create_proxy("call_function", expect, (proxy, expected, user_line()), {})
             return expected
         found = QUESTIONS[question](value)
         if proxy.node.meta.get("drawn"):
-            raise BranchError(
-                f"{user_line()} asks for {question}() of a number that is another one at each call, drawn or read from "
-                "a clock"
+            raise self.refused(
+                BranchError(
+                    f"{user_line()} asks for {question}() of a number that is another one at each call, drawn or read "
+                    "from a clock"
+                )
             )
         if proxy.node.meta.get("stand_in"):
             self._answer_for_stand_in(proxy, question, found)
@@ -462,7 +480,7 @@ class ValueTracer(fx.Tracer):
         where = user_line()
         is_container = isinstance(proxy.value, tuple | list | Mapping)
         if not is_container and (self._path or not self.lenient):
-            raise BranchError(f"{where} asks for {question}() of a size that may depend on data")
+            raise self.refused(BranchError(f"{where} asks for {question}() of a size that may depend on data"))
         given = self.create_proxy("call_function", QUESTIONS[question], (proxy,), {})
         same = self.create_proxy("call_function", operator.eq, (given, found), {})
         self.create_proxy("call_function", expect, (same, True, where), {})
