@@ -10,11 +10,13 @@ from __future__ import annotations
 import builtins
 import math
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
+from enum import Enum
 from textwrap import shorten
 from threading import get_ident
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -30,17 +32,31 @@ from fxsplit.capture.signature import Signature
 from fxsplit.capture.user_code import asserted, user_line
 from fxsplit.errors import BranchError, UntraceableError
 from fxsplit.meta.costs import CostMeter
-from fxsplit.meta.evaluate import Constant, ForeignCall, ImpureCall, Rebuild, Slot, StandIn, evaluate, expect, resolve
+from fxsplit.meta.evaluate import (
+    Constant,
+    ForeignCall,
+    ImpureCall,
+    Rebuild,
+    Slot,
+    StandIn,
+    evaluate,
+    expect,
+    on_meta,
+    resolve,
+)
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
 from fxsplit.meta.rest import Rest, calls_method
 from fxsplit.objects.contents import drawing_nothing, unchanged, unshared_generators
 from fxsplit.objects.hooks import hooks_of
-from fxsplit.objects.structure import map_tensors, module_at, template, tensors_in
+from fxsplit.objects.structure import LEAVES, map_tensors, module_at, template, tensors_in
 
 READ_DATA = ("item", "tolist", "numpy")
 # Methods that act on autograd's graph and return nothing that a graph of ops could hold.
 AUTOGRAD_METHODS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward")
+
+# What never changes, besides functions and tuples of it.
+IMMUTABLE = (*LEAVES, Enum, type, BuiltinFunctionType, ModuleType)
 
 Leaf = str | type[nn.Module] | FunctionType
 
@@ -198,7 +214,8 @@ class ValueTracer(fx.Tracer):
         """Record the rest of the model's own forward as one op, which reads `variables`.
 
         Raises UntraceableError, with the `reason` for which it is one op, where there is no op before it, or where what
-        is before it puts something into the model, which the rest may read.
+        is before it puts something into the model, which the rest may read, or hands over what is not made anew in
+        each call, such as an iterator.
         """
         begun = any(node.op in ("call_module", "call_function", "call_method") for node in self.graph.nodes)
         changed = any(
@@ -206,12 +223,35 @@ class ValueTracer(fx.Tracer):
             for owner, before in self._held
             for name in owner.keys() | before.keys()
         )
-        if not begun or changed:
+        seen: set[int] = set()
+        crosses = all(self._may_cross(value, seen) for value in variables.values())
+        if not begun or changed or not crosses:
             raise UntraceableError(reason)
         method = self.create_node("get_attr", "forward", (), {})
         method.meta.update(value=self.root.forward, registered=False)
         self.opaque[f"forward from line {rest.line} on"] = reason
         return self.create_proxy("call_function", rest, (self.proxy(method), variables), {})
+
+    def _may_cross(self, value: Any, seen: set[int]) -> bool:
+        """Whether a variable that is handed to the rest of forward is made anew in each call, or never changes.
+
+        An object that forward made would be that of the first call in all of them, and a list with two names would
+        become two lists. `seen` holds the ids of the lists so far.
+        """
+        kind = type(value)
+        if kind is ValueProxy:
+            return True
+        if kind is list or kind is dict:
+            # One that the model holds may change between calls.
+            if id(value) in seen or id(value) in self.originals:
+                return False
+            seen.add(id(value))
+            return all(self._may_cross(item, seen) for item in (value.values() if kind is dict else value))
+        if isinstance(value, tuple):
+            return all(self._may_cross(item, seen) for item in value)
+        if isinstance(value, FunctionType):
+            return vars(sys.modules.get(value.__module__, object)).get(value.__name__) is value
+        return isinstance(value, (Tensor, *IMMUTABLE)) or id(value) in self.originals
 
     def call_foreign(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a function that is not a Python function."""
@@ -333,6 +373,8 @@ class ValueTracer(fx.Tracer):
         if key not in self._state_nodes:
             constant = Constant(self.originals.get(id(value), value))
             self._state_nodes[key] = self.create_proxy("call_function", constant, (), {})
+            # What ops do to it while they are traced happens to the copy.
+            self._state_nodes[key].node.meta["value"] = on_meta(value)
         return self._state_nodes[key]
 
     # Modules: traced through, or kept whole
