@@ -47,6 +47,7 @@ REFUSABLE = frozenset(
         "random branch",
     }
 )
+UNTYING = ("state assigned", "module replaced", "new parameter", "parametrization set")
 BY_HAND = ("evaluation by hand", "block evaluation by hand")
 # Of the largest value, in double precision: norms in the weights before them, and what follows from that.
 TOLERANCE = 1e-8
@@ -321,6 +322,8 @@ class _Run:
             if event.kind not in BY_HAND:
                 for model in models:
                     EVENTS[event.kind](model, Random(event.choice))
+        if "tied" in self.case.features and any(event.kind in UNTYING for event in events):
+            raise VoidError("parameters that are tied no longer have no partition to be frozen with")
         if any(event.kind in ("state assigned", "new parameter", "module replaced", "parametrization set")
                for event in events):  # fmt: skip
             self.optimizers = [torch.optim.SGD(each.parameters(), lr=0.05, momentum=0.9) for each in models]
@@ -330,8 +333,13 @@ class _Run:
         self.frozen.model.train()
         for event in events:
             if event.kind in BY_HAND:
+                changed = []
                 for model in models:
+                    before = modes_of(model)
                     EVENTS[event.kind](model, Random(event.choice))
+                    changed.append({path for path, mode in modes_of(model).items() if mode != before[path]})
+                if changed[0] != changed[1]:
+                    raise VoidError("what is held in evaluation shows no trace of an eval() by hand")
         where = f"in step {step} ({self._words()})"
         self._both(step, where, backward=True, exact=self.exact)
         for optimizer in self.optimizers:
