@@ -164,11 +164,15 @@ def _record_calls(patches: _Patches, tracer: TracerInterface, functions: Iterabl
         return tracer.call_impure(*_functions()[id(function)][1:3], args, kwargs)
 
     def refuse(function: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> NoReturn:
-        raise UntraceableError(f"it calls {function.__name__}, which acts on more than a recording shows")
+        error = UntraceableError(f"it calls {function.__name__}, which acts on more than a recording shows")
+        raise tracer.refused(error)
 
     def seeded(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if all(given is None for given in (*args, *kwargs.values())):
-            raise UntraceableError(f"it calls {function.__name__} without a seed, which gives other numbers each time")
+            error = UntraceableError(
+                f"it calls {function.__name__} without a seed, which gives other numbers each time"
+            )
+            raise tracer.refused(error)
         return function(*args, **kwargs)
 
     def clock(kind: Any) -> type:
@@ -236,7 +240,7 @@ def _refused_in_forward(tracer: TracerInterface, method: Any) -> Callable[..., A
     @wraps(method)
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if tracer.is_recording:
-            raise UntraceableError(f"its forward calls {method.__name__}() of a module")
+            raise tracer.refused(UntraceableError(f"its forward calls {method.__name__}() of a module"))
         return method(module, *args, **kwargs)
 
     return call
@@ -329,7 +333,7 @@ def _look_into_checkpoints(patches: _Patches, tracer: TracerInterface) -> None:
         if cls is checkpoint.CheckpointFunction:
             function, _preserve, *given = args
             return tracer.call_checkpointed(function, given, reentrant=True)
-        raise UntraceableError(f"it calls the custom autograd function {cls.__name__}")
+        raise tracer.refused(UntraceableError(f"it calls the custom autograd function {cls.__name__}"))
 
     patches.put(torch.autograd.Function, "apply", classmethod(apply))
     for name in ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"):

@@ -41,7 +41,8 @@ class ValueProxy(fx.Proxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
-            raise UntraceableError(f"{user_line()} sets the attribute {name!r} of a value that forward made")
+            error = UntraceableError(f"{user_line()} sets the attribute {name!r} of a value that forward made")
+            raise self.tracer.refused(error)
         super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

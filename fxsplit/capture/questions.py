@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from torch import fx, nn
 
 from fxsplit.capture.contexts import Context
+from fxsplit.errors import UntraceableError
 
 QUESTIONS: dict[str, Callable[[Any], Any]] = {
     "bool": bool, "int": int, "float": float, "index": operator.index, "len": len, "str": str
@@ -66,6 +67,8 @@ class TracerInterface(Protocol):
 
     @property
     def is_recording(self) -> bool: ...
+
+    def refused(self, error: UntraceableError) -> UntraceableError: ...
 
     def answer(self, proxy: Any, question: str) -> Any: ...
 

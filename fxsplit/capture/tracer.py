@@ -10,11 +10,13 @@ from __future__ import annotations
 import builtins
 import math
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
+from enum import Enum
 from textwrap import shorten
 from threading import get_ident
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -30,17 +32,31 @@ from fxsplit.capture.signature import Signature
 from fxsplit.capture.user_code import asserted, user_line
 from fxsplit.errors import BranchError, UntraceableError
 from fxsplit.meta.costs import CostMeter
-from fxsplit.meta.evaluate import Constant, ForeignCall, ImpureCall, Rebuild, Slot, StandIn, evaluate, expect, resolve
+from fxsplit.meta.evaluate import (
+    Constant,
+    ForeignCall,
+    ImpureCall,
+    Rebuild,
+    Slot,
+    StandIn,
+    evaluate,
+    expect,
+    on_meta,
+    resolve,
+)
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
 from fxsplit.meta.rest import Rest, calls_method
 from fxsplit.objects.contents import drawing_nothing, unchanged, unshared_generators
 from fxsplit.objects.hooks import hooks_of
-from fxsplit.objects.structure import map_tensors, module_at, template, tensors_in
+from fxsplit.objects.structure import LEAVES, map_tensors, module_at, template, tensors_in
 
 READ_DATA = ("item", "tolist", "numpy")
 # Methods that act on autograd's graph and return nothing that a graph of ops could hold.
 AUTOGRAD_METHODS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward")
+
+# What never changes, besides functions and tuples of it.
+IMMUTABLE = (*LEAVES, Enum, type, BuiltinFunctionType, ModuleType)
 
 Leaf = str | type[nn.Module] | FunctionType
 
@@ -92,6 +108,7 @@ class ValueTracer(fx.Tracer):
         self.evaluating = False
         self.checkpoints = self.cuts_gradients = False
         self._thread = get_ident()
+        self._refused: list[UntraceableError] = []
         self._held: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._open: list[tuple[object, Context]] = []
         self._whole = whole or {}
@@ -152,15 +169,20 @@ class ValueTracer(fx.Tracer):
                 raise AssertionError(message)
             return None
         if kind == "call_method" and target in READ_DATA and isinstance(args[0].value, Tensor):
-            raise BranchError(f"{user_line()} reads data: it calls {target}() of a tensor")
+            raise self.refused(BranchError(f"{user_line()} reads data: it calls {target}() of a tensor"))
         if kind == "call_method" and target in AUTOGRAD_METHODS:
-            raise UntraceableError(f"{user_line()} calls {target}() of a tensor")
+            raise self.refused(UntraceableError(f"{user_line()} calls {target}() of a tensor"))
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         node = proxy.node
         node.meta["path"] = str(target) if kind == "call_module" else self._path
         if self._open:
             node.meta["contexts"] = self._contexts()
-        value = self._evaluate(node)
+        try:
+            value = self._evaluate(node)
+        except Exception as error:
+            # Forward may catch the error and go on, as it would in any call.
+            self.graph.erase_node(node)
+            raise (self.refused(error) if isinstance(error, UntraceableError) else error) from None
         node.meta["value"] = value
         # The user's `is None` must hold.
         return None if value is None and kind != "placeholder" else proxy
@@ -192,7 +214,8 @@ class ValueTracer(fx.Tracer):
         """Record the rest of the model's own forward as one op, which reads `variables`.
 
         Raises UntraceableError, with the `reason` for which it is one op, where there is no op before it, or where what
-        is before it puts something into the model, which the rest may read.
+        is before it puts something into the model, which the rest may read, or hands over what is not made anew in
+        each call, such as an iterator.
         """
         begun = any(node.op in ("call_module", "call_function", "call_method") for node in self.graph.nodes)
         changed = any(
@@ -200,12 +223,35 @@ class ValueTracer(fx.Tracer):
             for owner, before in self._held
             for name in owner.keys() | before.keys()
         )
-        if not begun or changed:
+        seen: set[int] = set()
+        crosses = all(self._may_cross(value, seen) for value in variables.values())
+        if not begun or changed or not crosses:
             raise UntraceableError(reason)
         method = self.create_node("get_attr", "forward", (), {})
         method.meta.update(value=self.root.forward, registered=False)
         self.opaque[f"forward from line {rest.line} on"] = reason
         return self.create_proxy("call_function", rest, (self.proxy(method), variables), {})
+
+    def _may_cross(self, value: Any, seen: set[int]) -> bool:
+        """Whether a variable that is handed to the rest of forward is made anew in each call, or never changes.
+
+        An object that forward made would be that of the first call in all of them, and a list with two names would
+        become two lists. `seen` holds the ids of the lists so far.
+        """
+        kind = type(value)
+        if kind is ValueProxy:
+            return True
+        if kind is list or kind is dict:
+            # One that the model holds may change between calls.
+            if id(value) in seen or id(value) in self.originals:
+                return False
+            seen.add(id(value))
+            return all(self._may_cross(item, seen) for item in (value.values() if kind is dict else value))
+        if isinstance(value, tuple):
+            return all(self._may_cross(item, seen) for item in value)
+        if isinstance(value, FunctionType):
+            return vars(sys.modules.get(value.__module__, object)).get(value.__name__) is value
+        return isinstance(value, (Tensor, *IMMUTABLE)) or id(value) in self.originals
 
     def call_foreign(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a function that is not a Python function."""
@@ -235,6 +281,11 @@ class ValueTracer(fx.Tracer):
             with torch.no_grad():
                 return function(*args)
         return function(*args)
+
+    def refused(self, error: UntraceableError) -> UntraceableError:
+        """Return an error to be raised, and note it: it must not be lost where forward itself catches errors."""
+        self._refused.append(error)
+        return error
 
     @property
     def is_recording(self) -> bool:
@@ -322,6 +373,8 @@ class ValueTracer(fx.Tracer):
         if key not in self._state_nodes:
             constant = Constant(self.originals.get(id(value), value))
             self._state_nodes[key] = self.create_proxy("call_function", constant, (), {})
+            # What ops do to it while they are traced happens to the copy.
+            self._state_nodes[key].node.meta["value"] = on_meta(value)
         return self._state_nodes[key]
 
     # Modules: traced through, or kept whole
@@ -338,7 +391,7 @@ class ValueTracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         reason = self.opaque.get(path) or self._whole.get(path) or reason_to_keep_whole(m)
         if reason is None:
-            marks = len(self.graph.nodes), len(self.guards), len(self.assigned)
+            marks, refused = (len(self.graph.nodes), len(self.guards), len(self.assigned)), len(self._refused)
             outer, self._path = self._path, path
             try:
                 return self._through(m, path, lambda: forward(*args, **kwargs))
@@ -348,6 +401,7 @@ class ValueTracer(fx.Tracer):
             finally:
                 self._path = outer
             self._forget(*marks)
+            del self._refused[refused:]
             self.opaque = {inner: why for inner, why in self.opaque.items() if not inner.startswith(f"{path}.")}
             self.opaque[path] = reason
             try:
@@ -355,7 +409,8 @@ class ValueTracer(fx.Tracer):
             except Exception as error:
                 # It does not run as one op on the meta device either: the module around it becomes one.
                 del self.opaque[path]
-                raise (error if isinstance(error, UntraceableError) else first_error) from None
+                found = error if isinstance(error, UntraceableError) else first_error
+                raise (self.refused(found) if isinstance(found, UntraceableError) else found) from None
         self.opaque[path] = reason
         return self.create_proxy("call_module", path, args, kwargs)
 
@@ -386,11 +441,14 @@ class ValueTracer(fx.Tracer):
         """Call forward, and record which buffers and attributes of the module it sets."""
         owners = {"_buffers": module._buffers, "__dict__": vars(module)}
         before = {kind: dict(owner) for kind, owner in owners.items()}
-        open_before, with_gradients = len(self._open), torch.is_grad_enabled()
+        open_before, with_gradients, refused = len(self._open), torch.is_grad_enabled(), len(self._refused)
         try:
             # Containers of torch draw nothing themselves, so that the check is spared.
             with drawing_nothing({} if type(module).__module__.startswith("torch.") else unshared_generators()):
                 value = forward()
+            if self._refused[refused:]:
+                # Forward caught it, and went another way than it does when it is not traced.
+                raise self._refused[refused]
         except BaseException:
             for kind, owner in owners.items():
                 owner.clear()
@@ -426,14 +484,16 @@ class ValueTracer(fx.Tracer):
         if isinstance(value, Tensor) and question != "len":
             expected = self._expected(proxy) if question == "bool" else None
             if expected is None:
-                raise BranchError(f"{user_line()} branches on data: it asks for {question}() of a tensor")
+                raise self.refused(BranchError(f"{user_line()} branches on data: it asks for {question}() of a tensor"))
             self.create_proxy("call_function", expect, (proxy, expected, user_line()), {})
             return expected
         found = QUESTIONS[question](value)
         if proxy.node.meta.get("drawn"):
-            raise BranchError(
-                f"{user_line()} asks for {question}() of a number that is another one at each call, drawn or read from "
-                "a clock"
+            raise self.refused(
+                BranchError(
+                    f"{user_line()} asks for {question}() of a number that is another one at each call, drawn or read "
+                    "from a clock"
+                )
             )
         if proxy.node.meta.get("stand_in"):
             self._answer_for_stand_in(proxy, question, found)
@@ -462,7 +522,7 @@ class ValueTracer(fx.Tracer):
         where = user_line()
         is_container = isinstance(proxy.value, tuple | list | Mapping)
         if not is_container and (self._path or not self.lenient):
-            raise BranchError(f"{where} asks for {question}() of a size that may depend on data")
+            raise self.refused(BranchError(f"{where} asks for {question}() of a size that may depend on data"))
         given = self.create_proxy("call_function", QUESTIONS[question], (proxy,), {})
         same = self.create_proxy("call_function", operator.eq, (given, found), {})
         self.create_proxy("call_function", expect, (same, True, where), {})

@@ -329,8 +329,10 @@ class Executor(nn.Module):
 
     def _evaluate(self, index: int, values: list[Any]) -> Any:
         """Run a partition in evaluation; while the model trains, the last one returns all that training returns."""
+        # Asked first: inside, the model's own mode may be evaluation too.
+        returned = self.training
         with self._freezing.evaluating(index):
-            return self._stages[index](values, training=EVALUATION, returned=self.training)
+            return self._stages[index](values, training=EVALUATION, returned=returned)
 
     @contextmanager
     def tapped(self, tap: Callable[[int, list[Any]], None]) -> Iterator[None]:

@@ -244,13 +244,19 @@ class Freezing:
     def evaluating(self, *outside: int) -> Iterator[None]:
         """Inside, all that the frozen partitions `outside` call is in evaluation mode, even if others train it."""
         training = [module for index in outside for module in self._shared[index] if module.training]
-        for module in training:
-            _set_mode(module, False)
+        self._set_modes(training, False)
         try:
             yield
         finally:
-            for module in training:
-                _set_mode(module, True)
+            self._set_modes(training, True)
+
+    def _set_modes(self, modules: Sequence[nn.Module], mode: bool) -> None:
+        for module in modules:
+            if module is self._model:
+                # A `train` of its own would put all that is in it into that mode as well.
+                module.training = mode
+            else:
+                _set_mode(module, mode)
 
     def _modules_to_freeze(
         self, modules: Mapping[str, nn.Module]
@@ -263,7 +269,9 @@ class Freezing:
         shared: list[list[nn.Module]] = [[] for _ in range(self._count)]
         for index in outside:
             for path, module in _below(modules, self._called[EVALUATION][index]):
-                if id(module) not in trained:
+                # The model itself is never frozen, since its mode is that of all. A method of it that is one op
+                # finds it in evaluation mode while it runs.
+                if path and id(module) not in trained:
                     frozen.add(path)
                 elif module not in shared[index]:
                     shared[index].append(module)

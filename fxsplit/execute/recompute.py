@@ -102,6 +102,10 @@ class Recomputing:
         program = trace.programs[TRAINING]
         buffers = dict(trace.model.named_buffers())
         written = {name for op in program.graph.ops[span] for name in op.mutates if name in buffers}
+        if any(map(method_of, program.nodes)):
+            # It may write into any buffer, and before this partition runs again.
+            read = {str(source.target) for node in program.nodes[span] for source in node.all_input_nodes}
+            written |= read & buffers.keys()
         owners = {name.rpartition(".")[0] for name in written}
         called: dict[str, None] = {}
         for node in program.nodes[span]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from fxsplit.errors import GuardError
+from fxsplit.errors import BranchError, GuardError
 from fxsplit.meta import autocast
-from fxsplit.meta.rest import calls_method
+from fxsplit.meta.rest import Rest, calls_method
 from fxsplit.objects.contents import Contents, unchanged
 from fxsplit.objects.copies import Copier
 from fxsplit.objects.structure import ATOMS, META, filled, map_tensors, module_at, tensors_in
@@ -68,6 +69,15 @@ class Constant:
 
     def __call__(self) -> Any:
         return self.value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A module of Python cannot be copied; it is found by its name.
+        is_module = isinstance(self.value, ModuleType)
+        return (_constant_module, (self.value.__name__,)) if is_module else (Constant, (self.value,))
+
+
+def _constant_module(name: str) -> Constant:
+    return Constant(importlib.import_module(name))
 
 
 class ForeignCall:
@@ -190,7 +200,11 @@ def evaluate(
         args = args[1:]
     else:
         called = _uncompiled(module_at(root, str(target))) if kind == "call_module" else target
-    with _restored(called) if kind == "call_module" and not _is_plain(called) else nullcontext():
+    if kind == "call_module" and not _is_plain(called):
+        around: AbstractContextManager[None] = _restored(called)
+    else:
+        around = _with_its_tensors(args[0].__self__, called) if calls_method(called) else nullcontext()
+    with around:
         try:
             with META, _guarded(called, (args, kwargs)):
                 return on_meta(autocast.run(called, args, kwargs, device))
@@ -246,6 +260,26 @@ def _restored(module: nn.Module) -> Iterator[None]:
             owner.clear()
             owner.update(content)
         held.restore()
+
+
+@contextmanager
+def _with_its_tensors(module: nn.Module, called: Any) -> Iterator[None]:
+    """Restore the tensors that a method of a module replaces in it, or the rest of its forward does.
+
+    Raises BranchError when a method does: what comes after it would find those of an earlier call.
+    """
+    owners = [(each, owner) for each in module.modules() for owner in (vars(each), each._buffers)]
+    before = [dict(owner) for _, owner in owners]
+    replaced = ""
+    try:
+        yield
+    finally:
+        for (each, owner), content in zip(owners, before, strict=True):
+            for name, value in content.items():
+                if isinstance(value, Tensor) and owner.get(name) is not value:
+                    owner[name], replaced = value, f"{name!r} of {type(each).__name__}"
+    if replaced and not isinstance(called, Rest):
+        raise BranchError(f"it calls a method that puts another tensor in the place of {replaced}")
 
 
 def _is_leaf(called: Any) -> bool:

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import ast
 import inspect
+import linecache
 import operator
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _OPERATION = "__operation__"
 
@@ -53,7 +54,8 @@ class Rest:
         body = _body(forward)
         for index, statement in enumerate(body):
             if frames and index and statement.lineno <= frames[0] <= (statement.end_lineno or 0):
-                return None if any(map(_keeps_names, body[:index])) else cls(forward, index)
+                own = forward.__code__.co_varnames[0]
+                return cls(forward, index) if _is_divisible(model, own, body[:index], body[index:]) else None
         return None
 
     @property
@@ -72,6 +74,10 @@ class Rest:
     def __call__(self, forward: MethodType, variables: dict[str, Any]) -> Any:
         """Run it with these variables, for the model that the bound method `forward` belongs to."""
         return self._function(self._codes[1], None)(forward.__self__, **variables)
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Rest:
+        # It holds nothing of a model, and the source may have been edited since.
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Rest, (self.forward, self.index)
@@ -93,19 +99,8 @@ class Rest:
         own = definition.args.posonlyargs + definition.args.args
         inputs = _arguments((own[0].arg, *self._names))
         ending = ast.parse(f"return {_OPERATION}(locals())").body
-        outer = ast.FunctionDef(
-            name="outer",
-            args=_arguments((*self.forward.__code__.co_freevars, _OPERATION)),
-            body=[
-                ast.FunctionDef("forward", definition.args, [*definition.body[: self.index], *ending], []),
-                ast.FunctionDef("forward", inputs, definition.body[self.index :], []),
-            ],
-            decorator_list=[],
-        )
-        tree = ast.fix_missing_locations(ast.Module([outer], []))
-        code = compile(tree, self.forward.__code__.co_filename, "exec", dont_inherit=True)
-        (made,) = (each for each in code.co_consts if isinstance(each, CodeType))
-        first, second = (each for each in made.co_consts if isinstance(each, CodeType))
+        beginning = _without_defaults(definition.args), [*definition.body[: self.index], *ending]
+        first, second = _compiled(self.forward, beginning, (inputs, definition.body[self.index :]))
         return first, second
 
     def _function(self, code: CodeType, operation: Any) -> FunctionType:
@@ -122,6 +117,16 @@ class Rest:
 
 def _arguments(names: Iterable[str]) -> ast.arguments:
     return ast.arguments(posonlyargs=[], args=[*map(ast.arg, names)], kwonlyargs=[], kw_defaults=[], defaults=[])
+
+
+def _without_defaults(given: ast.arguments) -> ast.arguments:
+    """List the same arguments; their defaults, which may be code, are those of the forward, worked out already."""
+    made = _arguments(arg.arg for arg in given.posonlyargs + given.args)
+    made.kwonlyargs = [ast.arg(arg.arg) for arg in given.kwonlyargs]
+    made.kw_defaults = [None for _ in given.kwonlyargs]
+    made.vararg = given.vararg and ast.arg(given.vararg.arg)
+    made.kwarg = given.kwarg and ast.arg(given.kwarg.arg)
+    return made
 
 
 def _body(forward: FunctionType) -> list[ast.stmt]:
@@ -141,15 +146,68 @@ def _definition(forward: FunctionType) -> ast.FunctionDef | None:
     definition = tree.body[0].body[0] if isinstance(tree.body[0], ast.If) else tree.body[0]
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
         return None
-    return None if any(map(_depends_on_function, ast.walk(definition))) else definition
+    if any(map(_depends_on_function, ast.walk(definition))):
+        return None
+    return definition if _is_source_of(forward) else None
+
+
+def _compiled(forward: FunctionType, *functions: tuple[ast.arguments, list[ast.stmt]]) -> list[CodeType]:
+    """Compile functions, in a function whose variables are the closure of `forward`."""
+    outer = ast.FunctionDef(
+        name="outer",
+        args=_arguments((*forward.__code__.co_freevars, _OPERATION)),
+        body=[ast.FunctionDef("forward", arguments, body, []) for arguments, body in functions],
+        decorator_list=[],
+    )
+    tree = ast.fix_missing_locations(ast.Module([outer], []))
+    code = compile(tree, forward.__code__.co_filename, "exec", dont_inherit=True)
+    (made,) = (each for each in code.co_consts if isinstance(each, CodeType))
+    return [each for each in made.co_consts if isinstance(each, CodeType)]
+
+
+def _is_source_of(forward: FunctionType) -> bool:
+    """Whether the file of a function still says what it does: it may have been edited, or rewritten when imported."""
+    code = forward.__code__
+    if any(name.startswith("@py") for name in code.co_names + code.co_varnames):
+        # pytest writes more into assertions, and changes nothing else.
+        return True
+    # All of the file, since code depends on what is imported around it.
+    source = "".join(linecache.getlines(code.co_filename))
+    try:
+        file = compile(source, code.co_filename, "exec", dont_inherit=True)
+    except SyntaxError:
+        return False
+    return any(each == code for each in _codes_in(file))
+
+
+def _codes_in(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from _codes_in(each)
 
 
 def _depends_on_function(node: ast.AST) -> bool:
     """Whether a node means something else in another function: a generator, a name that its class changes."""
-    private = isinstance(node, ast.Attribute) and node.attr.startswith("__") and not node.attr.endswith("__")
+    name = getattr(node, "attr", getattr(node, "id", getattr(node, "arg", None)))
+    private = isinstance(name, str) and name.startswith("__") and not name.endswith("__")
     return private or isinstance(node, ast.Yield | ast.YieldFrom | ast.Global | ast.Nonlocal)
 
 
-def _keeps_names(statement: ast.stmt) -> bool:
-    """Whether a statement makes a function, which would see later changes of the variables."""
-    return any(isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef) for node in ast.walk(statement))
+def _is_divisible(model: nn.Module, own: str, before: Sequence[ast.stmt], after: Sequence[ast.stmt]) -> bool:
+    """Whether the statements `before` act on those `after` them by variables alone. `own` is the variable of the model.
+
+    They do not where they make functions, which would see later changes of the variables; where they give `own` another
+    value; and where they read an attribute that those after them set for the next call.
+    """
+    nodes, later = ([node for statement in part for node in ast.walk(statement)] for part in (before, after))
+    makes_functions = any(isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef) for node in nodes)
+    renames = any(isinstance(node, ast.Name) and node.id == own and _is_set(node) for node in nodes)
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    kept = {node.attr for node in later if isinstance(node, ast.Attribute) and node.attr in read and _is_set(node)}
+    # The tensors of a model are read anew in each call.
+    return not (makes_functions or renames or any(not isinstance(getattr(model, name, None), Tensor) for name in kept))
+
+
+def _is_set(node: ast.Name | ast.Attribute) -> bool:
+    return not isinstance(node.ctx, ast.Load)

@@ -19,7 +19,9 @@ from torch import Tensor, fx, nn
 META = torch.device("meta")
 # Types of values that hold no tensor.
 ATOMS = (type(None), bool, int, float, str, torch.dtype)
-_ATOMS = {*ATOMS, bytes, complex, torch.device, torch.Size, torch.layout, torch.memory_format, range, slice, type(...)}
+# Further ones, none of which can be changed.
+LEAVES = (*ATOMS, bytes, complex, torch.device, torch.Size, torch.layout, torch.memory_format, range, slice, type(...))
+_LEAVES = frozenset(LEAVES)
 # Never taken apart.
 INDIVISIBLE = (
     *(type, FunctionType, BuiltinFunctionType, MethodType, ModuleType),
@@ -107,7 +109,7 @@ def members(value: Any, kind: Kind, seen: set[int] | None = None) -> Iterator[An
     if items is not None:
         for _, item in items:
             yield from members(item, kind, seen)
-    elif type(value) not in _ATOMS:
+    elif type(value) not in _LEAVES:
         seen = set() if seen is None else seen
         if id(value) not in seen and (reduced := taken_apart(value)):
             seen.add(id(value))
@@ -131,7 +133,7 @@ def template(function: Callable[[Any], Any], value: Any, kind: Kind) -> Any:
     items = _items(value)
     if items is not None:
         return _like(value, [template(function, item, kind) for _, item in items])
-    if type(value) in _ATOMS or next(members(value, kind), None) is None:
+    if type(value) in _LEAVES or next(members(value, kind), None) is None:
         return value
     reduced = taken_apart(value)
     assert reduced is not None
@@ -164,7 +166,7 @@ def leaves_of(value: Any, name: str, seen: set[int] | None = None) -> Iterator[t
     elif items is not None:
         for key, item in items:
             yield from leaves_of(item, f"{name}.{key}", seen)
-    elif type(value) in _ATOMS or next(members(value, Tensor), None) is None:
+    elif type(value) in _LEAVES or next(members(value, Tensor), None) is None:
         yield name, value
     else:
         seen = set() if seen is None else seen

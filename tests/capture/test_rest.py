@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import pickle
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,7 +148,197 @@ class Holding(Linears):
         return -self.held
 
 
-@pytest.mark.parametrize("make", [First, Decorated, Keeping, Holding])
+class Iterating(Linears):
+    """A generator of layers, made before the branch, is used up by the first call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, layers = self.a(x), iter([self.b, nn.functional.relu])
+        for layer in layers:
+            if random.random() < 2:
+                h = layer(h)
+        return self.c(h)
+
+
+class Tally:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Tallying(Linears):
+    """What it counts with is another object in each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, tally = self.a(x), Tally()
+        if random.random() < 2 and not h.is_meta:
+            tally.count += 1
+        return self.c(h) * tally.count
+
+
+class Seeded(Linears):
+    """It draws from a generator that begins anew in each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, own = self.a(x), random.Random(0)
+        if random.random() < 2:
+            h = h * own.random()
+        return self.c(h)
+
+
+class Aliasing(Linears):
+    """A list has two names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        found = [h]
+        all_of_them = found
+        if random.random() < 2 and not h.is_meta:
+            found.append(self.b(h))
+        return self.c(torch.stack(all_of_them).sum(0))
+
+
+class Entering(Linears):
+    """A context is open at the branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = torch.autocast("cpu", torch.bfloat16)
+        context.__enter__()
+        h = self.a(x)
+        if random.random() < 2:
+            h = self.b(h)
+        context.__exit__(None, None, None)
+        return self.c(h.float())
+
+
+class Counting(Linears):
+    """It reads a number at its start that it sets at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x) * self.count
+        if random.random() < 2 and not h.is_meta:
+            self.count += 1
+        return self.c(h)
+
+
+class Renaming(Linears):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Linears()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self = self.inner
+        h = self.a(x)
+        if random.random() < 2:
+            h = self.b(h)
+        return self.c(h)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(First, Decorated, Keeping, Holding, Iterating, Tallying, Seeded, Aliasing, Entering, Counting, Renaming),
+    ],
+)
 def test_what_a_rest_cannot_be_made_of_is_refused(make: Callable[[], nn.Module]) -> None:
     with pytest.raises(TraceError, match=r"test_rest\.py:\d+ asks for bool\(\) of a number that is another one"):
         trace(make(), (rows(),))
+
+
+class Averaging(Linears):
+    """It keeps an average, as another tensor in each call, and reads it before the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        import math
+
+        h = self.a(x) * self.average
+        if random.random() < 2:
+            self.average = self.average / 2 + h.detach().mean(0)
+        return self.c(h * self.average) * math.pi
+
+
+class Decaying(Linears):
+    """It writes into a buffer that it reads before the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x) * self.scale.clone()
+        if random.random() < 2:
+            self.scale.mul_(0.5)
+        return self.c(h * self.scale.clone())
+
+
+class Defaults(Linears):
+    def forward(self, x: Tensor, scale: float = sum(each for each in range(3)), *, shift: float = 1.0) -> Tensor:
+        h = self.a(x) * scale
+        return self.c(-h if random.random() < 0.5 else h) + shift * scale
+
+
+@pytest.mark.parametrize("make", [Averaging, Decaying, Defaults])
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_a_rest_leaves_all_that_the_forward_does(make: Callable[[], nn.Module], recompute: int) -> None:
+    assert_exact(make(), rows())
+    model = make()
+    plain = copy.deepcopy(model)
+    net = executor_of(trace(model, (rows(),)))
+    net.enter(fxsplit.Phase(start=0, stop=2, epochs=1, recompute=recompute))
+    for _ in range(2):
+        ours, theirs = (left_behind(each.train(), (rows(),), {}) for each in (net, plain))
+        assert same_value(ours, theirs)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    for each in (copied, plain):
+        each.zero_grad()
+    assert same_value(left_behind(copied, (rows(),), {}), left_behind(plain, (rows(),), {}))
+
+
+class Configured(Linears):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tally = Tally()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, tally = self.a(x), self.tally
+        if random.random() < 2:
+            tally.count += 1
+        return self.c(h) * tally.count
+
+
+def test_tracing_a_rest_changes_no_object_of_the_model() -> None:
+    model = Configured()
+    with pytest.raises(TraceError):
+        trace(model, (rows(),))
+    assert model.tally.count == 0
+
+
+def test_a_source_that_was_edited_since_is_not_taken_for_the_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+import random
+from tests.exact import Linears
+
+
+class Edited(Linears):
+    def forward(self, x):
+        h = self.a(x)
+        if random.random() < 0.5:
+            h = -h
+        return self.c(h) * 2
+"""
+    file = tmp_path / "edited_since.py"
+    file.write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = importlib.import_module("edited_since").Edited()
+    assert trace(model, (rows(),)).opaque
+    file.write_text(source.replace("* 2", "* 3"))
+    with pytest.raises(TraceError):
+        trace(model, (rows(),))
