@@ -93,9 +93,21 @@ def model(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
 
 
 def trace(spec: RunSpec, model: nn.Module, data: Data) -> Trace:
-    """Capture the model of a run, with images as it trains on. Raises TraceError as `fxsplit.trace` does."""
+    """Capture the model of a run, with images as it trains on.
+
+    Raises TraceError as `fxsplit.trace` does, and UsageError when the model has fewer class scores than there are
+    classes.
+    """
     images = torch.empty(2, data.channels, data.img_size, data.img_size, device=data.train.device)
-    return capture.trace(model, (in_layout(spec, images),))
+    found = capture.trace(model, (in_layout(spec, images),))
+    values = found.train.values
+    shape = next((values[name].shape for name in found.train.outputs), None)
+    if shape is not None and len(shape) == 2 and shape[1] < len(data.classes):
+        raise UsageError(
+            f"{spec.model!r} gives {shape[1]} class scores, and {spec.data!r} has {len(data.classes)} classes; a "
+            "factory that takes num_classes is told how many"
+        )
+    return found
 
 
 def random_images(spec: RunSpec, data: Data) -> torch.Tensor:

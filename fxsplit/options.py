@@ -11,6 +11,9 @@ from typing import Any, NamedTuple, get_args
 
 from fxsplit.errors import nearest
 
+# The greatest whole number: more than anything can count, and fewer than 64 bits.
+MOST = 10**12
+
 
 class Kind(NamedTuple):
     """The type of an option, without None, and whether None is allowed too."""
@@ -75,7 +78,7 @@ def read_value(name: str, value: object, kind: Kind, rule: Mapping[str, Any]) ->
             return read
     except (TypeError, ValueError, OverflowError):
         pass
-    hint = ""
+    hint = f"; the greatest number is {MOST}" if isinstance(value, int) and abs(value) > MOST else ""
     if isinstance(value, str):
         hint = f"; {rule['instead'][value]}" if value in rule["instead"] else nearest(value, rule["choices"])
     raise ValueError(f"{key(name)} is {value!r}, but must be {_allowed(kind, rule)}{hint}")
@@ -110,7 +113,7 @@ def _read_flag(value: object) -> bool:
 
 
 def _read_whole(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MOST:
         raise TypeError
     return value
 

@@ -14,6 +14,9 @@ from fxsplit.errors import nearest
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# Greater whole numbers are no floats.
+MOST_FLOAT = 2**1023
+
 Record = TypeVar("Record", bound="DataclassInstance")
 
 
@@ -68,6 +71,8 @@ def _read(hint: Any, value: Any) -> Any:
     if get_origin(hint) is tuple and isinstance(value, list | tuple):
         return tuple(_read(members[0], item) for item in value)
     kind = get_origin(hint) or hint
+    if type(value) is int and kind is float and abs(value) > MOST_FLOAT:
+        raise TypeError
     if kind is float:
         value = math.nan if value is None else float(value) if type(value) is int else value
     elif isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):

@@ -74,6 +74,15 @@ def train(spec: fxsplit.RunSpec, observer: Observer | None = None) -> RunReport:
     return fxsplit.train(spec, observer)
 
 
+def test_a_model_with_fewer_scores_than_classes_is_refused(
+    spec: Callable[..., fxsplit.RunSpec], tmp_path: Path
+) -> None:
+    file = tmp_path / "few.py"
+    file.write_text(MODEL + "\ndef few():\n    return small(3)\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"few.py:few' gives 3 class scores, and 'synthetic' has 10 classes"):
+        train(spec(model=f"{file}:few"))
+
+
 def test_a_run_leaves_all_its_files(spec: Callable[..., fxsplit.RunSpec]) -> None:
     asked = spec(schedule="settle", experiment="mine")
     report = train(asked)

@@ -70,6 +70,7 @@ def test_a_record_of_every_kind_of_field() -> None:
         ({"whole": True}, "'whole' of Outer cannot be True"),
         ({"whole": None}, "'whole' of Outer cannot be None"),
         ({"number": True}, "'number' of Outer cannot be True"),
+        ({"number": 10**400}, f"'number' of Outer cannot be {10**400}"),
         ({"number": "1"}, "'number' of Outer cannot be '1'"),
         ({"names": "b"}, "'names' of Outer cannot be 'b'"),
         ({"names": [1]}, "'names' of Outer cannot be [1]"),

@@ -155,6 +155,10 @@ def test_every_field_has_a_key_and_help() -> None:
         ),
         ({"plan": "none.json"}, "the plan 'none.json' cannot be read: No such file"),
         ({"preset": "l3l"}, "preset is 'l3l', but must be one of none, l2l; did you mean 'l2l'?"),
+        (
+            {"epochs": 10**13},
+            f"epochs is {10**13}, but must be a whole number at least 1; the greatest number is {10**12}",
+        ),
         ({"preset": ["l2l"]}, "preset is ['l2l'], but must be one of none, l2l"),
         ({"preset": "l2l", "epochs": "ten"}, "epochs is 'ten', but must be a whole number at least 1"),
         (

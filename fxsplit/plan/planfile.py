@@ -38,7 +38,8 @@ class Rule(NamedTuple):
 
 TEXT = Rule(lambda value: isinstance(value, str), "text")
 FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
-COUNT = Rule(lambda value: type(value) is int and value >= 1, "a whole number at least 1")
+MOST = 10**9
+COUNT = Rule(lambda value: type(value) is int and 1 <= value <= MOST, f"a whole number at least 1 and at most {MOST}")
 CUT = Rule(lambda value: value is None or isinstance(value, str), "one of the cuts or null")
 
 
@@ -251,6 +252,8 @@ def _text(path: str) -> str:
         raise UsageError(f"the plan {path!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"the plan {path!r} cannot be read: it is no text") from error
+    except ValueError as error:  # such as a null character
+        raise UsageError(f"the plan {path!r} cannot be read: {error}") from error
 
 
 def read(text: str, *, origin: str, modes: Modes | None = None) -> PlanFile:
@@ -263,6 +266,8 @@ def _parsed(text: str, origin: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"the plan {origin!r} is not valid JSON near line {error.lineno}: {error.msg}") from error
+    except RecursionError as error:
+        raise UsageError(f"the plan {origin!r} is nested too deeply for a plan") from error
 
 
 def _checked(data: Any, origin: str) -> dict[str, Any]:

@@ -273,6 +273,10 @@ def test_a_plan_may_be_used_for_another_model_that_has_its_places() -> None:
             lambda plan: plan["phases"][0].update(epochs=0),
             "phase 1: epochs is 0, but must be a whole number at least 1",
         ),
+        (
+            lambda plan: plan["phases"][0].update(epochs=10**400),
+            ", but must be a whole number at least 1 and at most 1000000000",
+        ),
         (lambda plan: plan["phases"][0].update(epochs=True), "phase 1: epochs is true, but must be a whole number"),
         (lambda plan: plan["phases"][0].update(epochs="3"), 'phase 1: epochs is "3", but must be a whole number'),
         (lambda plan: plan["phases"][0].update(fresh_optimizer=1), "fresh_optimizer is 1, but must be true or false"),
@@ -299,6 +303,7 @@ def test_what_is_no_plan(change: Callable[[dict[str, Any]], object], fault: str)
     ("text", "message"),
     [
         ("{", "the plan 'p.json' is not valid JSON near line 1: "),
+        ("[" * 100_000, "the plan 'p.json' is nested too deeply for a plan"),
         ("[]", "the plan 'p.json' must be a JSON object, with the keys schema, model, graph, torch, preset, schedule"),
         ('{"schema": 4, "stages": []}', "has schema 4, and this version reads 3; save the plan anew"),
         ('{"schema": 1, "partitions": []}', "has schema 1, and this version reads 3; save the plan anew"),
@@ -320,7 +325,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         planned(edited(spoil))
     assert str(caught.value) == (
         "the plan 'p.json' cannot be used: the key 'author' is not known; "
-        "phase 1: epochs is 0, but must be a whole number at least 1; "
+        "phase 1: epochs is 0, but must be a whole number at least 1 and at most 1000000000; "
         "phase 3: from is 'layer2', which is none of the cuts; did you mean 'layer9' or 'layer1'?; "
         "no operation of the model lies in 'layer9'; did you mean 'layer3' or 'layer2'?; "
         "the model cannot be cut before 'stem': it holds the first operation of the model; "
