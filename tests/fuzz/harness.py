@@ -66,12 +66,16 @@ class DifferenceError(Exception):
 
 
 class VoidError(Exception):
-    """The plain model itself does not run, or is no reference."""
+    """The plain model itself does not run."""
+
+
+class IncomparableError(Exception):
+    """The plain model cannot be brought by hand into the state to compare with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What became of a case: "same", "refused", "failed" or "void", and why."""
+    """What became of a case: "same", "refused", "incomparable", "failed" or "void", and why."""
 
     case: Case
     status: str
@@ -113,6 +117,8 @@ def run(case: Case) -> Result:
             _Run(case).all()
         except VoidError as error:
             return Result(case=case, status="void", why=str(error))
+        except IncomparableError as error:
+            return Result(case=case, status="incomparable", why=str(error))
         except FxsplitError as error:
             # The older checkpoint gives gradients only where its input wants one.
             allowed = case.features & REFUSABLE or {"checkpoint", "input gradient"} <= case.features
@@ -304,9 +310,9 @@ class _Run:
         before = self.phase
         self.phase = phase_of(stretch, len(self.partitions), self.calls.apart())
         if self.phase.start and "use_reentrant=True" in source_of(self.case):
-            raise VoidError("behind what is frozen the older checkpoint trains nothing, and partitions train")
+            raise IncomparableError("behind what is frozen the older checkpoint trains nothing, and partitions train")
         if self.calls.rest is not None and self.phase.role(self.calls.rest) != "training":
-            raise VoidError("nobody can put half of a forward into evaluation by hand")
+            raise IncomparableError("nobody can put half of a forward into evaluation by hand")
         mine, theirs = self.optimizers
         self.net.enter(self.phase, mine if "optimizer given" in self.case.options else None)
         self.frozen.enter(self.phase)
@@ -323,7 +329,7 @@ class _Run:
                 for model in models:
                     EVENTS[event.kind](model, Random(event.choice))
         if "tied" in self.case.features and any(event.kind in UNTYING for event in events):
-            raise VoidError("parameters that are tied no longer have no partition to be frozen with")
+            raise IncomparableError("parameters that are tied no longer have no partition to be frozen with")
         if any(event.kind in ("state assigned", "new parameter", "module replaced", "parametrization set")
                for event in events):  # fmt: skip
             self.optimizers = [torch.optim.SGD(each.parameters(), lr=0.05, momentum=0.9) for each in models]
@@ -339,7 +345,7 @@ class _Run:
                     EVENTS[event.kind](model, Random(event.choice))
                     changed.append({path for path, mode in modes_of(model).items() if mode != before[path]})
                 if changed[0] != changed[1]:
-                    raise VoidError("what is held in evaluation shows no trace of an eval() by hand")
+                    raise IncomparableError("what is held in evaluation shows no trace of an eval() by hand")
         where = f"in step {step} ({self._words()})"
         self._both(step, where, backward=True, exact=self.exact)
         for optimizer in self.optimizers:

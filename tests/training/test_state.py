@@ -35,6 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SETTLING = (Phase(start=0, stop=4, epochs=1), Phase(start=1, stop=4, epochs=1), Phase(start=2, stop=4, epochs=2))
 TWICE = (Phase(start=0, stop=4, epochs=2), Phase(start=2, stop=4, epochs=2))
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Loud(Chain):
     """Its gradients overflow float16 until the scale of the loss has come down."""
