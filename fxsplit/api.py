@@ -227,8 +227,7 @@ def trace(
             does.
 
     Raises TraceError when the model itself, and not just a module in it, branches on data before all else or cannot run
-    on `args`, and
-    ProofError when it is captured wrong.
+    on `args`, and ProofError when it is captured wrong.
     """
     found = trace_model(model, args, kwargs, leaves=leaves)
     if verify:

@@ -151,7 +151,7 @@ def plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         budget=budget,
         batch_size=spec.batch_size,
         micro_batches=spec.grad_accum_steps,
-        optimizer_slots=slots_of(lambda parameters: _optimizer(spec)(nn.ParameterList(parameters))),
+        optimizer_slots=slots_of(partial(_optimizer_of, spec)),
         strict=spec.memory_budget is not None,
     )
 
@@ -177,10 +177,7 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
 
 def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Forecast:
     """Forecast what the phases of a plan will cost in this run; in seconds too, if ops are `measured`."""
-
-    def optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
-        return _optimizer(spec)(nn.ParameterList(parameters))
-
+    optimizer = partial(_optimizer_of, spec)
     return fxsplit.plan.forecast.forecast(
         plan,
         trace,
@@ -366,6 +363,10 @@ def _scheduler(spec: RunSpec, plan: Plan) -> MakeScheduler:
 
 def _optimizer(spec: RunSpec) -> partial[Optimizer]:
     return partial(make_optimizer, name=spec.opt, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+
+
+def _optimizer_of(spec: RunSpec, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return _optimizer(spec)(nn.ParameterList(parameters))
 
 
 def recorder(
