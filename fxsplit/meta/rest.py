@@ -51,7 +51,8 @@ class Rest:
         if "forward" in vars(model) or not isinstance(forward, FunctionType):
             return None
         frames = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code is forward.__code__]
-        body = _body(forward)
+        definition = _definition(forward)
+        body = [] if definition is None else definition.body
         for index, statement in enumerate(body):
             if frames and index and statement.lineno <= frames[0] <= (statement.end_lineno or 0):
                 own = forward.__code__.co_varnames[0]
@@ -61,7 +62,7 @@ class Rest:
     @property
     def line(self) -> int:
         """Return the line of the file at which it begins."""
-        return _body(self.forward)[self.index].lineno
+        return self._definition.body[self.index].lineno
 
     def beginning(self, model: nn.Module, operation: Callable[[dict[str, Any]], Any]) -> MethodType:
         """Make a forward of `model` that ends with `operation`, called with the variables that the rest reads."""
@@ -83,10 +84,16 @@ class Rest:
         return Rest, (self.forward, self.index)
 
     @cached_property
+    def _definition(self) -> ast.FunctionDef:
+        definition = _definition(self.forward)
+        assert definition is not None
+        return definition
+
+    @cached_property
     def _names(self) -> tuple[str, ...]:
         """List the variables, except `self`, that it may read."""
         code = self.forward.__code__
-        rest = _body(self.forward)[self.index :]
+        rest = self._definition.body[self.index :]
         used = {node.id for statement in rest for node in ast.walk(statement) if isinstance(node, ast.Name)}
         variables = dict.fromkeys(code.co_varnames + code.co_cellvars)
         return tuple(name for name in variables if name in used and name != code.co_varnames[0])
@@ -94,8 +101,7 @@ class Rest:
     @cached_property
     def _codes(self) -> tuple[CodeType, CodeType]:
         """Compile the beginning (2) and the rest (3), in a function whose variables are the forward's closure."""
-        definition = _definition(self.forward)
-        assert definition is not None
+        definition = self._definition
         own = definition.args.posonlyargs + definition.args.args
         inputs = _arguments((own[0].arg, *self._names))
         ending = ast.parse(f"return {_OPERATION}(locals())").body
@@ -129,13 +135,8 @@ def _without_defaults(given: ast.arguments) -> ast.arguments:
     return made
 
 
-def _body(forward: FunctionType) -> list[ast.stmt]:
-    """Parse the statements of a function, with their lines; none if its source is missing or does not show all."""
-    definition = _definition(forward)
-    return [] if definition is None else definition.body
-
-
 def _definition(forward: FunctionType) -> ast.FunctionDef | None:
+    """Parse a function, with the lines of its file; None if its source is missing or does not show all that it does."""
     try:
         lines, first = inspect.getsourcelines(forward.__code__)
         # Not dedented, since that would change strings over several lines.
