@@ -22,6 +22,7 @@ from fxsplit.meta import autocast
 from fxsplit.meta.rest import Rest, calls_method
 from fxsplit.objects.contents import Contents, unchanged
 from fxsplit.objects.copies import Copier
+from fxsplit.objects.hooks import hooks_of, is_torchs
 from fxsplit.objects.structure import ATOMS, META, filled, map_tensors, module_at, tensors_in
 
 
@@ -241,8 +242,7 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether it is a single module of torch's own, whose forward replaces none of its attributes."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return type(module).__module__.startswith("torch.nn.modules.") and not module._modules and not hooked
+    return is_torchs(module) and not module._modules and not any(hooks_of(module))
 
 
 @contextmanager

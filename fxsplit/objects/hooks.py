@@ -1,4 +1,4 @@
-"""Finds the hooks of modules."""
+"""Finds the hooks of modules, and modules whose code is torch's own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from torch import nn
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """Return the hooks around a module's forward and backward, one dict a kind."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether the class of a module is one of torch's layers or containers, and no subclass."""
+    return type(module).__module__.startswith("torch.nn.modules.")
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fxsplit.objects.hooks import hooks_of
+from fxsplit.objects.hooks import hooks_of, is_torchs
 
 # The attribute in which a model carries what an executor has frozen of it; see fxsplit.execute.freezing.
 MARK = "_fxsplit_held"
@@ -194,7 +194,7 @@ class Snapshot:
         visible = list(self._visible(model))
         modules = dict(model.named_modules())
         whole = (modules[path] for path in self._called | self._opaque if path in modules)
-        self._named = set() if all(map(_is_torchs, whole)) else _names_in(self._traced_classes(visible))
+        self._named = set() if all(map(is_torchs, whole)) else _names_in(self._traced_classes(visible))
         self._inner = {
             path: {name: _form_of_attribute(value) for name, value in attributes.items()}
             for path, attributes in self._named_inside(model, visible)
@@ -283,12 +283,12 @@ class Snapshot:
                 yield path, module, _Structure(children, *tensors_by_kind)
 
     def _read(self, path: str, module: nn.Module) -> dict[str, Any]:
-        is_torchs = _is_torchs(module)
+        of_torch = is_torchs(module)
         attributes = vars(module)
         names = attributes.keys() - self._skipped.get(path, BOOKKEEPING)
-        if not is_torchs and (path in self._called or path in self._opaque):
+        if not of_torch and (path in self._called or path in self._opaque):
             names &= self._named
-        return {name: attributes[name] for name in names if not (is_torchs and name[0] == "_")}
+        return {name: attributes[name] for name in names if not (of_torch and name[0] == "_")}
 
     def _named_inside(
         self, model: nn.Module, visible: Iterable[tuple[str, nn.Module, Any]]
@@ -298,7 +298,7 @@ class Snapshot:
             return
         seen = {path for path, _, _ in visible}
         for path, module in model.named_modules():
-            if path not in seen and not _is_torchs(module):
+            if path not in seen and not is_torchs(module):
                 names = self._named & (vars(module).keys() - BOOKKEEPING)
                 if names:
                     yield path, {name: vars(module)[name] for name in names}
@@ -313,10 +313,6 @@ class Snapshot:
                 )
         found.pop(object, None)
         return list(found)
-
-
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.modules.")
 
 
 def _names_in(classes: Iterable[type]) -> set[str]:
