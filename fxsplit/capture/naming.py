@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from fxsplit.meta.rest import Rest, calls_method
+from fxsplit.objects.structure import ATOMS, tensors_in
 
 NAMED = ("placeholder", "call_module", "call_function", "call_method")
 
@@ -83,8 +84,14 @@ def _signature(node: fx.Node) -> Any:
 
 
 def _kind(node: fx.Node) -> Any:
-    """Describe the op of a node."""
-    return node.op, _base_name(node)
+    """Describe the op of a node; of one that gives no tensor, with the numbers and names that it is given.
+
+    `x + 1` in training may well be `x + 2` in evaluation, but `x.shape[0]` is not `x.shape[1]`, nor `x.dtype`.
+    """
+    given: list[Any] = []
+    if not tensors_in(node.meta["value"]):
+        fx.node.map_aggregate((node.args, node.kwargs), given.append)
+    return node.op, _base_name(node), *(each for each in given if type(each) in ATOMS)
 
 
 def _base_name(node: fx.Node) -> str:

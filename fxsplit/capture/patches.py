@@ -30,8 +30,9 @@ from torch import fx, nn
 from torch.utils import checkpoint
 
 from fxsplit.capture.contexts import Context
-from fxsplit.capture.questions import MISSING, REAL_ISINSTANCE, TracerInterface
+from fxsplit.capture.questions import REAL_ISINSTANCE, TracerInterface
 from fxsplit.errors import UntraceableError
+from fxsplit.objects.effects import MISSING
 
 
 def _methods_of(module: ModuleType, method: Any) -> tuple[str, ...]:

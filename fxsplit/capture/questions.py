@@ -2,7 +2,6 @@
 
 user's forward ── len(x) ──► ValueProxy ── answer(x, "len") ──► ValueTracer ──► a Guard
                ── torch.zeros(2) ──► patch ── call_function(...) ──► ValueTracer ──► an op
-               ── self.seen = x ──► an Assignment
 """
 
 from __future__ import annotations
@@ -24,8 +23,6 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
 # Python's own, which is patched while a model is traced.
 REAL_ISINSTANCE = isinstance
 
-MISSING = object()
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guard:
@@ -35,24 +32,6 @@ class Guard:
     question: str
     answer: Any
     where: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
-    """Records that forward set `name` in `owner`, the buffers or attributes of the module `path`, to `value`."""
-
-    path: str
-    owner: dict[str, Any]
-    name: str
-    before: Any
-    value: Any
-
-    def undo(self) -> None:
-        """Set it back to what it was before."""
-        if self.before is MISSING:
-            del self.owner[self.name]
-        else:
-            self.owner[self.name] = self.before
 
 
 class TracerInterface(Protocol):

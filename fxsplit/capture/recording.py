@@ -25,10 +25,11 @@ from fxsplit.capture.tracer import COMPILED, Leaf, ValueTracer, reason_of
 from fxsplit.capture.user_code import compiled_function, failing_function
 from fxsplit.errors import BranchError, TraceError, UntraceableError
 from fxsplit.meta.costs import CostMeter
-from fxsplit.meta.evaluate import Constant, ImpureCall, on_meta, resolve
+from fxsplit.meta.evaluate import Constant, ImpureCall, on_meta
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.rest import Rest
 from fxsplit.objects.contents import Contents, drawing_nothing, generators_around
+from fxsplit.objects.effects import Assignment, Effects
 from fxsplit.objects.same import Comparison
 from fxsplit.objects.structure import META, map_tensors, tensors_in
 
@@ -105,29 +106,37 @@ class Recorder:
 
     def _record(self, batch_size: int | None, *, costs: bool) -> Recording:
         # (1) Record a call. If it left the model as it was, that is all.
-        # (2) Else put in place what it assigned, and record a second call from there.
+        # (2) Else put in place what it assigned, and what modules that are one op left in themselves, and record a
+        #     second call from there.
         # (3) Restore the model. If the second call is the same and changes nothing more, the first one stands.
-        # (4) Else the modules that changed become one op, and recording starts again.
+        # (4) Else the modules that changed become one op, or the one that reads what another left, and recording
+        #     starts again.
         while True:
             held = Contents(self.meta_model)
             tracer, graph = self._trace(batch_size, costs=costs)  # (1)
             changed = held.changed(self._whole)
-            if not tracer.assigned and not changed:
+            left: list[Assignment | Effects] = [*tracer.assigned, *tracer.effects]
+            if not left and not changed:
                 break
             assigned = {each.path: each.name for each in tracer.assigned}
             keeps_values = held.holds_values()
-            for assignment in tracer.assigned:
-                assignment.owner[assignment.name] = resolve(assignment.value, _value_of)
+            for each in left:
+                each.redo()
             held_after = Contents(self.meta_model)
             second_tracer, second_graph = self._trace(batch_size)  # (2)
             # What is stored once, such as a table of positions, changes no more in the second call.
             keeps_changing = keeps_values or held_after.changed(self._whole)
-            for assignment in (*reversed(second_tracer.assigned), *reversed(tracer.assigned)):  # (3)
-                assignment.undo()
+            for each in (*reversed(second_tracer.assigned), *reversed(left)):  # (3)
+                each.undo()
             held.restore()
-            if same_nodes(needed_nodes(graph), needed_nodes(second_graph)) and not (changed and keeps_changing):
+            difference = first_difference(needed_nodes(graph), needed_nodes(second_graph))
+            if difference is None and not (changed and keeps_changing):
                 break
             reasons = {path: _changes_itself(name) for path, name in (changed or assigned).items()}
+            if not reasons:
+                assert difference is not None
+                new = {path: why for path, why in second_tracer.opaque.items() if path not in tracer.opaque}
+                reasons = new or {_around(difference): f"at {difference.name!r} it {READS_WHAT_IS_LEFT}"}
             # A module that is one op already is changed by code outside of it.
             if known := [path for path in reasons if not path or path in self._whole]:
                 raise self._error(UntraceableError(reasons[known[0]]))
@@ -217,9 +226,12 @@ class Recorder:
         ):
             try:
                 graph = tracer.trace(self.meta_model)
-            except BaseException:
+            except BaseException as error:
                 for assignment in reversed(tracer.assigned):
                     assignment.undo()
+                left = dict.fromkeys(name for effects in tracer.effects for name in effects.names())
+                if left and not isinstance(error, UntraceableError):
+                    error.add_note(f"perhaps it {READS_WHAT_IS_LEFT}: {', '.join(left)}")
                 raise
         return tracer, graph
 
@@ -308,8 +320,13 @@ def is_only_a_number(node: fx.Node) -> bool:
     return not isinstance(node.target, ImpureCall) or node.target.name in AMBIENT
 
 
-def _value_of(leaf: Any) -> Any:
-    return leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
+READS_WHAT_IS_LEFT = "reads what a module that is one op leaves in itself"
+
+
+def _around(node: fx.Node) -> str:
+    """Return the path of the module in whose forward an op is."""
+    path = str(node.meta["path"])
+    return path.rpartition(".")[0] if node.op == "call_module" else path
 
 
 def _changes_itself(name: str) -> str:

@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 from fxsplit.capture.contexts import Context
 from fxsplit.capture.op_effects import is_dropout, mixes_samples, moved_statistics, watch_norms
 from fxsplit.capture.proxy import ValueProxy
-from fxsplit.capture.questions import MISSING, QUESTIONS, REAL_ISINSTANCE, Assignment, Guard
+from fxsplit.capture.questions import QUESTIONS, REAL_ISINSTANCE, Guard
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.user_code import asserted, user_line
 from fxsplit.errors import BranchError, UntraceableError
@@ -48,6 +48,7 @@ from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
 from fxsplit.meta.rest import Rest, calls_method
 from fxsplit.objects.contents import drawing_nothing, unchanged, unshared_generators
+from fxsplit.objects.effects import MISSING, Assignment, Effects
 from fxsplit.objects.hooks import hooks_of
 from fxsplit.objects.structure import LEAVES, map_tensors, module_at, template, tensors_in
 
@@ -74,9 +75,10 @@ class ValueTracer(fx.Tracer):
         kernels: cache of meta kernels.
         meter: measures the cost of each op, if given.
 
-    After `trace`, `guards`, `opaque`, `checkpoints` and `cuts_gradients` are as in a Recording, and `assigned` is what
-    forward put into modules. The meta of each node has the keys `value`, `path`, `state`, `written` (nodes and state
-    names written in place), `contexts` if there are any and, with a meter, `cost`.
+    After `trace`, `guards`, `opaque`, `checkpoints` and `cuts_gradients` are as in a Recording, `assigned` is what
+    forward put into modules, and `effects` what modules that are one op left in themselves. The meta of each node has
+    the keys `value`, `path`, `state`, `written` (nodes and state names written in place), `contexts` if there are any
+    and, with a meter, `cost`.
     """
 
     proxy_type = ValueProxy
@@ -105,6 +107,7 @@ class ValueTracer(fx.Tracer):
         self.guards: list[Guard] = []
         self.opaque: dict[str, str] = {}
         self.assigned: list[Assignment] = []
+        self.effects: list[Effects] = []
         self.evaluating = False
         self.checkpoints = self.cuts_gradients = False
         self._thread = get_ident()
@@ -225,7 +228,7 @@ class ValueTracer(fx.Tracer):
         )
         seen: set[int] = set()
         crosses = all(self._may_cross(value, seen) for value in variables.values())
-        if not begun or changed or not crosses:
+        if not begun or changed or self.effects or not crosses:
             raise UntraceableError(reason)
         method = self.create_node("get_attr", "forward", (), {})
         method.meta.update(value=self.root.forward, registered=False)
@@ -362,6 +365,10 @@ class ValueTracer(fx.Tracer):
         return attr_val if name is None else self._state_proxy(name, attr_val)
 
     def _state_proxy(self, name: str, tensor: Tensor) -> ValueProxy:
+        if any(each.before is tensor for effects in self.effects for each in effects.replaced()):
+            raise self.refused(
+                BranchError(f"{user_line()} reads {name!r}, in whose place a module that is one op put another tensor")
+            )
         if name not in self._state_nodes:
             node = self.create_node("get_attr", name, (), {})
             node.meta.update(value=tensor, registered=name in self._registered)
@@ -391,7 +398,8 @@ class ValueTracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         reason = self.opaque.get(path) or self._whole.get(path) or reason_to_keep_whole(m)
         if reason is None:
-            marks, refused = (len(self.graph.nodes), len(self.guards), len(self.assigned)), len(self._refused)
+            marks = (len(self.graph.nodes), len(self.guards), len(self.assigned), len(self.effects))
+            refused = len(self._refused)
             outer, self._path = self._path, path
             try:
                 return self._through(m, path, lambda: forward(*args, **kwargs))
@@ -426,7 +434,7 @@ class ValueTracer(fx.Tracer):
             return bool(type(m).__bases__[0].__module__.startswith("torch.nn."))
         return super().is_leaf_module(m, module_qualified_name)
 
-    def _forget(self, nodes: int, guards: int, assigned: int) -> None:
+    def _forget(self, nodes: int, guards: int, assigned: int, effects: int) -> None:
         """Undo everything that was recorded beyond these numbers."""
         forgotten = set(list(self.graph.nodes)[nodes:])
         for node in reversed(list(self.graph.nodes)[nodes:]):
@@ -436,6 +444,7 @@ class ValueTracer(fx.Tracer):
         for assignment in reversed(self.assigned[assigned:]):
             assignment.undo()
         del self.assigned[assigned:]
+        del self.effects[effects:]
 
     def _through(self, module: nn.Module, path: str, forward: Callable[[], Any]) -> Any:
         """Call forward, and record which buffers and attributes of the module it sets."""
@@ -465,7 +474,8 @@ class ValueTracer(fx.Tracer):
 
     def _assign(self, path: str, kind: str, owner: dict[str, Any], name: str, before: Any, now: Any) -> None:
         node_of = self.create_arg(now)
-        self.assigned.append(Assignment(path=path, owner=owner, name=name, before=before, value=node_of))
+        value = resolve(node_of, _value_of)
+        self.assigned.append(Assignment(path=path, owner=owner, name=name, before=before, value=value))
         holder = self.create_node("get_attr", f"{path}.{kind}".removeprefix("."), (), {})
         holder.meta.update(value=None, registered=False)
         node = self.create_node("call_function", operator.setitem, (holder, name, node_of), {})
@@ -531,9 +541,7 @@ class ValueTracer(fx.Tracer):
         """Run a node on the meta device, and note in its meta what it uses, writes and costs."""
         if node.op in ("placeholder", "get_attr"):
             return node.meta.get("value")
-        args, kwargs = resolve(
-            (node.args, node.kwargs), lambda leaf: leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
-        )
+        args, kwargs = resolve((node.args, node.kwargs), _value_of)
         module = module_at(self.root, str(node.target)) if node.op == "call_module" else None
         state = {} if module is None else self._module_state(str(node.target), module)
         # Autograd raises the version of a tensor at each in-place write: that shows what the op writes into.
@@ -547,7 +555,7 @@ class ValueTracer(fx.Tracer):
 
         def run(given: Any) -> Any:
             args, kwargs = given
-            return evaluate(self.root, node.op, node.target, args, kwargs, self.device)
+            return evaluate(self.root, node.op, node.target, args, kwargs, self.device, self.effects)
 
         holder = getattr(args[0], "__self__", None) if calls_method(node.target) else None
         called = holder if module is None else module
@@ -606,6 +614,10 @@ class ValueTracer(fx.Tracer):
         }
 
 
+def _value_of(leaf: Any) -> Any:
+    return leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
+
+
 def _wants_gradient(argument: Any) -> bool:
     if type(argument) is ValueProxy:
         return isinstance(argument.value, Tensor) and _node_wants(argument.node)
@@ -645,4 +657,5 @@ COMPILED = "it is compiled; trace before torch.compile to see inside"
 def reason_of(error: Exception) -> str:
     """Shorten an error to one line; some of torch's fill several screens."""
     text = str(error) if isinstance(error, UntraceableError) else f"{type(error).__name__}: {error}"
+    text = "; ".join((text, *getattr(error, "__notes__", ())))
     return shorten(" ".join(text.split()), LONGEST_REASON, placeholder=" ...")

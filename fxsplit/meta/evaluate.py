@@ -20,8 +20,9 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from fxsplit.errors import BranchError, GuardError
 from fxsplit.meta import autocast
 from fxsplit.meta.rest import Rest, calls_method
-from fxsplit.objects.contents import Contents, unchanged
+from fxsplit.objects.contents import unchanged
 from fxsplit.objects.copies import Copier
+from fxsplit.objects.effects import Effects, seen_in_copy, undone
 from fxsplit.objects.hooks import hooks_of, is_torchs
 from fxsplit.objects.structure import ATOMS, META, filled, map_tensors, module_at, tensors_in
 
@@ -165,7 +166,13 @@ class StandIn:
 
 
 def evaluate(
-    root: nn.Module, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+    root: nn.Module,
+    kind: str,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: torch.device,
+    effects: list[Effects] | None = None,
 ) -> Any:
     """Run one node of a graph whose tensors are on the meta device.
 
@@ -173,6 +180,7 @@ def evaluate(
         root: module in which `target` is found.
         kind: `op` of the node, such as "call_module"; `target`, `args` and `kwargs` are the node's own, with values.
         device: what a question for a tensor's device is answered with, instead of meta.
+        effects: takes what a module leaves in itself, if anything; it is undone.
 
     Returns the result on the meta device. A module or function that needs numbers, which meta tensors lack, runs on
     made-up ones instead, and its result is a StandIn.
@@ -202,18 +210,24 @@ def evaluate(
     else:
         called = _uncompiled(module_at(root, str(target))) if kind == "call_module" else target
     if kind == "call_module" and not _is_plain(called):
-        around: AbstractContextManager[None] = _restored(called)
+        around: AbstractContextManager[Effects | None] = undone(called)
     else:
         around = _with_its_tensors(args[0].__self__, called) if calls_method(called) else nullcontext()
-    with around:
-        try:
-            with META, _guarded(called, (args, kwargs)):
-                return on_meta(autocast.run(called, args, kwargs, device))
-        except Exception:
-            if not _is_leaf(called) and not is_sparse:
-                raise
+    left: Effects | None
+    try:
+        with around as left, META, _guarded(called, (args, kwargs)):
+            value = on_meta(autocast.run(called, args, kwargs, device))
+    except BranchError:
+        raise
+    except Exception:
+        if not _is_leaf(called) and not is_sparse:
+            raise
         with unchanged_generators():
-            return StandIn(_on_stand_ins(called, args, kwargs))
+            made_up, left = _on_stand_ins(called, args, kwargs)
+        value = StandIn(made_up)
+    if left and effects is not None:
+        effects.append(left)
+    return value
 
 
 @contextmanager
@@ -245,21 +259,7 @@ def _is_plain(module: nn.Module) -> bool:
     return is_torchs(module) and not module._modules and not any(hooks_of(module))
 
 
-@contextmanager
-def _restored(module: nn.Module) -> Iterator[None]:
-    """Restore buffers and attributes that a forward replaces. In-place writes need no undoing: there are no numbers."""
-    # A scripted module keeps its state elsewhere.
-    inner = [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]
-    held = Contents(module)
-    owners = [owner for each in inner for owner in (vars(each), each._buffers)]
-    before = [dict(owner) for owner in owners]
-    try:
-        yield
-    finally:
-        for owner, content in zip(owners, before, strict=True):
-            owner.clear()
-            owner.update(content)
-        held.restore()
+_REPLACES = "it calls a method that puts another tensor in the place of "
 
 
 @contextmanager
@@ -279,7 +279,7 @@ def _with_its_tensors(module: nn.Module, called: Any) -> Iterator[None]:
                 if isinstance(value, Tensor) and owner.get(name) is not value:
                     owner[name], replaced = value, f"{name!r} of {type(each).__name__}"
     if replaced and not isinstance(called, Rest):
-        raise BranchError(f"it calls a method that puts another tensor in the place of {replaced}")
+        raise BranchError(_REPLACES + replaced)
 
 
 def _is_leaf(called: Any) -> bool:
@@ -289,8 +289,8 @@ def _is_leaf(called: Any) -> bool:
 
 
 @unchanged_generators()
-def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> Any:
-    """Run on the CPU, on made-up numbers."""
+def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> tuple[Any, Effects | None]:
+    """Run on the CPU, on made-up numbers; return the result, and what was left in a module."""
     receiver = getattr(called, "__self__", None)
     if isinstance(receiver, Tensor):
         called = getattr(_filled(receiver), called.__name__)
@@ -298,13 +298,21 @@ def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> Any:
     def lookup(leaf: Any) -> Any:
         return torch.device("cpu") if isinstance(leaf, torch.device) else map_tensors(_filled, leaf)
 
+    around: AbstractContextManager[Effects | None] = nullcontext()
     if isinstance(called, nn.Module):
-        called = _on_cpu(called)
+        original, called = called, _on_cpu(called)
+        around = seen_in_copy(called, original)
     elif calls_method(called):
-        args = (getattr(_on_cpu(args[0].__self__), args[0].__name__), *args[1:])
+        module = args[0].__self__
+        copied = _on_cpu(module)
+        args = (getattr(copied, args[0].__name__), *args[1:])
+        around = seen_in_copy(copied, module)
     args, kwargs = resolve((args, kwargs), lookup)
-    with _guarded(called, (args, kwargs)):
-        return on_meta(called(*args, **kwargs))
+    with around as left, _guarded(called, (args, kwargs)):
+        value = on_meta(called(*args, **kwargs))
+    if left and left.replaced() and calls_method(called) and not isinstance(called, Rest):
+        raise BranchError(_REPLACES + f"{left.replaced()[0].name!r} of {type(module).__name__}")
+    return value, left
 
 
 def _filled(tensor: Tensor) -> Tensor:

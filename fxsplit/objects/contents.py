@@ -71,6 +71,10 @@ class Contents:
                 found[path] = name
         return found
 
+    def changes(self) -> set[tuple[str, str]]:
+        """List each attribute that holds something which has changed since, with the path of its module."""
+        return {(path, name) for path, name, held, before in self._held if not _holds(held, before)}
+
     def holds_values(self) -> bool:
         """Whether something that has changed since holds a value of a forward that is being traced."""
         changed = (held for _, _, held, before in self._held if not _holds(held, before))

@@ -703,3 +703,30 @@ def test_a_branch_on_numbers_that_are_written_drawn_or_given_is_not_taken_for_gr
 ) -> None:
     found = assert_exact(Masks(make), torch.rand(2, 4))
     assert [reason for reason in found.opaque.values() if "branches on data" in reason]
+
+
+@pytest.mark.parametrize(
+    ("in_training", "in_evaluation"),
+    [
+        (lambda x: x.ndim, lambda x: x.itemsize),
+        (lambda x: x.shape[0], lambda x: x.shape[1]),
+        (lambda x: x.size(0), lambda x: x.size(1)),
+    ],
+    ids=["name", "item", "argument"],
+)
+def test_numbers_of_one_mode_are_not_those_of_the_other(
+    in_training: Callable[[Tensor], int], in_evaluation: Callable[[Tensor], int]
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            number = (in_training if self.training else in_evaluation)(x)
+            return self.second(x) * number
+
+    found = trace(Model(), (torch.ones(4, 6),))
+    refusals = {cut.path: cut.refusal for cut in cuts(found)}
+    assert "exists only in" in str(refusals["second"])
