@@ -49,7 +49,7 @@ from fxsplit.meta.known import is_known, numbers_of
 from fxsplit.meta.rest import Rest, calls_method
 from fxsplit.objects.contents import drawing_nothing, unchanged, unshared_generators
 from fxsplit.objects.effects import MISSING, Assignment, Effects
-from fxsplit.objects.hooks import hooks_of
+from fxsplit.objects.hooks import hooks_of, is_torchs
 from fxsplit.objects.structure import LEAVES, map_tensors, module_at, template, tensors_in
 
 READ_DATA = ("item", "tolist", "numpy")
@@ -279,10 +279,18 @@ class ValueTracer(fx.Tracer):
         self.checkpoints = True
         # Evaluation is recorded without gradients, but may run with them.
         records = torch.is_grad_enabled() or not self.model.training
-        if reentrant and records and not any(map(_wants_gradient, args)):
+        wanting = [argument for argument in args if _wants_gradient(argument)]
+        if reentrant and records and not wanting:
             self.cuts_gradients = True
             with torch.no_grad():
                 return function(*args)
+        if reentrant and records and all(map(_is_unsure, wanting)):
+            raise self.refused(
+                UntraceableError(
+                    f"{user_line()} checkpoints what wants a gradient in some calls alone, and the older kind of "
+                    "checkpoint gives gradients only then; use_reentrant=False always does"
+                )
+            )
         return function(*args)
 
     def refused(self, error: UntraceableError) -> UntraceableError:
@@ -579,12 +587,23 @@ class ValueTracer(fx.Tracer):
         node.meta["written"] += [
             self._state[id(each)] if isinstance(each, Tensor) else each for each in moved_statistics(node, module)
         ]
-        takes_gradients = any(tensor.requires_grad for tensor in state.values())
-        node.meta["wants"] = takes_gradients or any(map(_node_wants, node.all_input_nodes))
+        self._note_gradients(node, called)
         node.meta["stand_in"] = isinstance(value, StandIn)
         value = value.value if isinstance(value, StandIn) else value
         self._note_effects(node, module, value, sizes)
         return value
+
+    def _note_gradients(self, node: fx.Node, called: Any) -> None:
+        """Note whether the result of an op wants a gradient, and whether it may do so in some calls alone.
+
+        A user's module that stays one op may use its parameters, and what it is given, now and then.
+        """
+        inputs = node.all_input_nodes
+        own = isinstance(called, nn.Module) and any(each.requires_grad for each in called.parameters())
+        node.meta["wants"] = own or any(map(_node_wants, inputs))
+        surely = any(_node_wants(each) and not each.meta.get("may_want") for each in inputs)
+        surely = surely or (own and is_torchs(called))
+        node.meta["may_want"] = node.meta["wants"] and not surely
 
     def _note_effects(self, node: fx.Node, module: nn.Module | None, value: Any, sizes: dict[str, torch.Size]) -> None:
         """Note what an op does to the samples of the batch, and what it inherits from its inputs.
@@ -622,6 +641,11 @@ def _wants_gradient(argument: Any) -> bool:
     if type(argument) is ValueProxy:
         return isinstance(argument.value, Tensor) and _node_wants(argument.node)
     return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def _is_unsure(argument: Any) -> bool:
+    """Whether an argument wants a gradient in some calls alone."""
+    return type(argument) is ValueProxy and argument.node.meta.get("may_want", False)
 
 
 def _node_wants(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.tracing import trace
-from fxsplit.errors import GuardError
+from fxsplit.errors import GuardError, TraceError
 from tests.exact import Linears, assert_exact, executor_of, rows
 
 
@@ -199,3 +199,39 @@ def test_what_is_asked_of_the_contexts_is_asked_again_at_each_call() -> None:
     net(rows())
     with torch.no_grad(), pytest.raises(GuardError, match="'is_grad_enabled' was True and is now False"):
         net(rows())
+
+
+class UsedAtTimes(nn.Module):
+    """Stays one op, whose result wants a gradient in some calls alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Any) -> Any:
+        return self.linear(x) if torch.rand(()).item() < 0.5 else x
+
+
+class CheckpointedAfter(Linears):
+    """Checkpoints, by the older kind, after a module that may not use its weights, or after weights behind it."""
+
+    def __init__(self, before: str) -> None:
+        super().__init__()
+        self.at_times, self.before = UsedAtTimes(), before
+
+    def forward(self, x: Any) -> Any:
+        x = self.at_times(x)
+        if self.before == "weights":
+            return self.c(checkpoint(self.b, self.a(x), use_reentrant=True))
+        return self.c(self.b(checkpoint(self.a, x, use_reentrant=True)))
+
+
+def test_the_older_checkpoint_of_what_wants_a_gradient_at_times_is_refused() -> None:
+    with pytest.raises(TraceError, match=r"in some calls alone.*use_reentrant=False"):
+        trace(CheckpointedAfter("nothing"), (rows(),))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_the_older_checkpoint_behind_weights_is_looked_into() -> None:
+    found = assert_exact(CheckpointedAfter("weights"), rows(), count=3)
+    assert list(found.opaque) == ["at_times"]
