@@ -11,7 +11,7 @@ import builtins
 import math
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
 from textwrap import shorten
@@ -356,6 +356,8 @@ class ValueTracer(fx.Tracer):
             values.append(value)
             return Slot(len(values) - 1)
 
+        if isinstance(a, Iterator) and id(a) not in self.originals:
+            raise self.refused(UntraceableError(f"{user_line()} hands over an iterator, used up after the first call"))
         reduced = template(slot, a, (ValueProxy, Tensor))
         if not values:
             return self._constant(a).node

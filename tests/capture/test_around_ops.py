@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -133,3 +133,28 @@ def test_a_submodule_may_have_a_name_of_the_executors(name: str) -> None:
     model.add_module(name, nn.Linear(6, 6))
     net = executor_of(trace(model, (rows(),)))
     assert torch.equal(net(rows()), model(rows()))
+
+
+class Summing(nn.Module):
+    """Stays one op, since it branches on data."""
+
+    def forward(self, x: torch.Tensor, numbers: Iterable[int]) -> torch.Tensor:
+        return x * sum(numbers) if x.sum() < 1e6 else x
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: map(int, "123"), lambda: iter([1, 2]), lambda: (i for i in (1, 2))],
+    ids=["map", "list", "generator"],
+)
+def test_an_iterator_that_a_later_call_would_find_used_up_is_refused(make: Callable[[], Iterable[int]]) -> None:
+    class HandsOver(Linears):
+        def __init__(self) -> None:
+            super().__init__()
+            self.summing = Summing()
+
+        def forward(self, x: Any) -> Any:
+            return self.summing(self.a(x), make())
+
+    with pytest.raises(TraceError, match="hands over an iterator"):
+        trace(HandsOver(), (rows(),))
