@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fxsplit.pages.figures import human, trains
+from fxsplit.pages.figures import human, millijoules, trains
 from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import CheckRecord, ForecastRecord, RunReport
@@ -25,13 +25,17 @@ LISTED = 3
 def report(result: RunReport) -> None:
     """Print a row for each phase of a run; below it the accuracy and what the run cost."""
     console = Terminal()
-    table = new_table("phase", "trains", "cut", ">epochs", ">seconds", ">test accuracy")
+    energy = [">energy an image"] if any(record.joules_per_image is not None for record in result.epochs) else []
+    table = new_table("phase", "trains", "cut", ">epochs", ">seconds", *energy, ">test accuracy")
     for index, group in groupby(result.epochs, key=lambda record: record.phase):
         records = list(group)
         seconds = sum(record.train_seconds + record.eval_seconds for record in records)
         window = where(result.plan.phases[index], result.plan)
-        accuracy = f"{records[-1].eval_top1:.2f} %"
-        table.add_row(str(index + 1), *window, str(len(records)), f"{seconds:.1f}", accuracy)
+        figures = [str(len(records)), f"{seconds:.1f}"]
+        if energy:
+            joules = [record.joules_per_image for record in records if record.joules_per_image is not None]
+            figures.append(millijoules(mean(joules) if joules else None))
+        table.add_row(str(index + 1), *window, *figures, f"{records[-1].eval_top1:.2f} %")
     console.print(table, "")
 
     def measured(name: str) -> list[Any]:

@@ -51,8 +51,9 @@ class EpochRecord:
     `eval_top5` are of the test images after the epoch. Accuracies are in per cent.
 
     Memory peaks are over the run so far for the process, over the phase so far for CUDA; a figure that this machine
-    cannot give is None. The cache of the settled prefix held `cache_resident_bytes` of memory, which are part of the
-    peaks, and `cache_file_bytes` of the disk.
+    cannot give is None. `train_energy_joules` are those of `energy_joules` that went into training. The cache of the
+    settled prefix held `cache_resident_bytes` of memory, which are part of the peaks, and `cache_file_bytes` of the
+    disk.
     """
 
     epoch: int
@@ -75,8 +76,15 @@ class EpochRecord:
     peak_reserved_bytes: int | None = None
     device_bytes: int | None = None
     energy_joules: float | None = None
+    train_energy_joules: float | None = None
     cache_resident_bytes: int | None = None
     cache_file_bytes: int | None = None
+
+    @property
+    def joules_per_image(self) -> float | None:
+        """Energy that training took for each image; None where the machine cannot tell."""
+        images = self.images_per_second * self.train_seconds
+        return self.train_energy_joules / images if self.train_energy_joules is not None and images else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

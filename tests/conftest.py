@@ -91,6 +91,7 @@ def epochs(plan: Plan) -> tuple[EpochRecord, ...]:
             trainable_parameters=5000,
             peak_resident_bytes=1_000_000_000 + epoch,
             energy_joules=600.0,
+            train_energy_joules=1234.0 * (epoch + 1),
         )
         for epoch in range(plan.epochs)
     )

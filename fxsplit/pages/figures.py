@@ -30,6 +30,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
 
 
+def millijoules(joules: float | None) -> str:
+    """Write what an image takes, `12.5 mJ`; None is "not available"."""
+    return "not available" if joules is None else f"{1000 * joules:.1f} mJ"
+
+
 def shape(sizes: tuple[int, ...]) -> str:
     """Write a shape as `64 × 3 × 32 × 32`; a tensor without dimensions is a "scalar"."""
     return " × ".join(map(str, sizes)) or "scalar"

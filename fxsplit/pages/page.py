@@ -98,6 +98,9 @@ def _measured_lanes(epochs: Sequence[EpochRecord]) -> Iterator[Lane]:
     }
     yield _curves("loss", losses, lambda value: f"{value:.4f}")
     yield _staircase("seconds to train", [record.train_seconds for record in epochs], figures.duration)
+    joules = [record.joules_per_image for record in epochs if record.joules_per_image is not None]
+    if joules and len(joules) == len(epochs):
+        yield _staircase("energy an image", joules, figures.millijoules)
     allocated = [record.peak_allocated_bytes for record in epochs if record.peak_allocated_bytes is not None]
     if allocated:
         yield _staircase("peak memory, CUDA", allocated, _bytes)

@@ -23,12 +23,13 @@ class Telemetry:
         self._device = device
         self._meter = Meter(device)
         self._began = self._trained = 0.0
-        self._energy: float | None = None
+        self._energy_began: float | None = None
+        self._energy_trained: float | None = None
 
     def epoch_begins(self) -> None:
         """Start the clock of an epoch."""
         self._began = now(self._device)
-        self._energy = self._meter.read().energy_joules
+        self._energy_began = self._meter.read().energy_joules
 
     def phase_begins(self) -> None:
         """Begin the peaks of CUDA memory anew."""
@@ -37,6 +38,7 @@ class Telemetry:
     def training_ends(self) -> None:
         """Note that the training of the epoch is over, and testing begins."""
         self._trained = now(self._device)
+        self._energy_trained = self._meter.read().energy_joules
 
     def step(self, *, phase: int, epoch: int, step: int, steps: int, score: Score) -> StepRecord:
         """Make the record of a step: number `step`, from 1, of the `steps` of `epoch`, from 0, in phase `phase`.
@@ -81,7 +83,6 @@ class Telemetry:
         ended, usage = now(self._device), self._meter.read()
         entered = plan.phases[phase]
         cut = entered.cut(len(plan.partitions))
-        energy = usage.energy_joules
         return EpochRecord(
             epoch=epoch + 1,
             phase=phase,
@@ -104,5 +105,10 @@ class Telemetry:
             device_bytes=usage.device_bytes,
             cache_resident_bytes=feed.resident_bytes,
             cache_file_bytes=feed.file_bytes,
-            energy_joules=None if energy is None or self._energy is None else energy - self._energy,
+            energy_joules=_difference(usage.energy_joules, self._energy_began),
+            train_energy_joules=_difference(self._energy_trained, self._energy_began),
         )
+
+
+def _difference(after: float | None, before: float | None) -> float | None:
+    return None if after is None or before is None else after - before

@@ -19,9 +19,9 @@ def test_report_shows_each_phase_and_the_last_epoch(report: RunReport, capsys: p
     assert err == ""
     cells = [re.split(r"  +", line.strip()) for line in out.splitlines()]
     plan = report.plan
-    assert ["1", "first 1 of 3", plan.partitions[1].name, "2", "23.0", "51.00 %"] in cells
-    assert ["2", "first 2 of 3", plan.partitions[2].name, "2", "23.0", "53.00 %"] in cells
-    assert ["3", "all", "-", "2", "23.0", "55.00 %"] in cells
+    assert ["1", "first 1 of 3", plan.partitions[1].name, "2", "23.0", "150.0 mJ", "51.00 %"] in cells
+    assert ["2", "first 2 of 3", plan.partitions[2].name, "2", "23.0", "350.0 mJ", "53.00 %"] in cells
+    assert ["3", "all", "-", "2", "23.0", "550.0 mJ", "55.00 %"] in cells
     facts = {row[0]: row[1] for row in cells if len(row) == 2}
     assert facts == {
         "test accuracy": "55.00 % (last epoch)",

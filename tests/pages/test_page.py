@@ -187,7 +187,7 @@ def test_an_epoch_lies_below_its_place_in_the_timeline(report: RunReport, inspec
     (accuracy, *_) = page.having("path", "class", "curve test")
     assert accuracy["d"] == "M0.5 1h0L1.5 0.9167L2.5 0.8333"
     boxes = [names["viewbox"] for tag, names in page.elements if names.get("height") == "48"]
-    assert boxes == ["0 0 6 1"] * 4
+    assert boxes == ["0 0 6 1"] * 5  # accuracy, loss, seconds, energy, memory
 
 
 def test_a_run_without_epochs_and_one_that_diverged(
