@@ -51,6 +51,7 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
             trace = measure_ops(trace, (assembly.random_images(spec, data),), device=device, passes=passes)
         plan = assembly.plan(spec, trace, observer)  # partitions and phases: names and numbers, no tensors
         executor = assembly.executor(spec, trace, plan, passes)  # the model again, which runs any phase
+        plan = assembly.paying_plan(spec, trace, executor, plan, data, device, observer)
         trainer = assembly.trainer(spec, trace, executor, plan, data, observer)
         check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader)
         run = assembly.recorder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import fxsplit
+from fxsplit import assembly
 from fxsplit.assembly import choose_device, determinism
 from fxsplit.data import datasets
 from fxsplit.data.loader import Loader
@@ -472,6 +474,42 @@ def test_a_budget_that_recomputing_alone_cannot_keep_is_kept_by_micro_batches() 
     assert fxsplit.inspect(fxsplit.RunSpec(**asked | {"model": "paper:resnext"})).plan.phases[0].recompute
     with pytest.raises(PartitionError, match=r"not in micro-batches: 'group1\.bn1' needs a batch as a whole"):
         fxsplit.inspect(fxsplit.RunSpec(**asked | {"model": "paper:resnext"}, memory_budget=0.1))
+
+
+@pytest.mark.parametrize(
+    ("device", "ratios", "micro_batches"),
+    [
+        ("cuda", [1.02], 8),
+        ("cuda", [1.2, 1.03], 2),
+        ("cuda", [1.2, 1.04], 1),
+        ("cuda", [torch.OutOfMemoryError()], 8),
+        ("cpu", [], 8),
+    ],
+)
+def test_a_gpu_comes_as_near_to_a_memory_aim_as_measured_time_allows(
+    monkeypatch: pytest.MonkeyPatch, device: str, ratios: list[Any], micro_batches: int
+) -> None:
+    def measured(_executor: Any, _plan: Any, other: Any, _loss: Any, **_: Any) -> float:
+        assert other.phases[0].micro_batches == 1
+        ratio = left.pop(0)
+        if isinstance(ratio, Exception):
+            raise ratio
+        return float(ratio)
+
+    left, notices = list(ratios), Notices()
+    monkeypatch.setattr(assembly, "time_ratio", measured)
+    asked = fxsplit.RunSpec(model="paper:cnn", data="digits", img_size=32, batch_size=128, memory_aim=0.3)
+    data = assembly.data(asked, notices)
+    found = assembly.trace(asked, assembly.model(asked, data, torch.device("cpu")), data)
+    plan = assembly.plan(asked, found, notices)
+    assert plan.phases[0].micro_batches == 8
+    net = fxsplit.Executor(found, plan.partitions)
+    chosen = assembly.paying_plan(asked, found, net, plan, data, torch.device(device), notices)
+    assert not left
+    assert chosen.phases[0].micro_batches == micro_batches
+    assert len(notices.sentences) == (micro_batches < 8)
+    insisted = replace(asked, memory_budget=0.3)
+    assert assembly.paying_plan(insisted, found, net, plan, data, torch.device("cuda"), notices) == plan
 
 
 def test_gradients_that_accumulate_are_micro_batches_of_the_plan(

@@ -68,6 +68,27 @@ def measure_phases(
     return tuple(found[phase] for phase in comparable)
 
 
+def time_ratio(
+    executor: Executor,
+    plan: Plan,
+    other: Plan,
+    loss: Loss,
+    *,
+    make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    steps: int = 5,
+) -> float:
+    """Measure the time of a run by `plan`, relative to that of a run by `other` over the same partitions.
+
+    The arguments are those of `measure_phases`.
+    """
+
+    def cost(plan: Plan) -> float:
+        found = measure_phases(executor, plan, loss, make_optimizer=make_optimizer, steps=steps)
+        return sum(phase.epochs * measured.step_cost for phase, measured in zip(plan.phases, found, strict=True))
+
+    return cost(plan) / cost(other)
+
+
 def update_seconds(
     parameters: Iterable[nn.Parameter],
     *,

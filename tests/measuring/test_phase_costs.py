@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.execute.executor import Executor
 from fxsplit.measuring.op_costs import measure
-from fxsplit.measuring.phase_costs import measure_phases, update_seconds
+from fxsplit.measuring.phase_costs import measure_phases, time_ratio, update_seconds
 from fxsplit.models.paper import NETWORKS
 from fxsplit.plan.forecast import forecast
 from fxsplit.plan.partition import partition
@@ -118,3 +119,27 @@ def test_memory_is_as_forecast_where_partitions_recompute(name: str, segmented: 
     )
     plan = Plan(schedule="mine", partitions=partitions, phases=phases)
     hold_against_forecast(found, plan, images, rel=0.02)
+
+
+def test_the_time_of_a_run_counts_each_phase_for_its_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that ticks with each micro-batch."""
+    ticks = 0
+
+    def tick(images: Tensor, net: nn.Module, part: int, parts: int) -> Tensor:
+        nonlocal ticks
+        ticks += 1
+        return loss(images, net, part, parts)
+
+    monkeypatch.setattr("fxsplit.measuring.phase_costs.now", lambda _device: float(ticks))
+    images = torch.randn(8, 3, 8, 8)
+    found = trace(Chain(), (images,))
+    net = Executor(found, partition(found, count=2))
+    plan = Plan(
+        schedule="custom",
+        partitions=net.partitions,
+        phases=(Phase(start=0, stop=2, epochs=3), Phase(start=1, stop=2, epochs=1)),
+    )
+    divided = replace(plan, phases=(replace(plan.phases[0], micro_batches=2), plan.phases[1]))
+    measured = partial(time_ratio, net, loss=partial(tick, images), make_optimizer=torch.optim.AdamW, steps=1)
+    assert measured(divided, plan) == (3 * 2 + 1) / 4
+    assert measured(plan, divided) == 4 / (3 * 2 + 1)
