@@ -94,12 +94,24 @@ class Contents:
         self._held += [(path, name, held, content) for held, content in _held_by(value, seen, _DEPTH)]
 
 
+class Remembered:
+    """Remembers the current contents of the containers, objects and generators nested in values given by name."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        seen: set[int] = set()
+        self._held = [(name, *pair) for name, value in given.items() for pair in _held_by(value, seen, _DEPTH)]
+
+    def changed(self) -> list[str]:
+        """List the names of those that hold something else now, or in which a number or a generator has moved."""
+        return list(dict.fromkeys(name for name, held, before in self._held if not _holds(held, before)))
+
+
 @contextmanager
 def unchanged(given: Any) -> Iterator[None]:
     """Raise UntraceableError at the end if containers or objects nested in `given` were changed inside."""
-    held = list(_held_by(given, set(), _DEPTH))
+    held = Remembered({"given": given})
     yield
-    if not all(_holds(each, before) for each, before in held):
+    if held.changed():
         raise UntraceableError("it changes what it is given, a list or an object, and tracing would lose that")
 
 

@@ -1,0 +1,1 @@
+"""What only a GPU does: steps that are recorded as CUDA graphs and replayed."""

@@ -1,0 +1,125 @@
+"""Functions that are recorded after a few calls and replayed from then on, or that stay as they are and say why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Generic, TypeVar
+
+import torch
+
+from fxsplit.cuda.recorder import Recorder, Recording
+from fxsplit.cuda.watch import Watch
+
+T = TypeVar("T")
+
+# Calls before the recording: kernels are chosen, and memory, gradients and optimizer states are made.
+WARM_UP = 3
+
+
+class Replayed(Generic[T]):
+    """Calls a function WARM_UP times, then records it and replays the recording.
+
+    The last of these calls is watched. Where a replay would do something else, or recording fails, the function is
+    called every time.
+
+    Args:
+        function: does the same work on the same tensors in each call; only their numbers differ.
+        recorder: of the device.
+        device: where the function computes.
+        held: what it uses, to be watched: modules, optimizers, other objects.
+        refused: is called once with the reason, the end of a sentence, if the function cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[], T],
+        recorder: Recorder,
+        device: torch.device,
+        *,
+        held: Iterable[object] = (),
+        refused: Callable[[str], None],
+    ) -> None:
+        self._function, self._recorder, self._device = function, recorder, device
+        self._held, self._refused = tuple(held), refused
+        self._calls = 0
+        self._is_refused = False
+        self._recording: Recording[T] | None = None
+
+    def __call__(self) -> T:
+        """Do the function's work, and return what it returns; tensors in it are written again by the next replay."""
+        if self._recording is None and not self._is_refused:
+            if self._calls < WARM_UP:
+                return self._warm_up()
+            self._record()
+        if self._recording is None:
+            return self._function()
+        self._recording.replay()
+        return self._recording.result
+
+    def _warm_up(self) -> T:
+        self._calls += 1
+        if self._calls < WARM_UP:
+            return self._recorder.warm_up(self._function)
+        with Watch(self._held, self._device) as watch:
+            result = self._recorder.warm_up(self._function)
+        if watch.hindrance is not None:
+            self._refuse(watch.hindrance)
+        return result
+
+    def _record(self) -> None:
+        try:
+            self._recording = self._recorder.record(self._function)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        else:
+            return
+        # Not inside `except`: there the traceback still holds the tensors of the failed recording.
+        self._refuse(reason)
+
+    def _refuse(self, reason: str) -> None:
+        self._is_refused = True
+        self._refused(reason)
+
+
+class Recordings:
+    """Records steps of a run: one recording at a time, and the former one is gone before the next is made.
+
+    Args:
+        recorder: of the device.
+        device: where steps compute.
+        notice: is called with a sentence when steps cannot be recorded; once for each reason.
+    """
+
+    def __init__(self, recorder: Recorder, device: torch.device, *, notice: Callable[[str], None]) -> None:
+        self.recorder, self.device = recorder, device
+        self._notice = notice
+        self._reasons: set[str] = set()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the recording: the next steps run on other modules, tensors or numbers."""
+        self._key: Hashable = None
+        self._replayed: Replayed[object] | None = None
+
+    def run(self, key: Hashable, function: Callable[[], T], *, held: Iterable[object] = ()) -> T:
+        """Run a step, or replay the recording of an earlier one with an equal key.
+
+        Args:
+            key: says what the step does and on which tensors; None runs it as it is, beside the recording.
+            function: the step.
+            held: what it uses, as for `Replayed`.
+        """
+        if key is None:
+            return function()
+        if key != self._key:
+            self.forget()
+            self._key = key
+            self._replayed = Replayed(function, self.recorder, self.device, held=held, refused=self.refuse)
+        replayed: Replayed[T] = self._replayed  # type: ignore[assignment]
+        return replayed()
+
+    def refuse(self, reason: str) -> None:
+        """Say that steps run without a recording, and why, unless it was said before."""
+        if reason not in self._reasons:
+            self._reasons.add(reason)
+            self._notice(f"steps run without CUDA graphs where they cannot be recorded: {reason}")
