@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
     {"graph", "options", "presets", "records", "data", "objects"},
-    {"plan", "models", "meta"},
+    {"plan", "models", "meta", "cuda"},
     {"spec", "report"},
     {"capture"},
     {"execute", "pages"},

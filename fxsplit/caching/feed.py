@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from fxsplit.caching.cache import Cache, CachePolicy
 from fxsplit.data.batch import Batch
 from fxsplit.data.loader import Loader
+from fxsplit.data.source import PlainSource, Source, StaticSource
 from fxsplit.errors import FxsplitError
 from fxsplit.execute.forward import Forward
 
@@ -14,17 +15,26 @@ from fxsplit.execute.forward import Forward
 class Feed:
     """Gives the batches to train and to test on, and opens and closes caches between phases.
 
+    Training steps get their batches from `source`.
+
     Args:
         forward: runs the settled partitions.
         train_loader: the images to train on.
         test_loader: the images to test on.
         policy: how to cache what the settled partitions deliver; None to compute it for each batch.
+        recorded: steps are recorded and replayed.
 
     Raises FxsplitError when there is nothing to train on.
     """
 
     def __init__(
-        self, forward: Forward, train_loader: Loader, test_loader: Loader, *, policy: CachePolicy | None = None
+        self,
+        forward: Forward,
+        train_loader: Loader,
+        test_loader: Loader,
+        *,
+        policy: CachePolicy | None = None,
+        recorded: bool = False,
     ) -> None:
         if not train_loader.steps_per_epoch:
             raise FxsplitError("there is no batch to train on: BatchNorm needs at least 2 training images")
@@ -32,6 +42,9 @@ class Feed:
         self._forward, self._policy = forward, policy
         self._train_cache: Cache | None = None
         self._test_cache: Cache | None = None
+        self.source: Source = PlainSource(self.training)
+        if recorded:
+            self.source = StaticSource(self.training, batch_size=train_loader.batch_size)
 
     def enter(self, cut: int, *, epochs: int, notice: Callable[[str], None]) -> None:
         """Keep the caches if they are at `cut`, else open new ones there, where the cut stays for `epochs`.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_swa_multi_avg_fn
 
+from fxsplit.cuda.number import Number
 from fxsplit.data.batch import Batch
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
@@ -21,22 +21,41 @@ class WeightAverage:
     """Keeps the running mean of each parameter, by name, over the values that were added.
 
     Source: Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018, algorithm 1.
+
+    Args:
+        device: where steps are recorded, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._means: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._update = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+        # The weights of the values that are added now, by the parameters that share one.
+        self._weights: dict[tuple[str, ...], Number] = {}
+
+    @torch.no_grad()
+    def count(self, parameters: Mapping[str, Tensor]) -> None:
+        """Count one more value of each of `parameters`, for `add` to add."""
+        for name, parameter in parameters.items():
+            if name not in self._means:
+                self._means[name], self._counts[name] = torch.zeros_like(parameter), 0
+            self._counts[name] += 1
+        for names in self._alike(parameters):
+            self._weights.setdefault(names, Number(self._device)).set(1 / self._counts[names[0]])
 
     @torch.no_grad()
     def add(self, parameters: Mapping[str, Tensor]) -> None:
-        """Add the present values of `parameters` to their means."""
-        for count, group in groupby(parameters, lambda name: self._counts.get(name, 0)):
-            names = list(group)
-            now = [parameters[name] for name in names]
-            means = [self._means.setdefault(name, torch.zeros_like(parameters[name])) for name in names]
-            self._update(means, now, count)
-            self._counts.update(dict.fromkeys(names, count + 1))
+        """Add the present values of `parameters`, which were counted, to their means. It can be recorded."""
+        for names in self._alike(parameters):
+            means, now = [self._means[name] for name in names], [parameters[name] for name in names]
+            weight = self._weights[names].value
+            torch._foreach_lerp_(
+                means, now, [weight.to(mean.dtype) for mean in means] if isinstance(weight, Tensor) else weight
+            )
+
+    def _alike(self, names: Iterable[str]) -> list[tuple[str, ...]]:
+        """Group names by the number of values that their means are over."""
+        return [tuple(group) for _, group in groupby(names, self._counts.__getitem__)]
 
     @torch.no_grad()
     def apply(self, parameters: Mapping[str, Tensor]) -> None:
@@ -71,6 +90,7 @@ class Endings:
         recalibrate: also estimate statistics again where nothing was averaged.
         midpoint: in the middle of the run, before an epoch begins, all that trains is set to such a mean over the run
             so far, and trains on from there. A run of one epoch has no midpoint.
+        recorded: steps are recorded and replayed.
     """
 
     def __init__(
@@ -82,25 +102,38 @@ class Endings:
         average: float = 0.0,
         recalibrate: bool = False,
         midpoint: bool = False,
+        recorded: bool = False,
     ) -> None:
         self.average, self._recalibrates = average, recalibrate
         self.midpoint_epoch = plan.epochs // 2 if midpoint and plan.epochs > 1 else None
         self._forward = forward
         self._parameters = named_parameters(forward.executor)
         self._end_epochs, self._steps_per_epoch = end_epochs(plan), steps_per_epoch
-        self._mean, self._midpoint_mean = WeightAverage(), WeightAverage()
+        self._device = forward.device if recorded else None
+        self._mean, self._midpoint_mean = WeightAverage(self._device), WeightAverage(self._device)
+        # What this step counts in: a mean, and the parameters that it is of.
+        self._counted: list[tuple[WeightAverage, dict[str, Tensor]]] = []
 
-    def step_done(self, steps: int) -> None:
-        """Add the weights to the means that this step counts in, the last of so many `steps` of the run."""
-        if not self.average:
-            return
-        middle = self.midpoint_epoch or 0
-        for parameters, end in zip(self._parameters, self._end_epochs, strict=True):
-            training = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-            if self._counts(steps, end):
-                self._mean.add(training)
-            if steps <= middle * self._steps_per_epoch and self._counts(steps, middle):
-                self._midpoint_mean.add(training)
+    def count_step(self, steps: int) -> Hashable:
+        """Choose the means that a step counts in, the last of so many `steps` of the run; return which these are."""
+        self._counted = []
+        middle, chosen = self.midpoint_epoch or 0, []
+        for index, (parameters, end) in enumerate(zip(self._parameters, self._end_epochs, strict=True)):
+            in_mean = self._counts(steps, end)
+            in_midpoint = steps <= middle * self._steps_per_epoch and self._counts(steps, middle)
+            if self.average and (in_mean or in_midpoint):
+                training = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+                means = [self._mean] * in_mean + [self._midpoint_mean] * in_midpoint
+                self._counted += [(mean, training) for mean in means]
+                chosen.append((index, in_mean, in_midpoint))
+        for mean, training in self._counted:
+            mean.count(training)
+        return tuple(chosen)
+
+    def add_weights(self) -> None:
+        """Add the weights to the means that the step counts in. It can be recorded."""
+        for mean, training in self._counted:
+            mean.add(training)
 
     def _counts(self, steps: int, end: int) -> bool:
         """Tell whether a step is among the last `average` share of those before epoch `end`."""
@@ -117,7 +150,7 @@ class Endings:
             partitions = range(*self._forward.executor.window)
             self._apply(self._midpoint_mean, partitions)
             # Training goes on from other weights now, so those averaged so far count no more.
-            self._mean = WeightAverage()
+            self._mean = WeightAverage(self._device)
         if self.average or self._recalibrates:
             recalibrate(self._forward, max(partitions, default=-1) + 1, batches)
 

@@ -46,7 +46,7 @@ class Objective:
         """Whether `keep_targets` must be called at the midpoint of the run."""
         return isinstance(self.soft_targets, MeanTargets)
 
-    def __call__(self, forward: Forward, batch: Batch, *, progress: float) -> Losses:
+    def __call__(self, forward: Forward, batch: Batch, *, progress: float | Tensor) -> Losses:
         """Run a micro-batch forward and return its losses; `progress` is the share of the run that is done, 0 to 1."""
         if self.exits is None:
             logits = forward.logits(batch)
@@ -58,7 +58,7 @@ class Objective:
         total = self.exits.add_to(loss, scores, batch.labels, smoothing=self.smoothing)
         return Losses(total, loss, logits)
 
-    def _loss(self, logits: Tensor, batch: Batch, progress: float) -> Tensor:
+    def _loss(self, logits: Tensor, batch: Batch, progress: float | Tensor) -> Tensor:
         if self.soft_targets is None:
             return F.cross_entropy(logits, batch.labels, label_smoothing=self.smoothing)
         loss = self.soft_targets.loss(logits, batch.labels, batch.ids, progress=progress, smoothing=self.smoothing)

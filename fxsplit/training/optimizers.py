@@ -21,6 +21,9 @@ SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "
 # torch's optimizers that have a fused kernel, which updates all parameters in one call, on CPU and CUDA alike.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
+# What a group says about how its step is computed.
+KERNELS = ("fused", "foreach", "capturable")
+
 
 def make_optimizer(
     *modules: nn.Module,
@@ -28,6 +31,7 @@ def make_optimizer(
     lr: float,
     momentum: float,
     weight_decay: float,
+    capturable: bool = False,
     previous: Optimizer | None = None,
 ) -> Optimizer:
     """Make an optimizer over the parameters of `modules` that require a gradient, each in exactly one group.
@@ -38,6 +42,7 @@ def make_optimizer(
         lr: learning rate, above 0.
         momentum: for optimizers that have one, 0 to 1.
         weight_decay: leaves out biases, norms and what a module itself lists in `no_weight_decay()`, as timm does.
+        capturable: keep what steps count on the device, where the optimizer can, so that a step can be recorded.
         previous: an optimizer of the same kind; parameters that it holds too keep their state.
 
     Raises UsageError for an unknown name and for values that the optimizer refuses.
@@ -51,6 +56,9 @@ def make_optimizer(
         )
     except (ImportError, TypeError, ValueError) as error:
         raise UsageError(f"the optimizer {name!r} cannot be made: {error}") from error
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = capturable
     if previous is not None:
         for parameter in parameters_of(optimizer):
             if parameter in previous.state:
@@ -88,6 +96,17 @@ def slots_of(make_optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]) -> i
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """List all parameters of an optimizer."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor | None]:
+    """List the gradients of all parameters of an optimizer."""
+    return [parameter.grad for parameter in parameters_of(optimizer)]
+
+
+def set_gradients(optimizer: Optimizer, gradients: Sequence[Tensor | None]) -> None:
+    """Give the parameters of an optimizer the gradients that `gradients_of` listed."""
+    for parameter, gradient in zip(parameters_of(optimizer), gradients, strict=True):
+        parameter.grad = gradient
 
 
 def split_by_end(optimizer: Optimizer, ends: Mapping[Tensor, int]) -> None:
@@ -184,10 +203,17 @@ def named_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, 
 
 
 def load_named_state(optimizer: Optimizer, state: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
-    """Load a state that `named_state` returned. Raises ValueError when it belongs to other parameters."""
+    """Load a state that `named_state` returned, also one of a run on another device or with other kernels.
+
+    Raises ValueError when it belongs to other parameters.
+    """
     order = [names[parameter] for parameter in parameters_of(optimizer)]
     saved = [name for group in state["param_groups"] for name in group["params"]]
     if saved != order:
         raise ValueError(f"the state is of {len(saved)} parameters, which are not the {len(order)} of this optimizer")
+    groups = [
+        {**group, **{name: own[name] for name in KERNELS if name in own}}
+        for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
     # torch finds a parameter's state by whatever keys "params" lists, so names do as well as numbers.
-    optimizer.load_state_dict(dict(state))
+    optimizer.load_state_dict({**state, "param_groups": groups})

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxsplit.cuda.number import Number
 from fxsplit.execute.executor import Executor
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.training.endings import end_epochs
@@ -55,6 +57,7 @@ class PhaseOptimizer:
         exits: their parameters train beside the model's.
         annealing: share of the run over which the learning rate of a partition falls to zero before it stops training,
             0 (off) to 1.
+        device: where steps are recorded, which read the learning rates there; None leaves these on the host.
 
     Raises UsageError when one of the two cannot be made.
     """
@@ -69,11 +72,13 @@ class PhaseOptimizer:
         steps_per_epoch: int,
         exits: Exits | None = None,
         annealing: float = 0.0,
+        device: torch.device | None = None,
     ) -> None:
         self._executor, self._exits, self._steps_per_epoch = executor, exits, steps_per_epoch
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
         self._end_steps = [epoch * steps_per_epoch for epoch in end_epochs(plan)]
         self._annealing_steps = annealing * (plan.epochs * steps_per_epoch)
+        self._device = device
         self._make(previous=None)
 
     def enter(self, phase: Phase) -> None:
@@ -89,6 +94,7 @@ class PhaseOptimizer:
         if self._annealing_steps:
             split_by_end(self.optimizer, self._ends())
         self._scheduler = self._make_scheduler(self.optimizer, steps_per_epoch=self._steps_per_epoch)
+        self._rates = [Number(self._device) for _ in self.optimizer.param_groups]
 
     def _ends(self) -> dict[Tensor, int]:
         """Return the step at which each parameter stops training by the plan. An exit stops with its partition."""
@@ -106,6 +112,9 @@ class PhaseOptimizer:
         if self._annealing_steps:
             anneal(self.optimizer, step, steps=self._annealing_steps)
         self._scheduler.step_update(step)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            rate.set(group["lr"])
+            group["lr"] = rate.value
 
     @property
     def rate(self) -> float:

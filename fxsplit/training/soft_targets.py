@@ -31,8 +31,11 @@ class SoftTargets(ABC):
         self._logits: Tensor | None = None
 
     @abstractmethod
-    def share(self, progress: float) -> float:
-        """Return the share of the divergence in the loss, 0 to 1, when `progress` of the run is done, 0 to 1."""
+    def share(self, progress: float | Tensor) -> float | Tensor:
+        """Return the share of the divergence in the loss, 0 to 1, when `progress` of the run is done, 0 to 1.
+
+        Both are tensors () where steps are recorded.
+        """
 
     @abstractmethod
     def after_forward(self, logits: Tensor, ids: Tensor) -> None:
@@ -45,7 +48,9 @@ class SoftTargets(ABC):
         largest = torch.finfo(torch.float16).max
         self._logits[ids] = logits.detach().clamp(-largest, largest).half()
 
-    def loss(self, logits: Tensor, labels: Tensor, ids: Tensor, *, progress: float, smoothing: float = 0.0) -> Tensor:
+    def loss(
+        self, logits: Tensor, labels: Tensor, ids: Tensor, *, progress: float | Tensor, smoothing: float = 0.0
+    ) -> Tensor:
         """Return the mean loss () of logits (B, K) with labels (B,) of the images `ids` (B,)."""
         hard = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
         earlier = torch.full_like(logits, float("nan")).float() if self._logits is None else self._logits[ids].float()
@@ -72,7 +77,7 @@ class LastTargets(SoftTargets):
     of targets, 2021, equations 6 and 7.
     """
 
-    def share(self, progress: float) -> float:
+    def share(self, progress: float | Tensor) -> float | Tensor:
         return self.weight * progress
 
     def after_forward(self, logits: Tensor, ids: Tensor) -> None:
@@ -87,7 +92,7 @@ class MeanTargets(SoftTargets):
     averaged weights.
     """
 
-    def share(self, progress: float) -> float:  # noqa: ARG002 - the same throughout the run
+    def share(self, progress: float | Tensor) -> float:  # noqa: ARG002 - the same throughout the run
         return self.weight
 
     def after_forward(self, logits: Tensor, ids: Tensor) -> None:

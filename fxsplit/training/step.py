@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsplit.data.batch import Batch
@@ -44,14 +44,14 @@ class Step:
         self._batch_size, self._clip_grad = batch_size, clip_grad
         self._scaler = torch.amp.GradScaler(forward.device.type, enabled=forward.amp_dtype is torch.float16)
 
-    def __call__(
-        self, batch: Batch, optimizer: Optimizer, *, micro_batches: int, progress: float, accuracy: Accuracy
+    def backward(
+        self, batch: Batch, optimizer: Optimizer, *, micro_batches: int, progress: float | Tensor, accuracy: Accuracy
     ) -> None:
-        """Update the parameters of `optimizer`, and add the batch to `accuracy`.
+        """Compute the gradients of a batch, and add its sums to `accuracy`.
 
         Args:
             batch: what to train on.
-            optimizer: its learning rate has been set.
+            optimizer: of the parameters.
             micro_batches: the number of micro-batches that the batch is divided into.
             progress: the share of the run that is done, 0 to 1.
             accuracy: sums up losses and correct predictions.
@@ -70,11 +70,19 @@ class Step:
             weight = len(micro_batch) / len(batch)  # the loss of a micro-batch is a mean over its images alone
             self._scaler.scale(total * weight if weight < 1 else total).backward()  # type: ignore[no-untyped-call]
             accuracy.update(loss, logits, micro_batch.labels)
+
+    def update(self, optimizer: Optimizer) -> None:
+        """Update the parameters of `optimizer` by their gradients; its learning rate has been set."""
         if self._clip_grad is not None:
             self._scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters_of(optimizer), self._clip_grad)
         self._scaler.step(optimizer)
         self._scaler.update()
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled, as float16 needs it."""
+        return self._scaler.is_enabled()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of loss scaling."""

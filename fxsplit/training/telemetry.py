@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import torch
 
 from fxsplit.caching.feed import Feed
@@ -43,7 +45,7 @@ class Telemetry:
     def step(self, *, phase: int, epoch: int, step: int, steps: int, score: Score) -> StepRecord:
         """Make the record of a step: number `step`, from 1, of the `steps` of `epoch`, from 0, in phase `phase`.
 
-        `score` is over the epoch so far.
+        `score` is over the epoch so far, and has just come from the device, which is not waited for.
         """
         usage = self._meter.read()
         on_cuda = usage.peak_allocated_bytes
@@ -54,7 +56,7 @@ class Telemetry:
             steps=steps,
             train_loss=score.loss,
             train_accuracy_pct=score.top1_pct,
-            images_per_second=score.count / (now(self._device) - self._began),
+            images_per_second=score.count / (perf_counter() - self._began),
             memory_bytes=usage.resident_bytes if on_cuda is None else on_cuda,
         )
 

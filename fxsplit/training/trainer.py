@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -12,12 +13,15 @@ import torch
 from torch.nn import functional as F
 
 from fxsplit.caching.feed import Feed
+from fxsplit.cuda.number import Number
+from fxsplit.cuda.replay import Recordings
 from fxsplit.execute.forward import Forward
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
-from fxsplit.training.accuracy import Accuracy, Score
+from fxsplit.training.accuracy import Accuracy, PendingScore, Score
 from fxsplit.training.endings import Endings
 from fxsplit.training.objective import Objective
+from fxsplit.training.optimizers import gradients_of, set_gradients
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.plasticity import Plasticity
 from fxsplit.training.step import Step
@@ -56,6 +60,8 @@ class Trainer:
         optimizer: has the optimizer and the learning rate of each phase.
         endings: averages and recalibrates partitions that stop training.
         plasticity: lets partitions whose weights still move settle later than planned; None keeps to the plan.
+        recordings: records steps and replays them; None takes every step eagerly. The other parts must be made for it.
+        update_is_recorded: whether the optimizer's part of a step can be replayed, too; else it follows eagerly.
         log_interval: steps between two calls of the observer's `step_done`.
         observer: is called while the run happens.
     """
@@ -68,6 +74,8 @@ class Trainer:
     optimizer: PhaseOptimizer
     endings: Endings
     plasticity: Plasticity | None = None
+    recordings: Recordings | None = None
+    update_is_recorded: bool = False
     log_interval: int = 10
     observer: Observer = field(default_factory=Observer)
 
@@ -76,6 +84,9 @@ class Trainer:
         self._position = Position()
         self._steps_per_epoch = self.feed.train_loader.steps_per_epoch
         self._accuracy = Accuracy(self.forward.device)
+        self._progress = Number(None if self.recordings is None else self.forward.device)
+        # Scores of steps that are on their way from the device.
+        self._pending: deque[tuple[int, PendingScore]] = deque()
         self._telemetry = Telemetry(self.forward.device)
 
     def epochs(self) -> Iterator[EpochRecord]:
@@ -92,6 +103,7 @@ class Trainer:
                 self.observer.epoch_done(record)
                 yield record
         finally:
+            self._forget()
             self.feed.close()
             self.executor.release()
 
@@ -101,6 +113,7 @@ class Trainer:
         at_midpoint = epoch == self.endings.midpoint_epoch
         if index == before:
             if at_midpoint:
+                self._forget()
                 self._end([], epoch, at_midpoint=True)
             return
         if before >= 0:
@@ -139,6 +152,7 @@ class Trainer:
         #   |<---- cached --->|                                               (2) a new cache, if the cut has moved
         #                     |------ exit ---- exit                          (3) exits of the first that train
         #                     |<----- optimizer ------->|                     (4) over what trains after (1) and (3)
+        self._forget()
         phase = self.plan.phases[index]
         self._position = replace(self._position, phase=index)
         self.executor.enter(phase)  # (1)
@@ -161,7 +175,8 @@ class Trainer:
                 f"the training loss of epoch {epoch + 1} is {trained.loss}; a lower --lr or --clip-grad may help"
             )
         phase = self._position.phase
-        self._position, self._accuracy = Position(phase=phase, epoch=epoch + 1), Accuracy(self.forward.device)
+        self._position = Position(phase=phase, epoch=epoch + 1)
+        self._accuracy.reset()
         return self._telemetry.epoch(
             self.plan,
             phase=phase,
@@ -175,28 +190,85 @@ class Trainer:
     def _train(self, epoch: int) -> Score:
         """Take the steps of an epoch that are not done yet, and return the score on the training images."""
         self.executor.train()
-        phase, steps = self._position.phase, self._steps_per_epoch
-        for batch in islice(self.feed.training(epoch), self._position.step, None):
-            done = epoch * steps + self._position.step
-            self.optimizer.set_rate(done)
-            self.step(
-                batch,
-                self.optimizer.optimizer,
-                micro_batches=self.plan.phases[phase].micro_batches,
-                progress=done / (self.plan.epochs * steps),
-                accuracy=self._accuracy,
-            )
-            self.endings.step_done(done + 1)
+        steps = self._steps_per_epoch
+        for key in islice(self.feed.source.put(epoch), self._position.step, None):
+            self._take_step(key, done=epoch * steps + self._position.step)
             if self.plasticity is not None:
                 self.plasticity.step_done()
             step = self._position.step + 1
             self._position = replace(self._position, step=step)
             if step % self.log_interval == 0 or step == steps:
-                score = self._accuracy.read()
-                self.observer.step_done(
-                    self._telemetry.step(phase=phase, epoch=epoch, step=step, steps=steps, score=score)
-                )
+                self._pending.append((step, self._accuracy.sent()))
+            self._report(epoch, wait=step == steps)
         return self._accuracy.read()
+
+    def _take_step(self, key: Hashable, *, done: int) -> None:
+        """Take an optimizer step after `done` steps of the run, on the batch with this key.
+
+        What changes from step to step is set first, so that the rest can be recorded and replayed.
+        """
+        self.optimizer.set_rate(done)
+        self._progress.set(done / (self.plan.epochs * self._steps_per_epoch))
+        counted = self.endings.count_step(done + 1)
+        phase, optimizer = self.plan.phases[self._position.phase], self.optimizer.optimizer
+
+        def backward() -> int:
+            batch = self.feed.source.fetch()
+            self.step.backward(
+                batch,
+                optimizer,
+                micro_batches=phase.micro_batches,
+                progress=self._progress.value,
+                accuracy=self._accuracy,
+            )
+            return len(batch)
+
+        def update() -> None:
+            self.step.update(optimizer)
+            self.endings.add_weights()
+
+        def whole() -> int:
+            samples = backward()
+            update()
+            return samples
+
+        recordings = self.recordings
+        if recordings is not None and phase.recompute and key is not None:
+            recordings.refuse("recomputing activations with the same random numbers reads the random state")
+            key = None
+        if recordings is None or key is None:
+            samples = whole()
+        elif self.update_is_recorded:
+            samples = recordings.run((key, counted), whole, held=self._held())
+        else:
+            samples, gradients = recordings.run(key, lambda: (backward(), gradients_of(optimizer)), held=self._held())
+            set_gradients(optimizer, gradients)
+            update()
+        self._accuracy.count(samples)
+
+    def _held(self) -> list[object]:
+        """List what steps use besides the model and may keep something on the host."""
+        objective = self.objective
+        parts = [objective.soft_targets, None if objective.exits is None else objective.exits.modules]
+        return [self.optimizer.optimizer, *(part for part in parts if part is not None)]
+
+    def _forget(self) -> None:
+        """Drop the recording of steps, with the memory that it holds."""
+        if self.recordings is not None:
+            self.recordings.forget()
+
+    def _report(self, epoch: int, *, wait: bool) -> None:
+        """Tell the observer of steps whose scores have come from the device; of all, if it is to `wait`."""
+        while self._pending and (wait or self._pending[0][1].is_here()):
+            step, pending = self._pending.popleft()
+            record = self._telemetry.step(
+                phase=self._position.phase,
+                epoch=epoch,
+                step=step,
+                steps=self._steps_per_epoch,
+                score=pending.read(),
+            )
+            self.observer.step_done(record)
 
     def evaluate(self) -> Score:
         """Return the score on the test images; the loss is cross-entropy without label smoothing."""
@@ -206,6 +278,7 @@ class Trainer:
             for batch in self.feed.testing():
                 logits = self.forward.logits(batch)
                 accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
+                accuracy.count(len(batch))
         return accuracy.read()
 
     def state_dict(self) -> dict[str, Any]:

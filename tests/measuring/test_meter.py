@@ -181,6 +181,7 @@ def test_accuracy_over_batches_is_that_of_all_samples(classes: int) -> None:
     accuracy = Accuracy(CPU)
     for part, truth in zip(torch.split(logits, 16), torch.split(labels, 16), strict=True):
         accuracy.update(functional.cross_entropy(part, truth), part, truth)
+        accuracy.count(len(part))
     score = accuracy.read()
     own = logits.gather(1, labels[:, None])
     ranks = (logits > own).sum(dim=1).tolist()

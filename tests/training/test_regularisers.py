@@ -234,7 +234,9 @@ def test_the_average_is_the_mean_of_what_was_added() -> None:
         with torch.no_grad():
             parameter.fill_(number)
             other.fill_(number)
-        average.add({"first": parameter, "other": other} if number < 6 else {"first": parameter})
+        given = {"first": parameter, "other": other} if number < 6 else {"first": parameter}
+        average.count(given)
+        average.add(given)
     average.apply({"first": parameter})
     assert torch.equal(parameter, torch.full((3,), 3.0))
     assert torch.equal(other, torch.full((3,), 6.0))
