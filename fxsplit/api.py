@@ -52,7 +52,8 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
         plan = assembly.plan(spec, trace, observer)  # partitions and phases: names and numbers, no tensors
         executor = assembly.executor(spec, trace, plan, passes)  # the model again, which runs any phase
         plan = assembly.paying_plan(spec, trace, executor, plan, data, device, observer)
-        trainer = assembly.trainer(spec, trace, executor, plan, data, observer)
+        recordings = assembly.recordings(spec, trace, device, observer)  # of steps, as CUDA graphs
+        trainer = assembly.trainer(spec, trace, executor, plan, data, observer, recordings)
         check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader)
         run = assembly.recorder(
             spec, trace, plan, passes, device, began=began

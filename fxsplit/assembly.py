@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from timm.utils.random import random_seed
@@ -23,7 +23,11 @@ from fxsplit.caching.cache import GIB, CachePolicy
 from fxsplit.caching.feed import Feed
 from fxsplit.capture import tracing as capture
 from fxsplit.capture.tracing import Trace
+from fxsplit.cuda.recorder import CudaRecorder
+from fxsplit.cuda.replay import Recordings
+from fxsplit.cuda.trial import why_not_replayed
 from fxsplit.data import datasets
+from fxsplit.data.batch import Batch
 from fxsplit.data.images import Data
 from fxsplit.data.loader import Loader
 from fxsplit.errors import UsageError
@@ -38,7 +42,8 @@ from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.partition import most_partitions
 from fxsplit.plan.schedule import Plan, schedule
-from fxsplit.proving.first_batch import prove_batch
+from fxsplit.proving.first_batch import is_out_of_memory, prove_batch
+from fxsplit.proving.replays import differing_replays
 from fxsplit.report import Inspection, Observer
 from fxsplit.spec import RunSpec
 from fxsplit.training.endings import Endings, named_parameters
@@ -299,9 +304,44 @@ def loaders(spec: RunSpec, data: Data) -> tuple[Loader, Loader]:
     return train, test
 
 
-def trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: Data, observer: Observer) -> Trainer:
+def recordings(spec: RunSpec, trace: Trace, device: torch.device, observer: Observer) -> Recordings | None:
+    """Make what records the steps of a run and replays them; None where they run eagerly."""
+    if spec.cuda_graphs != "on":
+        return None
+    if device.type != "cuda" or spec.torchcompile:
+        observer.notice(f"steps run without CUDA graphs{', beside torch.compile' * (device.type == 'cuda')}")
+        return None
+    return Recordings(CudaRecorder(device), device, held=(trace.model,), notice=observer.notice)
+
+
+def _update_is_recorded(spec: RunSpec, recordings: Recordings, observer: Observer) -> bool:
+    """Tell whether the optimizer's part of a step can be replayed; if not, say so."""
+    if spec.amp and spec.amp_dtype == "float16":
+        reason: str | None = "the scale of the loss follows from its gradients"
+    else:
+
+        def make(parameters: Sequence[nn.Parameter], capturable: bool) -> Optimizer:
+            return _optimizer(spec)(nn.ParameterList(parameters), capturable=capturable)
+
+        reason = why_not_replayed(make, recordings.recorder, recordings.device)
+    if reason is not None:
+        observer.notice(f"{spec.opt} steps eagerly, after a forward and backward from a CUDA graph: {reason}")
+    return reason is None
+
+
+def trainer(
+    spec: RunSpec,
+    trace: Trace,
+    executor: Executor,
+    plan: Plan,
+    data: Data,
+    observer: Observer,
+    recordings: Recordings | None = None,
+) -> Trainer:
     """Make the trainer of a run, with all that its spec switches on. Raises UsageError for names that timm lacks."""
     train_loader, test_loader = loaders(spec, data)
+    is_recorded = recordings is not None
+    update_is_recorded = recordings is not None and _update_is_recorded(spec, recordings, observer)
     steps_per_epoch = train_loader.steps_per_epoch
     forward = Forward(executor, train_loader.device, amp_dtype=_amp_dtype(spec))
     objective = Objective(
@@ -310,7 +350,7 @@ def trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: D
     return Trainer(
         plan=plan,
         forward=forward,
-        feed=Feed(forward, train_loader, test_loader, policy=_cache_policy(spec)),
+        feed=Feed(forward, train_loader, test_loader, policy=_cache_policy(spec), recorded=is_recorded),
         objective=objective,
         step=Step(
             forward,
@@ -321,11 +361,12 @@ def trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: D
         optimizer=PhaseOptimizer(
             executor,
             plan,
-            make_optimizer=partial(_optimizer(spec), trace.model),
+            make_optimizer=partial(_optimizer(spec), trace.model, capturable=update_is_recorded),
             make_scheduler=_scheduler(spec, plan),
             steps_per_epoch=steps_per_epoch,
             exits=objective.exits,
             annealing=spec.anneal,
+            device=train_loader.device if update_is_recorded else None,
         ),
         endings=Endings(
             forward,
@@ -334,8 +375,11 @@ def trainer(spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: D
             average=spec.average,
             recalibrate=spec.recalibrate,
             midpoint=objective.has_midpoint,
+            recorded=update_is_recorded,
         ),
         plasticity=_plasticity(executor, steps_per_epoch) if spec.veto else None,
+        recordings=recordings,
+        update_is_recorded=update_is_recorded,
         log_interval=spec.log_interval,
         observer=observer,
     )
@@ -357,7 +401,7 @@ def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: O
             batch.images,
             batch.labels,
             micro_batches=trainer.plan.phases[0].micro_batches,
-            loss=lambda output, labels: cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing),
+            loss=partial(_loss, spec),
             autocast=trainer.forward.autocast,
             notice=observer.notice,
         )
@@ -366,7 +410,36 @@ def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: O
             f"two runs of the plain model differ in {len(proof.varying)} of {proof.compared} values of the first "
             "batch; the partitions were held to these within what they vary by themselves"
         )
+    if trainer.recordings is not None:
+        _prove_replays(spec, trace, trainer, batch, observer)
     return perf_counter() - began
+
+
+def _prove_replays(spec: RunSpec, trace: Trace, trainer: Trainer, batch: Batch, observer: Observer) -> None:
+    """Compare replayed steps with eager ones on a batch; where they differ, no step is recorded in this run."""
+    assert trainer.recordings is not None
+    try:
+        wrong = differing_replays(
+            trace.model,
+            trainer.executor,
+            batch.images,
+            batch.labels,
+            micro_batches=trainer.plan.phases[0].micro_batches,
+            loss=partial(_loss, spec),
+            autocast=trainer.forward.autocast,
+            recorder=trainer.recordings.recorder,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        observer.notice("memory does not hold the comparison of replayed steps with eager ones: it is left out")
+        return
+    if wrong:
+        trainer.recordings.give_up(f"replayed steps differ from eager ones in {wrong[0]}")
+
+
+def _loss(spec: RunSpec, output: Any, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing)
 
 
 def _exits(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> Exits | None:

@@ -207,6 +207,13 @@ class RunSpec:
     amp_dtype: str = option("Precision and speed", "Type used by --amp.", "bfloat16", choices=("bfloat16", "float16"))
     channels_last: bool = option("Precision and speed", "Keep images in channels-last order.", False)
     torchcompile: str | None = option("Precision and speed", "Compile each stage with this backend.", None)
+    cuda_graphs: str = option(
+        "Precision and speed",
+        "Record training steps as CUDA graphs and replay them, which spares the time of launching their kernels: "
+        "on, off, or auto, which is off as long as this is new.",
+        "auto",
+        choices=("auto", "on", "off"),
+    )
     grad_accum_steps: int = option(
         "Precision and speed",
         "Divide each batch into this many micro-batches, or into more where the plan of a phase says so.",

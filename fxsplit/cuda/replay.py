@@ -70,7 +70,7 @@ class Replayed(Generic[T]):
         try:
             self._recording = self._recorder.record(self._function)
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            reason = in_words(error)
         else:
             return
         # Not inside `except`: there the traceback still holds the tensors of the failed recording.
@@ -81,19 +81,33 @@ class Replayed(Generic[T]):
         self._refused(reason)
 
 
+def in_words(error: Exception) -> str:
+    """Name an error and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 class Recordings:
     """Records steps of a run: one recording at a time, and the former one is gone before the next is made.
 
     Args:
         recorder: of the device.
         device: where steps compute.
+        held: what all steps use, as for `Replayed`.
         notice: is called with a sentence when steps cannot be recorded; once for each reason.
     """
 
-    def __init__(self, recorder: Recorder, device: torch.device, *, notice: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        device: torch.device,
+        *,
+        held: Iterable[object] = (),
+        notice: Callable[[str], None],
+    ) -> None:
         self.recorder, self.device = recorder, device
-        self._notice = notice
+        self._held, self._notice = tuple(held), notice
         self._reasons: set[str] = set()
+        self._is_given_up = False
         self.forget()
 
     def forget(self) -> None:
@@ -107,19 +121,26 @@ class Recordings:
         Args:
             key: says what the step does and on which tensors; None runs it as it is, beside the recording.
             function: the step.
-            held: what it uses, as for `Replayed`.
+            held: what this step uses besides.
         """
-        if key is None:
+        if key is None or self._is_given_up:
             return function()
         if key != self._key:
             self.forget()
             self._key = key
-            self._replayed = Replayed(function, self.recorder, self.device, held=held, refused=self.refuse)
+            all_held = (*self._held, *held)
+            self._replayed = Replayed(function, self.recorder, self.device, held=all_held, refused=self.refuse)
         replayed: Replayed[T] = self._replayed  # type: ignore[assignment]
         return replayed()
+
+    def give_up(self, reason: str) -> None:
+        """Run all further steps as they are, and say why."""
+        self.forget()
+        self._is_given_up = True
+        self.refuse(reason)
 
     def refuse(self, reason: str) -> None:
         """Say that steps run without a recording, and why, unless it was said before."""
         if reason not in self._reasons:
             self._reasons.add(reason)
-            self._notice(f"steps run without CUDA graphs where they cannot be recorded: {reason}")
+            self._notice(f"steps run eagerly where they cannot be recorded as a CUDA graph: {reason}")

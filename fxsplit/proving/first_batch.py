@@ -98,19 +98,30 @@ def prove_step(model: nn.Module, net: Executor, step: Step) -> Proof:
             return outcome(module, step)
 
     expected, found = run(model), run(net)
+    wrong, varying = unexplained(expected, found, lambda: run(model))
+    if wrong:
+        raise ProofError(_sentence(wrong, _origin(model, net, run, wrong)))
+    return Proof(compared=len(expected), seconds=perf_counter() - began, varying=varying)
+
+
+def unexplained(
+    expected: Outcome, found: Outcome, again: Callable[[], Outcome]
+) -> tuple[list[Difference], dict[str, float]]:
+    """List in what `found` differs by more than further runs differ from what was `expected`, and what these vary by.
+
+    `again` makes such a run; it is called only where something differs.
+    """
     wrong = differences(expected, found)
     varying: dict[str, float] = {}
     for _ in range(REPEATS if wrong else 0):
-        spread = {each.name: each.size for each in differences(expected, run(model))}
+        spread = {each.name: each.size for each in differences(expected, again())}
         if not spread:
             break
         varying = {name: max(varying.get(name, 0.0), spread.get(name, 0.0)) for name in {**varying, **spread}}
         wrong = [each for each in wrong if not _covers(varying, each)]
         if not wrong:
             break
-    if wrong:
-        raise ProofError(_sentence(wrong, _origin(model, net, run, wrong)))
-    return Proof(compared=len(expected), seconds=perf_counter() - began, varying=varying)
+    return wrong, varying
 
 
 def prove_batch(
@@ -146,7 +157,7 @@ def prove_batch(
         try:
             return prove_step(model, net, _step(images[:count], labels[:count], micro_batches, loss, autocast))
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         # Not inside `except`: there the traceback still holds the tensors of the failed step.
         if images.is_cuda:
@@ -181,7 +192,7 @@ def _step(
     return step
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Tell whether memory ran out: on a GPU, in Python, or in torch on the CPU, which raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 

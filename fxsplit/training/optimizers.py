@@ -59,6 +59,8 @@ def make_optimizer(
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = capturable
+    # torch would warn that such an optimizer steps eagerly, as it does before each recording.
+    vars(optimizer)["_warned_capturable_if_run_uncaptured"] = True
     if previous is not None:
         for parameter in parameters_of(optimizer):
             if parameter in previous.state:

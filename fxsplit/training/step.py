@@ -79,11 +79,6 @@ class Step:
         self._scaler.step(optimizer)
         self._scaler.update()
 
-    @property
-    def scales_loss(self) -> bool:
-        """Whether the loss is scaled, as float16 needs it."""
-        return self._scaler.is_enabled()
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state of loss scaling."""
         return {"scaler": self._scaler.state_dict()}

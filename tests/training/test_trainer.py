@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fxsplit.caching.cache import CachePolicy
 from fxsplit.caching.feed import Feed
 from fxsplit.capture.tracing import trace
+from fxsplit.cuda.replay import Recordings
 from fxsplit.data.batch import Batch
 from fxsplit.data.images import MemoryImages
 from fxsplit.data.loader import Loader
@@ -41,6 +42,7 @@ from fxsplit.training.plasticity import Plasticity
 from fxsplit.training.soft_targets import SoftTargets
 from fxsplit.training.step import Step
 from fxsplit.training.trainer import Trainer
+from tests.cuda.simulated import SimulatedRecorder
 from tests.networks import Chain, FunctionalDropout
 
 
@@ -72,6 +74,8 @@ def trainer(
     cache: CachePolicy | None = None,
     log_interval: int = 10,
     observer: Observer | None = None,
+    recorder: SimulatedRecorder | None = None,
+    update_is_recorded: bool = True,
     **changes: Any,
 ) -> Trainer:
     """4 epochs in 4 partitions, with Adam; 50 images in batches of 16 leave a last batch of 2."""
@@ -82,6 +86,11 @@ def trainer(
     side = train_loader.images.img_size
     captured = trace(model, (torch.empty(2, 3, side, side),))
     parts = partition(captured, count=4)
+    observer = observer or Observer()
+    recordings = None
+    if recorder is not None:
+        recordings = Recordings(recorder, train_loader.device, held=(model,), notice=observer.notice)
+    is_recorded = recorder is not None and update_is_recorded
     made = (
         schedule(plan, partitions=parts, epochs=4)
         if isinstance(plan, str)
@@ -99,7 +108,7 @@ def trainer(
     return Trainer(
         plan=made,
         forward=forward,
-        feed=Feed(forward, train_loader, test_loader, policy=cache),
+        feed=Feed(forward, train_loader, test_loader, policy=cache, recorded=recorder is not None),
         objective=objective,
         step=Step(
             forward,
@@ -115,6 +124,7 @@ def trainer(
             steps_per_epoch=steps,
             exits=objective.exits,
             annealing=annealing,
+            device=train_loader.device if is_recorded else None,
         ),
         endings=Endings(
             forward,
@@ -123,10 +133,13 @@ def trainer(
             average=average,
             recalibrate=recalibrate,
             midpoint=objective.has_midpoint,
+            recorded=is_recorded,
         ),
         plasticity=Plasticity(named_parameters(executor), interval=max(1, steps // 3)) if veto else None,
+        recordings=recordings,
+        update_is_recorded=is_recorded,
         log_interval=log_interval,
-        observer=observer or Observer(),
+        observer=observer,
     )
 
 
