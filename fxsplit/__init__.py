@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxsplit.api import check, check_forecasts, inspect, trace, train
     from fxsplit.capture.tracing import Trace
+    from fxsplit.cuda.graphed import graphed
     from fxsplit.distribute.device_map import device_map
     from fxsplit.distribute.pipeline import to_pipeline_stages
     from fxsplit.errors import FxsplitError, ProofError
@@ -51,6 +52,7 @@ __all__ = [
     "check_forecasts",
     "device_map",
     "forecast",
+    "graphed",
     "inspect",
     "load_plan",
     "measure",
@@ -74,6 +76,7 @@ _HOMES = {
     "fxsplit.plan.partition": ("Partition",),
     "fxsplit.plan.schedule": ("Phase", "Plan", "schedule"),
     "fxsplit.report": ("CheckRecord", "ForecastRecord", "Inspection", "Observer", "RunReport"),
+    "fxsplit.cuda.graphed": ("graphed",),
     "fxsplit.distribute.device_map": ("device_map",),
     "fxsplit.execute.executor": ("Executor",),
     "fxsplit.distribute.pipeline": ("to_pipeline_stages",),

@@ -165,8 +165,8 @@ def test_public_names() -> None:
     assert fxsplit.__all__ == [
         "CheckRecord", "Executor", "Forecast", "ForecastRecord", "FxsplitError", "Inspection", "Observer", "Partition",
         "Phase", "Plan", "Proof", "ProofError", "RunReport", "RunSpec", "Trace", "check", "check_forecasts",
-        "device_map", "forecast", "inspect", "load_plan", "measure", "partition", "prove", "save_plan", "schedule",
-        "to_pipeline_stages", "trace", "train",
+        "device_map", "forecast", "graphed", "inspect", "load_plan", "measure", "partition", "prove", "save_plan",
+        "schedule", "to_pipeline_stages", "trace", "train",
     ]  # fmt: skip
     assert all(getattr(fxsplit, name).__name__ == name for name in fxsplit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'compare'"):

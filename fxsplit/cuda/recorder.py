@@ -49,7 +49,9 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records on one GPU. All recordings share a memory pool, so at most one of them may be in use at a time.
+    """Records on one GPU.
+
+    All recordings share a memory pool: what one has computed and returned may be overwritten by the replay of another.
 
     Args:
         device: the GPU.

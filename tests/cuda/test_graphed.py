@@ -1,0 +1,145 @@
+"""A step of an own loop, recorded and replayed: it ends as the plain loop does, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxsplit
+from fxsplit.cuda.graphed import Graphed
+from fxsplit.errors import UsageError
+from tests.cuda.simulated import SimulatedRecorder
+from tests.networks import FunctionalDropout
+
+
+class Many(SimulatedRecorder):
+    """Allows several recordings at a time, which an own loop may have of several shapes."""
+
+    def record(self, function: Callable[[], Any]) -> Any:
+        self._last = None
+        return super().record(function)
+
+
+def batches(count: int, *sizes: int) -> list[tuple[Tensor, Tensor]]:
+    random = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(sizes[i % len(sizes)], 3, 8, 8, generator=random), torch.arange(sizes[i % len(sizes)]) % 5)
+        for i in range(count)
+    ]
+
+
+def loop(wrap: Callable[..., Any], given: list[tuple[Tensor, Tensor]], between: Callable[..., None]) -> list[Tensor]:
+    torch.manual_seed(0)
+    net = FunctionalDropout()
+    found = fxsplit.trace(net, (given[0][0],))
+    executor = fxsplit.Executor(found, fxsplit.partition(found, count=3))
+    rate = torch.tensor(2.0**-7)
+    optimizer = torch.optim.AdamW(executor.parameters(), lr=rate, fused=True)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(executor(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    wrapped = wrap(step, executor, optimizer)
+    losses = []
+    for number, (images, labels) in enumerate(given):
+        rate.fill_(2.0 ** -(5 + number % 3))
+        between(number, executor, optimizer)
+        losses.append(wrapped(images, labels))
+    return [torch.stack([each.detach() for each in losses]), *net.state_dict().values(), torch.get_rng_state()]
+
+
+def on(recorder: SimulatedRecorder, said: list[str]) -> Callable[..., Any]:
+    def wrap(step: Callable[..., Any], *held: Any) -> Any:
+        return Graphed(step, held, notice=said.append, recorder_for=lambda _: recorder, device_type="cpu")
+
+    return wrap
+
+
+def plain(step: Callable[..., Any], *_: Any) -> Any:
+    return step
+
+
+def nothing(*_: Any) -> None:
+    pass
+
+
+def settles(number: int, executor: Any, optimizer: Any) -> None:
+    executor.enter(fxsplit.Phase(start=0 if number < 6 else 1, stop=3, epochs=1), optimizer)
+
+
+def evaluates(number: int, executor: Any, _: Any) -> None:
+    if number % 3 == 2:
+        executor.eval()
+        with torch.no_grad():
+            executor(torch.zeros(2, 3, 8, 8))
+        executor.train()
+
+
+def decays(number: int, _: Any, optimizer: Any) -> None:
+    optimizer.param_groups[0]["weight_decay"] = 0.1 if number < 6 else 0.5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "between", "counts"),
+    [
+        ((4,), nothing, (3, 1, 9)),
+        ((4, 6), nothing, (6, 2, 6)),
+        ((4,), settles, (6, 2, 6)),
+        ((4,), evaluates, (3, 1, 9)),
+        ((4,), decays, (6, 2, 6)),
+    ],
+)
+def test_a_graphed_loop_ends_as_the_plain_one(
+    sizes: tuple[int, ...], between: Callable[..., None], counts: tuple[int, int, int]
+) -> None:
+    given, recorder, said = batches(12, *sizes), Many(), list[str]()
+    expected = loop(plain, copy.deepcopy(given), between)
+    found = loop(on(recorder, said), given, between)
+    assert all(map(torch.equal, expected, found))
+    assert said == []
+    assert (recorder.warm_ups, recorder.recordings, recorder.replays) == counts
+
+
+def test_on_a_cpu_a_graphed_step_is_the_plain_call() -> None:
+    given = batches(5, 4)
+    assert all(map(torch.equal, loop(fxsplit.graphed, given, nothing), loop(plain, given, nothing)))
+
+
+def test_plain_values_have_recordings_of_their_own_and_others_are_refused() -> None:
+    recorder = Many()
+    step = Graphed(
+        lambda x, *, scale: x * scale, (), notice=str.upper, recorder_for=lambda _: recorder, device_type="cpu"
+    )
+    x = torch.arange(3.0)
+    for _ in range(5):
+        assert torch.equal(step(x, scale=2.0), 2 * x)
+        assert torch.equal(step(x, scale=3.0), 3 * x)
+    assert recorder.recordings == 2
+    with pytest.raises(UsageError, match="values that can be hashed: unhashable type: 'list'"):
+        step(x, scale=[1.0])
+
+
+def test_arguments_that_want_gradients_get_them() -> None:
+    recorder, x = Many(), nn.Parameter(torch.ones(3))
+    step = Graphed(lambda x: x.sum(), (), notice=str.upper, recorder_for=lambda _: recorder, device_type="cpu")
+    for _ in range(5):
+        step(x).backward()
+    assert torch.equal(x.grad, torch.full((3,), 5.0))  # type: ignore[arg-type]
+    assert recorder.warm_ups == 0
+
+
+def test_a_step_that_cannot_be_recorded_says_so_once() -> None:
+    said, x = list[str](), torch.ones(3)
+    step = Graphed(lambda x: x.sum().item(), (), notice=said.append, recorder_for=lambda _: Many(), device_type="cpu")
+    assert [step(x) for _ in range(5)] == [3.0] * 5
+    assert said == ["a step runs eagerly, without a CUDA graph: the host waits for the result of item"]
