@@ -308,8 +308,11 @@ def recordings(spec: RunSpec, trace: Trace, device: torch.device, observer: Obse
     """Make what records the steps of a run and replays them; None where they run eagerly."""
     if spec.cuda_graphs != "on":
         return None
-    if device.type != "cuda" or spec.torchcompile:
-        observer.notice(f"steps run without CUDA graphs{', beside torch.compile' * (device.type == 'cuda')}")
+    if device.type != "cuda":
+        observer.notice("CUDA graphs are recorded on a GPU alone; steps run eagerly")
+        return None
+    if spec.torchcompile:
+        observer.notice("compiled stages are not recorded as CUDA graphs")
         return None
     return Recordings(CudaRecorder(device), device, held=(trace.model,), notice=observer.notice)
 

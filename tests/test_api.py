@@ -20,6 +20,8 @@ from torch.nn import functional as F
 import fxsplit
 from fxsplit import assembly
 from fxsplit.assembly import choose_device, determinism
+from fxsplit.capture.tracing import Trace
+from fxsplit.cuda.replay import Recordings
 from fxsplit.data import datasets
 from fxsplit.data.loader import Loader
 from fxsplit.errors import DataError, PartitionError, ProofError, UsageError
@@ -35,6 +37,7 @@ from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, R
 from fxsplit.spec import read_recipe, resolve
 from fxsplit.training.run_folder import COLUMNS
 from fxsplit_cli.main import main
+from tests.cuda.simulated import SimulatedRecorder, Tape
 
 MODEL = """
 from torch import nn
@@ -346,6 +349,64 @@ def test_a_run_speaks_of_the_passes_that_it_has(
     assert [each for each in heard.sentences if "matrix products" in each or "pass" in each] == [
         "graphs are rewritten by the pass nothing_changed"
     ]
+
+
+def recorded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedRecorder:
+    """Let runs with CUDA graphs record in a simulation."""
+    recorder = SimulatedRecorder()
+
+    def recordings(spec: fxsplit.RunSpec, trace: Trace, device: torch.device, observer: Observer) -> Any:
+        made = Recordings(recorder, device, held=(trace.model,), notice=observer.notice)
+        return made if spec.cuda_graphs == "on" else None
+
+    monkeypatch.setattr(assembly, "recordings", recordings)
+    return recorder
+
+
+# Learning rates that float32 holds exactly.
+RATES = {"lr": 2.0**-7, "sched": "step", "decay_rate": 0.5, "decay_epochs": 1.0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": "standard", "opt": "sgd", "clip_grad": 0.5},
+        {"preset": "l2l", "cache": "ram", "by": "op", "epochs": 8, "amp": True},
+        {"schedule": "settle", "opt": "lamb", "weight_decay": 0.05, "exits": 1},
+    ],
+    ids=["standard", "l2l", "update eager"],
+)
+def test_a_run_with_cuda_graphs_ends_as_one_without(
+    spec: Callable[..., fxsplit.RunSpec], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    listener, recorder = Notices(), recorded_on_the_cpu(monkeypatch)
+    saved = []
+    for graphs in ("on", "off"):
+        report = train(spec(cuda_graphs=graphs, train_limit=100, **RATES, **options), listener)
+        state = safetensors.torch.load_file(f"{report.folder}/model.safetensors")
+        saved.append([*state.values(), torch.tensor([[each.train_loss, each.eval_loss] for each in report.epochs])])
+    assert all(map(torch.equal, *saved))
+    assert recorder.replays > 10
+    eagerly = [each for each in listener.sentences if "eager" in each]
+    assert len(eagerly) == (options.get("opt") == "lamb")
+    assert all(each.startswith("lamb steps eagerly, after a") for each in eagerly)
+
+
+def test_replays_that_differ_are_not_used(
+    spec: Callable[..., fxsplit.RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener, recorder = Notices(), recorded_on_the_cpu(monkeypatch)
+    monkeypatch.setattr(Tape, "replay", lambda _: setattr(recorder, "replays", recorder.replays + 1))
+    train(spec(cuda_graphs="on"), listener)
+    assert any("replayed steps differ from eager ones in loss of step 5" in each for each in listener.sentences)
+    # Those of the trial of the optimizer, and of the proof.
+    assert recorder.replays == 12 + 2
+
+
+def test_without_a_gpu_a_notice_says_that_nothing_is_recorded(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    listener = Notices()
+    train(spec(cuda_graphs="on"), listener)
+    assert "CUDA graphs are recorded on a GPU alone; steps run eagerly" in listener.sentences
 
 
 def test_exits_leave_no_trace_in_what_is_saved(spec: Callable[..., fxsplit.RunSpec]) -> None:

@@ -36,7 +36,8 @@ from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
 from fxsplit_cli.main import app, main
 
 TRAIN_OPTIONS = """
---amp --amp-dtype --at --augment --balance --batch-size -b --by --channels-last --clip-grad --config -c --data
+--amp --amp-dtype --at --augment --balance --batch-size -b --by --channels-last --clip-grad --config -c --cuda-graphs
+--data
 --cache --cache-dtype --cache-limit --cache-views
 --decay-epochs --decay-milestones --decay-rate
 --data-dir --deterministic --device --drop-path --dry-run --epochs --epochs-total --exit-weight --exits --experiment
@@ -269,6 +270,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "by": "natural",
         "soft-from": "mean",
         "amp-dtype": "float16",
+        "cuda-graphs": "on",
         "mean": "0.5,0.25,0.125",
         "std": "1,2,3",
         "at": "layer1,layer2.0",
