@@ -61,6 +61,9 @@ from fxsplit.training.trainer import Trainer
 Moved = TypeVar("Moved", nn.Module, torch.Tensor)
 
 DEFAULT_PARTS = 8
+
+# Where TF32 is allowed for float32 numbers: products and convolutions on a GPU.
+TF32: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
 # What a run may take, relative to its time, for a memory aim that nobody insists on.
 MOST_TIME = 1.03
 
@@ -548,7 +551,8 @@ def choose_device(name: str) -> torch.device:
 def determinism(seed: int, deterministic: bool) -> Iterator[None]:
     """Seed every generator, and inside choose kernels for a run; torch's settings are put back at the end.
 
-    With `deterministic` torch refuses kernels that are not; without, cuDNN looks for the fastest ones.
+    With `deterministic` torch refuses kernels that are not; without, a GPU uses TF32 for float32 numbers, and cuDNN
+    looks for the fastest kernels, as in timm's train.py.
     """
     random_seed(seed)
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
@@ -558,7 +562,25 @@ def determinism(seed: int, deterministic: bool) -> Iterator[None]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
-        yield
+        with _tf32(not deterministic):
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Inside, allow TF32 or not, unless somebody has used torch's newer settings, with which these cannot be mixed."""
+    try:
+        before = [each.allow_tf32 for each in TF32]
+    except RuntimeError:
+        yield
+        return
+    for each in TF32:
+        each.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for each, setting in zip(TF32, before, strict=True):
+            each.allow_tf32 = setting

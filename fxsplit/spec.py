@@ -266,7 +266,9 @@ class RunSpec:
 
     device: str = option("Run", "auto, cpu, cuda or cuda:N.", "auto", pattern=r"auto|cpu|cuda(:\d+)?")
     seed: int = option("Run", "Seed of weights, order and augmentation.", 42, least=0, below=2**32)
-    deterministic: bool = option("Run", "Use only deterministic kernels.", False)
+    deterministic: bool = option(
+        "Run", "Use only deterministic kernels, without cuDNN's search for the fastest and without TF32.", False
+    )
     prove: bool = option(
         "Run",
         "Before the first step, prove on the first batch that the partitions compute what the model computes.",

@@ -233,6 +233,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(
 
     assert outcome(1) == outcome(1) != outcome(2)
     assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize(
@@ -282,6 +283,31 @@ def test_the_seed_fixes_what_weights_are_drawn() -> None:
             return torch.rand(3).tolist()
 
     assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_kernels_are_chosen_within_a_run_alone() -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+
+    def settings() -> tuple[bool, ...]:
+        return torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+
+    before = settings()
+    for deterministic in (False, True):
+        with determinism(0, deterministic):
+            assert settings() == (deterministic, *[not deterministic] * 3)
+        assert settings() == before
+
+
+def test_the_newer_settings_of_a_user_are_left_alone() -> None:
+    matmul = torch.backends.cuda.matmul
+    try:
+        matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError, match="mix"):
+            _ = matmul.allow_tf32
+        with determinism(0, True):
+            assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = "none"
 
 
 def test_options_reach_training(spec: Callable[..., fxsplit.RunSpec]) -> None:

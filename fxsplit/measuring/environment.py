@@ -7,7 +7,8 @@ import platform
 import re
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "fxsplit")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Collect what a run's numbers depend on besides its recipe, as plain data for JSON."""
+    """Collect what a run's numbers depend on besides its recipe, as plain data for JSON.
+
+    The settings of the GPU are the present ones.
+    """
     return {
         "date_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: _version(name) for name in PACKAGES},
         "os": platform.platform(),
         "cpu": _cpu_model(),
         "cpu_cores": os.cpu_count(),
@@ -31,6 +35,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "gpu": _gpu(device),
         "git_commit": _git_commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    """Find the version of a package, also of one that runs without having been installed; None if it has none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return getattr(import_module(package), "__version__", None)
 
 
 def _cpu_model() -> str:
@@ -51,6 +63,8 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
         "driver": NvmlDevice(uuid_of(device)).driver(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
     }
 
 

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from datetime import datetime, timedelta
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+import fxsplit
+from fxsplit.assembly import determinism
 from fxsplit.measuring.environment import environment
 from fxsplit.measuring.meter import Meter, NvmlDevice, now, peak_resident_bytes, resident_bytes
 from fxsplit.training.accuracy import Accuracy
@@ -223,6 +226,22 @@ def test_the_environment_names_the_gpu_and_its_driver(cuda: list[str]) -> None:
     gpu = environment(CUDA)["gpu"]
     assert cuda
     assert (gpu["name"], gpu["memory_bytes"], gpu["driver"]) == ("GPU", 9, "600.1")
+    assert (gpu["cudnn_benchmark"], gpu["tf32"]) == (False, False)
+    with determinism(0, False):
+        gpu = environment(CUDA)["gpu"]
+    assert (gpu["cudnn_benchmark"], gpu["tf32"]) == (True, True)
+
+
+def test_packages_that_were_not_installed_have_their_own_version_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("fxsplit.measuring.environment.version", missing)
+    monkeypatch.delattr("torchvision.__version__")
+    found = environment(CPU)
+    assert (found["torch"], found["fxsplit"]) == (torch.__version__, fxsplit.__version__)
+    assert found["torchvision"] is None
+    assert json.loads(json.dumps(found)) == found
 
 
 def git(*arguments: str) -> str:
