@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import psutil
@@ -31,6 +30,8 @@ from fxsplit.execute.forward import Forward
 # a large GPU.
 FLOPS_PER_BYTE = {"cpu": 20, "cuda": 4000}
 GIB = 2**30
+
+Stamp = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,7 @@ class Cache:
         self._dtype = None if exact else policy.dtype
         self._beside = beside
         self._given_up = False
-        self._key = ""
+        self._weights: Stamp = ()
         self._rows: MemoryRows | FileRows | None = None
         self._columns: list[Column | None] = []
         self._filled = self._none_filled()
@@ -128,9 +129,9 @@ class Cache:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Give the epoch's batches: the same images as the loader's, in the same order."""
-        if not self._given_up and (key := cache_key(self._forward.executor, self._loader)) != self._key:
+        if not self._given_up and (weights := stamp(self._forward.executor)) != self._weights:
             self._drop()
-            self._key = key
+            self._weights = weights
         view = self._loader.view(epoch)
         first = (view or 0) * len(self._loader.images)
         order = self._loader.order(epoch)
@@ -227,7 +228,7 @@ class Cache:
             self._notice(f"the settled partitions are computed anew for each {batch}, without a cache: {why}")
 
     def _drop(self) -> None:
-        self._key = ""
+        self._weights = ()
         self._rows = None
         self._columns = []
         self._filled = self._none_filled()
@@ -237,13 +238,12 @@ class Cache:
         return torch.zeros(len(self._loader.images) * (self._loader.views or 1), dtype=torch.bool)
 
 
-def cache_key(executor: Executor, loader: Loader) -> str:
-    """Return a digest of all that rows depend on: cut, precision, weights of the settled partitions, and images."""
-    key = sha256(repr((executor.window[0], executor.settled_dtype, *loader.identity())).encode())
-    for name, tensor in executor.settled_state().items():
-        key.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        key.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return key.hexdigest()
+def stamp(executor: Executor) -> Stamp:
+    """Return what is equal as long as the settled partitions stay the same and their weights are not written into."""
+    state = executor.settled_state()
+    # With the tensors themselves, so that no new one can get the address of one of them.
+    weights = ((_Same(tensor), tensor._version, tensor.data_ptr()) for tensor in state.values())
+    return executor.window[0], executor.settled_dtype, *weights
 
 
 def pays(macs: int, row_bytes: int, *, device: str) -> bool:
@@ -255,6 +255,16 @@ def pays(macs: int, row_bytes: int, *, device: str) -> bool:
         device: "cpu" or "cuda", which computes.
     """
     return 2 * macs > FLOPS_PER_BYTE[device] * row_bytes
+
+
+class _Same:
+    """Equal to another one if they hold the same tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._tensor is other._tensor
 
 
 def _are_rows(values: Sequence[Any], count: int) -> bool:
