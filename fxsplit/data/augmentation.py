@@ -1,13 +1,15 @@
 """Augmentations: images changed at random.
 
-An augmentation draws its random numbers for the whole image set at once, on the CPU, and returns a function that
-changes the pixels of a batch. So how an image is changed depends on no batch, device or worker.
+An augmentation draws its random numbers for the whole image set at once, on the CPU, and changes the pixels of a batch
+by the numbers of its images. So how an image is changed depends on no batch, device or worker.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,52 +18,81 @@ from fxsplit.data.images import ImageSet
 from fxsplit.data.randomness import random_stream
 from fxsplit.errors import UsageError, nearest
 
-# Takes pixels uint8 (B, C, H, W) and ids int64 (B,), and returns pixels of the same shape.
-Augment = Callable[[Tensor, Tensor], Tensor]
 
+class Augmentation(NamedTuple):
+    """Says how images are changed at random.
 
-def augmentation(name: str, images: ImageSet, *, seed: int, draw: int) -> Augment:
-    """Draw how augmentation `name` changes each of `images`, and return the function that changes a batch.
-
-    What is drawn depends on `seed` and `draw` alone; epochs with the same `draw` change images alike. Raises UsageError
-    when there is no such augmentation.
+    Args:
+        draw: takes the image set and a random stream; returns tensors (N, ...) on the CPU, one row an image. Shapes and
+            types are the same in every draw.
+        change: takes pixels uint8 (B, C, H, W) and the rows (B, ...) of each tensor for these images; returns pixels of
+            the same shape. It must not wait for the device, and draws nothing.
     """
+
+    draw: Callable[[ImageSet, np.random.Generator], tuple[Tensor, ...]]
+    change: Callable[..., Tensor]
+
+
+def augmentation(name: str) -> Augmentation:
+    """Return the augmentation of that name. Raises UsageError when there is none."""
     if name not in AUGMENTATIONS:
         known, hint = " and ".join(AUGMENTATIONS), nearest(name, tuple(AUGMENTATIONS))
         raise UsageError(f"there is no augmentation {name!r}, only {known}{hint}")
-    return AUGMENTATIONS[name](images, seed, draw)
+    return AUGMENTATIONS[name]
 
 
-def _none(_images: ImageSet, _seed: int, _draw: int) -> Augment:
-    return lambda pixels, _ids: pixels
+def drawn(name: str, images: ImageSet, *, seed: int, draw: int) -> tuple[Tensor, ...]:
+    """Draw the random numbers of augmentation `name` for all `images`: tensors (N, ...) on the CPU.
+
+    They depend on `seed` and `draw` alone; epochs with the same `draw` change images alike. Raises UsageError when
+    there is no such augmentation.
+    """
+    return augmentation(name).draw(images, random_stream(name, seed, draw))
 
 
-def _crop_flip(images: ImageSet, seed: int, draw: int) -> Augment:
-    """Crop each image, after padding it by an eighth of its size, to its own size; mirror it with probability 1/2."""
-    padding = images.img_size // 8
-    stream = random_stream("crop-flip", seed, draw)
-    corners = torch.from_numpy(stream.integers(2 * padding + 1, size=(len(images), 2))).to(images.device)
-    flips = torch.from_numpy(stream.random(len(images)) < 0.5).to(images.device)
-    return lambda pixels, ids: crop_flip(pixels, corners[ids], flips[ids], padding=padding)
+def _windows(images: ImageSet, stream: np.random.Generator) -> tuple[Tensor, ...]:
+    """Draw the window of each crop, after padding an image by an eighth of its size, and mirror half of them."""
+    padding, size = images.img_size // 8, images.img_size
+    corners = torch.from_numpy(stream.integers(2 * padding + 1, size=(len(images), 2)))
+    flips = torch.from_numpy(stream.random(len(images)) < 0.5)
+    return (windows(corners, flips, width=size),)
 
 
-AUGMENTATIONS: dict[str, Callable[[ImageSet, int, int], Augment]] = {"none": _none, "crop-flip": _crop_flip}
+def _crop_flip(pixels: Tensor, windows: Tensor) -> Tensor:
+    return crop_flip(pixels, windows, padding=pixels.shape[-1] // 8)
 
 
-def crop_flip(pixels: Tensor, corners: Tensor, flips: Tensor, *, padding: int) -> Tensor:
-    """Pad images with zeros, cut a crop of their own size out of each, and mirror some; returns (B, C, H, W).
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "none": Augmentation(lambda _images, _stream: (), lambda pixels: pixels),
+    "crop-flip": Augmentation(_windows, _crop_flip),
+}
+
+
+def windows(corners: Tensor, flips: Tensor, *, width: int) -> Tensor:
+    """Return the windows that `crop_flip` cuts out, int64 (B, 3): first row, first column, and step between columns.
+
+    Args:
+        corners: top and left of each crop in the padded image, int64 (B, 2).
+        flips: which crops to mirror, bool (B,): their columns are read from the right to the left.
+        width: of a crop.
+    """
+    first = corners[:, 1] + flips * (width - 1)
+    return torch.stack((corners[:, 0], first, 1 - 2 * flips.long()), dim=1)
+
+
+def crop_flip(pixels: Tensor, windows: Tensor, *, padding: int) -> Tensor:
+    """Pad images with zeros, and cut a window of their own size out of each; returns (B, C, H, W).
 
     Args:
         pixels: (B, C, H, W).
-        corners: top and left of each crop in the padded image, 0 .. 2 * padding, int64 (B, 2).
-        flips: which crops to mirror, bool (B,).
+        windows: of the function `windows`, for corners 0 .. 2 * padding.
         padding: rows and columns of zeros on each side.
     """
     batch, channels, height, width = pixels.shape
     padded = functional.pad(pixels, (padding,) * 4)
-    columns = torch.arange(width, device=pixels.device)
-    columns = corners[:, 1, None] + torch.where(flips[:, None], width - 1 - columns, columns)
-    rows = corners[:, 0, None] + torch.arange(height, device=pixels.device)
-    positions = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]
+    top, left, step = (column[:, None] for column in windows.unbind(1))
+    rows = top + torch.arange(height, device=pixels.device)
+    columns = torch.addcmul(left, step, torch.arange(width, device=pixels.device))
+    positions = torch.add(columns[:, None, :], rows[:, :, None], alpha=padded.shape[-1])
     index = positions.view(batch, 1, -1).expand(-1, channels, -1)
     return padded.flatten(2).gather(2, index).view(pixels.shape)

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import sha256
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as transforms
 
 from fxsplit.data.decoding import decode, image_warnings
+from fxsplit.data.staging import free_bytes, read_ahead, rows_of
 from fxsplit.errors import DataError
 
 # Images that a thread decodes at a time.
 DECODE_CHUNK = 64
+# Share of a GPU's free memory that the pixels of an image set may take: most of it is for training.
+DEVICE_SHARE = 0.25
 
 # Is called with what Pillow warns of, by the path of the image.
 Warned = Callable[[Mapping[str, str]], None]
@@ -36,19 +36,15 @@ class ImageSet(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    @cached_property
-    def digest(self) -> str:
-        """A digest of the images, in hexadecimal; labels do not matter."""
-        return sha256(f"{self.img_size} ".encode() + self._identity()).hexdigest()
-
-    @abstractmethod
-    def _identity(self) -> bytes:
-        """Return bytes that differ where any image differs."""
-
     @property
     def device(self) -> torch.device:
         """Where batches are made."""
         return self.labels.device
+
+    @property
+    def resident(self) -> Tensor | None:
+        """The pixels of all images, uint8 (N, C, h, w), where they lie in memory on `device`; else None."""
+        return None
 
     @abstractmethod
     def to(self, device: torch.device) -> ImageSet:
@@ -59,14 +55,18 @@ class ImageSet(ABC):
         """Select the images `ids` (M,), which get the ids 0 .. M - 1."""
 
     @abstractmethod
-    def read(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Read batch by batch, in an `order` of ids int64 (M,) on the CPU: pixels uint8 (B, C, H, W) and ids (B,)."""
+    def read(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+        """Read the pixels of batch after batch, in an `order` of ids int64 (M,): uint8 (B, C, h, w), all on the CPU.
+
+        They are in pinned memory if `device` is a GPU.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MemoryImages(ImageSet):
     """Gives images from `pixels` in memory, uint8 (N, C, h, w).
 
+    On a GPU the pixels lie in its memory if they take at most DEVICE_SHARE of what is free there, else on the CPU.
     Pixels of another size than `img_size` are resized batch by batch, so small images stay small in memory.
     """
 
@@ -74,23 +74,26 @@ class MemoryImages(ImageSet):
     labels: Tensor
     img_size: int
 
+    @property
+    def resident(self) -> Tensor | None:
+        return self.pixels if self.pixels.device == self.device else None
+
     def to(self, device: torch.device) -> MemoryImages:
-        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+        labels = self.labels.to(device)
+        free = free_bytes(device)
+        fits = free is None or self.pixels.nbytes <= DEVICE_SHARE * free
+        return replace(self, pixels=self.pixels.to(device if fits else "cpu"), labels=labels)
 
     def subset(self, ids: Tensor) -> MemoryImages:
         return replace(self, pixels=self.pixels[ids], labels=self.labels[ids])
 
-    def _identity(self) -> bytes:
-        pixels = self.pixels.cpu().contiguous()
-        return repr(tuple(pixels.shape)).encode() + sha256(pixels.numpy().data).digest()
+    def read(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+        pixels = self.pixels.cpu()
 
-    def read(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        size = (self.img_size, self.img_size)
-        for ids in torch.split(order.to(self.device), batch_size):
-            pixels = self.pixels[ids]
-            if pixels.shape[-2:] != size:
-                pixels = transforms.resize(pixels, list(size), antialias=True)
-            yield pixels, ids
+        def read(ids: Tensor) -> Tensor:
+            return rows_of(pixels, ids, pinned=self.device.type == "cuda")
+
+        return read_ahead(read, torch.split(order, batch_size))
 
 
 class FileImages(ImageSet):
@@ -139,20 +142,14 @@ class FileImages(ImageSet):
                 pass
         return MemoryImages(pixels=pixels, labels=self.labels, img_size=self.img_size)
 
-    def _identity(self) -> bytes:
-        files = (Path(path).stat() for path in self.paths)
-        times = [(path, file.st_size, file.st_mtime_ns) for path, file in zip(self.paths, files, strict=True)]
-        return repr(times).encode()
-
-    def read(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
         self._batches[:] = [ids.tolist() for ids in torch.split(order, batch_size)]
-        all_ids = torch.split(order.to(self.device), batch_size)
-        for (pixels, found), ids in zip(self._loader, all_ids, strict=True):
+        for pixels, found in self._loader:
             if found and self.warned:
                 self.warned(found)
             if isinstance(pixels, str):
                 raise DataError(pixels)
-            yield pixels.to(self.device, non_blocking=True), ids
+            yield pixels
 
     @cached_property
     def _loader(self) -> DataLoader[ReadBatch]:

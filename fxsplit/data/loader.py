@@ -2,22 +2,26 @@
 
     image set ──read──► uint8 pixels ──augment──► float32 / 255 ──► (x - mean) / std ──► Batch
 
-Order and augmentation are drawn on the CPU at the start of an epoch, from the seed and the epoch alone. They are the
-same on every device and with any number of workers.
+Order and augmentation are drawn on the CPU at the start of an epoch, from the seed and the epoch alone, and copied to
+the device. They are the same on every device and with any number of workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
 
-from fxsplit.data.augmentation import augmentation
+from fxsplit.data.augmentation import augmentation, drawn
 from fxsplit.data.batch import Batch
 from fxsplit.data.images import ImageSet
+from fxsplit.data.order import EpochOrder
 from fxsplit.data.randomness import random_stream
+from fxsplit.data.staging import Staging, write
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Loader:
         count = full + (rest > self.training)
         return count if self.limit is None else min(count, self.limit)
 
+    @property
+    def images_per_epoch(self) -> int:
+        """How many images an epoch has."""
+        return min(len(self.images), self.batch_size * self.steps_per_epoch)
+
     def order(self, epoch: int) -> Tensor:
         """Return the ids of an epoch's images, one batch after the other: int64 (M,), on the CPU."""
         count = len(self.images)
@@ -73,15 +82,11 @@ class Loader:
             order = torch.from_numpy(random_stream("order", self.seed, epoch).permutation(count))
         else:
             order = torch.arange(count)
-        return order[: self.batch_size * self.steps_per_epoch]
+        return order[: self.images_per_epoch]
 
     def view(self, epoch: int) -> int | None:
         """Return the number of the view that an epoch takes, 0 .. views - 1 in turn; None without `views`."""
         return None if self.views is None else epoch % self.views
-
-    def identity(self) -> tuple[object, ...]:
-        """Return all that the images of an epoch depend on, besides their order and their view."""
-        return self.images.digest, self.seed, self.augment, tuple(self.mean), tuple(self.std), self.channels_last
 
     def batches(self, epoch: int, *, view: int | None = None) -> Iterator[Batch]:
         """Read, augment and normalize the images of an epoch, and give them batch by batch.
@@ -89,17 +94,68 @@ class Loader:
         With a `view`, images are augmented as in every epoch that names the same one; else anew for this epoch. Raises
         UsageError when the augmentation is unknown, and DataError when an image file cannot be decoded.
         """
-        order = self.order(epoch)
+        source = ImageSource(self)
+        for _ in source.put(epoch, view=view):
+            yield source.fetch()
+
+
+class ImageSource:
+    """Delivers the batches of a loader, as a `Source`: the host counts or reads batches, and the device does the rest.
+
+    Pixels in memory on the device are gathered there. Others are read on the host and come through `Staging`.
+
+    Args:
+        loader: whose batches they are.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        device = loader.device
+        self._order = EpochOrder(loader.images_per_epoch, loader.batch_size, device)
+        self._staging = Staging(device, loader.batch_size)
+        self._drawn: list[Tensor] = []
+        self._white, self._mean, self._std = (
+            torch.tensor(each, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+            for each in ((255,), loader.mean, loader.std)
+        )
+        self._layout = torch.channels_last if loader.channels_last else torch.contiguous_format
+
+    def put(self, epoch: int, *, view: int | None = None) -> Iterator[Hashable]:
+        """Draw order and augmentation of the epoch, then go from batch to batch; `view` as for `Loader.batches`.
+
+        Raises UsageError when the augmentation is unknown, and DataError when an image file cannot be decoded.
+        """
+        loader, images, order = self.loader, self.loader.images, self.loader.order(epoch)
         if not len(order):
             return  # splitting nothing would give one empty batch
-        augment = augmentation(self.augment, self.images, seed=self.seed, draw=epoch if view is None else view)
-        mean, std = (torch.tensor(each, device=self.device).view(1, -1, 1, 1) for each in (self.mean, self.std))
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        for pixels, ids in self.images.read(order, self.batch_size):
-            x = augment(pixels, ids).to(torch.float32).div_(255)
-            if len(self.mean):
-                x = x.sub_(mean)
-            if len(self.std):
-                x = x.div_(std)
-            x = x.contiguous(memory_format=layout)
-            yield Batch(values=(x,), labels=self.images.labels[ids], ids=ids)
+        self._draw(epoch if view is None else view)
+        read = repeat(None) if images.resident is not None else images.read(order, loader.batch_size)
+        is_static = images.resident is not None or self._staging.is_static
+        for ids, pixels in zip(self._order.batches(order), read, strict=False):
+            if pixels is not None:
+                self._staging.put([pixels])
+            yield self if is_static and len(ids) == loader.batch_size else None
+
+    def _draw(self, draw: int) -> None:
+        found = drawn(self.loader.augment, self.loader.images, seed=self.loader.seed, draw=draw)
+        if not self._drawn:
+            self._drawn = [torch.empty_like(each, device=self.loader.device) for each in found]
+        for into, each in zip(self._drawn, found, strict=True):
+            write(into, each)
+
+    def fetch(self) -> Batch:
+        """Gather, augment and normalize the batch that was put last."""
+        loader, images, ids = self.loader, self.loader.images, self._order.ids()
+        size = [images.img_size] * 2
+        resident = images.resident
+        pixels = self._staging.taken()[0] if resident is None else resident.index_select(0, ids)
+        if list(pixels.shape[-2:]) != size:
+            pixels = transforms.resize(pixels, size, antialias=True)
+        pixels = augmentation(loader.augment).change(pixels, *(each.index_select(0, ids) for each in self._drawn))
+        # The layout is changed while pixels are bytes. Dividing by a tensor rounds alike on every device.
+        x = pixels.contiguous(memory_format=self._layout) / self._white
+        if len(loader.mean):
+            x = x.sub_(self._mean)
+        if len(loader.std):
+            x = x.div_(self._std)
+        return Batch(values=(x,), labels=images.labels.index_select(0, ids), ids=ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fxsplit.data.augmentation import crop_flip
+from fxsplit.data.augmentation import crop_flip, windows
 from fxsplit.data.batch import Batch, micro_batch_sizes
 from fxsplit.data.decoding import decode
 from fxsplit.data.images import Data, FileImages, MemoryImages
 from fxsplit.data.loader import Loader
+from fxsplit.data.randomness import random_stream
 from fxsplit.errors import DataError, UsageError
 
 # Python 3.12 warns of every fork in a process with threads, and the loader forks its workers.
@@ -81,6 +83,54 @@ def test_mean_and_std_are_of_each_channel(mean: tuple[float, ...], std: tuple[fl
         index = channel % len(mean)
         plain = images.pixels[:, channel].float() / 255
         assert torch.equal(batch.images[:, channel], (plain - mean[index]) / std[index])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_are_those_worked_out_image_by_image(channels_last: bool) -> None:
+    images, mean, std = noise(), np.float32([0.1, 0.5, 0.9]), np.float32([0.3, 0.7, 1.1])
+    options: dict[str, Any] = {"augment": "crop-flip", "mean": mean.tolist(), "std": std.tolist()}
+    loader = Loader(images, batch_size=4, training=True, seed=3, channels_last=channels_last, **options)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    order = random_stream("order", 3, 5).permutation(11)
+    stream = random_stream("crop-flip", 3, 5)
+    corners, flips = stream.integers(5, size=(11, 2)), stream.random(11) < 0.5
+    found = list(loader.batches(5))
+    assert torch.cat([batch.ids for batch in found]).tolist() == order.tolist()
+    for batch in found:
+        assert batch.images.is_contiguous(memory_format=layout)
+        assert torch.equal(batch.labels, images.labels[batch.ids])
+        for index, image in zip(batch.ids.tolist(), batch.images.numpy(), strict=True):
+            top, left = corners[index]
+            crop = np.pad(images.pixels[index].numpy(), ((0, 0), (2, 2), (2, 2)))[:, top : top + 16, left : left + 16]
+            scaled = (crop[:, :, ::-1] if flips[index] else crop).astype(np.float32) / np.float32(255)
+            assert np.array_equal(image, (scaled - mean[:, None, None]) / std[:, None, None])
+
+
+def test_pixels_that_do_not_fit_on_the_device_are_brought_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, meta = noise(), torch.device("meta")
+    size = images.pixels.nbytes
+    for free, fits in ((4 * size, True), (4 * size - 1, False)):
+        monkeypatch.setattr("fxsplit.data.images.free_bytes", lambda _device, free=free: free)
+        moved = images.to(meta)
+        assert moved.device == moved.labels.device == meta
+        assert (moved.resident is not None) == fits
+        assert moved.pixels.device.type == ("meta" if fits else "cpu")
+        assert [batch.images.device.type for batch in Loader(moved, batch_size=4).batches(0)] == ["meta"] * 3
+
+
+class OnHost(MemoryImages):
+    """Pixels that do not lie where batches are made."""
+
+    resident = None
+
+
+@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+def test_images_from_the_host_are_those_on_the_device(augment: str) -> None:
+    images = noise()
+    host = OnHost(pixels=images.pixels, labels=images.labels, img_size=16)
+    loaders = [Loader(each, batch_size=4, training=True, augment=augment) for each in (images, host)]
+    for epoch in range(2):
+        assert same(*(loader.batches(epoch) for loader in loaders))
 
 
 def test_batches_leave_the_pixels_as_they_were() -> None:
@@ -155,7 +205,7 @@ def test_crop_flip_equals_a_loop_over_samples() -> None:
         canvas[:, 2:12, 2:9] = image
         crop = canvas[:, top : top + 10, left : left + 7]
         expected.append(crop.flip(-1) if flip else crop)
-    assert torch.equal(crop_flip(pixels, corners, flips, padding=2), torch.stack(expected))
+    assert torch.equal(crop_flip(pixels, windows(corners, flips, width=7), padding=2), torch.stack(expected))
 
 
 def test_an_unknown_augmentation_is_refused() -> None:
