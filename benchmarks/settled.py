@@ -26,7 +26,8 @@ import fxsplit
 from fxsplit.assembly import choose_device
 from fxsplit.caching.cache import CachePolicy
 from fxsplit.data.images import MemoryImages
-from fxsplit.data.loader import Loader
+from fxsplit.data.loader import ImageSource, Loader
+from fxsplit.data.source import batches_of
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
 from fxsplit.execute.passes import passes_for
@@ -63,13 +64,13 @@ def executor(
 def cached(net: Executor, loader: Loader, folder: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Scores and labels, over and over, with all rows in a file before the first."""
     forward = Forward(net, loader.device)
-    cache = CachePolicy(medium="disk", folder=folder).open(forward, loader, epochs=1000, notice=print)
-    for _ in cache.batches(0):
+    cache = CachePolicy(medium="disk", folder=folder).open(forward, ImageSource(loader), epochs=1000, notice=print)
+    for _ in batches_of(cache, 0):
         pass
     epoch = 0
     while True:
         epoch += 1
-        for batch in cache.batches(epoch):
+        for batch in batches_of(cache, epoch):
             assert batch.cut
             yield forward.logits(batch), batch.labels
 

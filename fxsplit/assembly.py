@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 
 import fxsplit.plan.forecast
 from fxsplit import planning
-from fxsplit.caching.cache import GIB, CachePolicy
+from fxsplit.caching.cache import CachePolicy
 from fxsplit.caching.feed import Feed
+from fxsplit.caching.media import GIB
 from fxsplit.capture import tracing as capture
 from fxsplit.capture.tracing import Trace
 from fxsplit.cuda.recorder import CudaRecorder
@@ -346,7 +347,6 @@ def trainer(
 ) -> Trainer:
     """Make the trainer of a run, with all that its spec switches on. Raises UsageError for names that timm lacks."""
     train_loader, test_loader = loaders(spec, data)
-    is_recorded = recordings is not None
     update_is_recorded = recordings is not None and _update_is_recorded(spec, recordings, observer)
     steps_per_epoch = train_loader.steps_per_epoch
     forward = Forward(executor, train_loader.device, amp_dtype=_amp_dtype(spec))
@@ -356,7 +356,7 @@ def trainer(
     return Trainer(
         plan=plan,
         forward=forward,
-        feed=Feed(forward, train_loader, test_loader, policy=_cache_policy(spec), recorded=is_recorded),
+        feed=Feed(forward, train_loader, test_loader, policy=_cache_policy(spec, trace, plan, data)),
         objective=objective,
         step=Step(
             forward,
@@ -474,7 +474,7 @@ def _plasticity(executor: Executor, steps_per_epoch: int) -> Plasticity:
     return Plasticity(named_parameters(executor), interval=max(1, steps_per_epoch // QUIET_INTERVALS))
 
 
-def _cache_policy(spec: RunSpec) -> CachePolicy | None:
+def _cache_policy(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> CachePolicy | None:
     if spec.cache == "off" or spec.dry_run:
         return None
     return CachePolicy(
@@ -482,7 +482,15 @@ def _cache_policy(spec: RunSpec) -> CachePolicy | None:
         limit_bytes=None if spec.cache_limit is None else int(spec.cache_limit * GIB),
         dtype=None if spec.cache_dtype == "exact" else getattr(torch, spec.cache_dtype),
         folder=str(Path(spec.output).expanduser()),
+        peak_bytes=_peak_bytes(spec, trace, plan, data) if data.train.device.type == "cuda" else 0,
     )
+
+
+def _peak_bytes(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> int:
+    """Forecast what a run will take of the memory of its device: the largest of its phases, and the pixels there."""
+    ahead = forecast(spec, plan, trace, measured=False)
+    pixels = sum(images.resident.nbytes for images in (data.train, data.test) if images.resident is not None)
+    return max(phase.peak_bytes for phase in ahead.phases) + pixels
 
 
 def _scheduler(spec: RunSpec, plan: Plan) -> MakeScheduler:

@@ -243,10 +243,11 @@ class RunSpec:
     )
     cache: str = option(
         "Settled partitions",
-        "Where to keep what the settled partitions compute for each image: ram, disk (a file in --output, gone after "
-        "the run), auto (disk, if reading costs less than computing).",
+        "Where to keep what the settled partitions compute for each image: device (memory of the GPU), ram, disk (a "
+        "file in --output, gone after the run), auto (the first of these that has room, if reading takes less time "
+        "than computing; beside a CPU disk).",
         "auto",
-        choices=("off", "ram", "disk", "auto"),
+        choices=("off", "device", "ram", "disk", "auto"),
     )
     cache_limit: float | None = option(
         "Settled partitions", "GiB that the cache may take; half of what is free if not given.", None, above=0
@@ -440,7 +441,7 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
             f"anneal is {spec.anneal} and veto is true, but a partition that settles later than planned would stand "
             "still at a learning rate of 0; leave out one of them"
         )
-    if spec.cache in ("ram", "disk") and spec.augment != "none" and spec.cache_views is None:
+    if spec.cache in ("device", "ram", "disk") and spec.augment != "none" and spec.cache_views is None:
         yield (
             f"cache is {spec.cache!r} and augment is {spec.augment!r}, but of images that are changed at random "
             "only a fixed number of views can be kept; give cache-views, or leave out the cache"

@@ -792,14 +792,16 @@ def settling(tmp_path: Path, spec: Callable[..., fxsplit.RunSpec]) -> Callable[.
 def test_a_cache_changes_nothing_but_what_is_kept(
     settling: Callable[..., fxsplit.RunSpec], augment: dict[str, Any]
 ) -> None:
-    off, ram, disk = (train(settling(cache=cache, experiment=cache, **augment)) for cache in ("off", "ram", "disk"))
-    for cached in (ram, disk):
+    media = ("off", "device", "ram", "disk")
+    off, device, ram, disk = (train(settling(cache=cache, experiment=cache, **augment)) for cache in media)
+    for cached in (device, ram, disk):
         assert [record.train_loss for record in cached.epochs] == [record.train_loss for record in off.epochs]
         assert cached.accuracy_pct == off.accuracy_pct
-    kept = [(record.cache_resident_bytes, record.cache_file_bytes) for record in (ram.epochs[-1], disk.epochs[-1])]
-    assert kept[0][0]
-    assert kept[1][1]
-    assert kept[0][1] == kept[1][0] == 0
+    kept = [(run.epochs[-1].cache_resident_bytes, run.epochs[-1].cache_file_bytes) for run in (device, ram, disk)]
+    assert kept[0] == kept[1]
+    assert kept[1][0]
+    assert kept[2][1]
+    assert kept[1][1] == kept[2][0] == 0
 
 
 def test_a_cache_that_is_refused_is_told(settling: Callable[..., fxsplit.RunSpec]) -> None:

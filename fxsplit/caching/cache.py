@@ -2,34 +2,32 @@
 
     first epoch     images ──► settled partitions ──► values ──► the rest
                                                         └──► rows
-    later epochs    rows ──(read ahead by a thread)──► values ──► the rest
+    later epochs    rows ──► values ──► the rest
 
 A row holds the values of one image, or of one stored view of it, at the cut. Settled partitions never change and treat
-each image by itself, so a row stays right whatever batch the image comes in.
+each image by itself, so a row stays right whatever batch the image comes in. Rows in memory of the device are written
+and gathered by the step itself; others are read ahead by a thread, and brought to the device beside the steps.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from fxsplit.caching.rows import Column, FileRows, MemoryRows
+from fxsplit.caching.media import AUTO, DEVICE, Offer, Refusal, Timed, available, choose, open_rows, reading_seconds
+from fxsplit.caching.repeats import repeats
+from fxsplit.caching.rows import Column, Rows
 from fxsplit.data.batch import Batch
-from fxsplit.data.loader import Loader
+from fxsplit.data.loader import ImageSource
+from fxsplit.data.order import EpochOrder
+from fxsplit.data.staging import Staging, read_ahead
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
-
-# Floating-point operations that take about as long as reading one byte: from a disk, beside a CPU; over the bus, beside
-# a large GPU.
-FLOPS_PER_BYTE = {"cpu": 20, "cuda": 4000}
-GIB = 2**30
 
 Stamp = tuple[object, ...]
 
@@ -39,22 +37,26 @@ class CachePolicy:
     """Says where caches of the settled prefix are kept and how much they may take.
 
     Args:
-        medium: "ram", "disk" (a nameless file in `folder`, gone with the process) or "auto": disk, where reading costs
-            less than computing.
+        medium: "device" (memory of the device that trains), "ram" (of the host), "disk" (a nameless file in `folder`,
+            gone with the process) or "auto": the first of these that has room, where reading takes less time than
+            computing, as measured; beside a CPU disk alone.
         limit_bytes: what the caches of a phase may take together; None for half of what is free.
-        dtype: the type in which floating-point values are kept; None keeps them bit for bit.
+        dtype: the type in which floating-point values are kept; None keeps them bit for bit, in the type in which the
+            settled partitions deliver them.
         folder: where the file is.
+        peak_bytes: what training is forecast to need of the memory of a GPU, where rows may then not be.
     """
 
     medium: str
     limit_bytes: int | None = None
     dtype: torch.dtype | None = None
     folder: str = "."
+    peak_bytes: int = 0
 
     def open(
         self,
         forward: Forward,
-        loader: Loader,
+        images: ImageSource,
         *,
         epochs: int,
         notice: Callable[[str], None],
@@ -65,28 +67,28 @@ class CachePolicy:
 
         Args:
             forward: runs the settled partitions.
-            loader: the images.
+            images: the images, by a source that nothing else reads meanwhile.
             epochs: for how many epochs the cut stays where it is.
             notice: is called with a sentence that says why there are no rows.
-            beside: a cache that this one shares the limit with.
+            beside: a cache that this one shares the limit with, and the medium.
             exact: keep values bit for bit, whatever the `dtype`.
         """
-        return Cache(self, forward, loader, epochs=epochs, notice=notice, beside=beside, exact=exact)
+        return Cache(self, forward, images, epochs=epochs, notice=notice, beside=beside, exact=exact)
 
 
 class Cache:
-    """Gives the batches of an epoch at the cut: read from rows where it has them, else computed and kept as rows.
+    """Delivers the batches of an epoch at the cut, as a `Source`: from rows where it has them, else computed and kept.
 
-    Where rows cannot be kept it gives images instead and calls `notice` once with the reason. Under "auto" it is silent
-    when they would merely not pay, unless the images have views, which were asked for so that rows can be kept. Made by
-    `CachePolicy.open`, which describes the arguments.
+    Where rows cannot be kept it delivers images instead and calls `notice` once with the reason. Under "auto" it is
+    silent when they would merely not pay, unless the images have views, which were asked for so that rows can be kept.
+    Made by `CachePolicy.open`, which describes the arguments.
     """
 
     def __init__(
         self,
         policy: CachePolicy,
         forward: Forward,
-        loader: Loader,
+        images: ImageSource,
         *,
         epochs: int,
         notice: Callable[[str], None],
@@ -94,14 +96,19 @@ class Cache:
         exact: bool,
     ) -> None:
         self.cut = forward.executor.window[0]
-        self._policy, self._forward, self._loader, self._notice = policy, forward, loader, notice
+        self._policy, self._forward, self._images, self._notice = policy, forward, images, notice
+        self._loader = loader = images.loader
         self._dtype = None if exact else policy.dtype
         self._beside = beside
         self._given_up = False
+        self._order = EpochOrder(loader.images_per_epoch, loader.batch_size, loader.device)
+        self._fetch: Callable[[], Batch] = images.fetch
         self._weights: Stamp = ()
-        self._rows: MemoryRows | FileRows | None = None
+        self._rows: Rows | None = None
+        self.medium: str | None = None
         self._columns: list[Column | None] = []
         self._filled = self._none_filled()
+        self._staging = Staging(loader.device, loader.batch_size)
         if loader.augment != "none" and loader.views is None:
             self._give_up("images are changed at random, and no views of them are stored", pays=False)
         elif epochs <= (loader.views or 1):
@@ -114,7 +121,7 @@ class Cache:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of this process's memory that the rows take."""
+        """Bytes of memory, of the device or of this process, that the rows take."""
         return 0 if self._rows is None else self._rows.resident_bytes
 
     @property
@@ -127,98 +134,133 @@ class Cache:
         self._drop()
         self._given_up = True
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        """Give the epoch's batches: the same images as the loader's, in the same order."""
+    def put(self, epoch: int) -> Iterator[Hashable]:
+        """Go from batch to batch of an epoch: the same images as the loader's, in the same order."""
         if not self._given_up and (weights := stamp(self._forward.executor)) != self._weights:
             self._drop()
             self._weights = weights
-        view = self._loader.view(epoch)
-        first = (view or 0) * len(self._loader.images)
-        order = self._loader.order(epoch)
-        if self._filled[order + first].all():
-            yield from self._read_ahead(torch.split(order, self._loader.batch_size), first)
+        view, count = self._loader.view(epoch), len(self._loader.images)
+        first = (view or 0) * count
+        order = self._loader.order(epoch) + first
+        filled = self._filled.cpu()  # it may be on a GPU, which is waited for here, between epochs
+        if self._rows is not None and filled[order].all():
+            return self._put_rows(self._rows, order)
+        # Rows that recorded steps write must all be new: an epoch in which some are read and some written runs eagerly.
+        return self._put_images(epoch, order, view, filled, is_new=not filled[first : first + count].any())
+
+    def fetch(self) -> Batch:
+        """Return the batch that was put last: values at the cut, or images where no rows are kept."""
+        return self._fetch()
+
+    def _put_rows(self, rows: Rows, order: Tensor) -> Iterator[Hashable]:
+        size = self._loader.batch_size
+        if self.medium == DEVICE:
+            self._fetch = partial(self._gathered, rows)
+            for batch in self._order.batches(order):
+                yield (self._order, rows) if len(batch) == size else None
             return
-        for batch in self._loader.batches(epoch, view=view):
-            yield batch if self._given_up else self._at_cut(batch, batch.ids.cpu() + first)
+        self._fetch = self._staged
+        read = read_ahead(rows.read, torch.split(order, size))
+        for batch, packed in zip(self._order.batches(order), read, strict=True):
+            self._staging.put(packed)
+            yield (self._order, self._staging) if self._staging.is_static and len(batch) == size else None
 
-    def _at_cut(self, batch: Batch, rows: Tensor) -> Batch:
-        if self._rows is not None and self._filled[rows].all():
-            values = self._unpacked(self._rows.read(rows))
-        else:
-            values = self._forward.settle(batch.images)
-            if not _are_rows(values, len(batch)):
-                # Micro-batches need values that can be divided image by image.
-                self._give_up("what crosses the cut is not one row for each image")
-                return batch
-            self._keep(rows, values, batch.images)
-        return Batch(values=tuple(values), cut=self.cut, labels=batch.labels, ids=batch.ids)
+    def _gathered(self, rows: Rows) -> Batch:
+        numbers = self._order.ids()
+        return self._at_cut(rows.read(numbers), numbers)
 
-    def _read_ahead(self, batches: Sequence[Tensor], first: int) -> Iterator[Batch]:
-        assert self._rows is not None
-        device = self._loader.device
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            pending = reader.submit(self._rows.read, batches[0] + first)
-            for ids, next_ids in zip(batches, (*batches[1:], None), strict=True):
-                values = self._unpacked(pending.result())
-                if next_ids is not None:
-                    pending = reader.submit(self._rows.read, next_ids + first)
-                ids = ids.to(device)
-                yield Batch(values=tuple(values), cut=self.cut, labels=self._loader.images.labels[ids], ids=ids)
+    def _staged(self) -> Batch:
+        return self._at_cut(self._staging.taken(), self._order.ids())
 
-    def _unpacked(self, packed: Sequence[Tensor]) -> list[Any]:
-        kept = iter(packed)
-        return [None if column is None else column.unpack(next(kept), self._loader.device) for column in self._columns]
+    def _at_cut(self, packed: Sequence[Tensor], numbers: Tensor) -> Batch:
+        """Make the batch of some row numbers, int64 (B,) on the device, from packed values there."""
+        kept, images = iter(packed), self._loader.images
+        values = tuple(None if column is None else column.unpack(next(kept)) for column in self._columns)
+        ids = numbers if self._loader.views is None else numbers.remainder(len(images))
+        return Batch(values=values, cut=self.cut, labels=images.labels.index_select(0, ids), ids=ids)
 
-    def _keep(self, rows: Tensor, values: list[Any], images: Tensor) -> None:
+    def _put_images(
+        self, epoch: int, order: Tensor, view: int | None, filled: Tensor, *, is_new: bool
+    ) -> Iterator[Hashable]:
+        for numbers, key in zip(self._order.batches(order), self._images.put(epoch, view=view), strict=True):
+            rows = self._rows
+            if self._given_up:
+                self._fetch = self._images.fetch
+                yield key
+            elif rows is not None and filled[numbers].all():
+                self._fetch = partial(self._read, rows, numbers)
+                yield None
+            else:
+                self._fetch = partial(self._computed, numbers)
+                is_recorded = self.medium == DEVICE and is_new and key is not None
+                yield (self._images, rows) if is_recorded else None
+
+    def _read(self, rows: Rows, numbers: Tensor) -> Batch:
+        packed = rows.read(numbers.to(rows.device))
+        return self._at_cut([each.to(self._loader.device) for each in packed], numbers.to(self._loader.device))
+
+    def _computed(self, numbers: Tensor) -> Batch:
+        """Compute a batch, and keep it as the rows `numbers`, int64 (B,) on the CPU."""
+        batch = self._images.fetch()
+        values = self._forward.settle(batch.images)
+        if not _are_rows(values, len(batch)):
+            # Micro-batches need values that can be divided image by image.
+            self._give_up("what crosses the cut is not one row for each image")
+            return batch
         try:
-            if self._rows is None and (refusal := self._open(values, images)):
+            if self._rows is None and (refusal := self._open(values, batch.images)):
                 self._give_up(*refusal)
             if self._rows is not None:
-                pairs = zip(self._columns, values, strict=True)
-                self._rows.write(rows, [column.pack(value) for column, value in pairs if column is not None])
-                self._filled[rows] = True
-        except (OSError, MemoryError) as error:
+                self._keep(self._rows, numbers, values)
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             self._give_up(getattr(error, "strerror", None) or "there is not enough memory")
+        return Batch(values=tuple(values), cut=self.cut, labels=batch.labels, ids=batch.ids)
 
-    def _open(self, values: list[Any], images: Tensor) -> tuple[str, bool] | None:
-        """Make room for all rows, or return the reason why not and whether rows would have paid."""
-        loader = self._loader
-        if not self._repeats(values, images):
-            return "the settled partitions do not deliver the same for an image each time", True
+    def _keep(self, rows: Rows, numbers: Tensor, values: Sequence[Any]) -> None:
+        # Rows on the device get their numbers there: a recorded step must find those of each batch.
+        numbers = self._order.ids() if self.medium == DEVICE else numbers
+        pairs = zip(self._columns, values, strict=True)
+        rows.write(numbers, [column.pack(value, rows.device) for column, value in pairs if column is not None])
+        self._filled.index_fill_(0, numbers, True)
+
+    def _open(self, values: list[Any], images: Tensor) -> Refusal | None:
+        """Make room for all rows, or return the reason why not."""
+        policy, device, executor = self._policy, self._loader.device, self._forward.executor
+        settle = Timed(self._forward.settle, device)
+        precisions = [dtype for dtype in (self._forward.amp_dtype, executor.settled_dtype) if dtype is not None]
+        if not repeats(settle, images, values, precisions=precisions):
+            return Refusal("the settled partitions do not deliver the same for an image each time")
         self._columns = [None if value is None else Column.of(value, self._dtype) for value in values]
-        columns = [column for column in self._columns if column is not None]
-        row_bytes = sum(column.row_bytes for column in columns)
-        macs = sum(partition.macs for partition in self._forward.executor.partitions[: self.cut])
-        if self._policy.medium == "auto" and not pays(macs, row_bytes, device=loader.device.type):
-            return "reading rows would take longer than computing them", False
-        size, limit = len(self._filled) * row_bytes, self._limit()
-        if size > limit:
-            return f"it needs {size / GIB:.3g} GiB and may take {limit / GIB:.3g}", True
-        if self._policy.medium == "ram":
-            self._rows = MemoryRows(len(self._filled), columns)
-        else:
-            self._rows = FileRows(len(self._filled), columns, self._policy.folder)
+        given = [(column, value) for column, value in zip(self._columns, values, strict=True) if column is not None]
+        count, columns = len(self._filled), [column for column, _ in given]
+        size = count * sum(column.row_bytes for column in columns)
+        offers = self._offers(lambda medium: reading_seconds(medium, given, device, policy.folder, size=size))
+        medium = choose(offers, size=size, compute_seconds=settle.seconds)
+        if isinstance(medium, Refusal):
+            return medium
+        self._rows, self.medium = open_rows(medium, count, columns, device, policy.folder), medium
+        self._filled = self._filled.to(self._rows.device)
         return None
 
-    def _repeats(self, values: list[Any], images: Tensor) -> bool:
-        """Tell whether half of the batch, run again, gives the same, and without random numbers."""
-        half = -(-len(images) // 2)
-        devices = [images.device] if images.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            before = torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)
-            # BatchNorm without running statistics may not take a single image.
-            again = self._forward.settle(images[:half] if half > 1 else images[[0, 0]])
-            after = torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)
-        pairs = [(a[:half], b[:half]) for a, b in zip(again, values, strict=True) if b is not None]
-        return all(map(torch.equal, before, after)) and all(_alike(a, b) for a, b in pairs)
+    def _offers(self, seconds: Callable[[str], float]) -> Iterator[Offer]:
+        """Give the media that may be used; only where several may, `seconds` measures reading."""
+        media = AUTO.get(self._loader.device.type, AUTO["cpu"])
+        asked = self._policy.medium
+        if self._beside is not None and self._beside.medium is not None and asked == "auto":
+            # Reading pays for the images beside, so it does for these: in the same medium, or where there is room.
+            media = media[media.index(self._beside.medium) :]
+            yield from (Offer(medium, 0.0, self._limit(medium)) for medium in media)
+        elif asked == "auto":
+            yield from (Offer(medium, seconds(medium), self._limit(medium)) for medium in media)
+        else:
+            yield Offer(asked, 0.0, self._limit(asked))
 
-    def _limit(self) -> int:
+    def _limit(self, medium: str) -> int:
         policy = self._policy
         if policy.limit_bytes is not None:
             taken = self._beside.resident_bytes + self._beside.file_bytes if self._beside else 0
             return policy.limit_bytes - taken
-        free = psutil.virtual_memory().available if policy.medium == "ram" else shutil.disk_usage(policy.folder).free
-        return int(free // 2)
+        return available(medium, self._loader.device, policy.folder, peak_bytes=policy.peak_bytes)
 
     def _give_up(self, why: str, pays: bool = True) -> None:
         self._drop()
@@ -229,9 +271,10 @@ class Cache:
 
     def _drop(self) -> None:
         self._weights = ()
-        self._rows = None
+        self._rows = self.medium = None
         self._columns = []
         self._filled = self._none_filled()
+        self._staging = Staging(self._loader.device, self._loader.batch_size)
 
     def _none_filled(self) -> Tensor:
         """Make the mask of the rows that are filled, with none of them filled."""
@@ -244,17 +287,6 @@ def stamp(executor: Executor) -> Stamp:
     # With the tensors themselves, so that no new one can get the address of one of them.
     weights = ((_Same(tensor), tensor._version, tensor.data_ptr()) for tensor in state.values())
     return executor.window[0], executor.settled_dtype, *weights
-
-
-def pays(macs: int, row_bytes: int, *, device: str) -> bool:
-    """Tell whether computing a row takes longer than reading it.
-
-    Args:
-        macs: multiply-adds of the settled partitions for one image.
-        row_bytes: size of the row.
-        device: "cpu" or "cuda", which computes.
-    """
-    return 2 * macs > FLOPS_PER_BYTE[device] * row_bytes
 
 
 class _Same:
@@ -270,11 +302,3 @@ class _Same:
 def _are_rows(values: Sequence[Any], count: int) -> bool:
     """Tell whether each value is None or a tensor of `count` rows."""
     return all(value is None or (isinstance(value, Tensor) and value.shape[:1] == (count,)) for value in values)
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors are equal but for rounding: a kernel may add up otherwise for another batch size."""
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    bound = 32 * torch.finfo(one.dtype).eps * float(other.abs().max()) if one.numel() else 0.0
-    return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=bound)

@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 from fxsplit.caching.cache import Cache, CachePolicy
 from fxsplit.data.batch import Batch
-from fxsplit.data.loader import Loader
-from fxsplit.data.source import PlainSource, Source, StaticSource
+from fxsplit.data.loader import ImageSource, Loader
+from fxsplit.data.source import Source, batches_of
 from fxsplit.errors import FxsplitError
 from fxsplit.execute.forward import Forward
 
 
 class Feed:
-    """Gives the batches to train and to test on, and opens and closes caches between phases.
+    """Delivers the batches to train on, as a `Source`, and those to test on; opens and closes caches between phases.
 
-    Training steps get their batches from `source`.
+    One epoch can be gone through at a time.
 
     Args:
         forward: runs the settled partitions.
         train_loader: the images to train on.
         test_loader: the images to test on.
         policy: how to cache what the settled partitions deliver; None to compute it for each batch.
-        recorded: steps are recorded and replayed.
 
     Raises FxsplitError when there is nothing to train on.
     """
 
     def __init__(
-        self,
-        forward: Forward,
-        train_loader: Loader,
-        test_loader: Loader,
-        *,
-        policy: CachePolicy | None = None,
-        recorded: bool = False,
+        self, forward: Forward, train_loader: Loader, test_loader: Loader, *, policy: CachePolicy | None = None
     ) -> None:
         if not train_loader.steps_per_epoch:
             raise FxsplitError("there is no batch to train on: BatchNorm needs at least 2 training images")
         self.train_loader, self.test_loader = train_loader, test_loader
+        self._train_images, self._test_images = ImageSource(train_loader), ImageSource(test_loader)
         self._forward, self._policy = forward, policy
         self._train_cache: Cache | None = None
         self._test_cache: Cache | None = None
-        self.source: Source = PlainSource(self.training)
-        if recorded:
-            self.source = StaticSource(self.training, batch_size=train_loader.batch_size)
 
     def enter(self, cut: int, *, epochs: int, notice: Callable[[str], None]) -> None:
         """Keep the caches if they are at `cut`, else open new ones there, where the cut stays for `epochs`.
@@ -55,28 +46,41 @@ class Feed:
             return
         self.close()
         if self._policy is not None and cut:
-            self._train_cache = self._policy.open(self._forward, self.train_loader, epochs=epochs, notice=notice)
+            self._train_cache = self._policy.open(self._forward, self._train_images, epochs=epochs, notice=notice)
             self._test_cache = self._policy.open(
-                self._forward, self.test_loader, epochs=epochs, notice=notice, beside=self._train_cache, exact=True
+                self._forward,
+                self._test_images,
+                epochs=epochs,
+                notice=notice,
+                beside=self._train_cache,
+                exact=True,
             )
 
-    def training(self, epoch: int) -> Iterator[Batch]:
-        """Give the batches of a training epoch, at the cut or as images."""
+    def put(self, epoch: int) -> Iterator[Hashable]:
+        """Go from batch to batch of a training epoch, at the cut or as images."""
         if self._train_cache is not None:
-            return self._train_cache.batches(epoch)
+            return self._train_cache.put(epoch)
         # Stored views replace the augmentation of the epoch once anything is settled, whether or not rows are kept.
         settled = self._forward.executor.window[0] > 0
-        return self.train_loader.batches(epoch, view=self.train_loader.view(epoch) if settled else None)
+        return self._train_images.put(epoch, view=self.train_loader.view(epoch) if settled else None)
+
+    def fetch(self) -> Batch:
+        """Return the training batch that was put last."""
+        return (self._train_cache or self._train_images).fetch()
+
+    def training(self, epoch: int) -> Iterator[Batch]:
+        """Give the batches of a training epoch."""
+        return batches_of(self, epoch)
 
     def testing(self) -> Iterator[Batch]:
         """Give the test images once, from the cache where training images come from one."""
-        if self._test_cache is not None and self._train_cache is not None and self._train_cache.has_rows:
-            return self._test_cache.batches(0)
-        return self.test_loader.batches(0)
+        cached = self._test_cache is not None and self._train_cache is not None and self._train_cache.has_rows
+        source: Source = self._test_cache if self._test_cache is not None and cached else self._test_images
+        return batches_of(source, 0)
 
     @property
     def resident_bytes(self) -> int | None:
-        """Bytes of this process's memory that the caches take; None without caches."""
+        """Bytes of memory, of the device or of this process, that the caches take; None without caches."""
         caches = self._caches()
         return sum(cache.resident_bytes for cache in caches) if caches else None
 

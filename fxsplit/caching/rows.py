@@ -1,4 +1,4 @@
-"""Storage for rows of tensors, one row a sample, in memory or in a file."""
+"""Storage for rows of tensors, one row a sample: in memory of a device or of the host, or in a file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from fxsplit.data.staging import rows_of
 
 
 class Column(NamedTuple):
@@ -45,49 +47,74 @@ class Column(NamedTuple):
         """Bytes of a row."""
         return prod(self.shape) * self.kept.itemsize
 
-    def pack(self, value: Tensor) -> Tensor:
-        """Make rows on the CPU from a value (B, ...)."""
-        return value.detach().permute(self.order).to("cpu", self.kept).contiguous()
+    def pack(self, value: Tensor, device: torch.device) -> Tensor:
+        """Make rows on `device` from a value (B, ...)."""
+        return value.detach().permute(self.order).to(device, self.kept).contiguous()
 
-    def unpack(self, rows: Tensor, device: torch.device) -> Tensor:
-        """Make the value (B, ...) again from rows, on `device`."""
+    def unpack(self, rows: Tensor) -> Tensor:
+        """Make the value (B, ...) again from rows, on their device."""
         back = [self.order.index(dimension) for dimension in range(len(self.order))]
-        return rows.to(device, self.dtype, non_blocking=True).permute(back)
+        return rows.to(self.dtype).permute(back)
+
+
+class Rows(Protocol):
+    """Keeps rows of some columns. `device` is where it takes and gives row numbers and packed values."""
+
+    device: torch.device
+    resident_bytes: int
+    file_bytes: int
+
+    def write(self, rows: Tensor, packed: Sequence[Tensor], /) -> None:
+        """Write packed values (B, ...) of each column into `rows`, int64 (B,)."""
+        ...
+
+    def read(self, rows: Tensor, /) -> list[Tensor]:
+        """Read packed values (B, ...) of each column from `rows`: copies, which may be written into."""
+        ...
 
 
 class MemoryRows:
-    """Keeps `count` rows of each column in memory. Raises MemoryError when there is not enough."""
+    """Keeps `count` rows of each column in memory of a device. Raises MemoryError when there is not enough.
+
+    On a GPU, reading and writing do not wait for it, and can be recorded in a CUDA graph. Rows on the CPU are read into
+    pinned memory if `pinned`, so that they can be copied to a GPU beside its work.
+    """
 
     file_bytes = 0
 
-    def __init__(self, count: int, columns: Sequence[Column]) -> None:
+    def __init__(self, count: int, columns: Sequence[Column], device: torch.device, *, pinned: bool = False) -> None:
+        self.device = device
         self.resident_bytes = count * sum(column.row_bytes for column in columns)
+        self._pinned = pinned and device.type == "cpu"
         try:
-            self._tensors = [torch.empty((count, *column.shape), dtype=column.kept) for column in columns]
+            self._tensors = [torch.empty((count, *each.shape), dtype=each.kept, device=device) for each in columns]
         except RuntimeError as error:
             raise MemoryError(str(error)) from error
 
     def write(self, rows: Tensor, packed: Sequence[Tensor]) -> None:
         """Write packed values (B, ...) of each column into `rows`, int64 (B,)."""
         for tensor, value in zip(self._tensors, packed, strict=True):
-            tensor[rows] = value
+            tensor.index_copy_(0, rows, value)
 
     def read(self, rows: Tensor) -> list[Tensor]:
         """Read packed values (B, ...) of each column from `rows`: copies, which may be written into."""
-        return [tensor[rows] for tensor in self._tensors]
+        if self._pinned:
+            return [rows_of(tensor, rows, pinned=True) for tensor in self._tensors]
+        return [tensor.index_select(0, rows) for tensor in self._tensors]
 
 
 class FileRows:
     """Keeps `count` rows of each column in a nameless file in `folder`, read through a memory map.
 
-    The file is gone with the object, however the process ends. Raises OSError when it cannot be made or the disk is
-    full.
+    The file is gone with the object, however the process ends. Rows are read into pinned memory if `pinned`. Raises
+    OSError when it cannot be made or the disk is full.
     """
 
+    device = torch.device("cpu")
     resident_bytes = 0
 
-    def __init__(self, count: int, columns: Sequence[Column], folder: str) -> None:
-        self._columns = columns
+    def __init__(self, count: int, columns: Sequence[Column], folder: str, *, pinned: bool = False) -> None:
+        self._columns, self._pinned = columns, pinned
         self._offsets, end = [], 0
         for column in columns:
             self._offsets.append(end)
@@ -118,8 +145,14 @@ class FileRows:
 
     def read(self, rows: Tensor) -> list[Tensor]:
         """Read packed values (B, ...) of each column from `rows`: copies, which may be written into."""
-        found = [tensor[rows] for tensor in self._tensors]
+        found = [rows_of(tensor, rows, pinned=self._pinned) for tensor in self._tensors]
         # Pages that were read would count as this process's memory, although the system can take them back.
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
         return found
+
+    def forget(self) -> None:
+        """Let the system drop what it keeps of the file in memory, so that the next `read` comes from the disk."""
+        os.fsync(self._file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,6 @@ class Batch:
         assert self.cut == 0
         images: Tensor = self.values[0]
         return images
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """Apply a function to all tensors of the batch."""
-        values = tuple(None if value is None else function(value) for value in self.values)
-        return Batch(values=values, cut=self.cut, labels=function(self.labels), ids=function(self.ids))
 
     def divided(self, count: int, *, batch_size: int) -> Iterator[Batch]:
         """Divide the batch into at most `count` micro-batches, of `micro_batch_sizes`; a small batch gives fewer."""

@@ -126,8 +126,6 @@ class ImageSource:
         Raises UsageError when the augmentation is unknown, and DataError when an image file cannot be decoded.
         """
         loader, images, order = self.loader, self.loader.images, self.loader.order(epoch)
-        if not len(order):
-            return  # splitting nothing would give one empty batch
         self._draw(epoch if view is None else view)
         read = repeat(None) if images.resident is not None else images.read(order, loader.batch_size)
         is_static = images.resident is not None or self._staging.is_static

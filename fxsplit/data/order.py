@@ -29,7 +29,8 @@ class EpochOrder:
     def batches(self, order: Tensor) -> Iterator[Tensor]:
         """Copy the `order` of an epoch, int64 on the CPU, to the device; then count its batches, and give each, too."""
         write(self._order, order)
-        for step, rows in enumerate(torch.split(order, self._batch_size)):
+        # Splitting nothing would give one empty batch.
+        for step, rows in enumerate(torch.split(order, self._batch_size) if len(order) else ()):
             self._size = len(rows)
             self._step.fill_(step)
             yield rows

@@ -191,7 +191,7 @@ class Trainer:
         """Take the steps of an epoch that are not done yet, and return the score on the training images."""
         self.executor.train()
         steps = self._steps_per_epoch
-        for key in islice(self.feed.source.put(epoch), self._position.step, None):
+        for key in islice(self.feed.put(epoch), self._position.step, None):
             self._take_step(key, done=epoch * steps + self._position.step)
             if self.plasticity is not None:
                 self.plasticity.step_done()
@@ -213,7 +213,7 @@ class Trainer:
         phase, optimizer = self.plan.phases[self._position.phase], self.optimizer.optimizer
 
         def backward() -> int:
-            batch = self.feed.source.fetch()
+            batch = self.feed.fetch()
             self.step.backward(
                 batch,
                 optimizer,

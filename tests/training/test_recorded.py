@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from fxsplit.caching.cache import CachePolicy
-from fxsplit.data.source import StaticSource
+from fxsplit.data.order import EpochOrder
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.training.accuracy import Accuracy, PendingScore
@@ -184,13 +184,10 @@ def burn_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def burn_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = object()
+    def ids(self: EpochOrder) -> Tensor:
+        return self._order[16 * int(self._step.numpy()[0]) :][: self._size].clone()
 
-    def put(self: StaticSource, epoch: int) -> Iterator[Hashable]:
-        for self._batch in self._batches(epoch):  # noqa: B020
-            yield key if len(self._batch) == 16 else None
-
-    monkeypatch.setattr(StaticSource, "put", put)
+    monkeypatch.setattr(EpochOrder, "ids", ids)
 
 
 def burn_score(monkeypatch: pytest.MonkeyPatch) -> None:

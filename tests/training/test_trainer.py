@@ -108,7 +108,7 @@ def trainer(
     return Trainer(
         plan=made,
         forward=forward,
-        feed=Feed(forward, train_loader, test_loader, policy=cache, recorded=recorder is not None),
+        feed=Feed(forward, train_loader, test_loader, policy=cache),
         objective=objective,
         step=Step(
             forward,

@@ -1,0 +1,108 @@
+"""Where rows are kept: decided by seconds and bytes, which are arguments; nothing here depends on a clock."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from fxsplit.caching import media
+from fxsplit.caching.media import GIB, Offer, Refusal, Timed, available, choose, open_rows, reading_seconds
+from fxsplit.caching.rows import Column, FileRows
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "ram", "disk", "expected"),
+    [
+        # seconds and bytes, of rows of 100 bytes that take 1 s to compute
+        ((0.1, 100), (0.2, 100), (0.3, 100), "device"),
+        ((0.9, 100), (0.2, 100), (0.3, 100), "device"),
+        ((0.1, 99), (0.2, 100), (0.3, 100), "ram"),
+        ((0.1, -5), (0.2, 0), (0.3, 100), "disk"),
+        ((1.0, 100), (0.2, 100), (0.3, 100), "ram"),
+        ((0.1, 99), (1.0, 100), (0.3, 100), "disk"),
+        ((1.0, 100), (1.1, 100), (9.0, 100), "slow"),
+        ((math.inf, 0), (math.inf, 0), (math.inf, 0), "slow"),
+        ((0.1, 99), (0.1, 98), (0.1, -7), "full"),
+        ((0.1, 99), (1.0, 100), (9.0, 100), "full"),
+    ],
+)
+def test_the_first_medium_that_pays_and_has_room_is_chosen(
+    device: tuple[float, int], ram: tuple[float, int], disk: tuple[float, int], expected: str
+) -> None:
+    offers = [Offer(name, *offer) for name, offer in zip(("device", "ram", "disk"), (device, ram, disk), strict=True)]
+    refusals = {
+        "slow": Refusal("reading rows would take longer than computing them", pays=False),
+        "full": Refusal("it needs 9.31e-08 GiB and may take 9.22e-08", pays=True),
+    }
+    assert choose(offers, size=100, compute_seconds=1.0) == refusals.get(expected, expected)
+
+
+def test_media_after_the_chosen_one_are_not_measured() -> None:
+    def offers() -> Iterator[Offer]:
+        yield Offer("device", 0.1, 10)
+        pytest.fail("a further medium was asked for")
+
+    assert choose(offers(), size=10, compute_seconds=1.0) == "device"
+
+
+def test_half_of_what_is_free_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6 * GIB))
+    monkeypatch.setattr(media.shutil, "disk_usage", lambda folder: SimpleNamespace(free={str(tmp_path): 10}[folder]))
+    for device in (CPU, CUDA):
+        assert available("ram", device, str(tmp_path)) == 3 * GIB
+        assert available("disk", device, str(tmp_path)) == 5
+    assert available("device", CPU, str(tmp_path)) == 3 * GIB
+
+
+def test_what_training_will_need_of_a_gpu_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The driver has 40 free; of the 30 that torch holds it uses 20. Of the forecast 50, 30 are still to come.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (40, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 20)
+    assert available("device", CUDA, "") == (40 + 10) // 2
+    assert available("device", CUDA, "", peak_bytes=50) == (40 + 10 - 30) // 2
+    assert available("device", CUDA, "", peak_bytes=19) == (40 + 10) // 2
+    assert available("device", CUDA, "", peak_bytes=200) < 0
+
+
+@pytest.mark.parametrize("medium", ["device", "ram", "disk"])
+@pytest.mark.parametrize("cold", [False, True])
+def test_reading_is_measured_on_rows_of_the_batch(
+    medium: str, cold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten = []
+    monkeypatch.setattr(FileRows, "forget", lambda rows: forgotten.append(rows))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
+    values = [torch.randn(6, 3, 4), torch.rand(6).bfloat16(), torch.arange(6) > 2]
+    given = [(Column.of(value, None), value) for value in values]
+    assert 0 < reading_seconds(medium, given, CPU, str(tmp_path), size=101 if cold else 100) < math.inf
+    assert len(forgotten) == (media.RUNS if medium == "disk" and cold else 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_are_still_there_when_the_system_has_forgotten_them(tmp_path: Path) -> None:
+    values = [torch.randn(6, 3000)]
+    rows = open_rows("disk", 6, [Column.of(value, None) for value in values], CPU, str(tmp_path))
+    assert isinstance(rows, FileRows)
+    rows.write(torch.arange(6), values)
+    rows.forget()
+    assert torch.equal(rows.read(torch.arange(6))[0], values[0])
+
+
+def test_the_least_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.chain.from_iterable(([0, 5], [10, 12], [20, 29]))
+    monkeypatch.setattr(media, "perf_counter", lambda: next(clock))
+    timed = Timed(os.path.join, CPU)
+    assert timed.seconds == math.inf
+    assert [timed("a", "b") for _ in range(3)] == [os.path.join("a", "b")] * 3
+    assert timed.seconds == 2
