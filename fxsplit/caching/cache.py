@@ -142,11 +142,15 @@ class Cache:
         view, count = self._loader.view(epoch), len(self._loader.images)
         first = (view or 0) * count
         order = self._loader.order(epoch) + first
-        filled = self._filled.cpu()  # it may be on a GPU, which is waited for here, between epochs
+        filled = self._filled_now()
         if self._rows is not None and filled[order].all():
             return self._put_rows(self._rows, order)
         # Rows that recorded steps write must all be new: an epoch in which some are read and some written runs eagerly.
         return self._put_images(epoch, order, view, filled, is_new=not filled[first : first + count].any())
+
+    def _filled_now(self) -> Tensor:
+        """Read which rows are filled, bool (N,) on the CPU. For this a GPU is waited for, between epochs."""
+        return self._filled.cpu()
 
     def fetch(self) -> Batch:
         """Return the batch that was put last: values at the cut, or images where no rows are kept."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -88,11 +88,7 @@ class MemoryImages(ImageSet):
         return replace(self, pixels=self.pixels[ids], labels=self.labels[ids])
 
     def read(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
-        pixels = self.pixels.cpu()
-
-        def read(ids: Tensor) -> Tensor:
-            return rows_of(pixels, ids, pinned=self.device.type == "cuda")
-
+        read = partial(rows_of, self.pixels.cpu(), pinned=self.device.type == "cuda")
         return read_ahead(read, torch.split(order, batch_size))
 
 

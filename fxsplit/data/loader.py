@@ -150,10 +150,10 @@ class ImageSource:
         if list(pixels.shape[-2:]) != size:
             pixels = transforms.resize(pixels, size, antialias=True)
         pixels = augmentation(loader.augment).change(pixels, *(each.index_select(0, ids) for each in self._drawn))
-        # The layout is changed while pixels are bytes. Dividing by a tensor rounds alike on every device.
-        x = pixels.contiguous(memory_format=self._layout) / self._white
+        x = pixels / self._white  # a quotient by a tensor is rounded alike on every device
         if len(loader.mean):
             x = x.sub_(self._mean)
         if len(loader.std):
             x = x.div_(self._std)
+        x = x.contiguous(memory_format=self._layout)
         return Batch(values=(x,), labels=images.labels.index_select(0, ids), ids=ids)

@@ -89,6 +89,21 @@ def test_what_depends_on_the_image_alone_repeats(amp: torch.dtype | None, count:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_other_batches_have_the_size_and_layout_of_the_first_and_hold_each_image() -> None:
+    """Kernels are chosen by these."""
+    given = images(7).contiguous(memory_format=torch.channels_last)
+    seen = []
+
+    def run(x: Tensor) -> list[Any]:
+        seen.append(x)
+        return [x]
+
+    assert repeats(run, given, [given])
+    assert {(x.shape, x.stride()) for x in seen} == {(given.shape, given.stride())}
+    places = [[next(index for index in range(7) if torch.equal(image, given[index])) for image in x] for x in seen]
+    assert places == [[2, 2, 1, 1, 0, 0, 0], [6, 5, 5, 4, 4, 3, 3]]
+
+
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
 def test_statistics_of_the_batch_are_found_in_mixed_precision(amp: torch.dtype) -> None:
     model = net().train()
