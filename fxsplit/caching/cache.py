@@ -145,7 +145,7 @@ class Cache:
         filled = self._filled_now()
         if self._rows is not None and filled[order].all():
             return self._put_rows(self._rows, order)
-        # Rows that recorded steps write must all be new: an epoch in which some are read and some written runs eagerly.
+        # Recording the steps that fill a few missing rows would cost more than it saves.
         return self._put_images(epoch, order, view, filled, is_new=not filled[first : first + count].any())
 
     def _filled_now(self) -> Tensor:
@@ -159,49 +159,51 @@ class Cache:
     def _put_rows(self, rows: Rows, order: Tensor) -> Iterator[Hashable]:
         size = self._loader.batch_size
         if self.medium == DEVICE:
-            self._fetch = partial(self._gathered, rows)
-            for batch in self._order.batches(order):
-                yield (self._order, rows) if len(batch) == size else None
+            for numbers in self._order.batches(order):
+                self._fetch = partial(self._read, rows, numbers)
+                yield (self._order, rows) if len(numbers) == size else None
             return
         self._fetch = self._staged
         read = read_ahead(rows.read, torch.split(order, size))
-        for batch, packed in zip(self._order.batches(order), read, strict=True):
+        for numbers, packed in zip(self._order.batches(order), read, strict=True):
             self._staging.put(packed)
-            yield (self._order, self._staging) if self._staging.is_static and len(batch) == size else None
-
-    def _gathered(self, rows: Rows) -> Batch:
-        numbers = self._order.ids()
-        return self._at_cut(rows.read(numbers), numbers)
+            yield (self._order, self._staging) if self._staging.is_static and len(numbers) == size else None
 
     def _staged(self) -> Batch:
-        return self._at_cut(self._staging.taken(), self._order.ids())
+        return self._at_cut(self._staging.taken())
 
-    def _at_cut(self, packed: Sequence[Tensor], numbers: Tensor) -> Batch:
-        """Make the batch of some row numbers, int64 (B,) on the device, from packed values there."""
-        kept, images = iter(packed), self._loader.images
+    def _read(self, rows: Rows, numbers: Tensor) -> Batch:
+        return self._at_cut([packed.to(self._loader.device) for packed in rows.read(self._where_rows_are(numbers))])
+
+    def _at_cut(self, packed: Sequence[Tensor]) -> Batch:
+        """Make the present batch from its packed values, on the device."""
+        kept, images, ids = iter(packed), self._loader.images, self._order.ids()
+        if self._loader.views is not None:
+            ids = ids.remainder(len(images))
         values = tuple(None if column is None else column.unpack(next(kept)) for column in self._columns)
-        ids = numbers if self._loader.views is None else numbers.remainder(len(images))
         return Batch(values=values, cut=self.cut, labels=images.labels.index_select(0, ids), ids=ids)
+
+    def _where_rows_are(self, numbers: Tensor) -> Tensor:
+        """Return the row numbers of the present batch, given on the CPU, on the device if rows are kept there.
+
+        They are not copied there: a recorded step must find those of each batch.
+        """
+        return self._order.ids() if self.medium == DEVICE else numbers
 
     def _put_images(
         self, epoch: int, order: Tensor, view: int | None, filled: Tensor, *, is_new: bool
     ) -> Iterator[Hashable]:
         for numbers, key in zip(self._order.batches(order), self._images.put(epoch, view=view), strict=True):
-            rows = self._rows
+            rows, can_be_recorded = self._rows, self.medium == DEVICE and key is not None
             if self._given_up:
                 self._fetch = self._images.fetch
                 yield key
-            elif rows is not None and filled[numbers].all():
-                self._fetch = partial(self._read, rows, numbers)
-                yield None
-            else:
+            elif rows is None or not filled[numbers].all():
                 self._fetch = partial(self._computed, numbers)
-                is_recorded = self.medium == DEVICE and is_new and key is not None
-                yield (self._images, rows) if is_recorded else None
-
-    def _read(self, rows: Rows, numbers: Tensor) -> Batch:
-        packed = rows.read(numbers.to(rows.device))
-        return self._at_cut([each.to(self._loader.device) for each in packed], numbers.to(self._loader.device))
+                yield (self._images, rows) if can_be_recorded and is_new else None
+            else:
+                self._fetch = partial(self._read, rows, numbers)
+                yield (self._order, rows) if can_be_recorded else None
 
     def _computed(self, numbers: Tensor) -> Batch:
         """Compute a batch, and keep it as the rows `numbers`, int64 (B,) on the CPU."""
@@ -221,8 +223,7 @@ class Cache:
         return Batch(values=tuple(values), cut=self.cut, labels=batch.labels, ids=batch.ids)
 
     def _keep(self, rows: Rows, numbers: Tensor, values: Sequence[Any]) -> None:
-        # Rows on the device get their numbers there: a recorded step must find those of each batch.
-        numbers = self._order.ids() if self.medium == DEVICE else numbers
+        numbers = self._where_rows_are(numbers)
         pairs = zip(self._columns, values, strict=True)
         rows.write(numbers, [column.pack(value, rows.device) for column, value in pairs if column is not None])
         self._filled.index_fill_(0, numbers, True)

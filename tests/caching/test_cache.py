@@ -402,37 +402,46 @@ def recorded(feed: Feed) -> Callable[[], list[Any]]:
     return make_fx(fetch)()
 
 
-@pytest.mark.parametrize("views", [None, 2])
-def test_recorded_steps_fill_rows_on_the_device_and_gather_them(views: int | None, tmp_path: Path) -> None:
-    """Each key has one recording, of the first batch that it is given for; all further ones are replayed."""
+def recorded_epochs(folder: Path, count: int, **loader: Any) -> list[list[int]]:
+    """Go through epochs with a cache on the device, and return which recording delivers each batch; 0 for none.
+
+    Each key has one recording, of the first batch that it is given for, which all further ones replay.
+    """
     torch.manual_seed(0)
-    loader = {"augment": "crop-flip", "views": views} if views else {}
     net = trainer(Chain(), plan=(Phase(start=2, stop=4, epochs=9),), loader=loader)
-    feed = Feed(
-        net.forward,
-        net.feed.train_loader,
-        net.feed.test_loader,
-        policy=CachePolicy(medium="device", folder=str(tmp_path)),
-    )
+    loaders = net.feed.train_loader, net.feed.test_loader
+    feed = Feed(net.forward, *loaders, policy=CachePolicy(medium="device", folder=str(folder)))
     net.executor.enter(net.plan.phases[0])
     net.executor.train()
     feed.enter(2, epochs=9, notice=pytest.fail)
     replays: dict[Hashable, Callable[[], list[Any]]] = {}
-    eager = 0
-    for epoch in range(6):
+    found = []
+    for epoch in range(count):
+        found.append([])
         for expected, key in zip(net.feed.training(epoch), feed.put(epoch), strict=True):
-            values = [*net.executor.settle(expected.images), expected.labels, expected.ids]
             if key is None:
-                eager += 1
                 batch = feed.fetch()
-                found = [*batch.values, batch.labels, batch.ids]
+                values = [*batch.values, batch.labels, batch.ids]
             else:
                 replays[key] = replays.get(key) or recorded(feed)
-                found = replays[key]()
-            assert all(map(torch.equal, found, values))
-    assert len(replays) == 2
-    # The ragged batches, and the one with which the cache is opened.
-    assert eager == 6 + 1
+                values = replays[key]()
+            assert all(map(torch.equal, values, [*net.executor.settle(expected.images), expected.labels, expected.ids]))
+            found[-1].append(0 if key is None else [*replays].index(key) + 1)
+    return found
+
+
+def test_recorded_steps_fill_rows_on_the_device_and_gather_them(tmp_path: Path) -> None:
+    # The first batch opens the cache, and the last one is smaller.
+    assert recorded_epochs(tmp_path, 4) == [[0, 1, 1, 0], [2, 2, 2, 0], [2, 2, 2, 0], [2, 2, 2, 0]]
+    views = recorded_epochs(tmp_path, 4, augment="crop-flip", views=2)
+    assert views == [[0, 1, 1, 0], [1, 1, 1, 0], [2, 2, 2, 0], [2, 2, 2, 0]]
+
+
+def test_a_few_missing_rows_are_filled_by_steps_that_are_not_recorded(tmp_path: Path) -> None:
+    # Of 50 images in batches of 7, one is left out in each epoch.
+    assert recorded_epochs(tmp_path, 3, batch_size=7)[0] == [0, 1, 1, 1, 1, 1, 1]
+    (second,) = recorded_epochs(tmp_path, 2, batch_size=7)[1:]
+    assert sorted(second) == [0, 2, 2, 2, 2, 2, 2]
 
 
 def test_columns_come_back_in_their_layout_and_type() -> None:
