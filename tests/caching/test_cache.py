@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from fxsplit.caching.cache import CachePolicy, stamp
@@ -25,6 +24,7 @@ from fxsplit.execute.executor import Executor
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.training.trainer import Trainer
+from tests.cuda.simulated import SimulatedRecorder, Tape
 from tests.networks import HAZARDS, Chain, LongSkip
 from tests.training.test_trainer import same, trainer, weights
 
@@ -392,16 +392,6 @@ def test_epochs_of_some_images_are_kept_as_far_as_they_go(medium: str, tmp_path:
     assert cached.same_as(Run("off", tmp_path, **changes))
 
 
-def recorded(feed: Feed) -> Callable[[], list[Any]]:
-    """Record the ops of `fetch`, to run them again on the memory that they read then, as a CUDA graph does."""
-
-    def fetch() -> list[Any]:
-        batch = feed.fetch()
-        return [*batch.values, batch.labels, batch.ids]
-
-    return make_fx(fetch)()
-
-
 def recorded_epochs(folder: Path, count: int, **loader: Any) -> list[list[int]]:
     """Go through epochs with a cache on the device, and return which recording delivers each batch; 0 for none.
 
@@ -414,19 +404,22 @@ def recorded_epochs(folder: Path, count: int, **loader: Any) -> list[list[int]]:
     net.executor.enter(net.plan.phases[0])
     net.executor.train()
     feed.enter(2, epochs=9, notice=pytest.fail)
-    replays: dict[Hashable, Callable[[], list[Any]]] = {}
-    found = []
+
+    def fetch() -> list[Any]:
+        batch = feed.fetch()
+        return [*batch.values, batch.labels, batch.ids]
+
+    tapes: dict[Hashable, Tape[list[Any]]] = {}
+    found: list[list[int]] = []
     for epoch in range(count):
         found.append([])
         for expected, key in zip(net.feed.training(epoch), feed.put(epoch), strict=True):
-            if key is None:
-                batch = feed.fetch()
-                values = [*batch.values, batch.labels, batch.ids]
-            else:
-                replays[key] = replays.get(key) or recorded(feed)
-                values = replays[key]()
+            if key is not None:
+                tapes[key] = tapes.get(key) or SimulatedRecorder().record(fetch)
+                tapes[key].replay()
+            values = fetch() if key is None else tapes[key].result
             assert all(map(torch.equal, values, [*net.executor.settle(expected.images), expected.labels, expected.ids]))
-            found[-1].append(0 if key is None else [*replays].index(key) + 1)
+            found[-1].append(0 if key is None else [*tapes].index(key) + 1)
     return found
 
 

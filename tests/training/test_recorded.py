@@ -82,7 +82,18 @@ def settling(**changes: Any) -> Trainer:
 
 
 def settling_from_rows(**changes: Any) -> Trainer:
-    return settling(cache=CachePolicy(medium="ram"), **changes)
+    """The first batch at a cut is computed eagerly; one recording writes rows, and another one reads them."""
+    return settling(cache=CachePolicy(medium="device"), loader={"batch_size": 4}, **changes)
+
+
+def settling_from_views(**changes: Any) -> Trainer:
+    """In two of three epochs rows are written."""
+    loader = {"batch_size": 4, "augment": "crop-flip", "views": 2}
+    return settling(cache=CachePolicy(medium="device"), loader=loader, **changes)
+
+
+def augmented(**changes: Any) -> Trainer:
+    return standard(loader={"augment": "crop-flip", "mean": (0.4,), "std": (0.2,)}, **changes)
 
 
 def with_everything(**changes: Any) -> Trainer:
@@ -98,9 +109,12 @@ def with_everything(**changes: Any) -> Trainer:
         scheduler={"name": "cosine"},
         optimizer={"name": "adamw", "weight_decay": 0.1},
         clip_grad=1.0,
-        cache=CachePolicy(medium="ram"),
         **changes,
     )
+
+
+def with_everything_from_rows(**changes: Any) -> Trainer:
+    return with_everything(cache=CachePolicy(medium="device"), loader={"batch_size": 4}, **changes)
 
 
 def with_midpoint(**changes: Any) -> Trainer:
@@ -130,8 +144,12 @@ def refusals(listener: Listener) -> list[str]:
     [
         (standard, 9, 9),
         (settling, 3 + 6 + 3, 12),
-        (settling_from_rows, 3 + 6 + 3, 12),
+        # Of 13 steps in an epoch 12 have full batches.
+        (settling_from_rows, 21 + (8 + 21) + (8 + 9), 67),
+        (settling_from_views, 21 + (8 + 12 + 9) + 21, 71),
+        (augmented, 9, 9),
         (with_everything, 9, 12),
+        (with_everything_from_rows, 58, 67),
         (with_midpoint, 3, 6),
         (with_midpoint_in_a_phase, 3, 6),
         (with_veto, 3 + 6 + 3, 12),
