@@ -235,7 +235,10 @@ class Cache:
         precisions = [dtype for dtype in (self._forward.amp_dtype, executor.settled_dtype) if dtype is not None]
         if not repeats(settle, images, values, precisions=precisions):
             return Refusal("the settled partitions do not deliver the same for an image each time")
-        self._columns = [None if value is None else Column.of(value, self._dtype) for value in values]
+        kept = self._types_to_keep(values, images)
+        self._columns = [
+            None if value is None else Column.of(value, dtype) for value, dtype in zip(values, kept, strict=True)
+        ]
         given = [(column, value) for column, value in zip(self._columns, values, strict=True) if column is not None]
         count, columns = len(self._filled), [column for column, _ in given]
         size = count * sum(column.row_bytes for column in columns)
@@ -246,6 +249,19 @@ class Cache:
         self._rows, self.medium = open_rows(medium, count, columns, device, policy.folder), medium
         self._filled = self._filled.to(self._rows.device)
         return None
+
+    def _types_to_keep(self, values: Sequence[Any], images: Tensor) -> Sequence[torch.dtype | None]:
+        """Return for each value the type in which floats are kept; None for its own.
+
+        Without autocast, values that were computed in the precision of settled partitions are float32 again. They are
+        the same numbers in that precision, which autocast leaves them in.
+        """
+        executor, device = self._forward.executor, self._loader.device.type
+        dtype = executor.settled_dtype if executor.training and self._forward.amp_dtype is None else None
+        if self._dtype is not None or dtype is None:
+            return [self._dtype] * len(values)
+        with torch.autocast(device, dtype):
+            return [None if value is None else value.dtype for value in executor.settle(images)]
 
     def _offers(self, seconds: Callable[[str], float]) -> Iterator[Offer]:
         """Give the media that may be used; only where several may, `seconds` measures reading."""

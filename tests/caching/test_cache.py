@@ -20,17 +20,24 @@ from fxsplit.caching.cache import CachePolicy, stamp
 from fxsplit.caching.feed import Feed
 from fxsplit.caching.media import open_rows
 from fxsplit.caching.rows import Column
+from fxsplit.capture.tracing import trace
+from fxsplit.data.loader import ImageSource, Loader
+from fxsplit.data.source import batches_of
 from fxsplit.execute.executor import Executor
+from fxsplit.execute.forward import Forward
+from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.training.trainer import Trainer
 from tests.cuda.simulated import SimulatedRecorder, Tape
 from tests.networks import HAZARDS, Chain, LongSkip
-from tests.training.test_trainer import same, trainer, weights
+from tests.training.test_trainer import TRAIN, same, trainer, weights
 
 # All trains; then the first two of four partitions are settled.
 PHASES = (Phase(start=0, stop=4, epochs=1), Phase(start=2, stop=4, epochs=3))
 
+
+BFLOAT16 = torch.bfloat16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,6 +135,32 @@ def test_half_precision_halves_the_rows_and_hardly_changes_training(medium: str,
     assert large - small == halved if medium != "disk" else abs(large - small - halved) < 2 * 4096
     assert not half.same_as(exact)
     assert half.records[-1].train_loss == pytest.approx(exact.records[-1].train_loss, rel=1e-2)
+
+
+@pytest.mark.parametrize("medium", ["device", "ram", "disk"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("settled", "amp"), [(None, None), (BFLOAT16, None), (None, BFLOAT16), (BFLOAT16, BFLOAT16)])
+def test_rows_are_kept_in_the_precision_that_computes(
+    settled: torch.dtype | None, amp: torch.dtype | None, training: bool, medium: str, tmp_path: Path
+) -> None:
+    """In evaluation that is full precision, if there is no autocast."""
+    torch.manual_seed(0)
+    captured = trace(Chain(), (torch.empty(2, 3, 8, 8),))
+    net = Executor(captured, partition(captured, count=4), settled_dtype=settled)
+    net.enter(PHASES[1])
+    net.train(training)
+    forward, images = Forward(net, torch.device("cpu"), amp_dtype=amp), ImageSource(Loader(TRAIN, batch_size=16))
+    policy = CachePolicy(medium=medium, folder=str(tmp_path))
+    cache = policy.open(forward, images, epochs=9, notice=pytest.fail)
+    for _ in range(2):
+        for plain, batch in zip(images.loader.batches(0), batches_of(cache, 0), strict=True):
+            expected = forward.settle(plain.images)
+            assert same(batch.values, expected)
+            assert [value.dtype for value in batch.values] == [value.dtype for value in expected]
+    numbers = sum(math.prod(value.shape[1:]) for value in expected)
+    found = cache.file_bytes if medium == "disk" else cache.resident_bytes
+    is_short = amp is not None or (settled is not None and training)
+    assert 0 <= found - 50 * numbers * (2 if is_short else 4) < (8192 if medium == "disk" else 1)
 
 
 def test_memory_and_file_are_reported_apart(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def settle(images: Tensor) -> list[Any]:
 
 FORWARD = SimpleNamespace(
     amp_dtype=torch.bfloat16,
-    executor=SimpleNamespace(window=(2, 4), settled_dtype=None, settled_state=dict),
+    executor=SimpleNamespace(window=(2, 4), settled_dtype=None, settled_state=dict, training=True),
     settle=settle,
 )
 
