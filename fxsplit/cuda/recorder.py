@@ -5,15 +5,15 @@
                                         kernel
 
 Kernels read and write the addresses that they had while they were recorded. A recording keeps the memory of all tensors
-that it was given, and what it allocates itself comes from a pool that all recordings of a recorder share.
+from outside that it uses, and what it allocates itself comes from a pool of its own.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -47,11 +47,16 @@ class Recorder(Protocol):
         """
         ...
 
+    def has_room(self) -> bool:
+        """Tell whether the function can run once more beside its recording, whose memory nothing else can use."""
+        ...
+
 
 class CudaRecorder:
     """Records on one GPU.
 
-    All recordings share a memory pool: what one has computed and returned may be overwritten by the replay of another.
+    Recordings that exist at the same time share their memory: what one has computed and returned may be overwritten by
+    the replay of another.
 
     Args:
         device: the GPU.
@@ -62,17 +67,7 @@ class CudaRecorder:
         # Warm-up and recording share a stream: memory and the gradients' accumulators belong to the stream of their
         # first use.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
-        # A pool goes with its last graph and cannot be used again then; an empty graph keeps it.
-        self._holder = torch.cuda.CUDAGraph()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-            with self._capture(self._holder):
-                pass
-
-    def _capture(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
-        # Other threads, which pin batches or read meters, may go on meanwhile.
-        return torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        self._alive: WeakSet[CudaRecording[Any]] = WeakSet()
 
     def warm_up(self, function: Callable[[], T]) -> T:
         """Run a function on the side stream, between the work before and after it on the present one."""
@@ -86,43 +81,86 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], T]) -> Recording[T]:
         """Record a function, as `Recorder` says."""
-        present = torch.cuda.current_stream(self._device)
-        random_state = torch.cuda.get_rng_state(self._device)
+        # A pool can be used as long as one of its graphs exists; without any, its memory is free for all.
+        pool = next((each.pool for each in self._alive), None) or torch.cuda.graph_pool_handle()
         graph, keeping = torch.cuda.CUDAGraph(), Keeping()
+        present, random_state = torch.cuda.current_stream(self._device), torch.cuda.get_rng_state(self._device)
+        first: list[BaseException] = []
         torch.clear_autocast_cache()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self._device)
+        # Other threads, which pin batches or read meters, may go on meanwhile.
+        capture = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
         try:
-            with torch.cuda.device(self._device), self._capture(graph), keeping:
+            with torch.cuda.device(self._device), capture, keeping, _noted(first):
                 result = function()
-        except BaseException:
+        except BaseException as error:
             graph.reset()
-            self._clean_up(present, random_state)
-            raise
+            self._clean_up(present, pool, random_state)
+            raise (first.pop() if first else error) from None  # to end a broken capture is an error, too
         finally:
             # Weights that were cast while recording hold no numbers until the replay.
             torch.clear_autocast_cache()
-        return CudaRecording(graph, result, keeping.kept)
+        taken = torch.cuda.memory_reserved(self._device) - before
+        recording = CudaRecording(graph, result, pool=pool, bytes_=taken, kept=keeping.kept)
+        self._alive.add(recording)
+        return recording
 
-    def _clean_up(self, present: torch.cuda.Stream, random_state: Tensor) -> None:
+    def _clean_up(self, present: torch.cuda.Stream, pool: torch.cuda._POOL_HANDLE, random_state: Tensor) -> None:
         """Undo what torch leaves after a capture that was invalidated: stream, allocator and random generator."""
         torch.cuda.set_stream(present)
         index = present.device_index
         with suppress(RuntimeError):  # torch has done this where the capture itself was valid
-            torch._C._cuda_endAllocateToPool(index, self._pool)
-            torch._C._cuda_releasePool(index, self._pool)
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
         generator, fresh = torch.cuda.default_generators[index], torch.Generator(self._device)
         fresh.set_state(random_state)
         generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
+    def has_room(self) -> bool:
+        """Tell whether as much memory is free as recordings hold."""
+        held = sum(each.bytes for each in self._alive)
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device) - held
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free + max(0, cached) >= held
+
 
 class CudaRecording(Generic[T]):
-    """A CUDA graph, what the recorded function returned, and the memory from outside that the graph uses."""
+    """A CUDA graph, what the recorded function returned, and the memory that the graph uses.
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, result: T, kept: Sequence[torch.UntypedStorage]) -> None:
+    Args:
+        graph: the graph.
+        result: what the function returned.
+        pool: where the graph's own memory is.
+        bytes_: how much that is.
+        kept: memory from outside.
+    """
+
+    def __init__(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        result: T,
+        *,
+        pool: torch.cuda._POOL_HANDLE,
+        bytes_: int,
+        kept: Sequence[torch.UntypedStorage],
+    ) -> None:
         self._graph, self.result, self._kept = graph, result, kept
+        self.pool, self.bytes = pool, bytes_
 
     def replay(self) -> None:
         """Launch the graph on the present stream."""
         self._graph.replay()
+
+
+@contextmanager
+def _noted(errors: list[BaseException]) -> Iterator[None]:
+    """Add an error that is raised inside to a list, and let it go on."""
+    try:
+        yield
+    except BaseException as error:
+        errors.append(error)
+        raise
 
 
 class Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]

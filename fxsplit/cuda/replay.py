@@ -115,6 +115,11 @@ class Recordings:
         self._key: Hashable = None
         self._replayed: Replayed[object] | None = None
 
+    def make_room(self) -> None:
+        """Drop the recording where memory does not hold the same work beside it."""
+        if self._replayed is not None and not self.recorder.has_room():
+            self.forget()
+
     def run(self, key: Hashable, function: Callable[[], T], *, held: Iterable[object] = ()) -> T:
         """Run a step, or replay the recording of an earlier one with an equal key.
 
@@ -123,6 +128,8 @@ class Recordings:
             function: the step.
             held: what this step uses besides.
         """
+        if key is None:
+            self.make_room()
         if key is None or self._is_given_up:
             return function()
         if key != self._key:

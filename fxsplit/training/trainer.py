@@ -272,6 +272,8 @@ class Trainer:
 
     def evaluate(self) -> Score:
         """Return the score on the test images; the loss is cross-entropy without label smoothing."""
+        if self.recordings is not None:
+            self.recordings.make_room()
         self.executor.eval()
         accuracy = Accuracy(self.forward.device)
         with torch.no_grad(), self.forward.autocast():

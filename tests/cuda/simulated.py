@@ -24,16 +24,20 @@ class SimulatedRecorder:
 
     Args:
         fails_at: the number of the op at which recording fails, as a capture that CUDA refuses.
+        roomy: whether memory holds work beside a recording.
     """
 
-    def __init__(self, *, fails_at: int | None = None) -> None:
+    def __init__(self, *, fails_at: int | None = None, roomy: bool = True) -> None:
         self.warm_ups = self.recordings = self.replays = 0
-        self._fails_at = fails_at
+        self._fails_at, self._roomy = fails_at, roomy
         self._last: weakref.ref[Tape[Any]] | None = None
 
     def warm_up(self, function: Callable[[], T]) -> T:
         self.warm_ups += 1
         return function()
+
+    def has_room(self) -> bool:
+        return self._roomy
 
     def record(self, function: Callable[[], T]) -> Tape[T]:
         # All recordings of a run share one pool.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 import pytest
@@ -20,9 +20,10 @@ STATE = torch.arange(3, dtype=torch.uint8)
 
 
 class Log(list[Any]):
-    """What was called, and the stream that is current."""
+    """What was called, the stream that is current, and bytes of memory."""
 
     stream = "main"
+    reserved = allocated = free = 0
 
 
 class Stream:
@@ -63,6 +64,7 @@ class Generator:
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     log = Log()
     side, main = Stream(log, "side"), Stream(log, "main")
+    numbers = count(7)
     of_graph = inspect.signature(torch.cuda.graph.__init__)
 
     @contextmanager
@@ -77,10 +79,11 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
         assert isinstance(cuda_graph, Graph)
         log.append((options.pop("stream").name, options))
         log.stream = "side"
-        size = len(log)
-        yield
-        if len(log) == size:
-            warnings.warn("The CUDA Graph is empty. This usually means ...", UserWarning, stacklevel=2)
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        log.reserved += 10
         log.stream = "main"  # as in torch: not where the capture ends with an error
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: side)
@@ -89,7 +92,11 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(log))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: POOL)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(numbers)))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: log.reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: log.allocated)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (log.free, 100))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: STATE)
     monkeypatch.setattr(torch.cuda, "default_generators", [Generator()])
@@ -100,13 +107,12 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     return log
 
 
-CAPTURE = ("side", {"pool": POOL, "capture_error_mode": "thread_local"})
+def capture(pool: tuple[int, int] = POOL) -> tuple[str, dict[str, Any]]:
+    return "side", {"pool": pool, "capture_error_mode": "thread_local"}
 
 
-def test_warm_up_and_recording_share_a_stream_and_a_pool_that_stays(log: Log) -> None:
+def test_warm_up_and_recording_share_a_stream(log: Log) -> None:
     recorder = CudaRecorder(DEVICE)
-    assert log == [CAPTURE]
-    log.clear()
 
     def function() -> str:
         log.append(log.stream)
@@ -118,7 +124,34 @@ def test_warm_up_and_recording_share_a_stream_and_a_pool_that_stays(log: Log) ->
     recording = recorder.record(function)
     assert recording.result == "result"
     recording.replay()
-    assert log == [CAPTURE, "side", "replay"]
+    assert log == [capture(), "side", "replay"]
+
+
+def test_recordings_that_exist_share_a_pool(log: Log) -> None:
+    recorder = CudaRecorder(DEVICE)
+    one, other = (recorder.record(lambda: None) for _ in range(2))
+    assert log == [capture(), capture()]
+    log.clear()
+    del one
+    one = recorder.record(lambda: None)
+    assert log == [capture()]
+    log.clear()
+    del one, other
+    recorder.record(lambda: None)
+    assert log == [capture((0, 8))]
+
+
+@pytest.mark.parametrize(
+    ("free", "allocated", "fits"), [(9, 30, False), (10, 30, True), (9, 29, True), (0, 20, True), (0, 21, False)]
+)
+def test_there_is_room_for_as_much_as_recordings_hold(log: Log, free: int, allocated: int, fits: bool) -> None:
+    log.reserved, log.allocated, log.free = 30, allocated, free
+    recorder = CudaRecorder(DEVICE)
+    kept = recorder.record(lambda: None)
+    assert (log.reserved, recorder.has_room()) == (40, fits)
+    del kept
+    log.free = 0
+    assert recorder.has_room()
 
 
 def test_a_failed_recording_gives_stream_memory_and_random_state_back(log: Log) -> None:
@@ -131,7 +164,7 @@ def test_a_failed_recording_gives_stream_memory_and_random_state_back(log: Log) 
     with pytest.raises(RuntimeError, match="not permitted"):
         recorder.record(function)
     assert log == [
-        CAPTURE,
+        capture(),
         "reset",
         "set main",
         ("_cuda_endAllocateToPool", 0, POOL),

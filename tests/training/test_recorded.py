@@ -268,6 +268,14 @@ def test_what_cannot_be_recorded_runs_eagerly_and_is_told_once(model: type[nn.Mo
     assert recorder.recordings < 3
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_where_memory_is_short_the_recording_goes_before_other_work() -> None:
+    recorder = SimulatedRecorder(roomy=False)
+    assert agree(trained(settling, recorder=recorder), trained(settling))
+    # The smaller last batch of each epoch comes before a fourth full one.
+    assert (recorder.warm_ups, recorder.replays) == (3 * 7, 0)
+
+
 def test_recomputing_phases_run_eagerly() -> None:
     def make(**changes: Any) -> Trainer:
         phases = (replace(SETTLING[0], recompute=3), SETTLING[1])
