@@ -83,7 +83,7 @@ class Graphed(Generic[P, T]):
             shaped = self._by_shape[key] = self._shaped(args, kwargs, device)
         for static, given in zip(shaped.static, tensors, strict=True):
             static.copy_(given, non_blocking=True)
-        result: T = map_tensors(lambda tensor: tensor.detach().clone(), shaped.replayed())
+        result: T = map_tensors(Tensor.clone, shaped.replayed())
         return result
 
     def _shaped(self, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> _Shaped:
@@ -96,7 +96,7 @@ class Graphed(Generic[P, T]):
         return _Shaped(
             static=[each for each in (*own_args, *own_kwargs.values()) if isinstance(each, Tensor)],
             replayed=Replayed(
-                lambda: self._step(*own_args, **own_kwargs),
+                lambda: map_tensors(Tensor.detach, self._step(*own_args, **own_kwargs)),
                 self._recorders[device],
                 device,
                 held=self._held,

@@ -102,7 +102,7 @@ class CudaRecorder:
             # Weights that were cast while recording hold no numbers until the replay.
             torch.clear_autocast_cache()
         taken = torch.cuda.memory_reserved(self._device) - before
-        recording = CudaRecording(graph, result, pool=pool, bytes_=taken, kept=keeping.kept)
+        recording = CudaRecording(graph, result, keeping, pool=pool, bytes_=taken)
         self._alive.add(recording)
         return recording
 
@@ -131,26 +131,29 @@ class CudaRecording(Generic[T]):
     Args:
         graph: the graph.
         result: what the function returned.
+        keeping: memory from outside.
         pool: where the graph's own memory is.
         bytes_: how much that is.
-        kept: memory from outside.
     """
 
     def __init__(
         self,
         graph: torch.cuda.CUDAGraph,
         result: T,
+        keeping: Keeping,
         *,
         pool: torch.cuda._POOL_HANDLE,
         bytes_: int,
-        kept: Sequence[torch.UntypedStorage],
     ) -> None:
-        self._graph, self.result, self._kept = graph, result, kept
+        self._graph, self.result = graph, result
+        self._kept, self._written = keeping.kept, keeping.written
         self.pool, self.bytes = pool, bytes_
 
     def replay(self) -> None:
         """Launch the graph on the present stream."""
         self._graph.replay()
+        # For who compares versions, to see whether a tensor has changed.
+        torch.autograd.graph.increment_version(self._written)
 
 
 @contextmanager
@@ -164,27 +167,43 @@ def _noted(errors: list[BaseException]) -> Iterator[None]:
 
 
 class Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, keeps the memory of tensors that ops use, if it was there before."""
+    """Inside, keeps the memory of tensors that were there before and that ops use, and lists those that ops write into.
+
+    `kept` is that memory; `written` has a tensor for each part of it that is written into.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kept: list[torch.UntypedStorage] = []
-        self._seen: set[int] = set()
+        self.kept: dict[int, torch.UntypedStorage] = {}
+        self._written: dict[int, Tensor] = {}
+        self._inside: set[int] = set()
+
+    @property
+    def written(self) -> list[Tensor]:
+        """The tensors from outside that ops write into."""
+        return list(self._written.values())
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        for storage in _storages((args, given)):
-            if storage._cdata not in self._seen:
-                self._seen.add(storage._cdata)
-                self.kept.append(storage)
+        for _, storage in _places((args, given)):
+            if storage._cdata not in self._inside:
+                self.kept.setdefault(storage._cdata, storage)
+        for argument, value in (*zip(func._schema.arguments, args, strict=False), *_named(func, given)):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                found = {storage._cdata: tensor for tensor, storage in _places(value)}
+                self._written |= {place: tensor for place, tensor in found.items() if place in self.kept}
         result = func(*args, **given)
         # What an op returns is in use inside only, or was seen before.
-        self._seen.update(storage._cdata for storage in _storages(result))
+        self._inside.update(storage._cdata for _, storage in _places(result) if storage._cdata not in self.kept)
         return result
 
 
-def _storages(value: Any) -> list[torch.UntypedStorage]:
+def _named(func: Any, kwargs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    return [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
+
+
+def _places(value: Any) -> list[tuple[Tensor, torch.UntypedStorage]]:
     tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
-    return [tensor.untyped_storage() for tensor in tensors]
+    return [(tensor, tensor.untyped_storage()) for tensor in tensors]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxsplit.cuda.recorder import CudaRecorder, Keeping
@@ -190,6 +191,28 @@ def test_weights_that_autocast_has_cast_do_not_outlive_a_recording(log: Log) -> 
         with torch.no_grad():
             weight.mul_(2)
         assert torch.equal(function(), 4 * first)
+
+
+def test_versions_tell_what_a_replay_writes(log: Log) -> None:
+    weight, total, read = nn.Parameter(torch.ones(3)), torch.zeros(()), torch.ones(3)
+    optimizer = torch.optim.AdamW([weight], lr=torch.tensor(0.5), fused=True)
+    tensors = {"weight": weight, "total": total, "read": read}
+
+    def function() -> None:
+        log.append("step")
+        optimizer.zero_grad()
+        (weight * read).sum().backward()
+        optimizer.step()
+        total.add_(1)
+
+    function()
+    recording = CudaRecorder(DEVICE).record(function)
+    kept = tensors | {name: each for name, each in optimizer.state[weight].items() if isinstance(each, torch.Tensor)}
+    before = {name: each._version for name, each in kept.items()}
+    recording.replay()
+    assert {name for name, each in kept.items() if each._version != before[name]} == {
+        "weight", "total", "step", "exp_avg", "exp_avg_sq",
+    }  # fmt: skip
 
 
 def test_memory_from_outside_is_kept_and_no_other() -> None:
