@@ -233,13 +233,13 @@ class Trainer:
             return samples
 
         recordings = self.recordings
-        if recordings is not None and phase.recompute and key is not None:
+        if recordings is not None and phase.recompute:
             recordings.refuse("recomputing activations with the same random numbers reads the random state")
             key = None
-        if recordings is None or key is None:
+        if recordings is None:
             samples = whole()
         elif self.update_is_recorded:
-            samples = recordings.run((key, counted), whole, held=self._held())
+            samples = recordings.run(None if key is None else (key, counted), whole, held=self._held())
         else:
             samples, gradients = recordings.run(key, lambda: (backward(), gradients_of(optimizer)), held=self._held())
             set_gradients(optimizer, gradients)

@@ -157,6 +157,15 @@ def test_recordings_keep_one_at_a_time_and_let_other_steps_pass() -> None:
     assert notices == ["steps run eagerly where they cannot be recorded as a CUDA graph: they are wrong"]
 
 
+def test_where_memory_is_short_the_recording_goes_before_what_runs_beside_it() -> None:
+    recorder = SimulatedRecorder(roomy=False)
+    recordings = Recordings(recorder, CPU, notice=str.upper)
+    for key, counts in (("a", (3, 1, 2)), (None, (3, 1, 2)), ("a", (6, 2, 4))):
+        for _ in range(1 if key is None else 5):
+            recordings.run(key, lambda: None)
+        assert (recorder.warm_ups, recorder.recordings, recorder.replays) == counts
+
+
 def test_a_number_is_written_where_it_changes() -> None:
     host, device = Number(), Number(CPU)
     for value in (0.0, 0.25, 0.25, 0.5):
