@@ -102,7 +102,7 @@ class CudaRecorder:
             # Weights that were cast while recording hold no numbers until the replay.
             torch.clear_autocast_cache()
         taken = torch.cuda.memory_reserved(self._device) - before
-        recording = CudaRecording(graph, result, keeping, pool=pool, bytes_=taken)
+        recording = CudaRecording(graph, result, keeping, pool=pool, size=taken)
         self._alive.add(recording)
         return recording
 
@@ -119,7 +119,7 @@ class CudaRecorder:
 
     def has_room(self) -> bool:
         """Tell whether as much memory is free as recordings hold."""
-        held = sum(each.bytes for each in self._alive)
+        held = sum(each.size for each in self._alive)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device) - held
         free, _ = torch.cuda.mem_get_info(self._device)
         return free + max(0, cached) >= held
@@ -133,7 +133,7 @@ class CudaRecording(Generic[T]):
         result: what the function returned.
         keeping: memory from outside.
         pool: where the graph's own memory is.
-        bytes_: how much that is.
+        size: how many bytes that is.
     """
 
     def __init__(
@@ -143,11 +143,11 @@ class CudaRecording(Generic[T]):
         keeping: Keeping,
         *,
         pool: torch.cuda._POOL_HANDLE,
-        bytes_: int,
+        size: int,
     ) -> None:
         self._graph, self.result = graph, result
         self._kept, self._written = keeping.kept, keeping.written
-        self.pool, self.bytes = pool, bytes_
+        self.pool, self.size = pool, size
 
     def replay(self) -> None:
         """Launch the graph on the present stream."""
