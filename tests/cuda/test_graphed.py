@@ -34,12 +34,17 @@ def batches(count: int, *sizes: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def loop(wrap: Callable[..., Any], given: list[tuple[Tensor, Tensor]], between: Callable[..., None]) -> list[Tensor]:
+def loop(
+    wrap: Callable[..., Any],
+    given: list[tuple[Tensor, Tensor]],
+    between: Callable[..., None],
+    device: str = "cpu",
+) -> list[Tensor]:
     torch.manual_seed(0)
-    net = FunctionalDropout()
-    found = fxsplit.trace(net, (given[0][0],))
+    net = FunctionalDropout().to(device)
+    found = fxsplit.trace(net, (given[0][0].to(device),))
     executor = fxsplit.Executor(found, fxsplit.partition(found, count=3))
-    rate = torch.tensor(2.0**-7)
+    rate = torch.tensor(2.0**-7, device=device)
     optimizer = torch.optim.AdamW(executor.parameters(), lr=rate, fused=True)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -54,8 +59,9 @@ def loop(wrap: Callable[..., Any], given: list[tuple[Tensor, Tensor]], between: 
     for number, (images, labels) in enumerate(given):
         rate.fill_(2.0 ** -(5 + number % 3))
         between(number, executor, optimizer)
-        losses.append(wrapped(images, labels))
-    return [torch.stack([each.detach() for each in losses]), *net.state_dict().values(), torch.get_rng_state()]
+        losses.append(wrapped(images.to(device), labels.to(device)))
+    drawn = torch.rand(3, device=device)
+    return [torch.stack([each.detach() for each in losses]), *net.state_dict().values(), drawn]
 
 
 def on(recorder: SimulatedRecorder, said: list[str]) -> Callable[..., Any]:
@@ -81,7 +87,7 @@ def evaluates(number: int, executor: Any, _: Any) -> None:
     if number % 3 == 2:
         executor.eval()
         with torch.no_grad():
-            executor(torch.zeros(2, 3, 8, 8))
+            executor(torch.zeros(2, 3, 8, 8, device=next(executor.parameters()).device))
         executor.train()
 
 
