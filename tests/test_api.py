@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -802,6 +803,20 @@ def test_a_cache_changes_nothing_but_what_is_kept(
     assert kept[1][0]
     assert kept[2][1]
     assert kept[1][1] == kept[2][0] == 0
+
+
+def test_a_cache_leaves_what_training_needs_of_a_gpu(settling: Callable[..., fxsplit.RunSpec]) -> None:
+    chosen = settling()
+    images = assembly.data(chosen, Observer())
+    model = assembly.model(chosen, images, torch.device("cpu"))
+    captured = assembly.trace(chosen, model, images)
+    plan = assembly.plan(chosen, captured, Observer())
+    assert assembly._cache_policy(chosen, captured, plan, images).peak_bytes == 0
+    train = SimpleNamespace(device=torch.device("cuda", 0), resident=images.train.resident)
+    on_gpu: Any = SimpleNamespace(train=train, test=SimpleNamespace(resident=None))
+    needed = max(phase.peak_bytes for phase in assembly.forecast(chosen, plan, captured, measured=False).phases)
+    policy = assembly._cache_policy(chosen, captured, plan, on_gpu)
+    assert policy.peak_bytes == needed + images.train.resident.nbytes
 
 
 def test_a_cache_that_is_refused_is_told(settling: Callable[..., fxsplit.RunSpec]) -> None:

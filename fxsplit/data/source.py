@@ -27,7 +27,7 @@ class Source(Protocol):
         ...
 
     def fetch(self) -> Batch:
-        """Return the batch that was put last.
+        """Return the batch that was put last; its tensors may be written again when the next one is put.
 
         It runs once in each step: as a call, or as a part of the replay. While it is recorded, nothing is computed, so
         it may count on the device. It must not wait for the device.
