@@ -380,7 +380,7 @@ def test_a_run_speaks_of_the_passes_that_it_has(
 
 def recorded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedRecorder:
     """Let runs with CUDA graphs record in a simulation."""
-    recorder = SimulatedRecorder()
+    recorder = SimulatedRecorder(most=2)
 
     def recordings(spec: fxsplit.RunSpec, trace: Trace, device: torch.device, observer: Observer) -> Any:
         made = Recordings(recorder, device, held=(trace.model,), notice=observer.notice)

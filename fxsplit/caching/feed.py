@@ -72,11 +72,11 @@ class Feed:
         """Give the batches of a training epoch."""
         return batches_of(self, epoch)
 
-    def testing(self) -> Iterator[Batch]:
-        """Give the test images once, from the cache where training images come from one."""
+    @property
+    def test_source(self) -> Source:
+        """What delivers the test images, all in epoch 0: the cache, where training images come from one."""
         cached = self._test_cache is not None and self._train_cache is not None and self._train_cache.has_rows
-        source: Source = self._test_cache if self._test_cache is not None and cached else self._test_images
-        return batches_of(source, 0)
+        return self._test_cache if self._test_cache is not None and cached else self._test_images
 
     @property
     def resident_bytes(self) -> int | None:

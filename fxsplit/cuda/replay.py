@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -87,7 +87,7 @@ def in_words(error: Exception) -> str:
 
 
 class Recordings:
-    """Records steps of a run: one recording at a time, and the former one is gone before the next is made.
+    """Records the steps of a run: one recording of each kind at a time; all are gone before another of a kind is made.
 
     Args:
         recorder: of the device.
@@ -108,37 +108,39 @@ class Recordings:
         self._held, self._notice = tuple(held), notice
         self._reasons: set[str] = set()
         self._is_given_up = False
-        self.forget()
+        self._by_kind: dict[str, tuple[Hashable, Replayed[Any]]] = {}
 
     def forget(self) -> None:
-        """Drop the recording: the next steps run on other modules, tensors or numbers."""
-        self._key: Hashable = None
-        self._replayed: Replayed[object] | None = None
+        """Drop all recordings: the next steps run on other modules, tensors or numbers."""
+        self._by_kind.clear()
 
     def make_room(self) -> None:
-        """Drop the recording where memory does not hold the same work beside it."""
-        if self._replayed is not None and not self.recorder.has_room():
+        """Drop the recordings where memory does not hold the same work beside them."""
+        if self._by_kind and not self.recorder.has_room():
             self.forget()
 
-    def run(self, key: Hashable, function: Callable[[], T], *, held: Iterable[object] = ()) -> T:
-        """Run a step, or replay the recording of an earlier one with an equal key.
+    def run(self, kind: str, key: Hashable, function: Callable[[], T], *, held: Iterable[object] = ()) -> T:
+        """Run a step, or replay the recording of an earlier one of its kind with an equal key.
 
         Args:
-            key: says what the step does and on which tensors; None runs it as it is, beside the recording.
+            kind: such as "train" or "test".
+            key: says what the step does and on which tensors; None runs it as it is, beside the recordings.
             function: the step.
-            held: what this step uses besides.
+            held: what it uses besides.
         """
         if key is None:
             self.make_room()
         if key is None or self._is_given_up:
             return function()
-        if key != self._key:
+        if kind in self._by_kind and self._by_kind[kind][0] != key:
+            # All of them, since their memory, which the next steps need, is that of all.
             self.forget()
-            self._key = key
+        if kind not in self._by_kind:
             all_held = (*self._held, *held)
-            self._replayed = Replayed(function, self.recorder, self.device, held=all_held, refused=self.refuse)
-        replayed: Replayed[T] = self._replayed  # type: ignore[assignment]
-        return replayed()
+            replayed = Replayed(function, self.recorder, self.device, held=all_held, refused=self.refuse)
+            self._by_kind[kind] = key, replayed
+        result: T = self._by_kind[kind][1]()
+        return result
 
     def give_up(self, reason: str) -> None:
         """Run all further steps as they are, and say why."""

@@ -83,7 +83,7 @@ class Trainer:
         self.executor = self.forward.executor
         self._position = Position()
         self._steps_per_epoch = self.feed.train_loader.steps_per_epoch
-        self._accuracy = Accuracy(self.forward.device)
+        self._accuracy, self._test_accuracy = Accuracy(self.forward.device), Accuracy(self.forward.device)
         self._progress = Number(None if self.recordings is None else self.forward.device)
         # Scores of steps that are on their way from the device.
         self._pending: deque[tuple[int, PendingScore]] = deque()
@@ -239,9 +239,12 @@ class Trainer:
         if recordings is None:
             samples = whole()
         elif self.update_is_recorded:
-            samples = recordings.run(None if key is None else (key, counted), whole, held=self._held())
+            whole_key = None if key is None else (key, counted)
+            samples = recordings.run("train", whole_key, whole, held=self._held())
         else:
-            samples, gradients = recordings.run(key, lambda: (backward(), gradients_of(optimizer)), held=self._held())
+            samples, gradients = recordings.run(
+                "train", key, lambda: (backward(), gradients_of(optimizer)), held=self._held()
+            )
             set_gradients(optimizer, gradients)
             update()
         self._accuracy.count(samples)
@@ -253,7 +256,7 @@ class Trainer:
         return [self.optimizer.optimizer, *(part for part in parts if part is not None)]
 
     def _forget(self) -> None:
-        """Drop the recording of steps, with the memory that it holds."""
+        """Drop the recordings of steps, with the memory that they hold."""
         if self.recordings is not None:
             self.recordings.forget()
 
@@ -270,17 +273,24 @@ class Trainer:
             )
             self.observer.step_done(record)
 
+    @torch.no_grad()
     def evaluate(self) -> Score:
         """Return the score on the test images; the loss is cross-entropy without label smoothing."""
         if self.recordings is not None:
             self.recordings.make_room()
         self.executor.eval()
-        accuracy = Accuracy(self.forward.device)
-        with torch.no_grad(), self.forward.autocast():
-            for batch in self.feed.testing():
+        source, accuracy, recordings = self.feed.test_source, self._test_accuracy, self.recordings
+        accuracy.reset()
+
+        def step() -> int:
+            batch = source.fetch()
+            with self.forward.autocast():
                 logits = self.forward.logits(batch)
                 accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
-                accuracy.count(len(batch))
+            return len(batch)
+
+        for key in source.put(0):
+            accuracy.count(step() if recordings is None else recordings.run("test", key, step))
         return accuracy.read()
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,9 +6,9 @@ op that the host would wait for is an error; at the end of a recording, memory a
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -25,12 +25,13 @@ class SimulatedRecorder:
     Args:
         fails_at: the number of the op at which recording fails, as a capture that CUDA refuses.
         roomy: whether memory holds work beside a recording.
+        most: how many recordings may exist at a time.
     """
 
-    def __init__(self, *, fails_at: int | None = None, roomy: bool = True) -> None:
+    def __init__(self, *, fails_at: int | None = None, roomy: bool = True, most: int = 1) -> None:
         self.warm_ups = self.recordings = self.replays = 0
         self._fails_at, self._roomy = fails_at, roomy
-        self._last: weakref.ref[Tape[Any]] | None = None
+        self._most, self._alive = most, WeakSet[Tape[Any]]()
 
     def warm_up(self, function: Callable[[], T]) -> T:
         self.warm_ups += 1
@@ -40,8 +41,7 @@ class SimulatedRecorder:
         return self._roomy
 
     def record(self, function: Callable[[], T]) -> Tape[T]:
-        # All recordings of a run share one pool.
-        assert self._last is None or self._last() is None, "the former recording is still there"
+        assert len(self._alive) < self._most, "the former recording is still there"
         ops = _Ops(self._fails_at)
         state = torch.get_rng_state()
         try:
@@ -52,7 +52,7 @@ class SimulatedRecorder:
             ops.put_back()
         self.recordings += 1
         tape = Tape(self, ops.done, result)
-        self._last = weakref.ref(tape)
+        self._alive.add(tape)
         return tape
 
 

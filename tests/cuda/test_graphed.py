@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,13 +18,8 @@ from fxsplit.errors import UsageError
 from tests.cuda.simulated import SimulatedRecorder
 from tests.networks import FunctionalDropout
 
-
-class Many(SimulatedRecorder):
-    """Allows several recordings at a time, which an own loop may have of several shapes."""
-
-    def record(self, function: Callable[[], Any]) -> Any:
-        self._last = None
-        return super().record(function)
+# An own loop may have recordings of several shapes.
+Many = partial(SimulatedRecorder, most=10)
 
 
 def batches(count: int, *sizes: int) -> list[tuple[Tensor, Tensor]]:

@@ -144,17 +144,31 @@ def test_recordings_keep_one_at_a_time_and_let_other_steps_pass() -> None:
     notices = list[str]()
     recordings = Recordings(recorder, CPU, notice=notices.append)
     for key in ["a"] * 5 + [None] + ["a"] * 2 + ["b"] * 5 + ["a"] * 4:
-        recordings.run(key, lambda key=key: log.append(str(key)))  # type: ignore[misc]
+        recordings.run("step", key, lambda key=key: log.append(str(key)))  # type: ignore[misc]
     assert log == ["a"] * 4 + ["None"] + ["b"] * 4 + ["a"] * 4
     recordings.forget()
-    recordings.run("a", lambda: log.append("again"))
+    recordings.run("step", "a", lambda: log.append("again"))
     assert log[-1] == "again"
     recordings.give_up("they are wrong")
     recordings.refuse("they are wrong")
     for _ in range(5):
-        recordings.run("a", lambda: log.append("eager"))
+        recordings.run("step", "a", lambda: log.append("eager"))
     assert log[-5:] == ["eager"] * 5
     assert notices == ["steps run eagerly where they cannot be recorded as a CUDA graph: they are wrong"]
+
+
+def test_steps_of_two_kinds_have_recordings_at_the_same_time() -> None:
+    log, recorder = list[str](), SimulatedRecorder(most=2)
+    recordings = Recordings(recorder, CPU, notice=str.upper)
+    for _ in range(5):
+        for kind in ("train", "test"):
+            recordings.run(kind, "key", lambda kind=kind: log.append(kind))  # type: ignore[misc]
+    assert log == ["train", "test"] * 4
+    assert (recorder.recordings, recorder.replays) == (2, 4)
+    # Another step of one kind needs the memory of both.
+    recordings.run("train", "other", lambda: log.append("other"))
+    recordings.run("test", "key", lambda: log.append("again"))
+    assert log[-2:] == ["other", "again"]
 
 
 def test_where_memory_is_short_the_recording_goes_before_what_runs_beside_it() -> None:
@@ -162,7 +176,7 @@ def test_where_memory_is_short_the_recording_goes_before_what_runs_beside_it() -
     recordings = Recordings(recorder, CPU, notice=str.upper)
     for key, counts in (("a", (3, 1, 2)), (None, (3, 1, 2)), ("a", (6, 2, 4))):
         for _ in range(1 if key is None else 5):
-            recordings.run(key, lambda: None)
+            recordings.run("step", key, lambda: None)
         assert (recorder.warm_ups, recorder.recordings, recorder.replays) == counts
 
 

@@ -33,6 +33,8 @@ from tests.training.test_trainer import Listener, trainer
 
 # Of the 4 steps of an epoch, 3 have full batches. The first 3 of a phase come before its recording.
 SETTLING = (Phase(start=0, stop=4, epochs=2), Phase(start=1, stop=4, epochs=3), Phase(start=2, stop=4, epochs=2))
+# One recording of training steps, and one of test batches.
+Recorder = partial(SimulatedRecorder, most=2)
 RATES = {"name": "step", "decay_rate": 0.5, "decay_epochs": 0.5}
 
 
@@ -138,18 +140,19 @@ def refusals(listener: Listener) -> list[str]:
     return [each for each in listener.heard if isinstance(each, str) and "eagerly" in each]
 
 
-# How many steps are replayed, and how many if the update is eager: then it does not matter what is averaged.
+# How many steps are replayed, and test batches; and how many if the update is eager, since it does not matter then what
+# is averaged.
 @pytest.mark.parametrize(
     ("make", "whole", "without_update"),
     [
-        (standard, 9, 9),
+        (standard, 9 + 1, 10),
         (settling, 3 + 6 + 3, 12),
         # Of 13 steps in an epoch 12 have full batches.
-        (settling_from_rows, 21 + (8 + 21) + (8 + 9), 67),
-        (settling_from_views, 21 + (8 + 12 + 9) + 21, 71),
-        (augmented, 9, 9),
+        (settling_from_rows, 21 + (8 + 21) + (8 + 9) + 18, 85),
+        (settling_from_views, 21 + (8 + 12 + 9) + 21 + 22, 93),
+        (augmented, 9 + 1, 10),
         (with_everything, 9, 12),
-        (with_everything_from_rows, 58, 67),
+        (with_everything_from_rows, 58 + 15, 67 + 18),
         (with_midpoint, 3, 6),
         (with_midpoint_in_a_phase, 3, 6),
         (with_veto, 3 + 6 + 3, 12),
@@ -161,7 +164,7 @@ def refusals(listener: Listener) -> list[str]:
 def test_recorded_training_ends_as_eager_training(
     make: Callable[..., Trainer], whole: int, without_update: int, update_is_recorded: bool
 ) -> None:
-    listener, recorder = Listener(), SimulatedRecorder()
+    listener, recorder = Listener(), Recorder()
     found = trained(make, recorder=recorder, update_is_recorded=update_is_recorded, observer=listener)
     assert agree(found, trained(make))
     assert refusals(listener) == []
@@ -171,7 +174,7 @@ def test_recorded_training_ends_as_eager_training(
 def test_the_scale_of_the_loss_is_read_by_replays() -> None:
     """It grows in every other step, and gradients are divided by it outside of the recording."""
     runs = []
-    for recorder in (None, SimulatedRecorder()):
+    for recorder in (None, Recorder()):
         torch.manual_seed(0)
         net = trainer(Chain(), recorder=recorder, update_is_recorded=False)
         net.step._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
@@ -224,7 +227,7 @@ def test_what_is_burnt_into_a_recording_is_noticed(
     expected = trained(make)
     with monkeypatch.context() as patched:
         burn(patched)
-        recorder = SimulatedRecorder()
+        recorder = Recorder()
         assert not agree(trained(make, recorder=recorder), expected)
         assert recorder.replays
 
@@ -261,7 +264,7 @@ def test_what_cannot_be_recorded_runs_eagerly_and_is_told_once(model: type[nn.Mo
         random.seed(0)
         return trainer(model(), plan=SETTLING, **changes)
 
-    listener, recorder = Listener(), SimulatedRecorder()
+    listener, recorder = Listener(), Recorder()
     assert agree(trained(make, recorder=recorder, observer=listener), trained(make))
     (said,) = refusals(listener)
     assert reason in said
@@ -270,10 +273,10 @@ def test_what_cannot_be_recorded_runs_eagerly_and_is_told_once(model: type[nn.Mo
 
 @pytest.mark.usefixtures("one_thread")
 def test_where_memory_is_short_the_recording_goes_before_other_work() -> None:
-    recorder = SimulatedRecorder(roomy=False)
+    recorder = Recorder(roomy=False)
     assert agree(trained(settling, recorder=recorder), trained(settling))
-    # The smaller last batch of each epoch comes before a fourth full one.
-    assert (recorder.warm_ups, recorder.replays) == (3 * 7, 0)
+    # In each epoch the smaller last batch comes before a fourth full one, and there is one full batch to test on.
+    assert (recorder.warm_ups, recorder.replays) == (3 * 7 + 7, 0)
 
 
 def test_recomputing_phases_run_eagerly() -> None:
@@ -281,25 +284,26 @@ def test_recomputing_phases_run_eagerly() -> None:
         phases = (replace(SETTLING[0], recompute=3), SETTLING[1])
         return trainer(FunctionalDropout(), plan=phases, **changes)
 
-    listener, recorder = Listener(), SimulatedRecorder()
+    listener, recorder = Listener(), Recorder()
     assert agree(trained(make, recorder=recorder, observer=listener), trained(make))
     (said,) = refusals(listener)
     assert "recomputing" in said
-    assert (recorder.warm_ups, recorder.recordings, recorder.replays) == (3, 1, 6)
+    # Those of the second phase, and in both phases the test batches.
+    assert (recorder.warm_ups, recorder.recordings, recorder.replays) == (3 + 2 + 3, 1, 6)
 
 
 @pytest.mark.parametrize("fails_at", [0, 10, 60, 90, 150])
 @pytest.mark.usefixtures("one_thread")
 def test_a_recording_that_fails_leaves_everything_as_it_was(fails_at: int) -> None:
-    listener, recorder = Listener(), SimulatedRecorder(fails_at=fails_at)
+    listener, recorder = Listener(), Recorder(fails_at=fails_at)
     assert agree(trained(with_everything, recorder=recorder, observer=listener), trained(with_everything))
     (said,) = refusals(listener)
     assert said.endswith("RuntimeError: operation not permitted when stream is capturing")
     assert (recorder.recordings, recorder.replays) == (0, 0)
 
 
-@pytest.mark.parametrize("before", [None, SimulatedRecorder], ids=["eager", "recorded"])
-@pytest.mark.parametrize("after", [None, SimulatedRecorder], ids=["eager", "recorded"])
+@pytest.mark.parametrize("before", [None, Recorder], ids=["eager", "recorded"])
+@pytest.mark.parametrize("after", [None, Recorder], ids=["eager", "recorded"])
 @pytest.mark.usefixtures("one_thread")
 def test_training_goes_on_with_or_without_recordings(before: Any, after: Any) -> None:
     """A state that was saved in the midst of an epoch, between two replays, is loaded into another run."""
