@@ -23,6 +23,7 @@ from fxsplit.plan.schedule import Phase
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.training.accuracy import Accuracy, PendingScore
 from fxsplit.training.endings import WeightAverage
+from fxsplit.training.optimizers import load_named_state, make_optimizer, named_state
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.soft_targets import LastTargets, MeanTargets
 from fxsplit.training.trainer import Trainer
@@ -345,3 +346,19 @@ def test_scores_come_when_they_have_arrived_and_in_order(monkeypatch: pytest.Mon
     list(net.epochs())
     steps = [each[1:3] for each in listener.heard if each[0] == "step"]
     assert steps == [(epoch, step) for epoch in (1, 2) for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_a_state_is_loaded_and_steps_are_computed_as_before(capturable: bool) -> None:
+    """How is the optimizer's own matter: the state may come from a run with recordings, or from another device."""
+    weight = nn.Parameter(torch.ones(3))
+
+    def made(lr: float, *, capturable: bool) -> torch.optim.Optimizer:
+        given = {"name": "nadam", "momentum": 0.9, "weight_decay": 0.0}
+        return make_optimizer(nn.ParameterList([weight]), lr=lr, capturable=capturable, **given)
+
+    state = named_state(made(0.5, capturable=not capturable), {weight: "weight"})
+    optimizer = made(0.1, capturable=capturable)
+    load_named_state(optimizer, state, {weight: "weight"})
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["capturable"]) == (0.5, capturable)
