@@ -277,11 +277,11 @@ class Cache:
             yield Offer(asked, 0.0, self._limit(asked))
 
     def _limit(self, medium: str) -> int:
-        policy = self._policy
+        policy, beside = self._policy, self._beside
         if policy.limit_bytes is not None:
-            taken = self._beside.resident_bytes + self._beside.file_bytes if self._beside else 0
-            return policy.limit_bytes - taken
-        return available(medium, self._loader.device, policy.folder, peak_bytes=policy.peak_bytes)
+            return policy.limit_bytes - (beside.resident_bytes + beside.file_bytes if beside else 0)
+        peak_bytes = policy.peak_bytes + (beside.resident_bytes if beside and beside.medium == DEVICE else 0)
+        return available(medium, self._loader.device, policy.folder, peak_bytes=peak_bytes)
 
     def _give_up(self, why: str, pays: bool = True) -> None:
         self._drop()

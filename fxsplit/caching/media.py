@@ -67,14 +67,14 @@ def available(medium: str, device: torch.device, folder: str, *, peak_bytes: int
         medium: one of the three.
         device: of the steps.
         folder: of the file.
-        peak_bytes: what the steps are forecast to need of a GPU's memory in all, which is not free.
+        peak_bytes: what torch is forecast to need of a GPU's memory in all. What it has not taken yet is not free.
     """
     if medium == DISK:
         return shutil.disk_usage(folder).free // 2
     free = free_bytes(device) if medium == DEVICE else None
     if free is None:
         return int(psutil.virtual_memory().available // 2)
-    still_needed = max(0, peak_bytes - torch.cuda.memory_allocated(device))
+    still_needed = max(0, peak_bytes - torch.cuda.memory_reserved(device))
     return (free - still_needed) // 2
 
 

@@ -94,11 +94,14 @@ def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return how many bytes tensors on a GPU may still take, or None for a device without memory of its own."""
+    """Return how many bytes of a GPU are free, or None for a device without memory of its own.
+
+    What torch keeps without using it is given back first.
+    """
     if device.type != "cuda":
         return None
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def write(into: Tensor, values: Tensor) -> None:

@@ -14,8 +14,12 @@ import pytest
 import torch
 
 from fxsplit.caching import media
+from fxsplit.caching.cache import CachePolicy
 from fxsplit.caching.media import GIB, Offer, Refusal, Timed, available, choose, open_rows, reading_seconds
 from fxsplit.caching.rows import Column, FileRows
+from fxsplit.plan.schedule import Phase
+from tests.networks import Chain
+from tests.training.test_trainer import trainer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -65,14 +69,24 @@ def test_half_of_what_is_free_is_available(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_training_will_need_of_a_gpu_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The driver has 40 free; of the 30 that torch holds it uses 20. Of the forecast 50, 30 are still to come.
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (40, 80))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 30)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 20)
-    assert available("device", CUDA, "") == (40 + 10) // 2
-    assert available("device", CUDA, "", peak_bytes=50) == (40 + 10 - 30) // 2
-    assert available("device", CUDA, "", peak_bytes=19) == (40 + 10) // 2
+    """The driver has 40 free, and 20 more when torch has given back what it does not use; 10 are then in use."""
+    given_back = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (60 if given_back else 40, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 10 if given_back else 30)
+    assert available("device", CUDA, "") == 60 // 2
+    assert available("device", CUDA, "", peak_bytes=50) == (60 - 40) // 2
+    assert available("device", CUDA, "", peak_bytes=9) == 60 // 2
     assert available("device", CUDA, "", peak_bytes=200) < 0
+
+
+def test_rows_beside_are_no_part_of_what_training_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("fxsplit.caching.cache.available", lambda *_, peak_bytes: asked.append(peak_bytes) or 2**40)
+    net = trainer(Chain(), plan=(Phase(start=2, stop=4, epochs=2),), cache=CachePolicy(medium="device", peak_bytes=7))
+    for _ in net.epochs():
+        rows = net.feed.resident_bytes
+    assert asked == [7, 7 + rows * 50 // 70]  # of 50 images to train on, and 20 to test on
 
 
 @pytest.mark.parametrize("medium", ["device", "ram", "disk"])
