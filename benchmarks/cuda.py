@@ -311,9 +311,9 @@ def _write_folder(data: Data, folder: Path) -> None:
 def _by_fxsplit(setting: Setting, model: str, img_size: int, folder: str) -> float:
     with tempfile.TemporaryDirectory() as output:
         spec = fxsplit.RunSpec(
-            model=model, data=f"folder:{folder}", img_size=img_size, epochs=2, batch_size=setting.batch_size, opt="adamw",
-            lr=LR, amp=setting.amp, channels_last=True, augment="crop-flip", device=str(setting.device), output=output,
-            cuda_graphs="on",
+            model=model, data=f"folder:{folder}", img_size=img_size, epochs=2, batch_size=setting.batch_size,
+            opt="adamw", lr=LR, amp=setting.amp, channels_last=True, augment="crop-flip", device=str(setting.device),
+            output=output, cuda_graphs="on",
         )  # fmt: skip
         return fxsplit.train(spec).epochs[-1].train_seconds
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from fxsplit.capture.questions import TracerInterface
 from fxsplit.capture.user_code import user_line
 from fxsplit.errors import UntraceableError
+from fxsplit.objects.structure import map_tensors, tensors_in
+
+# Attributes of tensors that are tensors.
+TENSOR_ATTRIBUTES = ("data", "grad", "T", "mT", "H", "mH", "real", "imag")
+
+# Methods of tensors that are for people and for copies.
+UNRECORDED = ("__repr__", "__str__", "__format__", "__hash__", "__deepcopy__", "__reduce_ex__", "__dir__", "data_ptr")
 
 
 class ValueProxy(fx.Proxy):
@@ -66,6 +74,22 @@ class ValueProxy(fx.Proxy):
     def __len__(self) -> int:
         return int(self.tracer.answer(self, "len"))
 
+    def __str__(self) -> str:
+        return super().__str__() if isinstance(self.value, Tensor) else str(self.tracer.answer(self, "str"))
+
+    def __format__(self, form: str) -> str:
+        if isinstance(self.value, Tensor):
+            return super().__format__(form)
+        self.tracer.answer(self, "str")
+        return format(self.value, form)
+
+    def __hash__(self) -> int:
+        # A number, a size or a dtype may be looked up in a dict or a set; then the comparison asks for more.
+        if isinstance(self.value, Tensor):
+            return super().__hash__()
+        self.tracer.answer(self, "str")
+        return hash(self.value)
+
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, Mapping):
             return iter(self.value)
@@ -93,3 +117,47 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(ValueProxy, f"__{_name}__", _recorded(getattr(operator, _name)))
 for _name, _function in (("ceil", math.ceil), ("floor", math.floor), ("trunc", math.trunc), ("round", round)):
     setattr(ValueProxy, f"__{_name}__", _recorded(_function))
+
+
+class HeldTensors(TorchFunctionMode):
+    """Records what forward does with tensors of the model that it reaches by no attribute, but by `parameters()`.
+
+    Attributes are read through the tracer, which gives proxies. Here such tensors are replaced by proxies, too.
+    """
+
+    def __init__(self, tracer: TracerInterface) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tracer = self._tracer
+        name = getattr(func, "__name__", "")
+        if not tracer.is_recording:
+            return func(*args, **kwargs)
+        if name == "__set__" and tracer.held(args[0]) is not None:
+            attribute = getattr(func.__self__, "__name__", "")
+            error = UntraceableError(f"{user_line()} sets {attribute!r} of a tensor of the model")
+            raise tracer.refused(error)
+        if any(type(each) is ValueProxy for each in args):
+            return func(*args, **kwargs)
+        if name == "__get__":
+            # Sizes, types and flags are those of the model; `data` and `T` are tensors.
+            attribute = getattr(func.__self__, "__name__", "")
+            proxy = tracer.held(args[0]) if attribute in TENSOR_ATTRIBUTES else None
+            return func(*args, **kwargs) if proxy is None else getattr(proxy, attribute)
+        given = [leaf for leaf in tensors_in((args, kwargs)) if tracer.held(leaf) is not None]
+        if not given or name in UNRECORDED:
+            return func(*args, **kwargs)
+        if name.startswith("__"):
+            # Python asks `len(tensor)`, for instance, and wants an answer that is no proxy.
+            return getattr(tracer.held(args[0]), name)(*args[1:])
+
+        def replaced(leaf: Tensor) -> Any:
+            return leaf if (proxy := tracer.held(leaf)) is None else proxy
+
+        proxies: tuple[Any, ...] = map_tensors(replaced, tuple(args))
+        named: dict[str, Any] = map_tensors(replaced, dict(kwargs))
+        return ValueProxy.__torch_function__(func, types, proxies, named)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxsplit.capture.contexts import Context
 from fxsplit.errors import UntraceableError
@@ -46,6 +46,8 @@ class TracerInterface(Protocol):
 
     @property
     def is_recording(self) -> bool: ...
+
+    def held(self, tensor: Tensor) -> Any: ...
 
     def refused(self, error: UntraceableError) -> UntraceableError: ...
 

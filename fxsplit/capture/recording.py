@@ -21,7 +21,7 @@ from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.patches import AMBIENT, watched
 from fxsplit.capture.questions import Guard
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.tracer import COMPILED, Leaf, ValueTracer, reason_of
+from fxsplit.capture.tracer import COMPILED, READS_ANOTHER, Leaf, ValueTracer, reason_of
 from fxsplit.capture.user_code import compiled_function, failing_function
 from fxsplit.errors import BranchError, TraceError, UntraceableError
 from fxsplit.meta.costs import CostMeter
@@ -113,7 +113,12 @@ class Recorder:
         #     starts again.
         while True:
             held = Contents(self.meta_model)
-            tracer, graph = self._trace(batch_size, costs=costs)  # (1)
+            try:
+                tracer, graph = self._trace(batch_size, costs=costs)  # (1)
+            except Exception as error:
+                if not self._keep_readers_whole(error, batch_size):
+                    raise
+                continue
             changed = held.changed(self._whole)
             left: list[Assignment | Effects] = [*tracer.assigned, *tracer.effects]
             if not left and not changed:
@@ -148,6 +153,27 @@ class Recorder:
             checkpoints=tracer.checkpoints,
             cuts_gradients=tracer.cuts_gradients,
         )
+
+    def _keep_readers_whole(self, error: Exception, batch_size: int | None) -> bool:
+        """Keep modules whole that read what others, which are one op, left in themselves, if it failed for that reason.
+
+        Whether it did shows a call from there. Returns whether there are such modules.
+        """
+        left: Sequence[Effects] = getattr(error, "effects", ())
+        if isinstance(error, UntraceableError) or not left:
+            return False
+        for each in left:
+            each.redo()
+        try:
+            opaque = self._trace(batch_size)[0].opaque
+        except Exception:
+            return False
+        finally:
+            for each in reversed(left):
+                each.undo()
+        new = {path: why for path, why in opaque.items() if path not in self._whole and READS_ANOTHER in why}
+        self._whole.update(new)
+        return bool(new)
 
     def keep_whole(self, modules: dict[str, str]) -> None:
         """Record each of these paths as one op from now on, for the reason given."""
@@ -231,6 +257,7 @@ class Recorder:
                     assignment.undo()
                 left = dict.fromkeys(name for effects in tracer.effects for name in effects.names())
                 if left and not isinstance(error, UntraceableError):
+                    vars(error)["effects"] = tracer.effects
                     error.add_note(f"perhaps it {READS_WHAT_IS_LEFT}: {', '.join(left)}")
                 raise
         return tracer, graph
@@ -324,8 +351,8 @@ READS_WHAT_IS_LEFT = "reads what a module that is one op leaves in itself"
 
 
 def _around(node: fx.Node) -> str:
-    """Return the path of the module in whose forward an op is."""
-    path = str(node.meta["path"])
+    """Return the path of the module in whose forward an op is; the model's own for what it returns."""
+    path = str(node.meta.get("path", ""))
     return path.rpartition(".")[0] if node.op == "call_module" else path
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
+from inspect import unwrap
 from textwrap import shorten
 from threading import get_ident
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -26,10 +27,10 @@ from torch.nn.utils import parametrize
 
 from fxsplit.capture.contexts import Context
 from fxsplit.capture.op_effects import is_dropout, mixes_samples, moved_statistics, watch_norms
-from fxsplit.capture.proxy import ValueProxy
+from fxsplit.capture.proxy import HeldTensors, ValueProxy
 from fxsplit.capture.questions import QUESTIONS, REAL_ISINSTANCE, Guard
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.user_code import asserted, user_line
+from fxsplit.capture.user_code import asserted, unseen_question, user_line
 from fxsplit.errors import BranchError, UntraceableError
 from fxsplit.meta.costs import CostMeter
 from fxsplit.meta.evaluate import (
@@ -60,6 +61,8 @@ AUTOGRAD_METHODS = ("register_hook", "register_post_accumulate_grad_hook", "reta
 IMMUTABLE = (*LEAVES, Enum, type, BuiltinFunctionType, ModuleType)
 
 Leaf = str | type[nn.Module] | FunctionType
+
+READS_ANOTHER = "in whose place a module that is one op put another tensor"
 
 
 class ValueTracer(fx.Tracer):
@@ -149,7 +152,7 @@ class ValueTracer(fx.Tracer):
             if super(ValueTracer, self).is_leaf_module(module, ""):
                 return self.call_function(root_fn, (module, *args), kwargs)
             self._held = [(owner, dict(owner)) for owner in (module._buffers, vars(module))]
-            with unchanged((args, kwargs)):
+            with unchanged((args, kwargs)), HeldTensors(self):
                 # Found on the instance, which may have a forward of its own.
                 return self._through(module, "", lambda: module.forward(*args, **kwargs))
 
@@ -171,6 +174,8 @@ class ValueTracer(fx.Tracer):
             if not condition:
                 raise AssertionError(message)
             return None
+        if kind != "placeholder" and (place := unseen_question()) is not None:
+            raise self.refused(UntraceableError(f"{place} compares identities or types, which tracing cannot see"))
         if kind == "call_method" and target in READ_DATA and isinstance(args[0].value, Tensor):
             raise self.refused(BranchError(f"{user_line()} reads data: it calls {target}() of a tensor"))
         if kind == "call_method" and target in AUTOGRAD_METHODS:
@@ -196,6 +201,12 @@ class ValueTracer(fx.Tracer):
         paths = {self.root: "", **(self.submodule_paths or {})}
         path = paths.get(module) if isinstance(module, nn.Module) else None
         name = function.__name__
+        # The method may be wrapped to be recorded.
+        own = getattr(getattr(module, name, None), "__func__", None)
+        if path is not None and (own is None or unwrap(own) is not unwrap(function)):
+            raise self.refused(
+                BranchError(f"{user_line()} gives a module to {name!r}, a function that tracing cannot look into")
+            )
         if path is None:
             target, key = function, f"{function.__module__}.{name}"
         else:
@@ -374,16 +385,27 @@ class ValueTracer(fx.Tracer):
         name = self._state.get(id(attr_val)) if self.is_recording else None
         return attr_val if name is None else self._state_proxy(name, attr_val)
 
+    def held(self, tensor: Tensor) -> Any:
+        """Return the proxy of a tensor that the model holds, or None for any other."""
+        name = self._state.get(id(tensor))
+        if name is not None:
+            return self._state_proxy(name, tensor)
+        return self._constant(tensor) if id(tensor) in self.originals else None
+
     def _state_proxy(self, name: str, tensor: Tensor) -> ValueProxy:
-        if any(each.before is tensor for effects in self.effects for each in effects.replaced()):
-            raise self.refused(
-                BranchError(f"{user_line()} reads {name!r}, in whose place a module that is one op put another tensor")
-            )
+        self._refuse_replaced(tensor)
         if name not in self._state_nodes:
             node = self.create_node("get_attr", name, (), {})
             node.meta.update(value=tensor, registered=name in self._registered)
             self._state_nodes[name] = self.proxy(node)
         return self._state_nodes[name]
+
+    def _refuse_replaced(self, tensor: Tensor) -> None:
+        """Raise BranchError if a module that is one op put another tensor in the place of this one."""
+        if any(each.before is tensor for effects in self.effects for each in effects.replaced()):
+            name = self._state.get(id(tensor), "")
+            error = BranchError(f"{user_line()} reads {name!r}, {READS_ANOTHER}")
+            raise self.refused(error)
 
     def _constant(self, value: Any) -> ValueProxy:
         key = f"constant {id(value)}"
@@ -391,7 +413,11 @@ class ValueTracer(fx.Tracer):
             constant = Constant(self.originals.get(id(value), value))
             self._state_nodes[key] = self.create_proxy("call_function", constant, (), {})
             # What ops do to it while they are traced happens to the copy.
-            self._state_nodes[key].node.meta["value"] = on_meta(value)
+            self.evaluating = True
+            try:
+                self._state_nodes[key].node.meta["value"] = on_meta(value)
+            finally:
+                self.evaluating = False
         return self._state_nodes[key]
 
     # Modules: traced through, or kept whole
@@ -468,6 +494,8 @@ class ValueTracer(fx.Tracer):
             if self._refused[refused:]:
                 # Forward caught it, and went another way than it does when it is not traced.
                 raise self._refused[refused]
+            for tensor in tensors_in(value) if self.effects else ():
+                self._refuse_replaced(tensor)
         except BaseException:
             for kind, owner in owners.items():
                 owner.clear()
@@ -627,12 +655,15 @@ class ValueTracer(fx.Tracer):
         node.meta["is_dropout"] = is_dropout(node, module)
 
     def _module_state(self, path: str, module: nn.Module) -> dict[str, Tensor]:
-        return {
+        state = {
             self._state.get(id(tensor), f"{prefix}.{name}"): tensor
             for prefix, inner in module.named_modules(prefix=path)
             for name, tensor in (*inner._parameters.items(), *inner._buffers.items())
             if tensor is not None
         }
+        if replaced := [name for name, tensor in state.items() if type(tensor) is ValueProxy]:
+            raise UntraceableError(f"{user_line()} calls a module with another value as its {replaced[0]!r}")
+        return state
 
 
 def _value_of(leaf: Any) -> Any:

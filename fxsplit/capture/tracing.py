@@ -35,6 +35,7 @@ from fxsplit.meta.costs import Cost
 from fxsplit.meta.evaluate import on_meta, storage_key
 from fxsplit.meta.kernels import Kernels
 from fxsplit.objects.copies import meta_copy
+from fxsplit.objects.hooks import is_torchs
 from fxsplit.objects.snapshot import Snapshot
 from fxsplit.objects.structure import map_tensors, tensors_in
 
@@ -168,7 +169,13 @@ def trace(
     Returns the Trace. Raises TraceError when the model itself, and not just a module in it, branches on data before all
     else, or cannot run on `args`.
     """
-    return _traced(model, args, kwargs or {}, leaves, {})
+    # Modules of the user's that were put into another mode by hand are recorded in that.
+    by_hand = {
+        path: module.training
+        for path, module in model.named_modules()
+        if module.training is not model.training and not is_torchs(module)
+    }
+    return _traced(model, args, kwargs or {}, leaves, {model.training: by_hand})
 
 
 @_exclusively()
@@ -198,6 +205,10 @@ def _traced(
     compiled = {path: COMPILED for path, module in model.named_modules() if module._compiled_call_impl is not None}
     if reason := compiled.get("", reason_not_to_look_inside(model)):
         raise TraceError(f"{type(model).__name__} cannot be traced: {reason}")
+    if type(model).__call__ is not nn.Module.__call__:
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced: it has a __call__ of its own; put what that does into forward"
+        )
     signature = Signature.of(model, args, kwargs)
     recorders = {}
     kernels = Kernels()

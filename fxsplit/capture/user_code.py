@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dis
 import gc
 import inspect
 import linecache
@@ -13,7 +14,7 @@ from collections.abc import Container
 from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
-from types import FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
 
 import torch
 from torch import nn
@@ -21,13 +22,18 @@ from torch import nn
 from fxsplit.meta import evaluate
 
 _EVALUATION = evaluate.__file__
-_NOT_THE_USERS = (str(Path(__file__).parent) + os.sep, str(Path(torch.__file__).parent) + os.sep, "<")
+_OURS = [Path(__file__).parents[1] / folder for folder in ("capture", "meta", "objects")]
+_NOT_THE_USERS = (*(f"{folder}{os.sep}" for folder in (*_OURS, Path(torch.__file__).parent)), "<")
+_AROUND_FORWARD = tuple(str(Path(__file__).with_name(name)) for name in ("tracer.py", "recording.py"))
+# What values have and Python objects of their own are.
+_OF_VALUES = {"dtype", "layout", "device", "type", "__class__"}
+_COMPARISONS = {"IS_OP", "CONTAINS_OP", "COMPARE_OP"}
 _LIBRARY = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib"))
 
 
 def user_frame() -> FrameType | None:
-    """Find the innermost frame that belongs neither to torch, this package's capture nor Python's library."""
+    """Find the innermost frame that belongs neither to torch, what this package captures with nor Python's library."""
     frame = inspect.currentframe()
     while frame is not None and not _is_users(frame.f_code.co_filename):
         frame = frame.f_back
@@ -45,6 +51,38 @@ def user_line() -> str:
     """Name the line of `user_frame`, as `file.py:12`."""
     frame = user_frame()
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown"
+
+
+def unseen_question() -> str | None:
+    """Find a line, in a function of the user's that is running, that asks what no proxy can answer; None without one.
+
+    Python compares identities and types by itself: `x.dtype is torch.float32`, `type(x) in (tuple, list)`, `x is y`.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename in _AROUND_FORWARD and frame.f_code.co_name in ("_through", "_trace"):
+            return None
+        if (line := _line_that_asks_unseen(frame.f_code)) is not None:
+            return f"{frame.f_code.co_filename}:{line}"
+        frame = frame.f_back
+    return None
+
+
+@cache
+def _line_that_asks_unseen(code: CodeType) -> int | None:
+    if not _is_users(code.co_filename):
+        return None
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
+    for index, step in enumerate(steps):
+        compared = steps[index - 1]
+        variable = compared.opname in ("LOAD_FAST", "LOAD_DEREF")
+        of_value = compared.opname != "LOAD_CONST" and not _OF_VALUES.isdisjoint(code.co_names)
+        asks_identity = step.opname == "IS_OP" and (variable or of_value)
+        after = {each.opname for each in steps[index + 1 : index + 9]}
+        asks_type = step.argval == "type" and step.opname == "LOAD_GLOBAL" and not _COMPARISONS.isdisjoint(after)
+        if asks_identity or asks_type:
+            return step.positions.lineno if step.positions else code.co_firstlineno
+    return None
 
 
 def failing_function(error: BaseException, kept_whole: Container[object]) -> FunctionType | None:
@@ -81,12 +119,13 @@ def compiled_function(error: BaseException) -> FunctionType | None:
 
 
 def _function_of(frame: FrameType) -> FunctionType | None:
-    name = frame.f_code.co_name
-    owner = frame.f_locals.get("self")
+    name, variables = frame.f_code.co_name, frame.f_code.co_varnames
+    owner = frame.f_locals.get(variables[0]) if variables else None
     classes = type(owner).__mro__ if isinstance(owner, nn.Module) else ()
     for space in (frame.f_globals, *(vars(each) for each in classes)):
         function = space.get(name)
-        if isinstance(function, FunctionType) and function.__code__ is frame.f_code:
+        # Of a decorated function what is called as a whole is the outermost.
+        if isinstance(function, FunctionType) and getattr(inspect.unwrap(function), "__code__", None) is frame.f_code:
             return function
     return None
 

@@ -49,16 +49,21 @@ class CostMeter:
         Only what torch's flop counter knows counts as multiply-adds: matrix products, convolutions and attention.
         """
         saved: dict[int, int] = {}
+        needed: list[Tensor] = []
 
-        def keep(tensor: Tensor) -> None:
+        def keep(tensor: Tensor) -> int:
             key = storage_key(tensor)
             if key not in self._free and key not in saved:
                 saved[key] = bytes_of(tensor)
                 self._kept.append(tensor.detach())
+            needed.append(tensor)
+            return len(needed) - 1
 
-        # Backward never runs on these, so they are dropped: an op that saved its own output would never be freed.
-        with self._kernels.counting() as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+        # Backward runs on these inside of the op at most, which may take gradients itself. Then they are dropped: an op
+        # that saved its own output would never be freed.
+        with self._kernels.counting() as flops, torch.autograd.graph.saved_tensors_hooks(keep, needed.__getitem__):
             value = run(given)
+        needed.clear()
         new_bytes = sum(size for key, size in saved.items() if key not in self._charged)
         self._charged.update(saved)
         macs = sum(flops.values()) // 2

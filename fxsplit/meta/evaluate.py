@@ -192,6 +192,9 @@ def evaluate(
         return device if args[1] == "device" else device.type == "cuda"
     if kind == "call_method" and of_tensor and target in ("cpu", "cuda"):
         return args[0]
+    if kind == "call_method" and of_tensor and target == "type" and not (args[1:] or kwargs):
+        name = torch.empty(0, dtype=args[0].dtype, device="cpu").type()
+        return name if device.type == "cpu" else name.replace("torch.", f"torch.{device.type}.", 1)
     if kind == "call_method" and of_tensor and target == "to":
         args = tuple(META if isinstance(argument, str) else argument for argument in args)
     if isinstance(target, ImpureCall):
@@ -295,8 +298,15 @@ def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> tuple[Any, Effects | N
     if isinstance(receiver, Tensor):
         called = getattr(_filled(receiver), called.__name__)
 
+    made: list[tuple[Tensor, Tensor, int]] = []
+
+    def made_up(tensor: Tensor) -> Tensor:
+        own = _filled(tensor)
+        made.append((tensor, own, own._version))
+        return own
+
     def lookup(leaf: Any) -> Any:
-        return torch.device("cpu") if isinstance(leaf, torch.device) else map_tensors(_filled, leaf)
+        return torch.device("cpu") if isinstance(leaf, torch.device) else map_tensors(made_up, leaf)
 
     around: AbstractContextManager[Effects | None] = nullcontext()
     if isinstance(called, nn.Module):
@@ -310,6 +320,10 @@ def _on_stand_ins(called: Any, args: Any, kwargs: Any) -> tuple[Any, Effects | N
     args, kwargs = resolve((args, kwargs), lookup)
     with around as left, _guarded(called, (args, kwargs)):
         value = on_meta(called(*args, **kwargs))
+    for tensor, own, version in made:
+        if own._version != version:
+            # Written into: the version of a tensor tells so, whatever is written.
+            torch.autograd.graph.increment_version(tensor)
     if left and left.replaced() and calls_method(called) and not isinstance(called, Rest):
         raise BranchError(_REPLACES + f"{left.replaced()[0].name!r} of {type(module).__name__}")
     return value, left

@@ -33,7 +33,7 @@ class Assignment:
     def undo(self) -> None:
         """Set it back to what it was before."""
         if self.before is MISSING:
-            del self.owner[self.name]
+            self.owner.pop(self.name, None)
         else:
             self.owner[self.name] = self.before
 

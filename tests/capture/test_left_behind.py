@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxsplit
 from fxsplit.errors import TraceError
-from tests.exact import assert_exact, rows
+from tests.exact import assert_exact, executor_of, rows
 
 
 class Router(nn.Module):
@@ -90,3 +90,99 @@ def test_a_model_that_reads_it_itself_is_refused(before: Any, read: str) -> None
 def test_a_router_that_nobody_reads_stays_one_op_among_others() -> None:
     trace = fxsplit.trace(around(nn.Sequential(nn.Linear(6, 6), Router(0.0))), (rows(),))
     assert [op.name for op in trace.train.ops] == ["0", "1.0", "1.1", "2"]
+
+
+class PassesOn(nn.Module):
+    """Gives what its router left to whoever called it, and does nothing with it."""
+
+    def __init__(self, before: Any) -> None:
+        super().__init__()
+        self.router = Router(before)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        return self.router(x), self.router.loss
+
+
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+@pytest.mark.parametrize("use", [lambda loss: loss, lambda loss: 2.0 * loss], ids=["passed on", "used"])
+def test_a_module_that_passes_it_on_stays_one_op(before: Any, use: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = PassesOn(before), PassesOn(before)
+
+        def forward(self, x: Tensor) -> Any:
+            x, loss = self.first(x)
+            x, other = self.last(x)
+            return x, use(loss), use(other)
+
+    assert set(assert_exact(Model(), rows()).opaque) == {"first", "last"}
+
+
+def test_what_is_set_once_is_no_hindrance() -> None:
+    class SetOnce(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "ready"):
+                self.ready = True
+            return 2 * x
+
+    assert_exact(around(SetOnce()), rows())
+
+
+def test_a_module_that_takes_gradients_itself_stays_one_op() -> None:
+    class Energy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                given = x if x.requires_grad else x.detach().requires_grad_()
+                energy = self.linear(given).square().sum()
+                (gradient,) = torch.autograd.grad(energy, given, create_graph=True)
+            return x - gradient
+
+    assert list(assert_exact(around(Energy()), rows()).opaque) == ["1"]
+
+
+def test_a_write_of_a_module_that_is_one_op_is_seen() -> None:
+    class Adds(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.abs().sum() < 1e6:
+                x.add_(1)
+            return x
+
+    found = assert_exact(nn.Sequential(nn.Linear(6, 6), Adds(), nn.Linear(6, 6)), rows())
+    assert found.train.ops[1].mutates == ("0",)
+
+
+def test_a_mode_set_by_hand_before_tracing_is_that_of_the_trace() -> None:
+    class Doubles(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x if self.training else x
+
+    model = around(Doubles())
+    model[1].eval()
+    net = executor_of(fxsplit.trace(model, (rows(),)))
+    assert torch.equal(net(rows()), model(rows()))
+
+
+def test_a_model_with_a_call_of_its_own_is_refused() -> None:
+    class Calls(nn.Linear):
+        def __call__(self, x: Tensor) -> Any:
+            return 2 * super().__call__(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def __call__(self, x: Tensor) -> Any:
+            return 2 * super().__call__(x)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.linear(x)
+
+    with pytest.raises(TraceError, match="a __call__ of its own"):
+        fxsplit.trace(Model(), (rows(),))
+    assert_exact(nn.Sequential(nn.Linear(6, 6), Calls(6, 6)), rows())
