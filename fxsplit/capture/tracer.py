@@ -174,7 +174,7 @@ class ValueTracer(fx.Tracer):
             if not condition:
                 raise AssertionError(message)
             return None
-        if kind != "placeholder" and (place := unseen_question()) is not None:
+        if kind != "placeholder" and (place := unseen_question(ValueProxy)) is not None:
             raise self.refused(UntraceableError(f"{place} compares identities or types, which tracing cannot see"))
         if kind == "call_method" and target in READ_DATA and isinstance(args[0].value, Tensor):
             raise self.refused(BranchError(f"{user_line()} reads data: it calls {target}() of a tensor"))

@@ -25,8 +25,6 @@ _EVALUATION = evaluate.__file__
 _OURS = [Path(__file__).parents[1] / folder for folder in ("capture", "meta", "objects")]
 _NOT_THE_USERS = (*(f"{folder}{os.sep}" for folder in (*_OURS, Path(torch.__file__).parent)), "<")
 _AROUND_FORWARD = tuple(str(Path(__file__).with_name(name)) for name in ("tracer.py", "recording.py"))
-# What values have and Python objects of their own are.
-_OF_VALUES = {"dtype", "layout", "device", "type", "__class__"}
 _COMPARISONS = {"IS_OP", "CONTAINS_OP", "COMPARE_OP"}
 _LIBRARY = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib"))
@@ -53,7 +51,7 @@ def user_line() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown"
 
 
-def unseen_question() -> str | None:
+def unseen_question(proxy_type: type) -> str | None:
     """Find a line, in a function of the user's that is running, that asks what no proxy can answer; None without one.
 
     Python compares identities and types by itself: `x.dtype is torch.float32`, `type(x) in (tuple, list)`, `x is y`.
@@ -62,27 +60,30 @@ def unseen_question() -> str | None:
     while frame is not None:
         if frame.f_code.co_filename in _AROUND_FORWARD and frame.f_code.co_name in ("_through", "_trace"):
             return None
-        if (line := _line_that_asks_unseen(frame.f_code)) is not None:
-            return f"{frame.f_code.co_filename}:{line}"
+        for line, names in _comparisons_of_identity(frame.f_code):
+            if any(type(frame.f_locals.get(name)) is proxy_type for name in names):
+                return f"{frame.f_code.co_filename}:{line}"
         frame = frame.f_back
     return None
 
 
 @cache
-def _line_that_asks_unseen(code: CodeType) -> int | None:
+def _comparisons_of_identity(code: CodeType) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """List the lines of a user's function that compare identities or types, each with the variables that it reads."""
     if not _is_users(code.co_filename):
-        return None
+        return ()
+    found = []
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
     for index, step in enumerate(steps):
-        compared = steps[index - 1]
-        variable = compared.opname in ("LOAD_FAST", "LOAD_DEREF")
-        of_value = compared.opname != "LOAD_CONST" and not _OF_VALUES.isdisjoint(code.co_names)
-        asks_identity = step.opname == "IS_OP" and (variable or of_value)
+        asks_identity = step.opname == "IS_OP" and steps[index - 1].opname != "LOAD_CONST"
         after = {each.opname for each in steps[index + 1 : index + 9]}
-        asks_type = step.argval == "type" and step.opname == "LOAD_GLOBAL" and not _COMPARISONS.isdisjoint(after)
+        asks_type = step.opname == "LOAD_GLOBAL" and step.argval == "type" and not _COMPARISONS.isdisjoint(after)
         if asks_identity or asks_type:
-            return step.positions.lineno if step.positions else code.co_firstlineno
-    return None
+            near = steps[max(0, index - 8) : index] if asks_identity else steps[index + 1 : index + 3]
+            names = tuple(str(each.argval) for each in near if each.opname in ("LOAD_FAST", "LOAD_DEREF"))
+            line = step.positions.lineno if step.positions else None
+            found.append((line or code.co_firstlineno, names))
+    return tuple(found)
 
 
 def failing_function(error: BaseException, kept_whole: Container[object]) -> FunctionType | None:
