@@ -22,11 +22,12 @@ from torch.optim import Optimizer
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import GuardError, PartitionError
 from fxsplit.execute.changes import Changes
+from fxsplit.execute.code import Backend
 from fxsplit.execute.freezing import Freezing
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.prefix import Prefix, in_precision, out_of_precision, without_history
 from fxsplit.execute.recompute import Recomputation
-from fxsplit.execute.stages import Backend, Stage, stages
+from fxsplit.execute.stages import Stage, stages
 from fxsplit.graph import EVALUATION, TRAINING
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxsplit.capture.tracing import Trace
+from fxsplit.execute.code import Backend, code_of
 from fxsplit.execute.folding import Attribute, fold
-from fxsplit.execute.stages import Backend, Stage, code_of, stage_graph
+from fxsplit.execute.stages import Stage, stage_graph
 from fxsplit.graph import EVALUATION
 from fxsplit.meta.rest import calls_method
 from fxsplit.objects.hooks import hooks_of, is_untouched

@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fxsplit.capture.naming import called_module, method_of
 from fxsplit.capture.tracing import Trace
+from fxsplit.execute.code import Backend
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.prefix import ORIGINS
-from fxsplit.execute.stages import Backend, Stage
+from fxsplit.execute.stages import Stage
 from fxsplit.graph import TRAINING
 from fxsplit.meta.evaluate import Constant
 from fxsplit.objects.contents import GLOBAL_GENERATORS, Contents, restored, state_of

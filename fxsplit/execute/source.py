@@ -1,15 +1,23 @@
 """Writes a graph of ops as the source code of a Python function. No name of the model stands in it as code.
 
-    heads["global"](x) * 2  becomes  v1 = getattr(values, 'pop')()
-                                     v2 = model._modules['heads']._modules['global'](v1); v1 = None  # 'heads.global'
-                                     v3 = c0(v2, 2); v2 = None  # 'mul'
+    heads["global"](x) * 2  becomes  def bind(find, place):
+                                         m0 = find('heads')._modules
+                                         def stage(values):
+                                             v1 = values.pop()
+                                             v2 = m0['global'](v1); v1 = None  # 'heads.global'
+                                             v3 = c0(v2, 2); v2 = None  # 'mul'
 
-Variables and objects get generated names, and the model's names appear only as escaped strings. A module is looked up
-at each call, so that the function serves any copy of the model and finds a module that was replaced.
+Variables and objects get generated names, and the model's names appear only as escaped strings. `bind` finds where the
+model keeps what is used, once for many calls: the dict that holds a module or a tensor. What lies there is taken at
+each call, so that one that was replaced is found. A function to be compiled finds everything itself:
+
+                                     def stage(model, values):
+                                         v2 = model._modules['heads']._modules['global'](v1)
 """
 
 from __future__ import annotations
 
+import keyword
 import math
 from collections import defaultdict
 from typing import Any
@@ -18,28 +26,38 @@ from torch import fx
 
 from fxsplit.capture.contexts import Context, contexts_of
 
-NAME = "stage"
+BIND, STAGE = "bind", "stage"
 
 
-def source_of(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
-    """Write the source of a function `stage(model, values)`; return it with the objects that are to be its globals.
+def source_of(graph: fx.Graph, *, bound: bool) -> tuple[str, dict[str, Any]]:
+    """Write the source of a function; return it with the objects that are to be its globals.
 
     A variable is set to None after its last use. An op runs in the contexts, such as autocast, that its node carries.
+
+    Args:
+        graph: of a stage.
+        bound: write `bind(find, place)`, which makes a function `stage(values)` for one model: `find` is given the path
+            of a module and returns it, `place` is given a module and a name and returns the dict that has this
+            attribute. Otherwise write `stage(model, values)`, which looks everything up in each call.
     """
-    writer = _Writer(graph)
-    writer.write()
-    return "\n".join(writer.lines) + "\n", writer.objects
+    writer = _Bound(graph) if bound else _Writer(graph)
+    return "\n".join(writer.lines()) + "\n", writer.objects
 
 
 class _Writer:
+    """Writes `stage(model, values)`."""
+
     def __init__(self, graph: fx.Graph) -> None:
-        self.lines = [f"def {NAME}(model, values):"]
         self.objects: dict[str, Any] = {}
         self._nodes = list(graph.nodes)
         self._variables: dict[fx.Node, str] = {}
         self._names: dict[int, str] = {}
 
-    def write(self) -> None:
+    def lines(self) -> list[str]:
+        return [f"def {STAGE}(model, values):", *self._body()]
+
+    def _body(self) -> list[str]:
+        lines = []
         last_use = {read: node for node in self._nodes for read in node.all_input_nodes}
         used_up: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for read, node in last_use.items():
@@ -52,17 +70,22 @@ class _Writer:
                 continue
             # A node that is no op of the model, such as reading a weight, stays in the block where it happens to be.
             if "op" in node.meta or node.op == "output":
-                self._move_to(contexts_of(node), blocks)
-            self.lines.append("    " * len(blocks) + self._statement(node, used_up[node]))
+                lines += self._move_to(contexts_of(node), blocks)
+            lines.append("    " * len(blocks) + self._statement(node, used_up[node]))
+        return lines
 
-    def _move_to(self, contexts: tuple[Context, ...], blocks: list[tuple[Context, ...]]) -> None:
-        """Close and open `with` blocks. A block that can stay open does: autocast caches converted weights in it."""
+    def _move_to(self, contexts: tuple[Context, ...], blocks: list[tuple[Context, ...]]) -> list[str]:
+        """Close and open `with` blocks, in lines that are returned.
+
+        A block that can stay open does: autocast caches converted weights in it.
+        """
         while not _begins_with(contexts, blocks[-1]):
             blocks.pop()
         if further := contexts[len(blocks[-1]) :]:
             opened = ", ".join(f"{self._object(context)}.open()" for context in further)
-            self.lines.append("    " * len(blocks) + f"with {opened}:")
             blocks.append(contexts)
+            return ["    " * (len(blocks) - 1) + f"with {opened}:"]
+        return []
 
     def _statement(self, node: fx.Node, used_up: list[fx.Node]) -> str:
         if node.op == "output":
@@ -77,18 +100,25 @@ class _Writer:
 
     def _call(self, node: fx.Node) -> str:
         if node.op == "get_attr":
-            path, _, name = str(node.target).rpartition(".")
-            return f"getattr({_module(path)}, {name!a})"
+            return self._attribute(*_divided(str(node.target)))
         arguments = [self._value(argument) for argument in node.args]
         if node.op == "call_module":
-            called = _module(str(node.target))
+            called = self._module(str(node.target))
         elif node.op == "call_method":
-            called = f"getattr({arguments.pop(0)}, {str(node.target)!a})"
+            called = _method(arguments.pop(0), str(node.target), is_variable=isinstance(node.args[0], fx.Node))
         else:
             called = self._object(node.target)
-        if node.kwargs:
+        if all(map(_is_plain, node.kwargs)):
+            arguments += [f"{name}={self._value(value)}" for name, value in node.kwargs.items()]
+        else:
             arguments.append(f"**{self._value(node.kwargs)}")
         return f"{called}({', '.join(arguments)})"
+
+    def _module(self, path: str) -> str:
+        return "model" + "".join(f"._modules[{part!a}]" for part in path.split(".") if path)
+
+    def _attribute(self, path: str, name: str) -> str:
+        return f"getattr({self._module(path)}, {name!a})"
 
     def _value(self, argument: Any) -> str:
         kind = type(argument)
@@ -117,8 +147,46 @@ class _Writer:
         return name
 
 
-def _module(path: str) -> str:
-    return "model" + "".join(f"._modules[{part!a}]" for part in path.split(".") if path)
+class _Bound(_Writer):
+    """Writes `bind(find, place)`, which makes `stage(values)`."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(graph)
+        # What is found once, by the code that finds it.
+        self._found: dict[str, str] = {}
+
+    def lines(self) -> list[str]:
+        body = [f"    {line}" for line in self._body()]
+        found = [f"    {name} = {code}" for code, name in self._found.items()]
+        return [f"def {BIND}(find, place):", *found, f"    def {STAGE}(values):", *body, f"    return {STAGE}"]
+
+    def _module(self, path: str) -> str:
+        parent, name = _divided(path)
+        return f"{self._once(f'find({parent!a})._modules')}[{name!a}]"
+
+    def _attribute(self, path: str, name: str) -> str:
+        module = self._once(f"find({path!a})")
+        place = self._once(f"place({module}, {name!a})")
+        # It leaves its place when it is parametrized or pruned.
+        return f"{place}[{name!a}] if {name!a} in {place} else getattr({module}, {name!a})"
+
+    def _once(self, code: str) -> str:
+        return self._found.setdefault(code, f"m{len(self._found)}")
+
+
+def _divided(path: str) -> tuple[str, str]:
+    """Divide a path into that of the module which holds it, and its name there."""
+    parent, _, name = path.rpartition(".")
+    return parent, name
+
+
+def _method(value: str, name: str, *, is_variable: bool) -> str:
+    return f"{value}.{name}" if is_variable and _is_plain(name) else f"getattr({value}, {name!a})"
+
+
+def _is_plain(name: str) -> bool:
+    """Tell whether a name can stand in code as it is; Python would change an identifier that is not ASCII."""
+    return name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
 
 
 def _begins_with(contexts: tuple[Context, ...], first: tuple[Context, ...]) -> bool:

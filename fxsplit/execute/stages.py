@@ -8,91 +8,21 @@ model.
 
 from __future__ import annotations
 
-import importlib
-import itertools
-import linecache
-import sys
-import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload, OpOverloadPacket
 
 from fxsplit.capture.naming import called_module
 from fxsplit.capture.tracing import Program, Trace
 from fxsplit.errors import PartitionError
+from fxsplit.execute.code import Backend, code_of
 from fxsplit.execute.ownership import ops_of
 from fxsplit.execute.passes import Pass, rewritten
-from fxsplit.execute.source import NAME, source_of
 from fxsplit.graph import EVALUATION, TRAINING
 from fxsplit.meta.evaluate import resolve
 from fxsplit.objects.same import same_value
 from fxsplit.plan.partition import Partition
-
-# A backend of torch.compile: its name, or a function.
-Backend = str | Callable[..., Any]
-
-_serial = itertools.count()
-
-
-class Code:
-    """A generated function `(model, values) -> result` that can be pickled and copied.
-
-    It empties the list of values: arguments would be kept alive by the callers' frames until it returns, but a value is
-    freed as soon as it was read last.
-
-    Args:
-        source: of the function, as `source_of` writes it.
-        objects: what it refers to, by name.
-        label: what tracebacks call it.
-        backend: of torch.compile, which compiles it when it first runs; None runs it as it is.
-    """
-
-    def __init__(self, source: str, objects: dict[str, Any], label: str, backend: Backend | None = None) -> None:
-        self._source, self._objects, self._label, self._backend = source, objects, label, backend
-        file = f"<fxsplit {label} {next(_serial)}>"
-        scope = dict(objects)
-        exec(compile(source, file, "exec"), scope)
-        # Tracebacks and debuggers find the generated lines here, as long as the function exists.
-        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-        weakref.finalize(self, linecache.cache.pop, file, None).atexit = False
-        self._function: Callable[[nn.Module, list[Any]], Any] = scope[NAME]
-        if backend is not None:
-            self._function = torch.compile(self._function, backend=backend)
-
-    def __call__(self, model: nn.Module, values: list[Any]) -> Any:
-        return self._function(model, values)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        objects = {name: _Reference.of(value) or value for name, value in self._objects.items()}
-        return _restore, (self._source, objects, self._label, self._backend)
-
-
-class _Reference(NamedTuple):
-    """Names a function by the module and path where it is found; several of torch's cannot be pickled themselves."""
-
-    module: str
-    path: str
-
-    @classmethod
-    def of(cls, value: Any) -> _Reference | None:
-        """Make the reference of a function, or None if it is not found by its name."""
-        if isinstance(value, OpOverload | OpOverloadPacket):
-            return cls("torch", f"ops.{value}")
-        module, name = getattr(value, "__module__", None) or "", getattr(value, "__name__", None) or ""
-        return cls(module, name) if vars(sys.modules.get(module, cls)).get(name) is value else None
-
-    def resolve(self) -> Any:
-        """Find the function."""
-        return attrgetter(self.path)(importlib.import_module(self.module))
-
-
-def _restore(source: str, objects: dict[str, Any], label: str, backend: Backend | None) -> Code:
-    found = {name: value.resolve() if type(value) is _Reference else value for name, value in objects.items()}
-    return Code(source, found, label, backend)
 
 
 class Stage(nn.Module):
@@ -168,6 +98,8 @@ class Stage(nn.Module):
             held.clear()
         for path in self._uses:
             _adopt(self, model, path)
+        for code in self._codes.values():
+            code.forget()
 
 
 def _paths(trace: Trace, partition: Partition) -> Iterator[str]:
@@ -322,11 +254,6 @@ def _returns_alike(trace: Trace) -> bool:
 
         outputs.append(resolve(program.output.args[0], name_of))
     return same_value(*outputs)
-
-
-def code_of(graph: fx.Graph, label: str, backend: Backend | None = None) -> Code:
-    """Make the function of a stage's graph, compiled if there is a `backend`; tracebacks call it `label`."""
-    return Code(*source_of(graph), label, backend)
 
 
 def stages(

@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 import fxsplit
 from fxsplit.capture.contexts import Context
 from fxsplit.capture.tracing import trace
+from fxsplit.execute.code import code_of
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.source import source_of
-from fxsplit.execute.stages import code_of
 from fxsplit_cli.main import main
 from tests.networks import ODD_NAMES, OddNames
 
@@ -135,7 +135,7 @@ def test_a_traceback_shows_the_line_and_the_op() -> None:
     with pytest.raises(RuntimeError) as caught:
         net(torch.empty(2, 3))
     shown = "".join(traceback.format_tb(caught.value.__traceback__))
-    assert "v2 = model._modules['0'](v1); v1 = None  # '0'" in shown
+    assert "v2 = m0['0'](v1); v1 = None  # '0'" in shown
 
 
 def test_functions_of_torch_are_pickled_by_name() -> None:
@@ -187,7 +187,7 @@ def test_ops_run_in_their_contexts_and_a_region_is_opened_once() -> None:
         in_contexts(see, NO_GRAD),
         in_contexts(see, again),
     )
-    source, _ = source_of(graph)
+    source, _ = source_of(graph, bound=True)
     # Autocast stays open around the inner region; an equal region that is opened anew is another one.
     assert source.count("with ") == 4
     code_of(graph, "test")(nn.Module(), [torch.ones(1)])
