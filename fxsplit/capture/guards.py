@@ -59,6 +59,9 @@ class Guards:
     meta_model: nn.Module
     _passed: set[Any] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self._ambient = _ambient(self.steps)
+
     @classmethod
     def of(cls, recording: Recording, names: Mapping[fx.Node, str], meta_model: nn.Module) -> Guards:
         """Extract the questions of a recording, whose ops have these `names`; they run on `meta_model`."""
@@ -86,7 +89,7 @@ class Guards:
         if not self.questions:
             return
         form: tuple[Any, ...] = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        ambient = _ambient_answers(self.steps)
+        ambient = _answers_now(self._ambient)
         form += tuple(ambient.values())
         if form in self._passed:
             return
@@ -110,7 +113,7 @@ def answers(recording: Recording, meta_model: nn.Module, tensors: Sequence[Tenso
     """Compute the answers to the guards' questions for other inputs."""
     inputs = [node.name for node in recording.graph.nodes if node.op == "placeholder"]
     steps = _steps(recording)
-    ambient = _ambient_answers(steps)
+    ambient = _answers_now(_ambient(steps))
     values = dict(_values(steps, inputs, meta_model, tensors, device, ambient))
     return [QUESTIONS[guard.question](values[guard.node.name]) for guard in recording.guards]
 
@@ -156,9 +159,14 @@ def _values(
             yield step.name, values[step.name]
 
 
-def _ambient_answers(steps: Sequence[_Step]) -> dict[str, Any]:
+def _ambient(steps: Sequence[_Step]) -> tuple[_Step, ...]:
+    """Select the steps that ask for the state of the contexts around the call."""
+    return tuple(step for step in steps if isinstance(step.target, ImpureCall))
+
+
+def _answers_now(steps: Sequence[_Step]) -> dict[str, Any]:
     """Ask for the state of the contexts around the call now, by the name of each step that asks."""
-    return {step.name: step.target(*step.args, **step.kwargs) for step in steps if isinstance(step.target, ImpureCall)}
+    return {step.name: step.target(*step.args, **step.kwargs) for step in steps}
 
 
 def _step(node: fx.Node) -> _Step:

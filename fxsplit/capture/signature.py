@@ -22,13 +22,14 @@ class Signature:
     """Describes the form of the traced call; every leaf of an argument has a name such as `x` or `batch.image`.
 
     `names` are those of the tensors, in order; `constants` are all other leaves with their values. `positions` counts
-    the arguments that were given by position.
+    the arguments that were given by position. A call is `plain` when it gives tensors by position and nothing else.
     """
 
     parameters: inspect.Signature
     positions: int
     names: tuple[str, ...]
     constants: Mapping[str, Any]
+    plain: bool
 
     @classmethod
     def of(cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Signature:
@@ -37,12 +38,11 @@ class Signature:
         # Annotations are not needed, and some cannot be pickled.
         parameters = inspect.Signature([each.replace(annotation=inspect.Parameter.empty) for each in given])
         leaves = _leaves(parameters, args, kwargs)
-        return cls(
-            parameters=parameters,
-            positions=len(args),
-            names=tuple(name for name, leaf in leaves.items() if isinstance(leaf, Tensor)),
-            constants={name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)},
-        )
+        names = tuple(name for name, leaf in leaves.items() if isinstance(leaf, Tensor))
+        constants = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
+        # A default that holds others can be changed in place.
+        plain = _is_plain(args, kwargs) and len(args) == len(names) and constants.keys() <= parameters.parameters.keys()
+        return cls(parameters=parameters, positions=len(args), names=names, constants=constants, plain=plain)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """Bind a call to the parameters of forward, with defaults filled in."""
@@ -72,6 +72,8 @@ class Signature:
 
         Raises GuardError when the call has another form than the traced one, TypeError when the model cannot take it.
         """
+        if self.plain and len(args) == self.positions and _is_plain(args, kwargs):
+            return list(args)
         leaves = _leaves(self.parameters, args, kwargs)
         for name, leaf in leaves.items():
             if not isinstance(leaf, Tensor) and not same_value(leaf, self.constants.get(name, _NOTHING)):
@@ -100,6 +102,10 @@ def _described(name: str, leaves: Leaves | Mapping[str, Any]) -> str:
     if name not in leaves:
         return "nothing"
     return "a tensor" if isinstance(leaves[name], Tensor) else reprlib.repr(leaves[name])
+
+
+def _is_plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return not kwargs and all(isinstance(arg, Tensor) for arg in args)
 
 
 def _bound(parameters: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
