@@ -23,7 +23,7 @@ from fxsplit.capture.tracing import Trace
 from fxsplit.errors import GuardError, PartitionError
 from fxsplit.execute.changes import Changes
 from fxsplit.execute.code import Backend
-from fxsplit.execute.freezing import Freezing
+from fxsplit.execute.freezing import Freezing, ModesNow
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.prefix import Prefix, in_precision, out_of_precision, without_history
 from fxsplit.execute.recompute import Recomputation
@@ -78,7 +78,7 @@ class _Modes:
     """Modules whose modes may change the graph, and the combinations of their modes that give the traced one."""
 
     def __init__(self, modules: Mapping[str, nn.Module], traced: Sequence[bool]) -> None:
-        self.paths, self.modules = tuple(modules), list(modules.values())
+        self.paths, self.now = tuple(modules), ModesNow(modules.values())
         self.known = {tuple(traced)}
 
 
@@ -264,7 +264,7 @@ class Executor(nn.Module):
         frozen = self._freezing.refresh()
         training = self._model.training
         modes = self._modes[training, frozen]
-        now = tuple([module.training for module in modes.modules])
+        now = modes.now()
         if now not in modes.known:
             self._changes.check_modes(self._model, training, dict(zip(modes.paths, now, strict=True)))
             modes.known.add(now)

@@ -14,7 +14,7 @@ import gc
 import re
 import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -32,6 +32,8 @@ from fxsplit.plan.partition import Partition
 # What torch.nn.utils.parametrize and torch.nn.utils.prune make of a parameter's name.
 RENAMED = re.compile(r"parametrizations\.([^.]+)\.original\d*$|(?<=[^.])_orig$")
 
+_NOTHING = nullcontext()
+
 
 class _Entry(NamedTuple):
     """A parameter of the model: its name, an earlier name under which it may have been frozen, and where it is kept."""
@@ -40,6 +42,30 @@ class _Entry(NamedTuple):
     earlier: str
     parameters: dict[str, Parameter | None]
     key: str
+
+
+class ModesNow:
+    """Reads the modes that modules are in: a call returns them, in order.
+
+    They are read from the dicts in which modules keep their attributes, which is faster than to ask the modules. A copy
+    finds the dicts of its own modules.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = tuple(modules)
+        self._attributes: list[dict[str, Any]] | None = None
+
+    def __call__(self) -> tuple[bool, ...]:
+        if self._attributes is None:
+            self._attributes = [vars(module) for module in self._modules]
+        try:
+            return tuple([each["training"] for each in self._attributes])
+        except KeyError:
+            # The mode of a module is a property of its class.
+            return tuple([module.training for module in self._modules])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_modules": self._modules, "_attributes": None}
 
 
 class _Statistics(NamedTuple):
@@ -145,6 +171,7 @@ class Freezing:
         modules = dict(self._model.named_modules(remove_duplicate=False))
         self._frozen, self._shared = self._modules_to_freeze(modules)
         self._frozen_list = list(self._frozen.values())
+        self._frozen_modes = ModesNow(self._frozen_list)
         self._entries: list[list[_Entry]] = [[] for _ in range(self._count)]
         names = dict.fromkeys(name for name, _ in self._model.named_parameters())
         for name in names:
@@ -230,7 +257,7 @@ class Freezing:
             self.estimating = False
         if self.estimating:
             self.restore_modes()
-        elif self._mark["training"] is not training or True in [module.training for module in self._frozen_list]:
+        elif self._mark["training"] is not training or True in self._frozen_modes():
             self._freeze(self._mark)
         return not self.estimating
 
@@ -240,10 +267,13 @@ class Freezing:
         is_outside = bool(path) and inside is not None and not any(self.start <= index < self.stop for index in inside)
         return is_outside or path in self._frozen
 
-    @contextmanager
-    def evaluating(self, *outside: int) -> Iterator[None]:
+    def evaluating(self, *outside: int) -> AbstractContextManager[None]:
         """Inside, all that the frozen partitions `outside` call is in evaluation mode, even if others train it."""
         training = [module for index in outside for module in self._shared[index] if module.training]
+        return self._evaluating(training) if training else _NOTHING
+
+    @contextmanager
+    def _evaluating(self, training: Sequence[nn.Module]) -> Iterator[None]:
         self._set_modes(training, False)
         try:
             yield

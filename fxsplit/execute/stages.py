@@ -87,8 +87,8 @@ class Stage(nn.Module):
                 evaluation, the output of training has what ops in evaluation can give of it.
         """
         mode = self.training if training is None else training
-        key = (mode, mode if returned is None else returned)
-        return self._codes.get(key, self._codes[mode, mode])(self._model, values)
+        code = self._codes.get((mode, mode if returned is None else returned)) or self._codes[mode, mode]
+        return code(self._model, values)
 
     def arrange(self, model: nn.Module) -> None:
         """Share the modules and tensors that the model has now, and run over this model from now on."""
