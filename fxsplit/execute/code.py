@@ -11,7 +11,7 @@ import itertools
 import linecache
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
@@ -61,7 +61,8 @@ class Code:
         if backend is None:
             self._bind: Bind = scope[BIND]
         else:
-            self._compiled = torch.compile(scope[STAGE], backend=backend)
+            self.uncompiled: Callable[[nn.Module, list[Any]], Any] = scope[STAGE]
+            self._compiled = torch.compile(self.uncompiled, backend=backend)
 
     def __call__(self, model: nn.Module, values: list[Any]) -> Any:
         if self._compiled is not None:
@@ -78,6 +79,20 @@ class Code:
     def __reduce__(self) -> tuple[Any, ...]:
         objects = {name: _Reference.of(value) or value for name, value in self._objects.items()}
         return _restore, (self._source, objects, self._label, self._backend)
+
+
+def compiled_chain(codes: Sequence[Code], backend: Backend) -> Callable[[nn.Module, list[Any], list[Any]], Any]:
+    """Compile functions, of which each takes the values that the one before returns, as one, for fixed shapes.
+
+    The result is called with the model, the values for the first, and a list of what each is given as one more value.
+    `codes` have a backend.
+    """
+    calls = [f"    values.append(further[{index}]); values = c{index}(model, values)" for index in range(len(codes))]
+    source = "\n".join(["def chain(model, values, further):", *calls, "    return values\n"])
+    scope: dict[str, Any] = {f"c{index}": code.uncompiled for index, code in enumerate(codes)}
+    # Of its own source, since torch.compile limits how often one is compiled.
+    exec(compile(source, f"<fxsplit chain {next(_serial)}>", "exec"), scope)
+    return torch.compile(scope["chain"], backend=backend, dynamic=False)
 
 
 class _Bound(NamedTuple):

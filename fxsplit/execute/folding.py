@@ -2,8 +2,8 @@
 
     conv ─► norm ─► dropout ─► relu      becomes      conv, with the norm in its weights ─► relu
 
-The folded graph takes its weights as one more value, a list. They are tensors of their own: the model's parameters and
-buffers stay as they are.
+The folded graph takes all weights of linear ops and convolutions as one more value, a list, in the precision in which
+they are computed with. The model's parameters and buffers stay as they are.
 """
 
 from __future__ import annotations
@@ -85,19 +85,20 @@ class PassedOver(NamedTuple):
 class Fold(NamedTuple):
     """Says how a folded weight and bias are computed: from those of an op, and from the `statistics` of a norm or ().
 
-    `shape` is that of the op's weight when the graph was folded.
+    `shape` is that of the op's weight when the graph was folded. `is_ambient` says that the op runs in the precision
+    around the model, not in one that the model chooses itself.
     """
 
     weight: Attribute
     bias: Attribute | None
     shape: torch.Size
+    is_ambient: bool
     statistics: tuple[Attribute | None, ...] = ()
     epsilon: Attribute | float = 0.0
 
     def is_there(self, modules: Modules) -> bool:
         """Tell whether the model still has all that is folded here, with a weight of the same shape."""
-        known = [each for each in (self.weight, self.bias, *self.statistics) if each is not None]
-        if not all(each.path in modules and hasattr(modules[each.path], each.name) for each in known):
+        if not all(each.path in modules and hasattr(modules[each.path], each.name) for each in self.attributes()):
             return False
         weight, needed = self.weight.of(modules), [each for each in self.statistics[:2] if each is not None]
         return (
@@ -108,18 +109,39 @@ class Fold(NamedTuple):
         """Return the model's tensors that are folded: weight, bias and statistics."""
         return [None if each is None else each.of(modules) for each in (self.weight, self.bias, *self.statistics)]
 
-    def tensors(self, modules: Modules, layout: torch.memory_format) -> tuple[Tensor, Tensor | None]:
-        """Compute weight and bias, in double precision; the weight of a 2D convolution gets that memory format."""
+    def attributes(self) -> list[Attribute]:
+        """Return what is folded: weight, bias and statistics, as far as there are any."""
+        return [each for each in (self.weight, self.bias, *self.statistics) if each is not None]
+
+    def epsilon_in(self, modules: Modules) -> float:
+        """Return the present epsilon of the norm."""
+        return float(self.epsilon.of(modules) if isinstance(self.epsilon, Attribute) else self.epsilon)
+
+    def tensors(
+        self, modules: Modules, layout: torch.memory_format, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute weight and bias, in double precision; the weight of a 2D convolution gets that memory format.
+
+        `dtype` is the precision of the autocast around the model, None without one: of an op that runs in it, weight
+        and bias are cast, as autocast would.
+        """
         tensors = [each if each is None else each.detach() for each in self.originals(modules)]
         weight, bias = tensors[:2]
         assert weight is not None
         if self.statistics:
             exact: list[Any] = [each if each is None else each.to("cpu", torch.float64) for each in tensors]
             own, own_bias, mean, variance, gain, shift = exact
-            epsilon = self.epsilon.of(modules) if isinstance(self.epsilon, Attribute) else self.epsilon
-            fused = fuse_conv_bn_weights(own, own_bias, mean, variance, epsilon, gain, shift)
+            fused = fuse_conv_bn_weights(own, own_bias, mean, variance, self.epsilon_in(modules), gain, shift)
             weight, bias = (each.detach().to(weight) for each in fused)
-        return weight.to(memory_format=layout) if weight.dim() == 4 else weight, bias
+        weight = weight.to(memory_format=layout) if weight.dim() == 4 else weight
+        if dtype is None or not self.is_ambient:
+            return weight, bias
+        return cast(weight, dtype), None if bias is None else cast(bias, dtype)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a tensor as autocast in `dtype` does: double precision stays."""
+    return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)
 
 
 def fold(graph: fx.Graph, model: nn.Module) -> tuple[list[Fold], list[PassedOver]]:
@@ -128,12 +150,12 @@ def fold(graph: fx.Graph, model: nn.Module) -> tuple[list[Fold], list[PassedOver
     Returns how to compute the weights that the graph then takes, in their order, and the modules that it no longer
     calls.
     """
-    folder = _Folder(graph, model)
+    folder = Folder(graph, model)
     folder.run()
     return folder.folds, folder.passed_over
 
 
-class _Folder:
+class Folder:
     def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
         self._graph = graph
         self._modules = dict(model.named_modules(remove_duplicate=False))
@@ -152,10 +174,9 @@ class _Folder:
             if norm := self._norm(node):
                 self._fold_norm(node, norm)
         for node in self._ops():
-            affine = self._affine(node)
-            # Without a norm only a 2D convolution gains: its weight gets a faster memory format.
-            if affine and affine.function is F.conv2d:
-                self._put(affine, self._fold(affine), node)
+            # Without a norm, too, a weight is cast once, and that of a 2D convolution gets a faster memory format.
+            if affine := self._affine(node):
+                self._put(affine, None, node)
         for node in reversed(self._graph.nodes):
             if node.op == "get_attr" and not node.users:
                 self._graph.erase_node(node)
@@ -169,21 +190,22 @@ class _Folder:
             return
         shape = norm.input.meta["op"].output.shape
         if shape is not None and len(shape) == RANKS[affine.function]:
-            self._put(affine, self._fold(affine, norm.statistics, norm.epsilon), norm.input, node)
+            self._put(affine, norm, norm.input, node)
 
-    def _fold(
-        self, affine: Affine, statistics: tuple[Attribute | None, ...] = (), epsilon: Attribute | float = 0.0
-    ) -> Fold:
-        return Fold(affine.weight, affine.bias, affine.weight.of(self._modules).shape, statistics, epsilon)
+    def _fold(self, affine: Affine, norm: Norm | None, node: fx.Node) -> Fold:
+        shape = affine.weight.of(self._modules).shape
+        is_ambient = all(context.kind != "autocast" for context in contexts_of(node))
+        statistics, epsilon = ((), 0.0) if norm is None else (norm.statistics, norm.epsilon)
+        return Fold(affine.weight, affine.bias, shape, is_ambient, statistics, epsilon)
 
-    def _put(self, affine: Affine, folded: Fold, *nodes: fx.Node) -> None:
+    def _put(self, affine: Affine, norm: Norm | None, *nodes: fx.Node) -> None:
         """Put one op with folded weights in the place of `nodes`, each of which reads the one before it."""
         with self._graph.inserting_before(nodes[0]):
             pair = self._graph.call_function(operator.getitem, (self._weights, len(self.folds)))
             weight, bias = (self._graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
             one = self._graph.call_function(affine.fastest(self._modules), (affine.input, weight, bias), affine.options)
             one.meta.update(nodes[0].meta)
-        self.folds.append(folded)
+        self.folds.append(self._fold(affine, norm, nodes[0]))
         for node in reversed(nodes):
             self._replace(node, one)
 

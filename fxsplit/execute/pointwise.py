@@ -26,7 +26,7 @@ _held_to_convolutions = ContextVar("held_to_convolutions", default=False)
 
 def conv2d(images: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     """Compute a pointwise convolution as F.conv2d does: images (N, C, H, W), weight (filters, C, 1, 1)."""
-    return _product(images, weight, bias) if _is_faster(images) else F.conv2d(images, weight, bias, **options)
+    return as_product(images, weight, bias) if _is_faster(images) else F.conv2d(images, weight, bias, **options)
 
 
 def convolved(module: nn.Conv2d, images: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def convolved(module: nn.Conv2d, images: Tensor) -> Tensor:
     if _is_faster(images) and is_untouched(module, nn.Conv2d):
         if _held_to_convolutions.get():
             return _held_to_convolution(module, images)
-        return _product(images, module.weight, module.bias)
+        return as_product(images, module.weight, module.bias)
     result: Tensor = module(images)
     return result
 
@@ -62,8 +62,8 @@ def _held_to_convolution(module: nn.Conv2d, images: Tensor) -> Tensor:
         rounding = terms * torch.finfo(images.dtype).eps / 2
         sizes = [None if each is None else each.abs() for each in (images, module.weight, module.bias)]
         # The sum of absolute values is itself rounded by as much, hence the square.
-        bound = 2 * rounding / (1 - rounding) ** 2 * _product(*sizes)  # type: ignore[arg-type]
-        product = _product(images, module.weight, module.bias)
+        bound = 2 * rounding / (1 - rounding) ** 2 * as_product(*sizes)  # type: ignore[arg-type]
+        product = as_product(images, module.weight, module.bias)
         # Where neither result is finite, there is nothing to compare, and the first condition is false.
         wrong = ((product - result).abs() > bound) | (product.isfinite() != result.isfinite())
         if wrong.any():
@@ -75,7 +75,8 @@ def _held_to_convolution(module: nn.Conv2d, images: Tensor) -> Tensor:
     return result
 
 
-def _product(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def as_product(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a pointwise convolution as a matrix product."""
     return F.linear(images.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 

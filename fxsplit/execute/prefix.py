@@ -1,22 +1,25 @@
 """The settled prefix: settled partitions in evaluation, without autograd, made cheaper because they never change again.
 
-Each settled partition has a third variant beside training and evaluation: folded. Its code is kept for all phases; its
-folded weights are computed again when the model's have changed. Results are the same within rounding: norms are folded,
-convolutions may run in another memory format, and 1x1 ones as matrix products.
+Each settled partition has two variants beside training and evaluation: folded, and fused. Their code is kept for all
+phases; their weights are made again when the model's have changed. Results are the same within rounding: norms are
+folded, convolutions may run in another memory format, 1x1 ones as matrix products, and on CUDA together with what
+follows them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxsplit.capture.tracing import Trace
-from fxsplit.execute.code import Backend, code_of
-from fxsplit.execute.folding import Attribute, fold
+from fxsplit.execute.code import Backend, Code, Place, code_of, compiled_chain, place_of
+from fxsplit.execute.folding import Fold, PassedOver, fold
+from fxsplit.execute.fusing import DEVICES, Device, Form, Kernel, fuse
 from fxsplit.execute.stages import Stage, stage_graph
 from fxsplit.graph import EVALUATION
 from fxsplit.meta.rest import calls_method
@@ -39,65 +42,94 @@ RANDOM = {
 # Packages whose ops are known; those from elsewhere may do anything.
 ORIGINS = {"torch", "_operator", "math", "builtins"}
 
-Weights = list[tuple[Tensor, Tensor | None]]
+# What the code of a settled partition takes as one more value: folded weights, or kernels.
+Weights = list[tuple[Tensor, Tensor | None]] | list[Kernel]
+
+
+class Folded:
+    """The code of a settled partition that takes its weights as one more value, and the modules that it passes over.
+
+    It holds no tensor of its own.
+    """
+
+    def __init__(self, code: Code, folds: Sequence[Fold], passed_over: Sequence[PassedOver]) -> None:
+        self.code, self.folds, self._passed_over = code, tuple(folds), tuple(passed_over)
+
+    def arrange(self, modules: Mapping[str, nn.Module]) -> None:
+        """Find what it folds among the modules that the model has now."""
+        self.code.forget()
+        paths = {attribute.path for each in self.folds for attribute in each.attributes()}
+        self.modules = {path: modules[path] for path in paths if path in modules}
+        self._is_complete = all(each.is_unchanged(modules) for each in self._passed_over) and all(
+            each.is_there(modules) for each in self.folds
+        )
+        self._skipped = [(modules[each.path], each.kind) for each in self._passed_over] if self._is_complete else []
+
+    def is_sound(self) -> bool:
+        """Tell whether the code computes what the modules that it passes over would compute."""
+        return self._is_complete and all(is_untouched(module, kind) for module, kind in self._skipped)
+
+    def originals(self) -> list[tuple[Place, str, Tensor | None]]:
+        """List the model's tensors that are folded, each with where it is kept, and its name there."""
+        attributes = [(self.modules[each.path], each.name) for fold in self.folds for each in fold.attributes()]
+        return [(place_of(module, name), name, getattr(module, name)) for module, name in attributes]
 
 
 class SettledStage:
-    """Runs a settled partition folded: it computes what its stage computes in evaluation, within rounding.
+    """Runs a settled partition: it computes what its stage computes in evaluation, within rounding.
 
-    It holds no tensor of its own. It calls the stage instead when that has hooks, or when a module that folding passes
-    over has got hooks or a parametrization after tracing or has been replaced.
+    It holds no tensor of its own. It calls the stage instead when that has hooks, or when a module that is passed over
+    has got hooks or a parametrization after tracing or has been replaced.
     """
 
     def __init__(self, trace: Trace, stage: Stage, backend: Backend | None = None) -> None:
         self._stage = stage
+        label = f"partition {stage.partition.index} settled"
         graph = stage_graph(trace, stage.partition, is_last=False, training=EVALUATION)
-        self._folds, self._passed_over = fold(graph, trace.model)
+        folds, passed_over = fold(graph, trace.model)
         # After folding, which has removed dropout: that would count as random.
         self.takes_any_layout = takes_any_layout(graph, trace.model)
-        self._code = code_of(graph, f"partition {stage.partition.index} settled", backend)
+        self.folded = Folded(code_of(graph, label, backend), folds, passed_over)
+        graph = stage_graph(trace, stage.partition, is_last=False, training=EVALUATION)
+        self._sites, passed_over = fuse(graph, trace.model)
+        self.fused = Folded(code_of(graph, label), [site.fold for site in self._sites], passed_over)
+        # For each site, what was measured to be fastest.
+        self._ways: list[dict[Form, str]] = [{} for _ in self._sites]
 
     def arrange(self, modules: Mapping[str, nn.Module]) -> None:
         """Find what it folds among the modules that the model has now."""
-        self._modules = {each.path: modules[each.path] for each in self._attributes() if each.path in modules}
-        self._is_complete = all(each.is_unchanged(modules) for each in self._passed_over) and all(
-            each.is_there(modules) for each in self._folds
-        )
-        self._skipped = [(modules[each.path], each.kind) for each in self._passed_over] if self._is_complete else []
+        self.folded.arrange(modules)
+        self.fused.arrange(modules)
 
-    def _attributes(self) -> Iterator[Attribute]:
-        for each in self._folds:
-            yield from filter(None, (each.weight, each.bias, *each.statistics))
+    def is_sound(self, variant: Folded) -> bool:
+        """Tell whether the variant computes what the stage would compute."""
+        return not any(hooks_of(self._stage)) and variant.is_sound()
 
-    def is_foldable(self) -> bool:
-        """Tell whether the folded code computes what the stage, and the modules that are passed over, would compute."""
-        return (
-            self._is_complete
-            and not any(hooks_of(self._stage))
-            and all(is_untouched(module, kind) for module, kind in self._skipped)
-        )
+    def kernels(self, device: Device) -> list[Kernel]:
+        """Make what the fused variant takes."""
+        return [
+            Kernel(site, self.fused.modules, device, ways) for site, ways in zip(self._sites, self._ways, strict=True)
+        ]
 
-    def originals(self) -> list[Tensor | None]:
-        """Return the model's tensors that are folded."""
-        return [tensor for each in self._folds for tensor in each.originals(self._modules)]
-
-    def weights(self, layout: torch.memory_format) -> Weights:
-        """Compute the folded weights; those of 2D convolutions get that memory format."""
-        return [each.tensors(self._modules, layout) for each in self._folds]
-
-    def __call__(self, model: nn.Module, values: list[Any], weights: Weights | None) -> Any:
-        """Run on boundary values, and return boundary values; without folded weights the stage itself runs."""
+    def __call__(self, model: nn.Module, values: list[Any], variant: Folded, weights: Weights | None) -> Any:
+        """Run on boundary values, and return boundary values; without weights the stage itself runs."""
         if weights is None:
             return self._stage(values, training=EVALUATION)
         values.append(weights)
-        return self._code(model, values)
+        return variant.code(model, values)
 
 
 class Prefix:
-    """Runs settled partitions; all but the last can settle. Holds the folded weights of those that are settled now."""
+    """Runs settled partitions; all but the last can settle. Holds the weights of those that are settled now.
+
+    On devices of `fusing.DEVICES`, convolutions run together with what follows them, in the way that is fastest there.
+    On others, and compiled, partitions run folded. Compiled, they are one graph.
+    """
 
     def __init__(self, trace: Trace, stages: Sequence[Stage], backend: Backend | None = None) -> None:
         self._stages = [SettledStage(trace, stage, backend) for stage in stages[:-1]]
+        self._backend = backend
+        self._chains: dict[int, Callable[[nn.Module, list[Any], list[Any]], Any]] = {}
         self.arrange(trace.model)
 
     def __call__(self, model: nn.Module, values: list[Any], count: int, dtype: torch.dtype | None = None) -> list[Any]:
@@ -113,56 +145,105 @@ class Prefix:
         stages = self._stages[:count]
         relaid = all(stage.takes_any_layout for stage in stages) and all(map(may_be_relaid, values))
         layout = torch.channels_last if relaid else torch.preserve_format
+        kind = _kind_of_device(values)
+        device = DEVICES.get(kind) if self._backend is None else None
+        variants = [stage.folded if device is None else stage.fused for stage in stages]
         with torch.no_grad(), in_precision(values, dtype):
-            for stage, weights in zip(stages, self._folded(stages, layout), strict=True):
-                values = stage(model, values, weights)
+            precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            weights = self._weights_of(stages, variants, device, (layout, precision))
+            if self._backend is not None and None not in weights:
+                values = self._chain(count, self._backend)(model, values, weights)
+            else:
+                for stage, variant, each in zip(stages, variants, weights, strict=True):
+                    values = stage(model, values, variant, each)
         values = without_history(out_of_precision(values, dtype))
         return map_tensors(_contiguous, values) if relaid else values
 
+    def _chain(self, count: int, backend: Backend) -> Callable[[nn.Module, list[Any], list[Any]], Any]:
+        if count not in self._chains:
+            self._chains[count] = compiled_chain([stage.folded.code for stage in self._stages[:count]], backend)
+        return self._chains[count]
+
     def arrange(self, model: nn.Module) -> None:
-        """Find the modules that the model has now, and drop the folded weights."""
+        """Find the modules that the model has now, and drop the weights."""
         modules = dict(model.named_modules(remove_duplicate=False))
         for stage in self._stages:
             stage.arrange(modules)
         self._forget()
 
     def _forget(self) -> None:
-        self._originals: list[Tensor] = []
-        self._stamp: list[Any] = []
+        self._stamp: Any = None
         self._weights: list[Weights | None] = []
+        self._originals = Originals(())
 
-    def _folded(self, stages: Sequence[SettledStage], layout: torch.memory_format) -> list[Weights | None]:
-        """Return the folded weights of each stage; computed again if the model's were replaced or written into."""
-        foldable = [stage.is_foldable() for stage in stages]
-        folded = [stage for stage, fold in zip(stages, foldable, strict=True) if fold]
-        originals = [tensor for stage in folded for tensor in stage.originals() if tensor is not None]
-        stamp = [foldable, layout, *((id(tensor), tensor._version, tensor.data_ptr()) for tensor in originals)]
-        if stamp != self._stamp:
+    def _weights_of(
+        self,
+        stages: Sequence[SettledStage],
+        variants: Sequence[Folded],
+        device: Device | None,
+        form: tuple[torch.memory_format, torch.dtype | None],
+    ) -> list[Weights | None]:
+        """Return what the variants take; made again if the model's tensors were replaced or written into.
+
+        None for a stage that has to run itself.
+        """
+        sound = [stage.is_sound(variant) for stage, variant in zip(stages, variants, strict=True)]
+        stamp = sound, device, form
+        if stamp != self._stamp or not self._originals.are_unchanged():
             self._forget()
-            weights = (stage.weights(layout) if fold else None for stage, fold in zip(stages, foldable, strict=True))
-            self._weights = list(weights)
-            # The tensors themselves are kept, so that no new one can get the id of one of them.
-            self._originals, self._stamp = originals, stamp
+            used = [variant for variant, is_sound in zip(variants, sound, strict=True) if is_sound]
+            self._originals = Originals([each for variant in used for each in variant.originals()])
+            for stage, variant, is_sound in zip(stages, variants, sound, strict=True):
+                if not is_sound:
+                    self._weights.append(None)
+                elif device is None:
+                    self._weights.append([each.tensors(variant.modules, *form) for each in variant.folds])
+                else:
+                    self._weights.append(stage.kernels(device))
+            self._stamp = stamp
         return self._weights
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy folds the weights of its own model.
-        return {**vars(self), "_originals": [], "_stamp": [], "_weights": []}
+        # A copy makes the weights of its own model.
+        return {**vars(self), "_stamp": None, "_weights": [], "_originals": Originals(()), "_chains": {}}
+
+
+class Originals:
+    """Remembers tensors of a model, each with where it is kept: whether one was replaced or written into since."""
+
+    def __init__(self, kept: Sequence[tuple[Place, str, Tensor | None]]) -> None:
+        self._places = [place for place, _, _ in kept]
+        self._names = [name for _, name, _ in kept]
+        # The tensors themselves are kept, so that no new one can be taken for one of them.
+        self._values = [value for _, _, value in kept]
+        self._tensors = [each for each in self._values if each is not None]
+        self._states = self._states_now()
+
+    def are_unchanged(self) -> bool:
+        """Whether all of them are there, with the same numbers as far as torch counts writes."""
+        return (
+            all(map(is_, map(dict.get, self._places, self._names), self._values)) and self._states_now() == self._states
+        )
+
+    def _states_now(self) -> list[tuple[int, int]]:
+        return [(each._version, each.data_ptr()) for each in self._tensors]
 
 
 def in_precision(values: Sequence[Any], dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """Make the context in which convolutions and matrix products of such values run in `dtype`, unless it is None."""
-    device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
-    return nullcontext() if dtype is None else torch.autocast(device, dtype)
+    return nullcontext() if dtype is None else torch.autocast(_kind_of_device(values), dtype)
 
 
 def out_of_precision(values: list[Any], dtype: torch.dtype | None) -> list[Any]:
     """Convert values of `dtype` to float32 again, unless autocast is on."""
-    device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
-    if dtype is None or torch.is_autocast_enabled(device):
+    if dtype is None or torch.is_autocast_enabled(_kind_of_device(values)):
         return values
     converted: list[Any] = map_tensors(lambda tensor: tensor.float() if tensor.dtype is dtype else tensor, values)
     return converted
+
+
+def _kind_of_device(values: Sequence[Any]) -> str:
+    return next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
 
 
 def without_history(values: list[Any]) -> list[Any]:
