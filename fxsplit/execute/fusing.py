@@ -52,27 +52,28 @@ class Device(NamedTuple):
     Args:
         convolution_relu: called with input, weight, bias, stride, padding, dilation and groups.
         convolution_add_relu: called with input, weight, shortcut, 1.0 as its factor, bias and the same further ones.
-        seconds: takes a function and returns what a call of it takes.
+        seconds: takes a function that computes on a device, and that device, and returns what a call takes.
         is_free: whether anything may be timed now.
     """
 
     convolution_relu: Run
     convolution_add_relu: Run
-    seconds: Callable[[Callable[[], object]], float]
+    seconds: Callable[[Callable[[], object], torch.device], float]
     is_free: Callable[[], bool]
 
 
-def seconds_on_cuda(run: Callable[[], object], *, warmup: int = 2, calls: int = 5) -> float:
-    """Time a function whose work is on the present CUDA device and stream: seconds a call."""
-    for _ in range(warmup):
-        run()
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    began.record()
-    for _ in range(calls):
-        run()
-    ended.record()
-    ended.synchronize()
-    return float(began.elapsed_time(ended)) / 1000 / calls
+def seconds_on_cuda(run: Callable[[], object], device: torch.device, *, warmup: int = 2, calls: int = 5) -> float:
+    """Time a function that computes on a CUDA device, on its present stream: seconds a call."""
+    with torch.cuda.device(device):
+        for _ in range(warmup):
+            run()
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record()
+        for _ in range(calls):
+            run()
+        ended.record()
+        ended.synchronize()
+        return float(began.elapsed_time(ended)) / 1000 / calls
 
 
 # By the type of a device. On others a settled partition runs folded.
@@ -187,6 +188,8 @@ class Kernel:
     def __init__(self, site: Site, modules: Modules, device: Device, ways: dict[Form, str]) -> None:
         self._site, self._modules, self._device, self._ways = site, modules, device, ways
         self._runs: dict[Form, Run] = {}
+        # Forms with the same way, precision and layout share one, and with it its weights.
+        self._shared: dict[Any, Run] = {}
 
     def __call__(self, x: Tensor, *shortcut: Tensor) -> Tensor:
         kind = x.device.type
@@ -211,7 +214,10 @@ class Kernel:
                 way = self._ways[form] = self._fastest(dtype, x, *shortcut)
         if len(self._runs) >= MOST_FORMS:
             self._runs.clear()
-        run = self._runs[form] = self._made(way, dtype, x)
+        shared = way, dtype, _layout_of(x)
+        if shared not in self._shared:
+            self._shared[shared] = self._made(way, dtype, x)
+        run = self._runs[form] = self._shared[shared]
         return run
 
     def _fastest(self, dtype: torch.dtype | None, x: Tensor, *shortcut: Tensor) -> str:
@@ -239,7 +245,7 @@ class Kernel:
         seconds = dict.fromkeys(runs, math.inf)
         for _ in range(ROUNDS):
             for way, run in runs.items():
-                seconds[way] = min(seconds[way], self._device.seconds(partial(run, x, *shortcut)))
+                seconds[way] = min(seconds[way], self._device.seconds(partial(run, x, *shortcut), x.device))
         return min(seconds, key=seconds.__getitem__)
 
     def _possible(self, x: Tensor) -> Iterator[str]:
@@ -253,16 +259,14 @@ class Kernel:
             site.fold.weight.of(self._modules), **site.options
         ):
             yield "product"
-        if site.has_relu and not isinstance(site.options.get("padding"), str):
+        if site.has_relu and torch.backends.cudnn.enabled and not isinstance(site.options.get("padding"), str):
             yield "fused"
 
     def _made(self, way: str, dtype: torch.dtype | None, x: Tensor) -> Run:
         """Make what runs the site in a way, with weights for the precision and the layout of such an input."""
         site = self._site
         fold = site.fold._replace(is_ambient=True, statistics=() if way == "plain" else site.fold.statistics)
-        is_channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if is_channels_last else torch.preserve_format
-        weight, bias = fold.tensors(self._modules, layout, dtype)
+        weight, bias = fold.tensors(self._modules, _layout_of(x), dtype)
         if way == "plain":
             return self._unfused(partial(site.function, weight=weight, bias=bias, **site.options), self._norm())
         if way == "folded":
@@ -314,6 +318,12 @@ class Kernel:
         if self._site.add is None:
             return lambda x: relu(x.to(dtype), weight, bias, *where)
         return lambda x, shortcut: add_relu(x.to(dtype), weight, shortcut, 1.0, bias, *where)
+
+
+def _layout_of(x: Tensor) -> torch.memory_format:
+    """Return the layout for the weights of a convolution of `x`."""
+    is_channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_channels_last else torch.preserve_format
 
 
 def _is_alike(found: Tensor, expected: Tensor) -> bool:

@@ -61,7 +61,8 @@ class Fake:
             exact += factor * shortcut.float()
         return torch.relu(exact).to(x.dtype) + self.wrong_by
 
-    def seconds(self, run: Callable[[], object]) -> float:
+    def seconds(self, run: Callable[[], object], device: torch.device) -> float:
+        assert device.type == "cpu"
         self.timed += 1
         before = self.fused + self.added
         run()
@@ -206,6 +207,13 @@ def test_the_faster_way_runs(fake: Callable[..., Fake]) -> None:
         net = head_of(Chain())
         assert device.counted(lambda net=net: (net.settle(images), net.settle(images))[1]) >= expected
         assert device.counted(lambda net=net: net.settle(images)) == expected
+
+
+def test_without_cudnn_nothing_is_fused(fake: Callable[..., Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    device = fake()
+    net, images = head_of(Chain()), torch.randn(SHAPE)
+    assert device.counted(lambda: by_prefix(net, images)) == (0, 0)
 
 
 def test_a_wrong_or_missing_kernel_is_left_out(fake: Callable[..., Fake]) -> None:

@@ -206,9 +206,9 @@ def test_in_channels_last_products_are_held_to_their_convolutions(
         return check_model(f"{factories}:norms", structure_only=False, parts=3, img_size=8, channels_last=True)
 
     assert check().verdict == "equal"
-    product = pointwise._product
+    product = pointwise.as_product
     for off in (1.001, 1 + 1e-5):
-        monkeypatch.setattr(pointwise, "_product", lambda *given, off=off: product(*given) * off)
+        monkeypatch.setattr(pointwise, "as_product", lambda *given, off=off: product(*given) * off)
         assert "rounding cannot explain" in str(check().refusal)
 
 
