@@ -194,9 +194,10 @@ class Kernel:
     def __call__(self, x: Tensor, *shortcut: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        form: Form = (dtype, x.device, x.dtype, x.shape[1:], x.stride(), len(x).bit_length())
+        shape = x.shape
+        form: Form = (dtype, x.device, x.dtype, shape[1:], x.stride(), shape[0].bit_length())
         for each in shortcut:
-            form += (each.dtype, each.shape[1:], each.stride(), len(each) == len(x))
+            form += (each.dtype, each.shape[1:], each.stride(), each.shape[:1] == shape[:1])
         run = self._runs.get(form)
         if run is None:
             run = self._run_of(form, dtype, x, *shortcut)

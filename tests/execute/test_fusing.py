@@ -20,6 +20,7 @@ from fxsplit.execute.fusing import Device
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
+from tests.execute.test_code import calls
 from tests.execute.test_prefix import Calls, at_cut, by_prefix, close, lived, settled
 from tests.networks import HAZARDS, Chain
 
@@ -383,3 +384,15 @@ def test_compiled_the_prefix_is_one_graph_of_fixed_shapes() -> None:
     # A batch of another size is compiled by itself: no size is a symbol.
     assert compiled == [[], [], []]
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+@pytest.mark.parametrize("fuses", [True, False])
+def test_what_is_settled_costs_the_host_no_more_than_by_hand(name: str, fuses: bool, fake: Callable[..., Fake]) -> None:
+    if fuses:
+        fake()
+    images = torch.randn(2, 3, 32, 32)
+    net = settled(network(name, 32), (2, 3, 32, 32), at=[NETWORKS[name][0]])
+    by_prefix(net, images)
+    by_hand, ours = (calls(lambda run=run: run(net, images))[0] for run in (at_cut, by_prefix))
+    assert ours <= by_hand
