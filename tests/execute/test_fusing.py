@@ -396,3 +396,26 @@ def test_what_is_settled_costs_the_host_no_more_than_by_hand(name: str, fuses: b
     by_prefix(net, images)
     by_hand, ours = (calls(lambda run=run: run(net, images))[0] for run in (at_cut, by_prefix))
     assert ours <= by_hand
+
+
+def test_cudnn_is_called_as_it_wants_to_be(fake: Callable[..., Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU all that can be seen is that it takes the arguments, and then has no kernel for the device."""
+    refused: list[str] = []
+
+    def of(name: str) -> Callable[..., Tensor]:
+        def call(*given: Any) -> Tensor:
+            with pytest.raises(NotImplementedError, match=f"'aten::{name}' with arguments from the 'CPU' backend"):
+                getattr(fusing.DEVICES["cuda"], name.removeprefix("cudnn_"))(*given)
+            refused.append(name)
+            raise NotImplementedError
+
+        return call
+
+    device = fake().device._replace(
+        convolution_relu=of("cudnn_convolution_relu"), convolution_add_relu=of("cudnn_convolution_add_relu")
+    )
+    monkeypatch.setitem(fusing.DEVICES, "cpu", device)
+    net = settled(network("resnet18", 32), (2, 3, 32, 32), at=["global_pool"])
+    images = torch.randn(2, 3, 32, 32)
+    assert close(by_prefix(net, images), at_cut(net, images))
+    assert (refused.count("cudnn_convolution_relu"), refused.count("cudnn_convolution_add_relu")) == (9, 8)
