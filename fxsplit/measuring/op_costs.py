@@ -27,8 +27,9 @@ from fxsplit.capture.contexts import contexts_of, opened
 from fxsplit.capture.tracing import Program, Trace
 from fxsplit.errors import TraceError
 from fxsplit.execute.folding import fold
+from fxsplit.execute.fusing import DEVICES, Kernel, fuse
 from fxsplit.execute.passes import Pass, rewritten
-from fxsplit.execute.prefix import may_be_relaid, takes_any_layout
+from fxsplit.execute.prefix import Weights, may_be_relaid, takes_any_layout
 from fxsplit.execute.stages import stage_graph
 from fxsplit.measuring import allocations
 from fxsplit.measuring.allocations import Event
@@ -40,7 +41,7 @@ FORWARD, BACKWARD = "forward", "backward"
 
 # What runs from now on: a direction and the name of an op, which is empty between ops.
 Moment = tuple[str, str]
-# The way in which ops run. Settled ones are folded.
+# The way in which ops run. Settled ones are folded, or run together with what follows them.
 Kind = Literal["training", "evaluation", "settled"]
 
 
@@ -107,13 +108,20 @@ def _runners(trace: Trace, model: nn.Module, inputs: Sequence[Tensor], passes: S
         graph = rewritten(stage_graph(copied, whole, is_last=True, training=training), model, passes)
         runners[kind] = OpRunner(model, graph, [read], training=training)
     graph = stage_graph(copied, whole, is_last=True, training=False)
+    runners["settled"] = OpRunner(model, graph, [[*read, _settled(graph, model, inputs)]], training=False)
+    return runners
+
+
+def _settled(graph: fx.Graph, model: nn.Module, inputs: Sequence[Tensor]) -> Weights:
+    """Rewrite a graph as that of a settled partition on the device of the inputs; return what it then takes."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    device = DEVICES.get(inputs[0].device.type) if inputs else None
+    if device is not None:
+        return [Kernel(site, modules, device, {}) for site in fuse(graph, model)[0]]
     folds, _ = fold(graph, model)
     relaid = takes_any_layout(graph, model) and all(map(may_be_relaid, inputs))
-    modules = dict(model.named_modules(remove_duplicate=False))
     layout = torch.channels_last if relaid else torch.preserve_format
-    weights = [each.tensors(modules, layout) for each in folds]
-    runners["settled"] = OpRunner(model, graph, [[*read, weights]], training=False)
-    return runners
+    return [each.tensors(modules, layout) for each in folds]
 
 
 def _ignore(_moment: Moment) -> None:

@@ -17,6 +17,7 @@ from fxsplit.capture.tracing import trace
 from fxsplit.execute import fusing
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.fusing import Device
+from fxsplit.measuring.op_costs import measure
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
@@ -384,6 +385,16 @@ def test_compiled_the_prefix_is_one_graph_of_fixed_shapes() -> None:
     # A batch of another size is compiled by itself: no size is a symbol.
     assert compiled == [[], [], []]
     torch.compiler.reset()
+
+
+def test_what_is_fused_is_measured_so(fake: Callable[..., Fake]) -> None:
+    device = fake()
+    model = lived(Residual(lambda m, y, x: torch.relu(y + x)), SHAPE)
+    captured = trace(model, (torch.empty(SHAPE),))
+    measured = measure(captured, (torch.randn(SHAPE),), steps=1).eval
+    assert device.added > 0
+    settled_ops = {op.name for op in measured.ops if op.settled_seconds}
+    assert {op.name for op in measured.ops if op.forward_seconds} - settled_ops == {"norm", "add", "relu"}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121"])
