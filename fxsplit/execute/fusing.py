@@ -53,7 +53,7 @@ class Device(NamedTuple):
         convolution_relu: called with input, weight, bias, stride, padding, dilation and groups.
         convolution_add_relu: called with input, weight, shortcut, 1.0 as its factor, bias and the same further ones.
         seconds: takes a function that computes on a device, and that device, and returns what a call takes.
-        is_free: whether anything may be timed now.
+        is_free: whether anything may be timed and kept now, which it may not be while a graph is recorded.
     """
 
     convolution_relu: Run
@@ -204,15 +204,15 @@ class Kernel:
         return run(x, *shortcut)
 
     def _run_of(self, form: Form, dtype: torch.dtype | None, x: Tensor, *shortcut: Tensor) -> Run:
-        way = self._ways.get(form)
-        if way is None:
-            # Times differ from run to run, so deterministic runs do without.
-            if torch.are_deterministic_algorithms_enabled() or len(self._ways) >= MOST_FORMS:
-                way = "plain"
-            elif not x.numel() or not self._device.is_free():
-                return self._made("plain", dtype, x)
-            else:
-                way = self._ways[form] = self._fastest(dtype, x, *shortcut)
+        if not x.numel() or not self._device.is_free():
+            return self._made("plain", dtype, x)
+        # Times differ from run to run, so deterministic runs do without.
+        if torch.are_deterministic_algorithms_enabled():
+            way = "plain"
+        elif form in self._ways or len(self._ways) >= MOST_FORMS:
+            way = self._ways.get(form, "plain")
+        else:
+            way = self._ways[form] = self._fastest(dtype, x, *shortcut)
         if len(self._runs) >= MOST_FORMS:
             self._runs.clear()
         shared = way, dtype, _layout_of(x)

@@ -149,7 +149,9 @@ class Prefix:
         relaid = all(stage.takes_any_layout for stage in stages) and all(map(may_be_relaid, values))
         layout = torch.channels_last if relaid else torch.preserve_format
         kind = _kind_of_device(values)
-        device = DEVICES.get(kind) if self._backend is None else None
+        # A compiler fuses by itself.
+        is_compiled = self._backend is not None or torch.compiler.is_compiling()
+        device = None if is_compiled else DEVICES.get(kind)
         variants = [stage.folded if device is None else stage.fused for stage in stages]
         with torch.no_grad(), in_precision(values, dtype):
             precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
