@@ -439,3 +439,26 @@ def test_cudnn_is_called_as_it_wants_to_be(fake: Callable[..., Fake], monkeypatc
     images = torch.randn(2, 3, 32, 32)
     assert close(by_prefix(net, images), at_cut(net, images))
     assert (refused.count("cudnn_convolution_relu"), refused.count("cudnn_convolution_add_relu")) == (9, 8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_on_a_gpu(name: str, precision: torch.dtype) -> None:
+    """As exact as autocast, and the same in a CUDA graph."""
+    net = settled(network(name, 32), (2, 3, 32, 32), at=[NETWORKS[name][0]])
+    net.to("cuda", memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(64, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
+    exact = at_cut(copy.deepcopy(net).double(), images.double())
+    with torch.autocast("cuda", precision):
+        by_hand, ours = at_cut(net, images), by_prefix(net, images)
+        for fused, plain, right in zip(ours, by_hand, exact, strict=True):
+            error, of_plain = (float((each.double() - right).norm()) for each in (fused, plain))
+            assert 0 < error <= 1.1 * of_plain
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = by_prefix(net, images)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(recorded, by_prefix(net, images), strict=True))
+    if name.startswith("res"):
+        assert "fused" in {way for stage in net._prefix._stages for ways in stage._ways for way in ways.values()}
