@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fxsplit.capture.tracing import trace
 from fxsplit.execute import fusing
 from fxsplit.execute.executor import Executor
-from fxsplit.execute.fusing import Device
+from fxsplit.execute.fusing import Device, Kernel
 from fxsplit.measuring.op_costs import measure
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
@@ -153,6 +153,28 @@ def test_plain_is_what_autocast_computes_with_weights_that_are_cast_once(name: s
         for name in [f"{path}.weight"]
     )
     assert ours.count("_to_copy") <= plain.count("_to_copy") - weights
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenetv3_small_100"])
+@pytest.mark.parametrize("way", ["folded", "product", "fused"])
+def test_every_way_delivers_the_same(
+    name: str, way: str, fake: Callable[..., Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake()
+    used: list[str] = []
+
+    def choose(kernel: Kernel, _precision: torch.dtype | None, x: Tensor, *_shortcut: Tensor) -> str:
+        used.append(way if way in kernel._possible(x) else "plain")
+        return used[-1]
+
+    monkeypatch.setattr(Kernel, "_fastest", choose)
+    images = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    net = settled(network(name, 32), (2, 3, 32, 32), at=[NETWORKS[name][0]])
+    for ours, plain in zip(by_prefix(net, images), at_cut(net, images), strict=True):
+        assert fusing._is_alike(ours, plain)
+        assert float((ours - plain).norm()) <= 1e-5 * float(plain.norm())
+    # All 1x1 convolutions of a ResNet-18 have strides.
+    assert (way in used) is ((name, way) != ("resnet18", "product"))
 
 
 def test_folded_weights_are_cast_once_too() -> None:
