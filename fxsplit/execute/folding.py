@@ -129,7 +129,9 @@ class Fold(NamedTuple):
         weight, bias = tensors[:2]
         assert weight is not None
         if self.statistics:
-            exact: list[Any] = [each if each is None else each.to("cpu", torch.float64) for each in tensors]
+            # Apple's GPUs have no double precision.
+            place = "cpu" if weight.device.type == "mps" else weight.device
+            exact: list[Any] = [each if each is None else each.to(place, torch.float64) for each in tensors]
             own, own_bias, mean, variance, gain, shift = exact
             fused = fuse_conv_bn_weights(own, own_bias, mean, variance, self.epsilon_in(modules), gain, shift)
             weight, bias = (each.detach().to(weight) for each in fused)
