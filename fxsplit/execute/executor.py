@@ -88,8 +88,9 @@ class Executor(nn.Module):
     It shares the model's modules, parameters and buffers, so `state_dict()` has the model's own keys, and moving or
     loading one of the two moves or loads both. `train()`, `eval()` and `training` are those of the model, and so is
     every attribute that the executor lacks. Before the first `enter` everything trains, and results equal the model's
-    bit for bit. In a phase, settled partitions run folded while the rest trains, and 1x1 convolutions in them as matrix
-    products where these are faster: their results equal the model's within rounding.
+    bit for bit. In a phase, settled partitions run folded while the rest trains, with 1x1 convolutions as matrix
+    products, and on CUDA in kernels with what follows, where these are faster: their results equal the model's within
+    rounding.
 
     Changes of the model after tracing are followed, or refused with a GuardError that names them: those of weights,
     modules and attributes at the next `enter`, `train()` or `eval()`, those of hooks and modes at the next call.
@@ -101,7 +102,8 @@ class Executor(nn.Module):
             `fxsplit.execute.pointwise.pointwise_products`. A pass may change results by rounding.
         settled_dtype: the precision, such as torch.bfloat16, in which settled partitions run while the rest trains;
             None for that of the rest. Evaluation is not affected.
-        backend: of torch.compile, such as "inductor": each stage is compiled when it first runs. None compiles nothing.
+        backend: of torch.compile, such as "inductor": each stage is compiled when it first runs, and what is settled
+            as one. None compiles nothing.
 
     Raises PartitionError when the partitions are not those of this trace.
     """
