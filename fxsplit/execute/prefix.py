@@ -121,6 +121,10 @@ class SettledStage:
         values.append(weights)
         return variant.code(model, values)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy may run on another device of the same name.
+        return {**vars(self), "_ways": [{} for _ in self._sites]}
+
 
 class Prefix:
     """Runs settled partitions; all but the last can settle. Holds the weights of those that are settled now.
