@@ -6,10 +6,13 @@ draws from would go unnoticed, so they are compared before and after.
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import threading
-from collections import deque
+import warnings
+from array import array
+from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FunctionType, ModuleType
@@ -21,8 +24,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxsplit.errors import UntraceableError
+from fxsplit.objects.code import is_users
 from fxsplit.objects.same import same_value
-from fxsplit.objects.structure import ATOMS, INDIVISIBLE, members, taken_apart
+from fxsplit.objects.structure import ATOMS, INDIVISIBLE, members, put_attributes, slots_of, taken_apart
 
 # The state of a generator lies in C, not in attributes: functions that read and set it.
 GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
@@ -40,6 +44,9 @@ GLOBAL_GENERATORS: dict[str, Any] = {
     "numpy.random": vars(np.random)["rand"].__self__,
     "torch": torch.default_generator,
 }
+CONTAINERS = (OrderedDict, dict, list, tuple, set, deque)
+# Numbers in a piece of memory.
+BUFFERS = (np.ndarray, bytearray, array)
 # Attributes of every module, and those that the tracer itself watches.
 _IGNORED = frozenset((*vars(nn.Module()), "_flat_weights"))
 # Objects in containers in objects are compared this deep.
@@ -67,31 +74,31 @@ class Contents:
         for path, name, held, before in self._held:
             if isinstance(held, Iterator) and path in whole:
                 continue
-            if path not in found and not _holds(held, before):
+            if path not in found and not holds(held, before):
                 found[path] = name
         return found
 
     def changes(self) -> set[tuple[str, str]]:
         """List each attribute that holds something which has changed since, with the path of its module."""
-        return {(path, name) for path, name, held, before in self._held if not _holds(held, before)}
+        return {(path, name) for path, name, held, before in self._held if not holds(held, before)}
 
     def holds_values(self) -> bool:
         """Whether something that has changed since holds a value of a forward that is being traced."""
-        changed = (held for _, _, held, before in self._held if not _holds(held, before))
-        return any(next(members(_content(held), fx.Proxy), None) is not None for held in changed)
+        changed = (held for _, _, held, before in self._held if not holds(held, before))
+        return any(next(members(content_of(held), fx.Proxy), None) is not None for held in changed)
 
     def restore(self) -> None:
         """Give everything its former contents."""
         for _, _, held, before in self._held:
-            if not _holds(held, before):
-                _restore(held, before)
+            if not holds(held, before):
+                put_back(held, before)
 
     def again(self) -> Contents:
         """Remember the current contents of the same model."""
         return Contents(self._model)
 
     def _look(self, path: str, name: str, value: Any, seen: set[int]) -> None:
-        self._held += [(path, name, held, content) for held, content in _held_by(value, seen, _DEPTH)]
+        self._held += [(path, name, held, content) for held, content in held_by(value, seen, _DEPTH)]
 
 
 class Remembered:
@@ -99,11 +106,11 @@ class Remembered:
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         seen: set[int] = set()
-        self._held = [(name, *pair) for name, value in given.items() for pair in _held_by(value, seen, _DEPTH)]
+        self._held = [(name, *pair) for name, value in given.items() for pair in held_by(value, seen, _DEPTH)]
 
     def changed(self) -> list[str]:
         """List the names of those that hold something else now, or in which a number or a generator has moved."""
-        return list(dict.fromkeys(name for name, held, before in self._held if not _holds(held, before)))
+        return list(dict.fromkeys(name for name, held, before in self._held if not holds(held, before)))
 
 
 @contextmanager
@@ -115,18 +122,20 @@ def unchanged(given: Any) -> Iterator[None]:
         raise UntraceableError("it changes what it is given, a list or an object, and tracing would lose that")
 
 
-def _held_by(value: Any, seen: set[int], depth: int) -> Iterator[tuple[Any, Any]]:
-    """Yield what can change in nested values, each with its current contents."""
-    if type(value) in ATOMS or id(value) in seen or not depth:
+def held_by(
+    value: Any, seen: set[int], depth: int, looks_into: Callable[[type], bool] = lambda _: True
+) -> Iterator[tuple[Any, Any]]:
+    """Yield what can change in nested values, each with its current contents; only types that one `looks_into`."""
+    if type(value) in ATOMS or id(value) in seen or not depth or not looks_into(type(value)):
         return
     seen.add(id(value))
-    content = _content(value)
+    content = content_of(value)
     if content is None:
         return
     yield value, content
-    if type(value) not in GENERATORS and not isinstance(value, Iterator):
+    if type(value) not in GENERATORS and not isinstance(value, (Iterator, *BUFFERS)):
         for item in content.values() if isinstance(content, dict) else content:
-            yield from _held_by(item, seen, depth - 1)
+            yield from held_by(item, seen, depth - 1, looks_into)
 
 
 def generators_around(model: nn.Module) -> dict[str, Any]:
@@ -158,65 +167,91 @@ def _generators_in(module: ModuleType) -> list[tuple[str, Any]]:
     return found
 
 
-def _content(value: Any) -> Any:
+def content_of(value: Any) -> Any:
     """Return the current contents of a value, one level deep; None if it has none or is watched elsewhere."""
     kind = type(value)
     if kind in GENERATORS:
         return GENERATORS[kind][0](value)
-    if isinstance(value, dict):
-        return dict(value)
-    if isinstance(value, list | tuple | set | deque):
-        return list(value)
+    if (base := _base_of(kind)) is not None:
+        # Not by the methods of a subclass, which may do more.
+        return dict(base.items(value)) if issubclass(base, dict) else list(base.__iter__(value))
+    if isinstance(value, BUFFERS):
+        return copy.copy(value)
     if isinstance(value, Iterator):
-        # Its position. One that cannot be copied is shared with the model, and not compared.
-        return taken_apart(value)
-    is_looked_into = (
-        hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (Tensor, *INDIVISIBLE))
-    )
-    return dict(vars(value)) if is_looked_into else None
+        # One that cannot be copied is shared with the model, and not compared.
+        return _position(value)
+    if isinstance(value, (Tensor, *INDIVISIBLE)):
+        return None
+    # Objects of libraries keep caches of their own in slots, and where they can be called.
+    users = is_users(kind.__module__)
+    attributes = dict(vars(value)) if hasattr(value, "__dict__") and (users or not callable(value)) else None
+    slots = slots_of(value) if users else {}
+    return {**slots, **(attributes or {})} if slots or attributes is not None else None
 
 
-def _holds(held: Any, before: Any) -> bool:
+def _base_of(kind: type) -> Any:
+    """Return the container of Python that a class is, or is derived from; None if there is none."""
+    return next((base for base in CONTAINERS if issubclass(kind, base)), None)
+
+
+def _position(iterator: Any) -> Any:
+    """Take an iterator apart, and those in it, into what does not move on with it; None if it cannot be."""
+
+    def still(value: Any) -> Any:
+        if isinstance(value, Iterator):
+            return _position(value)
+        return type(value)(map(still, value)) if type(value) in (list, tuple) else value
+
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        reduced = taken_apart(iterator)
+    return None if reduced is None else tuple(map(still, reduced))
+
+
+def holds(held: Any, before: Any) -> bool:
     """Whether the contents are the same as before: numbers and generators by value, all else by identity."""
-    now = _content(held)
-    by_value = type(held) in GENERATORS or isinstance(held, Iterator)
+    now = content_of(held)
+    by_value = type(held) in GENERATORS or isinstance(held, (Iterator, *BUFFERS))
     return same_value(now, before) if by_value else _same(now, before)
 
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return all(_same_item(one[key], other[key]) for key in one)
+        return all(same_item(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return all(map(_same_item, one, other))
+        return all(map(same_item, one, other))
     return False
 
 
-def _same_item(one: Any, other: Any) -> bool:
+def same_item(one: Any, other: Any) -> bool:
     if one is other:
         return True
     if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
-        return all(map(_same_item, one, other))
+        return all(map(same_item, one, other))
     return type(one) in (*ATOMS, np.ndarray) and same_value(one, other)
 
 
-def _restore(held: Any, before: Any) -> None:
+def put_back(held: Any, before: Any) -> None:
+    """Give a value the contents that it had before, except for iterators."""
     kind = type(held)
+    base = _base_of(kind)
     if kind in GENERATORS:
         GENERATORS[kind][1](held, before)
-    elif isinstance(held, dict):
-        held.clear()
-        held.update(before)
-    elif isinstance(held, list):
+    elif base in (dict, OrderedDict):
+        base.clear(held)
+        for key, item in before.items():
+            base.__setitem__(held, key, item)
+    elif base is list:
+        list.__setitem__(held, slice(None), before)
+    elif base in (set, deque):
+        base.clear(held)
+        for item in before:
+            base.add(held, item) if base is set else base.append(held, item)
+    elif isinstance(held, np.ndarray):
+        held[...] = before
+    elif isinstance(held, BUFFERS):
         held[:] = before
-    elif isinstance(held, deque):
-        held.clear()
-        held.extend(before)
-    elif isinstance(held, set):
-        held.clear()
-        held.update(before)
-    elif not isinstance(held, tuple | Iterator):
-        vars(held).clear()
-        vars(held).update(before)
+    elif base is not tuple and not isinstance(held, Iterator):
+        put_attributes(held, before)
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fxsplit.objects.code import names_in
 from fxsplit.objects.hooks import hooks_of, is_torchs
 
 # The attribute in which a model carries what an executor has frozen of it; see fxsplit.execute.freezing.
@@ -326,21 +327,12 @@ def _names_in(classes: Iterable[type]) -> set[str]:
         if not isinstance(function, FunctionType) or function in seen or f"{function.__module__}".startswith("torch."):
             continue
         seen.add(function)
-        names = set(_names_of(function.__code__))
+        names = set(names_in(function.__code__))
         found |= names
         spaces = [function.__globals__]
         spaces += [vars(each) for name in names if isinstance(each := spaces[0].get(name), ModuleType)]
         waiting += [space[name] for space in spaces for name in names if name in space]
     return found
-
-
-def _names_of(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            yield constant
-        elif isinstance(constant, CodeType):
-            yield from _names_of(constant)
 
 
 def _form_of_attribute(value: Any) -> Any:

@@ -8,8 +8,8 @@ subclasses of dict and list, dataclasses and slotted objects need no special cas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,6 +90,35 @@ def fill(made: Any, state: Any, items: list[Any], pairs: dict[Any, Any]) -> None
         made.append(item)
     for key, value in pairs.items():
         made[key] = value
+
+
+def slots_of(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object that lie in slots, as far as they are set."""
+    return {name: getattr(value, name) for name in _slot_names(type(value)) if hasattr(value, name)}
+
+
+def _slot_names(kind: type) -> tuple[str, ...]:
+    """List the slots of a class and its bases: the descriptors by which Python reads them."""
+    return tuple(
+        name
+        for base in kind.__mro__
+        if "__slots__" in vars(base)
+        for name, value in vars(base).items()
+        if type(value) is MemberDescriptorType
+    )
+
+
+def put_attributes(value: Any, attributes: Mapping[str, Any]) -> None:
+    """Give an object exactly these attributes, in its slots and its `__dict__`."""
+    slots = _slot_names(type(value))
+    for name in slots:
+        if name in attributes:
+            object.__setattr__(value, name, attributes[name])
+        elif hasattr(value, name):
+            object.__delattr__(value, name)
+    if hasattr(value, "__dict__"):
+        vars(value).clear()
+        vars(value).update({name: each for name, each in attributes.items() if name not in slots})
 
 
 def tensors_in(value: Any) -> list[Tensor]:
