@@ -32,6 +32,7 @@ from fxsplit.objects.contents import Contents, drawing_nothing, generators_aroun
 from fxsplit.objects.effects import Assignment, Effects
 from fxsplit.objects.same import Comparison
 from fxsplit.objects.structure import META, map_tensors, tensors_in
+from fxsplit.objects.surroundings import Change, Surroundings
 
 
 @dataclass(kw_only=True)
@@ -58,7 +59,7 @@ class Recorder:
     """Records calls of `meta_model`, a copy of the model with meta tensors, in its current mode.
 
     `arguments` are those of the call, by name; `compiled` are paths and functions that torch.compile made, with the
-    reason why they stay one op; `leaves`, `originals` and `kernels` go to the tracer.
+    reason why they stay one op; `leaves`, `originals`, `kernels` and `surroundings` go to the tracer.
     """
 
     meta_model: nn.Module
@@ -68,6 +69,7 @@ class Recorder:
     originals: Mapping[int, Any]
     compiled: Mapping[str | FunctionType, str]
     kernels: Kernels
+    surroundings: Surroundings
     _whole: dict[str | FunctionType, str] = field(default_factory=dict)
     _lenient: bool = False
     _rest: tuple[Rest, Exception] | None = None
@@ -110,7 +112,8 @@ class Recorder:
         #     second call from there.
         # (3) Restore the model. If the second call is the same and changes nothing more, the first one stands.
         # (4) Else the modules that changed become one op, or the one that reads what another left, and recording
-        #     starts again.
+        #     starts again. So does a module whose forward changes what is around the model, which must really happen
+        #     in each call.
         while True:
             held = Contents(self.meta_model)
             try:
@@ -119,6 +122,12 @@ class Recorder:
                 if not self._keep_readers_whole(error, batch_size):
                     raise
                 continue
+            if tracer.around:
+                _undo(tracer.assigned)
+                held.restore()
+                if self._keep_what_changes_around(batch_size):
+                    continue
+                tracer, graph = self._trace(batch_size, costs=costs)
             changed = held.changed(self._whole)
             left: list[Assignment | Effects] = [*tracer.assigned, *tracer.effects]
             if not left and not changed:
@@ -127,21 +136,27 @@ class Recorder:
             keeps_values = held.holds_values()
             for each in left:
                 each.redo()
-            held_after = Contents(self.meta_model)
-            second_tracer, second_graph = self._trace(batch_size)  # (2)
-            # What is stored once, such as a table of positions, changes no more in the second call.
-            keeps_changing = keeps_values or held_after.changed(self._whole)
-            for each in (*reversed(second_tracer.assigned), *reversed(left)):  # (3)
-                each.undo()
-            held.restore()
+            try:
+                held_after = Contents(self.meta_model)
+                second_tracer, second_graph = self._trace(batch_size)  # (2)
+                # What is stored once, such as a table of positions, changes no more in the second call.
+                keeps_changing = keeps_values or held_after.changed(self._whole)
+                _undo(second_tracer.assigned)  # (3)
+                if second_tracer.around and self._keep_what_changes_around(batch_size):
+                    continue
+            finally:
+                _undo(left)
+                held.restore()
             difference = first_difference(needed_nodes(graph), needed_nodes(second_graph))
             if difference is None and not (changed and keeps_changing):
                 break
             reasons = {path: _changes_itself(name) for path, name in (changed or assigned).items()}
             if not reasons:
                 assert difference is not None
-                new = {path: why for path, why in second_tracer.opaque.items() if path not in tracer.opaque}
-                reasons = new or {_around(difference): f"at {difference.name!r} it {READS_WHAT_IS_LEFT}"}
+                either = {**tracer.opaque, **second_tracer.opaque}
+                both = tracer.opaque.keys() & second_tracer.opaque.keys()
+                in_one = {path: why for path, why in either.items() if path not in both and path not in self._whole}
+                reasons = in_one or {_around(difference): f"at {difference.name!r} it {READS_WHAT_IS_LEFT}"}
             # A module that is one op already is changed by code outside of it.
             if known := [path for path in reasons if not path or path in self._whole]:
                 raise self._error(UntraceableError(reasons[known[0]]))
@@ -174,6 +189,24 @@ class Recorder:
         new = {path: why for path, why in opaque.items() if path not in self._whole and READS_ANOTHER in why}
         self._whole.update(new)
         return bool(new)
+
+    def _keep_what_changes_around(self, batch_size: int | None) -> bool:
+        """Record the modules as one op each whose forwards change what is around the model, if there are any.
+
+        Of the model's own forward, the functions become one op which name what is changed. Raises TraceError if none
+        do, or if that did not help. Returns whether anything became one op.
+        """
+        tracer, _ = self._trace(batch_size, attributing=True)
+        _undo(tracer.assigned)
+        own = tracer.around.pop("", None)
+        found: dict[str | FunctionType, str] = {path: _changes_around(each) for path, each in tracer.around.items()}
+        if own is not None and not found:
+            functions = self.surroundings.functions_naming(own.name)
+            found = {each: _changes_around(own) for each in functions if each not in self._whole}
+            if not found:
+                raise self._error(UntraceableError(_changes_around(own)))
+        self._whole |= found
+        return bool(found)
 
     def keep_whole(self, modules: dict[str, str]) -> None:
         """Record each of these paths as one op from now on, for the reason given."""
@@ -224,7 +257,29 @@ class Recorder:
         arguments: dict[str, Any] = map_tensors(resized, on_meta(self.arguments))
         return arguments
 
-    def _trace(self, batch_size: int | None, *, costs: bool = False) -> tuple[ValueTracer, fx.Graph]:
+    def _trace(
+        self, batch_size: int | None, *, costs: bool = False, attributing: bool = False
+    ) -> tuple[ValueTracer, fx.Graph]:
+        """Trace a call. What it changes around the model is undone; the tracer says that there was something."""
+        while True:
+            moment = self.surroundings.now()
+            try:
+                with self.surroundings.without_caches():
+                    tracer, graph = self._trace_once(batch_size, costs=costs, attributing=attributing)
+            except BaseException:
+                moment.restore()
+                if self.surroundings.emptied_caches():
+                    continue
+                raise
+            if changes := moment.changed():
+                moment.restore()
+                if not attributing:
+                    tracer.around.setdefault("", changes[0])
+            if not self.surroundings.emptied_caches():
+                return tracer, graph
+            _undo(tracer.assigned)
+
+    def _trace_once(self, batch_size: int | None, *, costs: bool, attributing: bool) -> tuple[ValueTracer, fx.Graph]:
         arguments = self._resized(batch_size)
         known = [*self.meta_model.parameters(), *self.meta_model.buffers(), *tensors_in(arguments)]
         tracer = ValueTracer(
@@ -238,6 +293,8 @@ class Recorder:
             lenient=self._lenient,
             kernels=self.kernels,
             meter=CostMeter(known, self.kernels) if costs else None,
+            surroundings=self.surroundings,
+            attributing=attributing,
         )
         if self._rest is not None:
             rest, error = self._rest
@@ -253,8 +310,7 @@ class Recorder:
             try:
                 graph = tracer.trace(self.meta_model)
             except BaseException as error:
-                for assignment in reversed(tracer.assigned):
-                    assignment.undo()
+                _undo(tracer.assigned)
                 left = dict.fromkeys(name for effects in tracer.effects for name in effects.names())
                 if left and not isinstance(error, UntraceableError):
                     vars(error)["effects"] = tracer.effects
@@ -270,6 +326,11 @@ class Recorder:
             else ""
         )
         return TraceError(f"{type(self.meta_model).__name__} cannot be traced in {mode}: {reason_of(error)}{advice}")
+
+
+def _undo(changes: Sequence[Assignment | Effects]) -> None:
+    for each in reversed(changes):
+        each.undo()
 
 
 @contextmanager
@@ -347,13 +408,17 @@ def is_only_a_number(node: fx.Node) -> bool:
     return not isinstance(node.target, ImpureCall) or node.target.name in AMBIENT
 
 
-READS_WHAT_IS_LEFT = "reads what a module that is one op leaves in itself"
+READS_WHAT_IS_LEFT = "reads what a module that is one op leaves in itself or around it"
 
 
 def _around(node: fx.Node) -> str:
     """Return the path of the module in whose forward an op is; the model's own for what it returns."""
     path = str(node.meta.get("path", ""))
     return path.rpartition(".")[0] if node.op == "call_module" else path
+
+
+def _changes_around(change: Change) -> str:
+    return f"its forward changes {change.words}, which a recording would lose"
 
 
 def _changes_itself(name: str) -> str:

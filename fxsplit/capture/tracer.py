@@ -12,6 +12,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
 from inspect import unwrap
@@ -48,10 +49,12 @@ from fxsplit.meta.evaluate import (
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import is_known, numbers_of
 from fxsplit.meta.rest import Rest, calls_method
+from fxsplit.objects.code import is_users
 from fxsplit.objects.contents import drawing_nothing, unchanged, unshared_generators
 from fxsplit.objects.effects import MISSING, Assignment, Effects
 from fxsplit.objects.hooks import hooks_of, is_torchs
 from fxsplit.objects.structure import LEAVES, map_tensors, module_at, template, tensors_in
+from fxsplit.objects.surroundings import Change, Part, Surroundings
 
 READ_DATA = ("item", "tolist", "numpy")
 # Methods that act on autograd's graph and return nothing that a graph of ops could hold.
@@ -77,11 +80,14 @@ class ValueTracer(fx.Tracer):
         lenient: the model's own forward may ask for sizes that depend on data; each run checks the answers.
         kernels: cache of meta kernels.
         meter: measures the cost of each op, if given.
+        surroundings: what lies around the model.
+        attributing: find out which modules change the surroundings, at some cost.
 
     After `trace`, `guards`, `opaque`, `checkpoints` and `cuts_gradients` are as in a Recording, `assigned` is what
-    forward put into modules, and `effects` what modules that are one op left in themselves. The meta of each node has
-    the keys `value`, `path`, `state`, `written` (nodes and state names written in place), `contexts` if there are any
-    and, with a meter, `cost`.
+    forward put into modules, and `effects` what modules that are one op left in themselves and around the model.
+    `around` is what traced code has changed around it, by the path of the module; without `attributing`, "" may stand
+    for any. The meta of each node has the keys `value`, `path`, `state`, `written` (nodes and state names written in
+    place), `contexts` if there are any and, with a meter, `cost`.
     """
 
     proxy_type = ValueProxy
@@ -99,6 +105,8 @@ class ValueTracer(fx.Tracer):
         lenient: bool = False,
         kernels: Kernels,
         meter: CostMeter | None = None,
+        surroundings: Surroundings,
+        attributing: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.signature, self.arguments = model, signature, arguments
@@ -111,6 +119,7 @@ class ValueTracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.assigned: list[Assignment] = []
         self.effects: list[Effects] = []
+        self.around: dict[str, Change] = {}
         self.evaluating = False
         self.checkpoints = self.cuts_gradients = False
         self._thread = get_ident()
@@ -118,6 +127,7 @@ class ValueTracer(fx.Tracer):
         self._held: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._open: list[tuple[object, Context]] = []
         self._whole = whole or {}
+        self._surroundings, self._attributing = surroundings, attributing
         self._path = ""
         self._batch_size = 1
         self._state: dict[int, str] = {}
@@ -128,6 +138,8 @@ class ValueTracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Make a placeholder for each tensor in the nested arguments; called by torch.fx."""
+        # Only now do the patches of the names of functions hold.
+        self._moment = self._before_op = self._surroundings.now()
         self._state = {
             id(tensor): f"{path}.{name}" if path else name
             for path, module in self.root.named_modules()
@@ -186,7 +198,8 @@ class ValueTracer(fx.Tracer):
         if self._open:
             node.meta["contexts"] = self._contexts()
         try:
-            value = self._evaluate(node)
+            with self._undone_around(node):
+                value = self._evaluate(node)
         except Exception as error:
             # Forward may catch the error and go on, as it would in any call.
             self.graph.erase_node(node)
@@ -194,6 +207,45 @@ class ValueTracer(fx.Tracer):
         node.meta["value"] = value
         # The user's `is None` must hold.
         return None if value is None and kind != "placeholder" else proxy
+
+    @contextmanager
+    def _undone_around(self, node: fx.Node) -> Iterator[None]:
+        """Undo what user code in an op changes around the model, and note it as an effect of the op.
+
+        Such ops find what those before them have left there, as they do in each run; traced code does not.
+        """
+        if not self._may_run_user_code(node):
+            yield
+            return
+        left = [each for each in self.effects if isinstance(each.before, Part)]
+        for each in left:
+            each.redo()
+        self._before_op = before = self._surroundings.now()
+        try:
+            yield
+            parts = before.since()
+        finally:
+            before.restore()
+            for each in reversed(left):
+                each.undo()
+        if parts is not None:
+            earlier, later = parts
+            self.effects.append(Effects(str(node.target), before=earlier, after=later))
+
+    def _may_run_user_code(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = module_at(self.root, str(node.target))
+            return bool(module._modules) or not is_torchs(module) or any(hooks_of(module))
+        if node.op != "call_function":
+            return False
+        is_function = isinstance(node.target, FunctionType) and is_users(node.target.__module__ or "")
+        return is_function or calls_method(node.target) or isinstance(node.target, ForeignCall)
+
+    def _note_changes(self) -> None:
+        """Attribute what has changed around the model, since this was last asked, to the module whose forward runs."""
+        if self._attributing and (changes := self._moment.changed()):
+            self.around.setdefault(self._path, changes[0])
+            self._moment = self._surroundings.now()
 
     def call_function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a function, or of a method of one of the model's modules, as one op."""
@@ -436,6 +488,7 @@ class ValueTracer(fx.Tracer):
         if reason is None:
             marks = (len(self.graph.nodes), len(self.guards), len(self.assigned), len(self.effects))
             refused = len(self._refused)
+            self._note_changes()
             outer, self._path = self._path, path
             try:
                 return self._through(m, path, lambda: forward(*args, **kwargs))
@@ -487,6 +540,7 @@ class ValueTracer(fx.Tracer):
         owners = {"_buffers": module._buffers, "__dict__": vars(module)}
         before = {kind: dict(owner) for kind, owner in owners.items()}
         open_before, with_gradients, refused = len(self._open), torch.is_grad_enabled(), len(self._refused)
+        moment, around = self._moment, dict(self.around)
         try:
             # Containers of torch draw nothing themselves, so that the check is spared.
             with drawing_nothing({} if type(module).__module__.startswith("torch.") else unshared_generators()):
@@ -496,7 +550,14 @@ class ValueTracer(fx.Tracer):
                 raise self._refused[refused]
             for tensor in tensors_in(value) if self.effects else ():
                 self._refuse_replaced(tensor)
+            self._note_changes()
         except BaseException:
+            if changes := moment.changed():
+                moment.restore()
+                if not self._attributing:
+                    # Some of it may be the work of modules around this one.
+                    around.setdefault("", changes[0])
+            self._moment, self.around = moment, around
             for kind, owner in owners.items():
                 owner.clear()
                 owner.update(before[kind])
@@ -593,7 +654,16 @@ class ValueTracer(fx.Tracer):
 
         def run(given: Any) -> Any:
             args, kwargs = given
-            return evaluate(self.root, node.op, node.target, args, kwargs, self.device, self.effects)
+            return evaluate(
+                self.root,
+                node.op,
+                node.target,
+                args,
+                kwargs,
+                self.device,
+                effects=self.effects,
+                before_retry=self._before_op.restore,
+            )
 
         holder = getattr(args[0], "__self__", None) if calls_method(node.target) else None
         called = holder if module is None else module

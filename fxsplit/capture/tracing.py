@@ -38,6 +38,7 @@ from fxsplit.objects.copies import meta_copy
 from fxsplit.objects.hooks import is_torchs
 from fxsplit.objects.snapshot import Snapshot
 from fxsplit.objects.structure import map_tensors, tensors_in
+from fxsplit.objects.surroundings import Surroundings
 
 KINDS: dict[str, OpKind] = {"call_module": "module", "call_function": "function", "call_method": "method"}
 
@@ -211,7 +212,7 @@ def _traced(
         )
     signature = Signature.of(model, args, kwargs)
     recorders = {}
-    kernels = Kernels()
+    kernels, surroundings = Kernels(), Surroundings(model)
     for training in (TRAINING, EVALUATION):
         meta_model, originals = meta_copy(model)
         meta_model.train(training)
@@ -225,6 +226,7 @@ def _traced(
             originals=originals,
             compiled=compiled,
             kernels=kernels,
+            surroundings=surroundings,
         )
     recordings = _record_both(recorders)
     for training, recorder in recorders.items():

@@ -172,7 +172,9 @@ def evaluate(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     device: torch.device,
+    *,
     effects: list[Effects] | None = None,
+    before_retry: Callable[[], None] = lambda: None,
 ) -> Any:
     """Run one node of a graph whose tensors are on the meta device.
 
@@ -181,6 +183,7 @@ def evaluate(
         kind: `op` of the node, such as "call_module"; `target`, `args` and `kwargs` are the node's own, with values.
         device: what a question for a tensor's device is answered with, instead of meta.
         effects: takes what a module leaves in itself, if anything; it is undone.
+        before_retry: called when it has failed on the meta device and is about to run on made-up numbers.
 
     Returns the result on the meta device. A module or function that needs numbers, which meta tensors lack, runs on
     made-up ones instead, and its result is a StandIn.
@@ -225,6 +228,7 @@ def evaluate(
     except Exception:
         if not _is_leaf(called) and not is_sparse:
             raise
+        before_retry()
         with unchanged_generators():
             made_up, left = _on_stand_ins(called, args, kwargs)
         value = StandIn(made_up)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +38,25 @@ class Assignment:
             self.owner[self.name] = self.before
 
 
+class Restorable(Protocol):
+    """Remembers what can be put back."""
+
+    def restore(self) -> None:
+        """Put it back as it was."""
+
+
 @dataclass(slots=True)
 class Effects:
-    """Holds what one call changed in a module, which is as before now: what it assigned, and contents of containers.
+    """Holds what one call changed in a module or around the model, all of which is as before now.
 
-    `module` is the name of its class; the paths of assignments lead on from it.
+    That is what it assigned, and `before` and `after` remember contents of containers and values of globals. `module`
+    is the name of its class; the paths of assignments lead on from it.
     """
 
     module: str
     assignments: Sequence[Assignment] = ()
-    before: Contents | None = None
-    after: Contents | None = None
+    before: Restorable | None = None
+    after: Restorable | None = None
 
     def __bool__(self) -> bool:
         return bool(self.assignments) or self.after is not None
