@@ -264,8 +264,7 @@ class Recorder:
         while True:
             moment = self.surroundings.now()
             try:
-                with self.surroundings.without_caches():
-                    tracer, graph = self._trace_once(batch_size, costs=costs, attributing=attributing)
+                tracer, graph = self._trace_once(batch_size, costs=costs, attributing=attributing)
             except BaseException:
                 moment.restore()
                 if self.surroundings.emptied_caches():
@@ -304,6 +303,7 @@ class Recorder:
         with (
             torch.set_grad_enabled(self.meta_model.training),
             watched(tracer, functions),
+            self.surroundings.without_caches(tracer.uncached),
             drawing_nothing(generators_around(self.meta_model)),
             nullcontext() if self._rest is None else _attribute(self.meta_model, "forward", beginning),
         ):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
+from functools import wraps
 from inspect import unwrap
 from textwrap import shorten
 from threading import get_ident
@@ -53,7 +54,7 @@ from fxsplit.objects.code import is_users
 from fxsplit.objects.contents import drawing_nothing, unchanged, unshared_generators
 from fxsplit.objects.effects import MISSING, Assignment, Effects
 from fxsplit.objects.hooks import hooks_of, is_torchs
-from fxsplit.objects.structure import LEAVES, map_tensors, module_at, template, tensors_in
+from fxsplit.objects.structure import LEAVES, map_tensors, members, module_at, template, tensors_in
 from fxsplit.objects.surroundings import Change, Part, Surroundings
 
 READ_DATA = ("item", "tolist", "numpy")
@@ -322,6 +323,26 @@ class ValueTracer(fx.Tracer):
     def call_foreign(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a function that is not a Python function."""
         return self.create_proxy("call_function", ForeignCall(function), args, kwargs)
+
+    def uncached(self, function: Any) -> Callable[..., Any]:
+        """Make a function of one that keeps its results in a cache: it makes them anew, and they must be the same."""
+
+        @wraps(function.__wrapped__)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            value = function.__wrapped__(*args, **kwargs)
+            if self.is_recording and not all(map(self._is_same_in_each_call, members(value, ValueProxy))):
+                raise self.refused(
+                    UntraceableError(
+                        f"{user_line()} calls {function.__name__}, which keeps in a cache what does not follow from "
+                        "sizes alone"
+                    )
+                )
+            return value
+
+        return call
+
+    def _is_same_in_each_call(self, proxy: ValueProxy) -> bool:
+        return self.knows(proxy) if isinstance(proxy.value, Tensor) else bool(proxy.node.meta.get("known"))
 
     def call_impure(self, owner: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call whose result depends on the process: a draw, a seed, a clock."""

@@ -10,7 +10,7 @@ Only what the code names is looked at: a module of Python has hundreds of names,
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial, partialmethod
 from operator import is_
@@ -132,8 +132,8 @@ class Surroundings:
         return [each for each, names in self._names.items() if name in names and each.__name__ != "forward"]
 
     @contextmanager
-    def without_caches(self) -> Iterator[None]:
-        """Inside, the functions whose caches were emptied run without a cache."""
+    def without_caches(self, uncached: Callable[[Any], Any]) -> Iterator[None]:
+        """Inside, what `uncached` makes of them stands in the place of the functions whose caches were emptied."""
         cached = [
             (place, name, value)
             for place in (self._places if self._bypassed else ())
@@ -141,7 +141,7 @@ class Surroundings:
             if type(value) is _LRU and value in self._bypassed
         ]
         for place, name, value in cached:
-            place.write(name, value.__wrapped__)
+            place.write(name, uncached(value))
         try:
             yield
         finally:
