@@ -15,11 +15,11 @@ def is_users(module: str) -> bool:
     return top not in sys.stdlib_module_names and top not in ("torch", "numpy", "fxsplit")
 
 
-def names_in(code: CodeType) -> Iterator[str]:
-    """Yield the names of globals and attributes, and the strings, in code and in the functions defined inside of it."""
+def names_in(code: CodeType, *, strings: bool) -> Iterator[str]:
+    """Yield the names of globals and attributes in code and in the functions defined inside of it, or `strings` too."""
     yield from code.co_names
     for constant in code.co_consts:
-        if isinstance(constant, str):
+        if strings and isinstance(constant, str):
             yield constant
         elif isinstance(constant, CodeType):
-            yield from names_in(constant)
+            yield from names_in(constant, strings=strings)

@@ -327,7 +327,7 @@ def _names_in(classes: Iterable[type]) -> set[str]:
         if not isinstance(function, FunctionType) or function in seen or f"{function.__module__}".startswith("torch."):
             continue
         seen.add(function)
-        names = set(names_in(function.__code__))
+        names = set(names_in(function.__code__, strings=True))
         found |= names
         spaces = [function.__globals__]
         spaces += [vars(each) for name in names if isinstance(each := spaces[0].get(name), ModuleType)]

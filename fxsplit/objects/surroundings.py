@@ -27,8 +27,11 @@ from fxsplit.objects.structure import INDIVISIBLE, members
 # Containers in containers are compared this deep.
 _DEPTH = 3
 _LRU: Any = type(lru_cache(print))
-# Methods that run when a module is made, not when it is called.
-_MAKING = frozenset(("__init__", "__new__", "__init_subclass__", "__setstate__", "__reduce__", "__reduce_ex__"))
+# Code is followed through this many calls.
+_CALLS = 6
+# Methods that make objects. Those of modules that forwards do not call: a name such as `to` is a method of a tensor.
+_MAKING = frozenset(("__init__", "__new__", "__post_init__", "__init_subclass__", "__setstate__", "__reduce__"))
+_NOT_CALLED = frozenset((*dir(Tensor), *dir(nn.Module), *_MAKING)) - {"forward", "__call__"}
 _CLASS_BOOKKEEPING = frozenset(("__dict__", "__weakref__", "__annotations__", "__slotnames__", "__abstractmethods__"))
 
 
@@ -273,8 +276,10 @@ class _Search:
             if is_users(type(module).__module__):
                 for value in vars(module).values():
                     self._reach(value)
-        while self._waiting:
-            self._follow(self._waiting.pop())
+        for _ in range(_CALLS):
+            functions, self._waiting = self._waiting, []
+            for function in functions:
+                self._follow(function)
 
     def _enter_class(self, kind: type) -> None:
         for base in kind.__mro__:
@@ -282,11 +287,13 @@ class _Search:
                 continue
             self._classes.add(base)
             self.places.append(_ClassAttributes(base))
-            skipped = _MAKING if issubclass(base, nn.Module) else ()
+            skipped = _NOT_CALLED if issubclass(base, nn.Module) else _MAKING
             for name, value in vars(base).items():
+                if name in skipped:
+                    continue
                 self._methods.setdefault(name, []).append(value)
                 # Methods with such names are called by operators and statements.
-                if name in self._mentioned or (name.startswith("__") and name not in skipped):
+                if name in self._mentioned or name.startswith("__"):
                     self._reach(value)
 
     def _reach(self, value: Any) -> None:
@@ -317,7 +324,7 @@ class _Search:
         space = function.__globals__
         if not is_users(space.get("__name__", "")):
             return
-        names = self.names[function] = set(names_in(function.__code__))
+        names = self.names[function] = set(names_in(function.__code__, strings=False))
         names.update(function.__code__.co_freevars)
         for name in names - self._mentioned:
             self._mentioned.add(name)
