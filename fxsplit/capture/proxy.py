@@ -6,10 +6,12 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, fx
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from fxsplit.capture.questions import TracerInterface
 from fxsplit.capture.user_code import user_line
@@ -128,6 +130,12 @@ class HeldTensors(TorchFunctionMode):
     def __init__(self, tracer: TracerInterface) -> None:
         super().__init__()
         self._tracer = tracer
+
+    def off(self) -> AbstractContextManager[Any]:
+        """Take it off while the context is open, where it is the innermost mode: it then costs nothing."""
+        depth = torch._C._len_torch_function_stack()
+        is_innermost = depth and torch._C._get_function_stack_at(depth - 1) is self
+        return _pop_mode_temporarily() if is_innermost else nullcontext()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

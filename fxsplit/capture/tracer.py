@@ -124,6 +124,7 @@ class ValueTracer(fx.Tracer):
         self.evaluating = False
         self.checkpoints = self.cuts_gradients = False
         self._thread = get_ident()
+        self._held_tensors = HeldTensors(self)
         self._refused: list[UntraceableError] = []
         self._held: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._open: list[tuple[object, Context]] = []
@@ -165,7 +166,7 @@ class ValueTracer(fx.Tracer):
             if super(ValueTracer, self).is_leaf_module(module, ""):
                 return self.call_function(root_fn, (module, *args), kwargs)
             self._held = [(owner, dict(owner)) for owner in (module._buffers, vars(module))]
-            with unchanged((args, kwargs)), HeldTensors(self):
+            with unchanged((args, kwargs)), self._held_tensors:
                 # Found on the instance, which may have a forward of its own.
                 return self._through(module, "", lambda: module.forward(*args, **kwargs))
 
@@ -691,12 +692,13 @@ class ValueTracer(fx.Tracer):
         sizes, hooks = watch_norms(called) if isinstance(called, nn.Module) else ({}, [])
         self.evaluating, builtins.isinstance = True, REAL_ISINSTANCE
         try:
-            if self.meter is None:
-                with self.kernels:
-                    value = run((args, kwargs))
-            else:
-                used = holder.parameters() if isinstance(holder, nn.Module) else state.values()
-                value, node.meta["cost"] = self.meter.measure(run, (args, kwargs), [*used])
+            with self._held_tensors.off():
+                if self.meter is None:
+                    with self.kernels:
+                        value = run((args, kwargs))
+                else:
+                    used = holder.parameters() if isinstance(holder, nn.Module) else state.values()
+                    value, node.meta["cost"] = self.meter.measure(run, (args, kwargs), [*used])
         finally:
             self.evaluating, builtins.isinstance = False, watching
             for hook in hooks:

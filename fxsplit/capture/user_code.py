@@ -57,10 +57,8 @@ def unseen_question(proxy_type: type) -> str | None:
     Python compares identities and types by itself: `x.dtype is torch.float32`, `type(x) in (tuple, list)`, `x is y`.
     """
     frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_filename in _AROUND_FORWARD and frame.f_code.co_name in ("_through", "_trace"):
-            return None
-        for line, names in _comparisons_of_identity(frame.f_code):
+    while frame is not None and (comparisons := _comparisons_of_identity(frame.f_code)) is not None:
+        for line, names in comparisons:
             if any(type(frame.f_locals.get(name)) is proxy_type for name in names):
                 return f"{frame.f_code.co_filename}:{line}"
         frame = frame.f_back
@@ -68,8 +66,13 @@ def unseen_question(proxy_type: type) -> str | None:
 
 
 @cache
-def _comparisons_of_identity(code: CodeType) -> tuple[tuple[int, tuple[str, ...]], ...]:
-    """List the lines of a user's function that compare identities or types, each with the variables that it reads."""
+def _comparisons_of_identity(code: CodeType) -> tuple[tuple[int, tuple[str, ...]], ...] | None:
+    """List the lines of a user's function that compare identities or types, each with the variables that it reads.
+
+    None for the function of the tracer that calls a forward.
+    """
+    if code.co_filename in _AROUND_FORWARD and code.co_name in ("_through", "_trace"):
+        return None
     if not _is_users(code.co_filename):
         return ()
     found = []
