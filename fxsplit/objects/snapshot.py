@@ -7,16 +7,20 @@ A difference need not change the graph. Only tracing the model again shows wheth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxsplit.objects.code import names_in
+from fxsplit.objects.code import is_users, names_in
 from fxsplit.objects.hooks import hooks_of, is_torchs
+from fxsplit.objects.same import same_value
+from fxsplit.objects.structure import slots_of
 
 # The attribute in which a model carries what an executor has frozen of it; see fxsplit.execute.freezing.
 MARK = "_fxsplit_held"
@@ -26,11 +30,12 @@ ATOMS = (
     *(type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size),
     *(torch.layout, torch.memory_format, range),
 )
-CONTAINERS = (list, tuple, dict, set, frozenset)
+CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 # Their attributes do not say what they do, or are compared elsewhere.
 CLOSED = (nn.Module, Tensor, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
-# Nesting this deep, and containers this long, are looked into; beyond, values are compared by identity alone.
-DEPTH, LENGTH = 3, 100
+# Nesting this deep, where an object counts twice, and containers this long are looked into; beyond, values are compared
+# by identity alone.
+DEPTH, LENGTH = 6, 1000
 
 BOOKKEEPING = {*vars(nn.Module()), MARK}
 CLASS_BOOKKEEPING = {
@@ -70,6 +75,20 @@ class NestedForm:
         self.kind, self.items, self.identity = kind, dict(items), identity
 
 
+class Address(int):
+    """Says where the numbers of a tensor lie in memory."""
+
+    def __repr__(self) -> str:
+        return f"at {int(self):#x}"
+
+
+class ArrayForm:
+    """Remembers an array of numpy by its numbers: written in place, it stays the same object."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array.copy()
+
+
 class TensorForm:
     """Remembers the shape of a tensor in a plain attribute: the graph reads the attribute anew in every call."""
 
@@ -77,16 +96,23 @@ class TensorForm:
         self.shape = shape
 
 
-def form_of(value: Any, depth: int = DEPTH) -> Any:
-    """Make the form by which `is_unchanged` recognises a value: atoms themselves, else one of the classes above."""
+def form_of(value: Any, depth: int = DEPTH, registered: Container[int] = ()) -> Any:
+    """Make the form by which `is_unchanged` recognises a value: atoms themselves, else one of the classes above.
+
+    Modules whose ids are in `registered` are compared elsewhere.
+    """
     kind = type(value)
-    if kind in ATOMS or (kind is tuple and all(type(item) in ATOMS for item in value)):
+    if kind in ATOMS or kind is Address or (kind is tuple and all(type(item) in ATOMS for item in value)):
         return value
-    if depth and isinstance(value, CONTAINERS) and len(value) <= LENGTH:
-        return NestedForm(kind, {key: form_of(item, depth - 1) for key, item in _items(value).items()})
-    attributes = _attributes(value)
-    if depth and attributes is not None and len(attributes) <= LENGTH:
-        return NestedForm(kind, {name: form_of(item, depth - 1) for name, item in attributes.items()}, Identity(value))
+    if isinstance(value, np.ndarray):
+        return ArrayForm(value)
+    if depth > 0 and isinstance(value, CONTAINERS) and len(value) <= LENGTH:
+        items = _items(value).items()
+        return NestedForm(kind, {key: form_of(item, depth - 1, registered) for key, item in items})
+    attributes = None if id(value) in registered or depth <= 1 else _attributes(value)
+    if attributes is not None and len(attributes) <= LENGTH:
+        forms = {name: form_of(item, depth - 2, registered) for name, item in attributes.items()}
+        return NestedForm(kind, forms, Identity(value))
     return Identity(value)
 
 
@@ -97,6 +123,8 @@ def is_unchanged(form: Any, value: Any) -> bool:
         return True
     if kind is Identity:
         return bool(form.is_of(value))
+    if kind is ArrayForm:
+        return same_value(form.array, value)
     if kind is TensorForm:
         return isinstance(value, Tensor) and value.shape == form.shape
     if kind is tuple:
@@ -121,7 +149,31 @@ def _items(value: Any) -> dict[Any, Any]:
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
-    return None if isinstance(value, CLOSED) else getattr(value, "__dict__", None)
+    """Return what an object holds by name: attributes in its `__dict__` and in slots; None if it is not looked into."""
+    if isinstance(value, nn.Module):
+        return _attributes_of_module(value)
+    if isinstance(value, CLOSED):
+        return None
+    slots = slots_of(value) if is_users(type(value).__module__) else {}
+    attributes: dict[str, Any] | None = getattr(value, "__dict__", None)
+    return {**slots, **(attributes or {})} if slots else attributes
+
+
+def _attributes_of_module(module: nn.Module) -> dict[str, Any]:
+    """Return what a module holds, and where the numbers of its tensors lie: these may be replaced without a trace."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return {}
+    tensors = {**module._parameters, **module._buffers}
+    return {
+        **{name: value for name, value in vars(module).items() if name not in BOOKKEEPING or name == "training"},
+        **module._modules,
+        **tensors,
+        **{f"{name}.data": _address_of(tensor) for name, tensor in tensors.items()},
+    }
+
+
+def _address_of(tensor: Tensor | None) -> Address:
+    return Address(0 if tensor is None or tensor.layout is not torch.strided else tensor.data_ptr())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +192,8 @@ class Difference:
 
 def _words(value: Any) -> str:
     value = value.value if isinstance(value, Identity) else value
-    if isinstance(value, NestedForm):
-        return f"another {value.kind.__name__}"
+    if isinstance(value, NestedForm | ArrayForm):
+        return f"another {'ndarray' if isinstance(value, ArrayForm) else value.kind.__name__}"
     if isinstance(value, _Shape):
         return f"{value.name!r} of shape {value.sizes}"
     if isinstance(value, type | FunctionType):
@@ -194,10 +246,11 @@ class Snapshot:
             self._skipped.setdefault(path, set(BOOKKEEPING)).add(name)
         visible = list(self._visible(model))
         modules = dict(model.named_modules())
+        registered = set(map(id, modules.values()))
         whole = (modules[path] for path in self._called | self._opaque if path in modules)
         self._named = set() if all(map(is_torchs, whole)) else _names_in(self._traced_classes(visible))
         self._inner = {
-            path: {name: _form_of_attribute(value) for name, value in attributes.items()}
+            path: {name: _form_of_attribute(value, registered) for name, value in attributes.items()}
             for path, attributes in self._named_inside(model, visible)
         }
         self._hooked = {path for path, module, _ in visible if any(hooks_of(module))}
@@ -205,12 +258,13 @@ class Snapshot:
             path: _Held(
                 type(module),
                 structure,
-                {name: _form_of_attribute(value) for name, value in self._read(path, module).items()},
+                {name: _form_of_attribute(value, registered) for name, value in self._read(path, module).items()},
             )
             for path, module, structure in visible
         }
         self._classes = {
-            kind: {name: form_of(value) for name, value in _own(kind).items()} for kind in self._traced_classes(visible)
+            kind: {name: form_of(value, registered=registered) for name, value in _own(kind).items()}
+            for kind in self._traced_classes(visible)
         }
 
     def differences(self, model: nn.Module) -> list[Difference]:
@@ -335,8 +389,8 @@ def _names_in(classes: Iterable[type]) -> set[str]:
     return found
 
 
-def _form_of_attribute(value: Any) -> Any:
-    return TensorForm(value.shape) if isinstance(value, Tensor) else form_of(value)
+def _form_of_attribute(value: Any, registered: Container[int]) -> Any:
+    return TensorForm(value.shape) if isinstance(value, Tensor) else form_of(value, registered=registered)
 
 
 def _own(kind: type) -> dict[str, Any]:
