@@ -14,6 +14,7 @@ import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from fxsplit.graph import EVALUATION, TRAINING, Graph, Op, OpKind, State, Value
 from fxsplit.meta.costs import Cost
 from fxsplit.meta.evaluate import on_meta, storage_key
 from fxsplit.meta.kernels import Kernels
+from fxsplit.objects.code import is_users
 from fxsplit.objects.copies import meta_copy
 from fxsplit.objects.hooks import is_torchs
 from fxsplit.objects.snapshot import Snapshot
@@ -212,7 +214,7 @@ def _traced(
         )
     signature = Signature.of(model, args, kwargs)
     recorders = {}
-    kernels, surroundings = Kernels(), Surroundings(model)
+    kernels, surroundings = Kernels(), Surroundings(model.modules())
     for training in (TRAINING, EVALUATION):
         meta_model, originals = meta_copy(model)
         meta_model.train(training)
@@ -243,7 +245,9 @@ def _traced(
         programs=programs,
         tied=_tied(model),
         # What became one op stays one when the model is traced again: a table may have been stored in it since.
-        call=Call.of(args, kwargs, (*leaves, *_whole_modules(model, programs.values()))),
+        call=Call.of(
+            args, kwargs, (*leaves, *_whole_modules(model, programs.values()), *_functions(programs.values()))
+        ),
         snapshot=_snapshot(model, programs.values()),
         modes={
             training: {path: module.training for path, module in recorder.meta_model.named_modules()}
@@ -259,7 +263,18 @@ def _snapshot(model: nn.Module, programs: Iterable[Program]) -> Snapshot:
         called={str(node.target) for node in nodes if node.op == "call_module"},
         opaque={path for node in nodes if (path := called_module(node)) is not None},
         assigned={path for node in nodes for path in assigned_by(node)},
+        functions=_functions(programs),
     )
+
+
+def _functions(programs: Iterable[Program]) -> list[FunctionType]:
+    """List the functions of the user's that are ops, unless they are defined in another function."""
+    targets = dict.fromkeys(node.target for program in programs for node in program.nodes if node.op == "call_function")
+    return [
+        each
+        for each in targets
+        if isinstance(each, FunctionType) and is_users(each.__module__ or "") and "<locals>" not in each.__qualname__
+    ]
 
 
 def _whole_modules(model: nn.Module, programs: Iterable[Program]) -> list[str]:

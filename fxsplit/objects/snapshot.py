@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from fxsplit.objects.code import is_users, names_in
 from fxsplit.objects.hooks import hooks_of, is_torchs
 from fxsplit.objects.same import same_value
 from fxsplit.objects.structure import slots_of
+from fxsplit.objects.surroundings import Place, Surroundings, may_change
 
 # The attribute in which a model carries what an executor has frozen of it; see fxsplit.execute.freezing.
 MARK = "_fxsplit_held"
@@ -152,6 +154,8 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     """Return what an object holds by name: attributes in its `__dict__` and in slots; None if it is not looked into."""
     if isinstance(value, nn.Module):
         return _attributes_of_module(value)
+    if isinstance(value, partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
     if isinstance(value, CLOSED):
         return None
     slots = slots_of(value) if is_users(type(value).__module__) else {}
@@ -227,6 +231,31 @@ class _Held(NamedTuple):
     attributes: dict[str, Any]
 
 
+class _Around:
+    """Remembers the globals and the like that traced code names; nothing in another process, which has its own."""
+
+    def __init__(self, surroundings: Surroundings | None = None) -> None:
+        self._surroundings = surroundings
+        self._forms = {key: _form_of_global(value) for key, value in self._values().items()}
+
+    def differences(self) -> Iterator[Difference]:
+        """Yield what has changed since."""
+        now = self._values()
+        for key in dict.fromkeys((*self._forms, *now)):
+            place, name = key
+            was, is_now = ({place.label(name): each[key]} if key in each else {} for each in (self._forms, now))
+            yield from _differing("", "", was, is_now)
+
+    def _values(self) -> dict[tuple[Place, str], Any]:
+        return {} if self._surroundings is None else self._surroundings.values()
+
+    def __deepcopy__(self, memo: Any) -> _Around:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Around, ()
+
+
 class Snapshot:
     """Remembers the modules of `model`: classes, children, shapes of parameters, other attributes.
 
@@ -235,10 +264,17 @@ class Snapshot:
         opaque: paths of modules of which a method is one op. Attributes of modules in `called` and `opaque` may change,
             as when they count their calls, unless they are torch's own modules or traced code mentions the attribute.
         assigned: paths of attributes that the graph itself sets, which are not compared.
+        functions: those that are one op in the graph. What they alone use around the model is not compared.
     """
 
     def __init__(
-        self, model: nn.Module, *, called: Collection[str], opaque: Collection[str], assigned: Collection[str]
+        self,
+        model: nn.Module,
+        *,
+        called: Collection[str],
+        opaque: Collection[str],
+        assigned: Collection[str],
+        functions: Collection[Any],
     ) -> None:
         self._called, self._opaque = set(called), set(opaque)
         self._skipped: dict[str, set[str]] = {}
@@ -253,6 +289,9 @@ class Snapshot:
             path: {name: _form_of_attribute(value, registered) for name, value in attributes.items()}
             for path, attributes in self._named_inside(model, visible)
         }
+        self._around = _Around(
+            Surroundings((module for path, module, _ in visible if path not in self._called), functions)
+        )
         self._hooked = {path for path, module, _ in visible if any(hooks_of(module))}
         self._modules = {
             path: _Held(
@@ -295,7 +334,7 @@ class Snapshot:
             if was_class is not None and (differing := list(_differing("", "", was_class, _own(kind)))):
                 path = next(path for path, module, _ in visible if isinstance(module, kind))
                 found += [replace(each, path=path, what=f"{kind.__name__}.{each.what}") for each in differing]
-        return found
+        return [*found, *self._around.differences()]
 
     def traced_through(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """List the submodules whose own ops are in the graph, instead of a call of the module.
@@ -391,6 +430,10 @@ def _names_in(classes: Iterable[type]) -> set[str]:
 
 def _form_of_attribute(value: Any, registered: Container[int]) -> Any:
     return TensorForm(value.shape) if isinstance(value, Tensor) else form_of(value, registered=registered)
+
+
+def _form_of_global(value: Any) -> Any:
+    return form_of(value) if type(value) in ATOMS or may_change(type(value)) else Identity(value)
 
 
 def _own(kind: type) -> dict[str, Any]:

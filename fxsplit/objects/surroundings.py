@@ -10,11 +10,13 @@ Only what the code names is looked at: a module of Python has hundreds of names,
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections import ChainMap, UserDict, UserList
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial, partialmethod
 from operator import is_
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -32,6 +34,8 @@ _CALLS = 6
 # Methods that make objects. Those of modules that forwards do not call: a name such as `to` is a method of a tensor.
 _MAKING = frozenset(("__init__", "__new__", "__post_init__", "__init_subclass__", "__setstate__", "__reduce__"))
 _NOT_CALLED = frozenset((*dir(Tensor), *dir(nn.Module), *_MAKING)) - {"forward", "__call__"}
+# Classes of Python's library whose objects hold what others put into them.
+_OPEN = (SimpleNamespace, Namespace, ChainMap, UserDict, UserList)
 _CLASS_BOOKKEEPING = frozenset(("__dict__", "__weakref__", "__annotations__", "__slotnames__", "__abstractmethods__"))
 
 
@@ -61,6 +65,7 @@ class _ClassAttributes:
 
     def __init__(self, kind: type) -> None:
         self._kind = kind
+        self.is_of_modules = issubclass(kind, nn.Module)
 
     def label(self, name: str) -> str:
         return f"{name!r} of the class {self._kind.__name__}"
@@ -103,7 +108,7 @@ class _Variables:
 
 
 _EMPTY = CellType()
-_Place = _Globals | _ClassAttributes | _Variables
+Place = _Globals | _ClassAttributes | _Variables
 
 
 class Change(NamedTuple):
@@ -116,11 +121,11 @@ class Change(NamedTuple):
 class Surroundings:
     """Finds what the code of a model may use besides the model: the places where it lies, and functions that cache.
 
-    Only the user's code is followed, from the forwards on, to what it names.
+    Only the user's code is followed, from the forwards of `modules` on, to what it names, but not into `functions`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        found = _Search(model)
+    def __init__(self, modules: Iterable[nn.Module], functions: Collection[Any] = ()) -> None:
+        found = _Search(list(modules), functions)
         self._places = found.places
         self._names = found.names
         self._misses = {cached: cached.cache_info().misses for cached in found.caches}
@@ -129,6 +134,11 @@ class Surroundings:
     def now(self) -> Moment:
         """Remember what is there at this moment."""
         return Moment([(place, place.read()) for place in self._places])
+
+    def values(self) -> dict[tuple[Place, str], Any]:
+        """Return what is there now, by place and name, except in the classes of modules."""
+        places = (each for each in self._places if not (isinstance(each, _ClassAttributes) and each.is_of_modules))
+        return {(place, name): value for place in places for name, value in place.read().items()}
 
     def functions_naming(self, name: str) -> list[FunctionType]:
         """List the functions in whose code a name occurs, without the forwards of modules."""
@@ -170,15 +180,15 @@ class Surroundings:
 class Moment:
     """Remembers what was in places, and in the containers that lie there, at one moment."""
 
-    def __init__(self, read: Sequence[tuple[_Place, dict[str, Any]]]) -> None:
+    def __init__(self, read: Sequence[tuple[Place, dict[str, Any]]]) -> None:
         self._read = read
-        self._held: list[tuple[_Place, str, Any, Any]] = []
+        self._held: list[tuple[Place, str, Any, Any]] = []
         seen: set[int] = set()
         for place, values in read:
             for name, value in values.items():
-                if _may_change(type(value)):
+                if may_change(type(value)):
                     self._held += [
-                        (place, name, held, content) for held, content in held_by(value, seen, _DEPTH, _may_change)
+                        (place, name, held, content) for held, content in held_by(value, seen, _DEPTH, may_change)
                     ]
 
     def changed(self) -> list[Change]:
@@ -210,7 +220,7 @@ class Moment:
 class Part(NamedTuple):
     """Remembers some places' values, by name, and some containers' contents, at one moment."""
 
-    values: list[tuple[_Place, str, Any]]
+    values: list[tuple[Place, str, Any]]
     contents: list[tuple[Any, Any]]
 
     def restore(self) -> None:
@@ -232,9 +242,9 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _may_change(kind: type) -> bool:
-    """Whether values of a type are containers, or objects of a class of the user's."""
-    if issubclass(kind, (*CONTAINERS, *BUFFERS)):
+def may_change(kind: type) -> bool:
+    """Whether values of a type are containers or objects that the user's code may change."""
+    if issubclass(kind, (*CONTAINERS, *BUFFERS, *_OPEN)):
         return True
     return is_users(kind.__module__) and not issubclass(kind, (Tensor, *INDIVISIBLE))
 
@@ -261,8 +271,8 @@ class _Search:
     A method counts as called where any code that is reached names it, on whichever object.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.places: list[_Place] = []
+    def __init__(self, modules: Sequence[nn.Module], functions: Collection[Any]) -> None:
+        self.places: list[Place] = []
         self.names: dict[FunctionType, set[str]] = {}
         self.caches: dict[Any, None] = {}
         self._globals: dict[int, _Globals] = {}
@@ -270,9 +280,10 @@ class _Search:
         self._methods: dict[str, list[Any]] = {}
         self._mentioned = {"forward"}
         self._waiting: list[FunctionType] = []
-        for kind in {type(module) for module in model.modules()}:
+        self._left_out = set(functions)
+        for kind in {type(module) for module in modules}:
             self._enter_class(kind)
-        for module in model.modules():
+        for module in modules:
             if is_users(type(module).__module__):
                 for value in vars(module).values():
                     self._reach(value)
@@ -299,7 +310,7 @@ class _Search:
     def _reach(self, value: Any) -> None:
         kind = type(value)
         if kind is FunctionType:
-            if value not in self.names:
+            if value not in self.names and value not in self._left_out:
                 self.names[value] = set()
                 self._waiting.append(value)
         elif kind is _LRU:

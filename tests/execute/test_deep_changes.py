@@ -121,3 +121,90 @@ def test_a_module_that_refers_to_the_model_changes_nothing() -> None:
     model.a.weight.data = torch.ones(6, 6)
     net.train()
     assert torch.equal(net(rows()), model(rows()))
+
+
+SCALE = 1.0
+OPTIONS = {"scale": {"inner": 1.0}}
+ARGUMENTS = types.SimpleNamespace(scale=1.0)
+TENSOR = torch.ones(6)
+TABLES: dict[int, Tensor] = {}
+UNUSED = 1.0
+
+
+class Settings:
+    scale = 1.0
+
+
+SLOTTED = Slotted()
+
+
+def closure() -> tuple[Callable[[], float], Callable[[float], None]]:
+    scale = 1.0
+
+    def get() -> float:
+        return scale
+
+    def put(value: float) -> None:
+        nonlocal scale
+        scale = value
+
+    return get, put
+
+
+GET, PUT = closure()
+
+
+def table(size: int) -> Tensor:
+    if size not in TABLES:
+        TABLES[size] = torch.ones(size).cumsum(0)
+    return TABLES[size]
+
+
+GLOBALS: dict[str, tuple[Callable[[Any], Any], str, Any, str]] = {
+    "number": (lambda _: SCALE, "globals()['SCALE'] = value", 1.0, "the global 'SCALE' .* was 1.0 .* now 3.0"),
+    "dict": (lambda _: OPTIONS["scale"]["inner"], "OPTIONS['scale']['inner'] = value", 1.0, "the global 'OPTIONS'"),
+    "namespace": (lambda _: ARGUMENTS.scale, "ARGUMENTS.scale = value", 1.0, "the global 'ARGUMENTS'.scale"),
+    "object": (lambda _: SLOTTED.scale, "SLOTTED.scale = value", 1.0, "the global 'SLOTTED'.scale"),
+    "class": (lambda _: Settings.scale, "Settings.scale = value", 1.0, "'scale' of the class Settings"),
+    "closure": (lambda _: GET(), "PUT(value)", 1.0, "the variable 'scale' of get"),
+    "tensor": (lambda _: TENSOR, "globals()['TENSOR'] = value * torch.ones(6)", 1.0, "the global 'TENSOR'"),
+}
+
+
+@pytest.mark.parametrize(("read", "change", "before", "words"), GLOBALS.values(), ids=GLOBALS)
+def test_a_change_of_a_global_that_the_code_names_is_refused_by_name(
+    read: Callable[[Any], Any], change: str, before: Any, words: str
+) -> None:
+    model = Reads(None, read)
+    net = executor_of(fxsplit.trace(model, (rows(),)))
+    net.train()
+    try:
+        exec(change, globals(), {"value": 3.0})
+        with pytest.raises(GuardError, match=words):
+            net.train()
+    finally:
+        exec(change, globals(), {"value": before})
+    if "TENSOR" not in change:
+        net.train()
+        assert torch.equal(net(rows()), model(rows()))
+
+
+def test_a_change_of_a_global_that_the_code_does_not_name_is_no_concern(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Reads(None, lambda _: SCALE)
+    found = fxsplit.trace(model, (rows(),))
+    monkeypatch.setitem(globals(), "UNUSED", 2.0)
+    assert not found.snapshot.differences(model)
+
+
+def test_the_table_of_a_function_that_is_one_op_changes_nothing() -> None:
+    TABLES.clear()
+    model = Reads(None, lambda _: table(6))
+    found = fxsplit.trace(model, (rows(),))
+    net = executor_of(found)
+    net(rows())
+    assert TABLES
+    assert not found.snapshot.differences(model)
+    model.a.extra = 1
+    net.train()
+    assert torch.equal(net(rows()), model(rows()))
+    TABLES.clear()
