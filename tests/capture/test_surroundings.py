@@ -365,6 +365,19 @@ def test_a_trace_that_fails_leaves_everything_alone() -> None:
     reset()
 
 
+def test_a_model_that_changes_its_arguments_leaves_everything_alone() -> None:
+    class Given(Layer):
+        def forward(self, x: Tensor, seen: list[int]) -> Tensor:
+            seen.append(1)
+            LOSSES.append(x)
+            return x
+
+    reset()
+    with pytest.raises(TraceError, match="it changes what it is given"):
+        fxsplit.trace(Given(), (rows(), []))
+    assert not LOSSES
+
+
 def test_a_closure_and_a_default_have_their_numbers_again() -> None:
     for kind in (CountsInClosure, CountsInDefault):
         model = around(kind())

@@ -47,11 +47,11 @@ class SlottedData:
     calls: int = 0
 
 
-class Reading(dict[str, int]):
-    """Gives something else than it holds, as the activations of transformers do."""
+class Reading(collections.OrderedDict[str, int]):
+    """Can only be read by those who know how, as the activations of transformers."""
 
     def __getitem__(self, key: str) -> int:
-        return super().__getitem__(key) + 1
+        raise RuntimeError("not so")
 
 
 def count_item(held: Any) -> Any:
