@@ -12,7 +12,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import wraps
@@ -200,7 +200,7 @@ class ValueTracer(fx.Tracer):
         if self._open:
             node.meta["contexts"] = self._contexts()
         try:
-            with self._undone_around(node):
+            with self._undone_around(node) if self._may_run_user_code(node) else nullcontext():
                 value = self._evaluate(node)
         except Exception as error:
             # Forward may catch the error and go on, as it would in any call.
@@ -212,13 +212,10 @@ class ValueTracer(fx.Tracer):
 
     @contextmanager
     def _undone_around(self, node: fx.Node) -> Iterator[None]:
-        """Undo what user code in an op changes around the model, and note it as an effect of the op.
+        """Undo what an op changes around the model, and note it as an effect of the op.
 
         Such ops find what those before them have left there, as they do in each run; traced code does not.
         """
-        if not self._may_run_user_code(node):
-            yield
-            return
         left = [each for each in self.effects if isinstance(each.before, Part)]
         for each in left:
             each.redo()
