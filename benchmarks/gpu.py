@@ -1,9 +1,9 @@
 """Everything that is claimed of a GPU, as one file of figures and one page.
 
-    python benchmarks/cuda.py cuda.json --cifar10 DIR           # go on where the file ends
-    python benchmarks/cuda.py cuda.json --seconds 290           # for so long
-    python benchmarks/cuda.py cuda.json --only steps --page     # some of it; print the page alone
-    python benchmarks/cuda.py small.json --small                # on any device, in a minute or two: does it run?
+    python benchmarks/gpu.py gpu.json --cifar10 DIR           # go on where the file ends
+    python benchmarks/gpu.py gpu.json --seconds 290           # for so long
+    python benchmarks/gpu.py gpu.json --only steps --page     # some of it; print the page alone
+    python benchmarks/gpu.py small.json --small                # on any device, in a minute or two: does it run?
 
 - steps: a training step, in turn: by hand (eager, as a CUDA graph, compiled), through the executor (eager, graphed,
   compiled), and with a quarter, half and three quarters of the multiply-adds settled or read from a cache.
@@ -14,14 +14,11 @@
 Arms of one figure take turns, so that a card that slows down slows all. A figure is kept as soon as it is there.
 """
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
 import copy
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,9 +27,6 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-
-# torch imports a package that is called cuda, and this folder must not be searched for it.
-sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
 
 import safetensors.torch
 import torch
