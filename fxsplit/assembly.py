@@ -175,12 +175,19 @@ def paying_plan(
     """On a GPU, come only as near to `spec.memory_aim` as some measured steps allow.
 
     Forecasts from multiply-adds know nothing of how long a GPU waits for its next kernel. On a CPU they are near
-    enough, and measured times vary by more than what is asked here: the plan stays as it is.
+    enough, and measured times vary by more than what is asked here: the plan stays as it is, and so it does where the
+    run must not depend on measured times. Of runs with CUDA graphs nothing is measured either: their phases recompute
+    nothing, which could not be recorded.
     """
     wanted = spec.memory_aim
     phases = (replace(each, recompute=0, segmented=False, micro_batches=spec.grad_accum_steps) for each in plan.phases)
     bare = replace(plan, phases=tuple(phases))
     if device.type != "cuda" or spec.memory_budget is not None or wanted is None or plan == bare:
+        return plan
+    if spec.cuda_graphs == "on":
+        pairs = zip(plan.phases, bare.phases, strict=True)
+        return replace(plan, phases=tuple(other if phase.recompute else phase for phase, other in pairs))
+    if spec.deterministic:
         return plan
     loss, make_optimizer = _first_batch_loss(spec, data), partial(_optimizer_of, spec)
     shares: dict[Plan, float] = {}

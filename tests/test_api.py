@@ -596,6 +596,13 @@ def test_a_gpu_comes_as_near_to_a_memory_aim_as_measured_time_allows(
     assert not left
     assert chosen.phases[0].micro_batches == micro_batches
     assert len(notices.sentences) == (micro_batches < 8)
+    for unmeasured in (replace(asked, deterministic=True), replace(asked, cuda_graphs="on")):
+        assert assembly.paying_plan(unmeasured, found, net, plan, data, torch.device(device), notices) == plan
+    recomputing = replace(plan, phases=(replace(plan.phases[0], recompute=2),))
+    chosen = assembly.paying_plan(
+        replace(asked, cuda_graphs="on"), found, net, recomputing, data, torch.device("cuda"), notices
+    )
+    assert (chosen.phases[0].recompute, chosen.phases[0].micro_batches) == (0, 1)
     insisted = replace(asked, memory_budget=0.3)
     assert assembly.paying_plan(insisted, found, net, plan, data, torch.device("cuda"), notices) == plan
 

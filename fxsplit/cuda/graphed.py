@@ -30,8 +30,10 @@ def graphed(
     gradients. What the step returns is detached, and stays as it is when the next one runs.
 
     Recordings are dropped when parameters start or stop to train, modules change their mode, or a number in the
-    groups of an optimizer changes. A learning rate that changes should be a tensor that is written into, and the
-    optimizer one with `capturable=True` or `fused=True`.
+    groups of an optimizer changes; also when what does not train is written into, and when an optimizer loads a state.
+    A learning rate that changes should be a tensor that is written into. An optimizer that counts its steps needs
+    `capturable=True`; `fused=True` alone is not enough. Gradients are those of the last call, so an optimizer or a
+    gradient scaler may step outside; a step that adds to gradients which are there before it is not recorded.
 
     Args:
         step: takes tensors, and values that are compared with `==`, and does all its work on the device of the tensors.
@@ -41,6 +43,12 @@ def graphed(
     Raises UsageError, when it is called, for arguments that are neither tensors nor hashable.
     """
     return Graphed(step, held, notice=notice, recorder_for=CudaRecorder)
+
+
+# Shapes, and values of other arguments, that are recorded; a number that changes in each call would fill the memory.
+MOST_SHAPES = 16
+# Calls in a row before each of which something has changed.
+MOST_CHANGES = 16
 
 
 class _Shaped(NamedTuple):
@@ -67,24 +75,54 @@ class Graphed(Generic[P, T]):
         self._recorders: dict[torch.device, Recorder] = {}
         self._state: Hashable = None
         self._by_shape: dict[Hashable, _Shaped] = {}
+        self._changes = 0
+        self._is_given_up = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """Take a step."""
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
         device = tensors[0].device if tensors else torch.device("cpu")
-        if device.type != self._device_type or any(each.requires_grad for each in tensors):
+        is_plain = device.type != self._device_type or any(each.requires_grad for each in tensors)
+        if is_plain or self._is_given_up:
             return self._step(*args, **kwargs)
-        if (state := _state_of(self._held)) != self._state:
+        state = _state_of(self._held)
+        self._changes = self._changes + 1 if state != self._state else 0
+        if state != self._state:
             self._by_shape.clear()
             self._state = state
+        if self._changes == MOST_CHANGES:
+            self._give_up("a mode, a number or a tensor that it uses is another one in each call")
+            return self._step(*args, **kwargs)
         key = _shapes_of(args, kwargs)
         shaped = self._by_shape.get(key)
+        if shaped is None and len(self._by_shape) == MOST_SHAPES:
+            self._give_up(f"it was called with {MOST_SHAPES} shapes or values and is called with another one")
+            return self._step(*args, **kwargs)
         if shaped is None:
             shaped = self._by_shape[key] = self._shaped(args, kwargs, device)
         for static, given in zip(shaped.static, tensors, strict=True):
             static.copy_(given, non_blocking=True)
-        result: T = map_tensors(Tensor.clone, shaped.replayed())
-        return result
+        result, gradients = shaped.replayed()
+        for parameter, gradient in zip(_parameters(self._held), gradients, strict=True):
+            parameter.grad = gradient
+        copied: T = map_tensors(Tensor.clone, result)
+        return copied
+
+    def _stepped(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[T, list[Tensor | None]]:
+        """Take a step, and return what it returns and the gradients after it."""
+        parameters = _parameters(self._held)
+        before = [parameter.grad for parameter in parameters]
+        result = map_tensors(Tensor.detach, self._step(*args, **kwargs))
+        after = [parameter.grad for parameter in parameters]
+        if any(one is not None and one is other for one, other in zip(before, after, strict=True)):
+            self._give_up("it adds to gradients that are there before it")
+        return result, after
+
+    def _give_up(self, reason: str) -> None:
+        if not self._is_given_up:
+            self._is_given_up = True
+            self._notice(f"a step runs eagerly, without a CUDA graph: {reason}")
+        self._by_shape.clear()
 
     def _shaped(self, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> _Shaped:
         if device not in self._recorders:
@@ -96,13 +134,22 @@ class Graphed(Generic[P, T]):
         return _Shaped(
             static=[each for each in (*own_args, *own_kwargs.values()) if isinstance(each, Tensor)],
             replayed=Replayed(
-                lambda: map_tensors(Tensor.detach, self._step(*own_args, **own_kwargs)),
+                lambda: self._stepped(own_args, own_kwargs),
                 self._recorders[device],
                 device,
                 held=self._held,
                 refused=lambda reason: self._notice(f"a step runs eagerly, without a CUDA graph: {reason}"),
             ),
         )
+
+
+def _parameters(held: Sequence[nn.Module | Optimizer]) -> list[Tensor]:
+    """List the parameters of modules and optimizers, each once."""
+    found: dict[int, Tensor] = {}
+    for each in held:
+        groups = each.param_groups if isinstance(each, Optimizer) else [{"params": each.parameters()}]
+        found |= {id(parameter): parameter for group in groups for parameter in group["params"]}
+    return list(found.values())
 
 
 def _copied(value: Any) -> Any:
@@ -130,7 +177,13 @@ def _state_of(held: Sequence[nn.Module | Optimizer]) -> Hashable:
         if isinstance(each, Optimizer):
             values = (value for group in each.param_groups for value in group.values())
             state += [value for value in values if isinstance(value, int | float | tuple)]
+            # Made in the first step, and others when a state is loaded.
+            state += [id(kept) for values in each.state.values() for kept in values.values()]
         else:
             state += [(parameter.data_ptr(), parameter.requires_grad) for parameter in each.parameters()]
+            # Written into, they change what was made from them, such as folded weights.
+            state += [parameter._version for parameter in each.parameters() if not parameter.requires_grad]
             state += [module.training for module in each.modules()]
+            still = (module for module in each.modules() if not module.training)
+            state += [buffer._version for module in still for buffer in module.buffers(recurse=False)]
     return tuple(state)

@@ -27,6 +27,7 @@ class Recording(Protocol[T]):
     """A function that was recorded. `result` is what it returned then: its tensors are written by each replay."""
 
     result: T
+    is_gone: bool
 
     def replay(self) -> None:
         """Do again on the device what was recorded, with what memory holds now."""
@@ -82,7 +83,7 @@ class CudaRecorder:
     def record(self, function: Callable[[], T]) -> Recording[T]:
         """Record a function, as `Recorder` says."""
         # A pool can be used as long as one of its graphs exists; without any, its memory is free for all.
-        pool = next((each.pool for each in self._alive), None) or torch.cuda.graph_pool_handle()
+        pool = next((each.pool for each in self._alive if not each.is_gone), None) or torch.cuda.graph_pool_handle()
         graph, keeping = torch.cuda.CUDAGraph(), Keeping()
         present, random_state = torch.cuda.current_stream(self._device), torch.cuda.get_rng_state(self._device)
         first: list[BaseException] = []
@@ -95,6 +96,9 @@ class CudaRecorder:
             with torch.cuda.device(self._device), capture, keeping, _noted(first):
                 result = function()
         except BaseException as error:
+            # Resetting a graph frees the workspaces of its stream, which all graphs of this recorder use.
+            for each in list(self._alive):
+                each.drop()
             graph.reset()
             self._clean_up(present, pool, random_state)
             raise (first.pop() if first else error) from None  # to end a broken capture is an error, too
@@ -119,7 +123,7 @@ class CudaRecorder:
 
     def has_room(self) -> bool:
         """Tell whether as much memory is free as recordings hold."""
-        held = sum(each.size for each in self._alive)
+        held = sum(each.size for each in self._alive if not each.is_gone)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device) - held
         free, _ = torch.cuda.mem_get_info(self._device)
         return free + max(0, cached) >= held
@@ -148,6 +152,12 @@ class CudaRecording(Generic[T]):
         self._graph, self.result = graph, result
         self._kept, self._written = keeping.kept, keeping.written
         self.pool, self.size = pool, size
+        self.is_gone = False
+
+    def drop(self) -> None:
+        """Give up the graph, which can no longer be launched."""
+        self._graph.reset()
+        self.is_gone = True
 
     def replay(self) -> None:
         """Launch the graph on the present stream."""

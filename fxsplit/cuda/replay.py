@@ -47,14 +47,15 @@ class Replayed(Generic[T]):
 
     def __call__(self) -> T:
         """Do the function's work, and return what it returns; tensors in it are written again by the next replay."""
+        if self._recording is not None and self._recording.is_gone:
+            self._recording, self._calls = None, 0
         if self._recording is None and not self._is_refused:
             if self._calls < WARM_UP:
                 return self._warm_up()
             self._record()
-        if self._recording is None:
-            return self._function()
-        self._recording.replay()
-        return self._recording.result
+        elif self._recording is not None:
+            self._recording.replay()
+        return self._function() if self._recording is None else self._recording.result
 
     def _warm_up(self) -> T:
         self._calls += 1
@@ -67,11 +68,14 @@ class Replayed(Generic[T]):
         return result
 
     def _record(self) -> None:
+        """Record the function, and do its work by a first replay, for which memory may be missing, too."""
         try:
-            self._recording = self._recorder.record(self._function)
+            recording = self._recorder.record(self._function)
+            recording.replay()
         except Exception as error:
             reason = in_words(error)
         else:
+            self._recording = recording
             return
         # Not inside `except`: there the traceback still holds the tensors of the failed recording.
         self._refuse(reason)

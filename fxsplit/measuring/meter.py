@@ -73,6 +73,10 @@ class Meter:
         if self._nvml:
             torch.cuda.reset_peak_memory_stats(self._device)
 
+    def memory_bytes(self) -> int:
+        """Read the peak that CUDA has allocated, or else the memory of the process, without waiting for the device."""
+        return torch.cuda.max_memory_allocated(self._device) if self._nvml else resident_bytes()
+
     def read(self) -> Usage:
         """Read what is in use once the device has done its work."""
         now(self._device)

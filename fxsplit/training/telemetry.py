@@ -47,8 +47,6 @@ class Telemetry:
 
         `score` is over the epoch so far, and has just come from the device, which is not waited for.
         """
-        usage = self._meter.read()
-        on_cuda = usage.peak_allocated_bytes
         return StepRecord(
             phase=phase,
             epoch=epoch + 1,
@@ -57,7 +55,7 @@ class Telemetry:
             train_loss=score.loss,
             train_accuracy_pct=score.top1_pct,
             images_per_second=score.count / (perf_counter() - self._began),
-            memory_bytes=usage.resident_bytes if on_cuda is None else on_cuda,
+            memory_bytes=self._meter.memory_bytes(),
         )
 
     def epoch(

@@ -136,6 +136,7 @@ class Trainer:
 
     def _leave(self, epoch: int, following: Phase | None, *, at_midpoint: bool = False) -> None:
         """End the training of the partitions that do not train in the following phase; without one, of all."""
+        self._forget()
         go_on = range(following.start, following.stop) if following else ()
         self._end([i for i in range(*self.executor.window) if i not in go_on], epoch, at_midpoint=at_midpoint)
 

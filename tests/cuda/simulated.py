@@ -59,6 +59,7 @@ class SimulatedRecorder:
 class Tape(Generic[T]):
     def __init__(self, recorder: SimulatedRecorder, ops: list[tuple[Any, ...]], result: T) -> None:
         self._recorder, self._ops, self.result = recorder, ops, result
+        self.is_gone = False
 
     @torch.no_grad()
     def replay(self) -> None:

@@ -190,3 +190,39 @@ def test_a_number_is_written_where_it_changes() -> None:
         assert device.value == value
         assert device.value.data_ptr() == device._tensor.data_ptr()  # type: ignore[union-attr]
         assert device.value._version == [0.0, 0.25, 0.5].index(value)
+
+
+def test_a_recording_that_went_with_another_one_is_made_again() -> None:
+    """A recording that fails takes those with it whose memory it shares."""
+    recorder, x, made = SimulatedRecorder(most=3), torch.zeros(3), list[Any]()
+
+    def record(function: Callable[[], Any]) -> Any:
+        made.append(SimulatedRecorder.record(recorder, function))
+        return made[-1]
+
+    recorder.record = record  # type: ignore[method-assign]
+    replayed = Replayed(lambda: x.add_(1), recorder, CPU, refused=str.upper)
+    for _ in range(6):
+        replayed()
+    made[0].is_gone = True
+    for _ in range(6):
+        replayed()
+    assert torch.equal(x, torch.full((3,), 12.0))
+    assert (recorder.warm_ups, recorder.recordings, recorder.replays) == (6, 2, 6)
+
+
+def test_a_first_replay_that_fails_leaves_the_function_as_it_is() -> None:
+    recorder, x, said = SimulatedRecorder(), torch.zeros(3), list[str]()
+
+    class Failing:
+        is_gone = False
+
+        def replay(self) -> None:
+            raise RuntimeError("out of memory\nand more")
+
+    recorder.record = lambda _: Failing()  # type: ignore[method-assign, assignment, return-value]
+    replayed = Replayed(lambda: x.add_(1), recorder, CPU, refused=said.append)
+    for _ in range(6):
+        replayed()
+    assert torch.equal(x, torch.full((3,), 6.0))
+    assert said == ["RuntimeError: out of memory"]
