@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, fields
 from functools import partial
@@ -22,6 +22,7 @@ from fxsplit.errors import CheckError, Terminated, UsageError, nearest
 from fxsplit.plan.plandiff import diff as diff_plans
 from fxsplit.plan.planfile import read_file
 from fxsplit.records import json_text
+from fxsplit.resuming import AUTO, RECIPE, differing, newest_run, run_folder_of
 from fxsplit.spec import PLANNED, RunSpec, beside_plan, from_text, read_environment, read_recipe, read_values, resolve
 
 from . import formats, tables, views
@@ -67,6 +68,16 @@ def train(
     model: Model = None,
     config: Recipe = None,
     l2l: LayerToLayer = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="auto|PATH",
+            help="Go on with a run: the newest like this in --output, or a new one (auto), or that of a folder or a "
+            "checkpoint (PATH). Needs no other options.",
+            rich_help_panel="Run",
+        ),
+    ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Write the resolved recipe, and no more.", metavar="")
     ] = False,
@@ -90,11 +101,11 @@ def train(
 
     The command line wins over FXSPLIT_* variables, such as FXSPLIT_BATCH_SIZE, and they over the recipe.
     """
-    spec = _resolve(model, config, l2l, given)
+    spec, resume = _resolve_run(model, config, l2l, given, resume)
     if print_config:
         return Job(partial(write, spec.to_yaml()), verbose)
     view: views.View = "quiet" if quiet else "live" if progress else "plain"
-    return Job(partial(_train, spec, view, as_json), verbose)
+    return Job(partial(_train, spec, resume, view, as_json), verbose)
 
 
 @with_spec_options(INSPECT_FIELDS)
@@ -276,12 +287,12 @@ def _check(verb: str, specs: list[str], options: dict[str, Any], as_json: bool) 
         )
 
 
-def _train(spec: RunSpec, view: views.View, as_json: bool) -> None:
+def _train(spec: RunSpec, resume: str | None, view: views.View, as_json: bool) -> None:
     # What libraries print belongs beside the progress, not into the result.
     with views.observing(spec.model, view) as observer, redirect_stdout(sys.stderr), _terminable():
         from fxsplit import api
 
-        report = api.train(spec, observer)
+        report = api.train(spec, observer, resume=resume)
     if as_json:
         write(json_text(report.to_dict()))
     else:
@@ -309,6 +320,14 @@ def _diff(before: str, after: str, as_json: bool) -> None:
 
 
 def _resolve(model: str | None, config: Path | None, l2l: bool, given: dict[str, Any]) -> RunSpec:
+    spec, _ = _resolve_run(model, config, l2l, given, None)
+    return spec
+
+
+def _resolve_run(
+    model: str | None, config: Path | None, l2l: bool, given: dict[str, Any], resume: str | None
+) -> tuple[RunSpec, str | None]:
+    """Return what is asked for, and the run to go on with if there is one, whose options are those not given."""
     options = {
         name: from_text(name, value) if isinstance(value, str) else value
         for name, value in {"model": model, **given}.items()
@@ -317,12 +336,24 @@ def _resolve(model: str | None, config: Path | None, l2l: bool, given: dict[str,
     if l2l and options.setdefault("preset", "l2l") != "l2l":
         raise UsageError(f"--l2l means --preset l2l and contradicts --preset {options['preset']}")
     layers = (read_recipe(config) if config else {}, read_environment(os.environ), read_values(options))
+    found = None
+    if resume is not None:
+        found = newest_run(_merged(layers)) if resume == AUTO else run_folder_of(resume)
+    if found is not None:
+        before = read_recipe(found / RECIPE)
+        spec = resolve(before, *layers)
+        differing(resolve(before), spec)  # or an error before torch is loaded
+        return spec, str(found) if resume == AUTO else resume
     if not any("model" in layer for layer in layers):
         raise UsageError(f"no model is given; name one here or in a recipe, as {MODEL_FORMS}")
     spec = resolve(*layers)
     if spec.plan and (beside := [name for name in PLANNED if name in options]):
         raise UsageError(beside_plan(beside))
-    return spec
+    return spec, None
+
+
+def _merged(layers: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for layer in layers for name, value in layer.items()}
 
 
 @contextmanager

@@ -67,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except typer.TyperException as error:
         return _fail(error.format_message(), error.exit_code)
-    except Terminated:
-        return _fail("terminated", 143)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except Terminated as error:
+        return _fail("; ".join(filter(None, ("terminated", str(error)))), 143)
+    except KeyboardInterrupt as error:
+        return _fail("; ".join(filter(None, ("interrupted", str(error)))), 130)
     except BrokenPipeError:
         # Python flushes stdout once more at exit, and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import islice
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -32,32 +32,43 @@ from fxsplit.spec import RunSpec
 from fxsplit.training.batchnorm import check_batches
 
 
-def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
+def train(
+    spec: RunSpec | None = None, observer: Observer | None = None, *, resume: str | Path | None = None
+) -> RunReport:
     """Train a model as `spec` says, standard or layer-to-layer, and leave a run folder behind.
 
-    Returns the records of the run. An interrupted or failed run keeps the weights and the records so far in its folder
-    before the exception goes on. Raises a FxsplitError for anything that the user can mend.
+    An interrupted or failed run keeps weights, records and a checkpoint in its folder before the exception goes on.
+
+    Args:
+        spec: what to train, and how; it may be left out with `resume`.
+        observer: is called while the run happens.
+        resume: the folder of a run to go on with, from its newest checkpoint that is whole, or the file of one. What
+            `spec` asks for otherwise is told to the observer, or refused.
+
+    Returns the records of the run, of all its processes. Raises a FxsplitError for anything that the user can mend.
     """
     observer, began = observer or Observer(), perf_counter()
+    start = assembly.start(spec, resume, observer)  # at the beginning, or from a checkpoint
+    spec = start.spec
     device = assembly.choose_device(spec.device)
     with assembly.determinism(spec.seed, spec.deterministic):
         data = assembly.data(spec, observer).to(device)  # images and labels, or an error before all else
-        model = assembly.model(spec, data, device)  # an untouched nn.Module
+        assembly.check_data(start, data, observer)
+        model = assembly.model(spec, data, device, goes_on=start.goes_on)  # an untouched nn.Module
         trace = assembly.trace(spec, model, data)  # its ops in order, in training and in evaluation
         passes = assembly.passes(spec, device)
         for each in passes:
             observer.notice(effect_of(each))
-        if spec.balance == "seconds" and spec.plan is None:
+        if spec.balance == "seconds" and spec.plan is None and not start.goes_on:
             trace = measure_ops(trace, (assembly.random_images(spec, data),), device=device, passes=passes)
-        plan = assembly.plan(spec, trace, observer)  # partitions and phases: names and numbers, no tensors
+        plan = assembly.plan(spec, trace, observer, start.plan)  # partitions and phases: names and numbers, no tensors
         executor = assembly.executor(spec, trace, plan, passes)  # the model again, which runs any phase
-        plan = assembly.paying_plan(spec, trace, executor, plan, data, device, observer)
+        if not start.goes_on:
+            plan = assembly.paying_plan(spec, trace, executor, plan, data, device, observer)
         recordings = assembly.recordings(spec, trace, device, observer)  # of steps, as CUDA graphs
         trainer = assembly.trainer(spec, trace, executor, plan, data, observer, recordings)
         check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader)
-        run = assembly.recorder(
-            spec, trace, plan, passes, device, began=began
-        )  # the run folder, unless it is a dry run
+        run = assembly.recorder(start, trace, plan, passes, data, trainer, observer, began=began)  # and the run folder
         observer.run_started(
             folder=run.path,
             device=str(device),
@@ -66,10 +77,11 @@ def train(spec: RunSpec, observer: Observer | None = None) -> RunReport:
             test_images=len(data.test),
         )
         run.setup_seconds = perf_counter() - began
-        if spec.prove:  # the same numbers as the model's, or a ProofError
+        if spec.prove and not start.goes_on:  # the same numbers as the model's, or a ProofError
             run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)
+        assembly.restore(run, start, observer)
         with run:
-            for record in islice(trainer.epochs(), 1 if spec.dry_run else None):
+            for record in trainer.epochs(run.pause, most=1 if spec.dry_run else None):
                 run.add(record)
     return run.report
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import fxsplit.plan.forecast
-from fxsplit import planning
+from fxsplit import planning, resuming
 from fxsplit.caching.cache import CachePolicy
 from fxsplit.caching.feed import Feed
 from fxsplit.caching.media import GIB
@@ -29,7 +30,7 @@ from fxsplit.cuda.replay import Recordings
 from fxsplit.cuda.trial import why_not_replayed
 from fxsplit.data import datasets
 from fxsplit.data.batch import Batch
-from fxsplit.data.images import Data
+from fxsplit.data.images import Data, MemoryImages
 from fxsplit.data.loader import Loader
 from fxsplit.errors import UsageError
 from fxsplit.execute.executor import Executor
@@ -39,13 +40,19 @@ from fxsplit.measuring.environment import environment
 from fxsplit.measuring.phase_costs import Loss, time_ratio, update_seconds
 from fxsplit.models import registry
 from fxsplit.models.examples import Example, example, takes_images
+from fxsplit.plan import planfile
 from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.partition import most_partitions
+from fxsplit.plan.planfile import PlanFile
 from fxsplit.plan.schedule import Plan, schedule
 from fxsplit.proving.first_batch import is_out_of_memory, prove_batch
 from fxsplit.proving.replays import differing_replays
 from fxsplit.report import Inspection, Observer
+from fxsplit.saving.checkpoints import Checkpoints, Found, Place, find_checkpoint
+from fxsplit.saving.recorder import Interval, Recorder
+from fxsplit.saving.run_folder import RunFolder
+from fxsplit.saving.run_state import RunState
 from fxsplit.spec import RunSpec
 from fxsplit.training.endings import Endings, named_parameters
 from fxsplit.training.exits import Exits
@@ -53,8 +60,6 @@ from fxsplit.training.objective import Objective
 from fxsplit.training.optimizers import make_optimizer, make_scheduler, slots_of
 from fxsplit.training.phase_optimizer import MakeScheduler, PhaseOptimizer
 from fxsplit.training.plasticity import QUIET_INTERVALS, Plasticity
-from fxsplit.training.recorder import Recorder
-from fxsplit.training.run_folder import RunFolder
 from fxsplit.training.soft_targets import LastTargets, MeanTargets, SoftTargets
 from fxsplit.training.step import Step
 from fxsplit.training.trainer import Trainer
@@ -67,6 +72,114 @@ DEFAULT_PARTS = 8
 TF32: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
 # What a run may take, relative to its time, for a memory aim that nobody insists on.
 MOST_TIME = 1.03
+# Of so many images, at least, the pixels tell one data set from another.
+SAMPLED = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Says where a run begins: at its beginning, or where an earlier process of it ended.
+
+    Args:
+        spec: what the run is asked for now.
+        folder: of the run that goes on; None for a new run.
+        found: its checkpoint; None where there is none yet, and the run begins anew.
+        plan: that of the checkpoint, for as many epochs as are asked for now.
+    """
+
+    spec: RunSpec
+    folder: RunFolder | None = None
+    found: Found | None = None
+    plan: PlanFile | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether weights and plan come from a checkpoint."""
+        return self.found is not None
+
+
+def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer) -> Start:
+    """Find the checkpoint to go on from, and say what differs from what it was asked for.
+
+    The folder is locked from here on. Raises UsageError when there is no such run, when another process goes on with
+    it, or when something differs that cannot; DataError when there are checkpoints and none is whole.
+    """
+    if resume is None:
+        if spec is None:
+            raise UsageError("nothing says what to train: give a spec, or a run to resume")
+        return Start(spec=spec)
+    path = resuming.run_folder_of(resume)
+    folder = RunFolder.reopened(path)
+    given = Path(resume).expanduser()
+    found = find_checkpoint(given if given.is_file() else path, notice=observer.notice)
+    before = resuming.spec_of(path) if found is None else resuming.spec_from(found.data["spec"])
+    now = replace(before if spec is None else spec, output=str(path.parent))
+    for sentence in resuming.differing(before, now):
+        observer.notice(sentence)
+    if now.dry_run:
+        raise UsageError("a dry run writes nothing, so it cannot go on with a run")
+    if found is None:
+        observer.notice(f"the run in {str(path)!r} has no checkpoint yet, and begins anew")
+        return Start(spec=now, folder=folder)
+    saved_plan = planfile.from_dict(found.data["plan"], origin=found.path.name)
+    return Start(spec=now, folder=folder, found=found, plan=resuming.lengthened(saved_plan, before, now))
+
+
+def check_data(start: Start, data: Data, observer: Observer) -> None:
+    """Hold the data against those of the run that goes on. Raises UsageError when they are others."""
+    if start.found is None:
+        return
+    before, now = start.found.data["identity"], identity(data)
+    for name, noun in IDENTITY.items():
+        if before[name] != now[name]:
+            raise UsageError(
+                f"the data are others than those of the run: {noun} were {before[name]} and are now {now[name]}; "
+                "a run goes on with the data that it began with"
+            )
+    if before["pixels"] != now["pixels"]:
+        observer.notice("some images have other pixels than when the run began, and it goes on with those of now")
+
+
+# What the identity of data consists of, in words.
+IDENTITY = {
+    "train": "images to train on",
+    "test": "images to test on",
+    "classes": "classes",
+    "img_size": "pixels of a side",
+    "channels": "channels",
+    "labels": "checksums of the labels",
+}
+
+
+def identity(data: Data) -> dict[str, Any]:
+    """Describe data so that others are told from them: counts, checksums of labels and of some pixels in memory."""
+    labels = hashlib.sha256()
+    pixels = hashlib.sha256()
+    for images in (data.train, data.test):
+        labels.update(images.labels.cpu().numpy().tobytes())
+        if isinstance(images, MemoryImages):
+            pixels.update(images.pixels[:: max(1, len(images) // SAMPLED)].cpu().contiguous().numpy().tobytes())
+    return {
+        "train": len(data.train),
+        "test": len(data.test),
+        "classes": list(data.classes),
+        "img_size": data.img_size,
+        "channels": data.channels,
+        "labels": labels.hexdigest(),
+        "pixels": pixels.hexdigest(),
+    }
+
+
+def restore(run: Recorder, start: Start, observer: Observer) -> None:
+    """Restore the state of the run that goes on, if one does. Raises UsageError when it is of another model."""
+    if start.found is None:
+        return
+    place = Place(*start.found.data["place"])
+    later = run.go_on(start.found)
+    if later:
+        observer.notice(f"{later} checkpoints after {place} are removed: the run goes on from there")
+    done = start.plan is not None and place.epoch >= start.plan.epochs
+    observer.notice(f"all {place.epoch} epochs are done; more --epochs go on" if done else f"goes on after {place}")
 
 
 def data(spec: RunSpec, observer: Observer) -> Data:
@@ -82,8 +195,8 @@ def data(spec: RunSpec, observer: Observer) -> Data:
     )
 
 
-def model(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
-    """Build the model of a run, for the classes and sizes of its data.
+def model(spec: RunSpec, data: Data, device: torch.device, *, goes_on: bool = False) -> nn.Module:
+    """Build the model of a run, for the classes and sizes of its data; without pretrained weights if it `goes_on`.
 
     Raises UsageError when it takes something other than images, and what `registry.build` raises.
     """
@@ -91,7 +204,7 @@ def model(spec: RunSpec, data: Data, device: torch.device) -> nn.Module:
         spec.model,
         num_classes=len(data.classes),
         img_size=data.img_size,
-        pretrained=spec.pretrained,
+        pretrained=spec.pretrained and not goes_on,
         stem=spec.stem,
         drop_path=spec.drop_path,
     )
@@ -144,12 +257,16 @@ def example_inputs(spec: RunSpec, model: nn.Module, img_size: int, device: torch
     return Example(args=(in_layout(spec, torch.rand(spec.batch_size, 3, img_size, img_size, device=device)),))
 
 
-def plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
+def plan(spec: RunSpec, trace: Trace, observer: Observer, saved: PlanFile | None = None) -> Plan:
     """Cut the model, decide which partitions train when, and what is recomputed to keep within memory.
+
+    The plan `saved` of a run that goes on is taken as it is.
 
     Raises UsageError when the spec or its plan file cannot be followed, and PartitionError when they do not fit the
     model.
     """
+    if saved is not None:
+        return planning.saved_plan(saved, trace, observer)
     plan = _given_plan(spec, trace, observer)
     phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
     plan = replace(plan, preset=spec.preset, phases=tuple(phases))
@@ -490,6 +607,7 @@ def _cache_policy(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> CacheP
         dtype=None if spec.cache_dtype == "exact" else getattr(torch, spec.cache_dtype),
         folder=str(Path(spec.output).expanduser()),
         peak_bytes=_peak_bytes(spec, trace, plan, data) if data.train.device.type == "cuda" else 0,
+        measured=not spec.deterministic,
     )
 
 
@@ -522,27 +640,39 @@ def _optimizer_of(spec: RunSpec, parameters: Iterable[nn.Parameter]) -> Optimize
 
 
 def recorder(
-    spec: RunSpec, trace: Trace, plan: Plan, passes: Sequence[Pass], device: torch.device, *, began: float
+    start: Start,
+    trace: Trace,
+    plan: Plan,
+    passes: Sequence[Pass],
+    data: Data,
+    trainer: Trainer,
+    observer: Observer,
+    *,
+    began: float,
 ) -> Recorder:
-    """Make the recorder of a run and, unless it is a dry run, its folder, with what was asked and planned in it.
+    """Make the recorder of a run and, unless it is a dry run, its folder.
 
     `began` is when the run began, on the clock of `perf_counter`. Raises UsageError when the folder cannot be made.
     """
-    found, surroundings = inspection(spec, trace, plan), environment(device)
-    folder = None
-    if not spec.dry_run:
-        folder = RunFolder(
+    spec, folder = start.spec, start.folder
+    if folder is None and not spec.dry_run:
+        folder = RunFolder.new(
             spec.output, model=spec.model, schedule=plan.title, seed=spec.seed, experiment=spec.experiment
         )
-        folder.start(args_yaml=spec.to_yaml(), plan_json=found.plan_file.to_json(), environment=surroundings)
     return Recorder(
         folder,
-        found,
+        inspection(spec, trace, plan),
         trace.model,
+        state=RunState(trace.model, trainer),
+        checkpoints=None if folder is None else Checkpoints(folder.path, keep=spec.checkpoint_keep),
+        interval=Interval.read(spec.checkpoint_every),
         spec=spec.to_flat(),
-        environment=surroundings,
+        args_yaml=spec.to_yaml(),
+        identity=identity(data),
+        environment=environment(data.train.device),
         passes=names_of(passes),
         began=began,
+        notice=observer.notice,
     )
 
 

@@ -72,6 +72,8 @@ def read_value(name: str, value: object, kind: Kind, rule: Mapping[str, Any]) ->
 
     Raises ValueError, with a sentence for the user, when it has another type or is not one that the option allows.
     """
+    if rule["pattern"] is not None and type(value) is int:
+        value = str(value)  # YAML reads text that is a number so
     try:
         read = None if value is None and kind.optional else _READERS[kind.type][0](value)
         if read is None or _is_allowed(read, rule):

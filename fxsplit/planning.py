@@ -10,7 +10,7 @@ import fxsplit.plan.partition
 from fxsplit.capture.tracing import Trace
 from fxsplit.models.units import units_of
 from fxsplit.plan.partition import Partition
-from fxsplit.plan.planfile import PlanFile, read_file, write_file
+from fxsplit.plan.planfile import PlanFile, from_dict, read_file, write_file
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
 
@@ -50,6 +50,13 @@ def load_plan(path: str, trace: Trace, observer: Observer | None = None) -> Plan
     if observer and file.graph not in ("", trace.train.digest()):
         observer.notice(f"the plan {path!r} was made for another model, but fits this one")
     return file.plan(trace)
+
+
+def saved_plan(file: PlanFile, trace: Trace, observer: Observer) -> Plan:
+    """Make the plan of a run that goes on. Raises PartitionError when it does not fit the model."""
+    if file.graph != trace.train.digest():
+        observer.notice("the model's operations are others than when the run began, and it goes on with those of now")
+    return from_dict(file.to_dict(), origin="of the run", modes=trace).plan(trace)
 
 
 def units(trace: Trace, by: str) -> dict[str, str]:

@@ -279,6 +279,16 @@ class RunSpec:
         "Run", "Folder in which each run gets a folder of its own.", "output/train", flags=("--output-dir",)
     )
     experiment: str | None = option("Run", "Name of the run's folder, instead of one made from the time.", None)
+    checkpoint_every: str = option(
+        "Run",
+        "Save the run, so that --resume can go on with it: every so many epochs, steps as in 500s, or off, which is "
+        "only when it is interrupted.",
+        "1",
+        pattern=r"[1-9]\d{0,8}s?|off",
+    )
+    checkpoint_keep: int = option(
+        "Run", "Keep this many of the newest checkpoints, and the one with the best test accuracy.", 2, least=1
+    )
     log_interval: int = option("Run", "Steps between two progress reports.", 10, least=1)
     dry_run: bool = option("Run", "Plan, train one step, test one batch, and write nothing.", False)
 

@@ -35,8 +35,8 @@ from fxsplit.plan import cuts as cut_places
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.planfile import read_file
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, RunReport
+from fxsplit.saving.run_folder import COLUMNS
 from fxsplit.spec import read_recipe, resolve
-from fxsplit.training.run_folder import COLUMNS
 from fxsplit_cli.main import main
 from tests.cuda.simulated import SimulatedRecorder, Tape
 

@@ -24,16 +24,16 @@ LAYERS = (
     {"graph", "options", "presets", "records", "data", "objects"},
     {"plan", "models", "meta", "cuda"},
     {"spec", "report"},
-    {"capture"},
+    {"capture", "resuming"},
     {"execute", "pages"},
-    {"caching", "measuring", "distribute"},
+    {"caching", "measuring", "distribute", "saving"},
     {"training"},
     {"proving"},
     {"planning"},
     {"assembly"},
     {"api"},
 )
-WITHOUT_TORCH = {"errors", "graph", "options", "presets", "records", "spec", "plan", "report", "pages"}
+WITHOUT_TORCH = {"errors", "graph", "options", "presets", "records", "spec", "resuming", "plan", "report", "pages"}
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "typer", "rich"}
 
 

@@ -11,15 +11,28 @@ and gathered by the step itself; others are read ahead by a thread, and brought 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxsplit.caching.media import AUTO, DEVICE, Offer, Refusal, Timed, available, choose, open_rows, reading_seconds
+from fxsplit.caching.media import (
+    AUTO,
+    DEVICE,
+    MACS_PER_SECOND,
+    READ_BYTES_PER_SECOND,
+    Offer,
+    Refusal,
+    Timed,
+    available,
+    choose,
+    open_rows,
+    reading_seconds,
+)
 from fxsplit.caching.repeats import repeats
 from fxsplit.caching.rows import Column, Rows
 from fxsplit.data.batch import Batch
@@ -45,6 +58,8 @@ class CachePolicy:
             settled partitions deliver them.
         folder: where the file is.
         peak_bytes: what training is forecast to need of the memory of a GPU, where rows may then not be.
+        measured: whether "auto" measures seconds; else it works them out from bytes and multiply-adds, and so chooses
+            the same each time.
     """
 
     medium: str
@@ -52,6 +67,7 @@ class CachePolicy:
     dtype: torch.dtype | None = None
     folder: str = "."
     peak_bytes: int = 0
+    measured: bool = True
 
     def open(
         self,
@@ -106,6 +122,10 @@ class Cache:
         self._weights: Stamp = ()
         self._rows: Rows | None = None
         self.medium: str | None = None
+        # The medium of an earlier process that this one goes on from.
+        self._chosen: str | None = None
+        # The batches that were computed and kept, in order: in training?, epoch, first and last + 1.
+        self._fills: list[tuple[bool, int, int, int]] = []
         self._columns: list[Column | None] = []
         self._filled = self._none_filled()
         self._staging = Staging(loader.device, loader.batch_size)
@@ -193,20 +213,21 @@ class Cache:
     def _put_images(
         self, epoch: int, order: Tensor, view: int | None, filled: Tensor, *, is_new: bool
     ) -> Iterator[Hashable]:
-        for numbers, key in zip(self._order.batches(order), self._images.put(epoch, view=view), strict=True):
+        batches = zip(self._order.batches(order), self._images.put(epoch, view=view), strict=True)
+        for number, (numbers, key) in enumerate(batches):
             rows, can_be_recorded = self._rows, self.medium == DEVICE and key is not None
             if self._given_up:
                 self._fetch = self._images.fetch
                 yield key
             elif rows is None or not filled[numbers].all():
-                self._fetch = partial(self._computed, numbers)
+                self._fetch = partial(self._computed, numbers, (epoch, number))
                 yield (self._images, rows) if can_be_recorded and is_new else None
             else:
                 self._fetch = partial(self._read, rows, numbers)
                 yield (self._order, rows) if can_be_recorded else None
 
-    def _computed(self, numbers: Tensor) -> Batch:
-        """Compute a batch, and keep it as the rows `numbers`, int64 (B,) on the CPU."""
+    def _computed(self, numbers: Tensor, place: tuple[int, int]) -> Batch:
+        """Compute a batch, and keep it as rows `numbers`, int64 (B,) on the CPU; `place` is its epoch and number."""
         batch = self._images.fetch()
         values = self._forward.settle(batch.images)
         if not _are_rows(values, len(batch)):
@@ -218,6 +239,7 @@ class Cache:
                 self._give_up(*refusal)
             if self._rows is not None:
                 self._keep(self._rows, numbers, values)
+                self._note(*place)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             self._give_up(getattr(error, "strerror", None) or "there is not enough memory")
         return Batch(values=tuple(values), cut=self.cut, labels=batch.labels, ids=batch.ids)
@@ -227,6 +249,33 @@ class Cache:
         pairs = zip(self._columns, values, strict=True)
         rows.write(numbers, [column.pack(value, rows.device) for column, value in pairs if column is not None])
         self._filled.index_fill_(0, numbers, True)
+
+    def _note(self, epoch: int, number: int) -> None:
+        training, last = self._forward.executor.training, self._fills[-1] if self._fills else None
+        if last is not None and last[:2] == (training, epoch) and last[3] == number:
+            self._fills[-1] = (training, epoch, last[2], number + 1)
+        else:
+            self._fills.append((training, epoch, number, number + 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which batches were computed and kept, and where. The rows themselves are left out."""
+        return {"medium": self.medium, "given_up": self._given_up, "fills": list(self._fills)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compute the rows again of which `state_dict` has told; the same phase must have been entered.
+
+        An image computed in other company differs by rounding, so each batch is computed as it was, in the same order.
+        """
+        self._given_up, self._chosen = state["given_up"], state["medium"]
+        executor = self._forward.executor
+        mode = executor.training
+        for training, epoch, first, stop in state["fills"]:
+            executor.train(training)
+            with torch.no_grad():
+                for _ in islice(self.put(epoch), first, stop):
+                    self.fetch()
+        executor.train(mode)
+        self._chosen = None
 
     def _open(self, values: list[Any], images: Tensor) -> Refusal | None:
         """Make room for all rows, or return the reason why not."""
@@ -242,8 +291,13 @@ class Cache:
         given = [(column, value) for column, value in zip(self._columns, values, strict=True) if column is not None]
         count, columns = len(self._filled), [column for column, _ in given]
         size = count * sum(column.row_bytes for column in columns)
-        offers = self._offers(lambda medium: reading_seconds(medium, given, device, policy.folder, size=size))
-        medium = choose(offers, size=size, compute_seconds=settle.seconds)
+        offers = self._offers(
+            (lambda medium: reading_seconds(medium, given, device, policy.folder, size=size))
+            if policy.measured
+            else (lambda medium: size / count * len(images) / READ_BYTES_PER_SECOND[medium])
+        )
+        seconds = settle.seconds if policy.measured else self._settle_seconds(len(images))
+        medium = self._chosen or choose(offers, size=size, compute_seconds=seconds)
         if isinstance(medium, Refusal):
             return medium
         self._rows, self.medium = open_rows(medium, count, columns, device, policy.folder), medium
@@ -262,6 +316,15 @@ class Cache:
             return [self._dtype] * len(values)
         with torch.autocast(device, dtype):
             return [None if value is None else value.dtype for value in executor.settle(images)]
+
+    def _settle_seconds(self, images: int) -> float:
+        """Work out how long the settled partitions take for a batch, without a clock."""
+        settled = self._forward.executor.partitions[: self.cut]
+        return (
+            images
+            * sum(each.macs for each in settled)
+            / MACS_PER_SECOND.get(self._loader.device.type, MACS_PER_SECOND["cpu"])
+        )
 
     def _offers(self, seconds: Callable[[str], float]) -> Iterator[Offer]:
         """Give the media that may be used; only where several may, `seconds` measures reading."""
@@ -293,6 +356,7 @@ class Cache:
     def _drop(self) -> None:
         self._weights = ()
         self._rows = self.medium = None
+        self._fills = []
         self._columns = []
         self._filled = self._none_filled()
         self._staging = Staging(self._loader.device, self._loader.batch_size)

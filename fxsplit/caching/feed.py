@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
 
 from fxsplit.caching.cache import Cache, CachePolicy
 from fxsplit.data.batch import Batch
@@ -36,6 +37,7 @@ class Feed:
         self._forward, self._policy = forward, policy
         self._train_cache: Cache | None = None
         self._test_cache: Cache | None = None
+        self._epochs = 0
 
     def enter(self, cut: int, *, epochs: int, notice: Callable[[str], None]) -> None:
         """Keep the caches if they are at `cut`, else open new ones there, where the cut stays for `epochs`.
@@ -45,6 +47,7 @@ class Feed:
         if self._train_cache is not None and self._train_cache.cut == cut:
             return
         self.close()
+        self._epochs = epochs
         if self._policy is not None and cut:
             self._train_cache = self._policy.open(self._forward, self._train_images, epochs=epochs, notice=notice)
             self._test_cache = self._policy.open(
@@ -77,6 +80,18 @@ class Feed:
         """What delivers the test images, all in epoch 0: the cache, where training images come from one."""
         cached = self._test_cache is not None and self._train_cache is not None and self._train_cache.has_rows
         return self._test_cache if self._test_cache is not None and cached else self._test_images
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return for how many epochs the caches were opened, and what is in them."""
+        caches = {"train": self._train_cache, "test": self._test_cache}
+        found = {name: None if cache is None else cache.state_dict() for name, cache in caches.items()}
+        return {"epochs": self._epochs, **found}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Fill the caches again, as `state_dict` has told of them; the same phase must have been entered."""
+        for cache, saved in ((self._train_cache, state["train"]), (self._test_cache, state["test"])):
+            if cache is not None and saved is not None:
+                cache.load_state_dict(saved)
 
     @property
     def resident_bytes(self) -> int | None:

@@ -18,6 +18,10 @@ from fxsplit.data.staging import free_bytes
 DEVICE, RAM, DISK = "device", "ram", "disk"
 # What "auto" chooses from, by device, from the fastest to the largest. A CPU's own memory is left to training.
 AUTO = {"cuda": (DEVICE, RAM, DISK), "cpu": (DISK,)}
+# Where a run may not depend on measured seconds, these stand for them: bytes a second that a medium is read at, and
+# multiply-adds a second of a device. They are of the order of today's machines.
+READ_BYTES_PER_SECOND = {DEVICE: 5e11, RAM: 1e10, DISK: 1e9}
+MACS_PER_SECOND = {"cuda": 5e12, "cpu": 2e10}
 # Reading is timed so many times.
 RUNS = 3
 GIB = 2**30

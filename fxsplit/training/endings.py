@@ -65,6 +65,12 @@ class WeightAverage:
                 parameter.copy_(self._means.pop(name))
                 del self._counts[name]
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop the means of these parameters."""
+        for name in names:
+            self._means.pop(name, None)
+            self._counts.pop(name, None)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the means, and the number of values that each is over."""
         return {"means": dict(self._means), "counts": dict(self._counts)}
@@ -111,12 +117,13 @@ class Endings:
         self._end_epochs, self._steps_per_epoch = end_epochs(plan), steps_per_epoch
         self._device = forward.device if recorded else None
         self._mean, self._midpoint_mean = WeightAverage(self._device), WeightAverage(self._device)
+        self._steps = 0
         # What this step counts in: a mean, and the parameters that it is of.
         self._counted: list[tuple[WeightAverage, dict[str, Tensor]]] = []
 
     def count_step(self, steps: int) -> Hashable:
         """Choose the means that a step counts in, the last of so many `steps` of the run; return which these are."""
-        self._counted = []
+        self._counted, self._steps = [], steps
         middle, chosen = self.midpoint_epoch or 0, []
         for index, (parameters, end) in enumerate(zip(self._parameters, self._end_epochs, strict=True)):
             in_mean = self._counts(steps, end)
@@ -159,13 +166,24 @@ class Endings:
             mean.apply(self._parameters[index])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the means so far."""
-        return {"mean": self._mean.state_dict(), "midpoint_mean": self._midpoint_mean.state_dict()}
+        """Return the means so far, and the steps done."""
+        means = {"mean": self._mean.state_dict(), "midpoint_mean": self._midpoint_mean.state_dict()}
+        return {"steps": self._steps, **means}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load what `state_dict` returned. Means that would begin later now, since the plan lasts longer, are dropped.
+
+        They would hold weights from the midst of the training.
+        """
+        self._steps = state["steps"]
         self._mean.load_state_dict(state["mean"])
         self._midpoint_mean.load_state_dict(state["midpoint_mean"])
+        middle = (self.midpoint_epoch or 0) * self._steps_per_epoch
+        for parameters, end in zip(self._parameters, self._end_epochs, strict=True):
+            if not self._counts(self._steps, end):
+                self._mean.forget(parameters)
+            if not self._counts(min(self._steps, middle), self.midpoint_epoch or 0):
+                self._midpoint_mean.forget(parameters)
 
 
 def end_epochs(plan: Plan) -> list[int]:

@@ -31,10 +31,6 @@ class Scheduler(Protocol):
 
     def step_update(self, num_updates: int) -> None: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
 
 class MakeScheduler(Protocol):
     """Makes a scheduler of the whole run's learning rate, for the optimizer of one phase."""
@@ -127,13 +123,12 @@ class PhaseOptimizer:
         return sum(parameter.numel() for parameter in parameters_of(self.optimizer))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of optimizer and scheduler, with parameters by name."""
-        return {"optimizer": named_state(self.optimizer, self._names()), "scheduler": self._scheduler.state_dict()}
+        """Return the state of the optimizer, with parameters by name. Schedulers are functions of the step alone."""
+        return {"optimizer": named_state(self.optimizer, self._names())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned; the same phase must have been entered."""
         load_named_state(self.optimizer, state["optimizer"], self._names())
-        self._scheduler.load_state_dict(state["scheduler"])
 
     def _names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._executor.named_parameters()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -25,13 +27,17 @@ class Telemetry:
         self._device = device
         self._meter = Meter(device)
         self._began = self._trained = 0.0
+        # Of the present epoch, before the run was interrupted.
+        self._earlier_seconds, self._earlier_joules = 0.0, 0.0
         self._energy_began: float | None = None
         self._energy_trained: float | None = None
 
     def epoch_begins(self) -> None:
-        """Start the clock of an epoch."""
-        self._began = now(self._device)
-        self._energy_began = self._meter.read().energy_joules
+        """Start the clock of an epoch, or go on with that of an epoch that was interrupted."""
+        self._began = now(self._device) - self._earlier_seconds
+        joules = self._meter.read().energy_joules
+        self._energy_began = None if joules is None else joules - self._earlier_joules
+        self._earlier_seconds, self._earlier_joules = 0.0, 0.0
 
     def phase_begins(self) -> None:
         """Begin the peaks of CUDA memory anew."""
@@ -81,6 +87,7 @@ class Telemetry:
             tested: score on the test images.
         """
         ended, usage = now(self._device), self._meter.read()
+        began, energy_began, self._began, self._energy_began = self._began, self._energy_began, 0.0, None
         entered = plan.phases[phase]
         cut = entered.cut(len(plan.partitions))
         return EpochRecord(
@@ -95,9 +102,9 @@ class Telemetry:
             eval_loss=tested.loss,
             eval_top1=tested.top1_pct,
             eval_top5=tested.top5_pct,
-            train_seconds=self._trained - self._began,
+            train_seconds=self._trained - began,
             eval_seconds=ended - self._trained,
-            images_per_second=trained.count / (self._trained - self._began),
+            images_per_second=trained.count / (self._trained - began),
             trainable_parameters=optimizer.parameters,
             peak_resident_bytes=usage.peak_resident_bytes,
             peak_allocated_bytes=usage.peak_allocated_bytes,
@@ -105,9 +112,18 @@ class Telemetry:
             device_bytes=usage.device_bytes,
             cache_resident_bytes=feed.resident_bytes,
             cache_file_bytes=feed.file_bytes,
-            energy_joules=_difference(usage.energy_joules, self._energy_began),
-            train_energy_joules=_difference(self._energy_trained, self._energy_began),
+            energy_joules=_difference(usage.energy_joules, energy_began),
+            train_energy_joules=_difference(self._energy_trained, energy_began),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the present epoch has cost so far, in seconds and joules."""
+        joules = _difference(self._meter.read().energy_joules, self._energy_began)
+        return {"seconds": now(self._device) - self._began if self._began else 0.0, "joules": joules or 0.0}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned, to go on from it in the next `epoch_begins`."""
+        self._earlier_seconds, self._earlier_joules = state["seconds"], state["joules"]
 
 
 def _difference(after: float | None, before: float | None) -> float | None:

@@ -18,6 +18,7 @@ from fxsplit.cuda.replay import Recordings
 from fxsplit.execute.forward import Forward
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
+from fxsplit.saving.run_state import Stateful
 from fxsplit.training.accuracy import Accuracy, PendingScore, Score
 from fxsplit.training.endings import Endings
 from fxsplit.training.objective import Objective
@@ -28,21 +29,32 @@ from fxsplit.training.step import Step
 from fxsplit.training.telemetry import Telemetry
 
 
-class Stateful(Protocol):
-    """Something that can save its state and load it again, as in torch.distributed.checkpoint."""
+class Pause(Protocol):
+    """Is called where the state of training is whole: it may save it, or end the run by an exception."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def __call__(self, epoch: int, step: int, *, steps: int, ending: bool = False) -> None:
+        """Save or end a run of which `epoch` epochs and `step` steps of the next are done, in all `steps`.
 
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+        `ending` says that an exception ends it here anyway.
+        """
+        ...
+
+
+def no_pause(epoch: int, step: int, *, steps: int, ending: bool = False) -> None:
+    """Go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """Where a run is: the index of its phase (-1 before the first), the epochs done, and the steps done of the next."""
+    """Where a run is: the index of its phase (-1 before the first), the epochs done, and the steps done of the next.
+
+    `ended` says that all its steps are taken and what trained to the end has ended; only the test is left.
+    """
 
     phase: int = -1
     epoch: int = 0
     step: int = 0
+    ended: bool = False
 
 
 @dataclass(kw_only=True)
@@ -88,24 +100,46 @@ class Trainer:
         # Scores of steps that are on their way from the device.
         self._pending: deque[tuple[int, PendingScore]] = deque()
         self._telemetry = Telemetry(self.forward.device)
+        self._pause: Pause = no_pause
+        # Whether `state_dict` would be the state of a position, and not of something between two.
+        self._is_whole = False
 
-    def epochs(self) -> Iterator[EpochRecord]:
-        """Train and test epoch by epoch, and give the record of each.
+    def epochs(self, pause: Pause = no_pause, *, most: int | None = None) -> Iterator[EpochRecord]:
+        """Train and test epoch by epoch, and give the record of each; the observer is told of it after that.
 
         At the end, or when the iterator is closed, caches are freed and the model is as free to train as it was before.
+
+        Args:
+            pause: is called after each step and each batch of the test, and where an exception leaves the state whole.
+            most: the most epochs that are trained now; None for all that are left.
         """
+        self._pause = pause
+        epochs = range(self._position.epoch, self.plan.epochs)
         try:
-            for epoch in range(self._position.epoch, self.plan.epochs):
+            for epoch in epochs[:most]:
                 self._telemetry.epoch_begins()
                 if not self._position.step:
                     self._begin(epoch)
                 record = self._epoch(epoch)
-                self.observer.epoch_done(record)
                 yield record
+                self._is_whole = True
+                self.observer.epoch_done(record)
+                self._is_whole = False
+        except GeneratorExit:
+            raise
+        except BaseException:
+            if self._is_whole:
+                self._paused(ending=True)
+            raise
         finally:
+            self._pause = no_pause
             self._forget()
             self.feed.close()
             self.executor.release()
+
+    def _paused(self, *, ending: bool = False) -> None:
+        at = self._position
+        self._pause(at.epoch, at.step, steps=at.epoch * self._steps_per_epoch + at.step, ending=ending)
 
     def _begin(self, epoch: int) -> None:
         """Change to the phase of an epoch; at the midpoint of the run, also average weights and keep soft targets."""
@@ -118,7 +152,7 @@ class Trainer:
             return
         if before >= 0:
             self._leave(epoch, self.plan.phases[index], at_midpoint=at_midpoint)
-        self._enter(index, epoch)
+        self._enter(index, epochs_left=self.plan.first_epoch(index) + self.plan.phases[index].epochs - epoch)
 
     def _phase_of(self, epoch: int) -> int:
         """Return the index of an epoch's phase: as planned, or an earlier one that settles only quiet partitions."""
@@ -145,7 +179,7 @@ class Trainer:
         if at_midpoint:
             self.objective.keep_targets(self.forward, self.feed.training(epoch))
 
-    def _enter(self, index: int, epoch: int) -> None:
+    def _enter(self, index: int, *, epochs_left: int) -> None:
         # Each of these steps depends on what those before it have done to the model:
         #
         #   0 ............. start ................... stop ............. n
@@ -157,7 +191,6 @@ class Trainer:
         phase = self.plan.phases[index]
         self._position = replace(self._position, phase=index)
         self.executor.enter(phase)  # (1)
-        epochs_left = self.plan.first_epoch(index) + phase.epochs - epoch
         self.feed.enter(phase.start, epochs=epochs_left, notice=self.observer.notice)  # (2)
         if self.objective.exits is not None:
             self.objective.exits.enter(phase, self.observer.notice)  # (3)
@@ -167,10 +200,14 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> EpochRecord:
         trained = self._train(epoch)
-        if self.endings.average and epoch + 1 == self.plan.epochs:
+        if self.endings.average and epoch + 1 == self.plan.epochs and not self._position.ended:
+            self._is_whole = False
             self._leave(epoch, None)
+            self._position = replace(self._position, ended=True)
+        self._is_whole = True
         self._telemetry.training_ends()
         tested = self.evaluate()
+        self._is_whole = False
         if not math.isfinite(trained.loss):
             self.observer.notice(
                 f"the training loss of epoch {epoch + 1} is {trained.loss}; a lower --lr or --clip-grad may help"
@@ -193,6 +230,7 @@ class Trainer:
         self.executor.train()
         steps = self._steps_per_epoch
         for key in islice(self.feed.put(epoch), self._position.step, None):
+            self._is_whole = False
             self._take_step(key, done=epoch * steps + self._position.step)
             if self.plasticity is not None:
                 self.plasticity.step_done()
@@ -200,7 +238,9 @@ class Trainer:
             self._position = replace(self._position, step=step)
             if step % self.log_interval == 0 or step == steps:
                 self._pending.append((step, self._accuracy.sent()))
+            self._is_whole = True
             self._report(epoch, wait=step == steps)
+            self._paused()
         return self._accuracy.read()
 
     def _take_step(self, key: Hashable, *, done: int) -> None:
@@ -292,6 +332,7 @@ class Trainer:
 
         for key in source.put(0):
             accuracy.count(step() if recordings is None else recordings.run("test", key, step))
+            self._paused()
         return accuracy.read()
 
     def state_dict(self) -> dict[str, Any]:
@@ -301,16 +342,19 @@ class Trainer:
         the next step.
         """
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        return {"position": asdict(self._position), **state}
+        return {"position": asdict(self._position), "feed": self.feed.state_dict(), **state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned. The model must have loaded its own state before, on the run's device.
 
-        `epochs` then goes on where the run was, also in the midst of an epoch.
+        `epochs` then goes on where the run was, also in the midst of an epoch. Rows that caches had are computed again,
+        so random states are to be restored after this. The plan may last longer now than it did.
         """
         self._position = Position(**state["position"])
         if self._position.phase >= 0:
-            self._enter(self._position.phase, self._position.epoch)
+            self._enter(self._position.phase, epochs_left=state["feed"]["epochs"])
+        if self._position.epoch < self.plan.epochs:
+            self.feed.load_state_dict(state["feed"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 
@@ -322,5 +366,6 @@ class Trainer:
             "endings": self.endings,
             "accuracy": self._accuracy,
             "plasticity": self.plasticity,
+            "telemetry": self._telemetry,
         }
         return {name: part for name, part in parts.items() if part is not None}

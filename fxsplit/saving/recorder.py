@@ -1,0 +1,202 @@
+"""Collects the records of a run and saves it, while it goes on and when it ends, however it ends."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from time import perf_counter
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fxsplit.errors import FxsplitError
+from fxsplit.records import read_record
+from fxsplit.report import EpochRecord, Inspection, RunReport
+from fxsplit.saving.checkpoints import Checkpoints, Found, Place
+from fxsplit.saving.run_folder import RunFolder
+from fxsplit.saving.run_state import RunState
+from fxsplit.saving.signals import Signals
+
+
+class Interval(NamedTuple):
+    """Says how often a run is saved: every so many epochs, or steps; never with 0."""
+
+    every: int
+    in_steps: bool = False
+
+    @classmethod
+    def read(cls, text: str) -> Interval:
+        """Read `2` (epochs), `500s` (steps) or `off`."""
+        return cls(0 if text == "off" else int(text.rstrip("s")), in_steps=text.endswith("s"))
+
+
+class Recorder:
+    """Collects the records of a run; as a context, saves it, makes its report at the end and finishes its folder.
+
+    The report says whether the run was finished, interrupted (by KeyboardInterrupt) or failed (by another exception),
+    which then goes on.
+
+    Args:
+        folder: where records, checkpoints, weights and report are written; None writes nothing.
+        inspection: the plan and the model, for the report and its page.
+        model: its weights are saved.
+        state: what a checkpoint holds.
+        checkpoints: where they are kept; None keeps none.
+        interval: how often there is one. An interrupted run leaves one, too.
+        spec: the recipe of the run, as plain data.
+        args_yaml: the same as the text of a recipe file.
+        identity: what a run that goes on is held against, as plain data.
+        environment: what numbers depend on besides, as plain data.
+        passes: names of the graph passes.
+        began: when the run began, on the clock of `perf_counter`.
+        notice: is called with a sentence for each file that cannot be written.
+    """
+
+    report: RunReport
+
+    def __init__(
+        self,
+        folder: RunFolder | None,
+        inspection: Inspection,
+        model: nn.Module,
+        *,
+        state: RunState,
+        checkpoints: Checkpoints | None,
+        interval: Interval,
+        spec: dict[str, Any],
+        args_yaml: str,
+        identity: dict[str, Any],
+        environment: dict[str, Any],
+        passes: tuple[str, ...],
+        began: float,
+        notice: Callable[[str], None],
+    ) -> None:
+        self.path = str(folder.path) if folder else ""
+        self.setup_seconds = self.prove_seconds = 0.0
+        self._folder, self._inspection, self._model, self._began = folder, inspection, model, began
+        self._state, self._checkpoints, self._interval = state, checkpoints, interval
+        self._spec, self._args_yaml, self._identity = spec, args_yaml, identity
+        self._environment, self._passes = environment, passes
+        self._notice = notice
+        self._epochs: list[EpochRecord] = []
+        self._signals = Signals()
+        self._saved: Place | None = None
+        self._tried: Place | None = None
+
+    def go_on(self, found: Found) -> int:
+        """Take over the records and seconds of the run that a checkpoint is of, and restore its state.
+
+        Call it before the context is entered; nothing is written before that. Returns how many later checkpoints there
+        were, which are removed. Raises UsageError when the checkpoint is of another model.
+        """
+        data = found.data
+        self._state.load_state_dict(data["state"])
+        self._epochs = [read_record(EpochRecord, record) for record in data["epochs"]]
+        self._began -= data["seconds"]["total"]
+        self.setup_seconds += data["seconds"]["setup"]
+        self.prove_seconds += data["seconds"]["prove"]
+        self._saved = Place(*data["place"])
+        return self._checkpoints.remove_after(found.path) if self._checkpoints else 0
+
+    def add(self, record: EpochRecord) -> None:
+        """Add the record of an epoch that has just ended, write it into the folder, and save the run if it is due."""
+        self._epochs.append(record)
+        if self._folder:
+            self._folder.add(record)
+        is_due = not self._interval.in_steps and self._interval.every and record.epoch % self._interval.every == 0
+        self._pause(Place(record.epoch, 0), is_due=bool(is_due), accuracy=record.eval_top1)
+
+    def pause(self, epoch: int, step: int, *, steps: int, ending: bool = False) -> None:
+        """Save the run if it is due, and end it if a signal has asked for that; the state must be whole.
+
+        Args:
+            epoch: epochs that are done.
+            step: steps that are done of the next.
+            steps: steps of the whole run that are done.
+            ending: the run ends here by an exception, so it is saved in any case.
+
+        Raises KeyboardInterrupt, or Terminated, with words on how to go on.
+        """
+        is_due = self._interval.in_steps and self._interval.every and steps % self._interval.every == 0
+        self._pause(Place(epoch, step), is_due=bool(is_due) or ending)
+
+    def _pause(self, place: Place, *, is_due: bool, accuracy: float | None = None) -> None:
+        if self._signals.pending or (is_due and place != self._tried):
+            with self._signals.saving():
+                self._save(place, accuracy)
+        if self._signals.pending:
+            self._signals.end(self._how_to_go_on())
+
+    def _save(self, place: Place, accuracy: float | None) -> None:
+        if not self._checkpoints or place == self._saved:
+            return
+        self._tried = place
+        seconds = {"total": perf_counter() - self._began, "setup": self.setup_seconds, "prove": self.prove_seconds}
+        data: Mapping[str, Any] = {
+            "place": list(place),
+            "spec": self._spec,
+            "identity": self._identity,
+            "plan": self._inspection.plan_file.to_dict(),
+            "epochs": [asdict(record) for record in self._epochs],
+            "seconds": seconds,
+            "state": self._state.state_dict(),
+        }
+        try:
+            self._checkpoints.write(place, data, accuracy=accuracy)
+        except OSError as error:
+            earlier = f"that of {self._saved} stays" if self._saved else "there is none yet"
+            self._notice(f"no checkpoint of {place} could be written ({error.strerror or error}); {earlier}")
+        else:
+            self._saved = place
+
+    def _how_to_go_on(self) -> str:
+        if not self._saved:
+            return ""
+        return f"saved at {self._saved}; go on with: fxsplit train --resume {shlex.quote(self.path)}"
+
+    def __enter__(self) -> Recorder:
+        self._signals.__enter__()
+        if self._folder:
+            self._folder.start(
+                args_yaml=self._args_yaml,
+                plan_json=self._inspection.plan_file.to_json(),
+                environment=self._environment,
+                epochs=self._epochs,
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            with self._signals.saving():
+                faults = self._finish(error)
+        finally:
+            self._signals.__exit__(kind, error, traceback)
+        if faults and error is None:
+            raise FxsplitError("; ".join(faults))
+        for fault in faults:
+            self._notice(fault)
+
+    def _finish(self, error: BaseException | None) -> list[str]:
+        stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        self.report = RunReport(
+            status="finished" if error is None else stopped,
+            spec=self._spec,
+            environment=self._environment,
+            graph_digest=self._inspection.train.digest(),
+            plan=self._inspection.plan,
+            passes=self._passes,
+            epochs=tuple(self._epochs),
+            setup_seconds=self.setup_seconds,
+            prove_seconds=self.prove_seconds,
+            total_seconds=perf_counter() - self._began,
+            folder=self.path,
+        )
+        if not self._folder:
+            return []
+        faults = self._folder.finish(self.report, self._inspection, self._model)
+        self._folder.close()
+        return faults

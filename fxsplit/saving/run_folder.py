@@ -1,0 +1,165 @@
+"""The folder of a run: recipe, plan, records and weights, each in a file that other tools can read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import nn
+
+from fxsplit.errors import UsageError
+from fxsplit.pages.page import report_page
+from fxsplit.records import json_line, json_text
+from fxsplit.report import EpochRecord, Inspection, RunReport
+from fxsplit.saving.files import append_whole, remove_parts, replacing, write_whole
+from fxsplit.saving.lock import LOCK, PATIENCE_SECONDS, FolderLock, LockedError
+
+# timm's columns first, in its order, so that a program that reads its summaries reads ours.
+FIRST = ("epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr")
+COLUMNS = (*FIRST, *(field.name for field in fields(EpochRecord) if field.name not in FIRST))
+
+
+class RunFolder:
+    """Writes the files of a run into its folder, each whole or not at all. The folder is locked for this process.
+
+        start     args.yaml, plan.json, env.json, and the records so far
+        add       a line in summary.csv and in metrics.jsonl
+        finish    model.safetensors, report.json, report.html
+
+    Made by `new` or `reopened`.
+    """
+
+    def __init__(self, path: Path, lock: FolderLock) -> None:
+        self.path, self._lock = path, lock
+
+    @classmethod
+    def new(cls, output: str, *, model: str, schedule: str, seed: int, experiment: str | None) -> RunFolder:
+        """Make the folder of a new run, which no other run gets.
+
+        Args:
+            output: the folder in which the run gets its own.
+            model: part of its name, as are schedule, seed and time.
+            schedule: likewise.
+            seed: likewise.
+            experiment: its name, instead of that one.
+
+        Raises UsageError when the folder of a named experiment already holds something, or cannot be made.
+        """
+        parent = Path(output).expanduser()
+        name = experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{_slug(model)}-{_slug(schedule)}-s{seed}"
+        path, number = parent / name, 1
+        try:
+            while (lock := _locked_if_empty(path)) is None:
+                if experiment:
+                    raise UsageError(
+                        f"the folder {str(path)!r} already holds a run; name another --experiment, or go on with it "
+                        "by --resume"
+                    )
+                number += 1
+                path = parent / f"{name}-{number}"
+        except OSError as error:
+            raise UsageError(
+                f"the run folder {str(path)!r} cannot be made: {error.strerror}; choose another --output"
+            ) from error
+        return cls(path, lock)
+
+    @classmethod
+    def reopened(cls, path: Path) -> RunFolder:
+        """Open the folder of a run that ended before. Raises UsageError when it goes on, or cannot be written."""
+        try:
+            return cls(path, FolderLock(path, patience=PATIENCE_SECONDS))
+        except LockedError as error:
+            raise UsageError(f"the run in {str(path)!r} is still going on, in {error}") from error
+        except OSError as error:
+            raise UsageError(f"the run folder {str(path)!r} cannot be written: {error.strerror}") from error
+
+    def start(
+        self, *, args_yaml: str, plan_json: str, environment: dict[str, Any], epochs: Sequence[EpochRecord] = ()
+    ) -> None:
+        """Write what is known before the first epoch: recipe, plan, what numbers depend on besides, records so far."""
+        remove_parts(self.path)
+        write_whole(self.path / "args.yaml", args_yaml)
+        write_whole(self.path / "plan.json", plan_json)
+        write_whole(self.path / "env.json", json_text(environment))
+        write_whole(self.path / "metrics.jsonl", "".join(map(_line, epochs)))
+        write_whole(self.path / "summary.csv", _row(COLUMNS) + "".join(map(_summary, epochs)))
+
+    def add(self, record: EpochRecord) -> None:
+        """Write the record of an epoch."""
+        append_whole(self.path / "summary.csv", _summary(record))
+        append_whole(self.path / "metrics.jsonl", _line(record))
+
+    def finish(self, report: RunReport, inspection: Inspection, model: nn.Module) -> list[str]:
+        """Write the report and the weights, by the model's own names; tied parameters are there once.
+
+        Returns a sentence for each file that could not be written. The others are there.
+        """
+        writers: dict[str, Callable[[Path], None]] = {
+            "model.safetensors": lambda path: _write_weights(model, path),
+            "report.json": lambda path: write_whole(path, json_text(report.to_dict())),
+            "report.html": lambda path: write_whole(path, report_page(report, inspection)),
+        }
+        faults = []
+        for name, write in writers.items():
+            try:
+                write(self.path / name)
+            except Exception as error:  # whatever it is, the other files are written
+                faults.append(f"{str(self.path / name)!r} cannot be written: {_reason(error)}")
+        return faults
+
+    def close(self) -> None:
+        """Release the folder: another process may go on with the run."""
+        self._lock.release()
+
+
+def _locked_if_empty(path: Path) -> FolderLock | None:
+    """Make a folder and lock it; return None if it holds something or is another run's."""
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FolderLock(path)
+    except LockedError:
+        return None
+    if any(each.name != LOCK for each in path.iterdir()):
+        lock.release()
+        return None
+    return lock
+
+
+def _write_weights(model: nn.Module, path: Path) -> None:
+    with replacing(path) as part:
+        safetensors.torch.save_model(model, str(part))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    kind = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())
+
+
+def _line(record: EpochRecord) -> str:
+    return json_line(asdict(record)) + "\n"
+
+
+def _summary(record: EpochRecord) -> str:
+    values = asdict(record)
+    return _row([values[column] for column in COLUMNS])
+
+
+def _row(values: Sequence[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerow(values)
+    return text.getvalue()
+
+
+def _slug(name: str) -> str:
+    """Make a part of a folder's name: `timm:resnet18` -> `timm-resnet18`; of a path only the last part."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name.rsplit("/", 1)[-1]).strip("-")
