@@ -95,8 +95,8 @@ def test_a_run_leaves_all_its_files(spec: Callable[..., fxsplit.RunSpec]) -> Non
     folder = Path(report.folder)
     assert folder.name == "mine"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "args.yaml", "env.json", "metrics.jsonl", "model.safetensors", "plan.json", "report.html",
-        "report.json", "summary.csv",
+        ".lock", "args.yaml", "checkpoints", "env.json", "metrics.jsonl", "model.safetensors", "plan.json",
+        "report.html", "report.json", "summary.csv",
     ]  # fmt: skip
     assert resolve(read_recipe(folder / "args.yaml")) == asked
     assert json.loads((folder / "env.json").read_text(encoding="utf-8"))["torch"].startswith("2.")
@@ -514,7 +514,7 @@ def test_an_interrupted_run_keeps_its_epochs_and_weights(spec: Callable[..., fxs
         train(spec(experiment="mine"), Stop())
     folder = Path(spec().output) / "mine"
     data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert (data["status"], [epoch["epoch"] for epoch in data["epochs"]]) == ("interrupted", [1])
+    assert (data["status"], [epoch["epoch"] for epoch in data["epochs"]]) == ("interrupted", [1, 2])
     assert safetensors.torch.load_file(folder / "model.safetensors")["0.weight"].shape == (4, 3, 3, 3)
 
 

@@ -82,6 +82,8 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):  # safetensors' own has no words of the system
+        return "it is not there"
     return getattr(error, "strerror", None) or "it is no whole safetensors file"
 
 
