@@ -175,11 +175,11 @@ def restore(run: Recorder, start: Start, observer: Observer) -> None:
     if start.found is None:
         return
     place = Place(*start.found.data["place"])
-    later = run.go_on(start.found)
-    if later:
-        observer.notice(f"{later} checkpoints after {place} are removed: the run goes on from there")
     done = start.plan is not None and place.epoch >= start.plan.epochs
     observer.notice(f"all {place.epoch} epochs are done; more --epochs go on" if done else f"goes on after {place}")
+    if later := run.later_than(start.found):
+        observer.notice(f"later checkpoints are removed: {', '.join(later)}")
+    run.go_on(start.found)
 
 
 def data(spec: RunSpec, observer: Observer) -> Data:

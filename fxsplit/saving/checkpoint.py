@@ -29,6 +29,7 @@ from fxsplit.saving.files import replacing
 FORMAT = "fxsplit checkpoint 1"
 # The longest header that is read: more than any checkpoint has, and no danger for memory.
 MOST_HEADER_BYTES = 100_000_000
+DTYPES = {name: each for name, each in vars(torch).items() if isinstance(each, torch.dtype)}
 
 
 def write_checkpoint(path: Path, data: Mapping[str, Any], *, summary: Mapping[str, Any]) -> None:
@@ -36,7 +37,7 @@ def write_checkpoint(path: Path, data: Mapping[str, Any], *, summary: Mapping[st
 
     Args:
         path: of the file.
-        data: dicts, lists, tuples, text, numbers, booleans, None and tensors on any device.
+        data: dicts, lists, tuples, text, numbers, booleans, None, types of tensors, and tensors on any device.
         summary: JSON that `read_summary` finds without reading the rest.
 
     Raises TypeError for anything else, which is named, and OSError when the file cannot be written.
@@ -101,7 +102,8 @@ class _Writer:
     """Turns plain data with tensors into JSON, in which tensors stand by name.
 
     What JSON lacks is an object with a single key, its kind: {"tuple": [...]}, {"dict": [[key, value], ...]},
-    {"float": "nan"}, {"tensor": name}. So no other object is written, and each is read back as it was.
+    {"float": "nan"}, {"dtype": "float16"}, {"tensor": ...}. So no other object is written, and each is read back as it
+    was.
     """
 
     def __init__(self) -> None:
@@ -118,6 +120,8 @@ class _Writer:
             return int(value)
         if isinstance(value, float):
             return float(value) if math.isfinite(value) else {"float": repr(float(value))}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
         if isinstance(value, Tensor):
             return self._tensor(value, path)
         if isinstance(value, Mapping):
@@ -159,6 +163,8 @@ def _read(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "float":
         return float(content)
+    if kind == "dtype":
+        return DTYPES[content]
     if kind == "tuple":
         return tuple(_read(each, tensors) for each in content)
     if kind == "dict":

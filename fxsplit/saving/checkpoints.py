@@ -70,16 +70,15 @@ class Checkpoints:
         best = max(found, key=found.__getitem__, default=None)
         return None if best is None or found[best] == -math.inf else best
 
-    def remove_after(self, path: Path) -> int:
-        """Remove checkpoints of later positions than that of `path`, and what a killed process was writing.
+    def later_than(self, path: Path) -> list[Path]:
+        """List the checkpoints of later positions than that of the checkpoint `path`."""
+        return [each for each in _places(self._folder) if each.name > path.name]
 
-        Returns how many checkpoints were removed.
-        """
-        later = [each for each in _places(self._folder) if each.name > path.name]
-        for each in later:
+    def remove_after(self, path: Path) -> None:
+        """Remove the checkpoints that are `later_than` a checkpoint, and what a killed process was writing."""
+        for each in self.later_than(path):
             each.unlink(missing_ok=True)
         remove_parts(self._folder)
-        return len(later)
 
 
 def _places(folder: Path) -> list[Path]:

@@ -84,12 +84,18 @@ class Recorder:
         self._signals = Signals()
         self._saved: Place | None = None
         self._tried: Place | None = None
+        # Whether an epoch is missing in the files of records.
+        self._is_behind = False
 
-    def go_on(self, found: Found) -> int:
+    def later_than(self, found: Found) -> list[str]:
+        """List by name the checkpoints of the run that are later than one of them."""
+        return [path.name for path in self._checkpoints.later_than(found.path)] if self._checkpoints else []
+
+    def go_on(self, found: Found) -> None:
         """Take over the records and seconds of the run that a checkpoint is of, and restore its state.
 
-        Call it before the context is entered; nothing is written before that. Returns how many later checkpoints there
-        were, which are removed. Raises UsageError when the checkpoint is of another model.
+        Call it before the context is entered. Checkpoints that are later are removed; nothing else is written. Raises
+        UsageError when it is of another model.
         """
         data = found.data
         self._state.load_state_dict(data["state"])
@@ -98,15 +104,29 @@ class Recorder:
         self.setup_seconds += data["seconds"]["setup"]
         self.prove_seconds += data["seconds"]["prove"]
         self._saved = Place(*data["place"])
-        return self._checkpoints.remove_after(found.path) if self._checkpoints else 0
+        if self._checkpoints:
+            self._checkpoints.remove_after(found.path)
 
     def add(self, record: EpochRecord) -> None:
         """Add the record of an epoch that has just ended, write it into the folder, and save the run if it is due."""
         self._epochs.append(record)
-        if self._folder:
-            self._folder.add(record)
+        if fault := self._write_record(record):
+            self._notice(f"{fault}; it is tried again after the next epoch")
         is_due = not self._interval.in_steps and self._interval.every and record.epoch % self._interval.every == 0
         self._pause(Place(record.epoch, 0), is_due=bool(is_due), accuracy=record.eval_top1)
+
+    def _write_record(self, record: EpochRecord) -> str:
+        """Write the record of an epoch, and earlier ones that could not be written; return what went wrong."""
+        try:
+            if self._folder and self._is_behind:
+                self._folder.write_records(self._epochs)
+            elif self._folder:
+                self._folder.add(record)
+        except OSError as error:
+            self._is_behind = True
+            return f"the record of epoch {record.epoch} cannot be written: {error.strerror}"
+        self._is_behind = False
+        return ""
 
     def pause(self, epoch: int, step: int, *, steps: int, ending: bool = False) -> None:
         """Save the run if it is due, and end it if a signal has asked for that; the state must be whole.
@@ -145,9 +165,10 @@ class Recorder:
         }
         try:
             self._checkpoints.write(place, data, accuracy=accuracy)
-        except OSError as error:
+        except (OSError, TypeError) as error:
+            why = getattr(error, "strerror", None) or error
             earlier = f"that of {self._saved} stays" if self._saved else "there is none yet"
-            self._notice(f"no checkpoint of {place} could be written ({error.strerror or error}); {earlier}")
+            self._notice(f"no checkpoint of {place} can be written ({why}); {earlier}")
         else:
             self._saved = place
 
@@ -157,7 +178,6 @@ class Recorder:
         return f"saved at {self._saved}; go on with: fxsplit train --resume {shlex.quote(self.path)}"
 
     def __enter__(self) -> Recorder:
-        self._signals.__enter__()
         if self._folder:
             self._folder.start(
                 args_yaml=self._args_yaml,
@@ -165,6 +185,7 @@ class Recorder:
                 environment=self._environment,
                 epochs=self._epochs,
             )
+        self._signals.__enter__()
         return self
 
     def __exit__(
@@ -197,6 +218,7 @@ class Recorder:
         )
         if not self._folder:
             return []
+        late = self._write_record(self._epochs[-1]) if self._is_behind else ""
         faults = self._folder.finish(self.report, self._inspection, self._model)
         self._folder.close()
-        return faults
+        return [*filter(None, [late]), *faults]

@@ -89,11 +89,15 @@ class RunFolder:
         write_whole(self.path / "args.yaml", args_yaml)
         write_whole(self.path / "plan.json", plan_json)
         write_whole(self.path / "env.json", json_text(environment))
+        self.write_records(epochs)
+
+    def write_records(self, epochs: Sequence[EpochRecord]) -> None:
+        """Write the records of all epochs so far, in place of those that are there. Raises OSError when it cannot."""
         write_whole(self.path / "metrics.jsonl", "".join(map(_line, epochs)))
         write_whole(self.path / "summary.csv", _row(COLUMNS) + "".join(map(_summary, epochs)))
 
     def add(self, record: EpochRecord) -> None:
-        """Write the record of an epoch."""
+        """Write the record of an epoch. Raises OSError when it cannot be written."""
         append_whole(self.path / "summary.csv", _summary(record))
         append_whole(self.path / "metrics.jsonl", _line(record))
 

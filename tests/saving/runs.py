@@ -59,7 +59,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "average": 0.5,
         "channels_last": True,
         "epochs": 8,
-    },  # fmt: skip
+    },
     "exits": {**SETTLING, "exits": 2, "cache": "ram", "soft_targets": 0.5, "average": 0.6, "anneal": 0.4},
     "veto": {
         **SETTLING,

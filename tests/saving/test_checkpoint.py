@@ -49,6 +49,7 @@ DTYPES = (
 )
 DATA = {
     "none": None,
+    "dtype": [torch.bfloat16, torch.int64],
     "numbers": [0, -1, 2**130, True, False, 1.5, -0.0, 5e-324, math.inf, -math.inf, math.nan],
     "text": ["", "a\0b", "\u2028 ä \ud800", '{"tensor": 1}'],
     "nested": {1: {(2, 3): ["x"]}, None: (), "tuple": {"float": "nan"}, 1.5: [[]], "": {}},
@@ -216,7 +217,8 @@ def test_positions_within_epochs_come_in_order(tmp_path: Path) -> None:
         checkpoints.write(place, {"place": list(place)}, accuracy=None)
     found = sorted((tmp_path / CHECKPOINTS).iterdir())
     assert [read_checkpoint(path)["place"] for path in found] == [list(place) for place in places]
-    assert checkpoints.remove_after(found[1]) == 3
+    assert checkpoints.later_than(found[1]) == found[2:]
+    checkpoints.remove_after(found[1])
     assert [path.name for path in sorted((tmp_path / CHECKPOINTS).iterdir())] == [name(0, 9), name(0, 10)]
     assert [str(place) for place in places[2:4]] == ["epoch 1", "epoch 2, step 100"]
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fxsplit
-from fxsplit.report import Observer, StepRecord
-from tests.saving.runs import COMMON, KINDS, differences, left_by, model_in
+from fxsplit.data import datasets
+from fxsplit.errors import UsageError
+from fxsplit.models import registry
+from fxsplit.report import Observer, RunReport, StepRecord
+from fxsplit.saving.checkpoint import read_checkpoint
+from fxsplit.saving.checkpoints import CHECKPOINTS
+from fxsplit.saving.lock import LOCK
+from fxsplit.spec import read_recipe, resolve
+from tests.saving.runs import COMMON, KINDS, MODEL, differences, left_by, model_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,3 +92,139 @@ def test_a_run_goes_on_bit_for_bit_from_every_step(kind: str, tmp_path: Path) ->
         folder = interrupted(tmp_path, kind, place)
         fxsplit.train(resume=folder)
         assert differences(expected, left_by(folder)) == [], place
+
+
+def resumed(folder: Path, observer: Observer | None = None, **changes: Any) -> RunReport:
+    return fxsplit.train(observer=observer, resume=folder, **changes)
+
+
+@pytest.mark.parametrize("kind", ["standard", "exits"])
+def test_a_run_goes_on_from_any_checkpoint_in_a_copy_elsewhere(kind: str, tmp_path: Path) -> None:
+    """As after SIGKILL: records are ahead of the checkpoint, and a line of them is cut off."""
+    expected, steps = whole(tmp_path, kind, checkpoint_every="1s", checkpoint_keep=99)
+    there = sorted((tmp_path / "whole" / CHECKPOINTS).iterdir())
+    assert len(there) == steps
+    for path in (there[2], there[-2]):
+        folder = tmp_path / "elsewhere" / path.stem
+        shutil.copytree(tmp_path / "whole", folder)
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write('{"epoch": 9, "lo')
+        (folder / CHECKPOINTS / ".epoch-000009-step-00000001.safetensors.part").write_bytes(b"x")
+        heard = Interrupts()
+        report = resumed(folder / CHECKPOINTS / path.name, heard)
+        assert report.folder == str(folder)
+        assert differences(expected, left_by(folder)) == []
+        later = ", ".join(each.name for each in there if each.name > path.name)
+        assert f"later checkpoints are removed: {later}" in heard.sentences
+        assert not [each for each in folder.rglob("*") if each.name.endswith(".part")]
+        assert [(e.epoch, e.phase) for e in report.epochs] == [(m["epoch"], m["phase"]) for m in expected["metrics"]]
+
+
+def test_seconds_add_up(tmp_path: Path) -> None:
+    folder = interrupted(tmp_path, "standard", 8)
+    before = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    data = read_checkpoint(max((folder / CHECKPOINTS).iterdir()))
+    elapsed = data["state"]["training"]["telemetry"]["seconds"]
+    report = resumed(folder)
+    assert report.total_seconds > before["total_seconds"]
+    assert report.setup_seconds > before["setup_seconds"]
+    assert report.prove_seconds == before["prove_seconds"] > 0  # it was proven once
+    assert report.epochs[1].train_seconds > elapsed > 0
+    assert report.total_seconds > sum(e.train_seconds + e.eval_seconds for e in report.epochs) + report.setup_seconds
+
+
+# What is asked for otherwise
+
+
+def test_a_run_can_become_longer(tmp_path: Path) -> None:
+    """The last phase does; what was done stays."""
+    for kind, name in (("l2l", "epochs"), ("window", "epochs_total")):
+        first = fxsplit.train(spec(tmp_path, kind, experiment=kind))
+        before, heard = len(first.epochs), Interrupts()
+        longer = replace(spec(tmp_path, kind, experiment=kind), **{name: before + 2})
+        report = fxsplit.train(longer, heard, resume=first.folder)
+        key = name.replace("_", "-")
+        assert heard.sentences[0] == f"{key} was {before} and is now {before + 2}: the last phase lasts longer"
+        assert [e.epoch for e in report.epochs] == list(range(1, before + 3))
+        assert report.epochs[:before] == first.epochs
+        assert [p.epochs for p in report.plan.phases[:-1]] == [p.epochs for p in first.plan.phases[:-1]]
+        assert {e.phase for e in report.epochs[before - 1 :]} == {len(first.plan.phases) - 1}
+        # It can be interrupted, and goes on from there, as any other.
+        recipe = resolve(read_recipe(Path(first.folder) / "args.yaml"))
+        assert getattr(recipe, name) == before + 2
+        assert resumed(Path(first.folder)).epochs == report.epochs
+
+
+def test_a_longer_run_does_not_average_weights_of_its_midst(tmp_path: Path) -> None:
+    """Interrupted while weights are averaged for an end that lies later now."""
+    changes = {"average": 0.5, "sched": "constant", "warmup_epochs": 0}
+    expected, _ = whole(tmp_path, "standard", **changes, epochs=6)
+    folder = interrupted(tmp_path, "standard", 14, **changes)
+    fxsplit.train(spec(tmp_path, "standard", **changes, epochs=6), resume=folder)
+    assert differences(expected["weights"], left_by(folder)["weights"]) == []
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+    expected, _ = whole(tmp_path, "standard")
+    heard = Interrupts()
+    report = resumed(tmp_path / "whole", heard)
+    assert "all 4 epochs are done; more --epochs go on" in heard.sentences
+    assert len(report.epochs) == 4
+    assert differences(expected, left_by(tmp_path / "whole")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"batch_size": 8},
+            "batch-size was 16 and is now 8: a run goes on as it began; leave it out, or begin another",
+        ),
+        (
+            {"seed": 1, "schedule": "grow"},
+            "schedule was standard and is now grow, seed was 42 and is now 1: a run goes",
+        ),
+        ({"model": "paper:cnn"}, "model was .*:small and is now paper:cnn: a run goes on as it began"),
+        ({"data": "digits"}, "data was synthetic and is now digits"),
+        ({"epochs": 3}, "epochs was 4 and is now 3, but the run has 4 epochs; one that goes on can become longer, not"),
+        ({"lr": 0.5, "at": ("3",)}, "lr was 0.01 and is now 0.5, at was  and is now 3"),
+    ],
+)
+def test_what_cannot_change_is_refused_before_anything_is_written(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = interrupted(tmp_path, "standard", 7)
+    before = contents(folder)
+    with pytest.raises(UsageError, match=words):
+        fxsplit.train(spec(tmp_path, "standard", **changes), resume=folder)
+    assert contents(folder) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != LOCK}
+
+
+def test_another_model_or_other_data_under_the_same_name_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = interrupted(tmp_path, "standard", 7)
+    before = contents(folder)
+    names: dict[str, Any] = {}
+    exec(MODEL.replace("(6, 8)", "(6, 10)").replace("Linear(8", "Linear(10"), names)
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "build", lambda *_, num_classes, **__: names["small"](num_classes))
+        words = "the checkpoint is of another model: '10.weight' is 8 x 6 x 3 x 3 there and 10 x 6 x 3 x 3 here"
+        with pytest.raises(UsageError, match=words):
+            resumed(folder)
+    load = datasets.load
+
+    def fewer(*args: Any, **kwargs: Any) -> Any:
+        data = load(*args, **kwargs)
+        return dataclasses.replace(data, train=data.train.subset(torch.arange(60)))
+
+    monkeypatch.setattr(datasets, "load", fewer)
+    with pytest.raises(
+        UsageError, match="the data are others than those of the run: images to train on were 68 and are"
+    ):
+        resumed(folder)
+    assert contents(folder) == before
