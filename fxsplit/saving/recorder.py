@@ -112,7 +112,8 @@ class Recorder:
         self._epochs.append(record)
         if fault := self._write_record(record):
             self._notice(f"{fault}; it is tried again after the next epoch")
-        is_due = not self._interval.in_steps and self._interval.every and record.epoch % self._interval.every == 0
+        every, is_last = self._interval.every, record.epoch == self._inspection.plan.epochs
+        is_due = every and (is_last or (not self._interval.in_steps and record.epoch % every == 0))
         self._pause(Place(record.epoch, 0), is_due=bool(is_due), accuracy=record.eval_top1)
 
     def _write_record(self, record: EpochRecord) -> str:
