@@ -15,13 +15,15 @@ import torch
 
 import fxsplit
 from fxsplit.data import datasets
-from fxsplit.errors import UsageError
+from fxsplit.errors import Terminated, UsageError
 from fxsplit.models import registry
 from fxsplit.report import Observer, RunReport, StepRecord
 from fxsplit.saving.checkpoint import read_checkpoint
 from fxsplit.saving.checkpoints import CHECKPOINTS
 from fxsplit.saving.lock import LOCK
 from fxsplit.spec import read_recipe, resolve
+from fxsplit.training.accuracy import Score
+from fxsplit.training.trainer import Trainer
 from tests.saving.runs import COMMON, KINDS, MODEL, differences, left_by, model_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,9 +73,9 @@ def interrupted(folder: Path, kind: str, step: int, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    """Each is interrupted in three places, which differ by kind; the last one twice."""
+    """Each is interrupted in four places, which differ by kind; the last one twice."""
     expected, steps = whole(tmp_path, kind)
-    places = range(1 + len(kind) % 3, steps, steps // 3)
+    places = range(1 + len(kind) % 3, steps, steps // 4)
     for place in places:
         folder = interrupted(tmp_path, kind, place)
         if place == places[-1] and place + 2 <= steps:
@@ -82,6 +84,31 @@ def test_a_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
         report = fxsplit.train(resume=folder)
         assert report.status == "finished"
         assert differences(expected, left_by(folder)) == []
+
+
+@pytest.mark.parametrize("kind", ["standard", "exits"])
+@pytest.mark.parametrize("epoch", [3, 4])
+def test_a_test_that_is_interrupted_begins_again(
+    kind: str, epoch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after the last epoch, where what trained has ended by then: that is done once."""
+    changes: dict[str, Any] = {"average": 0.5, "recalibrate": True}
+    expected, _ = whole(tmp_path, kind, **changes)
+    tests, evaluate = iter(range(1, 5)), Trainer.evaluate
+
+    def interrupted_test(trainer: Trainer) -> Score:
+        if next(tests) == epoch:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(trainer)
+
+    folder = tmp_path / "mine"
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "evaluate", interrupted_test)
+        with pytest.raises(Terminated, match=f"saved at epoch {epoch}, step 5; go on with"):
+            fxsplit.train(spec(tmp_path, kind, experiment="mine", **changes))
+    assert len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == epoch - 1
+    resumed(folder)
+    assert differences(expected, left_by(folder)) == []
 
 
 @pytest.mark.slow
