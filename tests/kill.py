@@ -2,32 +2,35 @@
 
     python -m tests.kill --count 50 --output docs/results/kills.md
 
-Each run is a process of its own, `fxsplit train`, which gets SIGKILL (or SIGTERM, or SIGINT) at a random moment. Then
-`fxsplit train --resume` goes on with it, in its folder or in a copy of it elsewhere, and may be killed as well. The
-exit code is 1 if any run ends otherwise than its untouched twin.
+Each run is a process of its own, forked from one in which torch is loaded. It does what `fxsplit train` does, and gets
+SIGKILL (or SIGTERM, or SIGINT) at a random moment. Then `fxsplit train --resume` goes on with it, in its folder or in a
+copy of it elsewhere, and may be killed as well. The exit code is 1 if any run ends otherwise than its untouched twin.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxsplit import api  # noqa: F401 - so that it is there when a process is forked
 from fxsplit.saving.checkpoints import CHECKPOINTS
+from fxsplit_cli.main import main
 from tests.saving.runs import COMMON, KINDS, differences, left_by, model_in
 
 EXIT_CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -51,7 +54,7 @@ class Case:
 
 def command(model: str, kind: str, **changes: Any) -> list[str]:
     options: Mapping[str, Any] = {**COMMON, **KINDS[kind], **changes}
-    words = [sys.executable, "-m", "fxsplit", "train", model, "--no-progress"]
+    words = ["train", model, "--no-progress"]
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         words += [flag] if value is True else [flag, str(value)]
@@ -59,18 +62,29 @@ def command(model: str, kind: str, **changes: Any) -> list[str]:
 
 
 def run(words: list[str], log: Path, *, by: int | None = None, share: float = 0.0, seconds: float = 0.0) -> int:
-    """Run a command; if `by` is a signal, send it `share` of `seconds` after the run has its folder."""
-    with log.open("ab") as file:
-        start = file.tell()
-        process = subprocess.Popen(
-            words, stdout=subprocess.DEVNULL, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        if by is not None:
-            while process.poll() is None and b"run folder" not in log.read_bytes()[start:]:
-                time.sleep(0.005)
-            time.sleep(share * seconds)
-            process.send_signal(by)
-        return process.wait(timeout=300)
+    """Run `fxsplit` with these words; a signal is sent, if asked for, `share` of `seconds` after it has its folder."""
+    start = log.stat().st_size if log.exists() else 0
+    process = multiprocessing.get_context("fork").Process(target=_command_line, args=(words, log))
+    process.start()
+    if by is not None:
+        while process.is_alive() and b"run folder" not in (log.read_bytes()[start:] if log.exists() else b""):
+            time.sleep(0.005)
+        time.sleep(share * seconds)
+        with suppress(ProcessLookupError):
+            os.kill(process.pid or 0, by)
+    process.join()
+    return process.exitcode or 0
+
+
+def _command_line(words: list[str], log: Path) -> None:
+    """Be the process of `fxsplit`, in which everything is imported already."""
+    with log.open("ab") as file, open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    code = main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def has_finished(folder: Path) -> bool:
@@ -92,7 +106,7 @@ def killed(folder: Path, twin: dict[str, Any], seconds: float, model: str, case:
     kills = 1 + sum(draw.randrange(AGAIN) == 0 for _ in range(2))
     for number in range(kills):
         by = signal.SIGKILL if draw.randrange(OTHER_SIGNAL) else draw.choice([signal.SIGTERM, signal.SIGINT])
-        code = run(words, log, by=by, share=draw.random() ** 1.5, seconds=seconds)
+        code = run(words, log, by=by, share=draw.random() ** (1 + number), seconds=seconds)
         if code == -by and by != signal.SIGKILL and has_finished(folder):
             code = 0  # the process was on its way out
         if code not in (0, EXIT_CODES[by]):
@@ -109,7 +123,7 @@ def killed(folder: Path, twin: dict[str, Any], seconds: float, model: str, case:
             shutil.rmtree(folder)
             folder, case.copied = copy, case.copied + 1
         if (folder / "args.yaml").is_file():
-            words = [sys.executable, "-m", "fxsplit", "train", "--resume", str(folder), "--no-progress"]
+            words = ["train", "--resume", str(folder), "--no-progress"]
         else:
             case.anew += 1
             words = command(model, case.kind, output=folder.parent, experiment=folder.name)
@@ -121,13 +135,14 @@ def killed(folder: Path, twin: dict[str, Any], seconds: float, model: str, case:
         shutil.rmtree(folder)
 
 
-def main() -> int:
+def kill() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=50, help="runs that are killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after this time")
     parser.add_argument("--output", type=Path, help="file for the result, as Markdown")
     given = parser.parse_args()
+    torch.set_num_threads(1)
     draw, began = random.Random(given.seed), time.monotonic()
     cases: list[Case] = []
     with tempfile.TemporaryDirectory() as name:
@@ -161,7 +176,7 @@ def untouched(folder: Path, model: str, kind: str) -> tuple[dict[str, Any], floa
     code = run(command(model, kind, output=folder, experiment=name), log)
     assert code == 0, log.read_text(encoding="utf-8")
     files = [path.stat().st_mtime for path in (folder / name).iterdir() if path.name in ("args.yaml", "report.html")]
-    return left_by(folder / name), max(files) - min(files) + 0.3
+    return left_by(folder / name), max(files) - min(files)
 
 
 def result(cases: list[Case], seconds: float, seed: int) -> str:
@@ -192,4 +207,4 @@ def result(cases: list[Case], seconds: float, seed: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(kill())

@@ -19,7 +19,7 @@ from fxsplit.errors import UsageError
 from fxsplit.pages.page import report_page
 from fxsplit.records import json_line, json_text
 from fxsplit.report import EpochRecord, Inspection, RunReport
-from fxsplit.saving.files import append_whole, remove_parts, replacing, write_whole
+from fxsplit.saving.files import PART, append_whole, remove_parts, replacing, write_whole
 from fxsplit.saving.lock import LOCK, PATIENCE_SECONDS, FolderLock, LockedError
 
 # timm's columns first, in its order, so that a program that reads its summaries reads ours.
@@ -125,13 +125,13 @@ class RunFolder:
 
 
 def _locked_if_empty(path: Path) -> FolderLock | None:
-    """Make a folder and lock it; return None if it holds something or is another run's."""
+    """Make a folder and lock it; return None if it holds something whole or is another run's."""
     path.mkdir(parents=True, exist_ok=True)
     try:
         lock = FolderLock(path)
     except LockedError:
         return None
-    if any(each.name != LOCK for each in path.iterdir()):
+    if any(each.name != LOCK and not each.name.endswith(PART) for each in path.iterdir()):
         lock.release()
         return None
     return lock

@@ -19,7 +19,8 @@ import fxsplit
 from fxsplit.errors import FxsplitError, Terminated, UsageError
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.saving import checkpoint, run_folder
-from fxsplit.saving.lock import FolderLock, LockedError
+from fxsplit.saving.files import PART
+from fxsplit.saving.lock import LOCK, FolderLock, LockedError
 from fxsplit.saving.signals import Signals
 from tests.saving.runs import differences, left_by
 from tests.saving.test_resume import Interrupts, interrupted, resumed, spec, whole
@@ -263,3 +264,11 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path) -> No
             process.communicate("end\n")
         made = [each for each in found if each != "refused"]
         assert len(set(made)) == len(made) == (1 if name else 4)
+
+
+def test_a_folder_whose_run_was_killed_before_it_wrote_anything_is_free(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in (LOCK, f".args.yaml{PART}"):
+        (tmp_path / "mine" / name).write_text("", encoding="utf-8")
+    assert fxsplit.train(spec(tmp_path, "standard", experiment="mine", epochs=1)).status == "finished"
+    assert not [path for path in (tmp_path / "mine").iterdir() if path.name.endswith(PART)]
