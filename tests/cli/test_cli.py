@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer.main
@@ -36,7 +37,8 @@ from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
 from fxsplit_cli.main import app, main
 
 TRAIN_OPTIONS = """
---amp --amp-dtype --at --augment --balance --batch-size -b --by --channels-last --clip-grad --config -c --cuda-graphs
+--amp --amp-dtype --at --augment --balance --batch-size -b --by --channels-last
+--checkpoint-every --checkpoint-keep --clip-grad --config -c --cuda-graphs
 --data
 --cache --cache-dtype --cache-limit --cache-views
 --decay-epochs --decay-milestones --decay-rate
@@ -46,7 +48,7 @@ TRAIN_OPTIONS = """
 --memory-budget --min-lr --momentum --no-amp --no-channels-last
 --no-deterministic --no-dry-run --no-pretrained --no-progress --no-prove --opt --output --output-dir
 --parts --plan --preset --pretrained --print-config --progress --prove --quiet -q
---sched --schedule --seed --settled-dtype
+--resume --sched --schedule --seed --settled-dtype
 --smoothing --std --stem
 --anneal --average --no-recalibrate --no-veto --recalibrate --settle-from --settle-share --settle-until
 --soft-from --soft-targets --soft-temperature --veto
@@ -72,14 +74,15 @@ class FakeApi(SimpleNamespace):
     spec: RunSpec
     measured: bool
     saved_to: str | None
+    resumed: str | None
     checked: tuple[list[str], dict[str, object]]
     records: tuple[CheckRecord | ForecastRecord, ...]
     report: RunReport
     inspection: Inspection
 
-    def train(self, spec: RunSpec, observer: Observer | None = None) -> RunReport:
+    def train(self, spec: RunSpec, observer: Observer | None = None, *, resume: str | None = None) -> RunReport:
         assert observer is not None
-        self.spec = spec
+        self.spec, self.resumed = spec, resume
         observer.notice("a notice")
         print("a library prints")
         return self.report
@@ -125,7 +128,7 @@ def failing(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> Failing:
     """Makes training end with an exception."""
 
     def fail(error: BaseException) -> None:
-        def train(*_: object) -> RunReport:
+        def train(*_: object, **__: object) -> RunReport:
             raise error
 
         monkeypatch.setattr(api, "train", train)
@@ -271,6 +274,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "soft-from": "mean",
         "amp-dtype": "float16",
         "cuda-graphs": "on",
+        "checkpoint-every": "500s",
         "mean": "0.5,0.25,0.125",
         "std": "1,2,3",
         "at": "layer1,layer2.0",
@@ -357,6 +361,64 @@ def test_a_plan_file_names_its_preset_and_the_command_line_wins(api: FakeApi, pl
     assert (api.spec.preset, api.spec.smoothing) == ("none", 0)
     assert main([*given, "--l2l", "--average", "0.5"]) == 0
     assert (api.spec.preset, api.spec.smoothing, api.spec.average) == ("l2l", 0.1, 0.5)
+
+
+def run_in(folder: Path, **given: Any) -> Path:
+    """The folder of a run that was killed."""
+    folder.mkdir(parents=True)
+    text = RunSpec(**{"model": "paper:cnn", "preset": "l2l", "epochs": 20, **given}).to_yaml()
+    (folder / "args.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_run_goes_on_without_other_options(api: FakeApi, tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "mine")
+    (folder / "checkpoints").mkdir()
+    checkpoint = folder / "checkpoints" / "epoch-000003-step-00000000.safetensors"
+    checkpoint.touch()
+    for path in (folder, checkpoint):
+        assert main(["train", "--resume", str(path)]) == 0
+        assert (api.spec, api.resumed) == (RunSpec(model="paper:cnn", preset="l2l", epochs=20), str(path))
+    assert main(["train", "--resume", str(folder), "paper:cnn", "--l2l", "--epochs", "30", "-j", "3"]) == 0
+    assert (api.spec.epochs, api.spec.workers, api.spec.average) == (30, 3, 0.25)
+
+
+def test_what_cannot_change_is_refused_without_loading_torch(
+    api: FakeApi, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_in(tmp_path / "mine")
+    assert main(["train", "--resume", str(folder), "--batch-size", "32", "--lr", "0.5"]) == 2
+    assert capsys.readouterr().err == (
+        "fxsplit: batch-size was 64 and is now 32, lr was 0.001 and is now 0.5: a run goes on as it began; leave them "
+        "out, or begin another run without --resume\n"
+    )
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "there is no run to go on with at" in capsys.readouterr().err
+    assert not hasattr(api, "spec")
+
+
+def test_auto_is_the_newest_run_that_can_go_on_or_a_new_one(api: FakeApi, tmp_path: Path) -> None:
+    asked = ["train", "paper:cnn", "--output", str(tmp_path), "--resume", "auto"]
+    assert main(asked) == 0
+    assert (api.spec, api.resumed) == (RunSpec(model="paper:cnn", output=str(tmp_path)), None)
+    plain = {"preset": "none", "output": str(tmp_path)}
+    for age, (name, given) in enumerate(
+        {"other": {"lr": 0.5}, "new": {}, "old": {}, "vgg": {"model": "paper:vgg16"}}.items()
+    ):
+        folder = run_in(tmp_path / name, **{**plain, **given})
+        os.utime(folder / "args.yaml", (1e9 - age, 1e9 - age))
+    # The options of a run are those that it began with, unless they are given now.
+    assert main([*asked, "--lr", "0.001"]) == 0
+    assert (api.resumed, api.spec.epochs) == (str(tmp_path / "new"), 20)
+    assert main(["train", "--output", str(tmp_path), "--resume", "auto", "--lr", "0.5"]) == 0
+    assert api.resumed == str(tmp_path / "other")
+    (tmp_path / "old" / "checkpoints").mkdir()
+    (tmp_path / "old" / "checkpoints" / "epoch-000001-step-00000000.safetensors").touch()
+    assert main([*asked, "--lr", "0.001"]) == 0
+    assert api.resumed == str(tmp_path / "old")
+    assert main([*asked, "--experiment", "vgg"]) == 2
+    assert main([*asked, "--experiment", "mine", "--seed", "3"]) == 0
+    assert (api.resumed, api.spec.seed, api.spec.experiment) == (None, 3, "mine")
 
 
 def test_print_config_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -482,6 +544,7 @@ def test_misspelt_recipe_key(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (CheckError("not equal"), 4, "fxsplit: not equal"),
         (KeyboardInterrupt(), 130, "fxsplit: interrupted"),
         (Terminated(), 143, "fxsplit: terminated"),
+        (Terminated("go on with: x"), 143, "fxsplit: terminated; go on with: x"),
         (MemoryError(), 1, "fxsplit: out of memory; use a smaller --batch-size"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 1, "fxsplit: out of memory"),
         (RuntimeError("can't allocate memory: you tried to allocate 9 bytes"), 1, "fxsplit: out of memory"),
@@ -519,7 +582,8 @@ def test_verbose_shows_the_traceback_of_unexpected_errors_only(
 def test_sigterm_ends_training(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
 
-    def train(spec: RunSpec, _: Observer) -> RunReport:
+    def train(spec: RunSpec, _: Observer, *, resume: str | None) -> RunReport:
+        assert resume is None
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
