@@ -124,7 +124,7 @@ class Cache:
         self.medium: str | None = None
         # The medium of an earlier process that this one goes on from.
         self._chosen: str | None = None
-        # The batches that were computed and kept, in order: in training?, epoch, first and last + 1.
+        # The batches that were computed and kept, in order: whether in training, epoch, first and last + 1.
         self._fills: list[tuple[bool, int, int, int]] = []
         self._columns: list[Column | None] = []
         self._filled = self._none_filled()
@@ -154,19 +154,20 @@ class Cache:
         self._drop()
         self._given_up = True
 
-    def put(self, epoch: int) -> Iterator[Hashable]:
-        """Go from batch to batch of an epoch: the same images as the loader's, in the same order."""
+    def put(self, epoch: int, first: int = 0) -> Iterator[Hashable]:
+        """Go from batch to batch of an epoch: the same images as the loader's, in the same order, from `first` on."""
         if not self._given_up and (weights := stamp(self._forward.executor)) != self._weights:
             self._drop()
             self._weights = weights
         view, count = self._loader.view(epoch), len(self._loader.images)
-        first = (view or 0) * count
-        order = self._loader.order(epoch) + first
+        start = (view or 0) * count
+        order = self._loader.order(epoch) + start
         filled = self._filled_now()
         if self._rows is not None and filled[order].all():
-            return self._put_rows(self._rows, order)
+            return self._put_rows(self._rows, order, first)
         # Recording the steps that fill a few missing rows would cost more than it saves.
-        return self._put_images(epoch, order, view, filled, is_new=not filled[first : first + count].any())
+        is_new = not filled[start : start + count].any()
+        return self._put_images(epoch, order, first, view, filled, is_new=is_new)
 
     def _filled_now(self) -> Tensor:
         """Read which rows are filled, bool (N,) on the CPU. For this a GPU is waited for, between epochs."""
@@ -176,16 +177,16 @@ class Cache:
         """Return the batch that was put last: values at the cut, or images where no rows are kept."""
         return self._fetch()
 
-    def _put_rows(self, rows: Rows, order: Tensor) -> Iterator[Hashable]:
+    def _put_rows(self, rows: Rows, order: Tensor, first: int) -> Iterator[Hashable]:
         size = self._loader.batch_size
         if self.medium == DEVICE:
-            for numbers in self._order.batches(order):
+            for numbers in self._order.batches(order, first):
                 self._fetch = partial(self._read, rows, numbers)
                 yield (self._order, rows) if len(numbers) == size else None
             return
         self._fetch = self._staged
-        read = read_ahead(rows.read, torch.split(order, size))
-        for numbers, packed in zip(self._order.batches(order), read, strict=True):
+        read = read_ahead(rows.read, torch.split(order, size)[first:])
+        for numbers, packed in zip(self._order.batches(order, first), read, strict=True):
             self._staging.put(packed)
             yield (self._order, self._staging) if self._staging.is_static and len(numbers) == size else None
 
@@ -211,23 +212,24 @@ class Cache:
         return self._order.ids() if self.medium == DEVICE else numbers
 
     def _put_images(
-        self, epoch: int, order: Tensor, view: int | None, filled: Tensor, *, is_new: bool
+        self, epoch: int, order: Tensor, first: int, view: int | None, filled: Tensor, *, is_new: bool
     ) -> Iterator[Hashable]:
-        batches = zip(self._order.batches(order), self._images.put(epoch, view=view), strict=True)
-        for number, (numbers, key) in enumerate(batches):
+        batches = zip(self._order.batches(order, first), self._images.put(epoch, first, view=view), strict=True)
+        for number, (numbers, key) in enumerate(batches, first):
             rows, can_be_recorded = self._rows, self.medium == DEVICE and key is not None
             if self._given_up:
                 self._fetch = self._images.fetch
                 yield key
             elif rows is None or not filled[numbers].all():
-                self._fetch = partial(self._computed, numbers, (epoch, number))
+                self._note(epoch, number)
+                self._fetch = partial(self._computed, numbers)
                 yield (self._images, rows) if can_be_recorded and is_new else None
             else:
                 self._fetch = partial(self._read, rows, numbers)
                 yield (self._order, rows) if can_be_recorded else None
 
-    def _computed(self, numbers: Tensor, place: tuple[int, int]) -> Batch:
-        """Compute a batch, and keep it as rows `numbers`, int64 (B,) on the CPU; `place` is its epoch and number."""
+    def _computed(self, numbers: Tensor) -> Batch:
+        """Compute a batch, and keep it as the rows `numbers`, int64 (B,) on the CPU."""
         batch = self._images.fetch()
         values = self._forward.settle(batch.images)
         if not _are_rows(values, len(batch)):
@@ -239,7 +241,6 @@ class Cache:
                 self._give_up(*refusal)
             if self._rows is not None:
                 self._keep(self._rows, numbers, values)
-                self._note(*place)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             self._give_up(getattr(error, "strerror", None) or "there is not enough memory")
         return Batch(values=tuple(values), cut=self.cut, labels=batch.labels, ids=batch.ids)
@@ -251,6 +252,7 @@ class Cache:
         self._filled.index_fill_(0, numbers, True)
 
     def _note(self, epoch: int, number: int) -> None:
+        """Note that a batch is computed and kept, here on the host: a replayed step runs no Python."""
         training, last = self._forward.executor.training, self._fills[-1] if self._fills else None
         if last is not None and last[:2] == (training, epoch) and last[3] == number:
             self._fills[-1] = (training, epoch, last[2], number + 1)
@@ -272,7 +274,7 @@ class Cache:
         for training, epoch, first, stop in state["fills"]:
             executor.train(training)
             with torch.no_grad():
-                for _ in islice(self.put(epoch), first, stop):
+                for _ in islice(self.put(epoch, first), stop - first):
                     self.fetch()
         executor.train(mode)
         self._chosen = None

@@ -59,13 +59,13 @@ class Feed:
                 exact=True,
             )
 
-    def put(self, epoch: int) -> Iterator[Hashable]:
-        """Go from batch to batch of a training epoch, at the cut or as images."""
+    def put(self, epoch: int, first: int = 0) -> Iterator[Hashable]:
+        """Go from batch to batch of a training epoch, at the cut or as images; those before `first` are left out."""
         if self._train_cache is not None:
-            return self._train_cache.put(epoch)
+            return self._train_cache.put(epoch, first)
         # Stored views replace the augmentation of the epoch once anything is settled, whether or not rows are kept.
         settled = self._forward.executor.window[0] > 0
-        return self._train_images.put(epoch, view=self.train_loader.view(epoch) if settled else None)
+        return self._train_images.put(epoch, first, view=self.train_loader.view(epoch) if settled else None)
 
     def fetch(self) -> Batch:
         """Return the training batch that was put last."""

@@ -120,16 +120,18 @@ class ImageSource:
         )
         self._layout = torch.channels_last if loader.channels_last else torch.contiguous_format
 
-    def put(self, epoch: int, *, view: int | None = None) -> Iterator[Hashable]:
+    def put(self, epoch: int, first: int = 0, *, view: int | None = None) -> Iterator[Hashable]:
         """Draw order and augmentation of the epoch, then go from batch to batch; `view` as for `Loader.batches`.
 
-        Raises UsageError when the augmentation is unknown, and DataError when an image file cannot be decoded.
+        Batches before number `first` are not read. Raises UsageError when the augmentation is unknown, and DataError
+        when an image file cannot be decoded.
         """
         loader, images, order = self.loader, self.loader.images, self.loader.order(epoch)
         self._draw(epoch if view is None else view)
-        read = repeat(None) if images.resident is not None else images.read(order, loader.batch_size)
+        rest = order[first * loader.batch_size :]
+        read = repeat(None) if images.resident is not None else images.read(rest, loader.batch_size)
         is_static = images.resident is not None or self._staging.is_static
-        for ids, pixels in zip(self._order.batches(order), read, strict=False):
+        for ids, pixels in zip(self._order.batches(order, first), read, strict=False):
             if pixels is not None:
                 self._staging.put([pixels])
             yield self if is_static and len(ids) == loader.batch_size else None

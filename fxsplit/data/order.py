@@ -26,11 +26,15 @@ class EpochOrder:
         full = length // batch_size
         self._full = self._order[: full * batch_size].view(full, batch_size)
 
-    def batches(self, order: Tensor) -> Iterator[Tensor]:
-        """Copy the `order` of an epoch, int64 on the CPU, to the device; then count its batches, and give each, too."""
+    def batches(self, order: Tensor, first: int = 0) -> Iterator[Tensor]:
+        """Copy the `order` of an epoch, int64 on the CPU, to the device; then count its batches, and give each, too.
+
+        Batches before number `first` are left out.
+        """
         write(self._order, order)
         # Splitting nothing would give one empty batch.
-        for step, rows in enumerate(torch.split(order, self._batch_size) if len(order) else ()):
+        batches = torch.split(order, self._batch_size) if len(order) else ()
+        for step, rows in enumerate(batches[first:], first):
             self._size = len(rows)
             self._step.fill_(step)
             yield rows

@@ -18,8 +18,8 @@ from fxsplit.data.batch import Batch
 class Source(Protocol):
     """Delivers the batches of training epochs: one part runs on the host before a step, the other inside the step."""
 
-    def put(self, epoch: int) -> Iterator[Hashable]:
-        """Make the batches of an epoch ready for `fetch`, one with each `next`, and give the key of each.
+    def put(self, epoch: int, first: int = 0) -> Iterator[Hashable]:
+        """Make the batches of an epoch, from number `first` on, ready for `fetch`: one with each `next`, with its key.
 
         Batches with equal keys are fetched by the same ops from the same memory, so one recording serves them all. The
         key is None where the step is to run eagerly, as for the smaller last batch of an epoch.

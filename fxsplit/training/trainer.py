@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -229,7 +228,7 @@ class Trainer:
         """Take the steps of an epoch that are not done yet, and return the score on the training images."""
         self.executor.train()
         steps = self._steps_per_epoch
-        for key in islice(self.feed.put(epoch), self._position.step, None):
+        for key in self.feed.put(epoch, self._position.step):
             self._is_whole = False
             self._take_step(key, done=epoch * steps + self._position.step)
             if self.plasticity is not None:

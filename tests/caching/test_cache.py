@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxsplit.caching.cache import CachePolicy, stamp
+from fxsplit.caching import cache as cache_module
+from fxsplit.caching.cache import Cache, CachePolicy, stamp
 from fxsplit.caching.feed import Feed
 from fxsplit.caching.media import open_rows
 from fxsplit.caching.rows import Column
@@ -515,3 +516,59 @@ def test_settling_and_resuming_is_running() -> None:
         assert torch.equal(net.resume(net.settle(images)), net(images))
     loss = F.cross_entropy(net.train().resume(net.settle(images)), torch.tensor([0, 1, 2, 3]))
     assert loss.requires_grad
+
+
+@pytest.mark.parametrize("medium", ["ram", "disk"])
+@pytest.mark.parametrize("views", [None, 2])
+def test_rows_are_filled_again_in_the_order_in_which_they_were(
+    medium: str, views: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in the company in which it was computed; the medium is not chosen again."""
+
+    def made() -> Trainer:
+        torch.manual_seed(0)
+        loader = {"limit": 2, "augment": "none" if views is None else "crop-flip", "views": views}
+        return trainer(Chain(), cache=CachePolicy(medium="auto", folder=str(tmp_path)), loader=loader)
+
+    def cache_of(net: Trainer) -> Cache:
+        net.executor.enter(PHASES[1])
+        net.executor.train()
+        net.feed.enter(2, epochs=9, notice=pytest.fail)
+        cache = net.feed._train_cache
+        assert cache is not None
+        return cache
+
+    monkeypatch.setattr(cache_module, "choose", lambda *_, **__: medium)
+    one, other = made(), made()
+    cache = cache_of(one)
+    for epoch in (3, 5, 4):
+        for _ in cache.put(epoch, int(epoch == 5)):  # a batch that is left out keeps its rows empty
+            cache.fetch()
+    state = cache.state_dict()
+    assert state["medium"] == medium
+    assert [fill[:2] for fill in state["fills"]] == [(True, 3), (True, 5), (True, 4)]
+
+    monkeypatch.setattr(cache_module, "choose", lambda *_, **__: pytest.fail("it is chosen again"))
+    again = cache_of(other)
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    assert torch.equal(again._filled, cache._filled)
+    filled = cache._filled.nonzero()[:, 0]
+    assert 0 < len(filled) < len(cache._filled)
+    assert cache._rows is not None
+    assert again._rows is not None
+    assert all(map(torch.equal, cache._rows.read(filled), again._rows.read(filled)))
+    one.feed.close()
+    other.feed.close()
+
+
+def test_without_a_clock_a_cache_is_chosen_by_bytes_and_multiply_adds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is the same each time; rows pay where the settled partitions compute much for few bytes."""
+    monkeypatch.setattr(cache_module, "reading_seconds", lambda *_, **__: pytest.fail("it is measured"))
+    for rate, kept in ((1e3, True), (1e18, False)):
+        monkeypatch.setitem(cache_module.MACS_PER_SECOND, "cpu", rate)
+        net = trainer(Chain(), plan=PHASES, cache=CachePolicy(medium="auto", folder=str(tmp_path), measured=False))
+        files = [record.cache_file_bytes for record in net.epochs()]
+        assert [bool(size) for size in files] == [False, kept, kept, kept]

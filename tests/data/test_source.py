@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 
 import pytest
@@ -44,10 +45,39 @@ def test_a_recorded_fetch_delivers_each_batch_of_each_epoch(augment: str, channe
                 assert all(map(torch.equal, tape.result, tensors(expected)))
 
 
-def test_an_epoch_goes_on_where_it_was_left() -> None:
-    """Batches that are put and not fetched are passed over."""
-    images = MemoryImages(pixels=torch.zeros(11, 3, 4, 4, dtype=torch.uint8), labels=torch.arange(11), img_size=4)
-    loader = Loader(images, batch_size=4, training=True)
+class Watched(MemoryImages):
+    """Images that are not resident, and tell which of them are read."""
+
+    @property
+    def resident(self) -> None:
+        return None
+
+    def read(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+        for ids in torch.split(order, batch_size):
+            self.labels.seen.extend(ids.tolist())  # type: ignore[attr-defined]
+            yield self.pixels[ids]
+
+
+@pytest.mark.parametrize("kind", [MemoryImages, Watched])
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_an_epoch_goes_on_where_it_was_left(kind: type[MemoryImages], first: int) -> None:
+    """Batches that are left out are not read; those that are put and not fetched are passed over."""
+    pixels = torch.arange(11, dtype=torch.uint8)[:, None, None, None].expand(11, 3, 4, 4).contiguous()
+    images = kind(pixels=pixels, labels=torch.arange(11), img_size=4)
+    images.labels.seen = []  # type: ignore[attr-defined]
+    loader = Loader(images, batch_size=4, training=True, augment="crop-flip")
+    expected = list(loader.batches(1))
+    images.labels.seen.clear()  # type: ignore[attr-defined]
     source = ImageSource(loader)
-    rest = [source.fetch().ids.tolist() for _ in islice(source.put(1), 1, None)]
-    assert rest == [batch.ids.tolist() for batch in loader.batches(1)][1:]
+    rest = [source.fetch() for _ in source.put(1, first)]
+    assert len(rest) == 3 - first
+    assert all(map(equal, rest, expected[first:]))
+    if kind is Watched:
+        assert (
+            images.labels.seen
+            == [  # type: ignore[attr-defined]
+                index for batch in expected[first:] for index in batch.ids.tolist()
+            ]
+        )
+    left = [source.fetch() for _ in islice(source.put(1), first, None)]
+    assert all(map(equal, left, expected[first:]))
