@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from fxsplit.errors import DataError
 DECODE_CHUNK = 64
 # Share of a GPU's free memory that the pixels of an image set may take: most of it is for training.
 DEVICE_SHARE = 0.25
+# So long a worker process outlives SIGTERM.
+GRACE_SECONDS = 20
 
 # Is called with what Pillow warns of, by the path of the image.
 Warned = Callable[[Mapping[str, str]], None]
@@ -158,7 +161,18 @@ class FileImages(ImageSet):
             persistent_workers=self.workers > 0,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),
+            worker_init_fn=_outlive_signals,
         )
+
+
+def _outlive_signals(_worker: int) -> None:
+    """Leave it to the parent, in a worker process, to end it.
+
+    Ctrl-C goes to both, and so does SIGTERM where a whole process group gets it: the parent ends its step first, and
+    saves the run. It may also send SIGTERM by itself, so a worker that has got one is gone after a while.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
 class _Files(Dataset["ReadBatch"]):

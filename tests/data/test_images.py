@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -352,3 +355,22 @@ def test_a_broken_file_is_named_in_one_sentence(files: FileImages, workers: int,
         sentence = complaint(read)
         assert str(broken) in sentence
         assert "\n" not in sentence
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_workers_outlive_signals_of_their_group_for_a_while(files: FileImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that they read for goes on with its step, and saves the run."""
+    monkeypatch.setattr("fxsplit.data.images.GRACE_SECONDS", 1)
+    streamed, order = with_workers(files, 1), torch.arange(7)
+    expected = list(files.read(order, 2))
+    found = []
+    for pixels in streamed.read(order, 2):
+        if not found:
+            (worker,) = multiprocessing.active_children()
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, signal.SIGTERM)
+        found.append(pixels)
+    assert all(map(torch.equal, found, expected))
+    with pytest.raises(RuntimeError, match="killed by signal: Alarm clock"):
+        worker.join(30)
