@@ -116,8 +116,6 @@ def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer) -
     now = replace(before if spec is None else spec, output=str(path.parent))
     for sentence in resuming.differing(before, now):
         observer.notice(sentence)
-    if now.dry_run:
-        raise UsageError("a dry run writes nothing, so it cannot go on with a run")
     if found is None:
         observer.notice(f"the run in {str(path)!r} has no checkpoint yet, and begins anew")
         return Start(spec=now, folder=folder)

@@ -135,6 +135,9 @@ def is_understood(words: list[str]) -> bool:
 
 @pytest.mark.parametrize("path", having("sh"), ids=name_of)
 def test_commands_are_understood(path: Path, folder: Path) -> None:
+    (folder / "output" / "train" / "mine").mkdir(parents=True)
+    recipe = fxsplit.RunSpec(model="paper:cnn", img_size=16, preset="l2l", experiment="mine")
+    (folder / "output" / "train" / "mine" / "args.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     for block in blocks(path):
         if block.language == "json":
             for name in ("plan.json", "old.json"):

@@ -66,7 +66,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     text = metadata.get("data", "")
     if metadata.get("sha256") != _digest(text, tensors):
         raise DataError(f"{path.name} is damaged: its checksum is another")
-    data: dict[str, Any] = _read(json.loads(text)["data"], tensors)
+    try:
+        data: dict[str, Any] = _read(json.loads(text)["data"], tensors)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        # Its checksum is right, so somebody else wrote it.
+        raise DataError(f"{path.name} is no checkpoint that this version reads") from error
     return data
 
 
@@ -76,7 +80,7 @@ def read_summary(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, MOST_HEADER_BYTES)))
-        summary: dict[str, Any] = json.loads(header["__metadata__"]["data"])["summary"]
+        summary = dict(json.loads(header["__metadata__"]["data"])["summary"])
     except (OSError, ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
         raise DataError(f"{path.name} cannot be read: {_reason(error)}") from error
     return summary

@@ -52,12 +52,13 @@ class Checkpoints:
     def write(self, place: Place, data: Mapping[str, Any], *, accuracy: float | None) -> Path:
         """Write a checkpoint, then remove those that are not kept.
 
-        `accuracy` is that on the test images, a finite number, where an epoch has just ended, else None. Raises OSError
-        when it cannot be written; then none is removed.
+        `accuracy` is that on the test images where an epoch has just ended, else None. Raises OSError when it cannot
+        be written; then none is removed.
         """
         self._folder.mkdir(exist_ok=True)
         path = self._folder / place.file_name
-        write_checkpoint(path, data, summary={"accuracy": accuracy})
+        known = accuracy is not None and math.isfinite(accuracy)
+        write_checkpoint(path, data, summary={"accuracy": accuracy if known else None})
         kept = {*_places(self._folder)[-self._keep :], self._best()}
         for each in _places(self._folder):
             if each not in kept:
@@ -91,7 +92,7 @@ def _accuracy(path: Path) -> float:
         accuracy = read_summary(path).get("accuracy")
     except DataError:
         return -math.inf
-    return -math.inf if accuracy is None else float(accuracy)
+    return float(accuracy) if isinstance(accuracy, int | float) and math.isfinite(accuracy) else -math.inf
 
 
 def find_checkpoint(path: Path, *, notice: Callable[[str], None]) -> Found | None:

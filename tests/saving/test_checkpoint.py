@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fxsplit.errors import DataError
 from fxsplit.saving import files
-from fxsplit.saving.checkpoint import read_checkpoint, read_summary, write_checkpoint
+from fxsplit.saving.checkpoint import FORMAT, _digest, read_checkpoint, read_summary, write_checkpoint
 from fxsplit.saving.checkpoints import CHECKPOINTS, Checkpoints, Place, find_checkpoint
 from fxsplit.saving.files import append_whole, replacing, write_whole
 
@@ -127,8 +128,6 @@ def test_a_truncated_file_is_noticed(share: float, tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"weight": torch.ones(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(DataError, match=r"weights.safetensors is no checkpoint that this version reads"):
         read_checkpoint(tmp_path / "weights.safetensors")
@@ -264,3 +263,17 @@ def test_its_json_is_strict(tmp_path: Path) -> None:
     path = written(tmp_path / "one.safetensors", copy.deepcopy(DATA))
     with safe_open(path, framework="pt") as file:
         json.loads(file.metadata()["data"], parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["", "[]", "1", '{"data": {"what": 1}}', '{"data": {"tensor": ["no", [], null]}}', '{"data": {"a": 1, "b": 2}}'],
+)
+def test_a_checkpoint_that_somebody_else_wrote_is_refused(data: str, tmp_path: Path) -> None:
+    """Its checksum is right, and it says other things than ours do."""
+    metadata = {"format": FORMAT, "data": data, "sha256": _digest(data, {})}
+    save_file({}, tmp_path / "one.safetensors", metadata=metadata)
+    with pytest.raises(DataError, match=r"one.safetensors is no checkpoint that this version reads"):
+        read_checkpoint(tmp_path / "one.safetensors")
+    with pytest.raises(DataError, match=r"one.safetensors cannot be read"):
+        read_summary(tmp_path / "one.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -71,6 +72,14 @@ def interrupted(folder: Path, kind: str, step: int, **changes: Any) -> Path:
     return folder / name
 
 
+def resumed(folder: Path, heard: Interrupts | None = None) -> RunReport:
+    """Go on with a run, and not from its beginning."""
+    heard = heard or Interrupts()
+    report = fxsplit.train(observer=heard, resume=folder)
+    assert any(re.match(r"goes on after epoch|all \d+ epochs are done", sentence) for sentence in heard.sentences)
+    return report
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
     """Each is interrupted in four places, which differ by kind; the last one twice."""
@@ -81,7 +90,7 @@ def test_a_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
         if place == places[-1] and place + 2 <= steps:
             with pytest.raises(KeyboardInterrupt, match="saved at"):
                 fxsplit.train(observer=Interrupts(place + 2), resume=folder)
-        report = fxsplit.train(resume=folder)
+        report = resumed(folder)
         assert report.status == "finished"
         assert differences(expected, left_by(folder)) == []
 
@@ -117,12 +126,8 @@ def test_a_run_goes_on_bit_for_bit_from_every_step(kind: str, tmp_path: Path) ->
     expected, steps = whole(tmp_path, kind)
     for place in range(1, steps + 1):
         folder = interrupted(tmp_path, kind, place)
-        fxsplit.train(resume=folder)
+        resumed(folder)
         assert differences(expected, left_by(folder)) == [], place
-
-
-def resumed(folder: Path, observer: Observer | None = None, **changes: Any) -> RunReport:
-    return fxsplit.train(observer=observer, resume=folder, **changes)
 
 
 @pytest.mark.parametrize("kind", ["standard", "exits"])

@@ -19,6 +19,7 @@ import fxsplit
 from fxsplit.errors import FxsplitError, Terminated, UsageError
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.saving import checkpoint, run_folder
+from fxsplit.saving.checkpoints import CHECKPOINTS, Place
 from fxsplit.saving.files import PART
 from fxsplit.saving.lock import LOCK, FolderLock, LockedError
 from fxsplit.saving.signals import Signals
@@ -142,6 +143,8 @@ def test_an_error_between_steps_leaves_a_checkpoint(where: dict[str, int], tmp_p
         fxsplit.train(spec(tmp_path, "standard", experiment="mine", checkpoint_every="off"), Fails(**where))
     folder = tmp_path / "mine"
     assert json.loads((folder / "report.json").read_text(encoding="utf-8"))["status"] == "failed"
+    place = Place(where.get("epoch", 0), where.get("step", 0))
+    assert [path.name for path in (folder / CHECKPOINTS).iterdir()] == [place.file_name]
     # An epoch that was announced is in the records.
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == where.get("epoch", 0)
