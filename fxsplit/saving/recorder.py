@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from time import perf_counter
 from types import TracebackType
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fxsplit.errors import FxsplitError
+from fxsplit.errors import FxsplitError, UsageError
 from fxsplit.records import read_record
 from fxsplit.report import EpochRecord, Inspection, RunReport
 from fxsplit.saving.checkpoints import Checkpoints, Found, Place
@@ -154,24 +154,29 @@ class Recorder:
         if not self._checkpoints or place == self._saved:
             return
         self._tried = place
-        seconds = {"total": perf_counter() - self._began, "setup": self.setup_seconds, "prove": self.prove_seconds}
-        data: Mapping[str, Any] = {
+        try:
+            self._checkpoints.write(place, self._data(place), accuracy=accuracy)
+        except Exception as error:  # whatever it is, training goes on
+            why = getattr(error, "strerror", None) or " ".join(str(error).split())
+            earlier = f"that of {self._saved} stays" if self._saved else "there is none yet"
+            self._notice(f"no checkpoint of {place} can be written ({why}); {earlier}")
+        else:
+            self._saved = place
+
+    def _data(self, place: Place) -> dict[str, Any]:
+        return {
             "place": list(place),
             "spec": self._spec,
             "identity": self._identity,
             "plan": self._inspection.plan_file.to_dict(),
             "epochs": [asdict(record) for record in self._epochs],
-            "seconds": seconds,
+            "seconds": {
+                "total": perf_counter() - self._began,
+                "setup": self.setup_seconds,
+                "prove": self.prove_seconds,
+            },
             "state": self._state.state_dict(),
         }
-        try:
-            self._checkpoints.write(place, data, accuracy=accuracy)
-        except (OSError, TypeError) as error:
-            why = getattr(error, "strerror", None) or error
-            earlier = f"that of {self._saved} stays" if self._saved else "there is none yet"
-            self._notice(f"no checkpoint of {place} can be written ({why}); {earlier}")
-        else:
-            self._saved = place
 
     def _how_to_go_on(self) -> str:
         if not self._saved:
@@ -180,12 +185,15 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         if self._folder:
-            self._folder.start(
-                args_yaml=self._args_yaml,
-                plan_json=self._inspection.plan_file.to_json(),
-                environment=self._environment,
-                epochs=self._epochs,
-            )
+            try:
+                self._folder.start(
+                    args_yaml=self._args_yaml,
+                    plan_json=self._inspection.plan_file.to_json(),
+                    environment=self._environment,
+                    epochs=self._epochs,
+                )
+            except OSError as error:
+                raise UsageError(f"the run folder {self.path!r} cannot be written: {error.strerror}") from error
         self._signals.__enter__()
         return self
 

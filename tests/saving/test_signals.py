@@ -23,6 +23,7 @@ from fxsplit.saving.checkpoints import CHECKPOINTS, Place
 from fxsplit.saving.files import PART
 from fxsplit.saving.lock import LOCK, FolderLock, LockedError
 from fxsplit.saving.signals import Signals
+from fxsplit.training.phase_optimizer import PhaseOptimizer
 from tests.saving.runs import differences, left_by
 from tests.saving.test_resume import Interrupts, interrupted, resumed, spec, whole
 
@@ -186,6 +187,23 @@ def test_a_full_disk_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "the record of epoch 3 cannot be written: No space left on device; it is tried again after the next epoch",
         "no checkpoint of epoch 3 can be written (No space left on device); that of epoch 2 stays",
     ]
+
+
+def test_what_cannot_be_saved_is_said_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = Interrupts()
+    monkeypatch.setattr(PhaseOptimizer, "state_dict", lambda _: {"odd": object()})
+    report = fxsplit.train(spec(tmp_path, "standard", experiment="mine", epochs=1), heard)
+    assert report.status == "finished"
+    assert heard.sentences[-1] == (
+        "no checkpoint of epoch 1 can be written (state/training/optimizer/odd is a object, which a checkpoint cannot "
+        "hold); there is none yet"
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "write_whole", failing)
+    with pytest.raises(UsageError, match=r"the run folder '.*mine' cannot be written: No space left on device$"):
+        fxsplit.train(spec(tmp_path, "standard", experiment="mine", epochs=1))
 
 
 class Full(Interrupts):
