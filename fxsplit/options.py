@@ -72,10 +72,11 @@ def read_value(name: str, value: object, kind: Kind, rule: Mapping[str, Any]) ->
 
     Raises ValueError, with a sentence for the user, when it has another type or is not one that the option allows.
     """
-    if rule["pattern"] is not None and type(value) is int:
-        value = str(value)  # YAML reads text that is a number so
+    given = value
+    if kind.type is str and (rule["choices"] or rule["pattern"]) and isinstance(value, int):
+        given = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)  # as YAML reads such words
     try:
-        read = None if value is None and kind.optional else _READERS[kind.type][0](value)
+        read = None if given is None and kind.optional else _READERS[kind.type][0](given)
         if read is None or _is_allowed(read, rule):
             return read
     except (TypeError, ValueError, OverflowError):

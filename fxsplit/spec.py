@@ -281,8 +281,7 @@ class RunSpec:
     experiment: str | None = option("Run", "Name of the run's folder, instead of one made from the time.", None)
     checkpoint_every: str = option(
         "Run",
-        "Save the run, so that --resume can go on with it: every so many epochs, steps as in 500s, or off, which is "
-        "only when it is interrupted.",
+        "N (epochs), Ns (steps) or off (only interruptions): when to save the run, for --resume.",
         "1",
         pattern=r"[1-9]\d{0,8}s?|off",
     )

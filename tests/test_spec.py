@@ -126,6 +126,8 @@ def test_every_field_has_a_key_and_help() -> None:
         ({"seed": 2**32}, "seed is 4294967296, but must be a whole number at least 0 and below 4294967296"),
         ({"amp": 1}, "amp is 1, but must be true or false"),
         ({"data": 10}, "data is 10, but must be text"),
+        ({"checkpoint_every": "0s"}, "checkpoint-every is '0s', but must be N (epochs), Ns (steps) or off"),
+        ({"checkpoint_every": True}, "checkpoint-every is True, but must be N (epochs), Ns (steps) or off"),
         ({"device": "cude"}, "device is 'cude', but must be auto, cpu, cuda or cuda:N"),
         (
             {"schedule": "setle"},
@@ -197,6 +199,10 @@ def test_tells_all_that_is_wrong_at_once() -> None:
         ("mean: 0.5,0.25,1e-1", {"mean": (0.5, 0.25, 0.1)}),
         ("std: 1", {"std": (1.0,)}),
         ("train-limit: null", {"train_limit": None}),
+        ("checkpoint-every: 5", {"checkpoint_every": "5"}),
+        ("checkpoint-every: 5s", {"checkpoint_every": "5s"}),
+        ("checkpoint-every: off\ncache: off", {"checkpoint_every": "off", "cache": "off"}),
+        ("cuda-graphs: on", {"cuda_graphs": "on"}),
     ],
 )
 def test_recipe_values(tmp_path: Path, text: str, values: dict[str, Any]) -> None:
