@@ -113,7 +113,7 @@ def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer) -
     given = Path(resume).expanduser()
     found = find_checkpoint(given if given.is_file() else path, notice=observer.notice)
     before = resuming.spec_of(path) if found is None else resuming.spec_from(found.data["spec"])
-    now = replace(before if spec is None else spec, output=str(path.parent))
+    now = replace(resuming.spec_of(path) if spec is None else spec, output=str(path.parent))
     for sentence in resuming.differing(before, now):
         observer.notice(sentence)
     if found is None:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from fxsplit import api  # noqa: F401 - so that it is there when a process is forked
-from fxsplit.saving.checkpoints import CHECKPOINTS
+from fxsplit.resuming import CHECKPOINTS
 from fxsplit_cli.main import main
 from tests.saving.runs import COMMON, KINDS, differences, left_by, model_in
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fxsplit.errors import DataError
+from fxsplit.resuming import CHECKPOINTS
 from fxsplit.saving.checkpoint import read_checkpoint, read_summary, write_checkpoint
 from fxsplit.saving.files import remove_parts
 
-CHECKPOINTS = "checkpoints"
 SUFFIX = ".safetensors"
 
 

@@ -19,6 +19,7 @@ from fxsplit.errors import UsageError
 from fxsplit.pages.page import report_page
 from fxsplit.records import json_line, json_text
 from fxsplit.report import EpochRecord, Inspection, RunReport
+from fxsplit.resuming import RECIPE
 from fxsplit.saving.files import PART, append_whole, remove_parts, replacing, write_whole
 from fxsplit.saving.lock import LOCK, PATIENCE_SECONDS, FolderLock, LockedError
 
@@ -86,7 +87,7 @@ class RunFolder:
     ) -> None:
         """Write what is known before the first epoch: recipe, plan, what numbers depend on besides, records so far."""
         remove_parts(self.path)
-        write_whole(self.path / "args.yaml", args_yaml)
+        write_whole(self.path / RECIPE, args_yaml)
         write_whole(self.path / "plan.json", plan_json)
         write_whole(self.path / "env.json", json_text(environment))
         self.write_records(epochs)

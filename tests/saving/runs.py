@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from fxsplit.resuming import CHECKPOINTS
 from fxsplit.saving.checkpoint import read_checkpoint
-from fxsplit.saving.checkpoints import CHECKPOINTS
 
 MODEL = """
 import torch

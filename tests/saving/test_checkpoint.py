@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxsplit.errors import DataError
+from fxsplit.resuming import CHECKPOINTS
 from fxsplit.saving import files
 from fxsplit.saving.checkpoint import FORMAT, _digest, read_checkpoint, read_summary, write_checkpoint
-from fxsplit.saving.checkpoints import CHECKPOINTS, Checkpoints, Place, find_checkpoint
+from fxsplit.saving.checkpoints import Checkpoints, Place, find_checkpoint
 from fxsplit.saving.files import append_whole, replacing, write_whole
 
 

@@ -19,8 +19,8 @@ from fxsplit.data import datasets
 from fxsplit.errors import Terminated, UsageError
 from fxsplit.models import registry
 from fxsplit.report import Observer, RunReport, StepRecord
+from fxsplit.resuming import CHECKPOINTS
 from fxsplit.saving.checkpoint import read_checkpoint
-from fxsplit.saving.checkpoints import CHECKPOINTS
 from fxsplit.saving.lock import LOCK
 from fxsplit.spec import read_recipe, resolve
 from fxsplit.training.accuracy import Score
@@ -185,6 +185,17 @@ def test_a_run_can_become_longer(tmp_path: Path) -> None:
         recipe = resolve(read_recipe(Path(first.folder) / "args.yaml"))
         assert getattr(recipe, name) == before + 2
         assert resumed(Path(first.folder)).epochs == report.epochs
+
+
+def test_a_run_that_was_killed_when_it_had_just_become_longer_stays_so(tmp_path: Path) -> None:
+    """Its recipe says more epochs than its checkpoint."""
+    expected, _ = whole(tmp_path, "standard", epochs=6, sched="constant", warmup_epochs=0)
+    first = fxsplit.train(spec(tmp_path, "standard", experiment="mine", sched="constant", warmup_epochs=0))
+    recipe = Path(first.folder) / "args.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("epochs: 4", "epochs: 6", 1), encoding="utf-8")
+    assert len(resumed(Path(first.folder)).epochs) == 6
+    found = left_by(Path(first.folder))
+    assert [differences(expected[name], found[name]) for name in ("weights", "metrics", "epochs")] == [[], [], []]
 
 
 def test_a_longer_run_does_not_average_weights_of_its_midst(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 import fxsplit
 from fxsplit.errors import FxsplitError, Terminated, UsageError
 from fxsplit.report import EpochRecord, Observer, StepRecord
+from fxsplit.resuming import CHECKPOINTS
 from fxsplit.saving import checkpoint, run_folder
-from fxsplit.saving.checkpoints import CHECKPOINTS, Place
+from fxsplit.saving.checkpoints import Place
 from fxsplit.saving.files import PART
 from fxsplit.saving.lock import LOCK, FolderLock, LockedError
 from fxsplit.saving.signals import Signals
