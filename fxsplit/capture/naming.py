@@ -45,7 +45,7 @@ def names_of(train: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, str]:
 
 
 def _aligned(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield pairs of nodes with the same op and inputs; between those, pairs with the same op alone.
+    """Yield pairs of nodes with the same op, inputs and inputs of these; between those, pairs with the same op alone.
 
     The latter only where both sides have equally many of that op: of two additions in training and one in evaluation
     it is not known which of the two the one is.
@@ -79,8 +79,9 @@ def _matching(
 
 
 def _signature(node: fx.Node) -> Any:
-    """Describe the op of a node and its inputs."""
-    return *_kind(node), tuple(_base_name(input_node) for input_node in node.all_input_nodes)
+    """Describe the op of a node, its inputs and theirs: of two sums one may be of a product as well as the other."""
+    inputs = ((_base_name(each), *map(_base_name, each.all_input_nodes)) for each in node.all_input_nodes)
+    return *_kind(node), *inputs
 
 
 def _kind(node: fx.Node) -> Any:

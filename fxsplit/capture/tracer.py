@@ -373,6 +373,9 @@ class ValueTracer(fx.Tracer):
                     "checkpoint gives gradients only then; use_reentrant=False always does"
                 )
             )
+        if reentrant and records:
+            # It adds up the gradients of an argument inside, before they meet those from outside.
+            args = [arg.view_as(arg) if type(arg) is ValueProxy and _wants_gradient(arg) else arg for arg in args]
         return function(*args)
 
     def refused(self, error: UntraceableError) -> UntraceableError:

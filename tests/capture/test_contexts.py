@@ -235,3 +235,20 @@ def test_the_older_checkpoint_of_what_wants_a_gradient_at_times_is_refused() -> 
 def test_the_older_checkpoint_behind_weights_is_looked_into() -> None:
     found = assert_exact(CheckpointedAfter("weights"), rows(), count=3)
     assert list(found.opaque) == ["at_times"]
+
+
+def test_the_older_checkpoint_adds_up_gradients_inside_before_those_from_outside() -> None:
+    """Of three numbers the order of addition is seen in the last bit."""
+
+    class Squares(Linears):
+        def forward(self, x: Any) -> Any:
+            h = self.a(x)
+            return self.c(self.b(h + checkpoint(lambda given: given * given, h, use_reentrant=True)))
+
+    torch.manual_seed(0)
+    model = Squares()
+    plain, net = copy.deepcopy(model).train(), executor_of(trace(model, (rows(),))).train()
+    given = 0.1 * torch.randn(64, 6)
+    for each in (plain, net):
+        each(given).square().sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), model.parameters(), strict=True))  # type: ignore[arg-type]

@@ -730,3 +730,20 @@ def test_numbers_of_one_mode_are_not_those_of_the_other(
     found = trace(Model(), (torch.ones(4, 6),))
     refusals = {cut.path: cut.refusal for cut in cuts(found)}
     assert "exists only in" in str(refusals["second"])
+
+
+def test_sums_of_products_are_told_apart_by_what_is_multiplied() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Any:
+            noisy = x + 0.1 * torch.randn_like(x) if self.training else x
+            return self.linear(noisy + 0.5 * x)
+
+    found = trace(Model(), (torch.ones(4, 6),))
+    (product, total, _) = (op.name for op in found.eval.ops)
+    by_name = {op.name: op for op in found.train.ops}
+    assert by_name[product].reads == ("x",)
+    assert product in by_name[total].reads
