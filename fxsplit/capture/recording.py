@@ -45,6 +45,7 @@ class Recording:
         checkpoints: the model recomputes by itself (`torch.utils.checkpoint`).
         cuts_gradients: it does so by the older, reentrant kind, which gives parameters no gradient where no input
             wants one.
+        numbers: numbers, flags and strings that modules returned, by path and by place in what they returned.
     """
 
     graph: fx.Graph
@@ -52,6 +53,7 @@ class Recording:
     opaque: dict[str, str]
     checkpoints: bool = False
     cuts_gradients: bool = False
+    numbers: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -167,6 +169,7 @@ class Recorder:
             opaque=tracer.opaque,
             checkpoints=tracer.checkpoints,
             cuts_gradients=tracer.cuts_gradients,
+            numbers=tracer.numbers,
         )
 
     def _keep_readers_whole(self, error: Exception, batch_size: int | None) -> bool:

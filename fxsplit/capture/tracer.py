@@ -85,7 +85,8 @@ class ValueTracer(fx.Tracer):
         attributing: find out which modules change the surroundings, at some cost.
 
     After `trace`, `guards`, `opaque`, `checkpoints` and `cuts_gradients` are as in a Recording, `assigned` is what
-    forward put into modules, and `effects` what modules that are one op left in themselves and around the model.
+    forward put into modules, `numbers` what modules returned besides values of the
+    graph, by path and place, and `effects` what modules that are one op left in themselves and around the model.
     `around` is what traced code has changed around it, by the path of the module; without `attributing`, "" may stand
     for any. The meta of each node has the keys `value`, `path`, `state`, `written` (nodes and state names written in
     place), `contexts` if there are any and, with a meter, `cost`.
@@ -120,6 +121,7 @@ class ValueTracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.assigned: list[Assignment] = []
         self.effects: list[Effects] = []
+        self.numbers: dict[str, dict[tuple[Any, ...], Any]] = {}
         self.around: dict[str, Change] = {}
         self.evaluating = False
         self.checkpoints = self.cuts_gradients = False
@@ -591,6 +593,8 @@ class ValueTracer(fx.Tracer):
                 earlier = before[kind].get(name, MISSING)
                 if now is not earlier:
                     self._assign(path, kind, owner, name, earlier, now)
+        if type(value) is not ValueProxy and (numbers := dict(_numbers_in(value))):
+            self.numbers[path] = numbers
         return value
 
     def _assign(self, path: str, kind: str, owner: dict[str, Any], name: str, before: Any, now: Any) -> None:
@@ -757,6 +761,16 @@ class ValueTracer(fx.Tracer):
         if replaced := [name for name, tensor in state.items() if type(tensor) is ValueProxy]:
             raise UntraceableError(f"{user_line()} calls a module with another value as its {replaced[0]!r}")
         return state
+
+
+def _numbers_in(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the numbers, flags and strings in what a module returns, each with its place."""
+    if type(value) in (int, float, bool, str):
+        yield place, value
+    elif isinstance(value, tuple | list | Mapping):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            yield from _numbers_in(item, (*place, key))
 
 
 def _value_of(leaf: Any) -> Any:

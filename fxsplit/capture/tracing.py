@@ -299,10 +299,30 @@ def _record_both(recorders: Mapping[bool, Recorder]) -> dict[bool, Recording]:
         for training, recorder in recorders.items():
             if has_numbers_of_its_own(recordings[training], recordings[not training]):
                 nondeterministic |= recorder.nondeterministic_module(recordings[training])
-        if not nondeterministic:
+        whole = nondeterministic or _give_other_numbers(recordings)
+        if not whole:
             return recordings
         for recorder in recorders.values():
-            recorder.keep_whole(nondeterministic)
+            recorder.keep_whole(whole)
+
+
+def _give_other_numbers(recordings: Mapping[bool, Recording]) -> dict[str, str]:
+    """Find the innermost modules that return another number in the other mode, with that as reason.
+
+    What follows a module would have the number of its own mode, also where the module is settled and in evaluation.
+    """
+    first, second = recordings[TRAINING], recordings[EVALUATION]
+    found = {
+        path
+        for path in first.numbers.keys() & second.numbers.keys()
+        if path and path not in first.opaque and _differ(first.numbers[path], second.numbers[path])
+    }
+    innermost = {path for path in found if not any(other.startswith(f"{path}.") for other in found)}
+    return dict.fromkeys(innermost, "it returns another number or flag in training than in evaluation")
+
+
+def _differ(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+    return any(one[place] != other[place] for place in one.keys() & other.keys())
 
 
 def _program(

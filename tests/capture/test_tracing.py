@@ -23,6 +23,7 @@ from fxsplit.errors import GuardError, TraceError
 from fxsplit.models.paper import NETWORKS
 from fxsplit.objects.structure import members
 from fxsplit.plan.cuts import cuts
+from fxsplit.plan.schedule import Phase
 from tests import networks
 from tests.exact import assert_exact, executor_of
 from tests.networks import HAZARDS, BranchOnData, Chain, FunctionalDropout, Hooked, InnerBranchOnData, InPlace
@@ -747,3 +748,40 @@ def test_sums_of_products_are_told_apart_by_what_is_multiplied() -> None:
     by_name = {op.name: op for op in found.train.ops}
     assert by_name[product].reads == ("x",)
     assert product in by_name[total].reads
+
+
+def test_a_module_that_returns_another_number_in_evaluation_stays_one_op() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.linear(x), {"scale": 2.0 if self.training else 3.0, "kind": "scaled"}
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scaled = Scaled()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.scaled(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = Around(), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Any:
+            x, more = self.first(x)
+            return self.head(x) * more["scale"]
+
+    model = Model()
+    found = assert_exact(model, torch.randn(4, 6))
+    assert list(found.opaque) == ["first.scaled"]
+    net = executor_of(found)
+    net.enter(Phase(start=1, stop=2, epochs=1))
+    net.train()
+    model.first.eval()
+    x = torch.randn(4, 6)
+    assert torch.equal(net(x), model.head(model.first(x)[0]) * 3.0)
