@@ -85,11 +85,11 @@ class ValueTracer(fx.Tracer):
         attributing: find out which modules change the surroundings, at some cost.
 
     After `trace`, `guards`, `opaque`, `checkpoints` and `cuts_gradients` are as in a Recording, `assigned` is what
-    forward put into modules, `numbers` what modules returned besides values of the
-    graph, by path and place, and `effects` what modules that are one op left in themselves and around the model.
-    `around` is what traced code has changed around it, by the path of the module; without `attributing`, "" may stand
-    for any. The meta of each node has the keys `value`, `path`, `state`, `written` (nodes and state names written in
-    place), `contexts` if there are any and, with a meter, `cost`.
+    forward put into modules, `numbers` what modules returned besides values of the graph, by path and place, and
+    `effects` what modules that are one op left in themselves and around the model. `around` is what traced code has
+    changed around it, by the path of the module; without `attributing`, "" may stand for any. The meta of each node has
+    the keys `value`, `path`, `state`, `written` (nodes and state names written in place), `contexts` if there are any
+    and, with a meter, `cost`.
     """
 
     proxy_type = ValueProxy
@@ -593,7 +593,7 @@ class ValueTracer(fx.Tracer):
                 earlier = before[kind].get(name, MISSING)
                 if now is not earlier:
                     self._assign(path, kind, owner, name, earlier, now)
-        if type(value) is not ValueProxy and (numbers := dict(_numbers_in(value))):
+        if numbers := dict(_numbers_in(value)):
             self.numbers[path] = numbers
         return value
 
@@ -767,8 +767,8 @@ def _numbers_in(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple
     """Yield the numbers, flags and strings in what a module returns, each with its place."""
     if type(value) in (int, float, bool, str):
         yield place, value
-    elif isinstance(value, tuple | list | Mapping):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    elif REAL_ISINSTANCE(value, (tuple, list, Mapping)):
+        items = value.items() if REAL_ISINSTANCE(value, Mapping) else enumerate(value)
         for key, item in items:
             yield from _numbers_in(item, (*place, key))
 
