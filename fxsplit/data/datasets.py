@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from fxsplit.data import image_folders
-from fxsplit.data.decoding import image_warnings, short_side
+from fxsplit.data.decoding import INTERPOLATIONS, image_warnings, short_side
 from fxsplit.data.images import Data, FileImages, MemoryImages, Warned
 from fxsplit.data.randomness import random_stream
 from fxsplit.errors import DataError, UsageError, nearest, printable
@@ -37,6 +37,7 @@ def load(
     train_limit: int | None,
     notice: Notice,
     workers: int,
+    interpolation: str = INTERPOLATIONS[0],
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Data:
     """Load the data set `name`, on the CPU: digits, cifar10, cifar100, synthetic or folder:PATH.
@@ -50,13 +51,14 @@ def load(
         train_limit: how many images to train on, drawn at random; None for all.
         notice: is called with sentences about what was decided for the user.
         workers: processes that read images which do not fit in memory.
+        interpolation: how images in files are resized, one of INTERPOLATIONS; a loader resizes those in memory.
         memory_limit_bytes: a folder whose decoded images need more stays in files.
 
     Raises UsageError when there is no such data set or it has fewer images than `train_limit`, and DataError
     when it cannot be read, downloaded or split.
     """
     if path := _folder_path(name):
-        data = _folder(path, img_size, seed, workers, notice)
+        data = _folder(path, img_size, seed, workers, interpolation, notice)
     else:
         known = _known(name)
         data = known.load(img_size or known.img_size, Path(data_dir).expanduser(), seed)
@@ -201,11 +203,17 @@ KNOWN = {
 }
 
 
-def _folder(root: Path, img_size: int | None, seed: int, workers: int, notice: Notice) -> Data:
+def _folder(root: Path, img_size: int | None, seed: int, workers: int, interpolation: str, notice: Notice) -> Data:
     """Load images that lie in a folder for each class, below train/ and test/; or below `root`, to be divided here."""
     train_root, test_root = image_folders.layout(root, notice)
     classes, paths, labels = image_folders.list_classes(train_root, notice)
-    files = partial(FileImages, img_size=img_size or _own_size(paths), workers=workers, warned=_say_once(notice))
+    files = partial(
+        FileImages,
+        img_size=img_size or _own_size(paths),
+        workers=workers,
+        interpolation=interpolation,
+        warned=_say_once(notice),
+    )
     everything = files(paths, labels)
     if test_root:
         train, test = everything, files(*image_folders.list_test(test_root, classes, notice))

@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from fxsplit.errors import DataError, reason
 
+# How images may be resized, the usual way first.
+INTERPOLATIONS = ("bilinear", "bicubic")
 # For EPS Pillow starts another program, Ghostscript. IPTC may wrap any format, EPS included. Pillow recognizes MPEG but
 # cannot decode it.
 NOT_READ = ("EPS", "IPTC", "MPEG")
@@ -40,8 +43,10 @@ TURNS = {
 _reading = threading.local()
 
 
-def decode(path: str | Path, img_size: int) -> Tensor:
+def decode(path: str | Path, img_size: int, interpolation: str = INTERPOLATIONS[0]) -> Tensor:
     """Decode the image in a file to uint8 (3, img_size, img_size): short side resized, centre cropped.
+
+    `interpolation` is how it is resized, one of INTERPOLATIONS.
 
     The image is turned as its EXIF orientation says, and transparent pixels are laid over white. Of several frames the
     first is taken. Values of more than 8 bits are scaled to 0 .. 255: from 0 .. 65535 if they have 16 bits, from 0 .. 1
@@ -52,7 +57,8 @@ def decode(path: str | Path, img_size: int) -> Tensor:
     """
     with open_image(path) as image:
         image.load()
-        pixels: Tensor = transforms.pil_to_tensor(_square(_upright(_opaque(_eight_bits(image)), image), img_size))
+        upright = _upright(_opaque(_eight_bits(image)), image)
+        pixels: Tensor = transforms.pil_to_tensor(_square(upright, img_size, interpolation))
     return pixels
 
 
@@ -171,10 +177,10 @@ def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     return pixels if turn is None else pixels.transpose(turn)
 
 
-def _square(pixels: Image.Image, size: int) -> Image.Image:
+def _square(pixels: Image.Image, size: int, interpolation: str) -> Image.Image:
     if pixels.size == (size, size):
         return pixels
-    resized = transforms.resize(_without_ends(pixels), [size], antialias=True)
+    resized = transforms.resize(_without_ends(pixels), [size], InterpolationMode(interpolation), antialias=True)
     cropped: Image.Image = transforms.center_crop(resized, [size])
     return cropped
 

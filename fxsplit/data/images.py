@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fxsplit.data.decoding import decode, image_warnings
+from fxsplit.data.decoding import INTERPOLATIONS, decode, image_warnings
 from fxsplit.data.staging import free_bytes, read_ahead, rows_of
 from fxsplit.errors import DataError
 
@@ -106,16 +106,25 @@ class FileImages(ImageSet):
         labels: int64 (N,).
         img_size: side of the images in pixels.
         workers: how many processes read; with 0 this one does.
+        interpolation: how images are resized, one of INTERPOLATIONS.
         warned: is called with what Pillow warns of while a batch is read.
     """
 
     def __init__(
-        self, paths: Sequence[str], labels: Tensor, *, img_size: int, workers: int, warned: Warned | None = None
+        self,
+        paths: Sequence[str],
+        labels: Tensor,
+        *,
+        img_size: int,
+        workers: int,
+        interpolation: str = INTERPOLATIONS[0],
+        warned: Warned | None = None,
     ) -> None:
         self.paths = tuple(paths)
         self.labels = labels
         self.img_size = img_size
         self.workers = workers
+        self.interpolation = interpolation
         self.warned = warned
         self._batches: list[list[int]] = []
 
@@ -126,7 +135,14 @@ class FileImages(ImageSet):
         return self._with([self.paths[index] for index in ids.tolist()], self.labels[ids])
 
     def _with(self, paths: Sequence[str], labels: Tensor) -> FileImages:
-        return FileImages(paths, labels, img_size=self.img_size, workers=self.workers, warned=self.warned)
+        return FileImages(
+            paths,
+            labels,
+            img_size=self.img_size,
+            workers=self.workers,
+            interpolation=self.interpolation,
+            warned=self.warned,
+        )
 
     def decoded(self) -> MemoryImages:
         """Decode all images into memory, by `workers` threads: Pillow's decoders run outside Python's lock."""
@@ -134,7 +150,7 @@ class FileImages(ImageSet):
 
         def fill(start: int) -> None:
             for index, path in enumerate(self.paths[start : start + DECODE_CHUNK], start):
-                pixels[index] = decode(path, self.img_size)
+                pixels[index] = decode(path, self.img_size, self.interpolation)
 
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             for _ in pool.map(fill, range(0, len(self), DECODE_CHUNK)):
@@ -154,7 +170,7 @@ class FileImages(ImageSet):
     def _loader(self) -> DataLoader[ReadBatch]:
         """Yields the batches listed in `_batches`; its own generator leaves the global random state alone."""
         return DataLoader(
-            _Files(self.paths, self.img_size),
+            _Files(self.paths, self.img_size, self.interpolation),
             sampler=self._batches,
             batch_size=None,
             num_workers=self.workers,
@@ -178,15 +194,17 @@ def _outlive_signals(_worker: int) -> None:
 class _Files(Dataset["ReadBatch"]):
     """What a worker process reads: a whole batch at a time."""
 
-    def __init__(self, paths: tuple[str, ...], img_size: int) -> None:
+    def __init__(self, paths: tuple[str, ...], img_size: int, interpolation: str) -> None:
         self.paths = paths
         self.img_size = img_size
+        self.interpolation = interpolation
 
     def __getitem__(self, ids: list[int]) -> ReadBatch:
         """Return pixels or an error message: an exception raised here would arrive as the text of a traceback."""
         with image_warnings() as found:
             try:
-                return torch.stack([decode(self.paths[index], self.img_size) for index in ids]), found
+                pixels = [decode(self.paths[index], self.img_size, self.interpolation) for index in ids]
+                return torch.stack(pixels), found
             except DataError as error:
                 return str(error), found
 

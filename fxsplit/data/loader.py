@@ -14,10 +14,12 @@ from itertools import repeat
 
 import torch
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from fxsplit.data.augmentation import augmentation, drawn
 from fxsplit.data.batch import Batch
+from fxsplit.data.decoding import INTERPOLATIONS
 from fxsplit.data.images import ImageSet
 from fxsplit.data.order import EpochOrder
 from fxsplit.data.randomness import random_stream
@@ -42,6 +44,7 @@ class Loader:
             one in each epoch.
         mean: subtracted from images in [0, 1]: one number, or one a channel; none leaves them as they are.
         std: what images are then divided by, likewise.
+        interpolation: how images in memory are resized, one of INTERPOLATIONS.
         channels_last: lay images out in memory with the channels last.
         limit: the most batches of an epoch.
     """
@@ -55,6 +58,7 @@ class Loader:
     views: int | None = None
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
+    interpolation: str = INTERPOLATIONS[0]
     channels_last: bool = False
     limit: int | None = None
 
@@ -150,7 +154,7 @@ class ImageSource:
         resident = images.resident
         pixels = self._staging.taken()[0] if resident is None else resident.index_select(0, ids)
         if list(pixels.shape[-2:]) != size:
-            pixels = transforms.resize(pixels, size, antialias=True)
+            pixels = transforms.resize(pixels, size, InterpolationMode(loader.interpolation), antialias=True)
         pixels = augmentation(loader.augment).change(pixels, *(each.index_select(0, ids) for each in self._drawn))
         x = pixels / self._white  # a quotient by a tensor is rounded alike on every device
         if len(loader.mean):

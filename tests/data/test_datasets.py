@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fxsplit.data.datasets import KNOWN, describe, load
+from fxsplit.data.decoding import decode
 from fxsplit.data.images import Data, FileImages, ImageSet, MemoryImages
 from fxsplit.data.loader import Loader
 from fxsplit.errors import DataError, UsageError
@@ -257,6 +258,20 @@ def test_class_folders_are_split_by_the_seed_and_said_aloud(folder: Folder) -> N
 def test_few_images_are_split_too(folder: Folder) -> None:
     data = open_data(f"folder:{folder(a=2, b=2, c=2)}", notice=[].append)
     assert sorted(data.train.labels.tolist()) == sorted(data.test.labels.tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("limit", [{}, {"memory_limit_bytes": 0, "notice": [].append}])
+def test_files_are_resized_by_the_interpolation_that_is_asked_for(folder: Folder, limit: dict[str, Any]) -> None:
+    folder("train", cat=1, dog=1)
+    root = folder("test", cat=1, dog=1)
+    stream = np.random.default_rng(0)
+    for path in root.rglob("*.png"):
+        Image.fromarray(stream.integers(256, size=(12, 12, 3), dtype=np.uint8)).save(path)
+    data = open_data(f"folder:{root}", img_size=8, interpolation="bicubic", **limit)
+    for name, images in (("train", data.train), ("test", data.test)):
+        expected = torch.stack([decode(root / name / each / "0.png", 8, "bicubic") for each in ("cat", "dog")])
+        (batch,) = Loader(images, batch_size=2).batches(0)
+        assert torch.equal(batch.images, expected / 255)
 
 
 def test_images_of_other_sizes_follow_the_first(folder: Folder) -> None:

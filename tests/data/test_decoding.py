@@ -256,6 +256,9 @@ def test_ordinary_images_are_resized_and_cropped_as_everybody_does(tmp_path: Pat
     path = saved(image, tmp_path / "image.png")
     usual = v2.Compose([v2.Resize(16, antialias=True), v2.CenterCrop(16), v2.PILToTensor()])
     assert torch.equal(decode(path, 16), usual(image))
+    resize = v2.Resize(16, v2.InterpolationMode.BICUBIC, antialias=True)
+    bicubic = v2.Compose([resize, v2.CenterCrop(16), v2.PILToTensor()])
+    assert torch.equal(decode(path, 16, "bicubic"), bicubic(image))
 
 
 @pytest.mark.parametrize(("long", "short"), [(60_000, 1), (60_001, 1), (50_000, 2), (50_001, 2)])

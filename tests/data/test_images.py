@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
 
 from fxsplit.data.augmentation import crop_flip, windows
 from fxsplit.data.batch import Batch, micro_batch_sizes
@@ -266,6 +267,22 @@ def test_pixels_of_another_size_are_resized() -> None:
     assert torch.equal(batch.images[:5] * 255, torch.arange(5.0)[:, None, None, None].expand(-1, 3, 16, 16))
     # Bilinear: between two pixels 32 apart lie a quarter and three quarters of the way.
     assert (batch.images[5, 0, 0, 1:5] * 255).round().tolist() == [8, 24, 40, 56]
+    (batch,) = Loader(images, batch_size=6, interpolation="bicubic").batches(0)
+    resized = v2.functional.resize(images.pixels, [16, 16], v2.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(batch.images, resized / 255)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_are_resized_as_they_are_asked_for(files: FileImages, workers: int) -> None:
+    def opened(interpolation: str) -> FileImages:
+        return FileImages(files.paths, files.labels, img_size=16, workers=workers, interpolation=interpolation)
+
+    expected = torch.stack([decode(path, 16, "bicubic") for path in files.paths])
+    assert not torch.equal(expected, files.decoded().pixels)
+    for images in (opened("bicubic"), opened("bicubic").to(torch.device("cpu"))):
+        assert torch.equal(images.decoded().pixels, expected)
+        assert torch.equal(torch.cat(list(images.read(torch.arange(7), 4))), expected)
+        assert torch.equal(images.subset(torch.tensor([3])).decoded().pixels, expected[3:4])
 
 
 def test_a_subset_has_ids_of_its_own(files: FileImages) -> None:
