@@ -7,11 +7,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 
 from fxsplit.errors import DataError, NoModelError, UsageError, nearest, reason
 from fxsplit.models import factories, huggingface
+from fxsplit.models.downloads import expect_in_torch_hub, hub_or_its_cache
 from fxsplit.models.paper import NETWORKS
 from fxsplit.models.surgery import fit_classifier, keep_small_images
 
@@ -47,7 +49,8 @@ def build(
             and language models have none.
         img_size: side of the images in pixels; torchvision's detectors resize images to it.
         pretrained: take the weights of timm, torchvision or the repository `hf:ORG/NAME`; a classifier for another
-            number of classes gets new ones. torchvision's quantized models are built before quantization.
+            number of classes gets new ones. torchvision's quantized models are built before quantization. How images
+            must be prepared for these weights, `preprocessing` tells.
         stem: "cifar" keeps the resolution of small images. The first convolution, if strided, becomes 3x3 with stride 1
             (a 3x3 kernel keeps its weights, a larger one gets new ones), and the first pooling after it the identity,
             unless a block of several convolutions comes before. timm's models for one image size get patches of 4
@@ -88,6 +91,16 @@ def native_size(spec: str) -> int:
     source, name = _split(spec)
     library = LIBRARIES.get(source)
     return library.native_size(name) if library else USUAL_SIZE
+
+
+def preprocessing(spec: str) -> Preprocessing | None:
+    """Return how images were prepared for the pretrained weights of a model; None if its library does not tell.
+
+    Raises UsageError and DataError as `build` does.
+    """
+    source, name = _split(spec)
+    library = LIBRARIES.get(source)
+    return library.preprocessing(name) if library else None
 
 
 def expand(pattern: str) -> tuple[str, ...]:
@@ -137,12 +150,14 @@ def _from_timm(
         raise NoModelError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
     settings: dict[str, Any] = {"num_classes": num_classes, **_drop_path_argument(DROP_PATH, drop_path)}
     with _errors_of("timm", name, settings, cache=HUB_CACHE):
-        one_size = bool(_timm_config(name).get("fixed_input_size"))
+        config = _timm_config(name)
+        one_size = bool(config.get("fixed_input_size"))
         if one_size:
             settings["img_size"] = img_size
             if stem == "cifar":
                 settings["patch_size"] = 4
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **settings)
+        with _timm_download(name, config, pretrained):
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, **settings)
     if stem == "cifar" and not one_size:
         keep_small_images(model, f"timm:{name}")
     return model
@@ -159,13 +174,45 @@ def _timm_size(name: str) -> int:
         return min(_timm_config(name).get("input_size", (USUAL_SIZE,))[1:], default=USUAL_SIZE)
 
 
-def _timm_config(name: str) -> dict[str, Any]:
-    """Read what timm says about a model's images: whether it must be told their size, and the size it is made for."""
+def _timm_preprocessing(name: str) -> Preprocessing | None:
+    from timm.data import resolve_data_config
+
+    with _errors_of("timm", name, {}, cache=HUB_CACHE):
+        config = _timm_config(name)
+        if not config:
+            return None
+        found = resolve_data_config(pretrained_cfg=config)
+    return Preprocessing(
+        img_size=min(found["input_size"][1:]),
+        mean=tuple(found["mean"]),
+        std=tuple(found["std"]),
+        interpolation=found["interpolation"],
+    )
+
+
+def _timm_download(name: str, config: dict[str, Any], pretrained: bool) -> AbstractContextManager[None]:
+    """Return a context in which timm finds out soon that there is no network, where it needs one."""
+    if pretrained and not config.get("hf_hub_id"):
+        if url := config.get("url"):
+            expect_in_torch_hub(url)
+    elif pretrained or _is_on_hub(name):
+        return hub_or_its_cache()
+    return nullcontext()
+
+
+def _is_on_hub(name: str) -> bool:
     from timm import models
 
-    source, address = models.parse_model_name(name)
-    if source == "hf-hub":
-        return dict(models.load_model_config_from_hf(address)[0])
+    return bool(models.parse_model_name(name)[0] == "hf-hub")
+
+
+def _timm_config(name: str) -> dict[str, Any]:
+    """Read what timm says about the images of a model: whether it must be told their size, and how it got them."""
+    from timm import models
+
+    if _is_on_hub(name):
+        with hub_or_its_cache():
+            return dict(models.load_model_config_from_hf(models.parse_model_name(name)[1])[0])
     config = models.get_pretrained_cfg(name)
     return dict(config.to_dict()) if config else {}
 
@@ -188,14 +235,16 @@ def _from_torchvision(
         settings["num_classes"] = num_classes
     if "weights_backbone" in inspect.signature(builder).parameters:
         settings["weights_backbone"] = None
+    weights = _torchvision_weights(name) if pretrained else None
     with (
         _errors_of("torchvision", name, settings, cache="torch's cache (TORCH_HOME)"),
         warnings.catch_warnings(),
     ):
+        if weights:
+            expect_in_torch_hub(weights.url)
         warnings.filterwarnings("ignore", "The default weight initialization of", FutureWarning)
         model: nn.Module = builder(**settings)
-    if pretrained and has_classes:
-        weights = models.get_model_weights(name).DEFAULT
+    if weights and has_classes:
         fit_classifier(model, f"torchvision:{name}", len(weights.meta.get("categories", ())), num_classes)
     if stem == "cifar":
         keep_small_images(model, f"torchvision:{name}")
@@ -237,6 +286,29 @@ def _torchvision_size(name: str) -> int:
     return min((crop if isinstance(crop, int) else crop[0] for crop in crops if crop), default=USUAL_SIZE)
 
 
+def _torchvision_weights(name: str) -> Any:
+    """Return the weights that `pretrained` means, None if there are none."""
+    from torchvision import models
+
+    return getattr(models.get_model_weights(name), "DEFAULT", None)
+
+
+def _torchvision_preprocessing(name: str) -> Preprocessing | None:
+    from torchvision.transforms._presets import ImageClassification
+
+    torchvision_module(name)
+    weights = _torchvision_weights(name)
+    found = weights.transforms() if weights else None
+    if not isinstance(found, ImageClassification):
+        return None
+    return Preprocessing(
+        img_size=found.crop_size[0],
+        mean=tuple(found.mean),
+        std=tuple(found.std),
+        interpolation=found.interpolation.value,
+    )
+
+
 def _from_huggingface(
     name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
 ) -> nn.Module:
@@ -244,7 +316,8 @@ def _from_huggingface(
         _refuse_pretrained(f"hf:{name}", pretrained)
     if drop_path:
         raise _no_drop_path(f"hf:{name}", DROP_PATH)
-    with _errors_of("hf", name, {"num_classes": num_classes, "img_size": img_size}, cache=HUB_CACHE):
+    settings = {"num_classes": num_classes, "img_size": img_size}
+    with _errors_of("hf", name, settings, cache=HUB_CACHE), _huggingface_download(name):
         model = huggingface.build(name, num_classes=num_classes, img_size=img_size, pretrained=pretrained)
     if stem == "cifar":
         keep_small_images(model, f"hf:{name}")
@@ -252,8 +325,13 @@ def _from_huggingface(
 
 
 def _huggingface_size(name: str) -> int:
-    with _errors_of("hf", name, {}, cache=HUB_CACHE):
+    with _errors_of("hf", name, {}, cache=HUB_CACHE), _huggingface_download(name):
         return huggingface.native_size(name) or USUAL_SIZE
+
+
+def _huggingface_download(name: str) -> AbstractContextManager[None]:
+    is_local = name.startswith((".", "/")) or Path(name).is_dir()
+    return hub_or_its_cache() if huggingface.is_repository(name) and not is_local else nullcontext()
 
 
 def _from_paper(
@@ -284,17 +362,40 @@ def _from_factory(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """Describes the images that weights were trained on.
+
+    They are `img_size` pixels wide, made so by `interpolation` ("bilinear", "bicubic" or another that torchvision
+    knows). `mean` and `std` of each channel normalise pixels in [0, 1].
+    """
+
+    img_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """Describes a source of named models: how to build one, list them all, and find the image size of one."""
+    """Describes a source of named models: how to build one, list them all, and find the image size of one.
+
+    `preprocessing` tells how images were prepared for pretrained weights.
+    """
 
     build: Callable[..., nn.Module]
     names: Callable[[], list[str]]
     native_size: Callable[[str], int]
+    preprocessing: Callable[[str], Preprocessing | None] = lambda _name: None
 
 
 LIBRARIES = {
-    "timm": Library(build=_from_timm, names=_timm_names, native_size=_timm_size),
-    "torchvision": Library(build=_from_torchvision, names=_torchvision_names, native_size=_torchvision_size),
+    "timm": Library(build=_from_timm, names=_timm_names, native_size=_timm_size, preprocessing=_timm_preprocessing),
+    "torchvision": Library(
+        build=_from_torchvision,
+        names=_torchvision_names,
+        native_size=_torchvision_size,
+        preprocessing=_torchvision_preprocessing,
+    ),
     "hf": Library(build=_from_huggingface, names=huggingface.names, native_size=_huggingface_size),
     "paper": Library(build=_from_paper, names=lambda: list(NETWORKS), native_size=lambda _name: 32),
 }

@@ -18,8 +18,10 @@ import torchvision
 from torch import nn
 
 from fxsplit.errors import DataError, UsageError
-from fxsplit.models.registry import build, sketch
+from fxsplit.models import downloads
+from fxsplit.models.registry import Preprocessing, build, preprocessing, sketch
 
+IMAGENET_MEAN, IMAGENET_STD, HALF = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.5, 0.5, 0.5)
 USER_FILE = """
 from __future__ import annotations
 from dataclasses import dataclass
@@ -92,6 +94,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def refuse(*_args: object, **_kwargs: object) -> None:
         raise URLError("no network")
 
+    monkeypatch.setattr(downloads, "answers", lambda _url: True)
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -411,8 +414,42 @@ def test_weights_that_nobody_has_are_refused(spec: str, words: str) -> None:
         build(spec, num_classes=7, img_size=32, pretrained=True)
 
 
+@pytest.mark.parametrize(
+    ("spec", "img_size", "mean", "std", "interpolation"),
+    [
+        ("timm:resnet18", 224, IMAGENET_MEAN, IMAGENET_STD, "bicubic"),
+        ("timm:resnet18.tv_in1k", 224, IMAGENET_MEAN, IMAGENET_STD, "bilinear"),
+        ("timm:vit_base_patch16_384", 384, HALF, HALF, "bicubic"),
+        ("timm:vit_base_patch16_sapiens2", 768, IMAGENET_MEAN, IMAGENET_STD, "bilinear"),
+        ("torchvision:resnet18", 224, IMAGENET_MEAN, IMAGENET_STD, "bilinear"),
+        ("torchvision:efficientnet_b1", 240, IMAGENET_MEAN, IMAGENET_STD, "bilinear"),
+        ("torchvision:efficientnet_b3", 300, IMAGENET_MEAN, IMAGENET_STD, "bicubic"),
+    ],
+)
+def test_pretrained_weights_say_how_images_were_prepared(
+    spec: str, img_size: int, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str
+) -> None:
+    expected = Preprocessing(img_size=img_size, mean=mean, std=std, interpolation=interpolation)
+    assert preprocessing(spec) == expected
+
+
+@pytest.mark.parametrize(
+    "spec", ["torchvision:raft_small", "torchvision:r3d_18", "hf:vit", "paper:cnn", "nets.py:plain"]
+)
+@pytest.mark.usefixtures("offline")
+def test_where_nobody_says_how_images_were_prepared_nothing_is_made_up(spec: str) -> None:
+    assert preprocessing(spec) is None
+
+
+@pytest.mark.parametrize("spec", ["timm:resnet18.no_such_tag", "torchvision:resnet81", "resnet18"])
+def test_a_wrong_name_is_told_before_weights_are_looked_for(spec: str) -> None:
+    with pytest.raises(UsageError):
+        preprocessing(spec)
+
+
 def publish(reference: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the state of `reference` the weights that torchvision downloads."""
+    monkeypatch.setattr(downloads, "answers", lambda _url: True)
     monkeypatch.setattr(
         "torchvision.models._api.load_state_dict_from_url", lambda *_args, **_kwargs: reference.state_dict()
     )
