@@ -52,9 +52,10 @@ def train(
     spec = start.spec
     device = assembly.choose_device(spec.device)
     with assembly.determinism(spec.seed, spec.deterministic):
-        data = assembly.data(spec, observer).to(device)  # images and labels, or an error before all else
+        # an untouched nn.Module, or an error before data are loaded
+        model = assembly.model(spec, device, observer, goes_on=start.goes_on)
+        data = assembly.data(spec, observer).to(device)  # images and labels
         assembly.check_data(start, data, observer)
-        model = assembly.model(spec, data, device, goes_on=start.goes_on)  # an untouched nn.Module
         trace = assembly.trace(spec, model, data)  # its ops in order, in training and in evaluation
         passes = assembly.passes(spec, device)
         for each in passes:
@@ -95,6 +96,7 @@ def inspect(
     op is timed on the device of `spec`, in a model with random weights. With `save_to` the plan is also written there,
     as a file to edit and to train by. Raises a FxsplitError for anything that the user can mend.
     """
+    spec = assembly.with_preprocessing(spec, observer or Observer())
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     measured = measured or spec.balance == "seconds"
     device = assembly.choose_device(spec.device) if measured else torch.device("meta")

@@ -30,6 +30,7 @@ from fxsplit.cuda.replay import Recordings
 from fxsplit.cuda.trial import why_not_replayed
 from fxsplit.data import datasets
 from fxsplit.data.batch import Batch
+from fxsplit.data.decoding import INTERPOLATIONS
 from fxsplit.data.images import Data, MemoryImages
 from fxsplit.data.loader import Loader
 from fxsplit.errors import UsageError
@@ -40,6 +41,8 @@ from fxsplit.measuring.environment import environment
 from fxsplit.measuring.phase_costs import Loss, time_ratio, update_seconds
 from fxsplit.models import registry
 from fxsplit.models.examples import Example, example, takes_images
+from fxsplit.models.weights import load_weights, read_weights
+from fxsplit.options import key
 from fxsplit.plan import planfile
 from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import Forecast
@@ -72,6 +75,8 @@ DEFAULT_PARTS = 8
 TF32: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
 # What a run may take, relative to its time, for a memory aim that nobody insists on.
 MOST_TIME = 1.03
+# Fields that pretrained weights decide where the user does not, and how these look then.
+PREPARED, NOT_GIVEN = ("img_size", "interpolation", "mean", "std"), (None, ())
 # Of so many images, at least, the pixels tell one data set from another.
 SAMPLED = 64
 
@@ -99,11 +104,14 @@ class Start:
 
 
 def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer) -> Start:
-    """Find the checkpoint to go on from, and say what differs from what it was asked for.
+    """Complete what is asked for, find the checkpoint to go on from, and say what differs from what it was asked for.
 
     The folder is locked from here on. Raises UsageError when there is no such run, when another process goes on with
-    it, or when something differs that cannot; DataError when there are checkpoints and none is whole.
+    it, or when something differs that cannot; DataError when there are checkpoints and none is whole; and what
+    `with_preprocessing` raises.
     """
+    if spec is not None:
+        spec = with_preprocessing(spec, observer)
     if resume is None:
         if spec is None:
             raise UsageError("nothing says what to train: give a spec, or a run to resume")
@@ -185,6 +193,7 @@ def data(spec: RunSpec, observer: Observer) -> Data:
     return datasets.load(
         spec.data,
         img_size=spec.img_size,
+        interpolation=_interpolation(spec),
         data_dir=spec.data_dir,
         seed=spec.seed,
         train_limit=spec.train_limit,
@@ -193,15 +202,50 @@ def data(spec: RunSpec, observer: Observer) -> Data:
     )
 
 
-def model(spec: RunSpec, data: Data, device: torch.device, *, goes_on: bool = False) -> nn.Module:
-    """Build the model of a run, for the classes and sizes of its data; without pretrained weights if it `goes_on`.
+def _interpolation(spec: RunSpec) -> str:
+    return spec.interpolation or INTERPOLATIONS[0]
 
-    Raises UsageError when it takes something other than images, and what `registry.build` raises.
+
+def with_preprocessing(spec: RunSpec, observer: Observer) -> RunSpec:
+    """Add to a spec how images were prepared for its pretrained weights, where it does not say that itself.
+
+    Raises what `registry.preprocessing` raises.
     """
+    if not spec.pretrained or all(getattr(spec, name) not in NOT_GIVEN for name in PREPARED):
+        return spec
+    known = registry.preprocessing(spec.model)
+    if known is None:
+        if not spec.mean:
+            observer.notice(
+                f"it is not known how images were prepared for the weights of {spec.model!r}; give --mean and --std"
+            )
+        return spec
+    wanted = {name: getattr(known, name) for name in PREPARED if getattr(spec, name) in NOT_GIVEN}
+    if wanted.get("interpolation") not in INTERPOLATIONS:
+        wanted.pop("interpolation", None)
+    values = ", ".join(
+        f"{key(name)} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in wanted.items()
+    )
+    if values:
+        observer.notice(f"as the pretrained weights of {spec.model!r} want it, images have {values}; options win")
+    return replace(spec, **wanted)
+
+
+def model(spec: RunSpec, device: torch.device, observer: Observer, *, goes_on: bool = False) -> nn.Module:
+    """Build the model of a run, for the classes and sizes of its data, which are not loaded for that.
+
+    It starts from the weights that the spec names, unless the run `goes_on` and has others.
+
+    Raises UsageError when it takes something other than images, and what `registry.build`, `read_weights`,
+    `load_weights` and `datasets.describe` raise.
+    """
+    weights = None if goes_on or spec.initial_checkpoint is None else read_weights(spec.initial_checkpoint)
+    classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     model = registry.build(
         spec.model,
-        num_classes=len(data.classes),
-        img_size=data.img_size,
+        num_classes=classes,
+        img_size=img_size,
         pretrained=spec.pretrained and not goes_on,
         stem=spec.stem,
         drop_path=spec.drop_path,
@@ -211,6 +255,8 @@ def model(spec: RunSpec, data: Data, device: torch.device, *, goes_on: bool = Fa
             f"train takes image classifiers, and {spec.model!r} takes no images; give it its own data in a loop of "
             "your own around fxsplit.Executor"
         )
+    if weights is not None:
+        observer.notice(load_weights(model, weights, source=str(spec.initial_checkpoint), num_classes=classes))
     return in_layout(spec, model.to(device))
 
 
@@ -416,6 +462,7 @@ def loaders(spec: RunSpec, data: Data) -> tuple[Loader, Loader]:
         views=None if spec.augment == "none" else spec.cache_views,
         mean=spec.mean,
         std=spec.std,
+        interpolation=_interpolation(spec),
         channels_last=spec.channels_last,
         limit=1 if spec.dry_run else spec.train_batches_per_epoch,
     )
@@ -424,6 +471,7 @@ def loaders(spec: RunSpec, data: Data) -> tuple[Loader, Loader]:
         batch_size=spec.batch_size,
         mean=spec.mean,
         std=spec.std,
+        interpolation=_interpolation(spec),
         channels_last=spec.channels_last,
         limit=1 if spec.dry_run else None,
     )

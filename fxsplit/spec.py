@@ -53,7 +53,18 @@ class RunSpec:
         "",
         pattern=r"(?s).+",
     )
-    pretrained: bool = option("Model", "Load pretrained weights (downloaded).", False)
+    pretrained: bool = option(
+        "Model",
+        "Start from pretrained weights (downloaded), with the --img-size, --interpolation, --mean and --std that they "
+        "were trained with, where these are not given.",
+        False,
+    )
+    initial_checkpoint: str | None = option(
+        "Model",
+        "Start from the weights in a file (safetensors or torch.save) or a run's folder; a classifier of another size "
+        "starts anew.",
+        None,
+    )
     stem: str = option(
         "Model",
         "cifar, for small images: first convolution 3x3 at stride 1, no first pooling, patches of 4 pixels.",
@@ -65,6 +76,9 @@ class RunSpec:
     data_dir: str = option("Data", "Where downloaded data sets are kept.", "~/.cache/fxsplit/data")
     img_size: int | None = option(
         "Data", "Side of the square images in pixels; the data's own if not given.", None, least=1
+    )
+    interpolation: str | None = option(
+        "Data", "How images are resized; bilinear if not given.", None, choices=("bilinear", "bicubic")
     )
     batch_size: int = option("Data", "Images in one optimizer step.", 64, flags=("-b",), least=1)
     workers: int = option("Data", "Processes that read images which do not fit in memory.", 2, flags=("-j",), least=0)
@@ -455,6 +469,9 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
             f"cache is {spec.cache!r} and augment is {spec.augment!r}, but of images that are changed at random "
             "only a fixed number of views can be kept; give cache-views, or leave out the cache"
         )
+    starts = {"pretrained", "initial_checkpoint"}
+    if spec.pretrained and spec.initial_checkpoint is not None and not starts & set(wrong):
+        yield "pretrained is true and initial-checkpoint is given, but a run starts from one of the two"
     if not {"mean", "std"} & set(wrong) and (len(spec.mean) != len(spec.std) or len(spec.mean) not in (0, 1, 3)):
         yield (
             f"mean has length {len(spec.mean)} and std has length {len(spec.std)}, "

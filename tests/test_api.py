@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 import yaml
 from torch import fx, nn
 from torch.nn import functional as F
@@ -29,7 +31,7 @@ from fxsplit.errors import DataError, PartitionError, ProofError, UsageError
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.pointwise import pointwise_products
 from fxsplit.graph import Graph
-from fxsplit.models import registry
+from fxsplit.models import downloads, registry
 from fxsplit.pages.page import inspection_page
 from fxsplit.plan import cuts as cut_places
 from fxsplit.plan.cuts import cuts
@@ -40,6 +42,7 @@ from fxsplit.spec import read_recipe, resolve
 from fxsplit_cli.main import main
 from tests.cuda.simulated import SimulatedRecorder, Tape
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MODEL = """
 from torch import nn
 
@@ -588,7 +591,7 @@ def test_a_gpu_comes_as_near_to_a_memory_aim_as_measured_time_allows(
     monkeypatch.setattr(assembly, "time_ratio", measured)
     asked = fxsplit.RunSpec(model="paper:cnn", data="digits", img_size=32, batch_size=128, memory_aim=0.3)
     data = assembly.data(asked, notices)
-    found = assembly.trace(asked, assembly.model(asked, data, torch.device("cpu")), data)
+    found = assembly.trace(asked, assembly.model(asked, torch.device("cpu"), notices), data)
     plan = assembly.plan(asked, found, notices)
     assert plan.phases[0].micro_batches == 8
     net = fxsplit.Executor(found, plan.partitions)
@@ -717,6 +720,123 @@ def test_who_errs_is_told_in_one_sentence(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_starts_from_the_weights_of_another(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    before = train(spec(epochs=1)).folder
+    notices = Notices()
+    # A learning rate so small that no parameter changes.
+    after = train(spec(epochs=1, initial_checkpoint=before, opt="sgd", lr=1e-30), notices).folder
+    first, second = (safetensors.torch.load_file(f"{folder}/model.safetensors") for folder in (before, after))
+    other = safetensors.torch.load_file(f"{train(spec(epochs=1, opt='sgd', lr=1e-30)).folder}/model.safetensors")
+    for name in ("0.weight", "1.bias", "8.weight", "8.bias"):
+        assert torch.equal(first[name], second[name]), name
+        assert not torch.equal(first[name], other[name]), name
+    assert f"16 of 16 tensors start from {before!r}" in notices.sentences
+
+
+def test_a_run_that_goes_on_needs_no_weights_to_start_from(spec: Callable[..., fxsplit.RunSpec]) -> None:
+    before = train(spec(epochs=1)).folder
+    whole = spec(epochs=2, initial_checkpoint=before, deterministic=True)
+    expected = train(whole).folder
+    stopped = train(replace(whole, epochs=1, experiment="stopped")).folder
+    shutil.rmtree(before)
+    assert fxsplit.train(whole, resume=stopped).folder == stopped
+    first, second = (safetensors.torch.load_file(f"{folder}/model.safetensors") for folder in (expected, stopped))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_weights_that_do_not_fit_are_refused_before_data_are_loaded(
+    spec: Callable[..., fxsplit.RunSpec],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load(*_args: Any, **_options: Any) -> None:
+        raise AssertionError("data are loaded")
+
+    monkeypatch.setattr(datasets, "load", load)
+    torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "other.pth")
+    (tmp_path / "broken.pth").write_bytes(b"PK")
+    arguments = ["train", spec().model, "--data", "synthetic", "--output", str(tmp_path / "runs")]
+    for name, sentence in (
+        ("none.pth", "there is no file of weights"),
+        ("broken.pth", "cannot be read"),
+        ("other.pth", "holds the weights of another model: of 16 tensors 16 are missing"),
+    ):
+        assert main([*arguments, "--initial-checkpoint", str(tmp_path / name)]) == 2
+        err = capsys.readouterr().err
+        assert sentence in err
+        assert len(err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "said"),
+    [
+        ({}, {"img_size": 224, "mean": MEAN, "std": STD, "interpolation": "bilinear"}, "img-size 224"),
+        (
+            {"img_size": 32},
+            {"img_size": 32, "mean": MEAN, "std": STD, "interpolation": "bilinear"},
+            "have interpolation bilinear, mean 0.485,0.456,0.406, std",
+        ),
+        (
+            {"mean": (0.0,), "std": (1.0,), "interpolation": "bicubic"},
+            {"img_size": 224, "mean": (0.0,), "std": (1.0,), "interpolation": "bicubic"},
+            "images have img-size 224; options win",
+        ),
+        ({"pretrained": False}, {"img_size": None, "mean": (), "std": (), "interpolation": None}, ""),
+    ],
+)
+def test_images_are_prepared_as_pretrained_weights_want_them_unless_the_user_says_otherwise(
+    changes: dict[str, Any], wanted: dict[str, Any], said: str
+) -> None:
+    notices = Notices()
+    asked = fxsplit.RunSpec(**{"model": "torchvision:resnet18", "pretrained": True, "train_limit": 4, **changes})
+    found = assembly.with_preprocessing(asked, notices)
+    assert found == replace(asked, **wanted)
+    assert len(notices.sentences) == bool(said)
+    assert said in "".join(notices.sentences)
+    assert assembly.with_preprocessing(found, notices) == found
+    assert len(notices.sentences) == bool(said)
+    loader, _ = assembly.loaders(found, assembly.data(found, notices))
+    (batch,) = loader.batches(0)
+    (plain,) = replace(loader, mean=(), std=()).batches(0)
+    shape = (1, -1, 1, 1)
+    mean, std = (torch.tensor(each).view(shape) for each in (found.mean or (0.0,), found.std or (1.0,)))
+    assert torch.equal(batch.images, (plain.images - mean) / std)
+    assert loader.interpolation == (found.interpolation or "bilinear")
+
+
+def test_a_run_takes_the_images_that_its_pretrained_weights_want(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = registry.Preprocessing(img_size=40, mean=(0.5, 0.25, 0.125), std=(0.5, 0.5, 0.25), interpolation="lanczos")
+    library = replace(registry.LIBRARIES["torchvision"], preprocessing=lambda _name: known)
+    monkeypatch.setitem(registry.LIBRARIES, "torchvision", library)
+    published = torchvision.models.get_model("mobilenet_v3_small").state_dict()
+    monkeypatch.setattr(downloads, "answers", lambda _url: True)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_args, **_options: published)
+    asked = fxsplit.RunSpec(
+        model="torchvision:mobilenet_v3_small", pretrained=True, train_limit=4, batch_size=4, epochs=1, device="cpu",
+        data="synthetic", prove=False, output=str(tmp_path),
+    )  # fmt: skip
+    report = train(asked)
+    values = {name: report.spec[name] for name in ("img-size", "mean", "std", "interpolation")}
+    assert values == {"img-size": 40, "mean": [0.5, 0.25, 0.125], "std": [0.5, 0.5, 0.25], "interpolation": None}
+    # It goes on as it began, and asks for no weights again.
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", None)
+    longer = fxsplit.train(replace(asked, epochs=2), resume=report.folder)
+    assert {name: longer.spec[name] for name in values} == values
+    assert len(longer.epochs) == 2
+
+
+def test_weights_whose_images_nobody_describes_are_said() -> None:
+    notices = Notices()
+    asked = fxsplit.RunSpec(model="hf:someone/tiny", pretrained=True)
+    assert assembly.with_preprocessing(asked, notices) == asked
+    assert len(notices.sentences) == 1
+    assert "give --mean and --std" in notices.sentences[0]
+
+
 def test_a_misspelt_key_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: paper:cnn\nepoch: 3\n", encoding="utf-8")
@@ -815,7 +935,7 @@ def test_a_cache_changes_nothing_but_what_is_kept(
 def test_a_cache_leaves_what_training_needs_of_a_gpu(settling: Callable[..., fxsplit.RunSpec]) -> None:
     chosen = settling()
     images = assembly.data(chosen, Observer())
-    model = assembly.model(chosen, images, torch.device("cpu"))
+    model = assembly.model(chosen, torch.device("cpu"), Observer())
     captured = assembly.trace(chosen, model, images)
     plan = assembly.plan(chosen, captured, Observer())
     assert assembly._cache_policy(chosen, captured, plan, images).peak_bytes == 0

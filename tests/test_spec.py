@@ -169,6 +169,12 @@ def test_every_field_has_a_key_and_help() -> None:
             "for it as such, by --l2l or preset=l2l; its phases alone are settle-far",
         ),
         ({"veto": True, "anneal": 0.2}, "anneal is 0.2 and veto is true, but a partition that settles later"),
+        ({"interpolation": "cubic"}, "interpolation is 'cubic', but must be one of bilinear, bicubic; did you mean"),
+        ({"initial_checkpoint": 3}, "initial-checkpoint is 3, but must be text"),
+        (
+            {"pretrained": True, "initial_checkpoint": "a.pth"},
+            "pretrained is true and initial-checkpoint is given, but a run starts from one of the two",
+        ),
         ({"parts": 3, "at": ["a", "b"]}, "parts is 3 and at is 'a,b', but only one can say where to cut"),
     ],
 )
