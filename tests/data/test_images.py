@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torchvision.transforms import v2
 from fxsplit.data.augmentation import crop_flip, windows
 from fxsplit.data.batch import Batch, micro_batch_sizes
 from fxsplit.data.decoding import decode
-from fxsplit.data.images import Data, FileImages, MemoryImages
+from fxsplit.data.images import Data, FileImages, MemoryImages, _outlive_signals
 from fxsplit.data.loader import Loader
 from fxsplit.data.randomness import random_stream
 from fxsplit.errors import DataError, UsageError
@@ -375,9 +376,9 @@ def test_a_broken_file_is_named_in_one_sentence(files: FileImages, workers: int,
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-def test_workers_outlive_signals_of_their_group_for_a_while(files: FileImages, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_outlive_signals_of_their_group(files: FileImages, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that they read for goes on with its step, and saves the run."""
-    monkeypatch.setattr("fxsplit.data.images.GRACE_SECONDS", 1)
+    monkeypatch.setattr("fxsplit.data.images.GRACE_SECONDS", 600)
     streamed, order = with_workers(files, 1), torch.arange(7)
     expected = list(files.read(order, 2))
     found = []
@@ -389,5 +390,22 @@ def test_workers_outlive_signals_of_their_group_for_a_while(files: FileImages, m
             os.kill(worker.pid, signal.SIGTERM)
         found.append(pixels)
     assert all(map(torch.equal, found, expected))
-    with pytest.raises(RuntimeError, match="killed by signal: Alarm clock"):
-        worker.join(30)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_worker_is_gone_a_while_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxsplit.data.images.GRACE_SECONDS", 1)
+    here, there = multiprocessing.Pipe()
+
+    def work() -> None:
+        _outlive_signals(0)
+        there.send("ready")
+        time.sleep(600)
+
+    worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    worker.start()
+    assert here.recv() == "ready"
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(300)
+    assert worker.exitcode == -signal.SIGALRM
