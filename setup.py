@@ -2,4 +2,5 @@
 
 from setuptools import find_packages, setup
 
-setup(packages=[*find_packages(include=["fxsplit*"]), "fxsplit_cli"], package_dir={"fxsplit_cli": "cli"})
+cli = ["fxsplit_cli", *(f"fxsplit_cli.{name}" for name in find_packages("cli"))]
+setup(packages=[*find_packages(include=["fxsplit*"]), *cli], package_dir={"fxsplit_cli": "cli"})

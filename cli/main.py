@@ -14,7 +14,10 @@ import typer
 
 from fxsplit.errors import FxsplitError, Terminated
 
-from . import commands
+from .commands.check import check
+from .commands.inspect import inspect
+from .commands.job import Job
+from .commands.train import train
 from .terminal import say, write
 
 OUT_OF_MEMORY = (
@@ -30,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (commands.train, commands.inspect, commands.check):
+for command in (train, inspect, check):
     # A line break inside of a paragraph would stay one in the help, whatever the width of the terminal.
     paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
     app.command(help="\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs))(command)
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbose = False
     try:
         asked = app(arguments, prog_name="fxsplit", standalone_mode=False)
-        if not isinstance(asked, commands.Job):
+        if not isinstance(asked, Job):
             return int(asked or 0)
         verbose = asked.verbose
         asked.run()

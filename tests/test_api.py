@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import fxsplit
 from fxsplit import assembly
 from fxsplit.assembly import choose_device, determinism
+from fxsplit.assembly.training import cache_policy
 from fxsplit.capture.tracing import Trace
 from fxsplit.cuda.replay import Recordings
 from fxsplit.data import datasets
@@ -588,7 +589,7 @@ def test_a_gpu_comes_as_near_to_a_memory_aim_as_measured_time_allows(
         return float(ratio)
 
     left, notices = list(ratios), Notices()
-    monkeypatch.setattr(assembly, "time_ratio", measured)
+    monkeypatch.setattr("fxsplit.assembly.plans.time_ratio", measured)
     asked = fxsplit.RunSpec(model="paper:cnn", data="digits", img_size=32, batch_size=128, memory_aim=0.3)
     data = assembly.data(asked, notices)
     found = assembly.trace(asked, assembly.model(asked, torch.device("cpu"), notices), data)
@@ -938,11 +939,11 @@ def test_a_cache_leaves_what_training_needs_of_a_gpu(settling: Callable[..., fxs
     model = assembly.model(chosen, torch.device("cpu"), Observer())
     captured = assembly.trace(chosen, model, images)
     plan = assembly.plan(chosen, captured, Observer())
-    assert assembly._cache_policy(chosen, captured, plan, images).peak_bytes == 0
+    assert cache_policy(chosen, captured, plan, images).peak_bytes == 0
     train = SimpleNamespace(device=torch.device("cuda", 0), resident=images.train.resident)
     on_gpu: Any = SimpleNamespace(train=train, test=SimpleNamespace(resident=None))
     needed = max(phase.peak_bytes for phase in assembly.forecast(chosen, plan, captured, measured=False).phases)
-    policy = assembly._cache_policy(chosen, captured, plan, on_gpu)
+    policy = cache_policy(chosen, captured, plan, on_gpu)
     assert policy.peak_bytes == needed + images.train.resident.nbytes
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import fxsplit
-from fxsplit_cli.commands import Job
+from fxsplit_cli.commands.job import Job
 from fxsplit_cli.main import app, main
 from tests.test_layers import LAYERS
 

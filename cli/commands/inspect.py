@@ -1,0 +1,116 @@
+"""fxsplit inspect."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+from fxsplit.errors import UsageError, nearest
+from fxsplit.plan.plandiff import diff as diff_plans
+from fxsplit.plan.planfile import read_file
+from fxsplit.records import json_text
+from fxsplit.spec import RunSpec
+
+from .. import formats, tables, views
+from ..options import with_spec_options
+from ..terminal import say, write
+from .job import Job, LayerToLayer, Model, Recipe, Verbose, resolve_spec
+
+INSPECT_FIELDS = (
+    *("stem", "drop_path", "data", "img_size", "batch_size"),
+    *("preset", "schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
+    *("settle_from", "settle_until", "settle_share"),
+    *("opt", "momentum", "device", "channels_last", "memory_budget", "memory_aim", "grad_accum_steps"),
+)
+
+
+@with_spec_options(INSPECT_FIELDS)
+def inspect(
+    *,
+    model: Model = None,
+    config: Recipe = None,
+    l2l: LayerToLayer = False,
+    save_plan: Annotated[
+        str | None,
+        typer.Option(
+            "--save-plan",
+            metavar="FILE",
+            help="Write a plan file, to edit and to train by.",
+            rich_help_panel="Plan files",
+        ),
+    ] = None,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--diff",
+            metavar="FILE FILE",
+            help="Show what differs between two plan files, and no more.",
+            rich_help_panel="Plan files",
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help=f"How to show it: {', '.join(formats.FORMATS)} [dim]\\[default: table][/dim].",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write it to a file."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time each op on --device, with random weights.", metavar="")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.", metavar="")] = False,
+    verbose: Verbose = False,
+    **given: Any,
+) -> Job:
+    """Show a model's partitions, its costs and the phases of a schedule with their forecast, without training."""
+    if diff:
+        others = {
+            "model": model,
+            "config": config,
+            "l2l": l2l or None,
+            "save-plan": save_plan,
+            "format": form,
+            "output": output,
+            "measure": measure or None,
+            **given,
+        }
+        if beside := [name.replace("_", "-") for name, value in others.items() if value is not None]:
+            raise UsageError(f"--diff compares two plan files, and takes no {', '.join(beside)} beside them")
+        return Job(partial(_diff, *diff, as_json), verbose)
+    wanted = form or ("json" if as_json else "table")
+    if wanted not in formats.FORMATS:
+        hint = nearest(wanted, formats.FORMATS)
+        raise UsageError(f"there is no format {wanted!r}{hint} (have: {', '.join(formats.FORMATS)})")
+    if as_json and wanted != "json":
+        raise UsageError(f"--json means --format json and contradicts --format {wanted}")
+    return Job(partial(_inspect, resolve_spec(model, config, l2l, given), measure, save_plan, wanted, output), verbose)
+
+
+def _inspect(spec: RunSpec, measure: bool, save_plan: str | None, form: str, output: str | None) -> None:
+    with views.observing(spec.model, "plain") as observer, redirect_stdout(sys.stderr):
+        from fxsplit import api
+
+        inspection = api.inspect(spec, measured=measure, save_to=save_plan, observer=observer)
+    if save_plan:
+        say(f"plan file: {save_plan}")
+    formats.show(inspection, form, output)
+
+
+def _diff(before: str, after: str, as_json: bool) -> None:
+    files = {path: read_file(path) for path in (before, after)}
+    changes = diff_plans(files[before], files[after])
+    if as_json:
+        write(json_text([asdict(change) for change in changes]))
+    else:
+        stale = [path for path, file in files.items() if not file.derived]
+        tables.diff(before, after, changes, stale=stale)

@@ -1,0 +1,75 @@
+"""What all commands share: what they return, and options that several of them have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from fxsplit.errors import UsageError
+from fxsplit.resuming import AUTO, RECIPE, differing, newest_run, run_folder_of
+from fxsplit.spec import PLANNED, RunSpec, beside_plan, from_text, read_environment, read_recipe, read_values, resolve
+
+RULES = {item.name: item.metadata for item in fields(RunSpec)}
+MODEL_FORMS = RULES["model"]["help"].rstrip(".")
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help=f"{MODEL_FORMS}; may be left to the recipe.", show_default=False),
+]
+Recipe = Annotated[Path | None, typer.Option("--config", "-c", metavar="RECIPE", help="Read options from a recipe.")]
+LayerToLayer = Annotated[
+    bool,
+    typer.Option("--l2l", help="The same as --preset l2l.", rich_help_panel="Layer-to-layer", metavar=""),
+]
+Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON.", metavar="")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show the traceback of an unexpected error.", metavar="")
+]
+
+
+class Job(NamedTuple):
+    """What a command line asks for."""
+
+    run: Callable[[], None]
+    verbose: bool
+
+
+def resolve_spec(model: str | None, config: Path | None, l2l: bool, given: dict[str, Any]) -> RunSpec:
+    spec, _ = resolve_run(model, config, l2l, given, None)
+    return spec
+
+
+def resolve_run(
+    model: str | None, config: Path | None, l2l: bool, given: dict[str, Any], resume: str | None
+) -> tuple[RunSpec, str | None]:
+    """Return what is asked for, and the run to go on with if there is one, whose options are those not given."""
+    options = {
+        name: from_text(name, value) if isinstance(value, str) else value
+        for name, value in {"model": model, **given}.items()
+        if value is not None
+    }
+    if l2l and options.setdefault("preset", "l2l") != "l2l":
+        raise UsageError(f"--l2l means --preset l2l and contradicts --preset {options['preset']}")
+    layers = (read_recipe(config) if config else {}, read_environment(os.environ), read_values(options))
+    found = None
+    if resume is not None:
+        found = newest_run(_merged(layers)) if resume == AUTO else run_folder_of(resume)
+    if found is not None:
+        before = read_recipe(found / RECIPE)
+        spec = resolve(before, *layers)
+        differing(resolve(before), spec)  # or an error before torch is loaded
+        return spec, str(found) if resume == AUTO else resume
+    if not any("model" in layer for layer in layers):
+        raise UsageError(f"no model is given; name one here or in a recipe, as {MODEL_FORMS}")
+    spec = resolve(*layers)
+    if spec.plan and (beside := [name for name in PLANNED if name in options]):
+        raise UsageError(beside_plan(beside))
+    return spec, None
+
+
+def _merged(layers: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for layer in layers for name, value in layer.items()}

@@ -1,0 +1,97 @@
+"""fxsplit train."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import fields
+from functools import partial
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from fxsplit.errors import Terminated
+from fxsplit.records import json_text
+from fxsplit.spec import RunSpec
+
+from .. import tables, views
+from ..options import with_spec_options
+from ..terminal import write
+from .job import Job, Json, LayerToLayer, Model, Recipe, Verbose, resolve_run
+
+TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
+
+
+@with_spec_options(TRAIN_FIELDS)
+def train(
+    *,
+    model: Model = None,
+    config: Recipe = None,
+    l2l: LayerToLayer = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="auto|PATH",
+            help="Go on with a run: the newest like this in --output, or a new one (auto), or that of a folder or a "
+            "checkpoint (PATH). Needs no other options.",
+            rich_help_panel="Run",
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Write the resolved recipe, and no more.", metavar="")
+    ] = False,
+    as_json: Json = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing but the result and errors.", metavar="")
+    ] = False,
+    verbose: Verbose = False,
+    progress: Annotated[
+        bool,
+        typer.Option(
+            "--progress/--no-progress",
+            help="Draw a live view if on a terminal (the default), or write plain lines.",
+            metavar="",
+            show_default=False,
+        ),
+    ] = True,
+    **given: Any,
+) -> Job:
+    """Train an image classifier, layer to layer or by the standard method.
+
+    The command line wins over FXSPLIT_* variables, such as FXSPLIT_BATCH_SIZE, and they over the recipe.
+    """
+    spec, resume = resolve_run(model, config, l2l, given, resume)
+    if print_config:
+        return Job(partial(write, spec.to_yaml()), verbose)
+    view: views.View = "quiet" if quiet else "live" if progress else "plain"
+    return Job(partial(_train, spec, resume, view, as_json), verbose)
+
+
+def _train(spec: RunSpec, resume: str | None, view: views.View, as_json: bool) -> None:
+    # What libraries print belongs beside the progress, not into the result.
+    with views.observing(spec.model, view) as observer, redirect_stdout(sys.stderr), _terminable():
+        from fxsplit import api
+
+        report = api.train(spec, observer, resume=resume)
+    if as_json:
+        write(json_text(report.to_dict()))
+    else:
+        tables.report(report)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the training as an interruption does: with what there is saved."""
+
+    def terminate(_signum: int, _frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,71 @@
+"""The device of a run, and torch's settings for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.utils.random import random_seed
+
+from fxsplit.errors import UsageError
+
+# Where TF32 is allowed for float32 numbers: products and convolutions on a GPU.
+TF32: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+
+
+def choose_device(name: str) -> torch.device:
+    """Find the device of that name; `auto` is CUDA where there is a GPU, else the CPU.
+
+    Raises UsageError when there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"there is no device {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+            "use --device cpu, or auto"
+        )
+    return device
+
+
+@contextmanager
+def determinism(seed: int, deterministic: bool) -> Iterator[None]:
+    """Seed every generator, and inside choose kernels for a run; torch's settings are put back at the end.
+
+    With `deterministic` torch refuses kernels that are not; without, a GPU uses TF32 for float32 numbers, and cuDNN
+    looks for the fastest kernels, as in timm's train.py.
+    """
+    random_seed(seed)
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # cuBLAS reads this when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        with _tf32(not deterministic):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Inside, allow TF32 or not, unless somebody has used torch's newer settings, with which these cannot be mixed."""
+    try:
+        before = [each.allow_tf32 for each in TF32]
+    except RuntimeError:
+        yield
+        return
+    for each in TF32:
+        each.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for each, setting in zip(TF32, before, strict=True):
+            each.allow_tf32 = setting

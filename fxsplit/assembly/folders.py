@@ -1,0 +1,57 @@
+"""The recorder of a run, and its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxsplit.assembly.plans import inspection
+from fxsplit.assembly.starting import Start
+from fxsplit.capture.tracing import Trace
+from fxsplit.data.identity import identity
+from fxsplit.data.images import Data
+from fxsplit.execute.passes import Pass, names_of
+from fxsplit.measuring.environment import environment
+from fxsplit.plan.schedule import Plan
+from fxsplit.report import Observer
+from fxsplit.saving.checkpoints import Checkpoints
+from fxsplit.saving.recorder import Interval, Recorder
+from fxsplit.saving.run_folder import RunFolder
+from fxsplit.saving.run_state import RunState
+from fxsplit.training.trainer import Trainer
+
+
+def recorder(
+    start: Start,
+    trace: Trace,
+    plan: Plan,
+    passes: Sequence[Pass],
+    data: Data,
+    trainer: Trainer,
+    observer: Observer,
+    *,
+    began: float,
+) -> Recorder:
+    """Make the recorder of a run and, unless it is a dry run, its folder.
+
+    `began` is when the run began, on the clock of `perf_counter`. Raises UsageError when the folder cannot be made.
+    """
+    spec, folder = start.spec, start.folder
+    if folder is None and not spec.dry_run:
+        folder = RunFolder.new(
+            spec.output, model=spec.model, schedule=plan.title, seed=spec.seed, experiment=spec.experiment
+        )
+    return Recorder(
+        folder,
+        inspection(spec, trace, plan),
+        trace.model,
+        state=RunState(trace.model, trainer),
+        checkpoints=None if folder is None else Checkpoints(folder.path, keep=spec.checkpoint_keep),
+        interval=Interval.read(spec.checkpoint_every),
+        spec=spec.to_flat(),
+        args_yaml=spec.to_yaml(),
+        identity=identity(data),
+        environment=environment(data.train.device),
+        passes=names_of(passes),
+        began=began,
+        notice=observer.notice,
+    )

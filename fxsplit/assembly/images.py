@@ -1,0 +1,74 @@
+"""The images of a run, and the loaders that make batches of them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fxsplit.data import datasets
+from fxsplit.data.decoding import INTERPOLATIONS
+from fxsplit.data.images import Data
+from fxsplit.data.loader import Loader
+from fxsplit.report import Observer
+from fxsplit.spec import RunSpec
+
+Moved = TypeVar("Moved", nn.Module, torch.Tensor)
+
+
+def data(spec: RunSpec, observer: Observer) -> Data:
+    """Load the images and labels of a run, on the CPU. Raises UsageError and DataError as `datasets.load` does."""
+    return datasets.load(
+        spec.data,
+        img_size=spec.img_size,
+        interpolation=interpolation(spec),
+        data_dir=spec.data_dir,
+        seed=spec.seed,
+        train_limit=spec.train_limit,
+        workers=spec.workers,
+        notice=observer.notice,
+    )
+
+
+def loaders(spec: RunSpec, data: Data) -> tuple[Loader, Loader]:
+    """Make the loaders of the images to train on and of those to test on."""
+    train = Loader(
+        data.train,
+        batch_size=spec.batch_size,
+        training=True,
+        seed=spec.seed,
+        augment=spec.augment,
+        views=None if spec.augment == "none" else spec.cache_views,
+        mean=spec.mean,
+        std=spec.std,
+        interpolation=interpolation(spec),
+        channels_last=spec.channels_last,
+        limit=1 if spec.dry_run else spec.train_batches_per_epoch,
+    )
+    test = Loader(
+        data.test,
+        batch_size=spec.batch_size,
+        mean=spec.mean,
+        std=spec.std,
+        interpolation=interpolation(spec),
+        channels_last=spec.channels_last,
+        limit=1 if spec.dry_run else None,
+    )
+    return train, test
+
+
+def random_images(spec: RunSpec, data: Data) -> torch.Tensor:
+    """Draw a batch of the size that the run trains on, to time its ops with; of two images at least."""
+    shape = (max(2, spec.batch_size), data.channels, data.img_size, data.img_size)
+    return in_layout(spec, torch.rand(shape, device=data.train.device))
+
+
+def in_layout(spec: RunSpec, given: Moved) -> Moved:
+    """Return a model or images in the memory format of the run: channels_last, where it is asked for."""
+    return given.to(memory_format=torch.channels_last) if spec.channels_last else given
+
+
+def interpolation(spec: RunSpec) -> str:
+    """Say how images are resized."""
+    return spec.interpolation or INTERPOLATIONS[0]

@@ -1,0 +1,167 @@
+"""The plan of a run, its forecast, and what there is to show of both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import fxsplit.plan.forecast
+from fxsplit import planning
+from fxsplit.assembly.images import loaders
+from fxsplit.assembly.steps import amp_dtype, optimizer_of
+from fxsplit.capture.tracing import Trace
+from fxsplit.data.images import Data
+from fxsplit.execute.executor import Executor
+from fxsplit.execute.forward import logits_of
+from fxsplit.measuring.phase_costs import Loss, time_ratio, update_seconds
+from fxsplit.plan.budget import fit
+from fxsplit.plan.forecast import Forecast
+from fxsplit.plan.partition import most_partitions
+from fxsplit.plan.planfile import PlanFile
+from fxsplit.plan.schedule import Plan, schedule
+from fxsplit.report import Inspection, Observer
+from fxsplit.spec import RunSpec
+from fxsplit.training.optimizers import slots_of
+
+DEFAULT_PARTS = 8
+# What a run may take, relative to its time, for a memory aim that nobody insists on.
+MOST_TIME = 1.03
+
+
+def plan(spec: RunSpec, trace: Trace, observer: Observer, saved: PlanFile | None = None) -> Plan:
+    """Cut the model, decide which partitions train when, and what is recomputed to keep within memory.
+
+    The plan `saved` of a run that goes on is taken as it is.
+
+    Raises UsageError when the spec or its plan file cannot be followed, and PartitionError when they do not fit the
+    model.
+    """
+    if saved is not None:
+        return planning.saved_plan(saved, trace, observer)
+    plan = _given_plan(spec, trace, observer)
+    phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
+    plan = replace(plan, preset=spec.preset, phases=tuple(phases))
+    budget = spec.memory_aim if spec.memory_budget is None else spec.memory_budget
+    return plan if budget is None else _within(spec, plan, trace, budget)
+
+
+def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float) -> Plan:
+    return fit(
+        plan,
+        trace,
+        budget=budget,
+        batch_size=spec.batch_size,
+        micro_batches=spec.grad_accum_steps,
+        optimizer_slots=slots_of(partial(optimizer_of, spec)),
+        strict=spec.memory_budget is not None,
+    )
+
+
+def paying_plan(
+    spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: Data, device: torch.device, observer: Observer
+) -> Plan:
+    """On a GPU, come only as near to `spec.memory_aim` as some measured steps allow.
+
+    Forecasts from multiply-adds know nothing of how long a GPU waits for its next kernel. On a CPU they are near
+    enough, and measured times vary by more than what is asked here: the plan stays as it is, and so it does where the
+    run must not depend on measured times. Of runs with CUDA graphs nothing is measured either: their phases recompute
+    nothing, which could not be recorded.
+    """
+    wanted = spec.memory_aim
+    phases = (replace(each, recompute=0, segmented=False, micro_batches=spec.grad_accum_steps) for each in plan.phases)
+    bare = replace(plan, phases=tuple(phases))
+    if device.type != "cuda" or spec.memory_budget is not None or wanted is None or plan == bare:
+        return plan
+    if spec.cuda_graphs == "on":
+        pairs = zip(plan.phases, bare.phases, strict=True)
+        return replace(plan, phases=tuple(other if phase.recompute else phase for phase, other in pairs))
+    if spec.deterministic:
+        return plan
+    loss, make_optimizer = _first_batch_loss(spec, data), partial(optimizer_of, spec)
+    shares: dict[Plan, float] = {}
+    for share in (wanted, *(each for each in (0.7, 0.8, 0.9) if wanted < each)):
+        shares.setdefault(_within(spec, bare, trace, share), share)
+    ratios: list[float] = []
+    for found, share in shares.items():
+        try:
+            ratios.append(time_ratio(executor, found, bare, loss, make_optimizer=make_optimizer))
+        except torch.OutOfMemoryError:
+            return plan  # it is needed
+        if ratios[-1] <= MOST_TIME:
+            taken, instead = found, f"keeps within {share:g}"
+            break
+    else:
+        taken, instead = bare, "does without"
+    if taken != plan:
+        observer.notice(
+            f"a memory aim of {wanted:g} takes {ratios[0] - 1:.0%} more time on this device, measured, and the run "
+            f"{instead}; --memory-budget {wanted:g} holds at any price"
+        )
+    return taken
+
+
+def _first_batch_loss(spec: RunSpec, data: Data) -> Loss:
+    """Make the loss of the run's first batch, of which each micro-batch is given its share."""
+    loader, _ = loaders(spec, data)
+    batch = next(loader.batches(0))
+
+    def loss(net: nn.Module, index: int, count: int) -> torch.Tensor:
+        part = list(batch.divided(count, batch_size=spec.batch_size))[index]
+        with torch.autocast(loader.device.type, dtype=amp_dtype(spec), enabled=spec.amp):
+            mean = cross_entropy(logits_of(net(part.images)), part.labels, label_smoothing=spec.smoothing)
+        return mean * (len(part) / len(batch))
+
+    return loss
+
+
+def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
+    if spec.plan is not None:
+        return planning.load_plan(spec.plan, trace, observer).lasting(spec.epochs)
+    count = spec.parts
+    if count is None and not spec.at:
+        most = most_partitions(trace, by=spec.by, units=planning.units(trace, spec.by))
+        count = min(DEFAULT_PARTS, most)
+    partitions = planning.partition(trace, count=count, at=spec.at, balance=spec.balance, by=spec.by)
+    return schedule(
+        spec.schedule,
+        partitions=partitions,
+        epochs=spec.epochs,
+        epochs_total=spec.epochs_total,
+        start=spec.settle_from,
+        stop=spec.settle_until,
+        share=spec.settle_share,
+    )
+
+
+def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Forecast:
+    """Forecast what the phases of a plan will cost in this run; in seconds too, if ops are `measured`."""
+    optimizer = partial(optimizer_of, spec)
+    return fxsplit.plan.forecast.forecast(
+        plan,
+        trace,
+        batch_size=spec.batch_size,
+        optimizer_slots=slots_of(optimizer),
+        update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
+        micro_batches=spec.grad_accum_steps,
+    )
+
+
+def inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None = None) -> Inspection:
+    """Collect what there is to show of a plan and its model, with the forecast `ahead` if there is one."""
+    return Inspection(
+        model=spec.model,
+        input_shape=trace.train.inputs[0].shape or (),
+        train=trace.train,
+        eval=trace.eval,
+        classes={path: type(module).__name__ for path, module in trace.model.named_modules(remove_duplicate=False)},
+        plan=plan,
+        tied=trace.tied,
+        opaque=trace.opaque,
+        torch=torch.__version__,
+        checkpoints=trace.checkpoints,
+        forecast=ahead,
+    )

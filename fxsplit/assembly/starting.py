@@ -1,0 +1,91 @@
+"""Where a run begins: at its beginning, or where an earlier process of it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fxsplit import resuming
+from fxsplit.assembly.models import with_preprocessing
+from fxsplit.data.identity import identity, refuse_others
+from fxsplit.data.images import Data
+from fxsplit.errors import UsageError
+from fxsplit.plan import planfile
+from fxsplit.plan.planfile import PlanFile
+from fxsplit.report import Observer
+from fxsplit.saving.checkpoints import Found, Place, find_checkpoint
+from fxsplit.saving.recorder import Recorder
+from fxsplit.saving.run_folder import RunFolder
+from fxsplit.spec import RunSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Says where a run begins: at its beginning, or where an earlier process of it ended.
+
+    Args:
+        spec: what the run is asked for now.
+        folder: of the run that goes on; None for a new run.
+        found: its checkpoint; None where there is none yet, and the run begins anew.
+        plan: that of the checkpoint, for as many epochs as are asked for now.
+    """
+
+    spec: RunSpec
+    folder: RunFolder | None = None
+    found: Found | None = None
+    plan: PlanFile | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether weights and plan come from a checkpoint."""
+        return self.found is not None
+
+
+def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer) -> Start:
+    """Complete what is asked for, find the checkpoint to go on from, and say what differs from what it was asked for.
+
+    The folder is locked from here on. Raises UsageError when there is no such run, when another process goes on with
+    it, or when something differs that cannot; DataError when there are checkpoints and none is whole; and what
+    `with_preprocessing` raises.
+    """
+    if spec is not None:
+        spec = with_preprocessing(spec, observer)
+    if resume is None:
+        if spec is None:
+            raise UsageError("nothing says what to train: give a spec, or a run to resume")
+        return Start(spec=spec)
+    path = resuming.run_folder_of(resume)
+    folder = RunFolder.reopened(path)
+    given = Path(resume).expanduser()
+    found = find_checkpoint(given if given.is_file() else path, notice=observer.notice)
+    before = resuming.spec_of(path) if found is None else resuming.spec_from(found.data["spec"])
+    now = replace(resuming.spec_of(path) if spec is None else spec, output=str(path.parent))
+    for sentence in resuming.differing(before, now):
+        observer.notice(sentence)
+    if found is None:
+        observer.notice(f"the run in {str(path)!r} has no checkpoint yet, and begins anew")
+        return Start(spec=now, folder=folder)
+    saved_plan = planfile.from_dict(found.data["plan"], origin=found.path.name)
+    return Start(spec=now, folder=folder, found=found, plan=resuming.lengthened(saved_plan, before, now))
+
+
+def check_data(start: Start, data: Data, observer: Observer) -> None:
+    """Hold the data against those of the run that goes on. Raises UsageError when they are others."""
+    if start.found is None:
+        return
+    before, now = start.found.data["identity"], identity(data)
+    refuse_others(before, now)
+    if before["pixels"] != now["pixels"]:
+        observer.notice("some images have other pixels than when the run began, and it goes on with those of now")
+
+
+def restore(run: Recorder, start: Start, observer: Observer) -> None:
+    """Restore the state of the run that goes on, if one does. Raises UsageError when it is of another model."""
+    if start.found is None:
+        return
+    place = Place(*start.found.data["place"])
+    done = start.plan is not None and place.epoch >= start.plan.epochs
+    observer.notice(f"all {place.epoch} epochs are done; more --epochs go on" if done else f"goes on after {place}")
+    if later := run.later_than(start.found):
+        observer.notice(f"later checkpoints are removed: {', '.join(later)}")
+    run.go_on(start.found)

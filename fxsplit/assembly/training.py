@@ -1,0 +1,183 @@
+"""The executor and the trainer of a run, with all that its spec switches on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fxsplit.assembly.images import loaders
+from fxsplit.assembly.plans import forecast
+from fxsplit.assembly.steps import amp_dtype, optimizer, scheduler
+from fxsplit.caching.cache import CachePolicy
+from fxsplit.caching.feed import Feed
+from fxsplit.caching.media import GIB
+from fxsplit.capture.tracing import Trace
+from fxsplit.cuda.recorder import CudaRecorder
+from fxsplit.cuda.replay import Recordings
+from fxsplit.cuda.trial import why_not_replayed
+from fxsplit.data.images import Data
+from fxsplit.execute.executor import Executor
+from fxsplit.execute.forward import Forward
+from fxsplit.execute.passes import Pass, passes_for
+from fxsplit.plan.schedule import Plan
+from fxsplit.report import Observer
+from fxsplit.spec import RunSpec
+from fxsplit.training.endings import Endings, named_parameters
+from fxsplit.training.exits import Exits
+from fxsplit.training.objective import Objective
+from fxsplit.training.phase_optimizer import PhaseOptimizer
+from fxsplit.training.plasticity import QUIET_INTERVALS, Plasticity
+from fxsplit.training.soft_targets import LastTargets, MeanTargets, SoftTargets
+from fxsplit.training.step import Step
+from fxsplit.training.trainer import Trainer
+
+
+def passes(spec: RunSpec, device: torch.device) -> tuple[Pass, ...]:
+    """Choose the graph passes that a run on this device asks for."""
+    return passes_for(device, channels_last=spec.channels_last)
+
+
+def executor(spec: RunSpec, trace: Trace, plan: Plan, passes: Sequence[Pass]) -> Executor:
+    """Make the executor of a run, with its precision, its passes and its compiler."""
+    return Executor(
+        trace,
+        plan.partitions,
+        passes=passes,
+        settled_dtype=None if spec.settled_dtype == "same" else getattr(torch, spec.settled_dtype),
+        backend=spec.torchcompile or None,
+    )
+
+
+def recordings(spec: RunSpec, trace: Trace, device: torch.device, observer: Observer) -> Recordings | None:
+    """Make what records the steps of a run and replays them; None where they run eagerly."""
+    if spec.cuda_graphs != "on":
+        return None
+    if device.type != "cuda":
+        observer.notice("CUDA graphs are recorded on a GPU alone; steps run eagerly")
+        return None
+    if spec.torchcompile:
+        observer.notice("compiled stages are not recorded as CUDA graphs")
+        return None
+    return Recordings(CudaRecorder(device), device, held=(trace.model,), notice=observer.notice)
+
+
+def _update_is_recorded(spec: RunSpec, recordings: Recordings, observer: Observer) -> bool:
+    """Tell whether the optimizer's part of a step can be replayed; if not, say so."""
+    if spec.amp and spec.amp_dtype == "float16":
+        reason: str | None = "the scale of the loss follows from its gradients"
+    else:
+
+        def make(parameters: Sequence[nn.Parameter], capturable: bool) -> Optimizer:
+            return optimizer(spec)(nn.ParameterList(parameters), capturable=capturable)
+
+        reason = why_not_replayed(make, recordings.recorder, recordings.device)
+    if reason is not None:
+        observer.notice(f"{spec.opt} steps eagerly, after a forward and backward from a CUDA graph: {reason}")
+    return reason is None
+
+
+def trainer(
+    spec: RunSpec,
+    trace: Trace,
+    executor: Executor,
+    plan: Plan,
+    data: Data,
+    observer: Observer,
+    recordings: Recordings | None = None,
+) -> Trainer:
+    """Make the trainer of a run, with all that its spec switches on. Raises UsageError for names that timm lacks."""
+    train_loader, test_loader = loaders(spec, data)
+    update_is_recorded = recordings is not None and _update_is_recorded(spec, recordings, observer)
+    steps_per_epoch = train_loader.steps_per_epoch
+    forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype(spec))
+    objective = Objective(
+        smoothing=spec.smoothing, soft_targets=_soft_targets(spec, data), exits=_exits(spec, trace, plan, data)
+    )
+    return Trainer(
+        plan=plan,
+        forward=forward,
+        feed=Feed(forward, train_loader, test_loader, policy=cache_policy(spec, trace, plan, data)),
+        objective=objective,
+        step=Step(
+            forward,
+            objective,
+            batch_size=spec.batch_size,
+            clip_grad=spec.clip_grad,
+        ),
+        optimizer=PhaseOptimizer(
+            executor,
+            plan,
+            make_optimizer=partial(optimizer(spec), trace.model, capturable=update_is_recorded),
+            make_scheduler=scheduler(spec, plan),
+            steps_per_epoch=steps_per_epoch,
+            exits=objective.exits,
+            annealing=spec.anneal,
+            device=train_loader.device if update_is_recorded else None,
+        ),
+        endings=Endings(
+            forward,
+            plan,
+            steps_per_epoch=steps_per_epoch,
+            average=spec.average,
+            recalibrate=spec.recalibrate,
+            midpoint=objective.has_midpoint,
+            recorded=update_is_recorded,
+        ),
+        plasticity=_plasticity(executor, steps_per_epoch) if spec.veto else None,
+        recordings=recordings,
+        update_is_recorded=update_is_recorded,
+        log_interval=spec.log_interval,
+        observer=observer,
+    )
+
+
+def _exits(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> Exits | None:
+    if not spec.exits:
+        return None
+    return Exits(
+        trace.train,
+        plan.partitions,
+        count=spec.exits,
+        num_classes=len(data.classes),
+        weight=spec.exit_weight,
+        seed=spec.seed,
+        device=data.train.device,
+    )
+
+
+def _soft_targets(spec: RunSpec, data: Data) -> SoftTargets | None:
+    if not spec.soft_targets:
+        return None
+    kind = MeanTargets if spec.soft_from == "mean" else LastTargets
+    return kind(len(data.train), weight=spec.soft_targets, temperature=spec.soft_temperature)
+
+
+def _plasticity(executor: Executor, steps_per_epoch: int) -> Plasticity:
+    # Partitions count as quiet after QUIET_INTERVALS intervals, which together last an epoch.
+    return Plasticity(named_parameters(executor), interval=max(1, steps_per_epoch // QUIET_INTERVALS))
+
+
+def cache_policy(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> CachePolicy | None:
+    """Say what a run keeps of settled partitions, and where; None for nothing."""
+    if spec.cache == "off" or spec.dry_run:
+        return None
+    return CachePolicy(
+        medium=spec.cache,
+        limit_bytes=None if spec.cache_limit is None else int(spec.cache_limit * GIB),
+        dtype=None if spec.cache_dtype == "exact" else getattr(torch, spec.cache_dtype),
+        folder=str(Path(spec.output).expanduser()),
+        peak_bytes=_peak_bytes(spec, trace, plan, data) if data.train.device.type == "cuda" else 0,
+        measured=not spec.deterministic,
+    )
+
+
+def _peak_bytes(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> int:
+    """Forecast what a run will take of the memory of its device: the largest of its phases, and the pixels there."""
+    ahead = forecast(spec, plan, trace, measured=False)
+    pixels = sum(images.resident.nbytes for images in (data.train, data.test) if images.resident is not None)
+    return max(phase.peak_bytes for phase in ahead.phases) + pixels
