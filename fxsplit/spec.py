@@ -24,9 +24,9 @@ from fxsplit.presets import PRESETS, preset
 ENVIRONMENT_PREFIX = "FXSPLIT_"
 
 # Fields that say when partitions settle. Only schedules that settle partitions use them.
-MOMENTS = ("settle_from", "settle_until", "settle_share")
+MOMENTS = ("settle_from", "settle_until", "settle_share", "settle_front")
 # Fields that may not be given beside a plan file, because the file decides them.
-PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs_total", *MOMENTS)
+PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs_total", "shift", *MOMENTS)
 # By field, those whose values from earlier layers are dropped when a later layer gives it: they decide the same thing.
 WITHDRAWN = {
     "parts": ("at",),
@@ -62,9 +62,10 @@ class RunSpec:
     initial_checkpoint: str | None = option(
         "Model",
         "Start from the weights in a file (safetensors or torch.save) or a run's folder; a classifier of another size "
-        "starts anew.",
+        "starts at zero.",
         None,
     )
+    force: bool = option("Model", "Take --preset finetune for a model without pretrained weights, too.", False)
     stem: str = option(
         "Model",
         "cifar, for small images: first convolution 3x3 at stride 1, no first pooling, patches of 4 pixels.",
@@ -101,6 +102,13 @@ class RunSpec:
     lr: float = option("Training", "Learning rate.", 1e-3, above=0)
     momentum: float = option("Training", "Momentum, for optimizers that have one.", 0.9, least=0, below=1)
     weight_decay: float = option("Training", "Weight decay.", 0.0, flags=("--wd",), least=0)
+    layer_decay: float | None = option(
+        "Training",
+        "Learning rate of each layer, as a share of that of the layer after it; layers are timm's groups.",
+        None,
+        above=0,
+        most=1,
+    )
     clip_grad: float | None = option(
         "Training", "Largest norm of the gradient; a larger one is scaled down.", None, above=0
     )
@@ -119,14 +127,16 @@ class RunSpec:
 
     preset: str = option(
         "Layer-to-layer",
-        "Options that go together: layer-to-layer training (l2l). An option that is given itself wins.",
+        "Options that go together: layer-to-layer training from random weights (l2l) or from pretrained ones "
+        "(finetune). An option that is given itself wins.",
         "none",
         choices=tuple(PRESETS),
     )
     schedule: str = option(
         "Layer-to-layer",
         "Which partitions train when: all (standard), fewer at both ends (window), the student (grow), the teacher "
-        "(settle; settle-far: as settle, but nearly everything; sooner in longer runs).",
+        "(settle; settle-far: as settle, but nearly everything; sooner in longer runs), the head alone and then a "
+        "teacher behind a front that never trains (finetune).",
         "standard",
         choices=tuple(SCHEDULES),
         instead=NO_SCHEDULE,
@@ -143,6 +153,21 @@ class RunSpec:
     )
     settle_share: float | None = option(
         "Layer-to-layer", "Largest share of the multiply-adds that may settle.", None, least=0, below=1
+    )
+    shift: str = option(
+        "Layer-to-layer",
+        "With --schedule finetune: how the images differ from those of the pretraining. Where the input does (other "
+        "colours, noise, another camera), the first layers have to change, and nothing settles once the head has "
+        "trained alone.",
+        "none",
+        choices=("none", "input"),
+    )
+    settle_front: float | None = option(
+        "Layer-to-layer",
+        "With --schedule finetune: share of the multiply-adds, at the front, that never trains.",
+        None,
+        least=0,
+        most=1,
     )
     parts: int | None = option("Layer-to-layer", "Number of partitions.", None, least=1)
     at: tuple[str, ...] = option(
@@ -456,6 +481,20 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
         yield (
             f"{', '.join(unheeded)} can be given only where partitions settle, and the schedule is {spec.schedule!r}; "
             "use --schedule settle or --l2l"
+        )
+    if spec.shift != "none" and spec.plan is None and spec.schedule != "finetune" and "schedule" not in wrong:
+        yield f"shift is {spec.shift!r}, but the schedule is {spec.schedule!r}; only --schedule finetune asks for it"
+    if (
+        spec.settle_front is not None
+        and spec.plan is None
+        and spec.schedule in SETTLING
+        and spec.schedule != "finetune"
+    ):
+        yield f"settle-front is given, but the schedule is {spec.schedule!r}; only --schedule finetune has a front"
+    if spec.preset == "finetune" and not (spec.pretrained or spec.initial_checkpoint or spec.force):
+        yield (
+            "the preset is 'finetune', but the weights are random, and a front of random weights learns nothing; give "
+            "--pretrained or --initial-checkpoint, or --force"
         )
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
         yield f"grad-accum-steps is {spec.grad_accum_steps}, but must divide batch-size {spec.batch_size}"

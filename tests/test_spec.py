@@ -35,7 +35,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("workers", "warmup_epochs", "exits"), whole | st.just(0)),
     **dict.fromkeys(("weight_decay", "min_lr", "exit_weight"), finite),
     **dict.fromkeys(("momentum", "smoothing", "drop_path", "soft_targets", "average", "anneal"), below_one),
-    **dict.fromkeys(("settle_from", "settle_until", "settle_share"), maybe),
+    **dict.fromkeys(("settle_from", "settle_until", "settle_share", "settle_front"), maybe),
     **dict.fromkeys(
         ("pretrained", "amp", "channels_last", "deterministic", "dry_run", "prove", "recalibrate", "veto"),
         st.booleans(),
@@ -52,8 +52,11 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "std": st.just(()),
     "parts": maybe,
     "plan": maybe,
+    "layer_decay": maybe,
     "at": st.lists(words).map(tuple),
     **{item.name: st.sampled_from(item.metadata["choices"]) for item in fields(RunSpec) if item.metadata["choices"]},
+    "shift": st.just("none"),
+    "force": st.just(True),
 }
 channels = st.integers(0, 2).flatmap(
     lambda n: st.fixed_dictionaries(
@@ -131,7 +134,7 @@ def test_every_field_has_a_key_and_help() -> None:
         ({"device": "cude"}, "device is 'cude', but must be auto, cpu, cuda or cuda:N"),
         (
             {"schedule": "setle"},
-            "schedule is 'setle', but must be one of standard, window, grow, settle, settle-far; did you",
+            "schedule is 'setle', but must be one of standard, window, grow, settle, settle-far, finetune; did you",
         ),
         ({"at": ["layer1", ""]}, "at is ['layer1', ''], but must be module paths"),
         ({"std": [1, 0, 1], "mean": [0, 0, 0]}, "std is [1, 0, 1], but must be numbers above 0"),
@@ -156,7 +159,7 @@ def test_every_field_has_a_key_and_help() -> None:
             "the plan file says itself where to cut and what trains when, so leave out schedule, parts, or the plan",
         ),
         ({"plan": "none.json"}, "the plan 'none.json' cannot be read: No such file"),
-        ({"preset": "l3l"}, "preset is 'l3l', but must be one of none, l2l; did you mean 'l2l'?"),
+        ({"preset": "l3l"}, "preset is 'l3l', but must be one of none, l2l, finetune; did you mean 'l2l'?"),
         (
             {"epochs": 10**13},
             f"epochs is {10**13}, but must be a whole number at least 1; the greatest number is {10**12}",
@@ -165,10 +168,16 @@ def test_every_field_has_a_key_and_help() -> None:
         ({"preset": "l2l", "epochs": "ten"}, "epochs is 'ten', but must be a whole number at least 1"),
         (
             {"schedule": "l2l"},
-            "schedule is 'l2l', but must be one of standard, window, grow, settle, settle-far; l2l is a preset: ask "
-            "for it as such, by --l2l or preset=l2l; its phases alone are settle-far",
+            "schedule is 'l2l', but must be one of standard, window, grow, settle, settle-far, finetune; l2l is a preset: "
+            "ask for it as such, by --l2l or preset=l2l; its phases alone are settle-far",
         ),
         ({"veto": True, "anneal": 0.2}, "anneal is 0.2 and veto is true, but a partition that settles later"),
+        ({"preset": "finetune"}, "the preset is 'finetune', but the weights are random"),
+        ({"shift": "input"}, "shift is 'input', but the schedule is 'standard'; only --schedule finetune asks for it"),
+        (
+            {"schedule": "settle", "settle_front": 0.5},
+            "settle-front is given, but the schedule is 'settle'; only --schedule finetune has a front",
+        ),
         ({"interpolation": "cubic"}, "interpolation is 'cubic', but must be one of bilinear, bicubic; did you mean"),
         ({"initial_checkpoint": 3}, "initial-checkpoint is 3, but must be text"),
         (
@@ -380,7 +389,7 @@ def test_what_presets_set_are_fields_that_may_have_it() -> None:
         assert [setting.from_epochs for setting in settings if setting.from_epochs < 1] == []
         for setting in settings:
             assert RunSpec(**{"model": "any", setting.field: setting.value}) is not None
-        assert RunSpec(model="any", preset=name, epochs=10**6).preset == name
+        assert RunSpec(model="any", preset=name, epochs=10**6, force=True).preset == name
 
 
 def test_a_field_that_there_is_not_is_refused() -> None:

@@ -19,12 +19,12 @@ from fxsplit.spec import RunSpec
 from .. import formats, tables, views
 from ..options import with_spec_options
 from ..terminal import say, write
-from .job import Job, LayerToLayer, Model, Recipe, Verbose, resolve_spec
+from .job import FineTuning, Job, LayerToLayer, Model, Recipe, Verbose, resolve_spec
 
 INSPECT_FIELDS = (
     *("stem", "drop_path", "data", "img_size", "batch_size"),
     *("preset", "schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
-    *("settle_from", "settle_until", "settle_share"),
+    *("settle_from", "settle_until", "settle_share", "settle_front"),
     *("opt", "momentum", "device", "channels_last", "memory_budget", "memory_aim", "grad_accum_steps"),
 )
 
@@ -35,6 +35,7 @@ def inspect(
     model: Model = None,
     config: Recipe = None,
     l2l: LayerToLayer = False,
+    finetune: FineTuning = False,
     save_plan: Annotated[
         str | None,
         typer.Option(
@@ -78,6 +79,7 @@ def inspect(
             "model": model,
             "config": config,
             "l2l": l2l or None,
+            "finetune": finetune or None,
             "save-plan": save_plan,
             "format": form,
             "output": output,
@@ -93,7 +95,8 @@ def inspect(
         raise UsageError(f"there is no format {wanted!r}{hint} (have: {', '.join(formats.FORMATS)})")
     if as_json and wanted != "json":
         raise UsageError(f"--json means --format json and contradicts --format {wanted}")
-    return Job(partial(_inspect, resolve_spec(model, config, l2l, given), measure, save_plan, wanted, output), verbose)
+    spec = resolve_spec(model, config, {"l2l": l2l, "finetune": finetune}, given)
+    return Job(partial(_inspect, spec, measure, save_plan, wanted, output), verbose)
 
 
 def _inspect(spec: RunSpec, measure: bool, save_plan: str | None, form: str, output: str | None) -> None:

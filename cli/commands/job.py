@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -25,6 +25,10 @@ LayerToLayer = Annotated[
     bool,
     typer.Option("--l2l", help="The same as --preset l2l.", rich_help_panel="Layer-to-layer", metavar=""),
 ]
+FineTuning = Annotated[
+    bool,
+    typer.Option("--finetune", help="The same as --preset finetune.", rich_help_panel="Layer-to-layer", metavar=""),
+]
 Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON.", metavar="")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show the traceback of an unexpected error.", metavar="")
@@ -38,22 +42,26 @@ class Job(NamedTuple):
     verbose: bool
 
 
-def resolve_spec(model: str | None, config: Path | None, l2l: bool, given: dict[str, Any]) -> RunSpec:
-    spec, _ = resolve_run(model, config, l2l, given, None)
+def resolve_spec(model: str | None, config: Path | None, flags: Mapping[str, bool], given: dict[str, Any]) -> RunSpec:
+    spec, _ = resolve_run(model, config, flags, given, None)
     return spec
 
 
 def resolve_run(
-    model: str | None, config: Path | None, l2l: bool, given: dict[str, Any], resume: str | None
+    model: str | None, config: Path | None, flags: Mapping[str, bool], given: dict[str, Any], resume: str | None
 ) -> tuple[RunSpec, str | None]:
-    """Return what is asked for, and the run to go on with if there is one, whose options are those not given."""
+    """Return what is asked for, and the run to go on with if there is one, whose options are those not given.
+
+    `flags` says for presets that have an option of their own whether it is given.
+    """
     options = {
         name: from_text(name, value) if isinstance(value, str) else value
         for name, value in {"model": model, **given}.items()
         if value is not None
     }
-    if l2l and options.setdefault("preset", "l2l") != "l2l":
-        raise UsageError(f"--l2l means --preset l2l and contradicts --preset {options['preset']}")
+    for name in (name for name, is_given in flags.items() if is_given):
+        if options.setdefault("preset", name) != name:
+            raise UsageError(f"--{name} means --preset {name} and contradicts --preset {options['preset']}")
     layers = (read_recipe(config) if config else {}, read_environment(os.environ), read_values(options))
     found = None
     if resume is not None:

@@ -20,7 +20,7 @@ from fxsplit.spec import RunSpec
 from .. import tables, views
 from ..options import with_spec_options
 from ..terminal import write
-from .job import Job, Json, LayerToLayer, Model, Recipe, Verbose, resolve_run
+from .job import FineTuning, Job, Json, LayerToLayer, Model, Recipe, Verbose, resolve_run
 
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
 
@@ -31,6 +31,7 @@ def train(
     model: Model = None,
     config: Recipe = None,
     l2l: LayerToLayer = False,
+    finetune: FineTuning = False,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +65,7 @@ def train(
 
     The command line wins over FXSPLIT_* variables, such as FXSPLIT_BATCH_SIZE, and they over the recipe.
     """
-    spec, resume = resolve_run(model, config, l2l, given, resume)
+    spec, resume = resolve_run(model, config, {"l2l": l2l, "finetune": finetune}, given, resume)
     if print_config:
         return Job(partial(write, spec.to_yaml()), verbose)
     view: views.View = "quiet" if quiet else "live" if progress else "plain"

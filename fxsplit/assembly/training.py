@@ -73,7 +73,7 @@ def _update_is_recorded(spec: RunSpec, recordings: Recordings, observer: Observe
     else:
 
         def make(parameters: Sequence[nn.Parameter], capturable: bool) -> Optimizer:
-            return optimizer(spec)(nn.ParameterList(parameters), capturable=capturable)
+            return optimizer(spec)(nn.ParameterList(parameters), layer_decay=None, capturable=capturable)
 
         reason = why_not_replayed(make, recordings.recorder, recordings.device)
     if reason is not None:
