@@ -490,7 +490,7 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
         and spec.schedule in SETTLING
         and spec.schedule != "finetune"
     ):
-        yield f"settle-front is given, but the schedule is {spec.schedule!r}; only --schedule finetune has a front"
+        yield f"settle-front is given, but the schedule is {spec.schedule!r}; only --schedule finetune leaves one out"
     if spec.preset == "finetune" and not (spec.pretrained or spec.initial_checkpoint or spec.force):
         yield (
             "the preset is 'finetune', but the weights are random, and a front of random weights learns nothing; give "

@@ -168,15 +168,15 @@ def test_every_field_has_a_key_and_help() -> None:
         ({"preset": "l2l", "epochs": "ten"}, "epochs is 'ten', but must be a whole number at least 1"),
         (
             {"schedule": "l2l"},
-            "schedule is 'l2l', but must be one of standard, window, grow, settle, settle-far, finetune; l2l is a preset: "
-            "ask for it as such, by --l2l or preset=l2l; its phases alone are settle-far",
+            "schedule is 'l2l', but must be one of standard, window, grow, settle, settle-far, finetune; l2l is a "
+            "preset: ask for it as such, by --l2l or preset=l2l; its phases alone are settle-far",
         ),
         ({"veto": True, "anneal": 0.2}, "anneal is 0.2 and veto is true, but a partition that settles later"),
         ({"preset": "finetune"}, "the preset is 'finetune', but the weights are random"),
         ({"shift": "input"}, "shift is 'input', but the schedule is 'standard'; only --schedule finetune asks for it"),
         (
             {"schedule": "settle", "settle_front": 0.5},
-            "settle-front is given, but the schedule is 'settle'; only --schedule finetune has a front",
+            "settle-front is given, but the schedule is 'settle'; only --schedule finetune leaves one out",
         ),
         ({"interpolation": "cubic"}, "interpolation is 'cubic', but must be one of bilinear, bicubic; did you mean"),
         ({"initial_checkpoint": 3}, "initial-checkpoint is 3, but must be text"),
