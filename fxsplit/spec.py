@@ -226,6 +226,14 @@ class RunSpec:
     )
     recalibrate: bool = option("Regularisation", "Estimate BatchNorm statistics again before partitions settle.", False)
     veto: bool = option("Regularisation", "Let partitions whose weights still move settle later than planned.", False)
+    guard: float = option(
+        "Regularisation",
+        "Share of the training images to hold out: if the accuracy on them falls by more than two standard errors when "
+        "partitions settle, these train again.",
+        0.0,
+        least=0,
+        below=1,
+    )
     drop_path: float = option(
         "Regularisation",
         "Stochastic depth: the rate at which the last residual branch is left out in training, earlier ones less "
