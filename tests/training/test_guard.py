@@ -16,6 +16,7 @@ from fxsplit.report import EpochRecord, Observer
 from fxsplit.training.guard import Guard
 from tests.plan.test_schedule import partitions
 from tests.saving.runs import COMMON, SETTLING, model_in
+from tests.saving.test_resume import Interrupts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,3 +122,26 @@ def test_held_out_images_are_not_trained_on(tmp_path: Path) -> None:
     assert torch.equal(both.double().sum(dim=0), everything.double().sum(dim=0))
     assert torch.equal(data.holding_out(0.25, seed=3).train.labels, data.holding_out(0.25, seed=3).train.labels)
     assert not torch.equal(whole.holding_out(0.25, seed=4).train.labels, data.train.labels)
+
+
+def test_a_guard_goes_on_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after it has sent the cut back, and with what was right before the move in hand."""
+    guards = [Guard(PLAN), Guard(PLAN), Guard(PLAN)]
+    sentences = []
+    for index, (phase, flags) in enumerate([(1, right()), (2, right(0)), (3, right(*range(30)))]):
+        sentences.append(guards[index].epoch_done(phase, flags))
+        for later in guards[index + 1 : index + 2]:
+            later.load_state_dict(guards[index].state_dict())
+    assert [bool(sentence) for sentence in sentences] == [False, False, True]
+    assert guards[2].last_phase == 2
+
+    def judge(guard: Guard, phase: int, _: Tensor) -> str:
+        guard.last_phase = min(guard.last_phase, phase - 1) if phase == 1 else guard.last_phase
+        return ""
+
+    monkeypatch.setattr(Guard, "epoch_done", judge)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Interrupts(23), experiment="cut")
+    heard = Epochs()
+    resumed = fxsplit.train(observer=heard, resume=tmp_path / "cut")
+    assert [record.phase for record in resumed.epochs] == [0, 0, 0, 1, 0, 0]
