@@ -499,11 +499,6 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
         and spec.schedule != "finetune"
     ):
         yield f"settle-front is given, but the schedule is {spec.schedule!r}; only --schedule finetune leaves one out"
-    if spec.preset == "finetune" and not (spec.pretrained or spec.initial_checkpoint or spec.force):
-        yield (
-            "the preset is 'finetune', but the weights are random, and a front of random weights learns nothing; give "
-            "--pretrained or --initial-checkpoint, or --force"
-        )
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
         yield f"grad-accum-steps is {spec.grad_accum_steps}, but must divide batch-size {spec.batch_size}"
     if spec.veto and spec.anneal and "anneal" not in wrong:

@@ -172,7 +172,6 @@ def test_every_field_has_a_key_and_help() -> None:
             "preset: ask for it as such, by --l2l or preset=l2l; its phases alone are settle-far",
         ),
         ({"veto": True, "anneal": 0.2}, "anneal is 0.2 and veto is true, but a partition that settles later"),
-        ({"preset": "finetune"}, "the preset is 'finetune', but the weights are random"),
         ({"shift": "input"}, "shift is 'input', but the schedule is 'standard'; only --schedule finetune asks for it"),
         (
             {"schedule": "settle", "settle_front": 0.5},
@@ -389,7 +388,7 @@ def test_what_presets_set_are_fields_that_may_have_it() -> None:
         assert [setting.from_epochs for setting in settings if setting.from_epochs < 1] == []
         for setting in settings:
             assert RunSpec(**{"model": "any", setting.field: setting.value}) is not None
-        assert RunSpec(model="any", preset=name, epochs=10**6, force=True).preset == name
+        assert RunSpec(model="any", preset=name, epochs=10**6).preset == name
 
 
 def test_a_field_that_there_is_not_is_refused() -> None:

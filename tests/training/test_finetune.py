@@ -50,6 +50,12 @@ def test_the_head_trains_alone_and_the_front_never(tmp_path: Path) -> None:
             assert all(torch.equal(low[epoch][name], low[epoch - 1][name]) for name in partition.state if kept(name))
 
 
+def test_random_weights_are_not_fine_tuned_unless_that_is_insisted_on(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the weights are random, and a front of random weights learns nothing"):
+        finetuned(tmp_path, force=False)
+    assert list(tmp_path.glob("2*")) == []
+
+
 def test_what_thaws_is_as_if_it_had_never_been_settled() -> None:
     """Its weights were folded meanwhile, its norms in evaluation mode."""
     torch.manual_seed(0)
