@@ -45,8 +45,8 @@ def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer) -
     """Complete what is asked for, find the checkpoint to go on from, and say what differs from what it was asked for.
 
     The folder is locked from here on. Raises UsageError when there is no such run, when another process goes on with
-    it, when something differs that cannot, or when random weights are to be fine-tuned; DataError when there are checkpoints and none is whole; and what
-    `with_preprocessing` raises.
+    it, when something differs that cannot, or when random weights are to be fine-tuned; DataError when there are
+    checkpoints and none is whole; and what `with_preprocessing` raises.
     """
     if spec is not None:
         spec = with_preprocessing(spec, observer)
