@@ -15,8 +15,11 @@ import typer
 from fxsplit.errors import FxsplitError, Terminated
 
 from .commands.check import check
+from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.inspect import inspect
 from .commands.job import Job
+from .commands.predict import predict
 from .commands.train import train
 from .terminal import say, write
 
@@ -33,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, inspect, check):
+for command in (train, evaluate, predict, export, inspect, check):
     # A line break inside of a paragraph would stay one in the help, whatever the width of the terminal.
     paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
     app.command(help="\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs))(command)

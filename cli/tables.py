@@ -8,15 +8,16 @@ from statistics import mean, median
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
 from fxsplit.pages.figures import human, millijoules, trains
 from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan
-from fxsplit.report import CheckRecord, ForecastRecord, RunReport
+from fxsplit.report import CheckRecord, Evaluation, ExportRecord, ForecastRecord, Prediction, RunReport
 
-from .terminal import Terminal, print_whole
+from .terminal import Terminal, print_whole, visible
 
 # How many of a model's differences are listed.
 LISTED = 3
@@ -117,6 +118,55 @@ def forecasts(records: Sequence[ForecastRecord]) -> None:
         if record.refusal:
             print_whole(console, f"{record.model}: {record.refusal}")
     console.print(f"{sum(record.passed for record in records)} of {len(records)} passed")
+
+
+def evaluation(found: Evaluation) -> None:
+    """Print a row for each class; below it what is confused most, and the figures of the whole."""
+    console = Terminal(highlight=False)
+    table = new_table("class", ">images", ">precision", ">recall")
+    for each in found.classes:
+        table.add_row(
+            Text(each.name), str(each.count), *(_per_cent(share) for share in (each.precision_pct, each.recall_pct))
+        )
+    console.print(table, "")
+    for truth, predicted, count in found.confused()[:LISTED]:
+        print_whole(console, f"{count} of {truth} taken for {predicted}")
+    facts = Table.grid(padding=(0, 2))
+    for name, fact in {
+        "accuracy": _per_cent(found.top1_pct),
+        "accuracy, top-5": _per_cent(found.top5_pct),
+        "loss": f"{found.loss:.4f}",
+        "images": str(found.images),
+    }.items():
+        facts.add_row(name, Text(fact, "bold" if name == "accuracy" else ""))
+    console.print("", facts)
+
+
+def _per_cent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2f} %"
+
+
+def prediction(found: Prediction) -> None:
+    """Print an image's classes with their probabilities, one a line."""
+    console = Terminal(highlight=False)
+    print_whole(console, found.file)
+    names = [visible(name) for name, _ in found.classes]
+    width = max(map(cell_len, names))
+    for name, (_, share) in zip(names, found.classes, strict=True):
+        print_whole(console, f"  {name}{' ' * (width - cell_len(name))}  {100 * share:6.2f} %")
+
+
+def exported(record: ExportRecord) -> None:
+    """Print where an exported model is, what it takes, and how it was checked."""
+    console = Terminal(highlight=False)
+    *others, last = map(str, record.batch_sizes)
+    equal = "bit for bit" if not record.difference else f"within {record.difference:.1g} of the largest"
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("takes", record.takes)
+    facts.add_row("size", human(record.bytes, "B"))
+    facts.add_row("checked", f"its scores equal the model's {equal}, on {', '.join(others)} and {last} images")
+    console.print(facts)
+    print_whole(console, f"\nexported: {record.path}")
 
 
 def diff(before: str, after: str, changes: Sequence[Change], *, stale: Sequence[str]) -> None:

@@ -34,6 +34,20 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show the traceback of an unexpected error.", metavar="")
 ]
 
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="The folder of a run, its model.safetensors, or one of its checkpoints.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="TEXT")]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-code", help="Run the Python file that builds the model, where it is one.", metavar=""),
+]
+
 
 class Job(NamedTuple):
     """What a command line asks for."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from fxsplit.assembly.images import interpolation
 from fxsplit.assembly.plans import inspection
 from fxsplit.assembly.starting import Start
 from fxsplit.capture.tracing import Trace
@@ -11,12 +13,15 @@ from fxsplit.data.identity import identity
 from fxsplit.data.images import Data
 from fxsplit.execute.passes import Pass, names_of
 from fxsplit.measuring.environment import environment
+from fxsplit.models.factories import is_file
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import Checkpoints
+from fxsplit.saving.model_config import ModelConfig
 from fxsplit.saving.recorder import Interval, Recorder
 from fxsplit.saving.run_folder import RunFolder
 from fxsplit.saving.run_state import RunState
+from fxsplit.spec import RunSpec
 from fxsplit.training.trainer import Trainer
 
 
@@ -49,9 +54,28 @@ def recorder(
         interval=Interval.read(spec.checkpoint_every),
         spec=spec.to_flat(),
         args_yaml=spec.to_yaml(),
+        config=_config(spec, data),
         identity=identity(data),
         environment=environment(data.train.device),
         passes=names_of(passes),
         began=began,
         notice=observer.notice,
+    )
+
+
+def _config(spec: RunSpec, data: Data) -> ModelConfig:
+    source, _, _ = spec.model.partition(":")
+    return ModelConfig(
+        model=spec.model,
+        file=str(Path(source).expanduser().resolve()) if is_file(source) else "",
+        pretrained=spec.pretrained,
+        stem=spec.stem,
+        drop_path=spec.drop_path,
+        classes=data.classes,
+        channels=data.channels,
+        img_size=data.img_size,
+        interpolation=interpolation(spec),
+        mean=spec.mean,
+        std=spec.std,
+        channels_last=spec.channels_last,
     )

@@ -56,9 +56,14 @@ def decode(path: str | Path, img_size: int, interpolation: str = INTERPOLATIONS[
     Raises DataError when the file cannot be decoded.
     """
     with open_image(path) as image:
-        image.load()
-        upright = _upright(_opaque(_eight_bits(image)), image)
-        pixels: Tensor = transforms.pil_to_tensor(_square(upright, img_size, interpolation))
+        return square_pixels(image, img_size, interpolation)
+
+
+def square_pixels(image: Image.Image, img_size: int, interpolation: str = INTERPOLATIONS[0]) -> Tensor:
+    """Make the pixels of an image that is open already, as `decode` does. Whatever a decoder raises is raised."""
+    image.load()
+    upright = _upright(_opaque(_eight_bits(image)), image)
+    pixels: Tensor = transforms.pil_to_tensor(_square(upright, img_size, interpolation))
     return pixels
 
 

@@ -21,6 +21,7 @@ from fxsplit.data.augmentation import augmentation, drawn
 from fxsplit.data.batch import Batch
 from fxsplit.data.decoding import INTERPOLATIONS
 from fxsplit.data.images import ImageSet
+from fxsplit.data.normalization import Normalization
 from fxsplit.data.order import EpochOrder
 from fxsplit.data.randomness import random_stream
 from fxsplit.data.staging import Staging, write
@@ -118,10 +119,7 @@ class ImageSource:
         self._order = EpochOrder(loader.images_per_epoch, loader.batch_size, device)
         self._staging = Staging(device, loader.batch_size)
         self._drawn: list[Tensor] = []
-        self._white, self._mean, self._std = (
-            torch.tensor(each, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-            for each in ((255,), loader.mean, loader.std)
-        )
+        self._normalize = Normalization(loader.mean, loader.std, device)
         self._layout = torch.channels_last if loader.channels_last else torch.contiguous_format
 
     def put(self, epoch: int, first: int = 0, *, view: int | None = None) -> Iterator[Hashable]:
@@ -156,10 +154,5 @@ class ImageSource:
         if list(pixels.shape[-2:]) != size:
             pixels = transforms.resize(pixels, size, InterpolationMode(loader.interpolation), antialias=True)
         pixels = augmentation(loader.augment).change(pixels, *(each.index_select(0, ids) for each in self._drawn))
-        x = pixels / self._white  # a quotient by a tensor is rounded alike on every device
-        if len(loader.mean):
-            x = x.sub_(self._mean)
-        if len(loader.std):
-            x = x.div_(self._std)
-        x = x.contiguous(memory_format=self._layout)
+        x = self._normalize(pixels).contiguous(memory_format=self._layout)
         return Batch(values=(x,), labels=images.labels.index_select(0, ids), ids=ids)
