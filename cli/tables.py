@@ -158,15 +158,16 @@ def prediction(found: Prediction) -> None:
 
 def exported(record: ExportRecord) -> None:
     """Print where an exported model is, what it takes, and how it was checked."""
-    console = Terminal(highlight=False)
+    console = Terminal()
     *others, last = map(str, record.batch_sizes)
-    equal = "bit for bit" if not record.difference else f"within {record.difference:.1g} of the largest"
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("takes", record.takes)
-    facts.add_row("size", human(record.bytes, "B"))
-    facts.add_row("checked", f"its scores equal the model's {equal}, on {', '.join(others)} and {last} images")
-    console.print(facts)
-    print_whole(console, f"\nexported: {record.path}")
+    equal = "bit for bit" if not record.difference else f"within {record.difference:.0e} of the largest"
+    for name, fact in {
+        "exported": record.path,
+        "takes": record.takes,
+        "size": human(record.bytes, "B"),
+        "checked": f"loaded again, its scores equal the model's {equal}, on {', '.join(others)} and {last} images",
+    }.items():
+        print_whole(console, f"{name:9} {fact}")
 
 
 def diff(before: str, after: str, changes: Sequence[Change], *, stale: Sequence[str]) -> None:

@@ -58,4 +58,4 @@ def _predict(run: str, images: list[str], options: dict[str, Any], as_json: bool
         elif each.error is None:
             tables.prediction(each)
     if failed:
-        raise DataError(f"{failed} of {count} could not be read")
+        raise DataError(f"{failed} of {count} images could not be read")

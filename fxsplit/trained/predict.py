@@ -73,7 +73,9 @@ def _predictions(
 
 def _read(model: TrainedModel, file: str) -> Tensor | Prediction:
     """Return the pixels of an image, or what is wrong with it."""
-    if os.path.exists(file) and not os.path.isfile(file):
+    if not os.path.exists(file):
+        return Prediction(file=file, error=f"there is no file {file!r}")
+    if not os.path.isfile(file):
         return Prediction(file=file, error=f"{file!r} is no regular file")  # reading a pipe would wait for ever
     try:
         return model.pixels(file)
