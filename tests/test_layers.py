@@ -31,6 +31,7 @@ LAYERS = (
     {"proving"},
     {"planning"},
     {"assembly"},
+    {"trained"},
     {"api"},
 )
 WITHOUT_TORCH = {"errors", "graph", "options", "presets", "records", "spec", "resuming", "plan", "report", "pages"}
@@ -163,10 +164,11 @@ def test_starting_loads_no_torch(code: str) -> None:
 
 def test_public_names() -> None:
     assert fxsplit.__all__ == [
-        "CheckRecord", "Executor", "Forecast", "ForecastRecord", "FxsplitError", "Inspection", "Observer", "Partition",
-        "Phase", "Plan", "Proof", "ProofError", "RunReport", "RunSpec", "Trace", "check", "check_forecasts",
-        "device_map", "forecast", "graphed", "inspect", "load_plan", "measure", "partition", "prove", "save_plan",
-        "schedule", "to_pipeline_stages", "trace", "train",
+        "CheckRecord", "Evaluation", "Executor", "ExportRecord", "Forecast", "ForecastRecord", "FxsplitError",
+        "Inspection", "Observer", "Partition", "Phase", "Plan", "Prediction", "Proof", "ProofError", "RunReport",
+        "RunSpec", "Trace", "TrainedModel", "check", "check_forecasts", "device_map", "evaluate", "export", "forecast",
+        "graphed", "inspect", "load", "load_plan", "measure", "partition", "predict", "prove", "save_plan", "schedule",
+        "to_pipeline_stages", "trace", "train",
     ]  # fmt: skip
     assert all(getattr(fxsplit, name).__name__ == name for name in fxsplit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'compare'"):

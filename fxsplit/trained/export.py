@@ -8,11 +8,12 @@ the run's model ──► a file ──► loaded again, from the file ──┬
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,8 @@ from fxsplit.trained.load import find, load
 from fxsplit.trained.model import TrainedModel
 from fxsplit.trained.writing import written
 
-# The model is exported with the first of these batch sizes, and compared at all.
-BATCH_SIZES = (2, 1, 3)
+# The images of each batch on which exports are compared, of the three that there are. The first is their example.
+BATCHES = ([0, 1], [2], [0, 1, 2])
 # Other kernels round otherwise. So much, relative to the largest score, is rounding.
 ROUNDING = 1e-4
 INPUT, OUTPUT = "images", "scores"
@@ -111,13 +112,12 @@ def export(
     with written(target) as part:
         trained = load(run, trust=trust)
         size = trained.config.img_size
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (max(BATCH_SIZES), 3, size, size), generator=generator, dtype=torch.uint8)
+        images = _images(size)
         model: nn.Module = FromPixels(trained).eval() if pixels else trained
         given = images if pixels else trained.normalize(images)
         with torch.no_grad(), _without_chatter():
             with _refused(trained.config.model, format):
-                chosen.write(model, given[: BATCH_SIZES[0]], trained, part)
+                chosen.write(model, given[BATCHES[0]], trained, part)
             difference = _proven(model, chosen.read(part, trust), given, chosen.rounding, format)
         size_bytes = part.stat().st_size
     kind = "pixels, uint8" if pixels else "normalized images, float32"
@@ -126,18 +126,29 @@ def export(
         format=format,
         bytes=size_bytes,
         takes=f"{kind} (batch, 3, {size}, {size})",
-        batch_sizes=tuple(sorted(BATCH_SIZES)),
+        batch_sizes=tuple(sorted(map(len, BATCHES))),
         difference=difference,
     )
+
+
+def _images(size: int) -> Tensor:
+    """Make the pixels of three images, uint8 (3, 3, size, size): two of noise, and a black one.
+
+    A model that takes another way for an image of another kind would be exported with the first one's alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (2, 3, size, size), generator=generator, dtype=torch.uint8)
+    return torch.cat([noise, torch.zeros_like(noise[:1])])
 
 
 def _proven(model: nn.Module, exported: Call, images: Tensor, rounding: float, name: str) -> float:
     """Compare an exported model with the model, and return the largest difference. Raises ProofError if it is large."""
     worst = 0.0
-    for count in BATCH_SIZES:
-        ours = model(images[:count])
+    for batch in BATCHES:
+        given, count = images[batch], len(batch)
+        ours = model(given)
         try:
-            theirs = exported(images[:count])
+            theirs = exported(given)
         except Exception as error:
             raise ProofError(
                 f"the exported {name} cannot be run on {count} images, and is not kept: {_words(error)}"
@@ -249,7 +260,7 @@ def _without_chatter() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -45,7 +45,7 @@ def called(path: Path, form: str) -> tuple[Callable[[Tensor], Tensor], dict[str,
         return fxsplit.load(path), json.loads(file.metadata()["model.json"])
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*experimental feature:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_exported_model_computes_the_same(form: str, run: Path, tmp_path: Path) -> None:
     path = tmp_path / f"out{FORMATS[form].suffix}"
@@ -65,7 +65,7 @@ def test_an_exported_model_computes_the_same(form: str, run: Path, tmp_path: Pat
             assert torch.allclose(ours, theirs, rtol=0, atol=1e-4 * float(ours.abs().max()))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*experimental feature:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("form", ["onnx", "torchscript", "torch-export"])
 def test_one_that_takes_pixels_prepares_them_itself(form: str, run: Path, tmp_path: Path) -> None:
     path = tmp_path / "out"
