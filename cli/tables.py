@@ -126,7 +126,9 @@ def evaluation(found: Evaluation) -> None:
     table = new_table("class", ">images", ">precision", ">recall")
     for each in found.classes:
         table.add_row(
-            Text(each.name), str(each.count), *(_per_cent(share) for share in (each.precision_pct, each.recall_pct))
+            Text(visible(each.name)),
+            str(each.count),
+            *(_per_cent(share) for share in (each.precision_pct, each.recall_pct)),
         )
     console.print(table, "")
     for truth, predicted, count in found.confused()[:LISTED]:
