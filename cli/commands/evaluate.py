@@ -48,7 +48,7 @@ def evaluate(
     On the images that the run was tested on, the numbers are those of its last epoch.
     """
     options: dict[str, Any] = {"data": data, "batch_size": batch_size, "device": device, "page": output}
-    return Job(partial(_evaluate, run, {**options, "trust": trust_code}, as_json), verbose)
+    return Job(partial(_evaluate, run, {**options, "trust_code": trust_code}, as_json), verbose)
 
 
 def _evaluate(run: str, options: dict[str, Any], as_json: bool) -> None:

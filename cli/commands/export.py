@@ -46,7 +46,7 @@ def export(
     The file is loaded again and must give the model's scores, bit for bit or, from ONNX, within 1e-4 of the largest
     one. Otherwise there is no file, and the exit code is 4.
     """
-    options: dict[str, Any] = {"format": form, "pixels": pixels, "trust": trust_code}
+    options: dict[str, Any] = {"format": form, "pixels": pixels, "trust_code": trust_code}
     return Job(partial(_export, run, output, options, as_json), verbose)
 
 

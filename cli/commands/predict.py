@@ -38,7 +38,7 @@ def predict(
     Images are prepared as in training. A file that cannot be read is named on stderr, and the rest goes on; the exit
     code is then 1.
     """
-    options: dict[str, Any] = {"top": top, "batch_size": batch_size, "device": device, "trust": trust_code}
+    options: dict[str, Any] = {"top": top, "batch_size": batch_size, "device": device, "trust_code": trust_code}
     return Job(partial(_predict, run, images, options, as_json), verbose)
 
 

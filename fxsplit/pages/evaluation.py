@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
-from jinja2 import Environment
-from markupsafe import Markup
-
-from fxsplit.pages import rendering
+from fxsplit.pages.document import document
 from fxsplit.report import Evaluation
 
 # With more classes the confusions are drawn without their numbers.
@@ -19,19 +15,15 @@ LISTED, SHADES = 20, 10
 
 def evaluation_page(evaluation: Evaluation, pictures: Sequence[str]) -> str:
     """Make the page of an evaluation. `pictures` are those of its mistakes, as data URIs."""
-    style = rendering.asset("page.css") + rendering.asset("evaluation.css")
-    return (
-        _environment()
-        .get_template("evaluation.html.jinja")
-        .render(
-            evaluation=evaluation,
-            confused=evaluation.confused()[:LISTED],
-            mistaken=sum(each.count - each.correct for each in evaluation.classes),
-            mistakes=list(zip(evaluation.mistakes, pictures, strict=True)),
-            is_numbered=len(evaluation.classes) <= MOST_NUMBERED,
-            style=Markup(style),
-            style_digest=rendering.digest(style),
-        )
+    return document(
+        "evaluation.html.jinja",
+        evaluation=evaluation,
+        confused=evaluation.confused()[:LISTED],
+        mistaken=sum(each.count - each.correct for each in evaluation.classes),
+        mistakes=list(zip(evaluation.mistakes, pictures, strict=True)),
+        is_numbered=len(evaluation.classes) <= MOST_NUMBERED,
+        shade=_shade,
+        per_cent=_per_cent,
     )
 
 
@@ -42,8 +34,3 @@ def _shade(count: int, whole: int) -> int:
 
 def _per_cent(share: float | None) -> str:
     return "-" if share is None else f"{share:.2f} %"
-
-
-@cache
-def _environment() -> Environment:
-    return rendering.environment(filters={"per_cent": _per_cent}, functions={"shade": _shade, "share": rendering.share})

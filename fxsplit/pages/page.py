@@ -6,16 +6,21 @@ runs no others. All else, such as the names of models and modules, is escaped.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
 from itertools import pairwise
+from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fxsplit.errors import printable
 from fxsplit.graph import Value
-from fxsplit.pages import charts, figures, rendering
+from fxsplit.pages import charts, figures
 from fxsplit.pages.outline import outline
 from fxsplit.plan.cuts import with_ends
 from fxsplit.plan.forecast import Forecast
@@ -48,7 +53,7 @@ def report_page(report: RunReport, inspection: Inspection) -> str:
 def _page(inspection: Inspection, *, report: RunReport | None, lanes: tuple[Lane, ...]) -> str:
     all_cuts = with_ends(inspection)
     most_bytes = max(cut.bytes_per_sample for cut in all_cuts)
-    style, script = rendering.asset("page.css"), rendering.asset("page.js")
+    style, script = _asset("page.css"), _asset("page.js")
     return (
         _environment()
         .get_template("page.html.jinja")
@@ -65,9 +70,9 @@ def _page(inspection: Inspection, *, report: RunReport | None, lanes: tuple[Lane
             most_boundary=max(all_cuts[partition.start].bytes_per_sample for partition in inspection.partitions),
             lanes=lanes,
             style=Markup(style),
-            style_digest=rendering.digest(style),
+            style_digest=_digest(style),
             script=Markup(script),
-            script_digest=rendering.digest(script),
+            script_digest=_digest(script),
         )
     )
 
@@ -135,6 +140,11 @@ def _bytes(number: float | None) -> str:
     return figures.human(number, "B")
 
 
+def _share(part: float, whole: float) -> str:
+    """Write the share of `part` in `whole` for an attribute of SVG, such as `12.5%`; that of 0 in 0 is `0%`."""
+    return f"{100 * part / whole if whole else 0:.4g}%"
+
+
 def _roles(plan: Plan, index: int) -> list[tuple[Role, int, int]]:
     """List the roles of partition `index` over the run, each with its first epoch, from 0, and how many it has."""
     roles = [plan.phase_at(epoch).role(index) for epoch in range(plan.epochs)]
@@ -147,16 +157,41 @@ def _tensors_of(names: Iterable[str], values: Mapping[str, Value]) -> list[Value
     return [values[name] for name in names if values[name].bytes_per_sample]
 
 
+def _shown(value: Any) -> Any:
+    """Escape control characters in names: a page may be printed to a terminal."""
+    return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
+
+
 @cache
 def _environment() -> Environment:
-    return rendering.environment(
-        filters={"human": figures.human, "duration": figures.duration, "shape": figures.shape},
-        functions={
-            "epochs_of": figures.epochs_of,
-            "in_words": figures.in_words,
-            "roles": _roles,
-            "share": rendering.share,
-            "tensors_of": _tensors_of,
-            "trains": figures.trains,
-        },
+    environment = Environment(
+        loader=PackageLoader("fxsplit.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    filters: dict[str, Callable[..., Any]] = {
+        "human": figures.human,
+        "duration": figures.duration,
+        "shape": figures.shape,
+    }
+    environment.filters |= filters
+    environment.globals |= {
+        "epochs_of": figures.epochs_of,
+        "in_words": figures.in_words,
+        "roles": _roles,
+        "share": _share,
+        "tensors_of": _tensors_of,
+        "trains": figures.trains,
+    }
+    return environment
+
+
+def _asset(name: str) -> str:
+    return files("fxsplit.pages").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

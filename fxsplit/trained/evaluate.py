@@ -41,7 +41,7 @@ def evaluate(
     batch_size: int | None = None,
     device: str = "auto",
     page: str | Path | None = None,
-    trust: bool = False,
+    trust_code: bool = False,
     observer: Observer | None = None,
 ) -> Evaluation:
     """Evaluate the model of a run on the images that the run was tested on, or on others.
@@ -56,7 +56,7 @@ def evaluate(
         batch_size: images at a time; that of the run if not given.
         device: as `RunSpec.device`.
         page: write a page for the browser to this file: the confusions, and the worst mistakes with their pictures.
-        trust: as for `load`.
+        trust_code: as for `load`.
         observer: is given notices.
 
     Raises what `load` raises, UsageError when it is not known which images are meant or the page cannot be written, and
@@ -78,7 +78,7 @@ def evaluate(
         written(page) if page is not None else nullcontext() as page_file,
         determinism(settings.seed, settings.deterministic),
     ):
-        model = load(run, chosen, trust=trust)
+        model = load(run, chosen, trust_code=trust_code)
         images = _images(asked.get("data"), settings, saved.config, observer)
         counted = _Counts(model, images, keep=SHOWN)
         batches = Loader(

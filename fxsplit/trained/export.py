@@ -75,7 +75,7 @@ def export(
     *,
     format: str = "onnx",  # noqa: A002 - the option's name
     pixels: bool = False,
-    trust: bool = False,
+    trust_code: bool = False,
 ) -> ExportRecord:
     """Export the model of a run, in evaluation mode and for any number of images at a time.
 
@@ -89,7 +89,7 @@ def export(
         format: onnx, torchscript, torch-export, or safetensors (the weights alone).
         pixels: the exported model takes pixels, uint8 from 0 to 255, and scales and normalizes them itself; otherwise
             it takes images that are normalized.
-        trust: as for `load`.
+        trust_code: as for `load`.
 
     Raises what `load` raises, UsageError when the format is unknown, something for it is not installed or the file
     cannot be written, FxsplitError when the model cannot be exported to it, and ProofError when what was written gives
@@ -110,7 +110,7 @@ def export(
     if target.resolve() == saved.weights.resolve():
         raise UsageError(f"{str(target)!r} is what would be exported; name another file by --output")
     with written(target) as part:
-        trained = load(run, trust=trust)
+        trained = load(run, trust_code=trust_code)
         size = trained.config.img_size
         images = _images(size)
         model: nn.Module = FromPixels(trained).eval() if pixels else trained
@@ -118,7 +118,7 @@ def export(
         with torch.no_grad(), _without_chatter():
             with _refused(trained.config.model, format):
                 chosen.write(model, given[BATCHES[0]], trained, part)
-            difference = _proven(model, chosen.read(part, trust), given, chosen.rounding, format)
+            difference = _proven(model, chosen.read(part, trust_code), given, chosen.rounding, format)
         size_bytes = part.stat().st_size
     kind = "pixels, uint8" if pixels else "normalized images, float32"
     return ExportRecord(
@@ -174,8 +174,8 @@ def _write_safetensors(_: nn.Module, __: Tensor, trained: TrainedModel, path: Pa
     write_weights(trained.model, path, trained.config)
 
 
-def _read_safetensors(path: Path, trust: bool) -> Call:
-    return load(path, trust=trust)
+def _read_safetensors(path: Path, trust_code: bool) -> Call:
+    return load(path, trust_code=trust_code)
 
 
 def _write_torchscript(model: nn.Module, example: Tensor, trained: TrainedModel, path: Path) -> None:

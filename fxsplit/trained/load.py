@@ -43,23 +43,23 @@ class Saved:
     is_checkpoint: bool
 
 
-def load(run: str | Path, device: str | torch.device = "cpu", *, trust: bool = False) -> TrainedModel:
+def load(run: str | Path, device: str | torch.device = "cpu", *, trust_code: bool = False) -> TrainedModel:
     """Load the model of a run, ready to call: in evaluation mode, with its classes and the preparation of images.
 
     Args:
         run: the folder of a run, its `model.safetensors`, wherever that is now, or a file in its `checkpoints/`.
         device: where the model is to be, as `RunSpec.device`.
-        trust: run the Python file or module that builds a model of `file.py:FACTORY`. No other model runs code that
-            comes with the run.
+        trust_code: run the Python file or module that builds a model of `file.py:FACTORY`. No other model runs code
+            that comes with the run.
 
     Raises UsageError when there is no such run, it ended without weights, it was made by a version that did not save
-    how its model is used, or its model wants `trust`; DataError when a file is damaged or holds another model; and what
-    building the model raises.
+    how its model is used, or its model wants `trust_code`; DataError when a file is damaged or holds another model; and
+    what building the model raises.
     """
     chosen = device if isinstance(device, torch.device) else choose_device(read_values({"device": device})["device"])
     saved = find(run)
     with torch.random.fork_rng(devices=[]):  # first weights are drawn, and loaded over
-        model = _build(saved, trust=trust)
+        model = _build(saved, trust_code=trust_code)
     _load_weights(model, saved)
     model.to(chosen)
     if saved.config.channels_last:
@@ -126,14 +126,14 @@ def _without_weights(folder: Path) -> str:
     return f"{str(folder)!r} is not the folder of a run: it has no {WEIGHTS_FILE}"
 
 
-def _build(saved: Saved, *, trust: bool) -> nn.Module:
+def _build(saved: Saved, *, trust_code: bool) -> nn.Module:
     config, spec = saved.config, saved.config.model
     if registry.runs_own_code(spec):
         source, _, factory = spec.partition(":")
         file = config.file if config.file and Path(config.file).is_file() else source
-        if not trust:
+        if not trust_code:
             raise UsageError(
-                f"the model {spec!r} is built by running {file!r}; if you trust that code, give trust=True, or "
+                f"the model {spec!r} is built by running {file!r}; if you trust that code, give trust_code=True, or "
                 "--trust-code on the command line"
             )
         spec = f"{file}:{factory}"

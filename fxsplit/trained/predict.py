@@ -26,7 +26,7 @@ def predict(
     top: int = 5,
     batch_size: int = 64,
     device: str = "auto",
-    trust: bool = False,
+    trust_code: bool = False,
     observer: Observer | None = None,
 ) -> Iterator[Prediction]:
     """Ask the model of a run about image files, and give what it says of each, in order, as soon as it is known.
@@ -39,7 +39,7 @@ def predict(
         top: how many classes, the most probable first.
         batch_size: images at a time.
         device: as `RunSpec.device`.
-        trust: as for `load`.
+        trust_code: as for `load`.
         observer: is given notices.
 
     Raises what `load` raises, at once, and UsageError when `top` is less than 1.
@@ -48,7 +48,7 @@ def predict(
     asked = read_values({"batch_size": batch_size, "device": device})
     if top < 1:
         raise UsageError(f"top is {top}, but must be at least 1")
-    model = load(run, choose_device(asked["device"]), trust=trust)
+    model = load(run, choose_device(asked["device"]), trust_code=trust_code)
     return _predictions(model, images, top, asked["batch_size"], observer)
 
 

@@ -83,7 +83,7 @@ def test_options_are_frozen(command: str) -> None:
 
 def test_evaluate_shows_a_row_for_each_class(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "runs/a"]) == 0
-    options = {"data": None, "batch_size": None, "device": "auto", "page": None, "trust": False}
+    options = {"data": None, "batch_size": None, "device": "auto", "page": None, "trust_code": False}
     assert calls.given == (("runs/a",), options)
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines()]
@@ -97,7 +97,7 @@ def test_evaluate_shows_a_row_for_each_class(calls: Calls, capsys: pytest.Captur
 
     given = ["--data", "cifar10", "-b", "3", "--device", "cpu", "-o", "p.html", "--trust-code", "--json"]
     assert main(["evaluate", "runs/a", *given]) == 0
-    options = {"data": "cifar10", "batch_size": 3, "device": "cpu", "page": "p.html", "trust": True}
+    options = {"data": "cifar10", "batch_size": 3, "device": "cpu", "page": "p.html", "trust_code": True}
     assert calls.given == (("runs/a",), options)
     out, err = capsys.readouterr()
     assert json.loads(out) == json.loads(json.dumps(EVALUATION.to_dict()))
@@ -110,7 +110,7 @@ def test_predict_shows_classes_under_each_file(calls: Calls, capsys: pytest.Capt
         Prediction(file="b.png", classes=(("\x1b", 1.0),)),
     )
     assert main(["predict", "runs/a", "a.png", "b", "--top", "2", "-b", "3"]) == 0
-    options = {"top": 2, "batch_size": 3, "device": "auto", "trust": False}
+    options = {"top": 2, "batch_size": 3, "device": "auto", "trust_code": False}
     assert calls.given == (("runs/a", ["a.png", "b"]), options)
     assert capsys.readouterr().out.splitlines() == [
         "[red]a.png", "  cat             75.00 %", "  a longer name   12.50 %", "b.png", "  \\x1b  100.00 %",
@@ -137,14 +137,14 @@ def test_a_file_that_is_no_image_is_named_and_the_exit_code_is_1(
 
 def test_export_says_how_the_file_was_checked(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "runs/a"]) == 0
-    assert calls.given == (("runs/a", None), {"format": "onnx", "pixels": False, "trust": False})
+    assert calls.given == (("runs/a", None), {"format": "onnx", "pixels": False, "trust_code": False})
     out = capsys.readouterr().out
     assert out.splitlines() == [
         "exported  out.onnx", "takes     pixels", "size      2.4 MB",
         "checked   loaded again, its scores equal the model's within 2e-07 of the largest, on 1, 2 and 3 images",
     ]  # fmt: skip
     assert main(["export", "runs/a", "--format", "torchscript", "-o", "x", "--pixels", "--trust-code", "--json"]) == 0
-    assert calls.given == (("runs/a", "x"), {"format": "torchscript", "pixels": True, "trust": True})
+    assert calls.given == (("runs/a", "x"), {"format": "torchscript", "pixels": True, "trust_code": True})
     assert json.loads(capsys.readouterr().out)["difference"] == 2.5e-7
 
 

@@ -53,7 +53,7 @@ def test_the_numbers_are_those_of_the_last_epoch(kind: str, tmp_path: Path) -> N
     spec = fxsplit.RunSpec(**{**COMMON, **KINDS[kind], "model": model_in(tmp_path), "output": str(tmp_path / "runs")})
     report = fxsplit.train(spec)
     last = max((Path(report.folder) / "checkpoints").iterdir())
-    assert numbers(fxsplit.evaluate(last, device="cpu", trust=True)) == last_of(report.epochs[-1])
+    assert numbers(fxsplit.evaluate(last, device="cpu", trust_code=True)) == last_of(report.epochs[-1])
 
 
 @pytest.mark.usefixtures("one_thread")

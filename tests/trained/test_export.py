@@ -132,11 +132,11 @@ def test_a_model_that_cannot_be_exported_is_one_sentence_and_no_file(tmp_path: P
     )
     before = sorted((tmp_path / "run").iterdir())
     with pytest.raises(FxsplitError, match=r"'net.py:build' cannot be exported to torch-export: ") as caught:
-        fxsplit.export(tmp_path / "run", format="torch-export", trust=True)
+        fxsplit.export(tmp_path / "run", format="torch-export", trust_code=True)
     assert len(str(caught.value)) < 500
     # TorchScript records one of the two ways, and gives other scores for images of the other.
     with pytest.raises(ProofError, match="gives other scores than the model: they differ by"):
-        fxsplit.export(tmp_path / "run", format="torchscript", trust=True)
+        fxsplit.export(tmp_path / "run", format="torchscript", trust_code=True)
     with pytest.raises(UsageError, match="--trust-code"):
         fxsplit.export(tmp_path / "run", format="torchscript")
     assert sorted((tmp_path / "run").iterdir()) == before

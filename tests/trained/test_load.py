@@ -217,9 +217,9 @@ def test_a_file_is_run_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pyt
 
     x = torch.randn(2, 3, 16, 16)
     monkeypatch.chdir(tmp_path)  # where there is no net.py
-    assert torch.equal(fxsplit.load(SAFETENSORS, trust=True)(x), network(x))
+    assert torch.equal(fxsplit.load(SAFETENSORS, trust_code=True)(x), network(x))
     file.rename(tmp_path / "net.py")  # as on another machine: what is named is looked for here
-    assert torch.equal(fxsplit.load(SAFETENSORS, trust=True)(x), network(x))
+    assert torch.equal(fxsplit.load(SAFETENSORS, trust_code=True)(x), network(x))
 
 
 def test_a_run_of_a_file_remembers_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
