@@ -70,6 +70,9 @@ def test_images_are_prepared_as_in_training(run: Path) -> None:
     expected = torch.cat([each.images for each in Loader(data.test, batch_size=4, mean=MEAN, std=STD).batches(0)])
     files = [root / "test" / name / f"{kind}.png" for name in CLASSES for kind in range(5)]
     assert torch.equal(torch.stack([model.preprocess(file) for file in files]), expected)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    by_hand = torch.stack([(model.pixels(file) / 255 - mean) / std for file in files])
+    assert torch.allclose(by_hand, expected, rtol=0, atol=1e-5)
     opened = [Image.open(file) for file in files]
     assert torch.equal(torch.stack([model.preprocess(image) for image in opened]), expected)
 
