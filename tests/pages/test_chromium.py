@@ -107,7 +107,7 @@ def test_what_a_name_smuggles_in_does_not_act(
     text = report_page(report, inspection)
     smuggled = "<script>document.title = 'owned'</script><img src='http://127.0.0.1:9/x'><style>* {color: red}</style>"
     page = opened(browser, text.replace("</main>", f"{smuggled}</main>"), tmp_path)
-    assert page.title == "file[bold].py:make · fxsplit"
+    assert page.title == "[red]run · file[bold].py:make · fxsplit"
     assert len(page.get_log("browser")) == 3
     assert [event["blockedReason"] for event in events(page, "loadingFailed")] == ["csp"]
 
