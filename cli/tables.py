@@ -42,20 +42,25 @@ def report(result: RunReport) -> None:
     def measured(name: str) -> list[Any]:
         return [value for record in result.epochs if (value := getattr(record, name)) is not None]
 
+    def most(name: str) -> str | None:
+        figures = measured(name)
+        return human(max(figures), "B") if figures else None
+
     joules = measured("energy_joules")
     facts = Table.grid(padding=(0, 2))
     for name, fact in {
         "test accuracy": f"{result.accuracy_pct:.2f} % (last epoch)" if result.epochs else human(None),
         "total time": f"{result.total_seconds:.1f} s, of which setup {result.setup_seconds:.1f} s",
-        "peak memory: process resident": human(max(measured("peak_resident_bytes"), default=None), "B"),
-        "peak memory: CUDA allocated": human(max(measured("peak_allocated_bytes"), default=None), "B"),
-        "peak memory: CUDA reserved": human(max(measured("peak_reserved_bytes"), default=None), "B"),
-        "peak memory: device (NVML)": human(max(measured("device_bytes"), default=None), "B"),
-        "cache: in memory": human(max(measured("cache_resident_bytes"), default=None), "B"),
-        "cache: in a file": human(max(measured("cache_file_bytes"), default=None), "B"),
-        "energy (NVML)": human(sum(joules) if joules else None, "J"),
+        "peak memory: process resident": most("peak_resident_bytes"),
+        "peak memory: CUDA allocated": most("peak_allocated_bytes"),
+        "peak memory: CUDA reserved": most("peak_reserved_bytes"),
+        "peak memory: device (NVML)": most("device_bytes"),
+        "cache: in memory": most("cache_resident_bytes"),
+        "cache: in a file": most("cache_file_bytes"),
+        "energy (NVML)": human(sum(joules), "J") if joules else None,
     }.items():
-        facts.add_row(name, Text(fact, "bold" if name == "test accuracy" else ""))
+        if fact is not None:
+            facts.add_row(name, Text(fact, "bold" if name == "test accuracy" else ""))
     console.print(facts)
     if result.folder:
         print_whole(console, f"\nrun folder: {result.folder}")

@@ -14,11 +14,18 @@ from fxsplit.errors import UsageError
 from fxsplit.resuming import AUTO, RECIPE, differing, newest_run, run_folder_of
 from fxsplit.spec import PLANNED, RunSpec, beside_plan, from_text, read_environment, read_recipe, read_values, resolve
 
+from .. import completion
+
 RULES = {item.name: item.metadata for item in fields(RunSpec)}
 MODEL_FORMS = RULES["model"]["help"].rstrip(".")
 Model = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help=f"{MODEL_FORMS}; may be left to the recipe.", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help=f"{MODEL_FORMS}; may be left to the recipe.",
+        show_default=False,
+        autocompletion=completion.models,
+    ),
 ]
 Recipe = Annotated[Path | None, typer.Option("--config", "-c", metavar="RECIPE", help="Read options from a recipe.")]
 LayerToLayer = Annotated[

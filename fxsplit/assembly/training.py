@@ -95,6 +95,11 @@ def trainer(
     """Make the trainer of a run, with all that its spec switches on. Raises UsageError for names that timm lacks."""
     train_loader, test_loader = loaders(spec, data)
     update_is_recorded = recordings is not None and _update_is_recorded(spec, recordings, observer)
+    if spec.torchcompile:
+        observer.notice(
+            f"torch.compile with {spec.torchcompile}: each phase is compiled in its first step and its first test, "
+            "which can take minutes"
+        )
     steps_per_epoch = train_loader.steps_per_epoch
     forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype(spec))
     objective = Objective(

@@ -34,6 +34,14 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
 
 
+def roughly(seconds: float) -> str:
+    """Write seconds that are not known exactly: `2 h 10 min`, `12 min`, `3 min 20 s`, `40 s`, `under 5 s`."""
+    if seconds < 5:
+        return "under 5 s"
+    step = 5 if seconds < 60 else 10 if seconds < 600 else 60 if seconds < 7200 else 600
+    return _brief_duration(round(seconds / step) * step)
+
+
 def millijoules(joules: float | None) -> str:
     """Write what an image takes, `12.5 mJ`; None is "not available"."""
     return "not available" if joules is None else f"{1000 * joules:.1f} mJ"

@@ -206,6 +206,8 @@ class Trainer:
         self.optimizer.enter(phase)  # (4)
         self._telemetry.phase_begins()
         self.observer.phase_started(index, phase)
+        if self.executor.is_compiled:
+            self.observer.working("compiling")
 
     def _epoch(self, epoch: int) -> EpochRecord:
         trained = self._train(epoch)

@@ -27,14 +27,18 @@ def test_report_shows_each_phase_and_the_last_epoch(report: RunReport, capsys: p
         "test accuracy": "55.00 % (last epoch)",
         "total time": "71.5 s, of which setup 2.5 s",
         "peak memory: process resident": "1.0 GB",
-        "peak memory: CUDA allocated": "not available",
-        "peak memory: CUDA reserved": "not available",
-        "peak memory: device (NVML)": "not available",
-        "cache: in memory": "not available",
-        "cache: in a file": "not available",
         "energy (NVML)": "3.6 kJ",
     }
     assert out.endswith(f"run folder: {folder}\n")
+
+
+def test_a_report_has_what_this_machine_can_tell(report: RunReport, capsys: pytest.CaptureFixture[str]) -> None:
+    cached = (replace(report.epochs[0], cache_resident_bytes=0, cache_file_bytes=2_000_000, device_bytes=3_000_000),)
+    tables.report(replace(report, epochs=cached))
+    out = capsys.readouterr().out
+    assert re.findall(r"(?m)^(?:cache|peak).*?: (\S.*?) {2,}(.*?) *$", out) == [
+        ("process resident", "1.0 GB"), ("device (NVML)", "3.0 MB"), ("in memory", "0 B"), ("in a file", "2.0 MB"),
+    ]  # fmt: skip
 
 
 def test_a_report_without_epochs_has_no_accuracy(report: RunReport, capsys: pytest.CaptureFixture[str]) -> None:
