@@ -162,6 +162,16 @@ def test_starting_loads_no_torch(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_inspecting_loads_no_library_that_it_does_not_use() -> None:
+    code = (
+        "import sys, fxsplit\n"
+        "fxsplit.inspect(fxsplit.RunSpec(model='paper:cnn', preset='l2l'))\n"
+        "assert not {'timm', 'sklearn', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names() -> None:
     assert fxsplit.__all__ == [
         "CheckRecord", "Evaluation", "Executor", "ExportRecord", "Forecast", "ForecastRecord", "FxsplitError",

@@ -14,7 +14,7 @@ from fxsplit.report import EpochRecord
 
 # An epoch takes the axis from its number less one to its number; its figure is in the middle.
 EPOCH = Unit(write=lambda place: f"{place + 0.5:g}", brief=lambda edge: f"{edge + 1:g}", is_whole=True)
-COST = Unit(write="{:.2f} of standard".format, brief="{:g}".format)
+COST = Unit(write="{:.2f}".format, brief="{:g}".format)
 # Ticks of a lane, which is low.
 FEW = 2
 
@@ -56,7 +56,7 @@ def timeline(plan: Plan) -> Axis:
 def forecast_lanes(forecast: Forecast, plan: Plan) -> Iterator[Plot]:
     """Plot what every epoch will cost, with standard training as a line."""
     cost = _by_epoch(plan, [phase.step_cost for phase in forecast.phases])
-    yield _lane("time of a step", plan, COST, {"plan": cost}, rules=(Rule(name="standard", at=1.0),))
+    yield _lane("time of a step, of standard", plan, COST, {"plan": cost}, rules=(Rule(name="standard", at=1.0),))
     yield _lane("peak memory", plan, BYTES, {"plan": _peaks(forecast, plan)}, rules=(_standard_peak(forecast),))
 
 
@@ -66,7 +66,7 @@ def measured_lanes(epochs: Sequence[EpochRecord], plan: Plan, forecast: Forecast
     yield _curves("accuracy", plan, PERCENT, accuracies)
     losses = {"training": [each.train_loss for each in epochs], "test": [each.eval_loss for each in epochs]}
     yield _curves("loss", plan, NUMBER, losses)
-    yield _curves("learning rate", plan, NUMBER, {"learning rate": [each.lr for each in epochs]})
+    yield _curves("learning rate", plan, NUMBER, {"learning rate": [each.lr for each in epochs]}, from_zero=True)
 
     seconds: dict[str, Sequence[float]] = {"measured": [each.train_seconds for each in epochs]}
     rules = []
@@ -125,9 +125,11 @@ def _lane(
     return Plot(title=name, x=timeline(plan), y=axis, series=series, rules=rules)
 
 
-def _curves(name: str, plan: Plan, unit: Unit, kinds: Mapping[str, Sequence[float]]) -> Plot:
+def _curves(
+    name: str, plan: Plan, unit: Unit, kinds: Mapping[str, Sequence[float]], *, from_zero: bool = False
+) -> Plot:
     series = [Series(name=kind, xs=_places(ys), ys=tuple(ys), style=_style(kind)) for kind, ys in kinds.items()]
-    axis = Axis.over((y for ys in kinds.values() for y in ys), name, unit, ticks=FEW)
+    axis = Axis.over((y for ys in kinds.values() for y in ys), name, unit, ticks=FEW, from_zero=from_zero)
     return Plot(title=name, x=timeline(plan), y=axis, series=series)
 
 

@@ -7,9 +7,11 @@ import hashlib
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import takewhile
 
 import pytest
 
+from fxsplit.pages.figures import human
 from fxsplit.pages.page import inspection_page, report_page
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan, schedule
@@ -153,11 +155,10 @@ def test_the_forecast_lies_beside_the_timeline(page: Page, inspection: Inspectio
     assert [text for text in page.texts["td"] if text.endswith(" of standard")] == [
         f"{phase.step_cost:.2f} of standard" for phase in inspection.forecast.phases
     ]
-    assert [text for text in page.texts["span"] if text in ("time of a step", "peak memory")] == [
-        "time of a step", "peak memory",
-    ]  # fmt: skip
+    assert {"time of a step, of standard", "peak memory", "standard: 1.00"} <= set(page.texts["span"])
     assert any(text.startswith("Forecast from shapes alone, batches of 2: ") for text in page.texts["p"])
-    assert any(text.startswith("epoch 1: ") and text.endswith(" of standard") for text in page.texts["title"])
+    first = inspection.forecast.phases[0]
+    assert {f"epoch 1: {first.step_cost:.2f}", f"epoch 2: {human(first.peak_bytes, 'B')}"} <= set(page.texts["title"])
 
 
 def test_the_peak_of_the_plan_stands_beside_that_of_standard_training(inspection: Inspection) -> None:
@@ -210,6 +211,28 @@ def test_a_run_without_a_forecast_has_what_was_measured(report: RunReport, inspe
     page = Page(report_page(report, replace(inspection, forecast=None)))
     assert not any("forecast" in text for tag in page.texts.keys() - {"style", "script"} for text in page.texts[tag])
     assert "epoch 2: 10.0 s" in page.texts["title"]
+
+
+def test_the_learning_rate_of_every_epoch_is_drawn(
+    report: RunReport, epochs: tuple[EpochRecord, ...], inspection: Inspection
+) -> None:
+    cooling = tuple(replace(epoch, lr=0.1 * (1 - epoch.epoch / 10)) for epoch in epochs)
+    page = Page(report_page(replace(report, epochs=cooling), inspection))
+    assert {"epoch 1: 0.09", "epoch 6: 0.04"} <= set(page.texts["title"])
+    assert {"0.09", "0.04"} <= set(page.texts["td"])
+    # On an axis from 0 to 0.1.
+    assert "M0.08333 0.1h0" in [str(names["d"])[:14] for names in page.having("path", "class", "curve test")]
+
+
+def test_on_a_narrow_page_every_cell_has_its_heading(page: Page, run_page: Page) -> None:
+    """The names that the style sheet puts before the cells are those of the columns."""
+    for found in (page, run_page):
+        tags = [(tag, names) for tag, names in found.elements if tag in ("table", "th", "td", "tr")]
+        first = next(index for index, (tag, names) in enumerate(tags) if names.get("class") == "stacked")
+        count = [tag for tag, _ in takewhile(lambda each: each[0] != "td", tags[first:])].count("th")
+        headings = found.texts["th"][:count]
+        cells = [str(names["data-name"]) for tag, names in tags[first:] if tag == "td" and "data-name" in names]
+        assert cells == headings * 3
 
 
 def test_the_title_says_which_run_it_is(report: RunReport, inspection: Inspection, run_page: Page) -> None:
