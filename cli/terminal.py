@@ -55,6 +55,11 @@ def print_whole(console: Console, line: str) -> None:
     console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
+def print_sentence(console: Console, line: str) -> None:
+    """Print a sentence that nobody copies: a terminal breaks it between words, and a file gets it whole."""
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
 def visible(text: str) -> str:
     """Text whose lines are `printable`."""
     return "\n".join(map(printable, text.split("\n")))

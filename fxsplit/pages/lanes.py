@@ -116,7 +116,7 @@ def _lane(
             xs=_places(figures),
             ys=tuple(figures),
             kind="outline" if kind == "forecast" and len(kinds) > 1 else "stairs",
-            style="forecast" if kind == "forecast" and len(kinds) > 1 else "measured",
+            style="expected" if kind == "forecast" and len(kinds) > 1 else "measured",
         )
         for kind, figures in kinds.items()
     ]
