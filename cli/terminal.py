@@ -27,7 +27,7 @@ ROLES: dict[Role, tuple[str, str]] = {
 }
 WIDEST = 100
 
-ASCII = str.maketrans("░█▒│·…▏▎▍▌▋▊▉", ".#-|-.   ####")
+ASCII = str.maketrans("░█▒│·…×▏▎▍▌▋▊▉", ".#-|-.x   ####")
 
 
 class Terminal(Console):

@@ -84,7 +84,7 @@ class Series:
     Args:
         name: what the figures are; the table has a column of that name.
         kind: `line` joins them, `dots` does not; `stairs` is a filled staircase and `outline` its upper edge.
-        style: a CSS class that sets `--ink`, the colour: `training`, `test`, `measured`, `expected`, `arm-0` to `arm-7`.
+        style: a CSS class that sets the colour: `training`, `test`, `measured`, `expected`, or `arm-0` to `arm-7`.
         width: how much of the axis each figure of a staircase stands for, with its place in the middle.
         key: what the legend calls it, and all other series of that key and style; by default its name.
     """
