@@ -103,7 +103,9 @@ def inspect(
     op is timed on the device of `spec`, in a model with random weights. With `save_to` the plan is also written there,
     as a file to edit and to train by. Raises a FxsplitError for anything that the user can mend.
     """
-    spec = assembly.with_preprocessing(spec, observer or Observer())
+    observer = observer or Observer()
+    observer.working(f"tracing {spec.model}")
+    spec = assembly.with_preprocessing(spec, observer)
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     measured = measured or spec.balance == "seconds"
     device = assembly.choose_device(spec.device) if measured else torch.device("meta")
@@ -113,7 +115,7 @@ def inspect(
     trace = trace_model(assembly.in_layout(spec, model.to(device)), given.args, given.kwargs)
     if measured:
         trace = measure_ops(trace, given.args, given.kwargs, device=device, passes=assembly.passes(spec, device))
-    plan = assembly.plan(spec, trace, observer or Observer())
+    plan = assembly.plan(spec, trace, observer)
     found = assembly.inspection(spec, trace, plan, assembly.forecast(spec, plan, trace, measured=measured))
     if save_to is not None:
         write_file(found.plan_file, save_to)

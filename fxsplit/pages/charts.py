@@ -22,6 +22,7 @@ from typing import Literal
 
 from fxsplit.pages.figures import NUMBER, Unit
 
+Kind = Literal["line", "dots", "stairs", "outline"]
 # Positions are written so that they are exact to a tenth of a pixel on the widest screens.
 DIGITS = 5
 
@@ -92,7 +93,7 @@ class Series:
     name: str
     xs: tuple[float, ...]
     ys: tuple[float, ...]
-    kind: Literal["line", "dots", "stairs", "outline"] = "line"
+    kind: Kind = "line"
     style: str = "arm-0"
     width: float = 1.0
     key: str = ""

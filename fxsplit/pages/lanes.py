@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from fxsplit.pages.charts import Axis, Plot, Rule, Series
+from fxsplit.pages.charts import Axis, Kind, Plot, Rule, Series
 from fxsplit.pages.figures import BYTES, ENERGY, NUMBER, PERCENT, SECONDS, Unit
 from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.schedule import Plan
@@ -17,6 +17,8 @@ EPOCH = Unit(write=lambda place: f"{place + 0.5:g}", brief=lambda edge: f"{edge 
 COST = Unit(write="{:.2f}".format, brief="{:g}".format)
 # Ticks of a lane, which is low.
 FEW = 2
+# Of a run with more epochs, lanes show that many: there are no more pixels.
+MOST_EPOCHS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,14 +112,11 @@ def _lane(
     name: str, plan: Plan, unit: Unit, kinds: Mapping[str, Sequence[float]], *, rules: Sequence[Rule] = ()
 ) -> Plot:
     """Draw figures as stairs from zero; the forecast, where there is one beside others, as an outline."""
+    has_others = len(kinds) > 1
     series = [
-        Series(
-            name=kind,
-            xs=_places(figures),
-            ys=tuple(figures),
-            kind="outline" if kind == "forecast" and len(kinds) > 1 else "stairs",
-            style="expected" if kind == "forecast" and len(kinds) > 1 else "measured",
-        )
+        _series(kind, figures, plan, kind="outline", style="expected")
+        if has_others and kind == "forecast"
+        else _series(kind, figures, plan, kind="stairs", style="measured")
         for kind, figures in kinds.items()
     ]
     every = [*(figure for figures in kinds.values() for figure in figures), *(rule.at for rule in rules)]
@@ -128,14 +127,24 @@ def _lane(
 def _curves(
     name: str, plan: Plan, unit: Unit, kinds: Mapping[str, Sequence[float]], *, from_zero: bool = False
 ) -> Plot:
-    series = [Series(name=kind, xs=_places(ys), ys=tuple(ys), style=_style(kind)) for kind, ys in kinds.items()]
+    series = [
+        _series(kind, ys, plan, kind="line", style=kind if kind in ("training", "test") else "test")
+        for kind, ys in kinds.items()
+    ]
     axis = Axis.over((y for ys in kinds.values() for y in ys), name, unit, ticks=FEW, from_zero=from_zero)
     return Plot(title=name, x=timeline(plan), y=axis, series=series)
 
 
-def _style(kind: str) -> str:
-    return kind if kind in ("training", "test") else "test"
-
-
-def _places(figures: Sequence[float]) -> tuple[float, ...]:
-    return tuple(index + 0.5 for index in range(len(figures)))
+def _series(name: str, figures: Sequence[float], plan: Plan, *, kind: Kind, style: str) -> Series:
+    """Place the figures of epochs on the timeline: of all, or of every so many, each in the middle of those."""
+    width = -(-plan.epochs // MOST_EPOCHS)
+    width += 1 - width % 2  # odd, so that there is an epoch in the middle
+    shown = range(min(width // 2, len(figures) - 1), len(figures), width) if figures else ()
+    return Series(
+        name=name,
+        xs=tuple(index + 0.5 for index in shown),
+        ys=tuple(figures[index] for index in shown),
+        kind=kind,
+        style=style,
+        width=width,
+    )

@@ -58,6 +58,7 @@ def test_an_axis_begins_and_ends_at_round_figures(
     axis = Axis.over(figures, "it", unit, ticks=2)
     assert (axis.least, axis.most) == pytest.approx(ends)
     assert [unit.brief(round(tick, 9)) for tick in axis.ticks] == ticks
+    assert [axis.share(place) for place in (*ends, sum(ends) / 2)] == pytest.approx([0, 1, 0.5])
     assert all(0 <= axis.share(figure) <= 1 for figure in figures if figure == figure)
 
 
