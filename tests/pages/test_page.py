@@ -236,13 +236,13 @@ def test_on_a_narrow_page_every_cell_has_its_heading(page: Page, run_page: Page)
 
 
 def test_lanes_of_a_long_run_are_as_fine_as_pixels(inspection: Inspection) -> None:
-    phases = (Phase(start=0, stop=3, epochs=3500), Phase(start=1, stop=3, epochs=1500))
+    phases = (Phase(start=0, stop=3, epochs=2500), Phase(start=1, stop=3, epochs=1500))
     assert inspection.forecast is not None
     ahead = replace(inspection.forecast, phases=inspection.forecast.phases[:2])
     plan = Plan(schedule="long", partitions=inspection.partitions, phases=phases)
     page = Page(inspection_page(replace(inspection, plan=plan, forecast=ahead)))
     said = [text for text in page.texts["title"] if text.startswith("epoch ")]
-    assert len(said) == 2 * 1000
+    assert len(said) == 2 * 800
     assert said[0].startswith("epoch 3: ")
     time = str(page.having("path", "class", "area measured")[0]["d"])
     assert time.startswith("M0 1V")
