@@ -73,13 +73,6 @@ def _can_be_redrawn(console: Console) -> bool:
     return console.is_terminal and not console.is_dumb_terminal and sys.stderr.isatty()
 
 
-class Notices(Observer):
-    """Writes only what was decided for the user."""
-
-    def notice(self, sentence: str) -> None:
-        say(sentence)
-
-
 class CheckBar(Observer):
     """Shows how many models are done; what failed stays above the bar."""
 

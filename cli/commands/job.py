@@ -47,6 +47,7 @@ Run = Annotated[
         metavar="RUN",
         help="The folder of a run, its model.safetensors, or one of its checkpoints.",
         show_default=False,
+        autocompletion=completion.runs,
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="TEXT")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import PurePath
+from shlex import quote
 
 from fxsplit.graph import Value
 from fxsplit.pages import charts
@@ -33,13 +34,15 @@ def _page(inspection: Inspection, *, report: RunReport | None, lanes: Sequence[P
     all_cuts = with_ends(inspection)
     most_bytes = max(cut.bytes_per_sample for cut in all_cuts)
     ahead = inspection.forecast
+    run_name = PurePath(report.folder).name if report else ""
     return document(
         "page.html.jinja",
         script="page.js",
         inspection=inspection,
         report=report,
-        run_name=PurePath(report.folder).name if report else "",
+        run_name=run_name,
         began=_minute(report) if report else "",
+        evaluating=f"fxsplit evaluate {quote(report.folder)} --output evaluation.html" if report and run_name else "",
         expected=Expected.of(ahead, report.epochs) if ahead and report else None,
         plan=inspection.plan,
         graph=inspection.train,

@@ -251,6 +251,7 @@ def test_lanes_of_a_long_run_are_as_fine_as_pixels(inspection: Inspection) -> No
 
 def test_the_title_says_which_run_it_is(report: RunReport, inspection: Inspection, run_page: Page) -> None:
     assert run_page.texts["title"][0] == "[red]run · file[bold].py:make · fxsplit"
+    assert "fxsplit evaluate 'output/train/[red]run' --output evaluation.html" in run_page.texts["code"]
     dated = replace(report, environment={"date_utc": "2026-11-27T11:33:59+00:00"})
     page = Page(report_page(dated, inspection))
     assert page.texts["title"][0] == "[red]run · file[bold].py:make · 2026-11-27 11:33 UTC · fxsplit"
