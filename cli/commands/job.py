@@ -11,8 +11,19 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from fxsplit.errors import UsageError
-from fxsplit.resuming import AUTO, RECIPE, differing, newest_run, run_folder_of
-from fxsplit.spec import PLANNED, RunSpec, beside_plan, from_text, read_environment, read_recipe, read_values, resolve
+from fxsplit.resuming import AUTO, RECIPE, differing, free_name, newest_run, run_folder_of
+from fxsplit.spec import (
+    DEFAULTS,
+    PLANNED,
+    RunSpec,
+    beside_plan,
+    from_text,
+    read_environment,
+    read_recipe,
+    read_values,
+    resolve,
+)
+from fxsplit.trust import refuse_recipe, refuse_run
 
 RULES = {item.name: item.metadata for item in fields(RunSpec)}
 MODEL_FORMS = RULES["model"]["help"].rstrip(".")
@@ -24,6 +35,22 @@ Recipe = Annotated[Path | None, typer.Option("--config", "-c", metavar="RECIPE",
 LayerToLayer = Annotated[
     bool,
     typer.Option("--l2l", help="The same as --preset l2l.", rich_help_panel="Layer-to-layer", metavar=""),
+]
+TrustRecipe = Annotated[
+    bool,
+    typer.Option(
+        "--trust-recipe",
+        help="Let the recipe run a Python file as its model, and name folders outside of this one.",
+        metavar="",
+    ),
+]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Run code that comes with a model of Hugging Face, or that a run's own recipe names.",
+        metavar="",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON.", metavar="")]
 Verbose = Annotated[
@@ -38,13 +65,22 @@ class Job(NamedTuple):
     verbose: bool
 
 
-def resolve_spec(model: str | None, config: Path | None, l2l: bool, given: dict[str, Any]) -> RunSpec:
-    spec, _ = resolve_run(model, config, l2l, given, None)
+def resolve_spec(
+    model: str | None, config: Path | None, l2l: bool, given: dict[str, Any], *, trust_recipe: bool
+) -> RunSpec:
+    spec, _ = resolve_run(model, config, l2l, given, None, trust_recipe=trust_recipe)
     return spec
 
 
 def resolve_run(
-    model: str | None, config: Path | None, l2l: bool, given: dict[str, Any], resume: str | None
+    model: str | None,
+    config: Path | None,
+    l2l: bool,
+    given: dict[str, Any],
+    resume: str | None,
+    *,
+    trust_recipe: bool,
+    trust_code: bool = False,
 ) -> tuple[RunSpec, str | None]:
     """Return what is asked for, and the run to go on with if there is one, whose options are those not given."""
     options = {
@@ -54,7 +90,11 @@ def resolve_run(
     }
     if l2l and options.setdefault("preset", "l2l") != "l2l":
         raise UsageError(f"--l2l means --preset l2l and contradicts --preset {options['preset']}")
-    layers = (read_recipe(config) if config else {}, read_environment(os.environ), read_values(options))
+    recipe = read_recipe(config) if config else {}
+    layers = (recipe, read_environment(os.environ), read_values(options))
+    own = _merged(layers[1:])
+    if not trust_recipe:
+        refuse_recipe(recipe, own, DEFAULTS)
     found = None
     if resume is not None:
         found = newest_run(_merged(layers)) if resume == AUTO else run_folder_of(resume)
@@ -62,9 +102,13 @@ def resolve_run(
         before = read_recipe(found / RECIPE)
         spec = resolve(before, *layers)
         differing(resolve(before), spec)  # or an error before torch is loaded
+        if "model" not in own and not (trust_recipe and "model" in recipe):
+            refuse_run(spec.model, found, trust_code=trust_code)
         return spec, str(found) if resume == AUTO else resume
     if not any("model" in layer for layer in layers):
         raise UsageError(f"no model is given; name one here or in a recipe, as {MODEL_FORMS}")
+    if (name := recipe.get("experiment")) and "experiment" not in own:
+        layers[0]["experiment"] = free_name(_merged(layers).get("output", DEFAULTS["output"]), name)
     spec = resolve(*layers)
     if spec.plan and (beside := [name for name in PLANNED if name in options]):
         raise UsageError(beside_plan(beside))

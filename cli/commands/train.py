@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from types import FrameType
@@ -19,8 +18,9 @@ from fxsplit.spec import RunSpec
 
 from .. import tables, views
 from ..options import with_spec_options
+from ..streams import result_alone
 from ..terminal import write
-from .job import Job, Json, LayerToLayer, Model, Recipe, Verbose, resolve_run
+from .job import Job, Json, LayerToLayer, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_run
 
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
 
@@ -31,6 +31,8 @@ def train(
     model: Model = None,
     config: Recipe = None,
     l2l: LayerToLayer = False,
+    trust_recipe: TrustRecipe = False,
+    trust_code: TrustCode = False,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -64,19 +66,20 @@ def train(
 
     The command line wins over FXSPLIT_* variables, such as FXSPLIT_BATCH_SIZE, and they over the recipe.
     """
-    spec, resume = resolve_run(model, config, l2l, given, resume)
+    spec, resume = resolve_run(
+        model, config, l2l, given, resume, trust_recipe=trust_recipe or print_config, trust_code=trust_code
+    )
     if print_config:
         return Job(partial(write, spec.to_yaml()), verbose)
     view: views.View = "quiet" if quiet else "live" if progress else "plain"
-    return Job(partial(_train, spec, resume, view, as_json), verbose)
+    return Job(partial(_train, spec, resume, trust_code, view, as_json), verbose)
 
 
-def _train(spec: RunSpec, resume: str | None, view: views.View, as_json: bool) -> None:
-    # What libraries print belongs beside the progress, not into the result.
-    with views.observing(spec.model, view) as observer, redirect_stdout(sys.stderr), _terminable():
+def _train(spec: RunSpec, resume: str | None, trust_code: bool, view: views.View, as_json: bool) -> None:
+    with views.observing(spec.model, view) as observer, result_alone(), _terminable():
         from fxsplit import api
 
-        report = api.train(spec, observer, resume=resume)
+        report = api.train(spec, observer, resume=resume, trust_code=trust_code)
     if as_json:
         write(json_text(report.to_dict()))
     else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxsplit.data.decoding import suffixes
-from fxsplit.errors import DataError, printable
+from fxsplit.errors import DataError, printable, shown_path
 
 # Names of the folders of each set, in lower case.
 TRAIN = ("train", "training")
@@ -39,8 +39,8 @@ def layout(root: Path, notice: Notice) -> tuple[Path, Path | None]:
     Raises DataError when there is no such folder, when one of the two is missing, or when it has two names that mean
     the same.
     """
-    if not root.is_dir():
-        raise DataError(f"there is no folder {str(root)!r}; check the path after folder:")
+    if not os.path.isdir(root):
+        raise DataError(f"there is no folder {shown_path(root)}; check the path after folder:")
     train, test, validation = (_named(root, names) for names in (TRAIN, TEST, VALIDATION))
     if train and (test or validation):
         if test and validation:
