@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from fxsplit.errors import FxsplitError, Terminated
+from fxsplit.errors import FxsplitError, Terminated, UsageError, shortened
 
 from .commands.check import check
 from .commands.inspect import inspect
@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked.run()
         sys.stdout.flush()
         return 0
+    except (SystemExit, GeneratorExit) as error:
+        return _fail(f"the model's code ended the run: it raised {type(error).__name__}; take that out", 1)
     except FxsplitError as error:
         return _fail(str(error), error.exit_code)
     except typer.TyperException as error:
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, exit_code: int) -> int:
     """Typer's errors have no message where help was shown instead."""
     if message:
-        say(f"fxsplit: {message}")
+        say(f"fxsplit: {shortened(message) if exit_code == UsageError.exit_code else message}")
     return exit_code
 
 

@@ -59,19 +59,20 @@ def train(
     start = assembly.start(spec, resume, observer, trust_code=trust_code)  # at the beginning, or from a checkpoint
     spec = start.spec
     device = assembly.choose_device(spec.device)
+    assembly.check_names(spec, goes_on=start.folder is not None)
     with trusting_code(trust_code), assembly.determinism(spec.seed, spec.deterministic):
-        # an untouched nn.Module, or an error before data are loaded
-        model = assembly.model(spec, device, observer, goes_on=start.goes_on)
-        data = assembly.data(spec, observer).to(device)  # images and labels
-        assembly.check_data(start, data, observer)
-        trace = assembly.trace(spec, model, data)  # its ops in order, in training and in evaluation
+        kind = assembly.kind(spec)  # of the images, which are loaded when all else is known to fit
+        model = assembly.model(spec, kind, device, observer, goes_on=start.goes_on)  # an untouched nn.Module
+        trace = assembly.trace(spec, model, kind, device)  # its ops in order, in training and in evaluation
         passes = assembly.passes(spec, device)
         for each in passes:
             observer.notice(effect_of(each))
         if spec.balance == "seconds" and spec.plan is None and not start.goes_on:
-            trace = measure_ops(trace, (assembly.random_images(spec, data),), device=device, passes=passes)
+            trace = measure_ops(trace, (assembly.random_images(spec, kind, device),), device=device, passes=passes)
         plan = assembly.plan(spec, trace, observer, start.plan)  # partitions and phases: names and numbers, no tensors
         executor = assembly.executor(spec, trace, plan, passes)  # the model again, which runs any phase
+        data = assembly.data(spec, observer).to(device)  # images and labels
+        assembly.check_data(start, data, observer)
         if not start.goes_on:
             plan = assembly.paying_plan(spec, trace, executor, plan, data, device, observer)
         recordings = assembly.recordings(spec, trace, device, observer)  # of steps, as CUDA graphs

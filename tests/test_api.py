@@ -592,7 +592,8 @@ def test_a_gpu_comes_as_near_to_a_memory_aim_as_measured_time_allows(
     monkeypatch.setattr("fxsplit.assembly.plans.time_ratio", measured)
     asked = fxsplit.RunSpec(model="paper:cnn", data="digits", img_size=32, batch_size=128, memory_aim=0.3)
     data = assembly.data(asked, notices)
-    found = assembly.trace(asked, assembly.model(asked, torch.device("cpu"), notices), data)
+    kind, cpu = assembly.kind(asked), torch.device("cpu")
+    found = assembly.trace(asked, assembly.model(asked, kind, cpu, notices), kind, cpu)
     plan = assembly.plan(asked, found, notices)
     assert plan.phases[0].micro_batches == 8
     net = fxsplit.Executor(found, plan.partitions)
@@ -936,8 +937,8 @@ def test_a_cache_changes_nothing_but_what_is_kept(
 def test_a_cache_leaves_what_training_needs_of_a_gpu(settling: Callable[..., fxsplit.RunSpec]) -> None:
     chosen = settling()
     images = assembly.data(chosen, Observer())
-    model = assembly.model(chosen, torch.device("cpu"), Observer())
-    captured = assembly.trace(chosen, model, images)
+    kind, cpu = assembly.kind(chosen), torch.device("cpu")
+    captured = assembly.trace(chosen, assembly.model(chosen, kind, cpu, Observer()), kind, cpu)
     plan = assembly.plan(chosen, captured, Observer())
     assert cache_policy(chosen, captured, plan, images).peak_bytes == 0
     train = SimpleNamespace(device=torch.device("cuda", 0), resident=images.train.resident)

@@ -13,7 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxsplit.errors import UsageError, nearest
+from fxsplit.errors import UsageError, nearest, reason, shown
 
 # timm's schedules that are functions of the step alone. Its "plateau" looks at the test images and is left out.
 SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
@@ -48,14 +48,14 @@ def make_optimizer(
     Raises UsageError for an unknown name and for values that the optimizer refuses.
     """
     if name not in list_optimizers():
-        raise UsageError(f"timm has no optimizer {name!r}{nearest(name, list_optimizers())}")
+        raise UsageError(f"timm has no optimizer {shown(name)}{nearest(name, list_optimizers())}")
     groups = [group for module in modules for group in _groups(module, weight_decay) if group["params"]]
     try:
         optimizer: Optimizer = create_optimizer_v2(
             groups, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay, **_fused(name, groups)
         )
     except (ImportError, TypeError, ValueError) as error:
-        raise UsageError(f"the optimizer {name!r} cannot be made: {error}") from error
+        raise UsageError(f"the optimizer {name!r} cannot be made: {reason(error)}") from error
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = capturable
@@ -139,6 +139,14 @@ def anneal(optimizer: Optimizer, step: int, *, steps: float) -> None:
         group["lr_scale"] = (1 - math.cos(math.pi * left)) / 2
 
 
+def refuse_unknown_schedule(name: str) -> None:
+    """Raise UsageError when there is no learning-rate schedule of that name."""
+    if name not in SCHEDULES:
+        raise UsageError(
+            f"there is no learning-rate schedule {shown(name)}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
+        )
+
+
 def make_scheduler(
     optimizer: Optimizer,
     *,
@@ -166,10 +174,7 @@ def make_scheduler(
 
     Raises UsageError for an unknown name.
     """
-    if name not in SCHEDULES:
-        raise UsageError(
-            f"there is no learning-rate schedule {name!r}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
-        )
+    refuse_unknown_schedule(name)
     if name == "step" and decay_epochs is None:
         decay_epochs = epochs / 3
     scheduler: Scheduler

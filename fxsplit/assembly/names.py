@@ -1,0 +1,51 @@
+"""Names that only torch, timm or the disk know: what is wrong with one is said before model and data are loaded."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import torch
+
+from fxsplit.assembly.steps import optimizer_of
+from fxsplit.errors import UsageError, nearest, reason, shown, shown_path
+from fxsplit.paths import expanded
+from fxsplit.plan.planfile import read_file
+from fxsplit.spec import RunSpec
+from fxsplit.training.optimizers import refuse_unknown_schedule, slots_of
+
+
+def check_names(spec: RunSpec, *, goes_on: bool = False) -> None:
+    """Hold the names in a spec against those that there are: optimizer, schedules, backend, plan file, run folder.
+
+    A run that `goes_on` has its folder. Raises UsageError when one of them cannot be used.
+    """
+    refuse_unknown_schedule(spec.sched)
+    try:
+        slots_of(partial(optimizer_of, spec))  # a step on a small tensor
+    except UsageError:
+        raise
+    except Exception as error:  # such as of an optimizer that needs a closure, or another library
+        raise UsageError(f"the optimizer {shown(spec.opt)} cannot be used here: {reason(error)}") from error
+    if spec.torchcompile:
+        known = torch.compiler.list_backends(exclude_tags=())
+        if spec.torchcompile not in known:
+            raise UsageError(
+                f"torch has no backend {shown(spec.torchcompile)} to compile with{nearest(spec.torchcompile, known)} "
+                f"(have: {', '.join(torch.compiler.list_backends())})"
+            )
+    if spec.plan is not None:
+        read_file(spec.plan)
+    if spec.experiment is not None and not goes_on and not spec.dry_run:
+        _refuse_taken(expanded(spec.output), spec.experiment)
+
+
+def _refuse_taken(output: os.PathLike[str], name: str) -> None:
+    path = os.path.join(output, name)
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UsageError(f"{shown_path(path)} is a file, and no folder for a run; name another --experiment")
+    if os.path.lexists(os.path.join(path, "args.yaml")):
+        raise UsageError(
+            f"the folder {shown_path(path)} already holds a run; name another --experiment, or go on with it "
+            "by --resume"
+        )
