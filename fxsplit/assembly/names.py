@@ -15,10 +15,10 @@ from fxsplit.spec import RunSpec
 from fxsplit.training.optimizers import refuse_unknown_schedule, slots_of
 
 
-def check_names(spec: RunSpec, *, goes_on: bool = False) -> None:
-    """Hold the names in a spec against those that there are: optimizer, schedules, backend, plan file, run folder.
+def check_names(spec: RunSpec, *, makes_folder: bool = False) -> None:
+    """Hold the names in a spec against those that there are: optimizer, learning rates, backend, plan file.
 
-    A run that `goes_on` has its folder. Raises UsageError when one of them cannot be used.
+    Where it `makes_folder`, that must be free too. Raises UsageError when one of them cannot be used.
     """
     refuse_unknown_schedule(spec.sched)
     try:
@@ -36,7 +36,7 @@ def check_names(spec: RunSpec, *, goes_on: bool = False) -> None:
             )
     if spec.plan is not None:
         read_file(spec.plan)
-    if spec.experiment is not None and not goes_on and not spec.dry_run:
+    if makes_folder and spec.experiment is not None:
         _refuse_taken(expanded(spec.output), spec.experiment)
 
 

@@ -303,6 +303,17 @@ def test_a_wrong_plan_is_drawn_with_a_mark_at_each_wrong_phase() -> None:
     ]
 
 
+def test_of_many_phases_those_about_the_first_wrong_one_are_shown() -> None:
+    phases = [Phase(start=0, stop=3, epochs=number) for number in range(1, 101)]
+    phases[49:] = [Phase(start=0, stop=9, epochs=50)] * 51
+    with pytest.raises(PartitionError) as caught:
+        Plan(schedule="mine", partitions=partitions(1, 1, 1), phases=tuple(phases))
+    lines = str(caught.value).split("\n")[2:]
+    assert lines[0] == lines[-1] == "  ..."
+    assert [line[:2] for line in lines[1:-1]] == ["  "] * 6 + ["> "] * 7
+    assert lines[6] == "  ###  49 epochs"
+
+
 def test_a_plan_has_a_phase() -> None:
     with pytest.raises(PartitionError, match="has no phase"):
         Plan(schedule="mine", partitions=partitions(1), phases=())
