@@ -66,8 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked.run()
         sys.stdout.flush()
         return 0
-    except (SystemExit, GeneratorExit) as error:
-        return _fail(f"the model's code ended the run: it raised {type(error).__name__}; take that out", 1)
     except FxsplitError as error:
         return _fail(str(error), error.exit_code)
     except typer.TyperException as error:
@@ -87,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         hint = "" if verbose else "; run with -v for the traceback"
         return _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}", 1)
+    except BaseException as error:  # such as SystemExit, which would end the process with what looks like success
+        return _fail(f"the model's code ended the run: it raised {type(error).__name__}; take that out", 1)
 
 
 def _fail(message: str, exit_code: int) -> int:

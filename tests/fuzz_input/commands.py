@@ -131,9 +131,7 @@ def furnish(folder: Path) -> None:
     (folder / "recipe.yaml").write_text("model: paper:cnn\nimg-size: 16\nepochs: 2\n")
     (folder / "evil.yaml").write_text("model: nets.py:build\noutput: ../elsewhere\nexperiment: ../../x\n")
     (folder / "folder").mkdir()
-    (folder / "folder" / "config.json").write_text(
-        json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "evil.C"}})
-    )
+    (folder / "folder" / "config.json").write_text(CONFIG)
     (folder / "folder" / "evil.py").write_text("raise SystemExit\n")
     model = registry.build("paper:cnn", num_classes=10, img_size=16)
     torch.save(model.state_dict(), folder / "weights.pth")

@@ -18,7 +18,8 @@ from tests.fuzz_input.outcome import Outcome, crashed, nothing_made, refused
 WORDS = {
     "model": "paper:cnn", "initial-checkpoint": "weights.pth", "plan": "plan.json", "img-size": 16,
     "interpolation": "bicubic", "train-limit": 100, "train-batches-per-epoch": 3, "mean": [0.5], "std": [0.5],
-    "epochs-total": 8, "clip-grad": 1.0, "decay-epochs": 2.5, "decay-milestones": [1, 2.5], "settle-from": 0.2, "settle-until": 0.8, "settle-share": 0.5,
+    "epochs-total": 8, "clip-grad": 1.0,
+    "decay-epochs": 2.5, "decay-milestones": [1, 2.5], "settle-from": 0.2, "settle-until": 0.8, "settle-share": 0.5,
     "parts": 3,
     "at": ["layer1", "layer2.0"], "torchcompile": "eager", "memory-budget": 0.5, "memory-aim": 0.6, "cache-limit": 1.5,
     "cache-views": 2, "experiment": "mine",
