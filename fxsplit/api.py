@@ -59,7 +59,7 @@ def train(
     start = assembly.start(spec, resume, observer, trust_code=trust_code)  # at the beginning, or from a checkpoint
     spec = start.spec
     device = assembly.choose_device(spec.device)
-    assembly.check_names(spec, makes_folder=start.folder is None and not spec.dry_run)
+    assembly.check_names(spec, device, makes_folder=start.folder is None and not spec.dry_run)
     with trusting_code(trust_code), assembly.determinism(spec.seed, spec.deterministic):
         kind = assembly.kind(spec)  # of the images, which are loaded when all else is known to fit
         model = assembly.model(spec, kind, device, observer, goes_on=start.goes_on)  # an untouched nn.Module
@@ -112,7 +112,7 @@ def inspect(
     FxsplitError for anything that the user can mend.
     """
     spec = assembly.with_preprocessing(spec, observer or Observer())
-    assembly.check_names(spec)
+    assembly.check_names(spec, torch.device("cpu"))
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     measured = measured or spec.balance == "seconds"
     with trusting_code(trust_code):

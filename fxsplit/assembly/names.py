@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 
 import torch
+from torch import nn
 
-from fxsplit.assembly.steps import optimizer_of
+from fxsplit.assembly.steps import optimizer_of, scheduler
 from fxsplit.errors import UsageError, nearest, reason, shown, shown_path
 from fxsplit.paths import expanded
 from fxsplit.plan.planfile import read_file
 from fxsplit.spec import RunSpec
-from fxsplit.training.optimizers import refuse_unknown_schedule, slots_of
 
 
-def check_names(spec: RunSpec, *, makes_folder: bool = False) -> None:
+def check_names(spec: RunSpec, device: torch.device, *, makes_folder: bool = False) -> None:
     """Hold the names in a spec against those that there are: optimizer, learning rates, backend, plan file.
 
     Where it `makes_folder`, that must be free too. Raises UsageError when one of them cannot be used.
     """
-    refuse_unknown_schedule(spec.sched)
-    try:
-        slots_of(partial(optimizer_of, spec))  # a step on a small tensor
-    except UsageError:
-        raise
-    except Exception as error:  # such as of an optimizer that needs a closure, or another library
-        raise UsageError(f"the optimizer {shown(spec.opt)} cannot be used here: {reason(error)}") from error
+    _try_optimizer(spec, device)
     if spec.torchcompile:
         known = torch.compiler.list_backends(exclude_tags=())
         if spec.torchcompile not in known:
@@ -38,6 +31,21 @@ def check_names(spec: RunSpec, *, makes_folder: bool = False) -> None:
         read_file(spec.plan)
     if makes_folder and spec.experiment is not None:
         _refuse_taken(expanded(spec.output), spec.experiment)
+
+
+def _try_optimizer(spec: RunSpec, device: torch.device) -> None:
+    """Make the optimizer and the learning rates of a run for a small parameter, and step once."""
+    weight = nn.Parameter(torch.zeros(4, 4, device=device))
+    try:
+        optimizer = optimizer_of(spec, [weight])
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    except UsageError:
+        raise
+    except Exception as error:  # such as of an optimizer that needs a closure, or another library
+        raise UsageError(f"the optimizer {shown(spec.opt)} cannot be used here: {reason(error)}") from error
+    if spec.schedule != "window":  # whose length follows from the model
+        scheduler(spec, spec.epochs_total or spec.epochs)(optimizer, steps_per_epoch=1)
 
 
 def _refuse_taken(output: os.PathLike[str], name: str) -> None:

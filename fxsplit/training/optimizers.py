@@ -139,14 +139,6 @@ def anneal(optimizer: Optimizer, step: int, *, steps: float) -> None:
         group["lr_scale"] = (1 - math.cos(math.pi * left)) / 2
 
 
-def refuse_unknown_schedule(name: str) -> None:
-    """Raise UsageError when there is no learning-rate schedule of that name."""
-    if name not in SCHEDULES:
-        raise UsageError(
-            f"there is no learning-rate schedule {shown(name)}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
-        )
-
-
 def make_scheduler(
     optimizer: Optimizer,
     *,
@@ -172,24 +164,30 @@ def make_scheduler(
         decay_milestones: epochs of the decays, for "multistep".
         decay_rate: factor of a decay; the power of "poly".
 
-    Raises UsageError for an unknown name.
+    Raises UsageError for an unknown name, and for values that the schedule refuses.
     """
-    refuse_unknown_schedule(name)
+    if name not in SCHEDULES:
+        raise UsageError(
+            f"there is no learning-rate schedule {shown(name)}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
+        )
     if name == "step" and decay_epochs is None:
         decay_epochs = epochs / 3
     scheduler: Scheduler
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=name,
-        num_epochs=epochs,
-        decay_epochs=decay_epochs,
-        decay_milestones=list(decay_milestones),
-        decay_rate=decay_rate,
-        warmup_epochs=warmup_epochs,
-        min_lr=min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=name,
+            num_epochs=epochs,
+            decay_epochs=decay_epochs,
+            decay_milestones=list(decay_milestones),
+            decay_rate=decay_rate,
+            warmup_epochs=warmup_epochs,
+            min_lr=min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
+        raise UsageError(f"the learning-rate schedule {name!r} cannot be made so: {reason(error)}") from error
     return scheduler
 
 
