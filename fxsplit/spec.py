@@ -82,7 +82,7 @@ class RunSpec:
     data: str = option("Data", "digits, cifar10, cifar100, folder:PATH or synthetic.", "digits")
     data_dir: str = option("Data", "Where downloaded data sets are kept.", "~/.cache/fxsplit/data")
     img_size: int | None = option(
-        "Data", "Side of the square images in pixels; the data's own if not given.", None, least=1, most=MOST_SIDE
+        "Data", "Side of the square images in pixels; the data's own if not given.", None, least=2, most=MOST_SIDE
     )
     interpolation: str | None = option(
         "Data", "How images are resized; bilinear if not given.", None, choices=("bilinear", "bicubic")

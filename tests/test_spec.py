@@ -36,7 +36,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "experiment": maybe | names,
     **dict.fromkeys(("epochs", "log_interval"), whole),
     **dict.fromkeys(("train_limit", "train_batches_per_epoch", "epochs_total"), maybe | whole),
-    "img_size": maybe | small,
+    "img_size": maybe | small.map(lambda side: side + 1),
     **dict.fromkeys(("warmup_epochs", "exits"), whole | st.just(0)),
     "workers": small,
     **dict.fromkeys(("weight_decay", "min_lr", "exit_weight"), finite),

@@ -435,11 +435,13 @@ def _errors_of(library: str, name: str, settings: dict[str, Any], *, cache: str)
             f"{shown_path(f'{library}:{name}')} cannot be downloaded or read ({reason(error)}); connect to the "
             f"network, copy its files into {cache}, or do without pretrained weights"
         ) from error
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # code that comes with a model may call sys.exit
         raise _cannot_build(library, name, settings, error) from error
 
 
-def _cannot_build(library: str, name: str, settings: dict[str, Any], error: Exception) -> UsageError:
+def _cannot_build(library: str, name: str, settings: dict[str, Any], error: BaseException) -> UsageError:
     asked = ", ".join(f"{key}={value!r}" for key, value in settings.items())
     return UsageError(f"{library} cannot build {shown(name)}{asked and f' with {asked}'}: {reason(error)}")
 
