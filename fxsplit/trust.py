@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from fxsplit.errors import UsageError, shown, shown_path
+from fxsplit.errors import UsageError, shown_path
 from fxsplit.options import key
 from fxsplit.paths import leads_out
 
@@ -63,7 +63,7 @@ def refuse_recipe(recipe: Mapping[str, Any], given: Collection[str], defaults: M
         if name in decides and leads_out(decides[name])
     }
     if "model" in decides and is_code(decides["model"]):
-        faults["model"] = f"model is {shown(decides['model'])}, which runs code"
+        faults["model"] = f"model is {shown_path(decides['model'])}, which runs code"
     if faults:
         raise UsageError(
             f"the recipe decides what is yours to decide: {'; '.join(faults.values())}; if you trust it, add "
@@ -75,6 +75,6 @@ def refuse_run(model: str, folder: str | Path, *, trust_code: bool) -> None:
     """Raise UsageError when a run that goes on would run code that nobody has named, unless code is trusted."""
     if is_code(model) and not trust_code:
         raise UsageError(
-            f"the run in {shown_path(folder)} is of {shown(model)}, which runs code; if you trust it, name the "
+            f"the run in {shown_path(folder)} is of {shown_path(model)}, which runs code; if you trust it, name the "
             "model beside --resume, or add --trust-code"
         )

@@ -11,7 +11,7 @@ from fxsplit.assembly.images import CHANNELS, Kind, in_layout
 from fxsplit.capture import tracing as capture
 from fxsplit.capture.tracing import Trace
 from fxsplit.data.decoding import INTERPOLATIONS
-from fxsplit.errors import UsageError, shown, shown_path
+from fxsplit.errors import UsageError, shown_path
 from fxsplit.graph import Graph
 from fxsplit.models import registry
 from fxsplit.models.examples import Example, example, takes_images
@@ -97,12 +97,12 @@ def _refuse_other_than_scores(spec: RunSpec, kind: Kind, graph: Graph) -> None:
     if shape is None or len(shape) != 2 or shape[0] != IMAGES_TRACED:
         given = "no tensor" if shape is None else f"values of shape {' x '.join(map(str, shape)) or '()'}"
         raise UsageError(
-            f"{shown(spec.model)} returns {given} for {IMAGES_TRACED} images, and train needs a score of each class "
-            "for each image; end the model in pooling, a flattening and a linear layer"
+            f"{shown_path(spec.model)} returns {given} for {IMAGES_TRACED} images, and train needs a score of each "
+            "class for each image; end the model in pooling, a flattening and a linear layer"
         )
     if shape[1] < kind.classes:
         raise UsageError(
-            f"{shown(spec.model)} gives {shape[1]} class scores, and {shown_path(spec.data)} has {kind.classes} "
+            f"{shown_path(spec.model)} gives {shape[1]} class scores, and {shown_path(spec.data)} has {kind.classes} "
             "classes; a factory that takes num_classes is told how many"
         )
 

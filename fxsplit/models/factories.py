@@ -42,7 +42,7 @@ def call(
         factory = getattr(module, name, None)
         if isinstance(factory, nn.Module):
             raise NoModelError(
-                f"{shown(spec)} is a module already built; name a function that builds one and returns it"
+                f"{shown_path(spec)} is a module already built; name a function that builds one and returns it"
             )
         if not callable(factory):
             callables = [key for key, value in vars(module).items() if callable(value)]
@@ -53,7 +53,7 @@ def call(
         except NOT_CAUGHT:
             raise
         except BaseException as error:
-            raise UsageError(f"{shown(spec)} {_raised(error)}") from error
+            raise UsageError(f"{shown_path(spec)} {_raised(error)}") from error
 
 
 def is_file(source: str) -> bool:
@@ -105,8 +105,8 @@ def _import_module(source: str, spec: str, libraries: Collection[str]) -> Module
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{source}.".startswith(f"{missing}."):
             raise NoModelError(
-                f"{shown(source)} in {shown(spec)} is no library ({', '.join(libraries)}), no .py file and no module "
-                f"that can be imported{nearest(source, libraries)}"
+                f"{shown(source)} in {shown_path(spec)} is no library ({', '.join(libraries)}), no .py file and no "
+                f"module that can be imported{nearest(source, libraries)}"
             ) from error
         _raise_unimportable(source, error)
 
