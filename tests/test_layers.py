@@ -21,9 +21,8 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import those before it, and itself where it is a folder.
 LAYERS = (
     {"errors"},
-    {"paths"},
-    {"plain_data", "graph", "presets", "records", "data", "objects"},
-    {"options"},
+    {"paths", "plain_data"},
+    {"graph", "options", "presets", "records", "data", "objects"},
     {"trust"},
     {"plan", "models", "meta", "cuda"},
     {"spec", "report"},
