@@ -34,6 +34,11 @@ PRESETS: Mapping[str, tuple[Setting, ...]] = {
         Setting("recalibrate", True),
         Setting("memory_aim", 0.6),
     ),
+    "finetune": (
+        Setting("schedule", "finetune"),
+        Setting("by", "natural"),
+        Setting("sched", "cosine"),
+    ),
 }
 
 

@@ -48,7 +48,8 @@ class EpochRecord:
     `epoch` counts from 1 over the whole run; `phase` is its index in the plan, from 0. Partitions [start, stop) train.
     `cut` is the name of the partition that the sliding cut is before, or empty where all trained. `train_loss` and
     `train_top1` are means over the steps of the epoch, in which the weights changed; `eval_loss`, `eval_top1` and
-    `eval_top5` are of the test images after the epoch. Accuracies are in per cent.
+    `eval_top5` are of the test images after the epoch, `held_out_top1` of the training images that are held out, if
+    there are any. Accuracies are in per cent.
 
     Memory peaks are over the run so far for the process, over the phase so far for CUDA; a figure that this machine
     cannot give is None. `train_energy_joules` are those of `energy_joules` that went into training. The cache of the
@@ -79,6 +80,7 @@ class EpochRecord:
     train_energy_joules: float | None = None
     cache_resident_bytes: int | None = None
     cache_file_bytes: int | None = None
+    held_out_top1: float | None = None
 
     @property
     def joules_per_image(self) -> float | None:

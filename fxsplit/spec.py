@@ -31,9 +31,9 @@ MOST_SIDE, MOST_EPOCHS, MOST_PARTS = 1 << 14, 10**6, 10_000
 # Fields that may begin with the home folder.
 HOMES = ("model", "initial_checkpoint", "data", "data_dir", "output")
 # Fields that say when partitions settle. Only schedules that settle partitions use them.
-MOMENTS = ("settle_from", "settle_until", "settle_share")
+MOMENTS = ("settle_from", "settle_until", "settle_share", "settle_front")
 # Fields that may not be given beside a plan file, because the file decides them.
-PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs_total", *MOMENTS)
+PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs_total", "shift", *MOMENTS)
 # By field, those whose values from earlier layers are dropped when a later layer gives it: they decide the same thing.
 WITHDRAWN = {
     "parts": ("at",),
@@ -69,9 +69,10 @@ class RunSpec:
     initial_checkpoint: str | None = option(
         "Model",
         "Start from the weights in a file (safetensors or torch.save) or a run's folder; a classifier of another size "
-        "starts anew.",
+        "starts at zero.",
         None,
     )
+    force: bool = option("Model", "Take --preset finetune for a model without pretrained weights, too.", False)
     stem: str = option(
         "Model",
         "cifar, for small images: first convolution 3x3 at stride 1, no first pooling, patches of 4 pixels.",
@@ -114,6 +115,13 @@ class RunSpec:
     lr: float = option("Training", "Learning rate.", 1e-3, above=0)
     momentum: float = option("Training", "Momentum, for optimizers that have one.", 0.9, least=0, below=1)
     weight_decay: float = option("Training", "Weight decay.", 0.0, flags=("--wd",), least=0)
+    layer_decay: float | None = option(
+        "Training",
+        "Learning rate of each layer, as a share of that of the layer after it; layers are timm's groups.",
+        None,
+        above=0,
+        most=1,
+    )
     clip_grad: float | None = option(
         "Training", "Largest norm of the gradient; a larger one is scaled down.", None, above=0
     )
@@ -132,14 +140,16 @@ class RunSpec:
 
     preset: str = option(
         "Layer-to-layer",
-        "Options that go together: layer-to-layer training (l2l). An option that is given itself wins.",
+        "Options that go together: layer-to-layer training from random weights (l2l) or from pretrained ones "
+        "(finetune). An option that is given itself wins.",
         "none",
         choices=tuple(PRESETS),
     )
     schedule: str = option(
         "Layer-to-layer",
         "Which partitions train when: all (standard), fewer at both ends (window), the student (grow), the teacher "
-        "(settle; settle-far: as settle, but nearly everything; sooner in longer runs).",
+        "(settle; settle-far: as settle, but nearly everything; sooner in longer runs), the head alone and then a "
+        "teacher behind a front that never trains (finetune).",
         "standard",
         choices=tuple(SCHEDULES),
         instead=NO_SCHEDULE,
@@ -156,6 +166,21 @@ class RunSpec:
     )
     settle_share: float | None = option(
         "Layer-to-layer", "Largest share of the multiply-adds that may settle.", None, least=0, below=1
+    )
+    shift: str = option(
+        "Layer-to-layer",
+        "With --schedule finetune: how the images differ from those of the pretraining. Where the input does (other "
+        "colours, noise, another camera), the first layers have to change, and nothing settles once the head has "
+        "trained alone.",
+        "none",
+        choices=("none", "input"),
+    )
+    settle_front: float | None = option(
+        "Layer-to-layer",
+        "With --schedule finetune: share of the multiply-adds, at the front, that never trains.",
+        None,
+        least=0,
+        most=1,
     )
     parts: int | None = option("Layer-to-layer", "Number of partitions.", None, least=1, most=MOST_PARTS)
     at: tuple[str, ...] = option(
@@ -214,6 +239,14 @@ class RunSpec:
     )
     recalibrate: bool = option("Regularisation", "Estimate BatchNorm statistics again before partitions settle.", False)
     veto: bool = option("Regularisation", "Let partitions whose weights still move settle later than planned.", False)
+    guard: float = option(
+        "Regularisation",
+        "Share of the training images to hold out: if the accuracy on them falls by more than two standard errors when "
+        "partitions settle, these train again.",
+        0.0,
+        least=0,
+        below=1,
+    )
     drop_path: float = option(
         "Regularisation",
         "Stochastic depth: the rate at which the last residual branch is left out in training, earlier ones less "
@@ -481,6 +514,15 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
             f"{', '.join(unheeded)} can be given only where partitions settle, and the schedule is {spec.schedule!r}; "
             "use --schedule settle or --l2l"
         )
+    if spec.shift != "none" and spec.plan is None and spec.schedule != "finetune" and "schedule" not in wrong:
+        yield f"shift is {spec.shift!r}, but the schedule is {spec.schedule!r}; only --schedule finetune asks for it"
+    if (
+        spec.settle_front is not None
+        and spec.plan is None
+        and spec.schedule in SETTLING
+        and spec.schedule != "finetune"
+    ):
+        yield f"settle-front is given, but the schedule is {spec.schedule!r}; only --schedule finetune leaves one out"
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
         yield f"grad-accum-steps is {spec.grad_accum_steps}, but must divide batch-size {spec.batch_size}"
     if spec.veto and spec.anneal and "anneal" not in wrong:

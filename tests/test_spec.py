@@ -41,7 +41,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "workers": small,
     **dict.fromkeys(("weight_decay", "min_lr", "exit_weight"), finite),
     **dict.fromkeys(("momentum", "smoothing", "drop_path", "soft_targets", "average", "anneal"), below_one),
-    **dict.fromkeys(("settle_from", "settle_until", "settle_share"), maybe),
+    **dict.fromkeys(("settle_from", "settle_until", "settle_share", "settle_front"), maybe),
     **dict.fromkeys(
         ("pretrained", "amp", "channels_last", "deterministic", "dry_run", "prove", "recalibrate", "veto"),
         st.booleans(),
@@ -58,8 +58,11 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "std": st.just(()),
     "parts": maybe,
     "plan": maybe,
+    "layer_decay": maybe,
     "at": st.lists(words).map(tuple),
     **{item.name: st.sampled_from(item.metadata["choices"]) for item in fields(RunSpec) if item.metadata["choices"]},
+    "shift": st.just("none"),
+    "force": st.just(True),
 }
 channels = st.integers(0, 2).flatmap(
     lambda n: st.fixed_dictionaries(
@@ -137,7 +140,7 @@ def test_every_field_has_a_key_and_help() -> None:
         ({"device": "cude"}, "device is 'cude', but must be auto, cpu, cuda or cuda:N"),
         (
             {"schedule": "setle"},
-            "schedule is 'setle', but must be one of standard, window, grow, settle, settle-far; did you",
+            "schedule is 'setle', but must be one of standard, window, grow, settle, settle-far, finetune; did you",
         ),
         ({"at": ["layer1", ""]}, "at is ['layer1', ''], but must be module paths"),
         ({"std": [1, 0, 1], "mean": [0, 0, 0]}, "std is [1, 0, 1], but must be numbers above 0"),
@@ -162,7 +165,7 @@ def test_every_field_has_a_key_and_help() -> None:
             "the plan file says itself where to cut and what trains when, so leave out schedule, parts, or the plan",
         ),
         ({"plan": "none.json"}, "the plan 'none.json' cannot be read: No such file"),
-        ({"preset": "l3l"}, "preset is 'l3l', but must be one of none, l2l; did you mean 'l2l'?"),
+        ({"preset": "l3l"}, "preset is 'l3l', but must be one of none, l2l, finetune; did you mean 'l2l'?"),
         (
             {"epochs": 10**13},
             f"epochs is {10**13}, but must be a whole number at least 1 and at most {10**6}",
@@ -175,10 +178,15 @@ def test_every_field_has_a_key_and_help() -> None:
         ({"preset": "l2l", "epochs": "ten"}, "epochs is 'ten', but must be a whole number at least 1"),
         (
             {"schedule": "l2l"},
-            "schedule is 'l2l', but must be one of standard, window, grow, settle, settle-far; l2l is a preset: ask "
-            "for it as such, by --l2l or preset=l2l; its phases alone are settle-far",
+            "schedule is 'l2l', but must be one of standard, window, grow, settle, settle-far, finetune; l2l is a "
+            "preset: ask for it as such, by --l2l or preset=l2l; its phases alone are settle-far",
         ),
         ({"veto": True, "anneal": 0.2}, "anneal is 0.2 and veto is true, but a partition that settles later"),
+        ({"shift": "input"}, "shift is 'input', but the schedule is 'standard'; only --schedule finetune asks for it"),
+        (
+            {"schedule": "settle", "settle_front": 0.5},
+            "settle-front is given, but the schedule is 'settle'; only --schedule finetune leaves one out",
+        ),
         ({"interpolation": "cubic"}, "interpolation is 'cubic', but must be one of bilinear, bicubic; did you mean"),
         ({"initial_checkpoint": 3}, "initial-checkpoint is 3, but must be text"),
         (

@@ -18,12 +18,12 @@ from .. import formats, tables, views
 from ..options import with_spec_options
 from ..streams import result_alone
 from ..terminal import say, write
-from .job import Job, LayerToLayer, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_spec
+from .job import FineTuning, Job, LayerToLayer, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_spec
 
 INSPECT_FIELDS = (
     *("stem", "drop_path", "data", "img_size", "batch_size"),
     *("preset", "schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
-    *("settle_from", "settle_until", "settle_share"),
+    *("settle_from", "settle_until", "settle_share", "settle_front"),
     *("opt", "momentum", "device", "channels_last", "memory_budget", "memory_aim", "grad_accum_steps"),
 )
 
@@ -34,6 +34,7 @@ def inspect(
     model: Model = None,
     config: Recipe = None,
     l2l: LayerToLayer = False,
+    finetune: FineTuning = False,
     trust_recipe: TrustRecipe = False,
     trust_code: TrustCode = False,
     save_plan: Annotated[
@@ -79,6 +80,7 @@ def inspect(
             "model": model,
             "config": config,
             "l2l": l2l or None,
+            "finetune": finetune or None,
             "save-plan": save_plan,
             "format": form,
             "output": output,
@@ -94,7 +96,7 @@ def inspect(
         raise UsageError(f"there is no format {wanted!r}{hint} (have: {', '.join(formats.FORMATS)})")
     if as_json and wanted != "json":
         raise UsageError(f"--json means --format json and contradicts --format {wanted}")
-    spec = resolve_spec(model, config, l2l, given, trust_recipe=trust_recipe)
+    spec = resolve_spec(model, config, {"l2l": l2l, "finetune": finetune}, given, trust_recipe=trust_recipe)
     return Job(partial(_inspect, spec, trust_code, measure, save_plan, wanted, output), verbose)
 
 

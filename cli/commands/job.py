@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -36,6 +36,10 @@ LayerToLayer = Annotated[
     bool,
     typer.Option("--l2l", help="The same as --preset l2l.", rich_help_panel="Layer-to-layer", metavar=""),
 ]
+FineTuning = Annotated[
+    bool,
+    typer.Option("--finetune", help="The same as --preset finetune.", rich_help_panel="Layer-to-layer", metavar=""),
+]
 TrustRecipe = Annotated[
     bool,
     typer.Option(
@@ -66,30 +70,34 @@ class Job(NamedTuple):
 
 
 def resolve_spec(
-    model: str | None, config: Path | None, l2l: bool, given: dict[str, Any], *, trust_recipe: bool
+    model: str | None, config: Path | None, flags: Mapping[str, bool], given: dict[str, Any], *, trust_recipe: bool
 ) -> RunSpec:
-    spec, _ = resolve_run(model, config, l2l, given, None, trust_recipe=trust_recipe)
+    spec, _ = resolve_run(model, config, flags, given, None, trust_recipe=trust_recipe)
     return spec
 
 
 def resolve_run(
     model: str | None,
     config: Path | None,
-    l2l: bool,
+    flags: Mapping[str, bool],
     given: dict[str, Any],
     resume: str | None,
     *,
     trust_recipe: bool,
     trust_code: bool = False,
 ) -> tuple[RunSpec, str | None]:
-    """Return what is asked for, and the run to go on with if there is one, whose options are those not given."""
+    """Return what is asked for, and the run to go on with if there is one, whose options are those not given.
+
+    `flags` says for presets that have an option of their own whether it is given.
+    """
     options = {
         name: from_text(name, value) if isinstance(value, str) else value
         for name, value in {"model": model, **given}.items()
         if value is not None
     }
-    if l2l and options.setdefault("preset", "l2l") != "l2l":
-        raise UsageError(f"--l2l means --preset l2l and contradicts --preset {options['preset']}")
+    for name in (name for name, is_given in flags.items() if is_given):
+        if options.setdefault("preset", name) != name:
+            raise UsageError(f"--{name} means --preset {name} and contradicts --preset {options['preset']}")
     recipe = read_recipe(config) if config else {}
     layers = (recipe, read_environment(os.environ), read_values(options))
     own = _merged(layers[1:])
@@ -107,8 +115,8 @@ def resolve_run(
         return spec, str(found) if resume == AUTO else resume
     if not any("model" in layer for layer in layers):
         raise UsageError(f"no model is given; name one here or in a recipe, as {MODEL_FORMS}")
-    if (name := recipe.get("experiment")) and "experiment" not in own:
-        layers[0]["experiment"] = free_name(_merged(layers).get("output", DEFAULTS["output"]), name)
+    if (wanted := recipe.get("experiment")) and "experiment" not in own:
+        layers[0]["experiment"] = free_name(_merged(layers).get("output", DEFAULTS["output"]), wanted)
     spec = resolve(*layers)
     if spec.plan and (beside := [name for name in PLANNED if name in options]):
         raise UsageError(beside_plan(beside))

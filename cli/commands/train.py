@@ -20,7 +20,7 @@ from .. import tables, views
 from ..options import with_spec_options
 from ..streams import result_alone
 from ..terminal import write
-from .job import Job, Json, LayerToLayer, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_run
+from .job import FineTuning, Job, Json, LayerToLayer, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_run
 
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
 
@@ -31,6 +31,7 @@ def train(
     model: Model = None,
     config: Recipe = None,
     l2l: LayerToLayer = False,
+    finetune: FineTuning = False,
     trust_recipe: TrustRecipe = False,
     trust_code: TrustCode = False,
     resume: Annotated[
@@ -67,7 +68,13 @@ def train(
     The command line wins over FXSPLIT_* variables, such as FXSPLIT_BATCH_SIZE, and they over the recipe.
     """
     spec, resume = resolve_run(
-        model, config, l2l, given, resume, trust_recipe=trust_recipe or print_config, trust_code=trust_code
+        model,
+        config,
+        {"l2l": l2l, "finetune": finetune},
+        given,
+        resume,
+        trust_recipe=trust_recipe or print_config,
+        trust_code=trust_code,
     )
     if print_config:
         return Job(partial(write, spec.to_yaml()), verbose)

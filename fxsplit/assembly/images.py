@@ -32,7 +32,7 @@ def kind(spec: RunSpec) -> Kind:
 
 def data(spec: RunSpec, observer: Observer) -> Data:
     """Load the images and labels of a run, on the CPU. Raises UsageError and DataError as `datasets.load` does."""
-    return datasets.load(
+    loaded = datasets.load(
         spec.data,
         img_size=spec.img_size,
         interpolation=interpolation(spec),
@@ -42,6 +42,12 @@ def data(spec: RunSpec, observer: Observer) -> Data:
         workers=spec.workers,
         notice=observer.notice,
     )
+    if not spec.guard:
+        return loaded
+    divided = loaded.holding_out(spec.guard, seed=spec.seed)
+    assert divided.held_out is not None
+    observer.notice(f"of {len(loaded.train):,} images to train on {len(divided.held_out):,} are held out for the guard")
+    return divided
 
 
 def loaders(spec: RunSpec, data: Data) -> tuple[Loader, Loader]:

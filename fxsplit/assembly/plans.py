@@ -20,7 +20,7 @@ from fxsplit.execute.forward import logits_of
 from fxsplit.measuring.phase_costs import Loss, time_ratio, update_seconds
 from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import Forecast
-from fxsplit.plan.partition import most_partitions
+from fxsplit.plan.partition import most_partitions, with_head
 from fxsplit.plan.planfile import PlanFile
 from fxsplit.plan.schedule import Plan, schedule
 from fxsplit.report import Inspection, Observer
@@ -126,6 +126,8 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         most = most_partitions(trace, by=spec.by, units=planning.units(trace, spec.by))
         count = min(DEFAULT_PARTS, most)
     partitions = planning.partition(trace, count=count, at=spec.at, balance=spec.balance, by=spec.by)
+    if spec.schedule == "finetune" and not spec.at:
+        partitions = with_head(trace, partitions)
     return schedule(
         spec.schedule,
         partitions=partitions,
@@ -133,7 +135,8 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         epochs_total=spec.epochs_total,
         start=spec.settle_from,
         stop=spec.settle_until,
-        share=spec.settle_share,
+        share=0.0 if spec.shift == "input" else spec.settle_share,
+        front=0.0 if spec.shift == "input" else spec.settle_front,
     )
 
 

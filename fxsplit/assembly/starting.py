@@ -47,14 +47,20 @@ def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, *
     """Complete what is asked for, find the checkpoint to go on from, and say what differs from what it was asked for.
 
     The folder is locked from here on. Raises UsageError when there is no such run, when another process goes on with
-    it, when it would run code that no `spec` names and that is not trusted, or when something differs that cannot;
-    DataError when there are checkpoints and none is whole; and what `with_preprocessing` raises.
+    it, when it would run code that no `spec` names and that is not trusted, when something differs that cannot, or when
+    random weights are to be fine-tuned; DataError when there are checkpoints and none is whole; and what
+    `with_preprocessing` raises.
     """
     if spec is not None:
         spec = with_preprocessing(spec, observer)
     if resume is None:
         if spec is None:
             raise UsageError("nothing says what to train: give a spec, or a run to resume")
+        if spec.preset == "finetune" and not (spec.pretrained or spec.initial_checkpoint or spec.force):
+            raise UsageError(
+                "the preset is 'finetune', but the weights are random, and a front of random weights learns nothing; "
+                "give --pretrained or --initial-checkpoint, or --force"
+            )
         return Start(spec=spec)
     path = resuming.run_folder_of(resume)
     if spec is None:

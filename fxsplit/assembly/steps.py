@@ -43,9 +43,16 @@ def scheduler(spec: RunSpec, epochs: int) -> MakeScheduler:
 
 def optimizer(spec: RunSpec) -> partial[Optimizer]:
     """Make what makes the optimizer of a module."""
-    return partial(make_optimizer, name=spec.opt, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    return partial(
+        make_optimizer,
+        name=spec.opt,
+        lr=spec.lr,
+        momentum=spec.momentum,
+        weight_decay=spec.weight_decay,
+        layer_decay=spec.layer_decay,
+    )
 
 
 def optimizer_of(spec: RunSpec, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """Make an optimizer of these parameters alone."""
-    return optimizer(spec)(nn.ParameterList(parameters))
+    return optimizer(spec)(nn.ParameterList(parameters), layer_decay=None)

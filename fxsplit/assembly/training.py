@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from fxsplit.report import Observer
 from fxsplit.spec import RunSpec
 from fxsplit.training.endings import Endings, named_parameters
 from fxsplit.training.exits import Exits
+from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.plasticity import QUIET_INTERVALS, Plasticity
@@ -73,7 +75,7 @@ def _update_is_recorded(spec: RunSpec, recordings: Recordings, observer: Observe
     else:
 
         def make(parameters: Sequence[nn.Parameter], capturable: bool) -> Optimizer:
-            return optimizer(spec)(nn.ParameterList(parameters), capturable=capturable)
+            return optimizer(spec)(nn.ParameterList(parameters), layer_decay=None, capturable=capturable)
 
         reason = why_not_replayed(make, recordings.recorder, recordings.device)
     if reason is not None:
@@ -101,7 +103,13 @@ def trainer(
     return Trainer(
         plan=plan,
         forward=forward,
-        feed=Feed(forward, train_loader, test_loader, policy=cache_policy(spec, trace, plan, data)),
+        feed=Feed(
+            forward,
+            train_loader,
+            test_loader,
+            policy=cache_policy(spec, trace, plan, data),
+            held_out_loader=None if data.held_out is None else replace(test_loader, images=data.held_out),
+        ),
         objective=objective,
         step=Step(
             forward,
@@ -129,6 +137,7 @@ def trainer(
             recorded=update_is_recorded,
         ),
         plasticity=_plasticity(executor, steps_per_epoch) if spec.veto else None,
+        guard=Guard(plan) if data.held_out is not None else None,
         recordings=recordings,
         update_is_recorded=update_is_recorded,
         log_interval=spec.log_interval,

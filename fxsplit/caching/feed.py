@@ -23,16 +23,23 @@ class Feed:
         train_loader: the images to train on.
         test_loader: the images to test on.
         policy: how to cache what the settled partitions deliver; None to compute it for each batch.
+        held_out_loader: the training images that are held out, if there are any.
 
     Raises FxsplitError when there is nothing to train on.
     """
 
     def __init__(
-        self, forward: Forward, train_loader: Loader, test_loader: Loader, *, policy: CachePolicy | None = None
+        self,
+        forward: Forward,
+        train_loader: Loader,
+        test_loader: Loader,
+        *,
+        policy: CachePolicy | None = None,
+        held_out_loader: Loader | None = None,
     ) -> None:
         if not train_loader.steps_per_epoch:
             raise FxsplitError("there is no batch to train on: BatchNorm needs at least 2 training images")
-        self.train_loader, self.test_loader = train_loader, test_loader
+        self.train_loader, self.test_loader, self._held_out_loader = train_loader, test_loader, held_out_loader
         self._train_images, self._test_images = ImageSource(train_loader), ImageSource(test_loader)
         self._forward, self._policy = forward, policy
         self._train_cache: Cache | None = None
@@ -74,6 +81,10 @@ class Feed:
     def training(self, epoch: int) -> Iterator[Batch]:
         """Give the batches of a training epoch."""
         return batches_of(self, epoch)
+
+    def held_out(self) -> Iterator[Batch]:
+        """Give the batches of the images that are held out."""
+        return iter(()) if self._held_out_loader is None else self._held_out_loader.batches(0)
 
     @property
     def test_source(self) -> Source:

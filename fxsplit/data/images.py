@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fxsplit.data.decoding import INTERPOLATIONS, decode, image_warnings
+from fxsplit.data.randomness import random_stream
 from fxsplit.data.staging import free_bytes, read_ahead, rows_of
 from fxsplit.errors import DataError
 
@@ -211,14 +212,27 @@ class _Files(Dataset["ReadBatch"]):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Data:
-    """Holds square images to train and to test on, `img_size` pixels wide; label i means `classes[i]`."""
+    """Holds square images to train and to test on, `img_size` pixels wide; label i means `classes[i]`.
+
+    `held_out` are images that could be trained on and are not, to judge the training by.
+    """
 
     train: ImageSet
     test: ImageSet
     classes: tuple[str, ...]
     img_size: int
     channels: int = 3
+    held_out: ImageSet | None = None
+
+    def holding_out(self, share: float, *, seed: int) -> Data:
+        """Hold out a share of the images to train on, drawn with the seed: one at least, and all but one at most."""
+        count = len(self.train)
+        order = torch.from_numpy(random_stream("held out", seed).permutation(count))
+        out = min(max(1, round(share * count)), count - 1)
+        held_out, rest = order[:out].sort().values, order[out:].sort().values
+        return replace(self, train=self.train.subset(rest), held_out=self.train.subset(held_out))
 
     def to(self, device: torch.device) -> Data:
         """Return the same data, whose batches are made on `device`."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        held_out = None if self.held_out is None else self.held_out.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), held_out=held_out)

@@ -7,9 +7,11 @@ language modelling. Types that have only other heads cannot be built.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxsplit.errors import NoModelError, UsageError, nearest
@@ -101,15 +103,30 @@ def build(name: str, *, num_classes: int, img_size: int, pretrained: bool) -> nn
     for each in (config, config.get_text_config()):
         each.use_cache = False
     if pretrained:
-        model = auto.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, trust_remote_code=code_is_trusted()
+        model, found = auto.from_pretrained(
+            name,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=code_is_trusted(),
         )
+        _clear_new_heads(model, found, num_classes)
     else:
         if hasattr(config, "image_size"):
             config.image_size = img_size if isinstance(config.image_size, int) else [img_size, img_size]
         model = auto.from_config(config, trust_remote_code=code_is_trusted())
     assert isinstance(model, nn.Module)
     return model
+
+
+@torch.no_grad()
+def _clear_new_heads(model: nn.Module, found: Mapping[str, Any], num_classes: int) -> None:
+    """Let heads that the weights lack, or have for other classes, start at zero, as `surgery.clear_classifier` does."""
+    other = {each if isinstance(each, str) else each[0] for each in found.get("mismatched_keys", ())}
+    for name in other | set(found.get("missing_keys", ())):
+        parameter = model.get_parameter(name)
+        if parameter.dim() and parameter.shape[0] == num_classes:
+            parameter.zero_()
 
 
 def native_size(name: str) -> int | None:

@@ -21,7 +21,7 @@ from fxsplit.errors import DataError, NoModelError, UsageError, closest, nearest
 from fxsplit.models import factories, huggingface
 from fxsplit.models.downloads import expect_in_torch_hub, hub_or_its_cache
 from fxsplit.models.paper import NETWORKS
-from fxsplit.models.surgery import fit_classifier, keep_small_images
+from fxsplit.models.surgery import clear_classifier, fit_classifier, keep_small_images
 
 STEMS = ("original", "cifar")
 FORMS = "timm:NAME, torchvision:NAME, hf:TYPE, hf:ORG/NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY"
@@ -157,9 +157,18 @@ def _from_timm(
                 settings["patch_size"] = 4
         with _timm_download(name, config, pretrained):
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **settings)
+    if pretrained and num_classes != config.get("num_classes"):
+        for head in _classifiers(model):
+            clear_classifier(head, num_classes)
     if stem == "cifar" and not one_size:
         keep_small_images(model, f"timm:{name}")
     return model
+
+
+def _classifiers(model: nn.Module) -> list[nn.Module]:
+    """List the modules that timm calls a model's classifier; distilled ones have two."""
+    found: Any = getattr(model, "get_classifier", tuple)()
+    return [each for each in (found if isinstance(found, tuple | list) else (found,)) if isinstance(each, nn.Module)]
 
 
 def _timm_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fxsplit.errors import UsageError
@@ -10,7 +11,8 @@ from fxsplit.errors import UsageError
 def fit_classifier(model: nn.Module, spec: str, known_classes: int, num_classes: int) -> None:
     """Replace the last linear layer of the pretrained model `spec`, in place, if it has another number of classes.
 
-    Raises UsageError when it does not end in a linear layer of `known_classes` outputs.
+    The new one starts at zero, as `clear_classifier` says. Raises UsageError when the model does not end in a linear
+    layer of `known_classes` outputs.
     """
     if known_classes == num_classes:
         return
@@ -21,7 +23,20 @@ def fit_classifier(model: nn.Module, spec: str, known_classes: int, num_classes:
             f"{num_classes} classes; build it without pretrained weights"
         )
     path, last = linears[-1]
-    model.set_submodule(path, nn.Linear(last.in_features, num_classes, bias=last.bias is not None))
+    head = nn.Linear(last.in_features, num_classes, bias=last.bias is not None)
+    clear_classifier(head, num_classes)
+    model.set_submodule(path, head)
+
+
+@torch.no_grad()
+def clear_classifier(head: nn.Module, num_classes: int) -> None:
+    """Set the parameters of a new head of a pretrained model to zero, if they are those of `num_classes` classes.
+
+    Then its random weights send no random gradients into the pretrained ones (Kolesnikov et al., Big transfer, 2020).
+    """
+    for parameter in head.parameters():
+        if parameter.dim() and parameter.shape[0] == num_classes:
+            parameter.zero_()
 
 
 def keep_small_images(model: nn.Module, spec: str) -> None:

@@ -56,8 +56,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str, num_classes: int) -> str:
     """Copy `weights` into the tensors of the same names in `model`, and return a sentence about what was copied.
 
-    Names may begin with `module.` or `_orig_mod.`. Tensors that have another number of classes there stay as they are,
-    and so do those that are missing.
+    Names may begin with `module.` or `_orig_mod.`. Tensors that have another number of classes there start at zero, so
+    that a new head sends no random gradients into pretrained weights (Kolesnikov et al., Big transfer, 2020). Those
+    that are missing stay as they are.
 
     Args:
         model: is changed in place.
@@ -97,9 +98,12 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str
     except RuntimeError as error:  # of tensors without numbers, or a hook of the model's
         said = printable(" ".join(str(error).split()))
         raise UsageError(f"{source!r} cannot be loaded: {said[:MOST_WORDS]}") from error
+    with torch.no_grad():
+        for name in heads:
+            own[name].zero_()
     sentences = [f"{len(own) - len(missing) - len(heads)} of {len(own)} tensors start from {source!r}"]
     if heads:
-        sentences.append(f"those for another number of classes start anew: {_first(heads)}")
+        sentences.append(f"those for another number of classes start at zero: {_first(heads)}")
     if missing:
         sentences.append(f"{len(missing)} are missing there: {_first(missing)}")
     if unexpected:

@@ -116,6 +116,23 @@ def partition(
     return between(modes, (every[0], *inner, every[-1]))
 
 
+def with_head(modes: Modes, partitions: Sequence[Partition]) -> tuple[Partition, ...]:
+    """Divide the last partition with parameters so that the model's last op with any, its head, begins one of its own.
+
+    Where no legal cut lies between that op and the parameters before it, the partitions stay as they are.
+    """
+    states = _states(modes)
+    owned = [index for name, index in owning_ops(modes).items() if states[name].is_parameter]
+    *before, head = sorted(set(owned)) or [0]
+    every = with_ends(modes)
+    starts = {part.start for part in partitions}
+    found = [cut for cut in every[1:-1] if cut.refusal is None and max(before, default=0) < cut.index <= head]
+    if not found or any(cut.index in starts for cut in found):
+        return tuple(partitions)
+    starts.add(min(found, key=lambda cut: (cut.bytes_per_sample, -cut.index)).index)
+    return between(modes, (*(every[index] for index in sorted(starts)), every[-1]))
+
+
 def unusable_paths(modes: Modes, at: Sequence[str]) -> list[str]:
     """Explain in a sentence each path at which the model cannot be cut, and name the nearest at which it can."""
     every = with_ends(modes)

@@ -93,6 +93,7 @@ PHASE_KEYS = (
     PhaseKey("recompute_up_to", "recompute", CUT, default=None),
     PhaseKey("segmented", "segmented", FLAG, default=False, rare=True),
     PhaseKey("micro_batches", "micro_batches", COUNT, default=1, rare=True),
+    PhaseKey("thaws", "thaws", FLAG, default=False, rare=True),
 )
 
 
@@ -107,13 +108,15 @@ class NamedPhase:
     recompute: str | None = None
     segmented: bool = False
     micro_batches: int = 1
+    thaws: bool = False
 
     def __str__(self) -> str:
         ends = (("from", self.start), ("up to", self.stop))
         trains = " ".join(f"{word} {cut}" for word, cut in ends if cut is not None) or "all"
         fresh = "fresh optimizer" * self.fresh_optimizer
+        thaws = "thaws what had settled" * self.thaws
         saving = saving_in_words(self.recompute, segmented=self.segmented, micro_batches=self.micro_batches)
-        return ", ".join(filter(None, (trains, counted(self.epochs, "epoch"), fresh, saving)))
+        return ", ".join(filter(None, (trains, counted(self.epochs, "epoch"), thaws, fresh, saving)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,9 @@
 """Plans which partitions train when: phases, the plan of a whole run, and the schedules that make one.
 
-settle      grow        window
-####        #---        ######        # trains
-.###        ##--        .####-        . settled: frozen for good, runs without autograd
-..##        ###-        ..##--        - frozen: passes gradients on to what trains
+settle      grow        window      finetune
+####        #---        ######      .....#      # trains
+.###        ##--        .####-      ..####      . settled: frozen, mostly for good, runs without autograd
+..##        ###-        ..##--      ....##      - frozen: passes gradients on to what trains
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Phase:
             (checkpointing). 0 if none do.
         segmented: they recompute one segment at a time.
         micro_batches: into how many a batch is divided, at least 1; their gradients are summed.
+        thaws: partitions train that were settled in the phase before.
 
     Raises ValueError when a value is out of its range: when nothing trains, when `recompute` is neither 0 nor between
     `start` and `stop`, and when a phase is segmented that recomputes nothing.
@@ -47,6 +48,7 @@ class Phase:
     recompute: int = 0
     segmented: bool = False
     micro_batches: int = 1
+    thaws: bool = False
 
     def __post_init__(self) -> None:
         if self.recompute and not self.start < self.recompute < self.stop:
@@ -84,7 +86,8 @@ class Plan:
     settings too.
 
     Raises PartitionError, showing the plan with every wrong phase marked, when a phase ends after the last partition or
-    trains no parameter, when it would train a settled partition again, and when there is no phase.
+    trains no parameter, when it would train a settled partition again without saying that it thaws, and when there is
+    no phase.
     """
 
     schedule: str
@@ -108,11 +111,13 @@ class Plan:
                 wrong.append(f"the range [{phase.start}, {phase.stop}) ends after the last partition")
             elif not trainable(self.partitions, phase.start, phase.stop):
                 wrong.append(f"the range [{phase.start}, {phase.stop}) holds no parameter that could train")
-            if phase.start < settled:
-                wrong.append(f"partition {phase.start} is settled for good by an earlier phase")
+            if phase.thaws and phase.start >= settled:
+                wrong.append("it thaws nothing: none of the partitions that it trains was settled before")
+            if phase.start < settled and not phase.thaws:
+                wrong.append(f"partition {phase.start} is settled by an earlier phase, and the phase does not thaw it")
             if wrong:
                 faults[index] = "; ".join(wrong)
-            settled = max(settled, phase.start)
+            settled = phase.start if phase.thaws else max(settled, phase.start)
         return faults
 
     def __str__(self) -> str:
@@ -281,23 +286,46 @@ def settle(
 
     Raises UsageError when one of them is out of its range.
     """
+    _check_moments(start, stop, share)
+    return _moving(partitions, epochs, {0: 0} | _moves(partitions, epochs, start, stop, share))
+
+
+def _check_moments(start: float, stop: float, share: float) -> None:
     if not (0 <= start <= stop <= 1 and share >= 0):
         raise UsageError(
             f"the cut moves within the run, 0 <= start <= stop <= 1, up to a share that grows, "
             f"not with start {start}, stop {stop}, share {share}"
         )
-    macs = [partition.macs for partition in partitions]
-    weights = macs if any(macs) else [1] * len(macs)
-    # Where the teacher would be left without parameters there is no cut to move to.
-    last = max((cut for cut in range(len(weights)) if trainable(partitions, cut, len(weights))), default=0)
-    before = list(accumulate(weights[:last], initial=0))
-    moves = {0: 0}
+
+
+def _moves(
+    partitions: Sequence[Partition], epochs: int, start: float, stop: float, share: float, front: float = 0.0
+) -> dict[int, int]:
+    """Return the cuts to which `settle` moves, by epoch; the shares that settle grow from `front` to `share`."""
+    moves = {}
     for move in range(1, MOVES + 1):
         epoch = max(1, round(epochs * (start + (stop - start) * move / MOVES)))
         if epoch < epochs:
-            # In binary 0.6 * 0.75 is less than 0.45; the tolerance lets it reach a partition at 0.45.
-            allowed = share * (move / MOVES) + 1e-9
-            moves[epoch] = bisect_right(before, allowed * sum(weights)) - 1
+            moves[epoch] = _cut_at(partitions, front + (share - front) * (move / MOVES))
+    return moves
+
+
+def _cut_at(partitions: Sequence[Partition], share: float) -> int:
+    """Find the last cut before which lies at most this share of the work, and behind which something can train."""
+    macs = [partition.macs for partition in partitions]
+    weights = macs if any(macs) else [1] * len(macs)
+    before = list(accumulate(weights[: last_trainable(partitions)], initial=0))
+    # In binary 0.6 * 0.75 is less than 0.45; the tolerance lets it reach a partition at 0.45.
+    return bisect_right(before, (share + 1e-9) * sum(weights)) - 1
+
+
+def last_trainable(partitions: Sequence[Partition]) -> int:
+    """Find the last partition with parameters: where the cut can move at most. 0 if there is none."""
+    return max((index for index, partition in enumerate(partitions) if partition.parameters), default=0)
+
+
+def _moving(partitions: Sequence[Partition], epochs: int, moves: Mapping[int, int]) -> tuple[Phase, ...]:
+    """Make a phase of each cut in `moves`, which are by the epoch before which they are made; the first is 0."""
     begins: dict[int, int] = {}
     for epoch, cut in moves.items():
         begins.setdefault(cut, epoch)
@@ -327,15 +355,55 @@ def settle_far(
     return settle(partitions, epochs, start=start, stop=stop, share=share)
 
 
+def finetune(
+    partitions: Sequence[Partition],
+    epochs: int,
+    *,
+    start: float = 0.125,
+    stop: float = 0.625,
+    share: float = 0.90,
+    front: float = 0.50,
+) -> tuple[Phase, ...]:
+    """Train the head of a pretrained network alone, then all but its front, which settles further and further.
+
+    Until `start` of the run, one epoch at least, the last partition that has parameters trains alone, so that its
+    random weights send no large gradients into the others (linear probing before fine-tuning, Kumar et al. 2022). Then
+    the partitions after `front` of all multiply-adds train, and the cut moves as in `settle`, to `share` at `stop`.
+    With a share below that of the front it stays.
+
+    Args:
+        start: fraction of the run for which the head trains alone, 0 to `stop`.
+        stop: fraction of the run at which the last move is made, at most 1.
+        share: fraction of the multiply-adds that is settled in the end, at least 0.
+        front: fraction of the multiply-adds that never trains, 0 to 1.
+
+    Raises UsageError when one of them is out of its range. Source of the numbers: docs/results.
+    """
+    _check_moments(start, stop, share)
+    if not 0 <= front <= 1:
+        raise UsageError(f"the front that never trains is a share of the model, 0 to 1, not {front}")
+    alone = max(1, round(epochs * start))
+    if epochs <= alone:
+        return (Phase(start=_cut_at(partitions, front), stop=len(partitions), epochs=epochs),)
+    moves = _moves(partitions, epochs, start, stop, max(share, front), front)
+    later = {epoch - alone: cut for epoch, cut in moves.items() if epoch > alone}
+    head = Phase(start=last_trainable(partitions), stop=len(partitions), epochs=alone)
+    first, *others = _moving(partitions, epochs - alone, {0: _cut_at(partitions, front)} | later)
+    if first.start == head.start:
+        return (replace(head, epochs=epochs),)
+    return head, replace(first, thaws=True), *others
+
+
 SCHEDULES: Mapping[str, Callable[..., tuple[Phase, ...]]] = {
     "standard": standard,
     "window": window,
     "grow": grow,
     "settle": settle,
     "settle-far": settle_far,
+    "finetune": finetune,
 }
 # Those which take start, stop and share.
-SETTLING = ("settle", "settle-far")
+SETTLING = ("settle", "settle-far", "finetune")
 # Names that may be taken for a schedule, and what to ask for instead.
 NO_SCHEDULE = {"l2l": "l2l is a preset: ask for it as such, by --l2l or preset=l2l; its phases alone are settle-far"}
 
@@ -349,15 +417,18 @@ def schedule(
     start: float | None = None,
     stop: float | None = None,
     share: float | None = None,
+    front: float | None = None,
 ) -> Plan:
     """Make the plan of a schedule.
 
     Args:
-        name: one of "standard", "window", "grow", "settle" and "settle-far".
+        name: one of "standard", "window", "grow", "settle", "settle-far" and "finetune".
         partitions: as `fxsplit.partition` makes them.
         epochs: length of the run; for "window" of each phase.
         epochs_total: length of the run for every schedule, if given.
-        start, stop, share: for "settle" and "settle-far", where and how far the cut moves; the schedule's own if None.
+        start, stop, share: for "settle", "settle-far" and "finetune", where and how far the cut moves; the schedule's
+            own if None.
+        front: for "finetune", the share of the model that never trains; its own if None.
 
     Raises UsageError for an unknown name and for too few epochs.
     """
@@ -368,7 +439,7 @@ def schedule(
     wanted = epochs if epochs_total is None else epochs_total
     if wanted < 1:
         raise UsageError(f"a run must last at least 1 epoch, not {wanted}")
-    given = {"start": start, "stop": stop, "share": share}
+    given = {"start": start, "stop": stop, "share": share, "front": front if name == "finetune" else None}
     if name == "window":
         phases = window(partitions, epochs, epochs_total)
     elif name in SETTLING:

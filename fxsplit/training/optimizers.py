@@ -7,7 +7,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -31,6 +37,7 @@ def make_optimizer(
     lr: float,
     momentum: float,
     weight_decay: float,
+    layer_decay: float | None = None,
     capturable: bool = False,
     previous: Optimizer | None = None,
 ) -> Optimizer:
@@ -42,14 +49,23 @@ def make_optimizer(
         lr: learning rate, above 0.
         momentum: for optimizers that have one, 0 to 1.
         weight_decay: leaves out biases, norms and what a module itself lists in `no_weight_decay()`, as timm does.
+        layer_decay: learning rate of a layer of the first module, as a share of that of the layer after it; layers are
+            those of timm (ELECTRA, Clark et al. 2020; BEiT, Bao et al. 2022). Other modules have the full rate.
         capturable: keep what steps count on the device, where the optimizer can, so that a step can be recorded.
         previous: an optimizer of the same kind; parameters that it holds too keep their state.
 
-    Raises UsageError for an unknown name and for values that the optimizer refuses.
+    Raises UsageError for an unknown name, for values that the optimizer refuses, and for `layer_decay` where the layers
+    are not known.
     """
     if name not in list_optimizers():
         raise UsageError(f"timm has no optimizer {shown(name)}{nearest(name, list_optimizers())}")
-    groups = [group for module in modules for group in _groups(module, weight_decay) if group["params"]]
+    decays = [layer_decay, *[None] * (len(modules) - 1)]
+    groups = [
+        group
+        for module, decay in zip(modules, decays, strict=True)
+        for group in _groups(module, weight_decay, decay)
+        if group["params"]
+    ]
     try:
         optimizer: Optimizer = create_optimizer_v2(
             groups, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay, **_fused(name, groups)
@@ -74,10 +90,20 @@ def _fused(name: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     return {"fused": True} if numbers and get_optimizer_info(name).opt_class in FUSED else {}
 
 
-def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def _groups(module: nn.Module, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
+    spared: Collection[str] = getattr(module, "no_weight_decay", tuple)()
+    if layer_decay is not None:
+        if not (hasattr(module, "group_matcher") or getattr(module, "pretrained_cfg", {}).get("classifier")):
+            raise UsageError(
+                f"layer-decay is {layer_decay:g}, but only timm's models say what their layers are, and "
+                f"{type(module).__name__} is none; leave it out"
+            )
+        by_layer: list[dict[str, Any]] = param_groups_layer_decay(
+            module, weight_decay, no_weight_decay_list=spared, layer_decay=layer_decay
+        )
+        return [{**group, "layer_scale": group["lr_scale"]} for group in by_layer]
     if not weight_decay:
         return [{"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}]
-    spared: Collection[str] = getattr(module, "no_weight_decay", tuple)()
     groups: list[dict[str, Any]] = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=spared)
     return groups
 
@@ -130,13 +156,15 @@ def split_by_end(optimizer: Optimizer, ends: Mapping[Tensor, int]) -> None:
 def anneal(optimizer: Optimizer, step: int, *, steps: float) -> None:
     """Set each group's "lr_scale" at `step`: it falls to 0 over the last `steps` before the group's end, as a cosine.
 
+    It falls from the group's "layer_scale", or from 1.
+
     timm's schedulers multiply their learning rate by this scale. With `steps` as long as a group trains, and a constant
     schedule, this is the annealing of Brock et al., FreezeOut: accelerate training by progressively freezing layers,
     2017.
     """
     for group in optimizer.param_groups:
         left = min(1.0, max(0, group["end"] - step) / min(steps, group["end"]))
-        group["lr_scale"] = (1 - math.cos(math.pi * left)) / 2
+        group["lr_scale"] = group.get("layer_scale", 1.0) * (1 - math.cos(math.pi * left)) / 2
 
 
 def make_scheduler(

@@ -74,6 +74,7 @@ class Telemetry:
         feed: Feed,
         trained: Score,
         tested: Score,
+        held_out_pct: float | None = None,
     ) -> EpochRecord:
         """Make the record of an epoch that ends now.
 
@@ -85,6 +86,7 @@ class Telemetry:
             feed: for the size of its caches.
             trained: score on the training images.
             tested: score on the test images.
+            held_out_pct: accuracy on held-out training images, if there are any.
         """
         ended, usage = now(self._device), self._meter.read()
         began, energy_began, self._began, self._energy_began = self._began, self._energy_began, 0.0, None
@@ -102,6 +104,7 @@ class Telemetry:
             eval_loss=tested.loss,
             eval_top1=tested.top1_pct,
             eval_top5=tested.top5_pct,
+            held_out_top1=held_out_pct,
             train_seconds=self._trained - began,
             eval_seconds=ended - self._trained,
             images_per_second=trained.count / (self._trained - began),

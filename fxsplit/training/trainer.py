@@ -20,6 +20,7 @@ from fxsplit.report import EpochRecord, Observer
 from fxsplit.saving.run_state import Stateful
 from fxsplit.training.accuracy import Accuracy, PendingScore, Score
 from fxsplit.training.endings import Endings
+from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
 from fxsplit.training.optimizers import gradients_of, set_gradients
 from fxsplit.training.phase_optimizer import PhaseOptimizer
@@ -71,6 +72,7 @@ class Trainer:
         optimizer: has the optimizer and the learning rate of each phase.
         endings: averages and recalibrates partitions that stop training.
         plasticity: lets partitions whose weights still move settle later than planned; None keeps to the plan.
+        guard: undoes moves of the cut that cost accuracy on the held-out images of `feed`; None keeps to the plan.
         recordings: records steps and replays them; None takes every step eagerly. The other parts must be made for it.
         update_is_recorded: whether the optimizer's part of a step can be replayed, too; else it follows eagerly.
         log_interval: steps between two calls of the observer's `step_done`.
@@ -85,6 +87,7 @@ class Trainer:
     optimizer: PhaseOptimizer
     endings: Endings
     plasticity: Plasticity | None = None
+    guard: Guard | None = None
     recordings: Recordings | None = None
     update_is_recorded: bool = False
     log_interval: int = 10
@@ -151,12 +154,19 @@ class Trainer:
             return
         if before >= 0:
             self._leave(epoch, self.plan.phases[index], at_midpoint=at_midpoint)
-        self._enter(index, epochs_left=self.plan.first_epoch(index) + self.plan.phases[index].epochs - epoch)
+        stays = self.guard is not None and index == self.guard.last_phase
+        end = self.plan.epochs if stays else self.plan.first_epoch(index) + self.plan.phases[index].epochs
+        self._enter(index, epochs_left=end - epoch)
 
     def _phase_of(self, epoch: int) -> int:
-        """Return the index of an epoch's phase: as planned, or an earlier one that settles only quiet partitions."""
+        """Return the index of an epoch's phase: as planned, or an earlier one.
+
+        An earlier one settles only quiet partitions, or no more than the guard allows.
+        """
         planned, now = self.plan.phase_index_at(epoch), self._position.phase
-        if now < 0 or self.plasticity is None:
+        if self.guard is not None:
+            planned = min(planned, self.guard.last_phase)
+        if planned < now or now < 0 or self.plasticity is None:
             return planned
         start = self.plan.phases[now].start
         for index in range(planned, now, -1):
@@ -207,6 +217,7 @@ class Trainer:
         self._telemetry.training_ends()
         tested = self.evaluate()
         self._is_whole = False
+        held_out = None if self.guard is None else self._watch(self.guard)
         if not math.isfinite(trained.loss):
             self.observer.notice(
                 f"the training loss of epoch {epoch + 1} is {trained.loss}; a lower --lr or --clip-grad may help"
@@ -222,7 +233,21 @@ class Trainer:
             feed=self.feed,
             trained=trained,
             tested=tested,
+            held_out_pct=held_out,
         )
+
+    @torch.no_grad()
+    def _watch(self, guard: Guard) -> float:
+        """Let the guard see which held-out images are right now; return their accuracy in per cent."""
+        self.executor.eval()
+        right = []
+        for batch in self.feed.held_out():
+            with self.forward.autocast():
+                right.append(self.forward.logits(batch).argmax(dim=1) == batch.labels)
+        found = torch.cat(right).cpu()
+        if sentence := guard.epoch_done(self._position.phase, found):
+            self.observer.notice(sentence)
+        return 100 * float(found.double().mean())
 
     def _train(self, epoch: int) -> Score:
         """Take the steps of an epoch that are not done yet, and return the score on the training images."""
@@ -365,6 +390,7 @@ class Trainer:
             "endings": self.endings,
             "accuracy": self._accuracy,
             "plasticity": self.plasticity,
+            "guard": self.guard,
             "telemetry": self._telemetry,
         }
         return {name: part for name, part in parts.items() if part is not None}

@@ -43,6 +43,7 @@ TRAIN_OPTIONS = """
 --cache --cache-dtype --cache-limit --cache-views
 --decay-epochs --decay-milestones --decay-rate
 --data-dir --deterministic --device --drop-path --dry-run --epochs --epochs-total --exit-weight --exits --experiment
+--finetune --force --guard --layer-decay --no-force --settle-front --shift
 --grad-accum-steps
 --img-size --initial-checkpoint --interpolation --json --l2l --log-interval --lr --mean --memory-aim
 --memory-budget --min-lr --momentum --no-amp --no-channels-last
@@ -59,8 +60,8 @@ TRAIN_OPTIONS = """
 INSPECT_OPTIONS = """
 --grad-accum-steps --memory-aim --memory-budget --preset --settle-from --settle-share --settle-until
 --at --balance --batch-size -b --by --channels-last --config -c --data --device --diff --drop-path --epochs
---epochs-total --format --img-size --json --l2l --measure --momentum --no-channels-last --opt --output -o --parts
---plan --save-plan --schedule --stem --trust-code --trust-recipe --verbose -v
+--epochs-total --finetune --format --img-size --json --l2l --measure --momentum --no-channels-last --opt --output -o
+--parts --settle-front --plan --save-plan --schedule --stem --trust-code --trust-recipe --verbose -v
 """
 
 CHECK_OPTIONS = """
@@ -271,7 +272,10 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "augment": "crop-flip",
         "preset": "l2l",
         "memory-aim": 0.5,
-        "schedule": "settle",
+        "schedule": "finetune",
+        "shift": "input",
+        "settle-front": 0.4,
+        "layer-decay": 0.75,
         "balance": "params",
         "by": "natural",
         "soft-from": "mean",

@@ -82,12 +82,12 @@ def test_a_module_that_is_called_module_keeps_its_name(tmp_path: Path) -> None:
     assert_equal(model.state_dict(), saved.state_dict())
 
 
-def test_a_head_for_other_classes_starts_anew_and_is_named(tmp_path: Path) -> None:
+def test_a_head_for_other_classes_starts_at_zero_and_is_named(tmp_path: Path) -> None:
     saved, model = net(1, classes=5), net(2)
-    expected = {**saved.state_dict(), "3.weight": net(2)[3].weight, "3.bias": net(2)[3].bias}
+    expected = {**saved.state_dict(), "3.weight": torch.zeros_like(net(2)[3].weight), "3.bias": torch.zeros(3)}
     torch.save(saved.state_dict(), tmp_path / "a.pth")
     assert start(model, tmp_path / "a.pth") == (
-        "7 of 9 tensors start from 'a.pth'; those for another number of classes start anew: 3.weight, 3.bias"
+        "7 of 9 tensors start from 'a.pth'; those for another number of classes start at zero: 3.weight, 3.bias"
     )
     assert_equal(model.state_dict(), expected)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fxsplit.errors import PartitionError, UsageError
 from fxsplit.graph import Graph, Op, State, Value
 from fxsplit.plan.cuts import Cut, cuts, unit_borders
-from fxsplit.plan.partition import BALANCES, CUT_KINDS, Partition, most_partitions, partition
+from fxsplit.plan.partition import BALANCES, CUT_KINDS, Partition, most_partitions, partition, with_head
 from tests.pairs import Pair, both
 
 
@@ -779,3 +779,45 @@ def test_too_many_partitions() -> None:
     assert len(partition(both(NESTED), count=7)) == 7
     with pytest.raises(UsageError, match="at least 1, not 0"):
         partition(both(NESTED), count=0)
+
+
+# The head
+
+
+def starts(net: Pair, count: int) -> list[str]:
+    return [part.name for part in with_head(net, partition(net, count=count))]
+
+
+def test_the_head_becomes_a_partition_at_its_smallest_boundary() -> None:
+    """Between the last two ops with parameters the pooling leaves least, and the flattening as little."""
+    body = op("body", "x", state=("p8",))
+    rest = (
+        op("pool", "body", size=4),
+        op("flat", "pool", size=4),
+        op("head", "flat", state=("p4",)),
+        op("out", "head"),
+    )
+    net = both(graph((body, *rest), outputs=("out",)))
+    assert starts(net, 1) == ["body", "head"]
+    assert [part.stop - part.start for part in with_head(net, partition(net, count=1))] == [3, 2]
+
+
+def test_a_head_that_is_a_partition_already_stays_one() -> None:
+    net = both(graph((op("body", "x", state=("p8",), macs=1), op("head", "body", state=("p4",), macs=1)), ("head",)))
+    assert starts(net, 2) == ["body", "head"]
+    assert with_head(net, partition(net, count=2)) == partition(net, count=2)
+
+
+def test_without_a_legal_cut_before_it_the_head_stays_where_it_is() -> None:
+    body, write = op("body", "x", state=("p8",)), op("write", "body", mutates=("body",), state=("p4",))
+    net = both(graph((body, write, op("out", "body")), ("out",)))
+    assert with_head(net, partition(net, count=1)) == partition(net, count=1)
+
+
+@pytest.mark.parametrize("states", [((), ()), (("p8",), ()), ((), ("p8",))])
+def test_a_model_with_one_op_with_parameters_or_none_keeps_its_partitions(states: tuple[tuple[str, ...], ...]) -> None:
+    first, second = states
+    net = both(graph((op("a", "x", state=first), op("b", "a", state=second)), ("b",)))
+    found = with_head(net, partition(net, count=1))
+    assert [part.parameters for part in found if part.parameters] == [2] * any(states)
+    assert found[-1].parameters or not second

@@ -370,7 +370,7 @@ def test_a_plan_that_no_longer_fits_says_where() -> None:
     [
         ({"from": "layer2", "up_to": "layer1"}, "phase 3 of the plan trains nothing: 'layer1' is not after 'layer2'"),
         ({"from": "layer2", "up_to": "layer2"}, "phase 3 of the plan trains nothing: 'layer2' is not after 'layer2'"),
-        ({"from": None, "up_to": "layer3"}, "partition 0 is settled for good by an earlier phase"),
+        ({"from": None, "up_to": "layer3"}, "partition 0 is settled by an earlier phase"),
     ],
 )
 def test_phases_that_cannot_run(window: dict[str, Any], message: str) -> None:

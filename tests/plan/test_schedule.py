@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fxsplit.errors import PartitionError, UsageError
 from fxsplit.plan.partition import Partition
-from fxsplit.plan.schedule import SCHEDULES, Phase, Plan, grow, schedule, settle, standard, window
+from fxsplit.plan.schedule import SCHEDULES, Phase, Plan, finetune, grow, schedule, settle, standard, window
 
 
 def partitions(*macs: int) -> tuple[Partition, ...]:
@@ -297,9 +297,10 @@ def test_a_wrong_plan_is_drawn_with_a_mark_at_each_wrong_phase() -> None:
         "mine: 3 partitions, 4 epochs",
         "> ###  1 epoch  <- the range [0, 9) ends after the last partition",
         "  ..#  1 epoch  from block2",
-        "> .#-  1 epoch  from block1 up to block2  <- partition 1 is settled for good by an earlier phase",
+        "> .#-  1 epoch  from block1 up to block2  <- partition 1 is settled by an earlier phase, "
+        "and the phase does not thaw it",
         "> .##  1 epoch  from block1  <- the range [1, 4) ends after the last partition; "
-        "partition 1 is settled for good by an earlier phase",
+        "partition 1 is settled by an earlier phase, and the phase does not thaw it",
     ]
 
 
@@ -312,6 +313,51 @@ def test_of_many_phases_those_about_the_first_wrong_one_are_shown() -> None:
     assert lines[0] == lines[-1] == "  ..."
     assert [line[:2] for line in lines[1:-1]] == ["  "] * 6 + ["> "] * 7
     assert lines[6] == "  ###  49 epochs"
+
+
+def test_a_phase_thaws_what_was_settled_or_is_wrong() -> None:
+    head, rest = Phase(start=2, stop=3, epochs=1), Phase(start=1, stop=3, epochs=1, thaws=True)
+    plan = Plan(schedule="mine", partitions=partitions(1, 1, 1), phases=(head, rest, replace(rest, thaws=False)))
+    assert [phase.start for phase in plan.phases] == [2, 1, 1]
+    with pytest.raises(PartitionError, match="phase does not thaw it"):
+        Plan(schedule="mine", partitions=plan.partitions, phases=(head, replace(rest, thaws=False)))
+    for phases in [(rest,), (head, replace(head, thaws=True)), (head, rest, rest)]:
+        with pytest.raises(PartitionError, match="thaws nothing"):
+            Plan(schedule="mine", partitions=plan.partitions, phases=phases)
+
+
+def test_finetune_by_hand() -> None:
+    """The head has no multiply-adds to speak of; of 10 eighths each, half of the work never trains."""
+    given_ = partitions(*[10] * 10, 0)
+    phases = finetune(given_, 8)
+    assert drawn(phases) == [(10, 11, 1), (5, 11, 1), (6, 11, 1), (7, 11, 1), (8, 11, 1), (9, 11, 3)]
+    assert [phase.thaws for phase in phases] == [False, True, False, False, False, False]
+    assert drawn(finetune(given_, 16)) == [(10, 11, 2), (5, 11, 2), (6, 11, 2), (7, 11, 2), (8, 11, 2), (9, 11, 6)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"front": 0.0, "share": 0.0}, [(4, 5, 1), (0, 5, 7)]),
+        ({"front": 0.5, "share": 0.2}, [(4, 5, 1), (2, 5, 7)]),
+        ({"front": 1.0}, [(4, 5, 8)]),
+        ({"start": 0.5, "stop": 0.5, "front": 0.25, "share": 0.5}, [(4, 5, 4), (1, 5, 4)]),
+    ],
+)
+def test_the_front_of_finetune_is_a_share_of_the_work(
+    options: dict[str, float], expected: list[tuple[int, int, int]]
+) -> None:
+    assert drawn(finetune(partitions(1, 1, 1, 1, 0), 8, **options)) == expected
+
+
+@pytest.mark.parametrize("options", [{"front": -0.1}, {"front": 1.1}, {"start": 0.6, "stop": 0.5}, {"share": -1.0}])
+def test_finetune_refuses_what_is_out_of_range(options: dict[str, float]) -> None:
+    with pytest.raises(UsageError):
+        finetune(partitions(1, 1), 8, **options)
+
+
+def test_one_epoch_of_finetune_has_no_epoch_for_the_head_alone() -> None:
+    assert drawn(finetune(partitions(1, 1, 0), 1)) == [(1, 3, 1)]
 
 
 def test_a_plan_has_a_phase() -> None:

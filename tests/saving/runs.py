@@ -73,6 +73,15 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "views": {**SETTLING, "augment": "crop-flip", "cache": "disk", "cache_views": 2, "epochs": 6, "opt": "momentum"},
     "few": {**SETTLING, "cache": "ram", "train_batches_per_epoch": 3, "grad_accum_steps": 2, "average": 0.3},
+    "finetune": {
+        "preset": "finetune",
+        "force": True,
+        "parts": 3,
+        "cache": "ram",
+        "average": 0.4,
+        "guard": 0.2,
+        "epochs": 5,
+    },
     "auto": {**SETTLING, "cache": "auto", "settled_dtype": "bfloat16", "opt": "adafactor"},
 }
 
