@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fxsplit.errors import UsageError
+from fxsplit.errors import UsageError, shown_path
 from fxsplit.options import key
+from fxsplit.paths import expanded
 from fxsplit.plan.planfile import PlanFile
 from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
 
@@ -44,11 +46,11 @@ def run_folder_of(path: str | Path) -> Path:
 
     Raises UsageError when there is none.
     """
-    given = Path(path).expanduser()
-    folder = given.parent if given.is_file() else given
+    given = expanded(path)
+    folder = given.parent if os.path.isfile(given) else given
     folder = folder.parent if folder.name == CHECKPOINTS else folder
-    if not (folder / RECIPE).is_file():
-        raise UsageError(f"there is no run to go on with at {str(path)!r}: it has no {RECIPE}")
+    if not os.path.isfile(folder / RECIPE):
+        raise UsageError(f"there is no run to go on with at {shown_path(path)}: it has no {RECIPE}")
     return folder
 
 
@@ -120,7 +122,7 @@ def newest_run(given: Mapping[str, Any]) -> Path | None:
     Args:
         given: the options that are given, by field name.
     """
-    output = Path(given.get("output", DEFAULT_OUTPUT)).expanduser()
+    output = expanded(given.get("output", DEFAULT_OUTPUT))
     if name := given.get("experiment"):
         return output / name if (output / name / RECIPE).is_file() else None
     for folder in sorted(_runs(output), key=_time_of, reverse=True):
@@ -130,6 +132,15 @@ def newest_run(given: Mapping[str, Any]) -> Path | None:
             continue
         return folder
     return None
+
+
+def free_name(output: str | Path, name: str) -> str:
+    """Return `name`, or the first of `name-2`, `name-3`, ... of which there is nothing in the output folder yet."""
+    folder, free, number = expanded(output), name, 1
+    while os.path.lexists(folder / free):
+        number += 1
+        free = f"{name}-{number}"
+    return free
 
 
 def _runs(output: Path) -> Iterator[Path]:

@@ -126,7 +126,7 @@ def trainer(
             executor,
             plan,
             make_optimizer=partial(optimizer(spec), trace.model, capturable=update_is_recorded),
-            make_scheduler=scheduler(spec, plan),
+            make_scheduler=scheduler(spec, plan.epochs),
             steps_per_epoch=steps_per_epoch,
             exits=objective.exits,
             annealing=spec.anneal,

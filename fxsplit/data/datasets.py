@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,8 @@ from fxsplit.data import image_folders
 from fxsplit.data.decoding import INTERPOLATIONS, image_warnings, short_side
 from fxsplit.data.images import Data, FileImages, ImageSet, MemoryImages, Warned
 from fxsplit.data.randomness import random_stream
-from fxsplit.errors import DataError, UsageError, nearest, printable
+from fxsplit.errors import DataError, UsageError, nearest, printable, shown_path
+from fxsplit.paths import expanded
 
 MEMORY_LIMIT_BYTES = 2 << 30
 TEST_SHARE = 0.2
@@ -61,7 +63,7 @@ def load(
         data = _folder(path, img_size, seed, workers, interpolation, notice)
     else:
         known = _known(name)
-        data = known.load(img_size or known.img_size, Path(data_dir).expanduser(), seed)
+        data = known.load(img_size or known.img_size, expanded(data_dir), seed)
     if train_limit is not None:
         data = replace(data, train=data.train.subset(_drawn(name, len(data.train), train_limit, seed)))
     return _into_memory(data, memory_limit_bytes, notice)
@@ -158,16 +160,16 @@ def _unsaid(_: str) -> None:
 
 def _folder_path(name: str) -> Path | None:
     scheme, _, path = name.partition(":")
-    return Path(path).expanduser() if scheme == "folder" and path else None
+    return expanded(path) if scheme == "folder" and path else None
 
 
 def _known(name: str) -> KnownData:
     if name in KNOWN:
         return KNOWN[name]
     hint = nearest(name, [*KNOWN, "folder:PATH"])
-    if Path(name).expanduser().is_dir():
+    if os.path.isdir(name):
         hint = f"; write folder:{name} for the images in that folder"
-    raise UsageError(f"there is no data set {name!r}, only {', '.join(KNOWN)} and folder:PATH{hint}")
+    raise UsageError(f"there is no data set {shown_path(name)}, only {', '.join(KNOWN)} and folder:PATH{hint}")
 
 
 def _drawn(name: str, images: int, limit: int, seed: int) -> Tensor:

@@ -19,6 +19,7 @@ from fxsplit.saving.model_config import ModelConfig
 from fxsplit.saving.run_folder import RunFolder
 from fxsplit.saving.run_state import RunState
 from fxsplit.saving.signals import Signals
+from fxsplit.trust import is_code
 
 
 class Interval(NamedTuple):
@@ -184,7 +185,9 @@ class Recorder:
     def _how_to_go_on(self) -> str:
         if not self._saved:
             return ""
-        return f"saved at {self._saved}; go on with: fxsplit train --resume {shlex.quote(self.path)}"
+        model = str(self._spec["model"])
+        words = ["fxsplit", "train", "--resume", self.path, *([model] if is_code(model) else ())]  # or it is not run
+        return f"saved at {self._saved}; go on with: {shlex.join(words)}"
 
     def __enter__(self) -> Recorder:
         if self._folder:
