@@ -32,7 +32,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("torchcompile", "experiment"), maybe | words),
     **dict.fromkeys(("epochs", "log_interval"), whole),
     **dict.fromkeys(("img_size", "train_limit", "train_batches_per_epoch", "epochs_total"), maybe | whole),
-    **dict.fromkeys(("workers", "warmup_epochs", "exits"), whole | st.just(0)),
+    **dict.fromkeys(("workers", "warmup_epochs", "exits", "max_bad_samples"), whole | st.just(0)),
     **dict.fromkeys(("weight_decay", "min_lr", "exit_weight"), finite),
     **dict.fromkeys(("momentum", "smoothing", "drop_path", "soft_targets", "average", "anneal"), below_one),
     **dict.fromkeys(("settle_from", "settle_until", "settle_share", "settle_front"), maybe),
@@ -41,7 +41,8 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
         st.booleans(),
     ),
     **dict.fromkeys(("lr", "decay_rate", "soft_temperature"), positive),
-    **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit", "memory_budget", "memory_aim"), maybe | positive),
+    **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit", "memory_aim"), maybe | positive),
+    "memory_budget": maybe | positive | st.just("auto"),
     "decay_milestones": st.lists(positive).map(tuple),
     "seed": st.integers(min_value=0, max_value=2**32 - 1),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
@@ -418,3 +419,10 @@ def test_a_later_way_to_cut_withdraws_the_earlier() -> None:
     assert (by_path.parts, by_path.at) == (None, ("3",))
     with pytest.raises(UsageError, match="only one can say where to cut"):
         resolve({"model": "paper:cnn", "parts": 4, "at": ("3",)})
+
+
+def test_a_memory_budget_is_a_number_or_auto() -> None:
+    assert RunSpec(model="m", memory_budget="auto").memory_budget == "auto"
+    assert resolve(read_values({"memory-budget": "0.5", "model": "m"})).memory_budget == 0.5
+    with pytest.raises(UsageError, match="memory-budget is 'outo', but must be a number above 0 or auto"):
+        RunSpec(model="m", memory_budget="outo")
