@@ -75,21 +75,23 @@ def train(
         run = assembly.recorder(
             start, shown, trace.model, passes, data, trainer, observer, began=began
         )  # and its folder
-        observer.run_started(
-            folder=run.path,
-            device=str(device),
-            plan=plan,
-            train_images=len(data.train),
-            test_images=len(data.test),
-        )
-        observer.forecast_made(ahead)
-        run.setup_seconds = perf_counter() - began
-        if spec.prove and not start.goes_on:  # the same numbers as the model's, or a ProofError
-            observer.working("proving the first batch")
-            run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)
-        assembly.restore(run, start, observer)
+        with run.beginning():
+            observer.run_started(
+                folder=run.path,
+                device=str(device),
+                plan=plan,
+                train_images=len(data.train),
+                test_images=len(data.test),
+            )
+            observer.forecast_made(ahead)
+            run.setup_seconds = perf_counter() - began
+            if spec.prove and not start.goes_on:  # the same numbers as the model's, or a ProofError
+                observer.working("proving the first batch")
+                run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)
+            assembly.restore(run, start, observer)
         with run:
-            for record in trainer.epochs(run.pause, most=1 if spec.dry_run else None):
+            recovery = assembly.recovery(spec, trace, trainer, run)  # trains, and answers faults
+            for record in recovery.epochs(run.pause, most=1 if spec.dry_run else None):
                 run.add(record)
     return run.report
 

@@ -6,6 +6,7 @@ from fxsplit.assembly.images import data, in_layout, loaders, random_images
 from fxsplit.assembly.models import example_inputs, model, trace, with_preprocessing
 from fxsplit.assembly.plans import DEFAULT_PARTS, forecast, inspection, paying_plan, plan
 from fxsplit.assembly.proofs import prove_first_batch
+from fxsplit.assembly.recovery import recovery
 from fxsplit.assembly.starting import check_data, restore, start
 from fxsplit.assembly.training import executor, passes, recordings, trainer
 
@@ -29,6 +30,7 @@ __all__ = [
     "random_images",
     "recorder",
     "recordings",
+    "recovery",
     "restore",
     "start",
     "trace",

@@ -44,9 +44,10 @@ class Start:
 def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer) -> Start:
     """Complete what is asked for, find the checkpoint to go on from, and say what differs from what it was asked for.
 
-    The folder is locked from here on. Raises UsageError when there is no such run, when another process goes on with
-    it, when something differs that cannot, or when random weights are to be fine-tuned; DataError when there are
-    checkpoints and none is whole; and what `with_preprocessing` raises.
+    The folder of a run that goes on is locked from here on. Raises UsageError when there is no such run, when another
+    process goes on with it, when something differs that cannot, when a new run could have no folder, or when random
+    weights are to be fine-tuned; DataError when there are checkpoints and none is whole; and what `with_preprocessing`
+    raises.
     """
     if spec is not None:
         spec = with_preprocessing(spec, observer)
@@ -58,6 +59,8 @@ def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer) -
                 "the preset is 'finetune', but the weights are random, and a front of random weights learns nothing; "
                 "give --pretrained or --initial-checkpoint, or --force"
             )
+        if not spec.dry_run:
+            RunFolder.check(spec.output, experiment=spec.experiment)
         return Start(spec=spec)
     path = resuming.run_folder_of(resume)
     folder = RunFolder.reopened(path)
