@@ -17,12 +17,12 @@ from fxsplit.cuda.replay import Recordings
 from fxsplit.data.batch import Batch
 from fxsplit.errors import NotFiniteError
 from fxsplit.execute.forward import Forward
+from fxsplit.measuring.finite import are_finite, first_not_finite, named
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.saving.run_state import Stateful
 from fxsplit.training.accuracy import Accuracy, PendingScore, Score
 from fxsplit.training.endings import Endings
-from fxsplit.training.finite import are_finite, first_not_finite, named
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
 from fxsplit.training.optimizers import gradients_of, parameters_of, set_gradients

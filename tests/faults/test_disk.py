@@ -112,10 +112,10 @@ def test_a_cache_that_has_no_room_is_done_without(call: str, tmp_path: Path, mon
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 192 KiB, where this process may mount one."""
+    """A real file system of 512 KiB, where this process may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    asked = ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(disk)]
+    asked = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
     try:
         mounted = subprocess.run(asked, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
