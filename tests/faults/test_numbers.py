@@ -50,7 +50,8 @@ def strikes(kind: str, monkeypatch: pytest.MonkeyPatch, at: At = lambda *place: 
         former = weights["3.weight"].detach().clone()
         hooks = []
         if now[0] and kind == "gradient":
-            hooks.append(weights["6.weight"].register_hook(lambda gradient: gradient * math.nan))
+            # Backward reaches that of the later partition first.
+            hooks += [weights[name].register_hook(lambda each: each * math.nan) for name in ("0.weight", "6.weight")]
         if now[0] and kind == "output":
             weights["3.weight"].data.fill_(math.inf)
         try:
@@ -232,3 +233,12 @@ def test_a_scaled_step_with_infinite_gradients_is_no_fault(tmp_path: Path, monke
     state = read_checkpoint(next((tmp_path / "mine" / CHECKPOINTS).iterdir()))["state"]
     assert state["training"]["step"]["scaler"]["scale"] < 2.0**120
     assert not [sentence for sentence in heard.sentences if "finite" in sentence]
+
+
+def test_scaled_steps_with_infinite_gradients_are_not_taken_for_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Step, "is_scaled", property(lambda _: True))
+    strikes("gradient", monkeypatch, lambda *place: place == (0, 1))
+    with pytest.raises(NotFiniteError, match=r"epoch 1, step 3: the loss is not finite: "):
+        run(tmp_path, Interrupts(), log_interval=1)
