@@ -59,7 +59,7 @@ def train(
     start = assembly.start(spec, resume, observer, trust_code=trust_code)  # at the beginning, or from a checkpoint
     spec = start.spec
     device = assembly.choose_device(spec.device)
-    assembly.check_names(spec, device, makes_folder=start.folder is None and not spec.dry_run)
+    assembly.check_names(spec, device)
     with trusting_code(trust_code), assembly.determinism(spec.seed, spec.deterministic):
         kind = assembly.kind(spec)  # of the images, which are loaded when all else is known to fit
         model = assembly.model(spec, kind, device, observer, goes_on=start.goes_on)  # an untouched nn.Module
@@ -84,21 +84,23 @@ def train(
         run = assembly.recorder(
             start, shown, trace.model, passes, data, trainer, observer, began=began
         )  # and its folder
-        observer.run_started(
-            folder=run.path,
-            device=str(device),
-            plan=plan,
-            train_images=len(data.train),
-            test_images=len(data.test),
-        )
-        observer.forecast_made(ahead)
-        run.setup_seconds = perf_counter() - began
-        if spec.prove and not start.goes_on:  # the same numbers as the model's, or a ProofError
-            observer.working("proving the first batch")
-            run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)
-        assembly.restore(run, start, observer)
+        with run.beginning():
+            observer.run_started(
+                folder=run.path,
+                device=str(device),
+                plan=plan,
+                train_images=len(data.train),
+                test_images=len(data.test),
+            )
+            observer.forecast_made(ahead)
+            run.setup_seconds = perf_counter() - began
+            if spec.prove and not start.goes_on:  # the same numbers as the model's, or a ProofError
+                observer.working("proving the first batch")
+                run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)
+            assembly.restore(run, start, observer)
         with run:
-            for record in trainer.epochs(run.pause, most=1 if spec.dry_run else None):
+            recovery = assembly.recovery(spec, trace, trainer, run)  # trains, and answers faults
+            for record in recovery.epochs(run.pause, most=1 if spec.dry_run else None):
                 run.add(record)
     return run.report
 

@@ -7,6 +7,8 @@
     │   └── GuardError           3   an input takes another path through the model than the traced one
     ├── PartitionError           3   the graph cannot be cut or scheduled as asked
     ├── DataError                1   the data cannot be read, downloaded or split
+    ├── NotFiniteError           1   a step of training gives numbers that are not finite
+    ├── OutOfMemoryError         1   a phase of training needs more memory than there is
     └── CheckError               4   a requested check failed
         └── ProofError           4   on a batch, the partitions and the model differ
 
@@ -56,6 +58,25 @@ class PartitionError(FxsplitError):
 
 class DataError(FxsplitError):
     """The data cannot be read, downloaded or split."""
+
+
+class NotFiniteError(FxsplitError):
+    """A loss, gradients or weights are NaN or infinite.
+
+    Args:
+        what: what is not finite, as a sentence.
+        epoch: the epoch in which that was noticed, from 0.
+        step: the last step that may have caused it, from 0.
+        is_cause: whether it is just this step.
+    """
+
+    def __init__(self, what: str, *, epoch: int, step: int, is_cause: bool = False) -> None:
+        super().__init__(what)
+        self.epoch, self.step, self.is_cause = epoch, step, is_cause
+
+
+class OutOfMemoryError(FxsplitError):
+    """A phase of training needs more memory than there is."""
 
 
 class CheckError(FxsplitError):

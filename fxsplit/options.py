@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import field
 from types import NoneType
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from fxsplit.errors import nearest, shown
 from fxsplit.plain_data import is_text
@@ -17,10 +17,11 @@ MOST = 10**12
 
 
 class Kind(NamedTuple):
-    """The type of an option, without None, and whether None is allowed too."""
+    """The type of an option, without None; whether None is allowed too; and words that stand beside other values."""
 
     type: Any
     optional: bool
+    words: tuple[str, ...] = ()
 
 
 def option(
@@ -67,7 +68,8 @@ def key(name: str) -> str:
 def kind_of(hint: Any) -> Kind:
     """Find the kind of an option from its annotation."""
     members = get_args(hint)
-    return Kind(members[0], True) if NoneType in members else Kind(hint, False)
+    words = tuple(word for member in members if get_origin(member) is Literal for word in get_args(member))
+    return Kind(members[0], True, words) if NoneType in members else Kind(hint, False)
 
 
 def read_value(name: str, value: object, kind: Kind, rule: Mapping[str, Any]) -> Any:
@@ -78,6 +80,8 @@ def read_value(name: str, value: object, kind: Kind, rule: Mapping[str, Any]) ->
     given = value
     if kind.type is str and (rule["choices"] or rule["pattern"]) and isinstance(value, int):
         given = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)  # as YAML reads such words
+    if isinstance(given, str) and given in kind.words:
+        return given
     try:
         read = None if given is None and kind.optional else _READERS[kind.type][0](given)
         if read is None or _is_allowed(read, rule):
@@ -112,7 +116,7 @@ def _allowed(kind: Kind, rule: Mapping[str, Any]) -> str:
         return str(rule["help"]).rstrip(".")
     words = (("least", "at least"), ("above", "above"), ("below", "below"), ("most", "at most"))
     limits = [f"{word} {rule[limit]}" for limit, word in words if rule[limit] is not None]
-    return f"{_READERS[kind.type][1]} {' and '.join(limits)}".rstrip()
+    return " or ".join((f"{_READERS[kind.type][1]} {' and '.join(limits)}".rstrip(), *kind.words))
 
 
 def _read_flag(value: object) -> bool:

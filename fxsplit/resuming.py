@@ -31,6 +31,8 @@ MAY_DIFFER = {
     "cache_limit": ROUNDING,
     "data_dir": "",
     "workers": "",
+    "max_bad_samples": "",
+    "on_nan": "",
     "prove": "",
     "log_interval": "",
     "checkpoint_every": "",
@@ -71,13 +73,15 @@ def differing(before: RunSpec, now: RunSpec) -> list[str]:
     """
     names = [each.name for each in fields(RunSpec) if getattr(before, each.name) != getattr(now, each.name)]
     names = [name for name in names if name not in PLACE]
-    if fixed := [name for name in names if name not in MAY_DIFFER]:
+    # The plan stays as it is, so another number would not be heeded.
+    may_differ = {**MAY_DIFFER, **({"memory_budget": "where memory runs out"} if now.memory_budget == "auto" else {})}
+    if fixed := [name for name in names if name not in may_differ]:
         words = ", ".join(_change(name, before, now) for name in fixed)
         raise UsageError(
             f"{words}: a run goes on as it began; leave {'it' if len(fixed) == 1 else 'them'} out, or begin another "
             "run without --resume"
         )
-    return [": ".join(filter(None, (_change(name, before, now), MAY_DIFFER[name]))) for name in names]
+    return [": ".join(filter(None, (_change(name, before, now), may_differ[name]))) for name in names]
 
 
 def _change(name: str, before: RunSpec, now: RunSpec) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import yaml
 
@@ -91,6 +91,12 @@ class RunSpec:
     batch_size: int = option("Data", "Images in one optimizer step.", 64, flags=("-b",), least=1, most=10**6)
     workers: int = option(
         "Data", "Processes that read images which do not fit in memory.", 2, flags=("-j",), least=0, most=1024
+    )
+    max_bad_samples: int = option(
+        "Data",
+        "Go on with up to so many images of a folder that cannot be decoded; others of their class take their places.",
+        0,
+        least=0,
     )
     train_limit: int | None = option("Data", "Train on this many images, drawn with the seed.", None, least=1)
     train_batches_per_epoch: int | None = option("Data", "End each epoch after this many steps.", None, least=1)
@@ -287,10 +293,11 @@ class RunSpec:
         "same",
         choices=("same", "bfloat16", "float16"),
     )
-    memory_budget: float | None = option(
+    memory_budget: float | Literal["auto"] | None = option(
         "Memory",
         "Recompute activations in backward, or divide batches into micro-batches, where a phase would need more memory "
-        "than this. Up to 1: a share of the activations of standard training; above 1: bytes of everything.",
+        "than this. Up to 1: a share of the activations of standard training; above 1: bytes of everything. auto: only "
+        "where memory has run out, and the phase goes on from its last whole state then.",
         None,
         above=0,
     )
@@ -329,6 +336,13 @@ class RunSpec:
     seed: int = option("Run", "Seed of weights, order and augmentation.", 42, least=0, below=2**32)
     deterministic: bool = option(
         "Run", "Use only deterministic kernels, without cuDNN's search for the fastest and without TF32.", False
+    )
+    on_nan: str = option(
+        "Run",
+        "When the loss or the weights are not finite: stop, with the last good weights and the cause, or skip the step "
+        "that is the cause. Skipping keeps a copy of the run's state in memory.",
+        "stop",
+        choices=("stop", "skip"),
     )
     prove: bool = option(
         "Run",

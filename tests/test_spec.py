@@ -37,7 +37,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("epochs", "log_interval"), whole),
     **dict.fromkeys(("train_limit", "train_batches_per_epoch", "epochs_total"), maybe | whole),
     "img_size": maybe | small.map(lambda side: side + 1),
-    **dict.fromkeys(("warmup_epochs", "exits"), whole | st.just(0)),
+    **dict.fromkeys(("warmup_epochs", "exits", "max_bad_samples"), whole | st.just(0)),
     "workers": small,
     **dict.fromkeys(("weight_decay", "min_lr", "exit_weight"), finite),
     **dict.fromkeys(("momentum", "smoothing", "drop_path", "soft_targets", "average", "anneal"), below_one),
@@ -47,7 +47,8 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
         st.booleans(),
     ),
     **dict.fromkeys(("lr", "decay_rate", "soft_temperature"), positive),
-    **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit", "memory_budget", "memory_aim"), maybe | positive),
+    **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit", "memory_aim"), maybe | positive),
+    "memory_budget": maybe | positive | st.just("auto"),
     "decay_milestones": st.lists(positive).map(tuple),
     "seed": st.integers(min_value=0, max_value=2**32 - 1),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
@@ -428,3 +429,10 @@ def test_a_later_way_to_cut_withdraws_the_earlier() -> None:
     assert (by_path.parts, by_path.at) == (None, ("3",))
     with pytest.raises(UsageError, match="only one can say where to cut"):
         resolve({"model": "paper:cnn", "parts": 4, "at": ("3",)})
+
+
+def test_a_memory_budget_is_a_number_or_auto() -> None:
+    assert RunSpec(model="m", memory_budget="auto").memory_budget == "auto"
+    assert resolve(read_values({"memory-budget": "0.5", "model": "m"})).memory_budget == 0.5
+    with pytest.raises(UsageError, match="memory-budget is 'outo', but must be a number above 0 or auto"):
+        RunSpec(model="m", memory_budget="outo")

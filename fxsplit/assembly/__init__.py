@@ -7,6 +7,7 @@ from fxsplit.assembly.models import example_inputs, model, trace, with_preproces
 from fxsplit.assembly.names import check_names
 from fxsplit.assembly.plans import DEFAULT_PARTS, forecast, inspection, paying_plan, plan
 from fxsplit.assembly.proofs import prove_first_batch
+from fxsplit.assembly.recovery import recovery
 from fxsplit.assembly.starting import check_data, restore, start
 from fxsplit.assembly.training import executor, passes, recordings, trainer
 
@@ -33,6 +34,7 @@ __all__ = [
     "random_images",
     "recorder",
     "recordings",
+    "recovery",
     "restore",
     "start",
     "trace",

@@ -41,6 +41,7 @@ def data(spec: RunSpec, observer: Observer) -> Data:
         seed=spec.seed,
         train_limit=spec.train_limit,
         workers=spec.workers,
+        max_bad_samples=spec.max_bad_samples,
         notice=observer.notice,
     )
     if not spec.guard:

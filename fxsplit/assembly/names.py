@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import nn
 
 from fxsplit.assembly.steps import optimizer_of, scheduler
-from fxsplit.errors import UsageError, nearest, reason, shown, shown_path
-from fxsplit.paths import expanded
+from fxsplit.errors import UsageError, nearest, reason, shown
 from fxsplit.plan.planfile import read_file
 from fxsplit.spec import RunSpec
 from fxsplit.training.optimizers import SLOTS
 
 
-def check_names(spec: RunSpec, device: torch.device, *, trains: bool = True, makes_folder: bool = False) -> None:
+def check_names(spec: RunSpec, device: torch.device, *, trains: bool = True) -> None:
     """Hold the names in a spec against those that there are: optimizer, learning rates, backend, plan file.
 
-    Unless it `trains`, optimizers that are known without timm are not tried. Where it `makes_folder`, that must be free
-    too. Raises UsageError when one of them cannot be used.
+    Unless it `trains`, optimizers that are known without timm are not tried. Raises UsageError when one of them cannot
+    be used.
     """
     if trains or spec.opt not in SLOTS:
         _try_optimizer(spec, device)
@@ -32,8 +29,6 @@ def check_names(spec: RunSpec, device: torch.device, *, trains: bool = True, mak
             )
     if spec.plan is not None:
         read_file(spec.plan)
-    if makes_folder and spec.experiment is not None:
-        _refuse_taken(expanded(spec.output), spec.experiment)
 
 
 def _try_optimizer(spec: RunSpec, device: torch.device) -> None:
@@ -49,14 +44,3 @@ def _try_optimizer(spec: RunSpec, device: torch.device) -> None:
         raise UsageError(f"the optimizer {shown(spec.opt)} cannot be used here: {reason(error)}") from error
     if spec.schedule != "window":  # whose length follows from the model
         scheduler(spec, spec.epochs_total or spec.epochs)(optimizer, steps_per_epoch=1)
-
-
-def _refuse_taken(output: os.PathLike[str], name: str) -> None:
-    path = os.path.join(output, name)
-    if os.path.lexists(path) and not os.path.isdir(path):
-        raise UsageError(f"{shown_path(path)} is a file, and no folder for a run; name another --experiment")
-    if os.path.lexists(os.path.join(path, "args.yaml")):
-        raise UsageError(
-            f"the folder {shown_path(path)} already holds a run; name another --experiment, or go on with it "
-            "by --resume"
-        )

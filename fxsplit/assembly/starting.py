@@ -46,10 +46,10 @@ class Start:
 def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, *, trust_code: bool = False) -> Start:
     """Complete what is asked for, find the checkpoint to go on from, and say what differs from what it was asked for.
 
-    The folder is locked from here on. Raises UsageError when there is no such run, when another process goes on with
-    it, when it would run code that no `spec` names and that is not trusted, when something differs that cannot, or when
-    random weights are to be fine-tuned; DataError when there are checkpoints and none is whole; and what
-    `with_preprocessing` raises.
+    The folder of a run that goes on is locked from here on. Raises UsageError when there is no such run, when another
+    process goes on with it, when it would run code that no `spec` names and that is not trusted, when something differs
+    that cannot, when a new run could have no folder, or when random weights are to be fine-tuned; DataError when there
+    are checkpoints and none is whole; and what `with_preprocessing` raises.
     """
     if spec is not None:
         spec = with_preprocessing(spec, observer)
@@ -61,6 +61,8 @@ def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, *
                 "the preset is 'finetune', but the weights are random, and a front of random weights learns nothing; "
                 "give --pretrained or --initial-checkpoint, or --force"
             )
+        if not spec.dry_run:
+            RunFolder.check(spec.output, experiment=spec.experiment)
         return Start(spec=spec)
     path = resuming.run_folder_of(resume)
     if spec is None:

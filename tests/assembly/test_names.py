@@ -66,7 +66,7 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., fxspl
         ({"sched": "rsqrt"}, "the learning-rate schedule 'rsqrt' cannot be made so: "),
         ({"torchcompile": "inducter"}, "torch has no backend 'inducter' to compile with; did you mean 'inductor'"),
         ({"experiment": "taken"}, "the folder 'output/train/taken' already holds a run; name another"),
-        ({"experiment": "file"}, "'output/train/file' is a file, and no folder"),
+        ({"experiment": "file"}, "the run folder 'output/train/file' cannot be made: Not a directory"),
     ],
 )
 def test_names_are_tried_before_a_model_is_built(

@@ -45,9 +45,9 @@ TRAIN_OPTIONS = """
 --data-dir --deterministic --device --drop-path --dry-run --epochs --epochs-total --exit-weight --exits --experiment
 --finetune --force --guard --layer-decay --no-force --settle-front --shift
 --grad-accum-steps
---img-size --initial-checkpoint --interpolation --json --l2l --log-interval --lr --mean --memory-aim
+--img-size --initial-checkpoint --interpolation --json --l2l --log-interval --lr --max-bad-samples --mean --memory-aim
 --memory-budget --min-lr --momentum --no-amp --no-channels-last
---no-deterministic --no-dry-run --no-pretrained --no-progress --no-prove --opt --output --output-dir
+--no-deterministic --no-dry-run --no-pretrained --no-progress --no-prove --on-nan --opt --output --output-dir
 --parts --plan --preset --pretrained --print-config --progress --prove --quiet -q
 --resume --sched --schedule --seed --settled-dtype
 --smoothing --std --stem
@@ -282,6 +282,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "amp-dtype": "float16",
         "cuda-graphs": "on",
         "checkpoint-every": "500s",
+        "on-nan": "skip",
         "mean": "0.5,0.25,0.125",
         "std": "1,2,3",
         "at": "layer1,layer2.0",
