@@ -215,7 +215,7 @@ def test_what_fails_before_the_first_step_leaves_no_empty_folder(
     before, _ = whole(tmp_path, "standard")
     monkeypatch.setattr("fxsplit.assembly.restore", refuse)
     with pytest.raises(type(error)):
-        fxsplit.train(resume=tmp_path / "whole")
+        fxsplit.train(resume=tmp_path / "whole", trust_code=True)
     assert differences(before, left_by(tmp_path / "whole")) == []
 
 
