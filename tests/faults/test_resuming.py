@@ -118,7 +118,7 @@ def test_sigterm_to_the_whole_group_saves_before_the_workers_are_gone(
     def run() -> None:
         os.setsid()
         sys.stderr = log.open("w", encoding="utf-8", buffering=1)
-        os._exit(main(["train", "-c", str(recipe), "--experiment", "mine", "--no-progress"]))
+        os._exit(main(["train", "-c", str(recipe), "--trust-recipe", "--experiment", "mine", "--no-progress"]))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
