@@ -14,6 +14,7 @@ import typer
 from fxsplit.errors import FxsplitError, Terminated, UsageError, shortened
 
 from .commands.check import check
+from .commands.compare import compare
 from .commands.evaluate import evaluate
 from .commands.export import export
 from .commands.inspect import inspect
@@ -35,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, evaluate, predict, export, inspect, check):
+for command in (train, evaluate, predict, export, inspect, check, compare):
     # A line break inside of a paragraph would stay one in the help, whatever the width of the terminal.
     paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
     app.command(help="\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs))(command)

@@ -12,6 +12,8 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
+from fxsplit.comparison import Comparison
+from fxsplit.pages.comparison_page import BUDGETS, spread
 from fxsplit.pages.figures import human, millijoules, trains
 from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan
@@ -189,6 +191,24 @@ def exported(record: ExportRecord) -> None:
         print_whole(console, f"{name:9} {fact}")
 
 
+def comparison(found: Comparison, files: str) -> None:
+    """Print a row for each arm of each table; below it the verdicts, and what is not equal."""
+    console = Terminal(highlight=False)
+    for each in found.tables:
+        print_whole(console, f"{each.model}, {BUDGETS[each.match]}")
+        table = new_table("arm", ">epochs", ">seeds", ">test accuracy, %", f">{found.time}", ">memory")
+        for arm in each.arms:
+            figures = (spread(arm.accuracy, 2), spread(arm.time, 1), human(arm.memory.mean, "B"))
+            table.add_row(Text(arm.arm), str(arm.epochs), str(len(arm.runs)), *figures)
+        console.print(table)
+        for difference in each.differences:
+            print_whole(console, difference.sentence)
+        for sentence in each.unequal:
+            console.print(Text(f"not equal: {sentence}", "red"), soft_wrap=True)
+        console.print("")
+    print_whole(console, f"written: {files}.json, .csv, .md and .html")
+
+
 def diff(before: str, after: str, changes: Sequence[Change], *, stale: Sequence[str]) -> None:
     """Print what differs between two plan files; `stale` are those whose figures belong to other cuts."""
     console = Terminal()
@@ -245,5 +265,6 @@ def new_table(*headers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for header in headers:
         right = header.startswith(">")
-        table.add_column(header.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+        kept = right or header == "arm"
+        table.add_column(header.lstrip(">"), justify="right" if right else "left", no_wrap=kept, overflow="fold")
     return table

@@ -49,7 +49,7 @@ class RunView(Observer):
 def observing(model: str, view: View) -> Iterator[RunView]:
     """Give an observer for a run: a live one only on a terminal, and for as long as the block lasts."""
     console = Terminal(stderr=True)
-    if view == "live" and _can_be_redrawn(console):
+    if view == "live" and can_be_redrawn(console):
         with LiveView(model, console) as live_view:
             yield live_view
     else:
@@ -60,7 +60,7 @@ def observing(model: str, view: View) -> Iterator[RunView]:
 def checking() -> Iterator[Observer]:
     """Give an observer for checks: a progress bar on a terminal, otherwise a line for each model."""
     console = Terminal(stderr=True)
-    if _can_be_redrawn(console):
+    if can_be_redrawn(console):
         columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=console, transient=True) as progress:
             yield CheckBar(progress)
@@ -68,8 +68,8 @@ def checking() -> Iterator[Observer]:
         yield CheckLines()
 
 
-def _can_be_redrawn(console: Console) -> bool:
-    """FORCE_COLOR makes rich take anything for a terminal, but a log cannot be redrawn."""
+def can_be_redrawn(console: Console) -> bool:
+    """Tell whether what is drawn can be drawn over. FORCE_COLOR makes rich take a log for a terminal, which cannot."""
     return console.is_terminal and not console.is_dumb_terminal and sys.stderr.isatty()
 
 

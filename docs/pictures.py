@@ -1,6 +1,7 @@
-"""Make the two pictures of the README anew: `python docs/pictures.py`. Needs selenium, Chromium and its driver.
+"""Make the three pictures of the README anew: `python docs/pictures.py`. Needs selenium, Chromium and its driver.
 
 pictures/inspect.png   the page that `fxsplit inspect ... --format html` writes
+pictures/compare.png   the page that `fxsplit compare -c recipes/table1/quick.yaml` writes, which takes minutes
 pictures/train.svg     the terminal in the middle of a run
 """
 
@@ -55,18 +56,32 @@ def picture_training(path: Path) -> None:
 
 
 def picture_inspection(path: Path) -> None:
-    """Inspect a model, open the page in Chromium, and take a picture of its upper part."""
+    """Inspect a model, and take a picture of its page."""
+    with TemporaryDirectory() as folder:
+        page = Path(folder) / "page.html"
+        model = ["timm:resnext50_32x4d", "--img-size", "64", "--epochs", "30"]
+        if main(["inspect", *model, "--l2l", "--format", "html", "-o", str(page)]):
+            raise SystemExit("the model cannot be inspected")
+        picture_page(page, path)
+
+
+def picture_comparison(path: Path) -> None:
+    """Do the quick comparison, if it is not done, and take a picture of its page."""
+    with chdir(ROOT):
+        if main(["compare", "-c", "recipes/table1/quick.yaml"]):
+            raise SystemExit("the comparison has failed")
+    picture_page(ROOT / "output" / "compare" / "quick.html", path)
+
+
+def picture_page(page: Path, path: Path) -> None:
+    """Open a page in Chromium, and take a picture of its upper part."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     # Containers have neither a sandbox for root nor much shared memory.
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
         options.add_argument(argument)
-    with TemporaryDirectory() as folder, webdriver.Chrome(options, service) as browser:
-        page = Path(folder) / "page.html"
-        model = ["timm:resnext50_32x4d", "--img-size", "64", "--epochs", "30"]
-        if main(["inspect", *model, "--l2l", "--format", "html", "-o", str(page)]):
-            raise SystemExit("the model cannot be inspected")
+    with webdriver.Chrome(options, service) as browser:
         browser.set_window_size(1100, 1000)
         browser.get(page.as_uri())
         shot = browser.get_screenshot_as_png()
@@ -77,6 +92,7 @@ def picture_inspection(path: Path) -> None:
 if __name__ == "__main__":
     picture_training(PICTURES / "train.svg")
     picture_inspection(PICTURES / "inspect.png")
+    picture_comparison(PICTURES / "compare.png")
     for picture in PICTURES.iterdir():
         size = picture.stat().st_size
         print(f"{picture.relative_to(ROOT)}: {size:,} bytes")

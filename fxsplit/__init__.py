@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxsplit.api import check, check_forecasts, inspect, trace, train
     from fxsplit.capture.tracing import Trace
+    from fxsplit.comparing.compare import compare
+    from fxsplit.comparison import Comparison, ComparisonSpec
     from fxsplit.cuda.graphed import graphed
     from fxsplit.distribute.device_map import device_map
     from fxsplit.distribute.pipeline import to_pipeline_stages
@@ -48,6 +50,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckRecord",
+    "Comparison",
+    "ComparisonSpec",
     "Evaluation",
     "Executor",
     "ExportRecord",
@@ -68,6 +72,7 @@ __all__ = [
     "TrainedModel",
     "check",
     "check_forecasts",
+    "compare",
     "device_map",
     "evaluate",
     "export",
@@ -93,6 +98,8 @@ _HOMES = {
     "fxsplit.planning": ("load_plan", "partition", "save_plan"),
     "fxsplit.measuring.op_costs": ("measure",),
     "fxsplit.capture.tracing": ("Trace",),
+    "fxsplit.comparing.compare": ("compare",),
+    "fxsplit.comparison": ("Comparison", "ComparisonSpec"),
     "fxsplit.errors": ("FxsplitError", "ProofError"),
     "fxsplit.plan.forecast": ("Forecast", "forecast"),
     "fxsplit.plan.partition": ("Partition",),

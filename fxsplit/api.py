@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from fxsplit.data import datasets
 from fxsplit.errors import NoModelError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.passes import effect_of
+from fxsplit.measuring.meter import stopwatch
 from fxsplit.measuring.op_costs import measure as measure_ops
 from fxsplit.models import registry
 from fxsplit.plan.partition import most_partitions, partition
@@ -55,7 +55,7 @@ def train(
 
     Returns the records of the run, of all its processes. Raises a FxsplitError for anything that the user can mend.
     """
-    observer, began = observer or Observer(), perf_counter()
+    observer, elapsed = observer or Observer(), stopwatch()
     start = assembly.start(spec, resume, observer, trust_code=trust_code)  # at the beginning, or from a checkpoint
     spec = start.spec
     device = assembly.choose_device(spec.device)
@@ -82,7 +82,7 @@ def train(
         ahead = assembly.forecast(spec, plan, trace, measured=False)  # what each phase is expected to cost
         shown = assembly.inspection(spec, trace, plan, ahead)
         run = assembly.recorder(
-            start, shown, trace.model, passes, data, trainer, observer, began=began
+            start, shown, trace.model, passes, data, trainer, observer, elapsed=elapsed
         )  # and its folder
         with run.beginning():
             observer.run_started(
@@ -93,7 +93,7 @@ def train(
                 test_images=len(data.test),
             )
             observer.forecast_made(ahead)
-            run.setup_seconds = perf_counter() - began
+            run.setup_seconds, _ = elapsed()
             if spec.prove and not start.goes_on:  # the same numbers as the model's, or a ProofError
                 observer.working("proving the first batch")
                 run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)

@@ -55,6 +55,12 @@ class EpochRecord:
     cannot give is None. `train_energy_joules` are those of `energy_joules` that went into training. The cache of the
     settled prefix held `cache_resident_bytes` of memory, of the process or of the GPU, which are part of the peaks
     there, and `cache_file_bytes` of the disk.
+
+    `processor_seconds` are those of all threads, and of processes that read images. `multiply_adds` are those of
+    training: forward, backward, what is recomputed, what fills a cache, exits, recalibration, soft targets, and in the
+    first epoch the proof; tests are not among them. `ensemble_top1` is the accuracy of a snapshot ensemble: the mean of
+    what the network said of each test image, as probabilities, at the end of each phase so far. It is there at the end
+    of each phase from the second on.
     """
 
     epoch: int
@@ -81,6 +87,9 @@ class EpochRecord:
     cache_resident_bytes: int | None = None
     cache_file_bytes: int | None = None
     held_out_top1: float | None = None
+    processor_seconds: float | None = None
+    multiply_adds: int | None = None
+    ensemble_top1: float | None = None
 
     @property
     def joules_per_image(self) -> float | None:
@@ -95,7 +104,8 @@ class RunReport:
 
     `spec` is its recipe and `environment` its machine, as plain data. `passes` are the graph passes that rewrote its
     stages; without any, these ran what the model runs, bit for bit. `total_seconds` include `setup_seconds`, until the
-    first batch, and `prove_seconds`, for the proof on it.
+    first batch, and `prove_seconds`, for the proof on it; `processor_seconds` are those of the whole run. `data` tells
+    its images from others: counts, and checksums of labels and pixels.
     """
 
     status: str
@@ -108,6 +118,8 @@ class RunReport:
     setup_seconds: float
     prove_seconds: float = 0.0
     total_seconds: float
+    processor_seconds: float | None = None
+    data: dict[str, Any] = field(default_factory=dict)
     folder: str
 
     @property

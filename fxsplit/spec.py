@@ -349,6 +349,11 @@ class RunSpec:
         "Before the first step, prove on the first batch that the partitions compute what the model computes.",
         True,
     )
+    ensemble: bool = option(
+        "Run",
+        "Also test a snapshot ensemble: the mean of what the network says at the end of each phase.",
+        False,
+    )
     output: str = option(
         "Run", "Folder in which each run gets a folder of its own.", "output/train", flags=("--output-dir",)
     )

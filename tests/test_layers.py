@@ -26,10 +26,11 @@ LAYERS = (
     {"trust"},
     {"plan", "models", "meta", "cuda"},
     {"spec", "report"},
+    {"comparison"},
     {"capture", "resuming"},
     {"execute", "pages"},
     {"caching", "measuring", "distribute", "saving"},
-    {"training"},
+    {"training", "comparing"},
     {"proving"},
     {"planning"},
     {"assembly"},
@@ -37,18 +38,9 @@ LAYERS = (
     {"api"},
 )
 WITHOUT_TORCH = {
-    "errors",
-    "plain_data",
-    "graph",
-    "options",
-    "presets",
-    "records",
-    "spec",
-    "resuming",
-    "plan",
-    "report",
-    "pages",
-}
+    "errors", "plain_data", "graph", "options", "presets", "records", "spec", "resuming", "plan", "report", "pages",
+    "comparison", "comparing",
+}  # fmt: skip
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "typer", "rich"}
 
 
@@ -188,12 +180,12 @@ def test_inspecting_loads_no_library_that_it_does_not_use() -> None:
 
 def test_public_names() -> None:
     assert fxsplit.__all__ == [
-        "CheckRecord", "Evaluation", "Executor", "ExportRecord", "Forecast", "ForecastRecord", "FxsplitError",
-        "Inspection", "Observer", "Partition", "Phase", "Plan", "Prediction", "Proof", "ProofError", "RunReport",
-        "RunSpec", "Trace", "TrainedModel", "check", "check_forecasts", "device_map", "evaluate", "export", "forecast",
-        "graphed", "inspect", "load", "load_plan", "measure", "partition", "predict", "prove", "save_plan", "schedule",
-        "to_pipeline_stages", "trace", "train",
+        "CheckRecord", "Comparison", "ComparisonSpec", "Evaluation", "Executor", "ExportRecord", "Forecast",
+        "ForecastRecord", "FxsplitError", "Inspection", "Observer", "Partition", "Phase", "Plan", "Prediction",
+        "Proof", "ProofError", "RunReport", "RunSpec", "Trace", "TrainedModel", "check", "check_forecasts", "compare",
+        "device_map", "evaluate", "export", "forecast", "graphed", "inspect", "load", "load_plan", "measure",
+        "partition", "predict", "prove", "save_plan", "schedule", "to_pipeline_stages", "trace", "train",
     ]  # fmt: skip
     assert all(getattr(fxsplit, name).__name__ == name for name in fxsplit.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'compare'"):
-        _ = fxsplit.compare
+    with pytest.raises(AttributeError, match="no attribute 'comparing_all'"):
+        _ = fxsplit.comparing_all

@@ -111,7 +111,8 @@ def full(report: RunReport, plan: Plan) -> RunReport:
     )
     records = tuple(
         replace(record, peak_allocated_bytes=1, peak_reserved_bytes=2, device_bytes=3, cache_resident_bytes=4,
-                cache_file_bytes=5)
+                cache_file_bytes=5, processor_seconds=6.0, multiply_adds=7, ensemble_top1=8.0,
+                held_out_top1=9.0)
         for record in report.epochs
     )  # fmt: skip
     return replace(
@@ -121,6 +122,8 @@ def full(report: RunReport, plan: Plan) -> RunReport:
         plan=replace(plan, preset="l2l", phases=phases),
         passes=("pointwise_products",),
         prove_seconds=0.5,
+        processor_seconds=70.0,
+        data={"train": 9, "labels": "ab"},
         epochs=records,
     )
 

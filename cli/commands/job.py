@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from types import FrameType
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
-from fxsplit.errors import UsageError
+from fxsplit.errors import Terminated, UsageError
 from fxsplit.resuming import AUTO, RECIPE, differing, free_name, newest_run, run_folder_of
 from fxsplit.spec import (
     DEFAULTS,
@@ -143,3 +146,17 @@ def resolve_run(
 
 def _merged(layers: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {name: value for layer in layers for name, value in layer.items()}
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end the work as an interruption does: with what there is saved."""
+
+    def terminate(_signum: int, _frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from fxsplit.errors import FxsplitError, Terminated
+from fxsplit.errors import FxsplitError
 from fxsplit.records import json_text
 from fxsplit.report import RunReport
 from fxsplit.spec import RunSpec
@@ -23,7 +19,19 @@ from .. import completion, tables, views
 from ..options import with_spec_options
 from ..streams import result_alone
 from ..terminal import write
-from .job import FineTuning, Job, Json, LayerToLayer, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_run
+from .job import (
+    FineTuning,
+    Job,
+    Json,
+    LayerToLayer,
+    Model,
+    Recipe,
+    TrustCode,
+    TrustRecipe,
+    Verbose,
+    resolve_run,
+    terminable,
+)
 
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
 
@@ -87,7 +95,7 @@ def train(
 
 
 def _train(spec: RunSpec, resume: str | None, trust_code: bool, view: views.View, as_json: bool) -> None:
-    with views.observing(spec.model, view) as observer, result_alone(), _terminable():
+    with views.observing(spec.model, view) as observer, result_alone(), terminable():
         from fxsplit import api
 
         report: RunReport | None
@@ -116,17 +124,3 @@ def _show(report: RunReport, as_json: bool) -> None:
         write(json_text(report.to_dict()))
     else:
         tables.report(report)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the training as an interruption does: with what there is saved."""
-
-    def terminate(_signum: int, _frame: FrameType | None) -> NoReturn:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -33,11 +33,11 @@ def recorder(
     trainer: Trainer,
     observer: Observer,
     *,
-    began: float,
+    elapsed: Callable[[], tuple[float, float]],
 ) -> Recorder:
     """Make the recorder of a run and, unless it is a dry run, its folder.
 
-    `began` is when the run began, on the clock of `perf_counter`. Raises UsageError when the folder cannot be made.
+    `elapsed` is as `Recorder` takes it. Raises UsageError when the folder cannot be made.
     """
     spec, folder = start.spec, start.folder
     if folder is None and not spec.dry_run:
@@ -57,7 +57,7 @@ def recorder(
         identity=identity(data),
         environment=environment(data.train.device),
         passes=names_of(passes),
-        began=began,
+        elapsed=elapsed,
         notice=observer.notice,
     )
 

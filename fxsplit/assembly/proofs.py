@@ -44,6 +44,8 @@ def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: O
             f"two runs of the plain model differ in {len(proof.varying)} of {proof.compared} values of the first "
             "batch; the partitions were held to these within what they vary by themselves"
         )
+    if trainer.work is not None:
+        trainer.work.proof(len(batch))
     if trainer.recordings is not None:
         _prove_replays(spec, trace, trainer, batch, observer)
     return perf_counter() - began

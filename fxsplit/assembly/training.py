@@ -25,9 +25,11 @@ from fxsplit.data.images import Data
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
 from fxsplit.execute.passes import Pass, passes_for
+from fxsplit.plan.forecast import step_work
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
 from fxsplit.spec import RunSpec
+from fxsplit.training.accuracy import Snapshots
 from fxsplit.training.endings import Endings, named_parameters
 from fxsplit.training.exits import Exits
 from fxsplit.training.guard import Guard
@@ -36,6 +38,7 @@ from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.plasticity import QUIET_INTERVALS, Plasticity
 from fxsplit.training.soft_targets import LastTargets, MeanTargets, SoftTargets
 from fxsplit.training.step import Step
+from fxsplit.training.telemetry import Work
 from fxsplit.training.trainer import Trainer
 
 
@@ -143,6 +146,8 @@ def trainer(
         ),
         plasticity=_plasticity(executor, steps_per_epoch) if spec.veto else None,
         guard=Guard(plan) if data.held_out is not None else None,
+        snapshots=Snapshots() if spec.ensemble and len(plan.phases) > 1 else None,
+        work=Work(step_work(plan, trace), plan.partitions),
         recordings=recordings,
         update_is_recorded=update_is_recorded,
         log_interval=spec.log_interval,

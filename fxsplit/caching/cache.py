@@ -119,6 +119,7 @@ class Cache:
         self._given_up = False
         self._order = EpochOrder(loader.images_per_epoch, loader.batch_size, loader.device)
         self._fetch: Callable[[], Batch] = images.fetch
+        self._reads = False
         self._weights: Stamp = ()
         self._rows: Rows | None = None
         self.medium: str | None = None
@@ -138,6 +139,11 @@ class Cache:
     def has_rows(self) -> bool:
         """Whether it keeps anything."""
         return self._rows is not None
+
+    @property
+    def reads(self) -> bool:
+        """Whether the batch that was put last is read from rows, so that the settled partitions do not run for it."""
+        return self._reads
 
     @property
     def resident_bytes(self) -> int:
@@ -178,7 +184,7 @@ class Cache:
         return self._fetch()
 
     def _put_rows(self, rows: Rows, order: Tensor, first: int) -> Iterator[Hashable]:
-        size = self._loader.batch_size
+        size, self._reads = self._loader.batch_size, True
         if self.medium == DEVICE:
             for numbers in self._order.batches(order, first):
                 self._fetch = partial(self._read, rows, numbers)
@@ -217,6 +223,7 @@ class Cache:
         batches = zip(self._order.batches(order, first), self._images.put(epoch, first, view=view), strict=True)
         for number, (numbers, key) in enumerate(batches, first):
             rows, can_be_recorded = self._rows, self.medium == DEVICE and key is not None
+            self._reads = not self._given_up and rows is not None and bool(filled[numbers].all())
             if self._given_up:
                 self._fetch = self._images.fetch
                 yield key

@@ -78,6 +78,11 @@ class Feed:
         """Return the training batch that was put last."""
         return (self._train_cache or self._train_images).fetch()
 
+    @property
+    def settles(self) -> bool:
+        """Whether the settled partitions run for the training batch that was put last: it is not read from a cache."""
+        return self._train_cache is None or not self._train_cache.reads
+
     def training(self, epoch: int) -> Iterator[Batch]:
         """Give the batches of a training epoch."""
         return batches_of(self, epoch)

@@ -23,6 +23,18 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def processor_seconds() -> float:
+    """Read the processor time that this process has used, with that of its children that have ended."""
+    used = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def stopwatch() -> Callable[[], tuple[float, float]]:
+    """Return a function that tells the seconds and the processor seconds since now."""
+    began, processor_began = time.perf_counter(), processor_seconds()
+    return lambda: (time.perf_counter() - began, processor_seconds() - processor_began)
+
+
 def resident_bytes() -> int:
     """Return the memory that this process holds now."""
     return int(psutil.Process().memory_info().rss)

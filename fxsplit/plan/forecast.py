@@ -99,6 +99,25 @@ def forecast(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWork:
+    """Counts the multiply-adds that a phase takes for one image.
+
+    Args:
+        settled: forward through the settled partitions, which a cache spares.
+        rest: forward, backward and what is recomputed of all others.
+    """
+
+    settled: int
+    rest: int
+
+
+def step_work(plan: Plan, modes: Modes) -> tuple[StepWork, ...]:
+    """Count the multiply-adds that an image takes in each phase of `plan`, made for a model with the graphs `modes`."""
+    costs = CostModel(plan.partitions, modes, 1, 0)
+    return tuple(map(costs.work, plan.phases))
+
+
 class CostModel:
     """Computes what a step costs in any phase over some partitions; the arguments are those of `forecast`."""
 
@@ -133,6 +152,14 @@ class CostModel:
     def step_cost(self, phase: Phase) -> float:
         """Compute the time of a step relative to standard training, without its memory, so that this is quick."""
         return self._step_time(phase) / self.standard_time if self.standard_time else 1.0
+
+    def work(self, phase: Phase) -> StepWork:
+        """Count the multiply-adds of an image, as `step_work` does."""
+        settled = self.partitions[: phase.start]
+        counted = sum(op.macs for part in settled for op in self.modes.eval.ops[part.span(training=False)])
+        return StepWork(
+            settled=sum(part.macs for part in settled), rest=round(self._time(phase, _multiply_adds)) - counted
+        )
 
     def phase(self, phase: Phase) -> PhaseForecast:
         """Forecast time and memory of a step."""
@@ -247,6 +274,11 @@ class CostModel:
             self.batch_size * op.macs + MACS_PER_BYTE * moved,
             self.batch_size * op.backward_macs + 2 * MACS_PER_BYTE * moved,
         )
+
+
+def _multiply_adds(op: Op) -> tuple[float, float]:
+    """Return those of forward and of backward."""
+    return op.macs, op.backward_macs
 
 
 def _is_differentiable(value: Value) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from time import perf_counter
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -56,7 +55,7 @@ class Recorder:
         identity: what a run that goes on is held against, as plain data.
         environment: what numbers depend on besides, as plain data.
         passes: names of the graph passes.
-        began: when the run began, on the clock of `perf_counter`.
+        elapsed: returns the seconds and the processor seconds that this process has spent on the run so far.
         notice: is called with a sentence for each file that cannot be written.
     """
 
@@ -77,12 +76,13 @@ class Recorder:
         identity: dict[str, Any],
         environment: dict[str, Any],
         passes: tuple[str, ...],
-        began: float,
+        elapsed: Callable[[], tuple[float, float]],
         notice: Callable[[str], None],
     ) -> None:
         self.path = str(folder.path) if folder else ""
         self.setup_seconds = self.prove_seconds = 0.0
-        self._folder, self._inspection, self._model, self._began = folder, inspection, model, began
+        self._folder, self._inspection, self._model = folder, inspection, model
+        self._elapsed, self._earlier = elapsed, (0.0, 0.0)
         self.state, self._checkpoints, self._interval = state, checkpoints, interval
         self._spec, self._args_yaml, self._config, self._identity = spec, args_yaml, config, identity
         self._environment, self._passes = environment, passes
@@ -107,7 +107,7 @@ class Recorder:
         data = found.data
         self.state.load_state_dict(data["state"])
         self._epochs = [read_record(EpochRecord, record) for record in data["epochs"]]
-        self._began -= data["seconds"]["total"]
+        self._earlier = data["seconds"]["total"], data["seconds"]["processor"]
         self.setup_seconds += data["seconds"]["setup"]
         self.prove_seconds += data["seconds"]["prove"]
         self._saved = Place(*data["place"])
@@ -195,7 +195,13 @@ class Recorder:
         else:
             self._saved = place
 
+    def _spent(self) -> tuple[float, float]:
+        """Return the seconds and the processor seconds of the run, of all its processes."""
+        seconds, processor = map(sum, zip(self._earlier, self._elapsed(), strict=True))
+        return seconds, processor
+
     def _data(self, place: Place) -> dict[str, Any]:
+        seconds, processor = self._spent()
         return {
             "place": list(place),
             "spec": self._spec,
@@ -203,7 +209,8 @@ class Recorder:
             "plan": self._inspection.plan_file.to_dict(),
             "epochs": [asdict(record) for record in self._epochs],
             "seconds": {
-                "total": perf_counter() - self._began,
+                "total": seconds,
+                "processor": processor,
                 "setup": self.setup_seconds,
                 "prove": self.prove_seconds,
             },
@@ -247,6 +254,7 @@ class Recorder:
 
     def _finish(self, error: BaseException | None) -> list[str]:
         stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        seconds, processor = self._spent()
         self.report = RunReport(
             status="finished" if error is None else stopped,
             spec=self._spec,
@@ -257,7 +265,9 @@ class Recorder:
             epochs=tuple(self._epochs),
             setup_seconds=self.setup_seconds,
             prove_seconds=self.prove_seconds,
-            total_seconds=perf_counter() - self._began,
+            total_seconds=seconds,
+            processor_seconds=processor,
+            data=self._identity,
             folder=self.path,
         )
         if not self._folder:

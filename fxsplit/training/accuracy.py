@@ -1,4 +1,4 @@
-"""Mean loss and accuracy over batches."""
+"""Mean loss and accuracy over batches, and the accuracy of a snapshot ensemble over phases."""
 
 from __future__ import annotations
 
@@ -98,3 +98,33 @@ class Accuracy:
         self._count = state["count"]
         self._loss.copy_(state["loss"])
         self._hits.copy_(state["hits"])
+
+
+class Snapshots:
+    """Keeps the class probabilities of the test images at the end of each phase, and tests their mean.
+
+    Source: Huang et al., Snapshot ensembles: train 1, get M for free, 2017, with a phase in place of a cycle of the
+    learning rate. Predictions are kept in place of weights: the test images are always the same, in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._by_phase: dict[str, Tensor] = {}
+
+    def keep(self, phase: int, probabilities: Tensor) -> None:
+        """Keep the probabilities (N, classes) at the end of a phase, in place of earlier ones of that phase."""
+        self._by_phase[str(phase)] = probabilities
+
+    def top1_pct(self, labels: Tensor) -> float | None:
+        """Return the accuracy of the mean over phases, in per cent, for labels (N,); None before the second phase."""
+        if len(self._by_phase) < 2:
+            return None
+        mean = torch.stack(list(self._by_phase.values())).mean(dim=0)
+        return 100 * (mean.argmax(dim=1) == labels).double().mean().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the probabilities by phase."""
+        return {"by_phase": dict(self._by_phase)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        self._by_phase = dict(state["by_phase"])

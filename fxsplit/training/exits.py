@@ -100,6 +100,10 @@ class Exits:
                     "because it delivers no floating-point row for each image"
                 )
 
+    def linears(self) -> list[nn.Linear]:
+        """List the layers of the exits of this phase."""
+        return [module.linear for module in self.modules.values() if isinstance(module, Exit)]
+
     @contextmanager
     def tapped(self, executor: Executor) -> Iterator[list[Tensor]]:
         """Inside, each forward pass of `executor` appends the class scores (B, classes) of every exit to the list."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxsplit.caching.feed import Feed
-from fxsplit.measuring.meter import Meter, now
+from fxsplit.measuring.meter import Meter, now, processor_seconds
+from fxsplit.plan.forecast import StepWork
+from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import EpochRecord, StepRecord
 from fxsplit.training.accuracy import Score
@@ -28,7 +31,8 @@ class Telemetry:
         self._meter = Meter(device)
         self._began = self._trained = 0.0
         # Of the present epoch, before the run was interrupted.
-        self._earlier_seconds, self._earlier_joules = 0.0, 0.0
+        self._earlier_seconds, self._earlier_joules, self._earlier_processor = 0.0, 0.0, 0.0
+        self._processor_began = 0.0
         self._energy_began: float | None = None
         self._energy_trained: float | None = None
 
@@ -37,7 +41,8 @@ class Telemetry:
         self._began = now(self._device) - self._earlier_seconds
         joules = self._meter.read().energy_joules
         self._energy_began = None if joules is None else joules - self._earlier_joules
-        self._earlier_seconds, self._earlier_joules = 0.0, 0.0
+        self._processor_began = processor_seconds() - self._earlier_processor
+        self._earlier_seconds, self._earlier_joules, self._earlier_processor = 0.0, 0.0, 0.0
 
     def phase_begins(self) -> None:
         """Begin the peaks of CUDA memory anew."""
@@ -75,6 +80,8 @@ class Telemetry:
         trained: Score,
         tested: Score,
         held_out_pct: float | None = None,
+        multiply_adds: int | None = None,
+        ensemble_top1: float | None = None,
     ) -> EpochRecord:
         """Make the record of an epoch that ends now.
 
@@ -87,6 +94,8 @@ class Telemetry:
             trained: score on the training images.
             tested: score on the test images.
             held_out_pct: accuracy on held-out training images, if there are any.
+            multiply_adds: of the training, if they are counted.
+            ensemble_top1: accuracy of the snapshot ensemble, if there is one.
         """
         ended, usage = now(self._device), self._meter.read()
         began, energy_began, self._began, self._energy_began = self._began, self._energy_began, 0.0, None
@@ -117,16 +126,69 @@ class Telemetry:
             cache_file_bytes=feed.file_bytes,
             energy_joules=_difference(usage.energy_joules, energy_began),
             train_energy_joules=_difference(self._energy_trained, energy_began),
+            processor_seconds=processor_seconds() - self._processor_began,
+            multiply_adds=multiply_adds,
+            ensemble_top1=ensemble_top1,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the present epoch has cost so far, in seconds and joules."""
+        """Return what the present epoch has cost so far, in seconds, joules and seconds of processors."""
         joules = _difference(self._meter.read().energy_joules, self._energy_began)
-        return {"seconds": now(self._device) - self._began if self._began else 0.0, "joules": joules or 0.0}
+        is_begun = bool(self._began)
+        return {
+            "seconds": now(self._device) - self._began if is_begun else 0.0,
+            "joules": joules or 0.0,
+            "processor": processor_seconds() - self._processor_began if is_begun else 0.0,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, to go on from it in the next `epoch_begins`."""
         self._earlier_seconds, self._earlier_joules = state["seconds"], state["joules"]
+        self._earlier_processor = state["processor"]
+
+
+class Work:
+    """Adds up multiply-adds until they are taken for the record of an epoch. Tests are not counted.
+
+    Args:
+        phases: what a step takes for an image, by phase.
+        partitions: of the plan.
+    """
+
+    def __init__(self, phases: Sequence[StepWork], partitions: Sequence[Partition]) -> None:
+        self._phases = phases
+        self._forward = [partition.macs for partition in partitions]
+        self._count = 0
+
+    def step(self, phase: int, images: int, *, settles: bool, exits: Iterable[nn.Linear] = ()) -> None:
+        """Count a step on so many images; `settles` says that the settled partitions ran for them, too.
+
+        A linear layer of an exit is gone through forward, and backward for its input and for its weights.
+        """
+        work = self._phases[phase]
+        of_exits = sum(3 * exit_.in_features * exit_.out_features for exit_ in exits)
+        self._count += images * (work.rest + work.settled * settles + of_exits)
+
+    def forward(self, images: int, *, start: int, stop: int) -> None:
+        """Count a forward pass of partitions [start, stop) beside the steps."""
+        self._count += images * sum(self._forward[start:stop])
+
+    def proof(self, images: int) -> None:
+        """Count the proof on a batch of the first phase: a step of the model, and one of its partitions."""
+        self._count += 2 * images * (self._phases[0].settled + self._phases[0].rest)
+
+    def take(self) -> int:
+        """Return the count, and begin anew."""
+        taken, self._count = self._count, 0
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count so far."""
+        return {"count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a count."""
+        self._count = state["count"]
 
 
 def _difference(after: float | None, before: float | None) -> float | None:

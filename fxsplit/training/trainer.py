@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from fxsplit.caching.feed import Feed
@@ -21,7 +22,7 @@ from fxsplit.measuring.finite import are_finite, first_not_finite, named
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.saving.run_state import Stateful
-from fxsplit.training.accuracy import Accuracy, PendingScore, Score
+from fxsplit.training.accuracy import Accuracy, PendingScore, Score, Snapshots
 from fxsplit.training.endings import Endings
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
@@ -29,7 +30,7 @@ from fxsplit.training.optimizers import gradients_of, parameters_of, set_gradien
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.plasticity import Plasticity
 from fxsplit.training.step import Step
-from fxsplit.training.telemetry import Telemetry
+from fxsplit.training.telemetry import Telemetry, Work
 
 
 class Pause(Protocol):
@@ -80,6 +81,8 @@ class Trainer:
         endings: averages and recalibrates partitions that stop training.
         plasticity: lets partitions whose weights still move settle later than planned; None keeps to the plan.
         guard: undoes moves of the cut that cost accuracy on the held-out images of `feed`; None keeps to the plan.
+        snapshots: tests the mean of what the network says at the end of each phase; None for no such ensemble.
+        work: counts the multiply-adds of training; None counts none.
         recordings: records steps and replays them; None takes every step eagerly. The other parts must be made for it.
         update_is_recorded: whether the optimizer's part of a step can be replayed, too; else it follows eagerly.
         log_interval: steps between two calls of the observer's `step_done`.
@@ -95,6 +98,8 @@ class Trainer:
     endings: Endings
     plasticity: Plasticity | None = None
     guard: Guard | None = None
+    snapshots: Snapshots | None = None
+    work: Work | None = None
     recordings: Recordings | None = None
     update_is_recorded: bool = False
     log_interval: int = 10
@@ -218,9 +223,19 @@ class Trainer:
         self._end([i for i in range(*self.executor.window) if i not in go_on], epoch, at_midpoint=at_midpoint)
 
     def _end(self, partitions: Sequence[int], epoch: int, *, at_midpoint: bool) -> None:
-        self.endings.end(partitions, self.feed.training(epoch), at_midpoint=at_midpoint)
+        stop = self.executor.window[1] if at_midpoint else max(partitions, default=-1) + 1
+        self.endings.end(partitions, self._forwarded(epoch, stop), at_midpoint=at_midpoint)
         if at_midpoint:
-            self.objective.keep_targets(self.forward, self.feed.training(epoch))
+            every = len(self.plan.partitions)
+            self.objective.keep_targets(self.forward, self._forwarded(epoch, every))
+
+    def _forwarded(self, epoch: int, stop: int) -> Iterator[Batch]:
+        """Give the batches of an epoch to be run forward up to the cut `stop`, and count that work."""
+        for batch in self.feed.training(epoch):
+            if self.work is not None:
+                start = 0 if self.feed.settles else batch.cut
+                self.work.forward(len(batch), start=start, stop=stop)
+            yield batch
 
     def _enter(self, index: int, *, epochs_left: int) -> None:
         # Each of these steps depends on what those before it have done to the model:
@@ -251,7 +266,7 @@ class Trainer:
             self._position = replace(self._position, ended=True)
         self._is_whole = True
         self._telemetry.training_ends()
-        tested = self.evaluate()
+        tested, ensemble = self._test(epoch)
         self._is_whole = False
         held_out = None if self.guard is None else self._watch(self.guard)
         phase = self._position.phase
@@ -266,6 +281,8 @@ class Trainer:
             trained=trained,
             tested=tested,
             held_out_pct=held_out,
+            multiply_adds=None if self.work is None else self.work.take(),
+            ensemble_top1=ensemble,
         )
 
     @torch.no_grad()
@@ -274,6 +291,8 @@ class Trainer:
         self.executor.eval()
         right = []
         for batch in self.feed.held_out():
+            if self.work is not None:
+                self.work.forward(len(batch), start=0, stop=len(self.plan.partitions))
             with self.forward.autocast():
                 right.append(self.forward.logits(batch).argmax(dim=1) == batch.labels)
         found = torch.cat(right).cpu()
@@ -355,6 +374,9 @@ class Trainer:
             set_gradients(optimizer, gradients)
             update()
         self._accuracy.count(samples)
+        if self.work is not None:
+            exits = () if self.objective.exits is None else self.objective.exits.linears()
+            self.work.step(self._position.phase, samples, settles=self.feed.settles, exits=exits)
 
     def _examine(self, batch: Batch) -> None:
         """Raise NotFiniteError, which names the cause, when the loss or the gradients of this step are not finite.
@@ -418,24 +440,43 @@ class Trainer:
             )
             self.observer.step_done(record)
 
+    def _test(self, epoch: int) -> tuple[Score, float | None]:
+        """Return the score on the test images and, where a phase ends, that of the snapshot ensemble."""
+        phase = self._position.phase
+        ends = epoch + 1 == self.plan.epochs or self.plan.phase_index_at(epoch + 1) != phase
+        if self.snapshots is None or not ends:
+            return self.evaluate(), None
+        predictions: list[tuple[Tensor, Tensor]] = []
+        tested = self.evaluate(predictions)
+        probabilities, labels = (torch.cat(parts) for parts in zip(*predictions, strict=True))
+        self.snapshots.keep(phase, probabilities)
+        return tested, self.snapshots.top1_pct(labels)
+
     @torch.no_grad()
-    def evaluate(self) -> Score:
-        """Return the score on the test images; the loss is cross-entropy without label smoothing."""
+    def evaluate(self, predictions: list[tuple[Tensor, Tensor]] | None = None) -> Score:
+        """Return the score on the test images; the loss is cross-entropy without label smoothing.
+
+        The class probabilities (B, classes) and labels (B,) of each batch are appended to `predictions`.
+        """
         if self.recordings is not None:
             self.recordings.make_room()
         self.executor.eval()
         source, accuracy, recordings = self.feed.test_source, self._test_accuracy, self.recordings
         accuracy.reset()
 
-        def step() -> int:
+        def step() -> tuple[Tensor, Tensor]:
             batch = source.fetch()
             with self.forward.autocast():
                 logits = self.forward.logits(batch)
                 accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
-            return len(batch)
+            return logits, batch.labels
 
         for key in source.put(0):
-            accuracy.count(step() if recordings is None else recordings.run("test", key, step))
+            logits, labels = step() if recordings is None else recordings.run("test", key, step)
+            accuracy.count(len(labels))
+            if predictions is not None:
+                # A replay writes into the same tensors again.
+                predictions.append((logits.float().softmax(dim=1), labels.clone()))
             self._paused()
         return accuracy.read()
 
@@ -473,6 +514,8 @@ class Trainer:
             "accuracy": self._accuracy,
             "plasticity": self.plasticity,
             "guard": self.guard,
+            "snapshots": self.snapshots,
+            "work": self.work,
             "telemetry": self._telemetry,
         }
         return {name: part for name, part in parts.items() if part is not None}

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from datetime import datetime, timedelta
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.nn import functional
 import fxsplit
 from fxsplit.assembly import determinism
 from fxsplit.measuring.environment import environment
-from fxsplit.measuring.meter import Meter, NvmlDevice, now, peak_resident_bytes, resident_bytes
+from fxsplit.measuring.meter import Meter, NvmlDevice, now, peak_resident_bytes, resident_bytes, stopwatch
 from fxsplit.training.accuracy import Accuracy
 
 CPU = torch.device("cpu")
@@ -264,3 +265,16 @@ def test_the_commit_is_that_of_the_working_directory(tmp_path: Path, monkeypatch
     assert environment(CPU)["git_commit"] == git("rev-parse", "HEAD") + "-dirty"
     monkeypatch.setenv("PATH", "")
     assert environment(CPU)["git_commit"] is None
+
+
+def test_processor_seconds_are_those_of_this_process_and_of_children_that_ended() -> None:
+    elapsed, began = stopwatch(), time.process_time()
+    while time.process_time() < began + 0.05:
+        pass
+    own = elapsed()[1]
+    assert own >= 0.05
+    code = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    seconds, processor = elapsed()
+    assert processor >= own + 0.3
+    assert seconds >= 0.3

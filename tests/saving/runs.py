@@ -89,6 +89,7 @@ KINDS: dict[str, dict[str, Any]] = {
 MEASURED = {
     "train_seconds", "eval_seconds", "images_per_second", "peak_resident_bytes", "peak_allocated_bytes",
     "peak_reserved_bytes", "device_bytes", "energy_joules", "train_energy_joules",
+    "processor_seconds",
 }  # fmt: skip
 
 

@@ -163,6 +163,12 @@ def test_seconds_add_up(tmp_path: Path) -> None:
     assert report.setup_seconds > before["setup_seconds"]
     assert report.prove_seconds == before["prove_seconds"] > 0  # it was proven once
     assert report.epochs[1].train_seconds > elapsed > 0
+    processor = data["state"]["training"]["telemetry"]["processor"]
+    assert report.processor_seconds is not None
+    assert report.processor_seconds > before["processor_seconds"] > processor
+    spent = [each.processor_seconds or 0.0 for each in report.epochs]
+    assert spent[1] > processor > 0
+    assert report.processor_seconds > sum(spent)
     assert report.total_seconds > sum(e.train_seconds + e.eval_seconds for e in report.epochs) + report.setup_seconds
 
 
