@@ -21,7 +21,7 @@ from .commands.inspect import inspect
 from .commands.job import Job
 from .commands.predict import predict
 from .commands.train import train
-from .terminal import say, write
+from .terminal import is_first, say, write
 
 OUT_OF_MEMORY = (
     "out of memory; use a smaller --batch-size, split each batch with --grad-accum-steps, "
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, exit_code: int) -> int:
     """Typer's errors have no message where help was shown instead."""
     if message:
-        say(f"fxsplit: {message}")
+        say(f"fxsplit: {message}" if is_first() else f"fxsplit, process {os.environ['RANK']}: {message}")
     return exit_code
 
 

@@ -16,6 +16,7 @@ from fxsplit.capture.tracer import Leaf
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.data import datasets
+from fxsplit.distribute.processes import Processes, joined
 from fxsplit.errors import NoModelError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.passes import effect_of
@@ -45,31 +46,46 @@ def train(
         resume: the folder of a run to go on with, from its newest checkpoint that is whole, or the file of one. What
             `spec` asks for otherwise is told to the observer, or refused.
 
+    In each of several processes that `torchrun` has started, or that torch.distributed knows, call it with the same
+    arguments: they train the model together. The first one writes the folder and calls its observer.
+
     Returns the records of the run, of all its processes. Raises a FxsplitError for anything that the user can mend.
     """
-    observer, began = observer or Observer(), perf_counter()
-    start = assembly.start(spec, resume, observer)  # at the beginning, or from a checkpoint
+    with joined() as processes:
+        return _train(spec, observer if observer and processes.is_first else Observer(), resume, processes)
+
+
+def _train(
+    spec: RunSpec | None, observer: Observer, resume: str | Path | None, processes: Processes
+) -> RunReport:
+    began = perf_counter()
+    start = assembly.start(spec, resume, processes, observer)  # at the beginning, or from a checkpoint
     spec = start.spec
     device = assembly.choose_device(spec.device)
     with assembly.determinism(spec.seed, spec.deterministic):
-        # an untouched nn.Module, or an error before data are loaded
-        model = assembly.model(spec, device, observer, goes_on=start.goes_on)
-        data = assembly.data(spec, observer).to(device)  # images and labels
+        with processes.in_turn():
+            # an untouched nn.Module, or an error before data are loaded
+            model = assembly.model(spec, device, observer, goes_on=start.goes_on)
+            data = assembly.data(spec, observer).to(device)  # images and labels
         assembly.check_data(start, data, observer)
         trace = assembly.trace(spec, model, data)  # its ops in order, in training and in evaluation
+        assembly.check_alike(trace, data, processes)
         passes = assembly.passes(spec, device)
         for each in passes:
             observer.notice(effect_of(each))
         if spec.balance == "seconds" and spec.plan is None and not start.goes_on:
-            trace = measure_ops(trace, (assembly.random_images(spec, data),), device=device, passes=passes)
-        plan = assembly.plan(spec, trace, observer, start.plan)  # partitions and phases: names and numbers, no tensors
+            trace = measure_ops(trace, (assembly.random_images(spec, data, processes),), device=device, passes=passes)
+        # partitions and phases: names and numbers, no tensors
+        plan = processes.first(partial(assembly.plan, spec, trace, observer, start.plan, processes))
         executor = assembly.executor(spec, trace, plan, passes)  # the model again, which runs any phase
         if not start.goes_on:
-            plan = assembly.paying_plan(spec, trace, executor, plan, data, device, observer)
-        recordings = assembly.recordings(spec, trace, device, observer)  # of steps, as CUDA graphs
-        trainer = assembly.trainer(spec, trace, executor, plan, data, observer, recordings)
+            pay = partial(assembly.paying_plan, spec, trace, executor, plan, data, device, processes, observer)
+            plan = processes.first(pay)
+        recordings = assembly.recordings(spec, trace, device, processes, observer)  # of steps, as CUDA graphs
+        trainer = assembly.trainer(spec, trace, executor, plan, data, processes, observer, recordings)
         check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader)
-        run = assembly.recorder(start, trace, plan, passes, data, trainer, observer, began=began)  # and the run folder
+        # and the run folder
+        run = assembly.recorder(start, trace, plan, passes, data, trainer, processes, observer, began=began)
         observer.run_started(
             folder=run.path,
             device=str(device),
@@ -80,6 +96,7 @@ def train(
         run.setup_seconds = perf_counter() - began
         if spec.prove and not start.goes_on:  # the same numbers as the model's, or a ProofError
             run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)
+        assembly.seed_apart(spec.seed, processes)
         assembly.restore(run, start, observer)
         with run:
             for record in trainer.epochs(run.pause, most=1 if spec.dry_run else None):

@@ -54,7 +54,8 @@ class EpochRecord:
     Memory peaks are over the run so far for the process, over the phase so far for CUDA; a figure that this machine
     cannot give is None. `train_energy_joules` are those of `energy_joules` that went into training. The cache of the
     settled prefix held `cache_resident_bytes` of memory, of the process or of the GPU, which are part of the peaks
-    there, and `cache_file_bytes` of the disk.
+    there, and `cache_file_bytes` of the disk. Of several processes, whose memory and energy are those of the first, each
+    step added up `reduced_bytes` of gradients.
     """
 
     epoch: int
@@ -81,6 +82,7 @@ class EpochRecord:
     cache_resident_bytes: int | None = None
     cache_file_bytes: int | None = None
     held_out_top1: float | None = None
+    reduced_bytes: int | None = None
 
     @property
     def joules_per_image(self) -> float | None:

@@ -19,7 +19,7 @@ from fxsplit.spec import RunSpec
 
 from .. import tables, views
 from ..options import with_spec_options
-from ..terminal import write
+from ..terminal import is_first, write
 from .job import FineTuning, Job, Json, LayerToLayer, Model, Recipe, Verbose, resolve_run
 
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
@@ -68,7 +68,7 @@ def train(
     spec, resume = resolve_run(model, config, {"l2l": l2l, "finetune": finetune}, given, resume)
     if print_config:
         return Job(partial(write, spec.to_yaml()), verbose)
-    view: views.View = "quiet" if quiet else "live" if progress else "plain"
+    view: views.View = "quiet" if quiet or not is_first() else "live" if progress else "plain"
     return Job(partial(_train, spec, resume, view, as_json), verbose)
 
 
@@ -78,6 +78,8 @@ def _train(spec: RunSpec, resume: str | None, view: views.View, as_json: bool) -
         from fxsplit import api
 
         report = api.train(spec, observer, resume=resume)
+    if not is_first():
+        return
     if as_json:
         write(json_text(report.to_dict()))
     else:

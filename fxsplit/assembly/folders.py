@@ -11,6 +11,7 @@ from fxsplit.assembly.starting import Start
 from fxsplit.capture.tracing import Trace
 from fxsplit.data.identity import identity
 from fxsplit.data.images import Data
+from fxsplit.distribute.processes import Processes
 from fxsplit.execute.passes import Pass, names_of
 from fxsplit.measuring.environment import environment
 from fxsplit.models.factories import is_file
@@ -32,24 +33,30 @@ def recorder(
     passes: Sequence[Pass],
     data: Data,
     trainer: Trainer,
+    processes: Processes,
     observer: Observer,
     *,
     began: float,
 ) -> Recorder:
-    """Make the recorder of a run and, unless it is a dry run, its folder.
+    """Make the recorder of a run and, unless it is a dry run, its folder, which the first process writes.
 
     `began` is when the run began, on the clock of `perf_counter`. Raises UsageError when the folder cannot be made.
     """
     spec, folder = start.spec, start.folder
-    if folder is None and not spec.dry_run:
-        folder = RunFolder.new(
-            spec.output, model=spec.model, schedule=plan.title, seed=spec.seed, experiment=spec.experiment
-        )
+    if start.is_new and not spec.dry_run:
+
+        def make() -> None:
+            nonlocal folder
+            folder = RunFolder.new(
+                spec.output, model=spec.model, schedule=plan.title, seed=spec.seed, experiment=spec.experiment
+            )
+
+        processes.first(make)
     return Recorder(
         folder,
         inspection(spec, trace, plan),
         trace.model,
-        state=RunState(trace.model, trainer),
+        state=RunState(trace.model, trainer, processes),
         checkpoints=None if folder is None else Checkpoints(folder.path, keep=spec.checkpoint_keep),
         interval=Interval.read(spec.checkpoint_every),
         spec=spec.to_flat(),
@@ -60,6 +67,7 @@ def recorder(
         passes=names_of(passes),
         began=began,
         notice=observer.notice,
+        processes=processes,
     )
 
 

@@ -15,6 +15,7 @@ from fxsplit.assembly.images import loaders
 from fxsplit.assembly.steps import amp_dtype, optimizer_of
 from fxsplit.capture.tracing import Trace
 from fxsplit.data.images import Data
+from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import logits_of
 from fxsplit.measuring.phase_costs import Loss, time_ratio, update_seconds
@@ -32,7 +33,13 @@ DEFAULT_PARTS = 8
 MOST_TIME = 1.03
 
 
-def plan(spec: RunSpec, trace: Trace, observer: Observer, saved: PlanFile | None = None) -> Plan:
+def plan(
+    spec: RunSpec,
+    trace: Trace,
+    observer: Observer,
+    saved: PlanFile | None = None,
+    processes: Processes = ALONE,
+) -> Plan:
     """Cut the model, decide which partitions train when, and what is recomputed to keep within memory.
 
     The plan `saved` of a run that goes on is taken as it is.
@@ -46,15 +53,15 @@ def plan(spec: RunSpec, trace: Trace, observer: Observer, saved: PlanFile | None
     phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
     plan = replace(plan, preset=spec.preset, phases=tuple(phases))
     budget = spec.memory_aim if spec.memory_budget is None else spec.memory_budget
-    return plan if budget is None else _within(spec, plan, trace, budget)
+    return plan if budget is None else _within(spec, plan, trace, budget, processes)
 
 
-def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float) -> Plan:
+def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float, processes: Processes) -> Plan:
     return fit(
         plan,
         trace,
         budget=budget,
-        batch_size=spec.batch_size,
+        batch_size=processes.part(spec.batch_size),
         micro_batches=spec.grad_accum_steps,
         optimizer_slots=slots_of(partial(optimizer_of, spec)),
         strict=spec.memory_budget is not None,
@@ -62,7 +69,14 @@ def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float) -> Plan:
 
 
 def paying_plan(
-    spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: Data, device: torch.device, observer: Observer
+    spec: RunSpec,
+    trace: Trace,
+    executor: Executor,
+    plan: Plan,
+    data: Data,
+    device: torch.device,
+    processes: Processes,
+    observer: Observer,
 ) -> Plan:
     """On a GPU, come only as near to `spec.memory_aim` as some measured steps allow.
 
@@ -81,10 +95,10 @@ def paying_plan(
         return replace(plan, phases=tuple(other if phase.recompute else phase for phase, other in pairs))
     if spec.deterministic:
         return plan
-    loss, make_optimizer = _first_batch_loss(spec, data), partial(optimizer_of, spec)
+    loss, make_optimizer = _first_batch_loss(spec, data, processes), partial(optimizer_of, spec)
     shares: dict[Plan, float] = {}
     for share in (wanted, *(each for each in (0.7, 0.8, 0.9) if wanted < each)):
-        shares.setdefault(_within(spec, bare, trace, share), share)
+        shares.setdefault(_within(spec, bare, trace, share, processes), share)
     ratios: list[float] = []
     for found, share in shares.items():
         try:
@@ -104,13 +118,13 @@ def paying_plan(
     return taken
 
 
-def _first_batch_loss(spec: RunSpec, data: Data) -> Loss:
+def _first_batch_loss(spec: RunSpec, data: Data, processes: Processes) -> Loss:
     """Make the loss of the run's first batch, of which each micro-batch is given its share."""
-    loader, _ = loaders(spec, data)
+    loader, _ = loaders(spec, data, processes)
     batch = next(loader.batches(0))
 
     def loss(net: nn.Module, index: int, count: int) -> torch.Tensor:
-        part = list(batch.divided(count, batch_size=spec.batch_size))[index]
+        part = list(batch.divided(count, batch_size=loader.own_batch_size))[index]
         with torch.autocast(loader.device.type, dtype=amp_dtype(spec), enabled=spec.amp):
             mean = cross_entropy(logits_of(net(part.images)), part.labels, label_smoothing=spec.smoothing)
         return mean * (len(part) / len(batch))
@@ -140,13 +154,15 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
     )
 
 
-def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Forecast:
-    """Forecast what the phases of a plan will cost in this run; in seconds too, if ops are `measured`."""
+def forecast(
+    spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, processes: Processes = ALONE
+) -> Forecast:
+    """Forecast what the phases of a plan will cost each process of a run; in seconds too, if ops are `measured`."""
     optimizer = partial(optimizer_of, spec)
     return fxsplit.plan.forecast.forecast(
         plan,
         trace,
-        batch_size=spec.batch_size,
+        batch_size=processes.part(spec.batch_size),
         optimizer_slots=slots_of(optimizer),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
         micro_batches=spec.grad_accum_steps,

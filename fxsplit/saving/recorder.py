@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import FxsplitError, UsageError
 from fxsplit.records import read_record
 from fxsplit.report import EpochRecord, Inspection, RunReport
@@ -37,7 +38,7 @@ class Recorder:
     """Collects the records of a run; as a context, saves it, makes its report at the end and finishes its folder.
 
     The report says whether the run was finished, interrupted (by KeyboardInterrupt) or failed (by another exception),
-    which then goes on.
+    which then goes on. Of several processes the first one writes, and all end together when one gets a signal.
 
     Args:
         folder: where records, checkpoints, weights and report are written; None writes nothing.
@@ -54,6 +55,7 @@ class Recorder:
         passes: names of the graph passes.
         began: when the run began, on the clock of `perf_counter`.
         notice: is called with a sentence for each file that cannot be written.
+        processes: those of the run.
     """
 
     report: RunReport
@@ -75,8 +77,10 @@ class Recorder:
         passes: tuple[str, ...],
         began: float,
         notice: Callable[[str], None],
+        processes: Processes = ALONE,
     ) -> None:
-        self.path = str(folder.path) if folder else ""
+        self._processes = processes
+        self.path = self._processes.first(lambda: str(folder.path) if folder else "")
         self.setup_seconds = self.prove_seconds = 0.0
         self._folder, self._inspection, self._model, self._began = folder, inspection, model, began
         self._state, self._checkpoints, self._interval = state, checkpoints, interval
@@ -144,27 +148,38 @@ class Recorder:
         Raises KeyboardInterrupt, or Terminated, with words on how to go on.
         """
         is_due = self._interval.in_steps and self._interval.every and steps % self._interval.every == 0
+        if ending and self._processes.count > 1:
+            return  # the others may be elsewhere, and where all end together they have saved before
         self._pause(Place(epoch, step), is_due=bool(is_due) or ending)
 
     def _pause(self, place: Place, *, is_due: bool, accuracy: float | None = None) -> None:
-        if self._signals.pending or (is_due and place != self._tried):
+        number = self._processes.vote(self._signals.pending)
+        if number or (is_due and place != self._tried):
             with self._signals.saving():
                 self._save(place, accuracy)
-        if self._signals.pending:
+        if number:
+            self._signals.heed(number)
             self._signals.end(self._how_to_go_on())
 
     def _save(self, place: Place, accuracy: float | None) -> None:
-        if not self._checkpoints or place == self._saved:
+        if not self.path or place == self._saved:
             return
         self._tried = place
+        data = self._data(place)
+        if self._processes.first(lambda: self._write(place, data, accuracy)):
+            self._saved = place
+
+    def _write(self, place: Place, data: dict[str, Any], accuracy: float | None) -> bool:
+        """Write a checkpoint, or say why it cannot be written; whatever the reason is, training goes on."""
+        assert self._checkpoints
         try:
-            self._checkpoints.write(place, self._data(place), accuracy=accuracy)
-        except Exception as error:  # whatever it is, training goes on
+            self._checkpoints.write(place, data, accuracy=accuracy)
+        except Exception as error:
             why = getattr(error, "strerror", None) or " ".join(str(error).split())
             earlier = f"that of {self._saved} stays" if self._saved else "there is none yet"
             self._notice(f"no checkpoint of {place} can be written ({why}); {earlier}")
-        else:
-            self._saved = place
+            return False
+        return True
 
     def _data(self, place: Place) -> dict[str, Any]:
         return {

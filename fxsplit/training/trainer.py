@@ -14,11 +14,13 @@ from torch.nn import functional as F
 from fxsplit.caching.feed import Feed
 from fxsplit.cuda.number import Number
 from fxsplit.cuda.replay import Recordings
+from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.execute.forward import Forward
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.saving.run_state import Stateful
 from fxsplit.training.accuracy import Accuracy, PendingScore, Score
+from fxsplit.training.concord import Concord
 from fxsplit.training.endings import Endings
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
@@ -75,6 +77,7 @@ class Trainer:
         guard: undoes moves of the cut that cost accuracy on the held-out images of `feed`; None keeps to the plan.
         recordings: records steps and replays them; None takes every step eagerly. The other parts must be made for it.
         update_is_recorded: whether the optimizer's part of a step can be replayed, too; else it follows eagerly.
+        processes: those that train the model together; each has such a trainer.
         log_interval: steps between two calls of the observer's `step_done`.
         observer: is called while the run happens.
     """
@@ -90,6 +93,7 @@ class Trainer:
     guard: Guard | None = None
     recordings: Recordings | None = None
     update_is_recorded: bool = False
+    processes: Processes = ALONE
     log_interval: int = 10
     observer: Observer = field(default_factory=Observer)
 
@@ -97,7 +101,8 @@ class Trainer:
         self.executor = self.forward.executor
         self._position = Position()
         self._steps_per_epoch = self.feed.train_loader.steps_per_epoch
-        self._accuracy, self._test_accuracy = Accuracy(self.forward.device), Accuracy(self.forward.device)
+        self._accuracy, self._test_accuracy = (Accuracy(self.forward.device, self.processes) for _ in range(2))
+        self._concord = Concord(self.processes, self.executor, self.objective)
         self._progress = Number(None if self.recordings is None else self.forward.device)
         # Scores of steps that are on their way from the device.
         self._pending: deque[tuple[int, PendingScore]] = deque()
@@ -137,6 +142,7 @@ class Trainer:
             self._pause = no_pause
             self._forget()
             self.feed.close()
+            self.forward.engine.leave()
             self.executor.release()
 
     def _paused(self, *, ending: bool = False) -> None:
@@ -157,6 +163,7 @@ class Trainer:
         stays = self.guard is not None and index == self.guard.last_phase
         end = self.plan.epochs if stays else self.plan.first_epoch(index) + self.plan.phases[index].epochs
         self._enter(index, epochs_left=end - epoch)
+        self._concord.check(self._state)
 
     def _phase_of(self, epoch: int) -> int:
         """Return the index of an epoch's phase: as planned, or an earlier one.
@@ -187,6 +194,7 @@ class Trainer:
         self.endings.end(partitions, self.feed.training(epoch), at_midpoint=at_midpoint)
         if at_midpoint:
             self.objective.keep_targets(self.forward, self.feed.training(epoch))
+        self._concord.restore()
 
     def _enter(self, index: int, *, epochs_left: int) -> None:
         # Each of these steps depends on what those before it have done to the model:
@@ -196,6 +204,7 @@ class Trainer:
         #   |<---- cached --->|                                               (2) a new cache, if the cut has moved
         #                     |------ exit ---- exit                          (3) exits of the first that train
         #                     |<----- optimizer ------->|                     (4) over what trains after (1) and (3)
+        #                     |<------ engine --------->|                     (5) likewise: whose gradients it reduces
         self._forget()
         phase = self.plan.phases[index]
         self._position = replace(self._position, phase=index)
@@ -204,6 +213,7 @@ class Trainer:
         if self.objective.exits is not None:
             self.objective.exits.enter(phase, self.observer.notice)  # (3)
         self.optimizer.enter(phase)  # (4)
+        self.forward.engine.enter(*self.objective.modules)  # (5)
         self._telemetry.phase_begins()
         self.observer.phase_started(index, phase)
 
@@ -213,6 +223,7 @@ class Trainer:
             self._is_whole = False
             self._leave(epoch, None)
             self._position = replace(self._position, ended=True)
+        self._concord.restore()
         self._is_whole = True
         self._telemetry.training_ends()
         tested = self.evaluate()
@@ -231,6 +242,7 @@ class Trainer:
             epoch=epoch,
             optimizer=self.optimizer,
             feed=self.feed,
+            reduced_bytes=self.forward.engine.bytes_per_step,
             trained=trained,
             tested=tested,
             held_out_pct=held_out,
@@ -286,7 +298,7 @@ class Trainer:
                 progress=self._progress.value,
                 accuracy=self._accuracy,
             )
-            return len(batch)
+            return batch.counted
 
         def update() -> None:
             self.step.update(optimizer)
@@ -351,8 +363,9 @@ class Trainer:
             batch = source.fetch()
             with self.forward.autocast():
                 logits = self.forward.logits(batch)
-                accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
-            return len(batch)
+                if batch.counted:
+                    accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
+            return batch.counted
 
         for key in source.put(0):
             accuracy.count(step() if recordings is None else recordings.run("test", key, step))
@@ -365,8 +378,11 @@ class Trainer:
         It holds plain data and tensors, with parameters by name. The tensors are not copies: save or copy them before
         the next step.
         """
-        state = {name: part.state_dict() for name, part in self._parts().items()}
-        return {"position": asdict(self._position), "feed": self.feed.state_dict(), **state}
+        self._concord.restore()
+        return {"position": asdict(self._position), "feed": self.feed.state_dict(), **self._state()}
+
+    def _state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned. The model must have loaded its own state before, on the run's device.
