@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import gc
 import inspect
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,21 +39,14 @@ class DataParallel(Engine):
 
     def __init__(self, executor: Executor) -> None:
         super().__init__(executor)
+        self._called: nn.Module = _Called(executor, ())
         self._wrapped: DistributedDataParallel | None = None
         self._traffic = _Traffic()
+        self._accumulates = False
 
     def enter(self, *beside: nn.Module) -> None:
         self.leave()
-        options: dict[str, Any] = {STAY: False}  # each process has its own statistics of BatchNorm
-        self._wrapped = DistributedDataParallel(
-            _Called(self.executor, beside),
-            init_sync=False,  # the weights are the same already
-            gradient_as_bucket_view=True,
-            static_graph=True,  # that of the trace, in each step
-            **options,
-        )
-        self._traffic = _Traffic()
-        self._wrapped.register_comm_hook(self._traffic, lambda traffic, bucket: traffic.reduce(bucket))
+        self._called = _Called(self.executor, beside)
 
     def leave(self) -> None:
         if self._wrapped is not None:
@@ -65,12 +59,34 @@ class DataParallel(Engine):
         return self._traffic.bytes_per_step
 
     def __call__(self, batch: Batch) -> Any:
-        assert self._wrapped is not None
+        if self._accumulates:
+            return self._called(batch.cut, *batch.values)
+        # Not made before the first micro-batch whose gradients are reduced: with a static graph it would count the
+        # others of its first step as well, and then reduce nothing in later ones, without a word.
+        self._wrapped = self._wrapped or self._wrap()
         return self._wrapped(batch.cut, *batch.values)
 
-    def accumulating(self) -> AbstractContextManager[Any]:
-        assert self._wrapped is not None
-        return self._wrapped.no_sync()
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        # Without the forward pass of the wrapper its hooks leave gradients to this process, as in its own `no_sync`.
+        self._accumulates = True
+        try:
+            yield
+        finally:
+            self._accumulates = False
+
+    def _wrap(self) -> DistributedDataParallel:
+        options: dict[str, Any] = {STAY: False}  # each process has its own statistics of BatchNorm
+        wrapped = DistributedDataParallel(
+            self._called,
+            init_sync=False,  # the weights are the same already
+            gradient_as_bucket_view=True,
+            static_graph=True,  # that of the trace, in each step
+            **options,
+        )
+        self._traffic = _Traffic()
+        wrapped.register_comm_hook(self._traffic, lambda traffic, bucket: traffic.reduce(bucket))
+        return wrapped
 
 
 class _Traffic:
