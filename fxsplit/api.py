@@ -97,7 +97,7 @@ def _train(
         if spec.prove and not start.goes_on:  # the same numbers as the model's, or a ProofError
             run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)
         assembly.seed_apart(spec.seed, processes)
-        assembly.restore(run, start, observer)
+        assembly.restore(run, start, processes, observer)
         with run:
             for record in trainer.epochs(run.pause, most=1 if spec.dry_run else None):
                 run.add(record)

@@ -136,13 +136,16 @@ def check_data(start: Start, data: Data, observer: Observer) -> None:
         observer.notice("some images have other pixels than when the run began, and it goes on with those of now")
 
 
-def restore(run: Recorder, start: Start, observer: Observer) -> None:
+def restore(run: Recorder, start: Start, processes: Processes, observer: Observer) -> None:
     """Restore the state of the run that goes on, if one does. Raises UsageError when it is of another model."""
     if start.found is None:
         return
     place = Place(*start.found.data["place"])
     done = start.plan is not None and place.epoch >= start.plan.epochs
     observer.notice(f"all {place.epoch} epochs are done; more --epochs go on" if done else f"goes on after {place}")
+    before = start.found.data["state"]["training"]["feed"].get("ranks", 1)
+    if before != processes.count:
+        observer.notice(f"the processes were {before} and are now {processes.count}: {resuming.ROUNDING}")
     if later := run.later_than(start.found):
         observer.notice(f"later checkpoints are removed: {', '.join(later)}")
     run.go_on(start.found)

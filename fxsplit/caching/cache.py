@@ -234,6 +234,7 @@ class Cache:
         images = self._images.put(epoch, first, view=view, shards=self._loader.share.ranks)
         batches = zip(self._order.batches(order, first), images, strict=True)
         for number, (numbers, key) in enumerate(batches, first):
+            self._weight = self._loader.weight(number)
             rows, can_be_recorded = self._rows, self.medium == DEVICE and key is not None
             if self._given_up:
                 self._fetch = self._images.fetch
