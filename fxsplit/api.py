@@ -55,9 +55,7 @@ def train(
         return _train(spec, observer if observer and processes.is_first else Observer(), resume, processes)
 
 
-def _train(
-    spec: RunSpec | None, observer: Observer, resume: str | Path | None, processes: Processes
-) -> RunReport:
+def _train(spec: RunSpec | None, observer: Observer, resume: str | Path | None, processes: Processes) -> RunReport:
     began = perf_counter()
     start = assembly.start(spec, resume, processes, observer)  # at the beginning, or from a checkpoint
     spec = start.spec

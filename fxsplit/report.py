@@ -54,8 +54,8 @@ class EpochRecord:
     Memory peaks are over the run so far for the process, over the phase so far for CUDA; a figure that this machine
     cannot give is None. `train_energy_joules` are those of `energy_joules` that went into training. The cache of the
     settled prefix held `cache_resident_bytes` of memory, of the process or of the GPU, which are part of the peaks
-    there, and `cache_file_bytes` of the disk. Of several processes, whose memory and energy are those of the first, each
-    step added up `reduced_bytes` of gradients.
+    there, and `cache_file_bytes` of the disk. With several processes each step reduced `reduced_bytes` of gradients;
+    memory, energy and caches are those of the first process.
     """
 
     epoch: int

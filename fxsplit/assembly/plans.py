@@ -154,9 +154,7 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
     )
 
 
-def forecast(
-    spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, processes: Processes = ALONE
-) -> Forecast:
+def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, processes: Processes = ALONE) -> Forecast:
     """Forecast what the phases of a plan will cost each process of a run; in seconds too, if ops are `measured`."""
     optimizer = partial(optimizer_of, spec)
     return fxsplit.plan.forecast.forecast(

@@ -52,9 +52,7 @@ class Batch:
         labels, ids = torch.split(self.labels, sizes), torch.split(self.ids, sizes)
         for own_values, own_labels, own_ids in zip(zip(*values, strict=True), labels, ids, strict=True):
             share = len(own_labels) / len(self)
-            yield Batch(
-                values=own_values, cut=self.cut, labels=own_labels, ids=own_ids, weight=self.weight * share
-            )
+            yield Batch(values=own_values, cut=self.cut, labels=own_labels, ids=own_ids, weight=self.weight * share)
 
 
 def micro_batch_sizes(samples: int, count: int, *, batch_size: int) -> list[int]:

@@ -24,7 +24,7 @@ from fxsplit.data.images import ImageSet
 from fxsplit.data.normalization import Normalization
 from fxsplit.data.order import EpochOrder
 from fxsplit.data.randomness import random_stream
-from fxsplit.data.shares import Share, by_owner, owners, sizes, taken
+from fxsplit.data.shares import WHOLE, Share, by_owner, owners, sizes, taken
 from fxsplit.data.staging import Staging, write
 
 
@@ -64,7 +64,7 @@ class Loader:
     interpolation: str = INTERPOLATIONS[0]
     channels_last: bool = False
     limit: int | None = None
-    share: Share = Share()
+    share: Share = WHOLE
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +87,7 @@ class Loader:
         return count - (count % self.batch_size % 2) if no_room else count
 
     def _divided(self, ranks: int) -> dict[str, int]:
-        """Say how batches are divided among so many processes: two images at least, unless a whole batch gives fewer."""
+        """Say how so many processes divide batches: each takes two images at least, if a whole batch has as many."""
         return {"batch_size": self.batch_size, "least": 2 if self.training and self.batch_size >= 2 * ranks else 1}
 
     def _sizes(self, number: int) -> list[int]:
@@ -132,7 +132,7 @@ class Loader:
     def own(self) -> Tensor:
         """Return the ids of the images that belong to this process, in order: int64 (N,), on the CPU."""
         if not self.training:
-            return self.order(0).unique()
+            return torch.tensor(sorted(set(self.order(0).tolist())))
         ranks = self.share.ranks
         return (owners(len(self.images), ranks, **self._divided(ranks)) == self.share.rank).nonzero()[:, 0]
 

@@ -25,6 +25,9 @@ class Share:
     ranks: int = 1
 
 
+WHOLE = Share()
+
+
 def sizes(samples: int, parts: int, *, least: int = 1) -> list[int]:
     """Divide samples into parts as equal as can be, larger ones first; what has fewer than `least` is empty instead."""
     filled = max(1, min(parts, samples // least))
@@ -67,10 +70,7 @@ def by_owner(order: Tensor, ranks: int, *, count: int, batch_size: int, least: i
     full, rest = divmod(count, batch_size)
     per_batch, of_last = sizes(batch_size, ranks), sizes(rest, ranks, least=least)
     whole = [each[: full * size].view(full, size) for each, size in zip(own, per_batch, strict=True)]
-    ends = [
-        each[full * size : full * size + last]
-        for each, size, last in zip(own, per_batch, of_last, strict=True)
-    ]
+    ends = [each[full * size : full * size + last] for each, size, last in zip(own, per_batch, of_last, strict=True)]
     return torch.cat((torch.cat(whole, dim=1).flatten(), *ends))
 
 

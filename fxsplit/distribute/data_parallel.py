@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from fxsplit.data.batch import Batch
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Engine
-
 
 # The option that leaves buffers alone has another name in newer versions of torch.
 BUFFERS = "forward_sync_buffers"
@@ -95,7 +95,7 @@ class _Traffic:
     def __init__(self) -> None:
         self._bytes = self._steps = 0
 
-    def reduce(self, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    def reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Start to add up the gradients of a bucket over all processes."""
         self._bytes += bucket.buffer().nbytes
         self._steps += bucket.is_last()

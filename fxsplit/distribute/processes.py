@@ -48,15 +48,15 @@ class Processes:
         return Share(self.rank, self.count)
 
     def first(self, make: Callable[[], Value]) -> Value:
-        """Return what the first process makes, in all; the others make nothing. An error that it meets is raised in all."""
+        """Return what the first process makes, in all; the others make nothing. Its error is raised in all, too."""
         if self.count == 1:
             return make()
         made: list[Any] = [None, None]
         if self.is_first:
             try:
                 made[0] = make()
-            except Exception as error:
-                made[1] = error
+            except Exception as failed:
+                made[1] = failed
         distributed.broadcast_object_list(made, device=HOST)
         value, error = made
         if error is not None:

@@ -62,7 +62,8 @@ class SoftTargets(ABC):
         """Give all processes what each has kept since the last call, of other images than the others."""
         if self._logits is None or self._kept is None or processes.count == 1:
             return
-        for rows, kept in zip(self._logits.split(EXCHANGED), self._kept.split(EXCHANGED), strict=True):
+        parts = (torch.split(each, EXCHANGED) for each in (self._logits, self._kept))
+        for rows, kept in zip(*parts, strict=True):
             given = processes.sum(torch.where(kept[:, None], rows, 0))
             rows.copy_(torch.where(processes.sum(kept.int())[:, None] > 0, given, rows))
         self._kept.zero_()

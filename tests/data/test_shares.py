@@ -42,7 +42,9 @@ def test_each_image_counts_once(images: int, batch_size: int, ranks: int, traini
             weights = [loader.weight(step) for loader in every]
             counted = [part[step] for part, weight in zip(parts, weights, strict=True) if weight]
             size = sum(map(len, counted))
-            assert weights == [ranks * len(part[step]) / size if weight else 0 for part, weight in zip(parts, weights, strict=True)]
+            assert weights == [
+                ranks * len(part[step]) / size if weight else 0 for part, weight in zip(parts, weights, strict=True)
+            ]
             assert sum(weights) == pytest.approx(ranks)
             if training and batch_size >= 2 * ranks:
                 assert min(len(part[step]) for part in parts) > 1
@@ -59,7 +61,7 @@ def test_each_image_counts_once(images: int, batch_size: int, ranks: int, traini
 def test_images_belong_to_one_process_for_good(images: int, batch_size: int, ranks: int) -> None:
     every = loaders(images, batch_size, ranks)
     own = [set(loader.own().tolist()) for loader in every]
-    assert sorted(id for each in own for id in each) == list(range(images))
+    assert sorted(image for each in own for image in each) == list(range(images))
     orders = [[loader.order(epoch, shards=ranks) for epoch in (0, 1)] for loader in every]
     if images >= 2 * ranks:
         for mine, (first, second) in zip(own, orders, strict=True):
