@@ -16,9 +16,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from fxsplit.errors import UsageError, printable
-from fxsplit.pages.figures import epochs_of, human, in_words, shape
+from fxsplit.pages.figures import duration, epochs_of, human, in_words, shape
 from fxsplit.pages.outline import Block, Costs, outline
 from fxsplit.plan.forecast import Forecast
+from fxsplit.plan.scaling import ScaleForecast
 from fxsplit.records import json_text
 from fxsplit.report import Inspection
 
@@ -30,6 +31,10 @@ CSV_COLUMNS = (
     *("parameters", "macs", "uncounted", "backward_macs", "activation_bytes", "seconds", "reads", "state", "mutates"),
 )
 FORECAST = ("time", "activations", "peak")
+SCALING = (
+    "Means over the epochs of the plan, memory at its largest. Ops are taken to need time in proportion to their images, "
+    "and messages in proportion to their bytes."
+)
 # On a narrower terminal tables leave out what their other columns imply.
 WIDE = 80
 
@@ -50,6 +55,9 @@ def table(inspection: Inspection, console: Console) -> None:
         console.print(legend())
     if ahead:
         print_whole(console, f"{in_words(ahead)} A phase's time is that of a step.")
+    if inspection.scaling:
+        console.print(_scaling(inspection.scaling))
+        print_whole(console, SCALING)
     for note in inspection.notes:
         print_whole(console, note)
 
@@ -86,6 +94,23 @@ def _phases(inspection: Inspection, is_wide: bool) -> Table:
         words = (draw(phase, count, min(3 * count, 30)), trains, cut) if is_wide else (trains,)
         figures = _phase_figures(ahead, index) if ahead else ()
         rows.add_row(str(index + 1), *words, str(phase.epochs), *figures)
+    return rows
+
+
+def _scaling(found: Sequence[ScaleForecast]) -> Table:
+    rows = new_table(">devices", ">way", ">step", ">speed-up", ">waiting", ">sent in a step", ">memory", "fastest")
+    alone = found[0].step_seconds
+    for each in found:
+        rows.add_row(
+            str(each.devices),
+            each.kind,
+            duration(each.step_seconds),
+            f"{alone / each.step_seconds:.2f}",
+            f"{each.idle_share:.0%}",
+            human(each.traffic_bytes, "B"),
+            human(each.peak_bytes, "B"),
+            "*" if each.is_fastest else "",
+        )
     return rows
 
 
@@ -144,7 +169,7 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
 
     `model`, `input_shape`, `graph_digest`; `plan`, which is a plan file; `totals` of ops, parameters and, for one
     sample, macs and activation_bytes; `forecast` of each phase, of `standard` and of the whole beside it; `uncounted`
-    ops, whose macs are not among the totals; `tied` parameters with their other names; `opaque` modules with the reason
+    ops, whose macs are not among the totals; `scaling`, of several devices, if that was asked for; `tied` parameters with their other names; `opaque` modules with the reason
     why each is kept whole.
     """
     return {
@@ -154,6 +179,7 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
         "plan": inspection.plan_file.to_dict(),
         "totals": _totals(inspection),
         "forecast": asdict(inspection.forecast) if inspection.forecast else None,
+        "scaling": [asdict(each) for each in inspection.scaling],
         "uncounted": [op.name for op in inspection.train.ops if op.uncounted],
         "tied": {name: list(others) for name, others in inspection.tied.items()},
         "opaque": dict(inspection.opaque),

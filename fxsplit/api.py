@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +18,7 @@ from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.data import datasets
 from fxsplit.distribute.processes import Processes, joined
-from fxsplit.errors import NoModelError
+from fxsplit.errors import NoModelError, UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.passes import effect_of
 from fxsplit.measuring.op_costs import measure as measure_ops
@@ -31,6 +32,10 @@ from fxsplit.proving.workers import call_each
 from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
 from fxsplit.spec import RunSpec
 from fxsplit.training.batchnorm import check_batches
+
+
+# Samples of a batch that ops are measured with, where a forecast is for several devices.
+MOST_MEASURED = 32
 
 
 def train(
@@ -103,26 +108,43 @@ def _train(spec: RunSpec | None, observer: Observer, resume: str | Path | None, 
 
 
 def inspect(
-    spec: RunSpec, *, measured: bool = False, save_to: str | None = None, observer: Observer | None = None
+    spec: RunSpec,
+    *,
+    measured: bool = False,
+    save_to: str | None = None,
+    devices: int | None = None,
+    bandwidth: float = 10e9,
+    device_bytes: float | None = None,
+    observer: Observer | None = None,
 ) -> Inspection:
     """Show the partitions of a model, the phases of its schedule and a forecast of what they cost, without training.
 
     It needs no weights, data or device, unless ops are to be `measured` (or partitions balanced by seconds): then each
     op is timed on the device of `spec`, in a model with random weights. With `save_to` the plan is also written there,
-    as a file to edit and to train by. Raises a FxsplitError for anything that the user can mend.
+    as a file to edit and to train by.
+
+    With `devices` ops are measured, and steps are forecast on up to so many devices like that of `spec`, each of which
+    sends `bandwidth` bytes in a second and has `device_bytes` of memory. Raises a FxsplitError for anything that the user can mend.
     """
+    if devices is not None and (devices < 1 or bandwidth <= 0):
+        raise UsageError(f"devices is {devices} and bandwidth is {bandwidth:g}, but there must be some of both")
     spec = assembly.with_preprocessing(spec, observer or Observer())
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
-    measured = measured or spec.balance == "seconds"
+    measured = measured or spec.balance == "seconds" or devices is not None
     device = assembly.choose_device(spec.device) if measured else torch.device("meta")
     make = registry.build if measured else registry.sketch
     model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem, drop_path=spec.drop_path)
-    given = assembly.example_inputs(spec, model, img_size, device)
+    # Ops are measured on what one device may take: the batch of many need not fit here.
+    sample = spec if devices is None else replace(spec, batch_size=min(spec.batch_size, MOST_MEASURED))
+    given = assembly.example_inputs(sample, model, img_size, device)
     trace = trace_model(assembly.in_layout(spec, model.to(device)), given.args, given.kwargs)
     if measured:
         trace = measure_ops(trace, given.args, given.kwargs, device=device, passes=assembly.passes(spec, device))
     plan = assembly.plan(spec, trace, observer or Observer())
     found = assembly.inspection(spec, trace, plan, assembly.forecast(spec, plan, trace, measured=measured))
+    if devices is not None:
+        ahead = assembly.scaling(spec, plan, trace, devices=devices, bandwidth=bandwidth, device_bytes=device_bytes)
+        found = replace(found, scaling=ahead)
     if save_to is not None:
         write_file(found.plan_file, save_to)
     return found

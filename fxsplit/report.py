@@ -11,6 +11,7 @@ from fxsplit.graph import Graph
 from fxsplit.plan.forecast import Forecast, PhaseForecast
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.planfile import PlanFile, from_dict
+from fxsplit.plan.scaling import ScaleForecast
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.records import read_record
 
@@ -159,7 +160,8 @@ class Inspection:
     `classes` are those of its modules, by path. `tied` has parameters with their other names, `opaque` the modules that
     are kept whole, with the reasons. `torch` is the version that captured it. `checkpoints` says whether the model has
     gradient checkpoints of its own. `forecast` is what the phases will cost; a run has None, since it measures that.
-    Where ops were measured, their costs and the forecast have seconds.
+    Where ops were measured, their costs and the forecast have seconds. `scaling` forecasts steps on several devices, if
+    that was asked for.
     """
 
     model: str
@@ -173,6 +175,7 @@ class Inspection:
     torch: str = ""
     checkpoints: bool = False
     forecast: Forecast | None = None
+    scaling: tuple[ScaleForecast, ...] = ()
 
     @property
     def plan_file(self) -> PlanFile:

@@ -4,7 +4,7 @@ from fxsplit.assembly.devices import choose_device, determinism, seed_apart
 from fxsplit.assembly.folders import recorder
 from fxsplit.assembly.images import data, in_layout, loaders, random_images
 from fxsplit.assembly.models import example_inputs, model, trace, with_preprocessing
-from fxsplit.assembly.plans import DEFAULT_PARTS, forecast, inspection, paying_plan, plan
+from fxsplit.assembly.plans import DEFAULT_PARTS, forecast, inspection, paying_plan, plan, scaling
 from fxsplit.assembly.proofs import prove_first_batch
 from fxsplit.assembly.starting import check_alike, check_data, restore, start
 from fxsplit.assembly.training import executor, passes, recordings, trainer
@@ -31,6 +31,7 @@ __all__ = [
     "recorder",
     "recordings",
     "restore",
+    "scaling",
     "seed_apart",
     "start",
     "trace",

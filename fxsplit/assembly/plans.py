@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fxsplit.plan.forecast
+import fxsplit.plan.scaling
 from fxsplit import planning
 from fxsplit.assembly.images import loaders
 from fxsplit.assembly.steps import amp_dtype, optimizer_of
@@ -23,6 +24,7 @@ from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.partition import most_partitions, with_head
 from fxsplit.plan.planfile import PlanFile
+from fxsplit.plan.scaling import ScaleForecast
 from fxsplit.plan.schedule import Plan, schedule
 from fxsplit.report import Inspection, Observer
 from fxsplit.spec import RunSpec
@@ -164,6 +166,23 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, process
         optimizer_slots=slots_of(optimizer),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
         micro_batches=spec.grad_accum_steps,
+    )
+
+
+def scaling(
+    spec: RunSpec, plan: Plan, trace: Trace, *, devices: int, bandwidth: float, device_bytes: float | None
+) -> tuple[ScaleForecast, ...]:
+    """Forecast the steps of a plan on up to so many devices, as `fxsplit.plan.scaling.scaling` describes."""
+    optimizer = partial(optimizer_of, spec)
+    return fxsplit.plan.scaling.scaling(
+        plan,
+        trace,
+        batch_size=spec.batch_size,
+        devices=devices,
+        bandwidth=bandwidth,
+        device_bytes=device_bytes,
+        optimizer_slots=slots_of(optimizer),
+        update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer),
     )
 
 

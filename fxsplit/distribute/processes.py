@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
 
 from fxsplit.data.shares import Share
 from fxsplit.errors import FxsplitError, UsageError
@@ -191,7 +192,8 @@ def joined() -> Iterator[Processes]:
         yield Processes()
         return
     if not was_initialized:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=_store(), rank=rank, world_size=count)
     processes = Processes(rank, count, local_rank=local_rank(), local_count=local_count())
     try:
         yield processes
@@ -199,6 +201,15 @@ def joined() -> Iterator[Processes]:
     finally:
         if not was_initialized:
             distributed.destroy_process_group()
+
+
+def _store() -> distributed.Store:
+    """Connect to where the processes find each other.
+
+    `torchrun` keeps it when it starts them anew: without a part of their own they may find the addresses of the dead.
+    """
+    store, _, count = next(rendezvous("env://"))
+    return distributed.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{count}", store)
 
 
 def local_rank() -> int:

@@ -192,9 +192,10 @@ class Trainer:
 
     def _end(self, partitions: Sequence[int], epoch: int, *, at_midpoint: bool) -> None:
         self.endings.end(partitions, self.feed.training(epoch), at_midpoint=at_midpoint)
+        self._concord.restore()
         if at_midpoint:
             self.objective.keep_targets(self.forward, self.feed.training(epoch))
-        self._concord.restore()
+            self._concord.restore()
 
     def _enter(self, index: int, *, epochs_left: int) -> None:
         # Each of these steps depends on what those before it have done to the model:
