@@ -32,8 +32,8 @@ CSV_COLUMNS = (
 )
 FORECAST = ("time", "activations", "peak")
 SCALING = (
-    "Means over the epochs of the plan, memory at its largest. Ops are taken to need time in proportion to their images, "
-    "and messages in proportion to their bytes."
+    "Means over the epochs of the plan, memory at its largest. Ops are taken to need time in proportion to their "
+    "samples, and messages in proportion to their bytes."
 )
 # On a narrower terminal tables leave out what their other columns imply.
 WIDE = 80
@@ -168,9 +168,9 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
     """Make plain data for JSON.
 
     `model`, `input_shape`, `graph_digest`; `plan`, which is a plan file; `totals` of ops, parameters and, for one
-    sample, macs and activation_bytes; `forecast` of each phase, of `standard` and of the whole beside it; `uncounted`
-    ops, whose macs are not among the totals; `scaling`, of several devices, if that was asked for; `tied` parameters with their other names; `opaque` modules with the reason
-    why each is kept whole.
+    sample, macs and activation_bytes; `forecast` of each phase, of `standard` and of the whole beside it; `scaling`, on
+    several devices, if that was asked for; `uncounted` ops, whose macs are not among the totals; `tied` parameters with
+    their other names; `opaque` modules with the reason why each is kept whole.
     """
     return {
         "model": inspection.model,

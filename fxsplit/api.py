@@ -33,7 +33,6 @@ from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, Ru
 from fxsplit.spec import RunSpec
 from fxsplit.training.batchnorm import check_batches
 
-
 # Samples of a batch that ops are measured with, where a forecast is for several devices.
 MOST_MEASURED = 32
 
@@ -124,7 +123,9 @@ def inspect(
     as a file to edit and to train by.
 
     With `devices` ops are measured, and steps are forecast on up to so many devices like that of `spec`, each of which
-    sends `bandwidth` bytes in a second and has `device_bytes` of memory. Raises a FxsplitError for anything that the user can mend.
+    sends `bandwidth` bytes in a second and has `device_bytes` of memory.
+
+    Raises a FxsplitError for anything that the user can mend.
     """
     if devices is not None and (devices < 1 or bandwidth <= 0):
         raise UsageError(f"devices is {devices} and bandwidth is {bandwidth:g}, but there must be some of both")
@@ -135,7 +136,9 @@ def inspect(
     make = registry.build if measured else registry.sketch
     model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem, drop_path=spec.drop_path)
     # Ops are measured on what one device may take: the batch of many need not fit here.
-    sample = spec if devices is None else replace(spec, batch_size=min(spec.batch_size, MOST_MEASURED))
+    sample = (
+        spec if devices is None else replace(spec, batch_size=min(spec.batch_size, MOST_MEASURED), grad_accum_steps=1)
+    )
     given = assembly.example_inputs(sample, model, img_size, device)
     trace = trace_model(assembly.in_layout(spec, model.to(device)), given.args, given.kwargs)
     if measured:

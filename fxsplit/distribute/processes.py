@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from fxsplit.data.shares import Share
@@ -203,13 +204,13 @@ def joined() -> Iterator[Processes]:
             distributed.destroy_process_group()
 
 
-def _store() -> distributed.Store:
+def _store() -> PrefixStore:
     """Connect to where the processes find each other.
 
     `torchrun` keeps it when it starts them anew: without a part of their own they may find the addresses of the dead.
     """
     store, _, count = next(rendezvous("env://"))
-    return distributed.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{count}", store)
+    return PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{count}", store)
 
 
 def local_rank() -> int:

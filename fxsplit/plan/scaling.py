@@ -198,7 +198,7 @@ def _pipeline(costs: CostModel, phase: Phase, devices: int, micro_batches: int, 
 
 
 def _balanced(loads: Sequence[float], parts: int) -> list[int]:
-    """Divide loads into so many neighbouring groups whose largest sum is least; return where they begin, and the end."""
+    """Divide loads into neighbouring groups whose largest sum is least; return where they begin, and the end."""
     before = [0.0]
     for load in loads:
         before.append(before[-1] + load)

@@ -88,7 +88,7 @@ class Recorder:
         self._environment, self._passes = environment, passes
         self._notice = notice
         self._epochs: list[EpochRecord] = []
-        self._signals = Signals()
+        self._signals = Signals(patient=processes.count > 1)
         self._saved: Place | None = None
         self._tried: Place | None = None
         # Whether an epoch is missing in the files of records.

@@ -27,9 +27,14 @@ class Signals:
         third     ends the process, as the system does by itself
 
     A signal that is ignored stays ignored.
+
+    Args:
+        patient: leave it to the third to end anything at once: launchers of several processes pass on a signal that
+            these may have got already, and a process cannot save by itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        self._patient = patient
         self._count = 0
         self._last: int | None = None
         self._saving = 0
@@ -63,7 +68,7 @@ class Signals:
         if self._count > 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif self._count > 1 and not self._saving:
+        elif self._count > 1 and not self._saving and not self._patient:
             self.end()
 
     def end(self, message: str = "") -> NoReturn:
