@@ -56,7 +56,10 @@ class DataParallel(Engine):
 
     @property
     def bytes_per_step(self) -> int:  # type: ignore[override]
-        return self._traffic.bytes_per_step
+        if measured := self._traffic.bytes_per_step:
+            return measured
+        # A run that goes on after the last step of an epoch has taken none yet.
+        return sum(each.nbytes for each in self._called.parameters() if each.requires_grad)
 
     def __call__(self, batch: Batch) -> Any:
         if self._accumulates:
