@@ -73,8 +73,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="file for the result, as Markdown")
     given = parser.parse_args()
     draw, lines, faults = random.Random(given.seed), [], 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         model = model_in(folder)
         twins: dict[tuple[str, str], tuple[dict[str, Any], float]] = {}
         for index in range(given.count):
@@ -88,11 +88,14 @@ def main() -> int:
                 assert code == 0, log.read_text("utf-8")
                 twins[key] = left_by(folder / twin), seconds
             whole, seconds = twins[key]
-            log = folder / f"run{index}.log"
-            moments = [draw.random() * seconds * 0.8 for _ in range(draw.choice((1, 1, 2)))]
-            words = command(model, kind, folder, f"run{index}", interval, given.processes)
-            code, _, killed = run(words, log, moments=moments, draw=draw)
-            wrong = differences(whole, left_by(folder / f"run{index}"))[:3] if code == 0 else [f"exit code {code}"]
+            moments = [draw.random() * seconds for _ in range(draw.choice((1, 1, 2)))]
+            killed, tries = 0, 0
+            while not killed:  # one that has ended before is run again, and killed sooner
+                name = f"run{index}-{tries}"
+                log, tries = folder / f"{name}.log", tries + 1
+                words = command(model, kind, folder, name, interval, given.processes)
+                code, _, killed = run(words, log, moments=[moment / 2**tries for moment in moments], draw=draw)
+            wrong = differences(whole, left_by(folder / name))[:3] if code == 0 else [f"exit code {code}"]
             goes_on = [line for line in log.read_text("utf-8").splitlines() if line.startswith("goes on after")]
             line = f"{kind}, a checkpoint every {interval}: {killed} killed; {'; '.join(goes_on) or 'begun anew'}"
             lines.append(f"- {line}: {'; '.join(wrong) or 'the same'}")
