@@ -122,16 +122,21 @@ class Processes:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """Inside, the first process of each machine is ahead of the others there, which find what it has downloaded."""
-        if self.local_rank:
-            self.wait()
-        yield
-        if not self.local_rank:
-            self.wait()
+        """Inside, the first process of each machine is ahead of the others there, which find what it has downloaded.
 
-    def wait(self) -> None:
-        """Wait until all processes are here."""
-        self.sum(torch.zeros(1))
+        Raises FxsplitError in these where one that is ahead has failed.
+        """
+        failed = torch.zeros(1)
+        if self.local_rank and self.sum(failed):
+            raise FxsplitError("the first process of a machine has failed, and the others end with it")
+        try:
+            yield
+        except Exception:
+            failed += 1
+            raise
+        finally:
+            if not self.local_rank:
+                self.sum(failed)
 
     def refuse_differing(self, facts: Mapping[str, Any], why: str) -> None:
         """Raise UsageError in all processes, with what differs, where the facts of one are not those of the first.
