@@ -6,13 +6,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 from inspect import cleandoc
 from typing import Annotated
 
 import typer
 
-from fxsplit.errors import FxsplitError, Terminated
+from fxsplit.errors import FxsplitError, Terminated, UsageError, shortened
 
 from .commands.check import check
 from .commands.evaluate import evaluate
@@ -21,6 +20,7 @@ from .commands.inspect import inspect
 from .commands.job import Job
 from .commands.predict import predict
 from .commands.train import train
+from .completion import join_words
 from .terminal import is_first, say, write
 
 OUT_OF_MEMORY = (
@@ -31,7 +31,6 @@ OUT_OF_MEMORY = (
 app = typer.Typer(
     name="fxsplit",
     help="Partition any PyTorch model by its torch.fx graph, and train image classifiers layer to layer.",
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -44,6 +43,8 @@ for command in (train, evaluate, predict, export, inspect, check):
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version  # only here: it takes a while to import
+
         write(f"fxsplit {version('fxsplit')}\n")
         raise typer.Exit
 
@@ -60,12 +61,13 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of the process, and return its exit code."""
-    verbose = False
+    verbose = runs = False
+    join_words(os.environ)
     try:
         asked = app(arguments, prog_name="fxsplit", standalone_mode=False)
         if not isinstance(asked, Job):
             return int(asked or 0)
-        verbose = asked.verbose
+        verbose, runs = asked.verbose, True
         asked.run()
         sys.stdout.flush()
         return 0
@@ -88,12 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         hint = "" if verbose else "; run with -v for the traceback"
         return _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}", 1)
+    except BaseException as error:
+        if not runs:
+            raise  # typer ends a process that was asked for completions
+        # Such as SystemExit, which would end the process with what looks like success.
+        return _fail(f"the model's code ended the run: it raised {type(error).__name__}; take that out", 1)
 
 
 def _fail(message: str, exit_code: int) -> int:
     """Typer's errors have no message where help was shown instead."""
     if message:
-        say(f"fxsplit: {message}" if is_first() else f"fxsplit, process {os.environ['RANK']}: {message}")
+        who = "fxsplit" if is_first() else f"fxsplit, process {os.environ['RANK']}"
+        say(f"{who}: {shortened(message) if exit_code == UsageError.exit_code else message}")
     return exit_code
 
 

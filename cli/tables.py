@@ -19,6 +19,8 @@ from fxsplit.report import CheckRecord, Evaluation, ExportRecord, ForecastRecord
 
 from .terminal import Terminal, print_whole, visible
 
+# Narrower than WIDE, tables leave out what other columns imply or what is no result; narrower than MIDDLING, more.
+WIDE, MIDDLING = 80, 50
 # How many of a model's differences are listed.
 LISTED = 3
 
@@ -26,36 +28,50 @@ LISTED = 3
 def report(result: RunReport) -> None:
     """Print a row for each phase of a run; below it the accuracy and what the run cost."""
     console = Terminal()
-    energy = [">energy an image"] if any(record.joules_per_image is not None for record in result.epochs) else []
-    table = new_table("phase", "trains", "cut", ">epochs", ">seconds", *energy, ">test accuracy")
+    is_wide, is_middling = console.width >= WIDE, console.width >= MIDDLING
+    has_energy = is_middling and any(record.joules_per_image is not None for record in result.epochs)
+    rows = Rows(
+        {
+            "phase" if is_middling else "": True,
+            "trains": True,
+            "cut": is_wide,
+            ">epochs": is_middling,
+            ">seconds": True,
+            ">energy an image": has_energy,
+            ">test accuracy": True,
+        }
+    )
     for index, group in groupby(result.epochs, key=lambda record: record.phase):
         records = list(group)
         seconds = sum(record.train_seconds + record.eval_seconds for record in records)
-        window = where(result.plan.phases[index], result.plan)
-        figures = [str(len(records)), f"{seconds:.1f}"]
-        if energy:
-            joules = [record.joules_per_image for record in records if record.joules_per_image is not None]
-            figures.append(millijoules(mean(joules) if joules else None))
-        table.add_row(str(index + 1), *window, *figures, f"{records[-1].eval_top1:.2f} %")
-    console.print(table, "")
+        joules = [record.joules_per_image for record in records if record.joules_per_image is not None]
+        trained, cut = where(result.plan.phases[index], result.plan)
+        figures = (str(len(records)), f"{seconds:.1f}", millijoules(mean(joules) if joules else None))
+        rows.add(str(index + 1), trained, cut, *figures, f"{records[-1].eval_top1:.2f} %")
+    console.print(rows.table, "")
 
     def measured(name: str) -> list[Any]:
         return [value for record in result.epochs if (value := getattr(record, name)) is not None]
+
+    def most(name: str) -> str | None:
+        figures = measured(name)
+        return human(max(figures), "B") if figures else None
 
     joules = measured("energy_joules")
     facts = Table.grid(padding=(0, 2))
     for name, fact in {
         "test accuracy": f"{result.accuracy_pct:.2f} % (last epoch)" if result.epochs else human(None),
         "total time": f"{result.total_seconds:.1f} s, of which setup {result.setup_seconds:.1f} s",
-        "peak memory: process resident": human(max(measured("peak_resident_bytes"), default=None), "B"),
-        "peak memory: CUDA allocated": human(max(measured("peak_allocated_bytes"), default=None), "B"),
-        "peak memory: CUDA reserved": human(max(measured("peak_reserved_bytes"), default=None), "B"),
-        "peak memory: device (NVML)": human(max(measured("device_bytes"), default=None), "B"),
-        "cache: in memory": human(max(measured("cache_resident_bytes"), default=None), "B"),
-        "cache: in a file": human(max(measured("cache_file_bytes"), default=None), "B"),
-        "energy (NVML)": human(sum(joules) if joules else None, "J"),
+        "peak memory: process resident": most("peak_resident_bytes"),
+        "peak memory: CUDA allocated": most("peak_allocated_bytes"),
+        "peak memory: CUDA reserved": most("peak_reserved_bytes"),
+        "peak memory: device (NVML)": most("device_bytes"),
+        "cache: in memory": most("cache_resident_bytes"),
+        "cache: in a file": most("cache_file_bytes"),
+        "energy (NVML)": human(sum(joules), "J") if joules else None,
     }.items():
-        facts.add_row(name, Text(fact, "bold" if name == "test accuracy" else ""))
+        if fact is not None:
+            facts.add_row(name, Text(fact, "bold" if name == "test accuracy" else ""))
     console.print(facts)
     if result.folder:
         print_whole(console, f"\nrun folder: {result.folder}")
@@ -64,11 +80,12 @@ def report(result: RunReport) -> None:
 def checks(records: Sequence[CheckRecord]) -> None:
     """Print a row for each model; below it what failed and what was kept whole, with the reasons."""
     console = Terminal(highlight=False)
-    table = new_table("model", "verdict", ">ops", ">opaque", ">guards", ">cuts", ">partitions", ">seconds")
+    names = ["ops", "opaque", "guards", "cuts", "partitions"] if console.width >= WIDE else []
+    table = new_table("model", "verdict", *(f">{name}" for name in names), ">seconds")
     for record in records:
         style = "green" if record.passed else "red"
         counts = (record.ops, len(record.opaque), record.guards, record.cuts, record.partitions)
-        figures = ["-" if record.refusal else str(count) for count in counts]
+        figures = ["-" if record.refusal else str(count) for count in counts] if names else []
         table.add_row(Text(record.model), Text(record.verdict, style), *figures, f"{record.seconds:.1f}")
     console.print(table)
     for record in records:
@@ -208,6 +225,19 @@ def where(phase: Phase, plan: Plan) -> tuple[Text, Text]:
     count = len(plan.partitions)
     cut = phase.cut(count)
     return Text(trains(phase.start, phase.stop, count)), Text("-" if cut is None else plan.partitions[cut].name)
+
+
+class Rows:
+    """A table that has some of its columns: those of `headers` that are true."""
+
+    def __init__(self, headers: Mapping[str, bool]) -> None:
+        self._is_shown = tuple(headers.values())
+        self.table = new_table(*(header for header, is_shown in headers.items() if is_shown))
+
+    def add(self, *cells: str | Text) -> None:
+        """Add a row, of which there is a cell for every column."""
+        pairs = zip(cells, self._is_shown, strict=True)
+        self.table.add_row(*(cell for cell, is_shown in pairs if is_shown))
 
 
 def new_table(*headers: str) -> Table:

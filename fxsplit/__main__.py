@@ -1,7 +1,7 @@
-"""`python -m fxsplit` is the same as `fxsplit`."""
+"""The command `fxsplit`, which is also `python -m fxsplit`."""
 
 import sys
 
-from fxsplit_cli.main import main
+from fxsplit_cli.start import start
 
-sys.exit(main())
+sys.exit(start())

@@ -159,9 +159,8 @@ class Inspection:
 
     `classes` are those of its modules, by path. `tied` has parameters with their other names, `opaque` the modules that
     are kept whole, with the reasons. `torch` is the version that captured it. `checkpoints` says whether the model has
-    gradient checkpoints of its own. `forecast` is what the phases will cost; a run has None, since it measures that.
-    Where ops were measured, their costs and the forecast have seconds. `scaling` forecasts steps on several devices, if
-    that was asked for.
+    gradient checkpoints of its own. `forecast` is what the phases are expected to cost. Where ops were measured, their
+    costs and the forecast have seconds. `scaling` forecasts steps on several devices, if that was asked for.
     """
 
     model: str
@@ -433,8 +432,14 @@ class ExportRecord:
 class Observer:
     """Is called while a run happens, and does nothing. Subclass it, and override the methods that you need."""
 
+    def working(self, what: str) -> None:
+        """Called before something that takes a while, such as `reading the data`."""
+
     def run_started(self, *, folder: str, device: str, plan: Plan, train_images: int, test_images: int) -> None:
         """Called when data, model and plan are ready. `folder` is empty if nothing is written."""
+
+    def forecast_made(self, forecast: Forecast) -> None:
+        """Called when the run has started, with what its phases are expected to cost."""
 
     def notice(self, sentence: str) -> None:
         """Called with a sentence about something that was decided for the user."""

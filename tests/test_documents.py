@@ -157,9 +157,9 @@ def test_commands_are_understood(path: Path, folder: Path) -> None:
 
 
 def shape(output: str) -> list[str]:
-    """Lines without their numbers, and without what only aligns them."""
-    figure = r"not available|\d[\d.,]*( [kMG]?B\b| [kM]\b)?"
-    plain = re.sub(r"─+|run folder: .*", "", re.sub(figure, "0", output))
+    """Lines without their numbers, and without what only aligns them or only a GPU can tell."""
+    figure = r"\d[\d.,]*( [kMG]?B\b| [kM]\b)?"
+    plain = re.sub(r"─+|run folder: .*|(peak memory: (CUDA|device)|energy) .*", "", re.sub(figure, "0", output))
     return [" ".join(line.split()) for line in plain.splitlines() if line.strip()]
 
 

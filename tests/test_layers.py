@@ -21,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import those before it, and itself where it is a folder.
 LAYERS = (
     {"errors"},
+    {"paths", "plain_data", "shares"},
     {"graph", "options", "presets", "records", "data", "objects"},
+    {"trust"},
     {"plan", "models", "meta", "cuda"},
     {"spec", "report"},
     {"capture", "resuming"},
@@ -35,7 +37,19 @@ LAYERS = (
     {"trained"},
     {"api"},
 )
-WITHOUT_TORCH = {"errors", "graph", "options", "presets", "records", "spec", "resuming", "plan", "report", "pages"}
+WITHOUT_TORCH = {
+    "errors",
+    "plain_data",
+    "graph",
+    "options",
+    "presets",
+    "records",
+    "spec",
+    "resuming",
+    "plan",
+    "report",
+    "pages",
+}
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "typer", "rich"}
 
 
@@ -160,6 +174,16 @@ def test_private_torch_fx_is_imported_nowhere() -> None:
 def test_starting_loads_no_torch(code: str) -> None:
     script = f"import sys\n{code}\nassert not {{'torch', 'timm', 'torchvision'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inspecting_loads_no_library_that_it_does_not_use() -> None:
+    code = (
+        "import sys, fxsplit\n"
+        "fxsplit.inspect(fxsplit.RunSpec(model='paper:cnn', preset='l2l'))\n"
+        "assert not {'timm', 'sklearn', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -52,10 +52,10 @@ def evaluate(
 
 
 def _evaluate(run: str, options: dict[str, Any], as_json: bool) -> None:
-    with redirect_stdout(sys.stderr):
+    with views.observing(run, "live") as observer, redirect_stdout(sys.stderr):
         import fxsplit
 
-        found = fxsplit.evaluate(run, **options, observer=views.Notices())
+        found = fxsplit.evaluate(run, **options, observer=observer)
     if options["page"]:
         say(f"page: {options['page']}")
     if as_json:

@@ -11,7 +11,7 @@ import typer
 
 from fxsplit.records import json_text
 
-from .. import tables
+from .. import tables, views
 from ..terminal import write
 from .job import Job, Json, Run, TrustCode, Verbose
 
@@ -51,7 +51,7 @@ def export(
 
 
 def _export(run: str, output: str | None, options: dict[str, Any], as_json: bool) -> None:
-    with redirect_stdout(sys.stderr):
+    with views.observing(run, "live"), redirect_stdout(sys.stderr):
         import fxsplit
 
         record = fxsplit.export(run, output, **options)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
@@ -18,10 +16,11 @@ from fxsplit.records import json_text
 from fxsplit.report import Inspection
 from fxsplit.spec import RunSpec
 
-from .. import formats, tables, views
+from .. import completion, formats, tables, views
 from ..options import with_spec_options
+from ..streams import result_alone
 from ..terminal import say, write
-from .job import FineTuning, Job, LayerToLayer, Model, Recipe, Verbose, resolve_spec
+from .job import FineTuning, Job, LayerToLayer, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_spec
 
 INSPECT_FIELDS = (
     *("stem", "drop_path", "data", "img_size", "batch_size"),
@@ -38,6 +37,8 @@ def inspect(
     config: Recipe = None,
     l2l: LayerToLayer = False,
     finetune: FineTuning = False,
+    trust_recipe: TrustRecipe = False,
+    trust_code: TrustCode = False,
     save_plan: Annotated[
         str | None,
         typer.Option(
@@ -62,6 +63,7 @@ def inspect(
             "--format",
             metavar="FORMAT",
             help=f"How to show it: {', '.join(formats.FORMATS)} [dim]\\[default: table][/dim].",
+            autocompletion=completion.one_of(formats.FORMATS),
         ),
     ] = None,
     output: Annotated[
@@ -128,23 +130,30 @@ def inspect(
         raise UsageError(f"there is no format {wanted!r}{hint} (have: {', '.join(formats.FORMATS)})")
     if as_json and wanted != "json":
         raise UsageError(f"--json means --format json and contradicts --format {wanted}")
-    spec = resolve_spec(model, config, {"l2l": l2l, "finetune": finetune}, given)
+    spec = resolve_spec(model, config, {"l2l": l2l, "finetune": finetune}, given, trust_recipe=trust_recipe)
     several = {
         "devices": devices,
         "bandwidth": 1e9 * bandwidth,
         "device_bytes": None if device_memory is None else 1e9 * device_memory,
     }
     show = partial(formats.show, name=wanted, path=output)
-    return Job(partial(_inspect, spec, measure, save_plan, several, show), verbose)
+    return Job(partial(_inspect, spec, trust_code, measure, save_plan, several, show), verbose)
 
 
 def _inspect(
-    spec: RunSpec, measure: bool, save_plan: str | None, several: dict[str, Any], show: Callable[[Inspection], None]
+    spec: RunSpec,
+    trust_code: bool,
+    measure: bool,
+    save_plan: str | None,
+    several: dict[str, Any],
+    show: Callable[[Inspection], None],
 ) -> None:
-    with views.observing(spec.model, "plain") as observer, redirect_stdout(sys.stderr):
+    with views.observing(spec.model, "live") as observer, result_alone():
         from fxsplit import api
 
-        inspection = api.inspect(spec, measured=measure, save_to=save_plan, observer=observer, **several)
+        inspection = api.inspect(
+            spec, measured=measure, save_to=save_plan, trust_code=trust_code, observer=observer, **several
+        )
     if save_plan:
         say(f"plan file: {save_plan}")
     show(inspection)

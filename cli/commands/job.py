@@ -12,14 +12,32 @@ import psutil
 import typer
 
 from fxsplit.errors import UsageError
-from fxsplit.resuming import AUTO, RECIPE, differing, newest_run, run_folder_of
-from fxsplit.spec import PLANNED, RunSpec, beside_plan, from_text, read_environment, read_recipe, read_values, resolve
+from fxsplit.resuming import AUTO, RECIPE, differing, free_name, newest_run, run_folder_of
+from fxsplit.spec import (
+    DEFAULTS,
+    PLANNED,
+    RunSpec,
+    beside_plan,
+    from_text,
+    read_environment,
+    read_recipe,
+    read_values,
+    resolve,
+)
+from fxsplit.trust import refuse_recipe, refuse_run
+
+from .. import completion
 
 RULES = {item.name: item.metadata for item in fields(RunSpec)}
 MODEL_FORMS = RULES["model"]["help"].rstrip(".")
 Model = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help=f"{MODEL_FORMS}; may be left to the recipe.", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help=f"{MODEL_FORMS}; may be left to the recipe.",
+        show_default=False,
+        autocompletion=completion.models,
+    ),
 ]
 Recipe = Annotated[Path | None, typer.Option("--config", "-c", metavar="RECIPE", help="Read options from a recipe.")]
 LayerToLayer = Annotated[
@@ -29,6 +47,22 @@ LayerToLayer = Annotated[
 FineTuning = Annotated[
     bool,
     typer.Option("--finetune", help="The same as --preset finetune.", rich_help_panel="Layer-to-layer", metavar=""),
+]
+TrustRecipe = Annotated[
+    bool,
+    typer.Option(
+        "--trust-recipe",
+        help="Let the recipe run a Python file as its model, and name folders outside of this one.",
+        metavar="",
+    ),
+]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Run code that comes with a model of Hugging Face, or that a run names as its model.",
+        metavar="",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON.", metavar="")]
 Verbose = Annotated[
@@ -41,13 +75,10 @@ Run = Annotated[
         metavar="RUN",
         help="The folder of a run, its model.safetensors, or one of its checkpoints.",
         show_default=False,
+        autocompletion=completion.runs,
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="TEXT")]
-TrustCode = Annotated[
-    bool,
-    typer.Option("--trust-code", help="Run the Python file that builds the model, where it is one.", metavar=""),
-]
 
 
 class Job(NamedTuple):
@@ -57,13 +88,22 @@ class Job(NamedTuple):
     verbose: bool
 
 
-def resolve_spec(model: str | None, config: Path | None, flags: Mapping[str, bool], given: dict[str, Any]) -> RunSpec:
-    spec, _ = resolve_run(model, config, flags, given, None)
+def resolve_spec(
+    model: str | None, config: Path | None, flags: Mapping[str, bool], given: dict[str, Any], *, trust_recipe: bool
+) -> RunSpec:
+    spec, _ = resolve_run(model, config, flags, given, None, trust_recipe=trust_recipe)
     return spec
 
 
 def resolve_run(
-    model: str | None, config: Path | None, flags: Mapping[str, bool], given: dict[str, Any], resume: str | None
+    model: str | None,
+    config: Path | None,
+    flags: Mapping[str, bool],
+    given: dict[str, Any],
+    resume: str | None,
+    *,
+    trust_recipe: bool,
+    trust_code: bool = False,
 ) -> tuple[RunSpec, str | None]:
     """Return what is asked for, and the run to go on with if there is one, whose options are those not given.
 
@@ -77,7 +117,11 @@ def resolve_run(
     for name in (name for name, is_given in flags.items() if is_given):
         if options.setdefault("preset", name) != name:
             raise UsageError(f"--{name} means --preset {name} and contradicts --preset {options['preset']}")
-    layers = (read_recipe(config) if config else {}, read_environment(os.environ), read_values(options))
+    recipe = read_recipe(config) if config else {}
+    layers = (recipe, read_environment(os.environ), read_values(options))
+    own = _merged(layers[1:])
+    if not trust_recipe:
+        refuse_recipe(recipe, own, DEFAULTS)
     found = None
     if resume is not None:
         found = newest_run(_merged(layers)) if resume == AUTO else run_folder_of(resume)
@@ -87,9 +131,13 @@ def resolve_run(
         before = read_recipe(found / RECIPE)
         spec = resolve(before, *layers)
         differing(resolve(before), spec)  # or an error before torch is loaded
+        if "model" not in own and not (trust_recipe and "model" in recipe):
+            refuse_run(spec.model, found, trust_code=trust_code)
         return spec, str(found) if resume == AUTO else resume
     if not any("model" in layer for layer in layers):
         raise UsageError(f"no model is given; name one here or in a recipe, as {MODEL_FORMS}")
+    if (wanted := recipe.get("experiment")) and "experiment" not in own:
+        layers[0]["experiment"] = free_name(_merged(layers).get("output", DEFAULTS["output"]), wanted)
     spec = resolve(*layers)
     if spec.plan and (beside := [name for name in PLANNED if name in options]):
         raise UsageError(beside_plan(beside))

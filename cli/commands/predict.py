@@ -43,10 +43,10 @@ def predict(
 
 
 def _predict(run: str, images: list[str], options: dict[str, Any], as_json: bool) -> None:
-    with redirect_stdout(sys.stderr):
+    with views.observing(run, "live") as observer, redirect_stdout(sys.stderr):
         import fxsplit
 
-        found = fxsplit.predict(run, images, **options, observer=views.Notices())
+        found = fxsplit.predict(run, images, **options, observer=observer)
     count, failed = 0, 0
     for each in found:
         count += 1

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fxsplit.errors import Terminated
+from fxsplit.errors import FxsplitError, Terminated
 from fxsplit.records import json_text
+from fxsplit.report import RunReport
 from fxsplit.spec import RunSpec
 
-from .. import tables, views
+from .. import completion, tables, views
 from ..options import with_spec_options
+from ..streams import result_alone
 from ..terminal import is_first, write
-from .job import FineTuning, Job, Json, LayerToLayer, Model, Recipe, Verbose, resolve_run
+from .job import FineTuning, Job, Json, LayerToLayer, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_run
 
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
 
@@ -32,6 +35,8 @@ def train(
     config: Recipe = None,
     l2l: LayerToLayer = False,
     finetune: FineTuning = False,
+    trust_recipe: TrustRecipe = False,
+    trust_code: TrustCode = False,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -40,6 +45,7 @@ def train(
             help="Go on with a run: the newest like this in --output, or a new one (auto), or that of a folder or a "
             "checkpoint (PATH). Needs no other options.",
             rich_help_panel="Run",
+            autocompletion=completion.runs_to_resume,
         ),
     ] = None,
     print_config: Annotated[
@@ -65,21 +71,47 @@ def train(
 
     The command line wins over FXSPLIT_* variables, such as FXSPLIT_BATCH_SIZE, and they over the recipe.
     """
-    spec, resume = resolve_run(model, config, {"l2l": l2l, "finetune": finetune}, given, resume)
+    spec, resume = resolve_run(
+        model,
+        config,
+        {"l2l": l2l, "finetune": finetune},
+        given,
+        resume,
+        trust_recipe=trust_recipe or print_config,
+        trust_code=trust_code,
+    )
     if print_config:
         return Job(partial(write, spec.to_yaml()), verbose)
     view: views.View = "quiet" if quiet or not is_first() else "live" if progress else "plain"
-    return Job(partial(_train, spec, resume, view, as_json), verbose)
+    return Job(partial(_train, spec, resume, trust_code, view, as_json), verbose)
 
 
-def _train(spec: RunSpec, resume: str | None, view: views.View, as_json: bool) -> None:
-    # What libraries print belongs beside the progress, not into the result.
-    with views.observing(spec.model, view) as observer, redirect_stdout(sys.stderr), _terminable():
+def _train(spec: RunSpec, resume: str | None, trust_code: bool, view: views.View, as_json: bool) -> None:
+    with views.observing(spec.model, view) as observer, result_alone(), _terminable():
         from fxsplit import api
 
-        report = api.train(spec, observer, resume=resume)
-    if not is_first():
-        return
+        report: RunReport | None
+        interruption: KeyboardInterrupt | None = None
+        try:
+            report = api.train(spec, observer, resume=resume, trust_code=trust_code)
+        except KeyboardInterrupt as error:
+            report, interruption = _report_so_far(observer.folder), error
+    if report is not None and is_first():
+        _show(report, as_json)
+    if interruption is not None:
+        raise interruption
+
+
+def _report_so_far(folder: str) -> RunReport | None:
+    """Read the report that an interrupted run has left in its folder; None if there is none, or one without epochs."""
+    try:
+        report = RunReport.from_dict(json.loads(Path(folder, "report.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, FxsplitError):
+        return None
+    return report if report.epochs else None
+
+
+def _show(report: RunReport, as_json: bool) -> None:
     if as_json:
         write(json_text(report.to_dict()))
     else:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.utils.random import random_seed
 
 from fxsplit.distribute.processes import Processes, local_count, local_rank
 from fxsplit.errors import UsageError
@@ -44,6 +43,8 @@ def choose_device(name: str) -> torch.device:
 def seed_apart(seed: int, processes: Processes) -> None:
     """Seed every generator for the steps of one process of several: each draws for other images."""
     if processes.count > 1:
+        from timm.utils.random import random_seed
+
         random_seed(seed, processes.rank)
 
 
@@ -54,6 +55,8 @@ def determinism(seed: int, deterministic: bool) -> Iterator[None]:
     With `deterministic` torch refuses kernels that are not; without, a GPU uses TF32 for float32 numbers, and cuDNN
     looks for the fastest kernels, as in timm's train.py.
     """
+    from timm.utils.random import random_seed  # timm takes most of a second to import, and inspections do without
+
     random_seed(seed)
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = not deterministic

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
 from fxsplit.assembly.images import interpolation
-from fxsplit.assembly.plans import inspection
 from fxsplit.assembly.starting import Start
-from fxsplit.capture.tracing import Trace
 from fxsplit.data.identity import identity
 from fxsplit.data.images import Data
 from fxsplit.distribute.processes import Processes
 from fxsplit.execute.passes import Pass, names_of
 from fxsplit.measuring.environment import environment
 from fxsplit.models.factories import is_file
-from fxsplit.plan.schedule import Plan
-from fxsplit.report import Observer
+from fxsplit.report import Inspection, Observer
 from fxsplit.saving.checkpoints import Checkpoints
 from fxsplit.saving.model_config import ModelConfig
 from fxsplit.saving.recorder import Interval, Recorder
@@ -28,8 +27,8 @@ from fxsplit.training.trainer import Trainer
 
 def recorder(
     start: Start,
-    trace: Trace,
-    plan: Plan,
+    inspection: Inspection,
+    model: nn.Module,
     passes: Sequence[Pass],
     data: Data,
     trainer: Trainer,
@@ -48,15 +47,19 @@ def recorder(
         def make() -> None:
             nonlocal folder
             folder = RunFolder.new(
-                spec.output, model=spec.model, schedule=plan.title, seed=spec.seed, experiment=spec.experiment
+                spec.output,
+                model=spec.model,
+                schedule=inspection.plan.title,
+                seed=spec.seed,
+                experiment=spec.experiment,
             )
 
         processes.first(make)
     return Recorder(
         folder,
-        inspection(spec, trace, plan),
-        trace.model,
-        state=RunState(trace.model, trainer, processes),
+        inspection,
+        model,
+        state=RunState(model, trainer, processes),
         checkpoints=None if folder is None else Checkpoints(folder.path, keep=spec.checkpoint_keep),
         interval=Interval.read(spec.checkpoint_every),
         spec=spec.to_flat(),

@@ -28,7 +28,7 @@ from fxsplit.plan.scaling import ScaleForecast
 from fxsplit.plan.schedule import Plan, schedule
 from fxsplit.report import Inspection, Observer
 from fxsplit.spec import RunSpec
-from fxsplit.training.optimizers import slots_of
+from fxsplit.training.optimizers import SLOTS, slots_of
 
 DEFAULT_PARTS = 8
 # What a run may take, relative to its time, for a memory aim that nobody insists on.
@@ -54,8 +54,13 @@ def plan(
     plan = _given_plan(spec, trace, observer)
     phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
     plan = replace(plan, preset=spec.preset, phases=tuple(phases))
-    budget = spec.memory_aim if spec.memory_budget is None else spec.memory_budget
+    budget = spec.memory_aim if _insisted(spec) is None else _insisted(spec)
     return plan if budget is None else _within(spec, plan, trace, budget, processes)
+
+
+def _insisted(spec: RunSpec) -> float | None:
+    """Return the budget that a plan must keep within; None for one that is to be found out, or for none."""
+    return None if isinstance(spec.memory_budget, str) else spec.memory_budget
 
 
 def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float, processes: Processes) -> Plan:
@@ -65,8 +70,8 @@ def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float, processes: P
         budget=budget,
         batch_size=processes.part(spec.batch_size),
         micro_batches=spec.grad_accum_steps,
-        optimizer_slots=slots_of(partial(optimizer_of, spec)),
-        strict=spec.memory_budget is not None,
+        optimizer_slots=_slots(spec),
+        strict=_insisted(spec) is not None,
     )
 
 
@@ -90,7 +95,7 @@ def paying_plan(
     wanted = spec.memory_aim
     phases = (replace(each, recompute=0, segmented=False, micro_batches=spec.grad_accum_steps) for each in plan.phases)
     bare = replace(plan, phases=tuple(phases))
-    if device.type != "cuda" or spec.memory_budget is not None or wanted is None or plan == bare:
+    if device.type != "cuda" or _insisted(spec) is not None or wanted is None or plan == bare:
         return plan
     if spec.cuda_graphs == "on":
         pairs = zip(plan.phases, bare.phases, strict=True)
@@ -163,7 +168,7 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, process
         plan,
         trace,
         batch_size=processes.part(spec.batch_size),
-        optimizer_slots=slots_of(optimizer),
+        optimizer_slots=_slots(spec),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
         micro_batches=spec.grad_accum_steps,
     )
@@ -173,7 +178,6 @@ def scaling(
     spec: RunSpec, plan: Plan, trace: Trace, *, devices: int, bandwidth: float, device_bytes: float | None
 ) -> tuple[ScaleForecast, ...]:
     """Forecast the steps of a plan on up to so many devices, as `fxsplit.plan.scaling.scaling` describes."""
-    optimizer = partial(optimizer_of, spec)
     return fxsplit.plan.scaling.scaling(
         plan,
         trace,
@@ -181,9 +185,14 @@ def scaling(
         devices=devices,
         bandwidth=bandwidth,
         device_bytes=device_bytes,
-        optimizer_slots=slots_of(optimizer),
-        update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer),
+        optimizer_slots=_slots(spec),
+        update_seconds=update_seconds(trace.model.parameters(), make_optimizer=partial(optimizer_of, spec)),
     )
+
+
+def _slots(spec: RunSpec) -> int:
+    """Count the values that the optimizer keeps for each parameter; of the usual ones that is known."""
+    return SLOTS[spec.opt] if spec.opt in SLOTS else slots_of(partial(optimizer_of, spec))
 
 
 def inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None = None) -> Inspection:

@@ -15,6 +15,7 @@ from fxsplit.data.images import Data
 from fxsplit.distribute.processes import Processes
 from fxsplit.errors import UsageError
 from fxsplit.measuring.environment import code_digest
+from fxsplit.paths import expanded
 from fxsplit.plan import planfile
 from fxsplit.plan.planfile import PlanFile
 from fxsplit.report import Observer
@@ -22,6 +23,7 @@ from fxsplit.saving.checkpoints import Found, Place, find_checkpoint
 from fxsplit.saving.recorder import Recorder
 from fxsplit.saving.run_folder import RunFolder
 from fxsplit.spec import RunSpec
+from fxsplit.trust import refuse_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,20 +50,29 @@ class Start:
         return self.found is not None
 
 
-def start(spec: RunSpec | None, resume: str | Path | None, processes: Processes, observer: Observer) -> Start:
+def start(
+    spec: RunSpec | None,
+    resume: str | Path | None,
+    processes: Processes,
+    observer: Observer,
+    *,
+    trust_code: bool = False,
+) -> Start:
     """Complete what is asked for, find the checkpoint to go on from, and say what differs from what it was asked for.
 
-    The first process does so for all. The folder is locked from here on. Raises UsageError when there is no such run,
-    when another process goes on with it, when something differs that cannot, when random weights are to be fine-tuned,
-    or when a batch has fewer images than there are processes; DataError when there are checkpoints and none is whole;
-    and what `with_preprocessing` raises.
+    The first process does so for all. The folder of a run that goes on is locked from here on.
+
+    Raises UsageError when there is no such run, when another process goes on with it, when it would run code that no
+    `spec` names and that is not trusted, when something differs that cannot, when a new run could have no folder, when
+    random weights are to be fine-tuned, or when a batch has fewer images than there are processes; DataError when there
+    are checkpoints and none is whole; and what `with_preprocessing` raises.
     """
     asked = None if spec is None else spec.to_flat()
     processes.refuse_differing({"command line": (asked, resume)}, "give all of them the same")
     found: list[Start] = []
 
     def make() -> Start:
-        found.append(_start(spec, resume, observer))
+        found.append(_start(spec, resume, observer, trust_code=trust_code))
         return replace(found[0], folder=None)  # the lock cannot be sent
 
     made = processes.first(make)
@@ -82,7 +93,7 @@ def _fitting(start: Start, processes: Processes, observer: Observer) -> Start:
     return start
 
 
-def _start(spec: RunSpec | None, resume: str | Path | None, observer: Observer) -> Start:
+def _start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, *, trust_code: bool) -> Start:
     if spec is not None:
         spec = with_preprocessing(spec, observer)
     if resume is None:
@@ -93,10 +104,14 @@ def _start(spec: RunSpec | None, resume: str | Path | None, observer: Observer) 
                 "the preset is 'finetune', but the weights are random, and a front of random weights learns nothing; "
                 "give --pretrained or --initial-checkpoint, or --force"
             )
+        if not spec.dry_run:
+            RunFolder.check(spec.output, experiment=spec.experiment)
         return Start(spec=spec)
     path = resuming.run_folder_of(resume)
+    if spec is None:
+        refuse_run(resuming.spec_of(path).model, path, trust_code=trust_code)
     folder = RunFolder.reopened(path)
-    given = Path(resume).expanduser()
+    given = expanded(resume)
     found = find_checkpoint(given if given.is_file() else path, notice=observer.notice)
     before = resuming.spec_of(path) if found is None else resuming.spec_from(found.data["spec"])
     now = replace(resuming.spec_of(path) if spec is None else spec, output=str(path.parent))

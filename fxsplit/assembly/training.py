@@ -22,7 +22,6 @@ from fxsplit.cuda.recorder import CudaRecorder
 from fxsplit.cuda.replay import Recordings
 from fxsplit.cuda.trial import why_not_replayed
 from fxsplit.data.images import Data
-from fxsplit.data.shares import WHOLE
 from fxsplit.distribute.data_parallel import DataParallel
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.execute.executor import Executor
@@ -30,6 +29,7 @@ from fxsplit.execute.forward import Forward
 from fxsplit.execute.passes import Pass, passes_for
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
+from fxsplit.shares import WHOLE
 from fxsplit.spec import RunSpec
 from fxsplit.training.endings import Endings, named_parameters
 from fxsplit.training.exits import Exits
@@ -104,6 +104,11 @@ def trainer(
     """Make the trainer of a run, with all that its spec switches on. Raises UsageError for names that timm lacks."""
     train_loader, test_loader = loaders(spec, data, processes)
     update_is_recorded = recordings is not None and _update_is_recorded(spec, recordings, observer)
+    if spec.torchcompile:
+        observer.notice(
+            f"torch.compile with {spec.torchcompile}: each phase is compiled in its first step and its first test, "
+            "which can take minutes"
+        )
     steps_per_epoch = train_loader.steps_per_epoch
     engine = DataParallel(executor) if processes.count > 1 else None
     forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype(spec), engine=engine)
@@ -131,7 +136,7 @@ def trainer(
             executor,
             plan,
             make_optimizer=partial(optimizer(spec), trace.model, capturable=update_is_recorded),
-            make_scheduler=scheduler(spec, plan),
+            make_scheduler=scheduler(spec, plan.epochs),
             steps_per_epoch=steps_per_epoch,
             exits=objective.exits,
             annealing=spec.anneal,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -13,22 +15,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fxsplit.data.decoding import INTERPOLATIONS, decode, image_warnings
+from fxsplit.data.decoding import INTERPOLATIONS, image_warnings
 from fxsplit.data.randomness import random_stream
 from fxsplit.data.staging import free_bytes, read_ahead, rows_of
-from fxsplit.errors import DataError
+from fxsplit.data.unreadable import Replacing, Unread, Unreadable
+from fxsplit.errors import DataError, reason
 
 # Images that a thread decodes at a time.
 DECODE_CHUNK = 64
 # Share of a GPU's free memory that the pixels of an image set may take: most of it is for training.
 DEVICE_SHARE = 0.25
+# What the system sends when a child process ends; Windows has none.
+SIGCHLD = getattr(signal, "SIGCHLD", None)
 # So long a worker process outlives SIGTERM.
 GRACE_SECONDS = 20
 
 # Is called with what Pillow warns of, by the path of the image.
 Warned = Callable[[Mapping[str, str]], None]
-# Pixels (B, 3, H, W), or the error message of an image; and what Pillow warns of, by path.
-ReadBatch = tuple[Tensor | str, Mapping[str, str]]
+# Pixels (B, 3, H, W), or the error message of an image; what Pillow warns of, by path; and images that are replaced.
+ReadBatch = tuple[Tensor | str, Mapping[str, str], Mapping[str, Unread]]
 
 
 class ImageSet(ABC):
@@ -107,7 +112,7 @@ class FileImages(ImageSet):
     """Gives images from files, which worker processes read ahead.
 
     Only one `read` can go on at a time: a new one ends the one before. It raises DataError when a file cannot be
-    decoded.
+    decoded, and when a worker process dies.
 
     Args:
         paths: of the files.
@@ -116,6 +121,7 @@ class FileImages(ImageSet):
         workers: how many processes read; with 0 this one does.
         interpolation: how images are resized, one of INTERPOLATIONS.
         warned: is called with what Pillow warns of while a batch is read.
+        unreadable: counts images that cannot be decoded, and says how many are replaced; None replaces none.
     """
 
     def __init__(
@@ -127,6 +133,7 @@ class FileImages(ImageSet):
         workers: int,
         interpolation: str = INTERPOLATIONS[0],
         warned: Warned | None = None,
+        unreadable: Unreadable | None = None,
     ) -> None:
         self.paths = tuple(paths)
         self.labels = labels
@@ -134,6 +141,7 @@ class FileImages(ImageSet):
         self.workers = workers
         self.interpolation = interpolation
         self.warned = warned
+        self.unreadable = unreadable
         self._batches: list[list[int]] = []
 
     def to(self, device: torch.device) -> FileImages:
@@ -153,35 +161,61 @@ class FileImages(ImageSet):
             workers=self.workers,
             interpolation=self.interpolation,
             warned=self.warned,
+            unreadable=self.unreadable,
         )
 
     def decoded(self) -> MemoryImages:
         """Decode all images into memory, by `workers` threads: Pillow's decoders run outside Python's lock."""
         pixels = torch.empty((len(self), 3, self.img_size, self.img_size), dtype=torch.uint8)
+        read = self._reader
 
-        def fill(start: int) -> None:
-            for index, path in enumerate(self.paths[start : start + DECODE_CHUNK], start):
-                pixels[index] = decode(path, self.img_size, self.interpolation)
+        def fill(start: int) -> dict[str, Unread]:
+            unread: dict[str, Unread] = {}
+            for index in range(start, min(start + DECODE_CHUNK, len(self))):
+                pixels[index] = read(index, unread)
+            return unread
 
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            for _ in pool.map(fill, range(0, len(self), DECODE_CHUNK)):
-                pass
+            for unread in pool.map(fill, range(0, len(self), DECODE_CHUNK)):
+                self._note(unread)
         return MemoryImages(pixels=pixels, labels=self.labels, img_size=self.img_size)
 
     def read(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
         self._batches[:] = [ids.tolist() for ids in torch.split(order, batch_size)]
-        for pixels, found in self._loader:
+        with _dead_worker_named():
+            batches = _without_sudden_error(lambda: iter(self._loader))
+        while True:
+            with _dead_worker_named():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            pixels, found, unread = batch
             if found and self.warned:
                 self.warned(found)
+            self._note(unread)
             if isinstance(pixels, str):
                 raise DataError(pixels)
             yield pixels
+
+    def _note(self, unread: Mapping[str, Unread]) -> None:
+        if self.unreadable is not None:
+            self.unreadable.note(unread)
+
+    @property
+    def _reader(self) -> Replacing:
+        return Replacing(
+            self.paths,
+            self.labels.tolist(),
+            img_size=self.img_size,
+            interpolation=self.interpolation,
+            most=0 if self.unreadable is None else self.unreadable.most,
+        )
 
     @cached_property
     def _loader(self) -> DataLoader[ReadBatch]:
         """Yields the batches listed in `_batches`; its own generator leaves the global random state alone."""
         return DataLoader(
-            _Files(self.paths, self.img_size, self.interpolation),
+            _Files(self._reader),
             sampler=self._batches,
             batch_size=None,
             num_workers=self.workers,
@@ -202,22 +236,49 @@ def _outlive_signals(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
+def _without_sudden_error(make: Callable[[], Iterator[ReadBatch]]) -> Iterator[ReadBatch]:
+    """Make an iterator over a DataLoader whose dying workers raise no error in the midst of something else.
+
+    torch has a handler of signals for that, which raises wherever the program is: within a step, whose state is lost
+    then, or while the run is saved. Without it the next batch says it, a few seconds later.
+    """
+    if threading.current_thread() is not threading.main_thread() or SIGCHLD is None:
+        return make()
+    before = signal.getsignal(SIGCHLD)
+    try:
+        return make()
+    finally:
+        signal.signal(SIGCHLD, before)
+
+
+@contextmanager
+def _dead_worker_named() -> Iterator[None]:
+    """Inside, an error of torch about a worker process that is gone becomes a DataError."""
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:  # those of the system where it dies while it hands over a batch
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads images has died ({reason(error)}), as happens when memory runs out; use fewer "
+            "--workers, and go on with --resume"
+        ) from error
+
+
 class _Files(Dataset["ReadBatch"]):
     """What a worker process reads: a whole batch at a time."""
 
-    def __init__(self, paths: tuple[str, ...], img_size: int, interpolation: str) -> None:
-        self.paths = paths
-        self.img_size = img_size
-        self.interpolation = interpolation
+    def __init__(self, read: Replacing) -> None:
+        self._read = read
 
     def __getitem__(self, ids: list[int]) -> ReadBatch:
         """Return pixels or an error message: an exception raised here would arrive as the text of a traceback."""
+        unread: dict[str, Unread] = {}
         with image_warnings() as found:
             try:
-                pixels = [decode(self.paths[index], self.img_size, self.interpolation) for index in ids]
-                return torch.stack(pixels), found
+                return torch.stack([self._read(index, unread) for index in ids]), found, unread
             except DataError as error:
-                return str(error), found
+                return str(error), found, unread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -24,8 +24,8 @@ from fxsplit.data.images import ImageSet
 from fxsplit.data.normalization import Normalization
 from fxsplit.data.order import EpochOrder
 from fxsplit.data.randomness import random_stream
-from fxsplit.data.shares import WHOLE, Share, by_owner, owners, sizes, taken
 from fxsplit.data.staging import Staging, write
+from fxsplit.shares import WHOLE, Share, by_owner, owners, sizes, taken
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor, distributed
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from fxsplit.data.shares import Share
 from fxsplit.errors import FxsplitError, UsageError
+from fxsplit.shares import Share
 
 Value = TypeVar("Value")
 HOST = torch.device("cpu")

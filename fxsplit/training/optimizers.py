@@ -1,31 +1,31 @@
-"""Optimizers and learning rates, by timm's names."""
+"""Optimizers and learning rates, by timm's names.
+
+timm is imported where it is needed: that takes most of a second, and most inspections do without.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.optim import (
-    create_optimizer_v2,
-    get_optimizer_info,
-    list_optimizers,
-    param_groups_layer_decay,
-    param_groups_weight_decay,
-)
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxsplit.errors import UsageError, nearest
+from fxsplit.errors import UsageError, nearest, reason, shown
+
+if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
 
 # timm's schedules that are functions of the step alone. Its "plateau" looks at the test images and is left out.
 SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
 
 # torch's optimizers that have a fused kernel, which updates all parameters in one call, on CPU and CUDA alike.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+
+# Values that those of default settings keep for each parameter.
+SLOTS = {"adam": 2, "adamw": 2}
 
 # What a group says about how its step is computed.
 KERNELS = ("fused", "foreach", "capturable")
@@ -57,8 +57,10 @@ def make_optimizer(
     Raises UsageError for an unknown name, for values that the optimizer refuses, and for `layer_decay` where the layers
     are not known.
     """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
     if name not in list_optimizers():
-        raise UsageError(f"timm has no optimizer {name!r}{nearest(name, list_optimizers())}")
+        raise UsageError(f"timm has no optimizer {shown(name)}{nearest(name, list_optimizers())}")
     decays = [layer_decay, *[None] * (len(modules) - 1)]
     groups = [
         group
@@ -71,7 +73,7 @@ def make_optimizer(
             groups, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay, **_fused(name, groups)
         )
     except (ImportError, TypeError, ValueError) as error:
-        raise UsageError(f"the optimizer {name!r} cannot be made: {error}") from error
+        raise UsageError(f"the optimizer {name!r} cannot be made: {reason(error)}") from error
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = capturable
@@ -86,11 +88,15 @@ def make_optimizer(
 
 def _fused(name: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     """Return the option for torch's fused kernel, where it has one: on a CPU it is more than twice as fast."""
+    from timm.optim import get_optimizer_info
+
     numbers = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
     return {"fused": True} if numbers and get_optimizer_info(name).opt_class in FUSED else {}
 
 
 def _groups(module: nn.Module, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
     spared: Collection[str] = getattr(module, "no_weight_decay", tuple)()
     if layer_decay is not None:
         if not (hasattr(module, "group_matcher") or getattr(module, "pretrained_cfg", {}).get("classifier")):
@@ -192,27 +198,32 @@ def make_scheduler(
         decay_milestones: epochs of the decays, for "multistep".
         decay_rate: factor of a decay; the power of "poly".
 
-    Raises UsageError for an unknown name.
+    Raises UsageError for an unknown name, and for values that the schedule refuses.
     """
     if name not in SCHEDULES:
         raise UsageError(
-            f"there is no learning-rate schedule {name!r}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
+            f"there is no learning-rate schedule {shown(name)}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
         )
     if name == "step" and decay_epochs is None:
         decay_epochs = epochs / 3
+    from timm.scheduler import create_scheduler_v2
+
     scheduler: Scheduler
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=name,
-        num_epochs=epochs,
-        decay_epochs=decay_epochs,
-        decay_milestones=list(decay_milestones),
-        decay_rate=decay_rate,
-        warmup_epochs=warmup_epochs,
-        min_lr=min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=name,
+            num_epochs=epochs,
+            decay_epochs=decay_epochs,
+            decay_milestones=list(decay_milestones),
+            decay_rate=decay_rate,
+            warmup_epochs=warmup_epochs,
+            min_lr=min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
+        raise UsageError(f"the learning-rate schedule {name!r} cannot be made so: {reason(error)}") from error
     return scheduler
 
 

@@ -7,7 +7,7 @@ import torch
 
 from fxsplit.data.images import MemoryImages
 from fxsplit.data.loader import Loader
-from fxsplit.data.shares import Share, sizes
+from fxsplit.shares import Share, sizes
 
 # (images, batch size, processes)
 CASES = (

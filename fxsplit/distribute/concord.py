@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from fxsplit.distribute.processes import Processes
 from fxsplit.execute.executor import Executor
-from fxsplit.training.objective import Objective
 
 # State of a trainer that a process has for itself, or that has just been added up over all.
 OWN = ("telemetry", "accuracy")
+
+
+class Exchanging(Protocol):
+    """Something of which each process has a part."""
+
+    def exchange(self, processes: Processes) -> None:
+        """Give all processes the parts of the others."""
+        ...
 
 
 class Concord:
@@ -24,11 +31,11 @@ class Concord:
     Args:
         processes: those of the run.
         executor: its buffers are averaged: those of partitions that train. Others do not change.
-        objective: its soft targets are exchanged.
+        targets: what a run learns from; None if it has nothing of its own.
     """
 
-    def __init__(self, processes: Processes, executor: Executor, objective: Objective) -> None:
-        self._processes, self._executor, self._objective = processes, executor, objective
+    def __init__(self, processes: Processes, executor: Executor, targets: Exchanging | None) -> None:
+        self._processes, self._executor, self._targets = processes, executor, targets
 
     def restore(self) -> None:
         """Average buffers and exchange soft targets.
@@ -41,8 +48,8 @@ class Concord:
         names = dict.fromkeys(name for partition in training for name in partition.state)
         buffers = dict(self._executor.named_buffers())
         self._processes.mean([buffers[name] for name in names if name in buffers])
-        if self._objective.soft_targets is not None:
-            self._objective.soft_targets.exchange(self._processes)
+        if self._targets is not None:
+            self._targets.exchange(self._processes)
 
     def check(self, training: Callable[[], Mapping[str, Any]]) -> None:
         """Raise FxsplitError, which names a tensor, where a process has other weights or state of training.
