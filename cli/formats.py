@@ -16,9 +16,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from fxsplit.errors import UsageError, printable, reason, shown_path
-from fxsplit.pages.figures import epochs_of, human, in_words, shape
+from fxsplit.pages.figures import duration, epochs_of, human, in_words, shape
 from fxsplit.pages.outline import Block, Costs, outline
 from fxsplit.plan.forecast import Forecast
+from fxsplit.plan.scaling import ScaleForecast
 from fxsplit.records import json_text
 from fxsplit.report import Inspection
 
@@ -30,6 +31,10 @@ CSV_COLUMNS = (
     *("parameters", "macs", "uncounted", "backward_macs", "activation_bytes", "seconds", "reads", "state", "mutates"),
 )
 FORECAST = ("time", "activations", "peak")
+SCALING = (
+    "Means over the epochs of the plan, memory at its largest. Ops are taken to need time in proportion to their "
+    "samples, and messages in proportion to their bytes."
+)
 
 
 # For people in a terminal
@@ -47,6 +52,9 @@ def table(inspection: Inspection, console: Console) -> None:
         console.print(legend())
     if ahead:
         print_sentence(console, f"{in_words(ahead)} A phase's time is that of a step.")
+    if inspection.scaling:
+        console.print(_scaling(inspection.scaling, width))
+        print_sentence(console, SCALING)
     for note in inspection.notes:
         print_sentence(console, note)
 
@@ -102,6 +110,34 @@ def _phases(inspection: Inspection, width: int) -> Table:
         drawing = draw(phase, count, min(3 * count, 30))
         figures = _phase_figures(ahead, index) if ahead else ("", "", "")
         rows.add(str(index + 1), drawing, *where(phase, plan), str(phase.epochs), *figures)
+    return rows.table
+
+
+def _scaling(found: Sequence[ScaleForecast], width: int) -> Table:
+    rows = Rows(
+        {
+            ">devices": True,
+            ">way": True,
+            ">step": True,
+            ">speed-up": True,
+            ">waiting": width >= MIDDLING,
+            ">sent in a step": width >= MIDDLING,
+            ">memory": True,
+            "fastest" if width >= WIDE else " ": True,
+        }
+    )
+    alone = found[0].step_seconds
+    for each in found:
+        rows.add(
+            str(each.devices),
+            each.kind,
+            duration(each.step_seconds),
+            f"{alone / each.step_seconds:.2f}",
+            f"{each.idle_share:.0%}",
+            human(each.traffic_bytes, "B"),
+            human(each.peak_bytes, "B"),
+            "*" if each.is_fastest else "",
+        )
     return rows.table
 
 
@@ -165,9 +201,9 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
     """Make plain data for JSON.
 
     `model`, `input_shape`, `graph_digest`; `plan`, which is a plan file; `totals` of ops, parameters and, for one
-    sample, macs and activation_bytes; `forecast` of each phase, of `standard` and of the whole beside it; `uncounted`
-    ops, whose macs are not among the totals; `tied` parameters with their other names; `opaque` modules with the reason
-    why each is kept whole.
+    sample, macs and activation_bytes; `forecast` of each phase, of `standard` and of the whole beside it; `scaling`, on
+    several devices, if that was asked for; `uncounted` ops, whose macs are not among the totals; `tied` parameters with
+    their other names; `opaque` modules with the reason why each is kept whole.
     """
     return {
         "model": inspection.model,
@@ -176,6 +212,7 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
         "plan": inspection.plan_file.to_dict(),
         "totals": _totals(inspection),
         "forecast": asdict(inspection.forecast) if inspection.forecast else None,
+        "scaling": [asdict(each) for each in inspection.scaling],
         "uncounted": [op.name for op in inspection.train.ops if op.uncounted],
         "tied": {name: list(others) for name, others in inspection.tied.items()},
         "opaque": dict(inspection.opaque),

@@ -22,7 +22,7 @@ from .commands.job import Job
 from .commands.predict import predict
 from .commands.train import train
 from .completion import join_words
-from .terminal import say, write
+from .terminal import is_first, say, write
 
 OUT_OF_MEMORY = (
     "out of memory; use a smaller --batch-size, split each batch with --grad-accum-steps, "
@@ -101,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, exit_code: int) -> int:
     """Typer's errors have no message where help was shown instead."""
     if message:
-        say(f"fxsplit: {shortened(message) if exit_code == UsageError.exit_code else message}")
+        who = "fxsplit" if is_first() else f"fxsplit, process {os.environ['RANK']}"
+        say(f"{who}: {shortened(message) if exit_code == UsageError.exit_code else message}")
     return exit_code
 
 

@@ -10,6 +10,7 @@ A terminal that knows only ASCII gets . # - | for them, as they are in a printed
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -37,6 +38,11 @@ class Terminal(Console):
         for segment in super().render(renderable, options):
             shown = segment.text if segment.control else encodable(visible(segment.text), self.encoding)
             yield segment._replace(text=shown)
+
+
+def is_first() -> bool:
+    """Tell whether this process is the only one, or the first of those that `torchrun` has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def write(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,8 @@ from fxsplit.capture.tracer import Leaf
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
 from fxsplit.data import datasets
-from fxsplit.errors import NoModelError
+from fxsplit.distribute.processes import Processes, joined
+from fxsplit.errors import NoModelError, UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.passes import effect_of
 from fxsplit.measuring.meter import stopwatch
@@ -33,6 +35,9 @@ from fxsplit.training.batchnorm import check_batches
 from fxsplit.trust import trusting_code
 
 Record = TypeVar("Record", CheckRecord, ForecastRecord)
+
+# Samples of a batch that ops are measured with, where a forecast is for several devices.
+MOST_MEASURED = 32
 
 
 def train(
@@ -53,37 +58,54 @@ def train(
             `spec` asks for otherwise is told to the observer, or refused.
         trust_code: run code that comes with a model of Hugging Face, or that a run names which goes on without a spec.
 
+    In each of several processes that `torchrun` has started, or that torch.distributed knows, call it with the same
+    arguments: they train the model together. The first one writes the folder and calls its observer.
+
     Returns the records of the run, of all its processes. Raises a FxsplitError for anything that the user can mend.
     """
-    observer, elapsed = observer or Observer(), stopwatch()
-    start = assembly.start(spec, resume, observer, trust_code=trust_code)  # at the beginning, or from a checkpoint
+    with joined() as processes, trusting_code(trust_code):
+        chosen = observer if observer and processes.is_first else Observer()
+        return _train(spec, chosen, resume, processes, trust_code=trust_code)
+
+
+def _train(
+    spec: RunSpec | None, observer: Observer, resume: str | Path | None, processes: Processes, *, trust_code: bool
+) -> RunReport:
+    elapsed = stopwatch()
+    start = assembly.start(spec, resume, processes, observer, trust_code=trust_code)  # anew, or from a checkpoint
     spec = start.spec
     device = assembly.choose_device(spec.device)
     assembly.check_names(spec, device)
-    with trusting_code(trust_code), assembly.determinism(spec.seed, spec.deterministic):
-        kind = assembly.kind(spec)  # of the images, which are loaded when all else is known to fit
-        model = assembly.model(spec, kind, device, observer, goes_on=start.goes_on)  # an untouched nn.Module
+    with assembly.determinism(spec.seed, spec.deterministic):
+        with processes.in_turn():
+            kind = assembly.kind(spec)  # of the images, which are loaded when all else is known to fit
+            model = assembly.model(spec, kind, device, observer, goes_on=start.goes_on)  # an untouched nn.Module
         observer.working("tracing the model")
         trace = assembly.trace(spec, model, kind, device)  # its ops in order, in training and in evaluation
         passes = assembly.passes(spec, device)
         for each in passes:
             observer.notice(effect_of(each))
         if spec.balance == "seconds" and spec.plan is None and not start.goes_on:
-            trace = measure_ops(trace, (assembly.random_images(spec, kind, device),), device=device, passes=passes)
-        plan = assembly.plan(spec, trace, observer, start.plan)  # partitions and phases: names and numbers, no tensors
+            images = assembly.random_images(spec, kind, device, processes)
+            trace = measure_ops(trace, (images,), device=device, passes=passes)
+        # partitions and phases: names and numbers, no tensors
+        plan = processes.first(partial(assembly.plan, spec, trace, observer, start.plan, processes))
         executor = assembly.executor(spec, trace, plan, passes)  # the model again, which runs any phase
-        data = assembly.data(spec, observer).to(device)  # images and labels
+        with processes.in_turn():
+            data = assembly.data(spec, observer).to(device)  # images and labels
         assembly.check_data(start, data, observer)
+        assembly.check_alike(trace, data, processes)
         if not start.goes_on:
-            plan = assembly.paying_plan(spec, trace, executor, plan, data, device, observer)
-        recordings = assembly.recordings(spec, trace, device, observer)  # of steps, as CUDA graphs
-        trainer = assembly.trainer(spec, trace, executor, plan, data, observer, recordings)
+            pay = partial(assembly.paying_plan, spec, trace, executor, plan, data, device, processes, observer)
+            plan = processes.first(pay)
+        recordings = assembly.recordings(spec, trace, device, processes, observer)  # of steps, as CUDA graphs
+        trainer = assembly.trainer(spec, trace, executor, plan, data, processes, observer, recordings)
         check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader)
-        ahead = assembly.forecast(spec, plan, trace, measured=False)  # what each phase is expected to cost
+        # what each phase is expected to cost
+        ahead = assembly.forecast(spec, plan, trace, measured=False, processes=processes)
         shown = assembly.inspection(spec, trace, plan, ahead)
-        run = assembly.recorder(
-            start, shown, trace.model, passes, data, trainer, observer, elapsed=elapsed
-        )  # and its folder
+        # and its folder
+        run = assembly.recorder(start, shown, trace.model, passes, data, trainer, processes, observer, elapsed=elapsed)
         with run.beginning():
             observer.run_started(
                 folder=run.path,
@@ -97,9 +119,10 @@ def train(
             if spec.prove and not start.goes_on:  # the same numbers as the model's, or a ProofError
                 observer.working("proving the first batch")
                 run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)
-            assembly.restore(run, start, observer)
+            assembly.seed_apart(spec.seed, processes)
+            assembly.restore(run, start, processes, observer)
         with run:
-            recovery = assembly.recovery(spec, trace, trainer, run)  # trains, and answers faults
+            recovery = assembly.recovery(spec, trace, trainer, run, processes)  # trains, and answers faults
             for record in recovery.epochs(run.pause, most=1 if spec.dry_run else None):
                 run.add(record)
     return run.report
@@ -111,31 +134,46 @@ def inspect(
     measured: bool = False,
     save_to: str | None = None,
     trust_code: bool = False,
+    devices: int | None = None,
+    bandwidth: float = 10e9,
+    device_bytes: float | None = None,
     observer: Observer | None = None,
 ) -> Inspection:
     """Show the partitions of a model, the phases of its schedule and a forecast of what they cost, without training.
 
     It needs no weights, data or device, unless ops are to be `measured` (or partitions balanced by seconds): then each
     op is timed on the device of `spec`, in a model with random weights. With `save_to` the plan is also written there,
-    as a file to edit and to train by. With `trust_code`, code that comes with a model of Hugging Face is run. Raises a
-    FxsplitError for anything that the user can mend.
+    as a file to edit and to train by. With `trust_code`, code that comes with a model of Hugging Face is run.
+
+    With `devices` ops are measured, and steps are forecast on up to so many devices like that of `spec`, each of which
+    sends `bandwidth` bytes in a second and has `device_bytes` of memory.
+
+    Raises a FxsplitError for anything that the user can mend.
     """
+    if devices is not None and (devices < 1 or bandwidth <= 0):
+        raise UsageError(f"devices is {devices} and bandwidth is {bandwidth:g}, but there must be some of both")
     observer = observer or Observer()
     observer.working(f"tracing {spec.model}")
     spec = assembly.with_preprocessing(spec, observer)
     assembly.check_names(spec, torch.device("cpu"), trains=False)
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
-    measured = measured or spec.balance == "seconds"
+    measured = measured or spec.balance == "seconds" or devices is not None
     with trusting_code(trust_code):
         device = assembly.choose_device(spec.device) if measured else torch.device("meta")
         make = registry.build if measured else registry.sketch
         model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem, drop_path=spec.drop_path)
-        given = assembly.example_inputs(spec, model, img_size, device)
+        # Ops are measured on what one device may take: the batch of many need not fit here.
+        few = min(spec.batch_size, MOST_MEASURED)
+        sample = spec if devices is None else replace(spec, batch_size=few, grad_accum_steps=1)
+        given = assembly.example_inputs(sample, model, img_size, device)
         trace = trace_model(assembly.in_layout(spec, model.to(device)), given.args, given.kwargs)
         if measured:
             trace = measure_ops(trace, given.args, given.kwargs, device=device, passes=assembly.passes(spec, device))
         plan = assembly.plan(spec, trace, observer)
     found = assembly.inspection(spec, trace, plan, assembly.forecast(spec, plan, trace, measured=measured))
+    if devices is not None:
+        ahead = assembly.scaling(spec, plan, trace, devices=devices, bandwidth=bandwidth, device_bytes=device_bytes)
+        found = replace(found, scaling=ahead)
     if save_to is not None:
         write_file(found.plan_file, save_to)
     return found

@@ -11,6 +11,7 @@ from fxsplit.graph import Graph
 from fxsplit.plan.forecast import Forecast, PhaseForecast
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.planfile import PlanFile, from_dict
+from fxsplit.plan.scaling import ScaleForecast
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.records import read_record
 
@@ -61,6 +62,9 @@ class EpochRecord:
     first epoch the proof; tests are not among them. `ensemble_top1` is the accuracy of a snapshot ensemble: the mean of
     what the network said of each test image, as probabilities, at the end of each phase so far. It is there at the end
     of each phase from the second on.
+
+    With several processes each step reduced `reduced_bytes` of gradients; processor time, work, memory, energy and
+    caches are those of the first process.
     """
 
     epoch: int
@@ -90,6 +94,7 @@ class EpochRecord:
     processor_seconds: float | None = None
     multiply_adds: int | None = None
     ensemble_top1: float | None = None
+    reduced_bytes: int | None = None
 
     @property
     def joules_per_image(self) -> float | None:
@@ -169,7 +174,7 @@ class Inspection:
     `classes` are those of its modules, by path. `tied` has parameters with their other names, `opaque` the modules that
     are kept whole, with the reasons. `torch` is the version that captured it. `checkpoints` says whether the model has
     gradient checkpoints of its own. `forecast` is what the phases are expected to cost. Where ops were measured, their
-    costs and the forecast have seconds.
+    costs and the forecast have seconds. `scaling` forecasts steps on several devices, if that was asked for.
     """
 
     model: str
@@ -183,6 +188,7 @@ class Inspection:
     torch: str = ""
     checkpoints: bool = False
     forecast: Forecast | None = None
+    scaling: tuple[ScaleForecast, ...] = ()
 
     @property
     def plan_file(self) -> PlanFile:

@@ -118,18 +118,20 @@ def lengthened(plan: PlanFile, before: RunSpec, now: RunSpec) -> PlanFile:
     return replace(plan, phases=(*phases, longer))
 
 
-def newest_run(given: Mapping[str, Any]) -> Path | None:
+def newest_run(given: Mapping[str, Any], *, since: float = 0.0) -> Path | None:
     """Find the run that `--resume auto` means: the newest in the output folder that can go on as is asked.
 
     With an experiment's name it is the run of that name. Returns None when there is none.
 
     Args:
         given: the options that are given, by field name.
+        since: leave out runs that began before, in seconds since 1970.
     """
     output = expanded(given.get("output", DEFAULT_OUTPUT))
+    runs = [folder for folder in _runs(output) if (folder / RECIPE).stat().st_mtime >= since]
     if name := given.get("experiment"):
-        return output / name if (output / name / RECIPE).is_file() else None
-    for folder in sorted(_runs(output), key=_time_of, reverse=True):
+        return output / name if output / name in runs else None
+    for folder in sorted(runs, key=_time_of, reverse=True):
         try:
             differing(spec_of(folder), resolve(read_recipe(folder / RECIPE), given))
         except UsageError:

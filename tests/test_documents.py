@@ -131,6 +131,8 @@ def is_understood(words: list[str]) -> bool:
         return isinstance(app(rest, prog_name="fxsplit", standalone_mode=False), Job)
     if program == "python":
         return importlib.util.find_spec(rest[1]) is not None if rest[0] == "-m" else (ROOT / rest[0]).is_file()
+    if program == "torchrun":
+        return is_understood(rest[rest.index("-m") + 1 :])
     if program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
             "optional-dependencies"

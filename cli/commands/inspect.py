@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from fxsplit.errors import UsageError, nearest
 from fxsplit.plan.plandiff import diff as diff_plans
 from fxsplit.plan.planfile import read_file
 from fxsplit.records import json_text
+from fxsplit.report import Inspection
 from fxsplit.spec import RunSpec
 
 from .. import completion, formats, tables, views
@@ -71,6 +73,36 @@ def inspect(
     measure: Annotated[
         bool, typer.Option("--measure", help="Time each op on --device, with random weights.", metavar="")
     ] = False,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            "--devices",
+            metavar="INTEGER",
+            min=1,
+            help="Time each op, and forecast a step on 1, 2, 4, ... up to so many devices.",
+            rich_help_panel="Several devices",
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        float,
+        typer.Option(
+            "--bandwidth",
+            metavar="NUMBER",
+            min=1e-6,
+            help="GB that a device sends in a second.",
+            rich_help_panel="Several devices",
+        ),
+    ] = 10.0,
+    device_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--device-memory",
+            metavar="NUMBER",
+            min=0,
+            help="GB of memory of a device, within which the fastest way is marked.",
+            rich_help_panel="Several devices",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.", metavar="")] = False,
     verbose: Verbose = False,
     **given: Any,
@@ -86,6 +118,7 @@ def inspect(
             "format": form,
             "output": output,
             "measure": measure or None,
+            "devices": devices,
             **given,
         }
         if beside := [name.replace("_", "-") for name, value in others.items() if value is not None]:
@@ -98,19 +131,32 @@ def inspect(
     if as_json and wanted != "json":
         raise UsageError(f"--json means --format json and contradicts --format {wanted}")
     spec = resolve_spec(model, config, {"l2l": l2l, "finetune": finetune}, given, trust_recipe=trust_recipe)
-    return Job(partial(_inspect, spec, trust_code, measure, save_plan, wanted, output), verbose)
+    several = {
+        "devices": devices,
+        "bandwidth": 1e9 * bandwidth,
+        "device_bytes": None if device_memory is None else 1e9 * device_memory,
+    }
+    show = partial(formats.show, name=wanted, path=output)
+    return Job(partial(_inspect, spec, trust_code, measure, save_plan, several, show), verbose)
 
 
 def _inspect(
-    spec: RunSpec, trust_code: bool, measure: bool, save_plan: str | None, form: str, output: str | None
+    spec: RunSpec,
+    trust_code: bool,
+    measure: bool,
+    save_plan: str | None,
+    several: dict[str, Any],
+    show: Callable[[Inspection], None],
 ) -> None:
     with views.observing(spec.model, "live") as observer, result_alone():
         from fxsplit import api
 
-        inspection = api.inspect(spec, measured=measure, save_to=save_plan, trust_code=trust_code, observer=observer)
+        inspection = api.inspect(
+            spec, measured=measure, save_to=save_plan, trust_code=trust_code, observer=observer, **several
+        )
     if save_plan:
         say(f"plan file: {save_plan}")
-    formats.show(inspection, form, output)
+    show(inspection)
 
 
 def _diff(before: str, after: str, as_json: bool) -> None:

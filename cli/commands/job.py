@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NamedTuple, NoReturn
 
+import psutil
 import typer
 
 from fxsplit.errors import Terminated, UsageError
@@ -127,6 +128,8 @@ def resolve_run(
     found = None
     if resume is not None:
         found = newest_run(_merged(layers)) if resume == AUTO else run_folder_of(resume)
+    elif (since := _launched()) is not None:
+        resume, found = AUTO, newest_run(_merged(layers), since=since)
     if found is not None:
         before = read_recipe(found / RECIPE)
         spec = resolve(before, *layers)
@@ -142,6 +145,16 @@ def resolve_run(
     if spec.plan and (beside := [name for name in PLANNED if name in options]):
         raise UsageError(beside_plan(beside))
     return spec, None
+
+
+def _launched() -> float | None:
+    """Return when the `torchrun` began that has started this process; None if none has.
+
+    When a process dies it starts all of them anew, with the same words. They go on with the run that they began.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return psutil.Process(os.getppid()).create_time()
 
 
 def _merged(layers: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fxsplit.spec import RunSpec
 from .. import completion, tables, views
 from ..options import with_spec_options
 from ..streams import result_alone
-from ..terminal import write
+from ..terminal import is_first, write
 from .job import (
     FineTuning,
     Job,
@@ -90,7 +90,7 @@ def train(
     )
     if print_config:
         return Job(partial(write, spec.to_yaml()), verbose)
-    view: views.View = "quiet" if quiet else "live" if progress else "plain"
+    view: views.View = "quiet" if quiet or not is_first() else "live" if progress else "plain"
     return Job(partial(_train, spec, resume, trust_code, view, as_json), verbose)
 
 
@@ -104,7 +104,7 @@ def _train(spec: RunSpec, resume: str | None, trust_code: bool, view: views.View
             report = api.train(spec, observer, resume=resume, trust_code=trust_code)
         except KeyboardInterrupt as error:
             report, interruption = _report_so_far(observer.folder), error
-    if report is not None:
+    if report is not None and is_first():
         _show(report, as_json)
     if interruption is not None:
         raise interruption

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fxsplit.distribute.processes import Processes, local_count, local_rank
 from fxsplit.errors import UsageError
 
 # Where TF32 is allowed for float32 numbers: products and convolutions on a GPU.
@@ -18,17 +19,33 @@ TF32: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
 def choose_device(name: str) -> torch.device:
     """Find the device of that name; `auto` is CUDA where there is a GPU, else the CPU.
 
-    Raises UsageError when there is no such device.
+    Of several processes on a machine each gets a GPU of its own. Raises UsageError when there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and local_count() > 1:
+        if device.index is not None or local_count() > torch.cuda.device_count():
+            raise UsageError(
+                f"{local_count()} processes on this machine share {torch.cuda.device_count()} CUDA devices, and each "
+                "needs one of its own; start as many processes as there are, with --device auto"
+            )
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"there is no device {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
             "use --device cpu, or auto"
         )
     return device
+
+
+def seed_apart(seed: int, processes: Processes) -> None:
+    """Seed every generator for the steps of one process of several: each draws for other images."""
+    if processes.count > 1:
+        from timm.utils.random import random_seed
+
+        random_seed(seed, processes.rank)
 
 
 @contextmanager

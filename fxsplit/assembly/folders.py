@@ -11,6 +11,7 @@ from fxsplit.assembly.images import interpolation
 from fxsplit.assembly.starting import Start
 from fxsplit.data.identity import identity
 from fxsplit.data.images import Data
+from fxsplit.distribute.processes import Processes
 from fxsplit.execute.passes import Pass, names_of
 from fxsplit.measuring.environment import environment
 from fxsplit.models.factories import is_file
@@ -31,24 +32,34 @@ def recorder(
     passes: Sequence[Pass],
     data: Data,
     trainer: Trainer,
+    processes: Processes,
     observer: Observer,
     *,
     elapsed: Callable[[], tuple[float, float]],
 ) -> Recorder:
-    """Make the recorder of a run and, unless it is a dry run, its folder.
+    """Make the recorder of a run and, unless it is a dry run, its folder, which the first process writes.
 
     `elapsed` is as `Recorder` takes it. Raises UsageError when the folder cannot be made.
     """
     spec, folder = start.spec, start.folder
-    if folder is None and not spec.dry_run:
-        folder = RunFolder.new(
-            spec.output, model=spec.model, schedule=inspection.plan.title, seed=spec.seed, experiment=spec.experiment
-        )
+    if start.is_new and not spec.dry_run:
+
+        def make() -> None:
+            nonlocal folder
+            folder = RunFolder.new(
+                spec.output,
+                model=spec.model,
+                schedule=inspection.plan.title,
+                seed=spec.seed,
+                experiment=spec.experiment,
+            )
+
+        processes.first(make)
     return Recorder(
         folder,
         inspection,
         model,
-        state=RunState(model, trainer),
+        state=RunState(model, trainer, processes),
         checkpoints=None if folder is None else Checkpoints(folder.path, keep=spec.checkpoint_keep),
         interval=Interval.read(spec.checkpoint_every),
         spec=spec.to_flat(),
@@ -59,6 +70,7 @@ def recorder(
         passes=names_of(passes),
         elapsed=elapsed,
         notice=observer.notice,
+        processes=processes,
     )
 
 

@@ -11,6 +11,7 @@ from fxsplit.data import datasets
 from fxsplit.data.decoding import INTERPOLATIONS
 from fxsplit.data.images import Data
 from fxsplit.data.loader import Loader
+from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.report import Observer
 from fxsplit.spec import RunSpec
 
@@ -52,7 +53,7 @@ def data(spec: RunSpec, observer: Observer) -> Data:
     return divided
 
 
-def loaders(spec: RunSpec, data: Data) -> tuple[Loader, Loader]:
+def loaders(spec: RunSpec, data: Data, processes: Processes = ALONE) -> tuple[Loader, Loader]:
     """Make the loaders of the images to train on and of those to test on."""
     train = Loader(
         data.train,
@@ -66,6 +67,7 @@ def loaders(spec: RunSpec, data: Data) -> tuple[Loader, Loader]:
         interpolation=interpolation(spec),
         channels_last=spec.channels_last,
         limit=1 if spec.dry_run else spec.train_batches_per_epoch,
+        share=processes.share,
     )
     test = Loader(
         data.test,
@@ -75,13 +77,14 @@ def loaders(spec: RunSpec, data: Data) -> tuple[Loader, Loader]:
         interpolation=interpolation(spec),
         channels_last=spec.channels_last,
         limit=1 if spec.dry_run else None,
+        share=processes.share,
     )
     return train, test
 
 
-def random_images(spec: RunSpec, kind: Kind, device: torch.device) -> torch.Tensor:
-    """Draw a batch of the size that the run trains on, to time its ops with; of two images at least."""
-    shape = (max(2, spec.batch_size), CHANNELS, kind.img_size, kind.img_size)
+def random_images(spec: RunSpec, kind: Kind, device: torch.device, processes: Processes) -> torch.Tensor:
+    """Draw a batch of the size that a process trains on, to time its ops with; of two images at least."""
+    shape = (max(2, processes.part(spec.batch_size)), CHANNELS, kind.img_size, kind.img_size)
     return in_layout(spec, torch.rand(shape, device=device))
 
 

@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fxsplit.plan.forecast
+import fxsplit.plan.scaling
 from fxsplit import planning
 from fxsplit.assembly.images import loaders
 from fxsplit.assembly.steps import amp_dtype, optimizer_of
 from fxsplit.capture.tracing import Trace
 from fxsplit.data.images import Data
+from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import logits_of
 from fxsplit.measuring.phase_costs import Loss, time_ratio, update_seconds
@@ -22,6 +24,7 @@ from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.partition import most_partitions, with_head
 from fxsplit.plan.planfile import PlanFile
+from fxsplit.plan.scaling import ScaleForecast
 from fxsplit.plan.schedule import Plan, schedule
 from fxsplit.report import Inspection, Observer
 from fxsplit.spec import RunSpec
@@ -32,7 +35,13 @@ DEFAULT_PARTS = 8
 MOST_TIME = 1.03
 
 
-def plan(spec: RunSpec, trace: Trace, observer: Observer, saved: PlanFile | None = None) -> Plan:
+def plan(
+    spec: RunSpec,
+    trace: Trace,
+    observer: Observer,
+    saved: PlanFile | None = None,
+    processes: Processes = ALONE,
+) -> Plan:
     """Cut the model, decide which partitions train when, and what is recomputed to keep within memory.
 
     The plan `saved` of a run that goes on is taken as it is.
@@ -46,7 +55,7 @@ def plan(spec: RunSpec, trace: Trace, observer: Observer, saved: PlanFile | None
     phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
     plan = replace(plan, preset=spec.preset, phases=tuple(phases))
     budget = spec.memory_aim if _insisted(spec) is None else _insisted(spec)
-    return plan if budget is None else _within(spec, plan, trace, budget)
+    return plan if budget is None else _within(spec, plan, trace, budget, processes)
 
 
 def _insisted(spec: RunSpec) -> float | None:
@@ -54,12 +63,12 @@ def _insisted(spec: RunSpec) -> float | None:
     return None if isinstance(spec.memory_budget, str) else spec.memory_budget
 
 
-def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float) -> Plan:
+def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float, processes: Processes) -> Plan:
     return fit(
         plan,
         trace,
         budget=budget,
-        batch_size=spec.batch_size,
+        batch_size=processes.part(spec.batch_size),
         micro_batches=spec.grad_accum_steps,
         optimizer_slots=_slots(spec),
         strict=_insisted(spec) is not None,
@@ -67,7 +76,14 @@ def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float) -> Plan:
 
 
 def paying_plan(
-    spec: RunSpec, trace: Trace, executor: Executor, plan: Plan, data: Data, device: torch.device, observer: Observer
+    spec: RunSpec,
+    trace: Trace,
+    executor: Executor,
+    plan: Plan,
+    data: Data,
+    device: torch.device,
+    processes: Processes,
+    observer: Observer,
 ) -> Plan:
     """On a GPU, come only as near to `spec.memory_aim` as some measured steps allow.
 
@@ -86,10 +102,10 @@ def paying_plan(
         return replace(plan, phases=tuple(other if phase.recompute else phase for phase, other in pairs))
     if spec.deterministic:
         return plan
-    loss, make_optimizer = _first_batch_loss(spec, data), partial(optimizer_of, spec)
+    loss, make_optimizer = _first_batch_loss(spec, data, processes), partial(optimizer_of, spec)
     shares: dict[Plan, float] = {}
     for share in (wanted, *(each for each in (0.7, 0.8, 0.9) if wanted < each)):
-        shares.setdefault(_within(spec, bare, trace, share), share)
+        shares.setdefault(_within(spec, bare, trace, share, processes), share)
     ratios: list[float] = []
     for found, share in shares.items():
         try:
@@ -109,13 +125,13 @@ def paying_plan(
     return taken
 
 
-def _first_batch_loss(spec: RunSpec, data: Data) -> Loss:
+def _first_batch_loss(spec: RunSpec, data: Data, processes: Processes) -> Loss:
     """Make the loss of the run's first batch, of which each micro-batch is given its share."""
-    loader, _ = loaders(spec, data)
+    loader, _ = loaders(spec, data, processes)
     batch = next(loader.batches(0))
 
     def loss(net: nn.Module, index: int, count: int) -> torch.Tensor:
-        part = list(batch.divided(count, batch_size=spec.batch_size))[index]
+        part = list(batch.divided(count, batch_size=loader.own_batch_size))[index]
         with torch.autocast(loader.device.type, dtype=amp_dtype(spec), enabled=spec.amp):
             mean = cross_entropy(logits_of(net(part.images)), part.labels, label_smoothing=spec.smoothing)
         return mean * (len(part) / len(batch))
@@ -145,16 +161,32 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
     )
 
 
-def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Forecast:
-    """Forecast what the phases of a plan will cost in this run; in seconds too, if ops are `measured`."""
+def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, processes: Processes = ALONE) -> Forecast:
+    """Forecast what the phases of a plan will cost each process of a run; in seconds too, if ops are `measured`."""
     optimizer = partial(optimizer_of, spec)
     return fxsplit.plan.forecast.forecast(
         plan,
         trace,
-        batch_size=spec.batch_size,
+        batch_size=processes.part(spec.batch_size),
         optimizer_slots=_slots(spec),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
         micro_batches=spec.grad_accum_steps,
+    )
+
+
+def scaling(
+    spec: RunSpec, plan: Plan, trace: Trace, *, devices: int, bandwidth: float, device_bytes: float | None
+) -> tuple[ScaleForecast, ...]:
+    """Forecast the steps of a plan on up to so many devices, as `fxsplit.plan.scaling.scaling` describes."""
+    return fxsplit.plan.scaling.scaling(
+        plan,
+        trace,
+        batch_size=spec.batch_size,
+        devices=devices,
+        bandwidth=bandwidth,
+        device_bytes=device_bytes,
+        optimizer_slots=_slots(spec),
+        update_seconds=update_seconds(trace.model.parameters(), make_optimizer=partial(optimizer_of, spec)),
     )
 
 

@@ -9,6 +9,7 @@ from fxsplit.assembly.plans import forecast
 from fxsplit.assembly.steps import optimizer_of
 from fxsplit.caching.media import GIB
 from fxsplit.capture.tracing import Trace
+from fxsplit.distribute.processes import Processes
 from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import PhaseForecast
 from fxsplit.plan.schedule import Plan
@@ -23,8 +24,10 @@ from fxsplit.training.trainer import Trainer
 LESS = (0.3, 0.1, 0.0)
 
 
-def recovery(spec: RunSpec, trace: Trace, trainer: Trainer, run: Recorder) -> Recovery:
-    """Make what trains a run and answers its faults."""
+def recovery(spec: RunSpec, trace: Trace, trainer: Trainer, run: Recorder, processes: Processes) -> Recovery | Trainer:
+    """Make what trains a run and answers its faults: of several processes, each of which has its own, none does."""
+    if processes.count > 1:
+        return trainer
 
     def saved() -> Whole | None:
         found = run.newest()

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from fxsplit import resuming
 from fxsplit.assembly.models import with_preprocessing
+from fxsplit.capture.tracing import Trace
 from fxsplit.data.identity import identity, refuse_others
 from fxsplit.data.images import Data
+from fxsplit.distribute.processes import Processes
 from fxsplit.errors import UsageError
+from fxsplit.measuring.environment import code_digest
 from fxsplit.paths import expanded
 from fxsplit.plan import planfile
 from fxsplit.plan.planfile import PlanFile
@@ -27,12 +32,14 @@ class Start:
 
     Args:
         spec: what the run is asked for now.
-        folder: of the run that goes on; None for a new run.
+        is_new: whether it begins in a folder of its own, which is made later.
+        folder: of the run that goes on, in the process that writes it.
         found: its checkpoint; None where there is none yet, and the run begins anew.
         plan: that of the checkpoint, for as many epochs as are asked for now.
     """
 
     spec: RunSpec
+    is_new: bool = True
     folder: RunFolder | None = None
     found: Found | None = None
     plan: PlanFile | None = None
@@ -43,14 +50,52 @@ class Start:
         return self.found is not None
 
 
-def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, *, trust_code: bool = False) -> Start:
+def start(
+    spec: RunSpec | None,
+    resume: str | Path | None,
+    processes: Processes,
+    observer: Observer,
+    *,
+    trust_code: bool = False,
+) -> Start:
     """Complete what is asked for, find the checkpoint to go on from, and say what differs from what it was asked for.
 
-    The folder of a run that goes on is locked from here on. Raises UsageError when there is no such run, when another
-    process goes on with it, when it would run code that no `spec` names and that is not trusted, when something differs
-    that cannot, when a new run could have no folder, or when random weights are to be fine-tuned; DataError when there
+    The first process does so for all. The folder of a run that goes on is locked from here on.
+
+    Raises UsageError when there is no such run, when another process goes on with it, when it would run code that no
+    `spec` names and that is not trusted, when something differs that cannot, when a new run could have no folder, when
+    random weights are to be fine-tuned, or when a batch has fewer images than there are processes; DataError when there
     are checkpoints and none is whole; and what `with_preprocessing` raises.
     """
+    asked = None if spec is None else spec.to_flat()
+    processes.refuse_differing({"command line": (asked, resume)}, "give all of them the same")
+    found: list[Start] = []
+
+    def make() -> Start:
+        found.append(_start(spec, resume, observer, trust_code=trust_code))
+        return replace(found[0], folder=None)  # the lock cannot be sent
+
+    made = processes.first(make)
+    return _fitting(found[0] if found else made, processes, observer)
+
+
+def _fitting(start: Start, processes: Processes, observer: Observer) -> Start:
+    """Return what was found, where so many processes can do it. Raises UsageError where they cannot."""
+    batch_size, count = start.spec.batch_size, processes.count
+    if count > 1:
+        if batch_size < count:
+            raise UsageError(
+                f"batch-size is {batch_size}, and {count} processes divide each batch among them; give a larger one"
+            )
+        if start.spec.ensemble:
+            raise UsageError("a snapshot ensemble is tested by one process; leave out --ensemble")
+        most, least = processes.part(batch_size), batch_size // count
+        size = f"{most} images" if most == least else f"{least} or {most} images"
+        observer.notice(f"{count} processes train together; of each batch of {batch_size} images one takes {size}")
+    return start
+
+
+def _start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, *, trust_code: bool) -> Start:
     if spec is not None:
         spec = with_preprocessing(spec, observer)
     if resume is None:
@@ -76,9 +121,26 @@ def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, *
         observer.notice(sentence)
     if found is None:
         observer.notice(f"the run in {str(path)!r} has no checkpoint yet, and begins anew")
-        return Start(spec=now, folder=folder)
+        return Start(spec=now, is_new=False, folder=folder)
     saved_plan = planfile.from_dict(found.data["plan"], origin=found.path.name)
-    return Start(spec=now, folder=folder, found=found, plan=resuming.lengthened(saved_plan, before, now))
+    return Start(spec=now, is_new=False, folder=folder, found=found, plan=resuming.lengthened(saved_plan, before, now))
+
+
+def check_alike(trace: Trace, data: Data, processes: Processes) -> None:
+    """Give all processes the weights of the first one, and hold their code and data against its own.
+
+    Raises UsageError where they differ, or where there are fewer images than processes can share.
+    """
+    facts = {
+        "version of torch": torch.__version__,
+        "code of fxsplit": code_digest(),
+        "model": trace.train.digest(),
+        "set of images": identity(data),
+    }
+    processes.refuse_differing(facts, "give all of them the same code and data")
+    if len(data.train) < 2 * processes.count > 2:
+        raise UsageError(f"{processes.count} processes cannot share {len(data.train)} images; start fewer of them")
+    processes.broadcast([*trace.model.parameters(), *trace.model.buffers()])
 
 
 def check_data(start: Start, data: Data, observer: Observer) -> None:
@@ -91,13 +153,16 @@ def check_data(start: Start, data: Data, observer: Observer) -> None:
         observer.notice("some images have other pixels than when the run began, and it goes on with those of now")
 
 
-def restore(run: Recorder, start: Start, observer: Observer) -> None:
+def restore(run: Recorder, start: Start, processes: Processes, observer: Observer) -> None:
     """Restore the state of the run that goes on, if one does. Raises UsageError when it is of another model."""
     if start.found is None:
         return
     place = Place(*start.found.data["place"])
     done = start.plan is not None and place.epoch >= start.plan.epochs
     observer.notice(f"all {place.epoch} epochs are done; more --epochs go on" if done else f"goes on after {place}")
+    before = start.found.data["state"]["training"]["feed"].get("ranks", 1)
+    if before != processes.count:
+        observer.notice(f"the processes were {before} and are now {processes.count}: {resuming.ROUNDING}")
     if later := run.later_than(start.found):
         observer.notice(f"later checkpoints are removed: {', '.join(later)}")
     run.go_on(start.found)

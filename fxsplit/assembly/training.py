@@ -22,6 +22,9 @@ from fxsplit.cuda.recorder import CudaRecorder
 from fxsplit.cuda.replay import Recordings
 from fxsplit.cuda.trial import why_not_replayed
 from fxsplit.data.images import Data
+from fxsplit.data.shares import WHOLE
+from fxsplit.distribute.data_parallel import DataParallel
+from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
 from fxsplit.execute.passes import Pass, passes_for
@@ -58,12 +61,17 @@ def executor(spec: RunSpec, trace: Trace, plan: Plan, passes: Sequence[Pass]) ->
     )
 
 
-def recordings(spec: RunSpec, trace: Trace, device: torch.device, observer: Observer) -> Recordings | None:
+def recordings(
+    spec: RunSpec, trace: Trace, device: torch.device, processes: Processes, observer: Observer
+) -> Recordings | None:
     """Make what records the steps of a run and replays them; None where they run eagerly."""
     if spec.cuda_graphs != "on":
         return None
     if device.type != "cuda":
         observer.notice("CUDA graphs are recorded on a GPU alone; steps run eagerly")
+        return None
+    if processes.count > 1:
+        observer.notice("steps of several processes are not recorded as CUDA graphs")
         return None
     if spec.torchcompile:
         observer.notice("compiled stages are not recorded as CUDA graphs")
@@ -92,11 +100,12 @@ def trainer(
     executor: Executor,
     plan: Plan,
     data: Data,
+    processes: Processes,
     observer: Observer,
     recordings: Recordings | None = None,
 ) -> Trainer:
     """Make the trainer of a run, with all that its spec switches on. Raises UsageError for names that timm lacks."""
-    train_loader, test_loader = loaders(spec, data)
+    train_loader, test_loader = loaders(spec, data, processes)
     update_is_recorded = recordings is not None and _update_is_recorded(spec, recordings, observer)
     if spec.torchcompile:
         observer.notice(
@@ -104,7 +113,8 @@ def trainer(
             "which can take minutes"
         )
     steps_per_epoch = train_loader.steps_per_epoch
-    forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype(spec))
+    engine = DataParallel(executor) if processes.count > 1 else None
+    forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype(spec), engine=engine)
     objective = Objective(
         smoothing=spec.smoothing, soft_targets=_soft_targets(spec, data), exits=_exits(spec, trace, plan, data)
     )
@@ -115,14 +125,14 @@ def trainer(
             forward,
             train_loader,
             test_loader,
-            policy=cache_policy(spec, trace, plan, data),
-            held_out_loader=None if data.held_out is None else replace(test_loader, images=data.held_out),
+            policy=cache_policy(spec, trace, plan, data, processes),
+            held_out_loader=None if data.held_out is None else replace(test_loader, images=data.held_out, share=WHOLE),
         ),
         objective=objective,
         step=Step(
             forward,
             objective,
-            batch_size=spec.batch_size,
+            batch_size=train_loader.own_batch_size,
             clip_grad=spec.clip_grad,
         ),
         optimizer=PhaseOptimizer(
@@ -150,6 +160,7 @@ def trainer(
         work=Work(step_work(plan, trace), plan.partitions),
         recordings=recordings,
         update_is_recorded=update_is_recorded,
+        processes=processes,
         log_interval=spec.log_interval,
         observer=observer,
     )
@@ -181,7 +192,9 @@ def _plasticity(executor: Executor, steps_per_epoch: int) -> Plasticity:
     return Plasticity(named_parameters(executor), interval=max(1, steps_per_epoch // QUIET_INTERVALS))
 
 
-def cache_policy(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> CachePolicy | None:
+def cache_policy(
+    spec: RunSpec, trace: Trace, plan: Plan, data: Data, processes: Processes = ALONE
+) -> CachePolicy | None:
     """Say what a run keeps of settled partitions, and where; None for nothing."""
     if spec.cache == "off" or spec.dry_run:
         return None
@@ -190,13 +203,14 @@ def cache_policy(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> CachePo
         limit_bytes=None if spec.cache_limit is None else int(spec.cache_limit * GIB),
         dtype=None if spec.cache_dtype == "exact" else getattr(torch, spec.cache_dtype),
         folder=str(Path(spec.output).expanduser()),
-        peak_bytes=_peak_bytes(spec, trace, plan, data) if data.train.device.type == "cuda" else 0,
+        peak_bytes=_peak_bytes(spec, trace, plan, data, processes) if data.train.device.type == "cuda" else 0,
         measured=not spec.deterministic,
+        processes=processes.local_count,
     )
 
 
-def _peak_bytes(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> int:
+def _peak_bytes(spec: RunSpec, trace: Trace, plan: Plan, data: Data, processes: Processes) -> int:
     """Forecast what a run will take of the memory of its device: the largest of its phases, and the pixels there."""
-    ahead = forecast(spec, plan, trace, measured=False)
+    ahead = forecast(spec, plan, trace, measured=False, processes=processes)
     pixels = sum(images.resident.nbytes for images in (data.train, data.test) if images.resident is not None)
     return max(phase.peak_bytes for phase in ahead.phases) + pixels

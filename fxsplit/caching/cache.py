@@ -12,7 +12,7 @@ and gathered by the step itself; others are read ahead by a thread, and brought 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -53,13 +53,14 @@ class CachePolicy:
         medium: "device" (memory of the device that trains), "ram" (of the host), "disk" (a nameless file in `folder`,
             gone with the process) or "auto": the first of these that has room, where reading takes less time than
             computing, as measured; beside a CPU disk alone.
-        limit_bytes: what the caches of a phase may take together; None for half of what is free.
+        limit_bytes: what the caches of a phase may take together, of all processes; None for half of what is free.
         dtype: the type in which floating-point values are kept; None keeps them bit for bit, in the type in which the
             settled partitions deliver them.
         folder: where the file is.
         peak_bytes: what training is forecast to need of the memory of a GPU, where rows may then not be.
         measured: whether "auto" measures seconds; else it works them out from bytes and multiply-adds, and so chooses
             the same each time.
+        processes: how many share the memory of the host and the disk, each with caches of its own images.
     """
 
     medium: str
@@ -68,6 +69,7 @@ class CachePolicy:
     folder: str = "."
     peak_bytes: int = 0
     measured: bool = True
+    processes: int = 1
 
     def open(
         self,
@@ -117,7 +119,11 @@ class Cache:
         self._dtype = None if exact else policy.dtype
         self._beside = beside
         self._given_up = False
-        self._order = EpochOrder(loader.images_per_epoch, loader.batch_size, loader.device)
+        self._order = EpochOrder(loader.own_images_per_epoch, loader.own_batch_size, loader.device)
+        # The images that have rows, in order; ids on the device, for the step.
+        self._images_kept = loader.own()
+        self._ids = self._images_kept.to(loader.device)
+        self._weight = 1.0
         self._fetch: Callable[[], Batch] = images.fetch
         self._reads = False
         self._weights: Stamp = ()
@@ -129,11 +135,16 @@ class Cache:
         self._fills: list[tuple[bool, int, int, int]] = []
         self._columns: list[Column | None] = []
         self._filled = self._none_filled()
-        self._staging = Staging(loader.device, loader.batch_size)
+        self._staging = Staging(loader.device, loader.own_batch_size)
         if loader.augment != "none" and loader.views is None:
             self._give_up("images are changed at random, and no views of them are stored", pays=False)
         elif epochs <= (loader.views or 1):
             self._give_up("this phase sees each row only once", pays=False)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it keeps rows, or will as soon as it has computed the first."""
+        return not self._given_up
 
     @property
     def has_rows(self) -> bool:
@@ -165,9 +176,10 @@ class Cache:
         if not self._given_up and (weights := stamp(self._forward.executor)) != self._weights:
             self._drop()
             self._weights = weights
-        view, count = self._loader.view(epoch), len(self._loader.images)
+        view, count = self._loader.view(epoch), len(self._images_kept)
         start = (view or 0) * count
-        order = self._loader.order(epoch) + start
+        ids = self._loader.order(epoch, shards=self._loader.share.ranks)
+        order = torch.searchsorted(self._images_kept, ids) + start
         filled = self._filled_now()
         if self._rows is not None and filled[order].all():
             return self._put_rows(self._rows, order, first)
@@ -184,15 +196,17 @@ class Cache:
         return self._fetch()
 
     def _put_rows(self, rows: Rows, order: Tensor, first: int) -> Iterator[Hashable]:
-        size, self._reads = self._loader.batch_size, True
+        size, self._reads = self._loader.own_batch_size, True
         if self.medium == DEVICE:
-            for numbers in self._order.batches(order, first):
+            for number, numbers in enumerate(self._order.batches(order, first), first):
+                self._weight = self._loader.weight(number)
                 self._fetch = partial(self._read, rows, numbers)
                 yield (self._order, rows) if len(numbers) == size else None
             return
         self._fetch = self._staged
         read = read_ahead(rows.read, torch.split(order, size)[first:])
-        for numbers, packed in zip(self._order.batches(order, first), read, strict=True):
+        for number, (numbers, packed) in enumerate(zip(self._order.batches(order, first), read, strict=True), first):
+            self._weight = self._loader.weight(number)
             self._staging.put(packed)
             yield (self._order, self._staging) if self._staging.is_static and len(numbers) == size else None
 
@@ -204,11 +218,14 @@ class Cache:
 
     def _at_cut(self, packed: Sequence[Tensor]) -> Batch:
         """Make the present batch from its packed values, on the device."""
-        kept, images, ids = iter(packed), self._loader.images, self._order.ids()
+        kept, images, rows = iter(packed), self._loader.images, self._order.ids()
         if self._loader.views is not None:
-            ids = ids.remainder(len(images))
+            rows = rows.remainder(len(self._ids))
+        # All images have rows in most runs, and then rows are ids.
+        ids = rows if len(self._ids) == len(images) else self._ids.index_select(0, rows)
         values = tuple(None if column is None else column.unpack(next(kept)) for column in self._columns)
-        return Batch(values=values, cut=self.cut, labels=images.labels.index_select(0, ids), ids=ids)
+        labels = images.labels.index_select(0, ids)
+        return Batch(values=values, cut=self.cut, labels=labels, ids=ids, weight=self._weight)
 
     def _where_rows_are(self, numbers: Tensor) -> Tensor:
         """Return the row numbers of the present batch, given on the CPU, on the device if rows are kept there.
@@ -220,8 +237,10 @@ class Cache:
     def _put_images(
         self, epoch: int, order: Tensor, first: int, view: int | None, filled: Tensor, *, is_new: bool
     ) -> Iterator[Hashable]:
-        batches = zip(self._order.batches(order, first), self._images.put(epoch, first, view=view), strict=True)
+        images = self._images.put(epoch, first, view=view, shards=self._loader.share.ranks)
+        batches = zip(self._order.batches(order, first), images, strict=True)
         for number, (numbers, key) in enumerate(batches, first):
+            self._weight = self._loader.weight(number)
             rows, can_be_recorded = self._rows, self.medium == DEVICE and key is not None
             self._reads = not self._given_up and rows is not None and bool(filled[numbers].all())
             if self._given_up:
@@ -250,7 +269,7 @@ class Cache:
                 self._keep(self._rows, numbers, values)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             self._give_up(getattr(error, "strerror", None) or "there is not enough memory")
-        return Batch(values=tuple(values), cut=self.cut, labels=batch.labels, ids=batch.ids)
+        return replace(batch, values=tuple(values), cut=self.cut)
 
     def _keep(self, rows: Rows, numbers: Tensor, values: Sequence[Any]) -> None:
         numbers = self._where_rows_are(numbers)
@@ -351,9 +370,12 @@ class Cache:
     def _limit(self, medium: str) -> int:
         policy, beside = self._policy, self._beside
         if policy.limit_bytes is not None:
-            return policy.limit_bytes - (beside.resident_bytes + beside.file_bytes if beside else 0)
+            taken = beside.resident_bytes + beside.file_bytes if beside else 0
+            return policy.limit_bytes // policy.processes - taken
+        device = self._loader.device
         peak_bytes = policy.peak_bytes + (beside.resident_bytes if beside and beside.medium == DEVICE else 0)
-        return available(medium, self._loader.device, policy.folder, peak_bytes=peak_bytes)
+        found = available(medium, device, policy.folder, peak_bytes=peak_bytes)
+        return found if medium == DEVICE and device.type == "cuda" else found // policy.processes
 
     def _give_up(self, why: str, pays: bool = True) -> None:
         self._drop()
@@ -368,11 +390,11 @@ class Cache:
         self._fills = []
         self._columns = []
         self._filled = self._none_filled()
-        self._staging = Staging(self._loader.device, self._loader.batch_size)
+        self._staging = Staging(self._loader.device, self._loader.own_batch_size)
 
     def _none_filled(self) -> Tensor:
         """Make the mask of the rows that are filled, with none of them filled."""
-        return torch.zeros(len(self._loader.images) * (self._loader.views or 1), dtype=torch.bool)
+        return torch.zeros(len(self._images_kept) * (self._loader.views or 1), dtype=torch.bool)
 
 
 def stamp(executor: Executor) -> Stamp:

@@ -42,9 +42,13 @@ class Feed:
         self.train_loader, self.test_loader, self._held_out_loader = train_loader, test_loader, held_out_loader
         self._train_images, self._test_images = ImageSource(train_loader), ImageSource(test_loader)
         self._forward, self._policy = forward, policy
+        self._cached = False
         self._train_cache: Cache | None = None
         self._test_cache: Cache | None = None
         self._epochs = 0
+        # For how many processes images are divided for good; and in an epoch that began with another number of them.
+        self._shards = self._shards_now = 1
+        self._shards_before: int | None = None
 
     def enter(self, cut: int, *, epochs: int, notice: Callable[[str], None]) -> None:
         """Keep the caches if they are at `cut`, else open new ones there, where the cut stays for `epochs`.
@@ -65,18 +69,27 @@ class Feed:
                 beside=self._train_cache,
                 exact=True,
             )
+        ranks, before = self.train_loader.share.ranks, self._shards
+        self._shards = ranks if self._train_cache is not None and self._train_cache.is_open else 1
+        if self._shards > before:
+            notice(f"from here on each of the {ranks} processes has images of its own, so that it can keep their rows")
 
     def put(self, epoch: int, first: int = 0) -> Iterator[Hashable]:
         """Go from batch to batch of a training epoch, at the cut or as images; those before `first` are left out."""
-        if self._train_cache is not None:
+        self._shards_now = self._shards_before if first and self._shards_before else self._shards
+        self._shards_before = None
+        self._cached = self._train_cache is not None and self._shards_now == self.train_loader.share.ranks
+        if self._train_cache is not None and self._cached:
             return self._train_cache.put(epoch, first)
         # Stored views replace the augmentation of the epoch once anything is settled, whether or not rows are kept.
         settled = self._forward.executor.window[0] > 0
-        return self._train_images.put(epoch, first, view=self.train_loader.view(epoch) if settled else None)
+        view = self.train_loader.view(epoch) if settled else None
+        return self._train_images.put(epoch, first, view=view, shards=self._shards_now)
 
     def fetch(self) -> Batch:
         """Return the training batch that was put last."""
-        return (self._train_cache or self._train_images).fetch()
+        source = self._train_cache if self._train_cache is not None and self._cached else self._train_images
+        return source.fetch()
 
     @property
     def settles(self) -> bool:
@@ -101,10 +114,18 @@ class Feed:
         """Return for how many epochs the caches were opened, and what is in them."""
         caches = {"train": self._train_cache, "test": self._test_cache}
         found = {name: None if cache is None else cache.state_dict() for name, cache in caches.items()}
-        return {"epochs": self._epochs, **found}
+        divided = {"ranks": self.train_loader.share.ranks, "shards": self._shards_now}
+        return {"epochs": self._epochs, **divided, **found}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Fill the caches again, as `state_dict` has told of them; the same phase must have been entered."""
+        """Fill the caches again, as `state_dict` has told of them; the same phase must have been entered.
+
+        With another number of processes than before, images belong to others: rows are kept as epochs go on, and the
+        present epoch ends in the order in which it began.
+        """
+        if state.get("ranks", 1) != self.train_loader.share.ranks:
+            self._shards_before = state["shards"]
+            return
         for cache, saved in ((self._train_cache, state["train"]), (self._test_cache, state["test"])):
             if cache is not None and saved is not None:
                 cache.load_state_dict(saved)

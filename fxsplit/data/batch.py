@@ -20,15 +20,23 @@ class Batch:
         cut: how many partitions have been run already.
         labels: int64 (B,).
         ids: positions in the image set, int64 (B,).
+        weight: of its loss in the mean over all processes, and over the micro-batches of a batch; with 0 it counts for
+            nothing.
     """
 
     values: tuple[Any, ...]
     cut: int = 0
     labels: Tensor
     ids: Tensor
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def counted(self) -> int:
+        """How many of its images count."""
+        return len(self) if self.weight else 0
 
     @property
     def images(self) -> Tensor:
@@ -43,7 +51,8 @@ class Batch:
         values = ([None] * len(sizes) if value is None else torch.split(value, sizes) for value in self.values)
         labels, ids = torch.split(self.labels, sizes), torch.split(self.ids, sizes)
         for own_values, own_labels, own_ids in zip(zip(*values, strict=True), labels, ids, strict=True):
-            yield Batch(values=own_values, cut=self.cut, labels=own_labels, ids=own_ids)
+            share = len(own_labels) / len(self)
+            yield Batch(values=own_values, cut=self.cut, labels=own_labels, ids=own_ids, weight=self.weight * share)
 
 
 def micro_batch_sizes(samples: int, count: int, *, batch_size: int) -> list[int]:

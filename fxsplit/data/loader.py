@@ -24,6 +24,7 @@ from fxsplit.data.images import ImageSet
 from fxsplit.data.normalization import Normalization
 from fxsplit.data.order import EpochOrder
 from fxsplit.data.randomness import random_stream
+from fxsplit.data.shares import WHOLE, Share, by_owner, owners, sizes, taken
 from fxsplit.data.staging import Staging, write
 
 
@@ -36,7 +37,7 @@ class Loader:
 
     Args:
         images: what is loaded. A run has two loaders, one for the images to train on and one for those to test on.
-        batch_size: images in a batch; the last one of an epoch may have fewer.
+        batch_size: images in a batch, of all processes together; the last one of an epoch may have fewer.
         training: images come in another order each epoch, and a last batch of a single image, from which BatchNorm can
             take no statistics, is left out. Without, each image comes once, in the order of the set.
         seed: what order and augmentation depend on, besides the epoch.
@@ -48,6 +49,7 @@ class Loader:
         interpolation: how images in memory are resized, one of INTERPOLATIONS.
         channels_last: lay images out in memory with the channels last.
         limit: the most batches of an epoch.
+        share: the part of every batch that this process takes.
     """
 
     images: ImageSet
@@ -62,6 +64,7 @@ class Loader:
     interpolation: str = INTERPOLATIONS[0]
     channels_last: bool = False
     limit: int | None = None
+    share: Share = WHOLE
 
     @property
     def device(self) -> torch.device:
@@ -77,17 +80,61 @@ class Loader:
 
     @property
     def images_per_epoch(self) -> int:
-        """How many images an epoch has."""
-        return min(len(self.images), self.batch_size * self.steps_per_epoch)
+        """How many images an epoch has, of all processes together."""
+        count = min(len(self.images), self.batch_size * self.steps_per_epoch)
+        # Processes with two images of every batch have no room for a third, and none may stand alone.
+        no_room = self.training and self.batch_size == 2 * self.share.ranks > 2
+        return count - (count % self.batch_size % 2) if no_room else count
 
-    def order(self, epoch: int) -> Tensor:
-        """Return the ids of an epoch's images, one batch after the other: int64 (M,), on the CPU."""
-        count = len(self.images)
+    def _divided(self, ranks: int) -> dict[str, int]:
+        """Say how so many processes divide batches: each takes two images at least, if a whole batch has as many."""
+        return {"batch_size": self.batch_size, "least": 2 if self.training and self.batch_size >= 2 * ranks else 1}
+
+    def _sizes(self, number: int) -> list[int]:
+        """List how many images of batch `number` each process takes."""
+        whole = min(self.batch_size, self.images_per_epoch - number * self.batch_size)
+        least = 1 if whole == self.batch_size else self._divided(self.share.ranks)["least"]
+        return sizes(whole, self.share.ranks, least=least)
+
+    @property
+    def own_batch_size(self) -> int:
+        """How many images of a batch this process takes."""
+        return sizes(self.batch_size, self.share.ranks)[self.share.rank]
+
+    @property
+    def own_images_per_epoch(self) -> int:
+        """How many images this process takes in an epoch, also those that count for nothing."""
+        return len(self.order(0))
+
+    def weight(self, number: int) -> float:
+        """Return the weight of this process's part of batch `number` in a mean over the parts of all processes.
+
+        It is 1 where all parts are equal, and 0 where the part counts for nothing.
+        """
+        parts = self._sizes(number)
+        return len(parts) * parts[self.share.rank] / sum(parts)
+
+    def order(self, epoch: int, *, shards: int = 1) -> Tensor:
+        """Return the ids of this process's images of an epoch, batch by batch: int64 (M,), on the CPU.
+
+        The batches of all processes together depend on the seed, the epoch and `shards` alone: with several, every
+        image belongs to one of so many processes, which is given it in each epoch.
+        """
+        images, count, share = len(self.images), self.images_per_epoch, self.share
         if self.training:
-            order = torch.from_numpy(random_stream("order", self.seed, epoch).permutation(count))
+            order = torch.from_numpy(random_stream("order", self.seed, epoch).permutation(images))
         else:
-            order = torch.arange(count)
-        return order[: self.images_per_epoch]
+            order = torch.arange(images)
+        if shards > 1 and self.training:
+            order = by_owner(order, shards, count=count, **self._divided(shards))
+        return taken(order[:count], share, **self._divided(share.ranks)) if share.ranks > 1 else order[:count]
+
+    def own(self) -> Tensor:
+        """Return the ids of the images that belong to this process, in order: int64 (N,), on the CPU."""
+        if not self.training:
+            return torch.tensor(sorted(set(self.order(0).tolist())))
+        ranks = self.share.ranks
+        return (owners(len(self.images), ranks, **self._divided(ranks)) == self.share.rank).nonzero()[:, 0]
 
     def view(self, epoch: int) -> int | None:
         """Return the number of the view that an epoch takes, 0 .. views - 1 in turn; None without `views`."""
@@ -116,27 +163,29 @@ class ImageSource:
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
         device = loader.device
-        self._order = EpochOrder(loader.images_per_epoch, loader.batch_size, device)
-        self._staging = Staging(device, loader.batch_size)
+        self._order = EpochOrder(loader.own_images_per_epoch, loader.own_batch_size, device)
+        self._staging = Staging(device, loader.own_batch_size)
+        self._weight = 1.0
         self._drawn: list[Tensor] = []
         self._normalize = Normalization(loader.mean, loader.std, device)
         self._layout = torch.channels_last if loader.channels_last else torch.contiguous_format
 
-    def put(self, epoch: int, first: int = 0, *, view: int | None = None) -> Iterator[Hashable]:
-        """Draw order and augmentation of the epoch, then go from batch to batch; `view` as for `Loader.batches`.
+    def put(self, epoch: int, first: int = 0, *, view: int | None = None, shards: int = 1) -> Iterator[Hashable]:
+        """Draw order and augmentation of the epoch, then go from batch to batch.
 
-        Batches before number `first` are not read. Raises UsageError when the augmentation is unknown, and DataError
-        when an image file cannot be decoded.
+        `view` is as for `Loader.batches`, `shards` as for `Loader.order`. Batches before number `first` are not read.
+        Raises UsageError when the augmentation is unknown, and DataError when an image file cannot be decoded.
         """
-        loader, images, order = self.loader, self.loader.images, self.loader.order(epoch)
+        loader, images, order = self.loader, self.loader.images, self.loader.order(epoch, shards=shards)
         self._draw(epoch if view is None else view)
-        rest = order[first * loader.batch_size :]
-        read = repeat(None) if images.resident is not None else images.read(rest, loader.batch_size)
+        size = loader.own_batch_size
+        read = repeat(None) if images.resident is not None else images.read(order[first * size :], size)
         is_static = images.resident is not None or self._staging.is_static
-        for ids, pixels in zip(self._order.batches(order, first), read, strict=False):
+        for number, (ids, pixels) in enumerate(zip(self._order.batches(order, first), read, strict=False), first):
             if pixels is not None:
                 self._staging.put([pixels])
-            yield self if is_static and len(ids) == loader.batch_size else None
+            self._weight = loader.weight(number)
+            yield self if is_static and len(ids) == size else None
 
     def _draw(self, draw: int) -> None:
         found = drawn(self.loader.augment, self.loader.images, seed=self.loader.seed, draw=draw)
@@ -155,4 +204,4 @@ class ImageSource:
             pixels = transforms.resize(pixels, size, InterpolationMode(loader.interpolation), antialias=True)
         pixels = augmentation(loader.augment).change(pixels, *(each.index_select(0, ids) for each in self._drawn))
         x = self._normalize(pixels).contiguous(memory_format=self._layout)
-        return Batch(values=(x,), labels=images.labels.index_select(0, ids), ids=ids)
+        return Batch(values=(x,), labels=images.labels.index_select(0, ids), ids=ids, weight=self._weight)

@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxsplit.data.batch import Batch
 from fxsplit.errors import FxsplitError
 from fxsplit.execute.executor import Executor
+
+
+class Engine:
+    """Runs the forward passes that gradients are taken of, here in this process alone.
+
+    Others do so together with other processes; their gradients are then the means over all.
+    """
+
+    # Bytes of gradients that a step has exchanged since `enter`; None where nothing is exchanged.
+    bytes_per_step: int | None = None
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+
+    def enter(self, *beside: nn.Module) -> None:
+        """Begin a phase that the executor has entered; parameters of the modules `beside` train, too."""
+
+    def leave(self) -> None:
+        """End the phase: nothing that `enter` made is left at the parameters."""
+
+    def __call__(self, batch: Batch) -> Any:
+        """Return what the model returns for a batch."""
+        if not batch.cut:
+            # Called as a whole, so that hooks of the model itself are called, too.
+            return self.executor(*batch.values)
+        return self.executor.resume(list(batch.values))
+
+    def accumulating(self) -> AbstractContextManager[Any]:
+        """Inside, forward and backward of a micro-batch add to its gradients, and others follow."""
+        return nullcontext()
 
 
 class Forward:
@@ -21,10 +52,19 @@ class Forward:
         executor: its phase must settle all partitions that a batch has been through.
         device: where batches are.
         amp_dtype: the precision of `autocast`; None runs without it.
+        engine: runs forward passes that gradients are taken of; None for this process alone.
     """
 
-    def __init__(self, executor: Executor, device: torch.device, *, amp_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        device: torch.device,
+        *,
+        amp_dtype: torch.dtype | None = None,
+        engine: Engine | None = None,
+    ) -> None:
         self.executor, self.device, self.amp_dtype = executor, device, amp_dtype
+        self.engine = engine or Engine(executor)
 
     def autocast(self) -> torch.autocast:
         """Make the context in which forward passes and losses are computed."""
@@ -32,9 +72,8 @@ class Forward:
 
     def __call__(self, batch: Batch, *, stop: int | None = None) -> Any:
         """Return what the model returns for a batch, or the values at cut `stop`."""
-        if not batch.cut and stop is None:
-            # Called as a whole, so that hooks of the model itself are called, too.
-            return self.executor(*batch.values)
+        if stop is None:
+            return self.engine(batch) if torch.is_grad_enabled() else Engine(self.executor)(batch)
         values = list(batch.values) if batch.cut else self.executor.settle(*batch.values)
         return self.executor.resume(values, stop)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -35,6 +36,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "gpu": _gpu(device),
         "git_commit": _git_commit(),
     }
+
+
+def code_digest() -> str:
+    """Return a checksum of this package's own code."""
+    folder, found = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        found.update(str(path.relative_to(folder)).encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:

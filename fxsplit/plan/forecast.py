@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 
 from fxsplit.graph import Modes, Op, Value
 from fxsplit.plan.memory import Step, peak_bytes
@@ -189,6 +189,10 @@ class CostModel:
         )
 
     @cached_property
+    def _inputs(self) -> frozenset[str]:
+        return frozenset(value.name for value in self.modes.train.inputs)
+
+    @cached_property
     def _segment_of(self) -> dict[str, int]:
         """Map each op of the train graph to the start of its segment."""
         every = chain.from_iterable(segments(self.partitions, self.modes))
@@ -242,24 +246,59 @@ class CostModel:
         key = phase.start, phase.stop, phase.recompute
         if key not in self._times:
             self._times[key] = self._time(phase, self._seconds if self.measured else self._work)
-        trained = sum(self.bytes[name] for name in self._trained(phase))
-        update = self.update_time * trained / self.parameter_bytes if trained else 0.0
+        update = self.update_seconds(phase)
         # Each further micro-batch reads two gradients of a parameter and writes their sum.
         added = (phase.micro_batches - 1) * 3 / (3 + 2 * self.optimizer_slots)
         return self._times[key] + update * (1 + added)
 
     def _time(self, phase: Phase, times: Callable[[Op], tuple[float, float]]) -> float:
         """Sum forward and backward of all ops, whose two times `times` gives."""
-        inputs = {value.name for value in self.modes.train.inputs}
         total = 0.0
         for step in self._steps(phase):
-            forward, backward = times(step.op)
-            total += forward if step.recomputes is None else 2 * forward
-            if step.recorded:
-                # A product has two operands, and the cost is that of both gradients, unless one is an input's.
-                whole = (step.trains and step.passes) or not step.op.macs or inputs.issuperset(step.op.reads)
-                total += backward if whole else backward / 2
+            forward, backward = self._of_step(step, times)
+            total += forward
+            total += backward
         return total
+
+    def _of_step(self, step: Step, times: Callable[[Op], tuple[float, float]]) -> tuple[float, float]:
+        """Return forward and backward of one op, whose two times `times` gives."""
+        forward, backward = times(step.op)
+        forward = forward if step.recomputes is None else 2 * forward
+        if not step.recorded:
+            return forward, 0.0
+        # A product has two operands, and the cost is that of both gradients, unless one is an input's.
+        whole = (step.trains and step.passes) or not step.op.macs or self._inputs.issuperset(step.op.reads)
+        return forward, backward if whole else backward / 2
+
+    def seconds_by_partition(self, phase: Phase) -> list[tuple[float, float]]:
+        """Return measured forward and backward of each partition, without the update."""
+        steps = self._steps(phase)
+        found = []
+        for index, part in enumerate(self.partitions):
+            training = phase.role(index) == "training"
+            ops = len((self.modes.train if training else self.modes.eval).ops[part.span(training=training)])
+            pairs = [self._of_step(step, self._seconds) for step in islice(steps, ops)]
+            found.append((sum(forward for forward, _ in pairs), sum(backward for _, backward in pairs)))
+        return found
+
+    def seconds(self, phase: Phase) -> tuple[float, float]:
+        """Return measured forward and backward of all partitions, without the update."""
+        found = self.seconds_by_partition(phase)
+        return sum(forward for forward, _ in found), sum(backward for _, backward in found)
+
+    def update_seconds(self, phase: Phase) -> float:
+        """Return the time of the optimizer's update of what trains, in seconds where all ops were measured."""
+        trained = sum(self.bytes[name] for name in self._trained(phase))
+        return self.update_time * trained / self.parameter_bytes if trained else 0.0
+
+    def trained_bytes(self, index: int, phase: Phase) -> int:
+        """Return the bytes of the parameters of partition `index` that train in a phase."""
+        trained = self._trained(phase) if phase.start <= index < phase.stop else frozenset()
+        return sum(self.bytes[name] for name in self.partitions[index].state if name in trained)
+
+    def state_bytes(self, index: int) -> int:
+        """Return the bytes of the parameters and buffers of partition `index`."""
+        return sum(self.bytes[name] for name in self.partitions[index].state)
 
     def _seconds(self, op: Op) -> tuple[float, float]:
         scale = self.batch_size / self.modes.train.batch_size

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fxsplit.errors import FxsplitError, NotFiniteError, UsageError
+from fxsplit.distribute.processes import ALONE, Processes
+from fxsplit.errors import FxsplitError, UsageError
 from fxsplit.plan.schedule import Plan
 from fxsplit.records import read_record
 from fxsplit.report import EpochRecord, Inspection, RunReport
@@ -40,7 +41,7 @@ class Recorder:
     """Collects the records of a run; as a context, saves it, makes its report at the end and finishes its folder.
 
     The report says whether the run was finished, interrupted (by KeyboardInterrupt) or failed (by another exception),
-    which then goes on.
+    which then goes on. Of several processes the first one writes, and all end together when one gets a signal.
 
     Args:
         folder: where records, checkpoints, weights and report are written; None writes nothing.
@@ -57,6 +58,7 @@ class Recorder:
         passes: names of the graph passes.
         elapsed: returns the seconds and the processor seconds that this process has spent on the run so far.
         notice: is called with a sentence for each file that cannot be written.
+        processes: those of the run.
     """
 
     report: RunReport
@@ -78,8 +80,10 @@ class Recorder:
         passes: tuple[str, ...],
         elapsed: Callable[[], tuple[float, float]],
         notice: Callable[[str], None],
+        processes: Processes = ALONE,
     ) -> None:
-        self.path = str(folder.path) if folder else ""
+        self._processes = processes
+        self.path = self._processes.first(lambda: str(folder.path) if folder else "")
         self.setup_seconds = self.prove_seconds = 0.0
         self._folder, self._inspection, self._model = folder, inspection, model
         self._elapsed, self._earlier = elapsed, (0.0, 0.0)
@@ -171,29 +175,38 @@ class Recorder:
         Raises KeyboardInterrupt, or Terminated, with words on how to go on.
         """
         is_due = self._interval.in_steps and self._interval.every and steps % self._interval.every == 0
+        if ending and self._processes.count > 1:
+            return  # the others may be elsewhere, and where all end together they have saved before
         self._pause(Place(epoch, step), is_due=bool(is_due) or ending)
 
     def _pause(self, place: Place, *, is_due: bool, accuracy: float | None = None) -> None:
-        if self._signals.pending or (is_due and place != self._tried):
+        number = self._processes.vote(self._signals.pending)
+        if number or (is_due and place != self._tried):
             with self._signals.saving():
                 self._save(place, accuracy)
-        if self._signals.pending:
+        if number:
+            self._signals.heed(number)
             self._signals.end(self._how_to_go_on())
 
     def _save(self, place: Place, accuracy: float | None) -> None:
-        if not self._checkpoints or place == self._saved:
+        if not self.path or place == self._saved:
             return
         self._tried = place
+        data = self._data(place)
+        if self._processes.first(lambda: self._write(place, data, accuracy)):
+            self._saved = place
+
+    def _write(self, place: Place, data: dict[str, Any], accuracy: float | None) -> bool:
+        """Write a checkpoint, or say why it cannot be written; whatever the reason is, training goes on."""
+        assert self._checkpoints
         try:
-            self._checkpoints.write(place, self._data(place), accuracy=accuracy)
-        except NotFiniteError:
-            raise
-        except Exception as error:  # whatever it is, training goes on
+            self._checkpoints.write(place, data, accuracy=accuracy)
+        except Exception as error:
             why = getattr(error, "strerror", None) or " ".join(str(error).split())
             earlier = f"that of {self._saved} stays" if self._saved else "there is none yet"
             self._notice(f"no checkpoint of {place} can be written ({why}); {earlier}")
-        else:
-            self._saved = place
+            return False
+        return True
 
     def _spent(self) -> tuple[float, float]:
         """Return the seconds and the processor seconds of the run, of all its processes."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import UsageError
 from fxsplit.saving.random_states import random_states, set_random_states
 
@@ -26,14 +27,17 @@ class RunState:
     Args:
         model: the model as the user built it.
         training: position, optimizer, and whatever else is trained or counted.
+        processes: those of the run, which save and load together; all but random states is the same in all.
     """
 
-    def __init__(self, model: nn.Module, training: Stateful) -> None:
-        self._model, self._training = model, training
+    def __init__(self, model: nn.Module, training: Stateful, processes: Processes = ALONE) -> None:
+        self._model, self._training, self._processes = model, training, processes
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data and tensors, by the names of parameters. Tensors are not copied."""
-        return {"model": model_state(self._model), "training": self._training.state_dict(), "random": random_states()}
+        training = self._training.state_dict()
+        random, *others = self._processes.all(random_states())
+        return {"model": model_state(self._model), "training": training, "random": random, "random_of_others": others}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned: the model first, which the rest is made from, and random states last.
@@ -42,7 +46,9 @@ class RunState:
         """
         load_model_state(self._model, state["model"])
         self._training.load_state_dict(state["training"])
-        set_random_states(state["random"])
+        states = [state["random"], *state.get("random_of_others", ())]
+        if self._processes.rank < len(states):
+            set_random_states(states[self._processes.rank])
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:

@@ -43,9 +43,13 @@ class Signals:
         self._before: dict[int, Handler] = {}
 
     @property
-    def pending(self) -> bool:
-        """Whether a signal has asked the run to end."""
-        return self._last is not None
+    def pending(self) -> int:
+        """The signal that has asked the run to end; 0 for none."""
+        return self._last or 0
+
+    def heed(self, number: int) -> None:
+        """Take over a signal that another process of the run got."""
+        self._last = self._last or number
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsplit.distribute.processes import ALONE, Processes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
@@ -52,10 +54,11 @@ class Accuracy:
     """Sums losses and correct predictions on the device, in tensors that stay where they are, without waiting for it.
 
     The number of samples is known to the host: each batch is given to `update`, which may be recorded and replayed, and
-    its size to `count`.
+    its size to `count`. Means are over the batches of all processes, which ask for them together.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, processes: Processes = ALONE) -> None:
+        self._processes = processes
         self._count = 0
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._hits = torch.zeros(2, dtype=torch.int64, device=device)
@@ -73,7 +76,13 @@ class Accuracy:
 
     def sent(self) -> PendingScore:
         """Send the means so far to the host."""
-        return PendingScore(torch.cat((self._loss[None], self._hits.double())), self._count)
+        sums, count = self._sums()
+        return PendingScore(sums, count)
+
+    def _sums(self) -> tuple[Tensor, int]:
+        """Add up loss and hits, float64 (3,), and samples over all processes."""
+        sums = torch.cat((self._loss[None], self._hits.double()))
+        return self._processes.sum(sums), int(self._processes.sum(torch.tensor(self._count)))
 
     def read(self) -> Score:
         """Return the means so far; they are NaN before the first batch."""
@@ -90,14 +99,17 @@ class Accuracy:
         self._hits.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums so far, to go on from them."""
-        return {"count": self._count, "loss": self._loss, "hits": self._hits}
+        """Return the sums so far, over all processes, to go on from them."""
+        sums, count = self._sums()
+        return {"count": count, "loss": sums[0], "hits": sums[1:].long()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the sums that `state_dict` returned."""
-        self._count = state["count"]
-        self._loss.copy_(state["loss"])
-        self._hits.copy_(state["hits"])
+        """Load the sums that `state_dict` returned; one process has them, so that they count once."""
+        self.reset()
+        if self._processes.is_first:
+            self._count = state["count"]
+            self._loss.copy_(state["loss"])
+            self._hits.copy_(state["hits"])
 
 
 class Snapshots:

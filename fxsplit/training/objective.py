@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxsplit.data.batch import Batch
@@ -42,6 +42,11 @@ class Objective:
         self.smoothing, self.soft_targets, self.exits = smoothing, soft_targets, exits
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What trains beside the model."""
+        return () if self.exits is None else (self.exits.modules,)
+
+    @property
     def has_midpoint(self) -> bool:
         """Whether `keep_targets` must be called at the midpoint of the run."""
         return isinstance(self.soft_targets, MeanTargets)
@@ -62,7 +67,8 @@ class Objective:
         if self.soft_targets is None:
             return F.cross_entropy(logits, batch.labels, label_smoothing=self.smoothing)
         loss = self.soft_targets.loss(logits, batch.labels, batch.ids, progress=progress, smoothing=self.smoothing)
-        self.soft_targets.after_forward(logits, batch.ids)
+        if batch.counted:
+            self.soft_targets.after_forward(logits, batch.ids)
         return loss
 
     def keep_targets(self, forward: Forward, batches: Iterable[Batch]) -> None:
@@ -71,7 +77,9 @@ class Objective:
             forward.executor.eval()
             with torch.no_grad(), forward.autocast():
                 for batch in batches:
-                    self.soft_targets.keep(forward.logits(batch), batch.ids)
+                    logits = forward.logits(batch)
+                    if batch.counted:
+                        self.soft_targets.keep(logits, batch.ids)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of soft targets and exits."""

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fxsplit.distribute.processes import Processes
+
+# Images whose logits are exchanged at a time.
+EXCHANGED = 65536
+
 
 class SoftTargets(ABC):
     """Keeps logits of the network for each image, and computes a loss that compares later logits with them.
@@ -29,6 +34,8 @@ class SoftTargets(ABC):
         self._samples = samples
         # float16 (samples, K), NaN for an image without kept logits; None before any are kept.
         self._logits: Tensor | None = None
+        # Which images' logits were kept here since the last `exchange`, bool (samples,).
+        self._kept: Tensor | None = None
 
     @abstractmethod
     def share(self, progress: float | Tensor) -> float | Tensor:
@@ -45,8 +52,21 @@ class SoftTargets(ABC):
         """Keep logits (B, K) as the targets of the images `ids` (B,), in place of earlier ones."""
         if self._logits is None:
             self._logits = logits.new_full((self._samples, logits.shape[1]), float("nan"), dtype=torch.float16)
+            self._kept = logits.new_zeros(self._samples, dtype=torch.bool)
+        assert self._kept is not None
+        self._kept.index_fill_(0, ids, True)
         largest = torch.finfo(torch.float16).max
         self._logits[ids] = logits.detach().clamp(-largest, largest).half()
+
+    def exchange(self, processes: Processes) -> None:
+        """Give all processes what each has kept since the last call, of other images than the others."""
+        if self._logits is None or self._kept is None or processes.count == 1:
+            return
+        parts = (torch.split(each, EXCHANGED) for each in (self._logits, self._kept))
+        for rows, kept in zip(*parts, strict=True):
+            given = processes.sum(torch.where(kept[:, None], rows, 0))
+            rows.copy_(torch.where(processes.sum(kept.int())[:, None] > 0, given, rows))
+        self._kept.zero_()
 
     def loss(
         self, logits: Tensor, labels: Tensor, ids: Tensor, *, progress: float | Tensor, smoothing: float = 0.0
@@ -68,6 +88,7 @@ class SoftTargets(ABC):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load kept logits that `state_dict` returned."""
         self._logits = state["logits"].clone() if "logits" in state else None
+        self._kept = None if self._logits is None else self._logits.new_zeros(self._samples, dtype=torch.bool)
 
 
 class LastTargets(SoftTargets):

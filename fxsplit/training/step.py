@@ -23,12 +23,13 @@ class Step:
         batch ──► micro-batches ──► forward, loss ──► backward ──► gradients ──► clipped ──► optimizer
                                     └─ in autocast ─┘   scaled       add up      unscaled
 
-    The gradient is that of the whole batch, however it is divided. No micro-batch holds a single image, unless all do.
+    The gradient is that of the whole batch, however it is divided, and among however many processes. No micro-batch
+    holds a single image, unless all do.
 
     Args:
         forward: runs micro-batches; its `autocast` sets the precision. float16 gets loss scaling.
         objective: computes their loss.
-        batch_size: images in a full batch.
+        batch_size: images that this process takes of a full batch.
         clip_grad: the largest norm of the gradient, or None for no limit.
     """
 
@@ -64,16 +65,23 @@ class Step:
         Raises FxsplitError when the loss depends on nothing that trains.
         """
         optimizer.zero_grad()
-        for micro_batch in batch.divided(micro_batches, batch_size=self._batch_size):
-            with self.forward.autocast():
-                total, loss, logits = self.objective(self.forward, micro_batch, progress=progress)
-            if not total.requires_grad:
-                raise FxsplitError(
-                    "the loss depends on no parameter that trains now, so nothing would be learnt: the model's forward "
-                    "runs under torch.no_grad, or what trains is not used"
-                )
-            weight = len(micro_batch) / len(batch)  # the loss of a micro-batch is a mean over its images alone
-            self._scaler.scale(total * weight if weight < 1 else total).backward()  # type: ignore[no-untyped-call]
+        *parts, last = batch.divided(micro_batches, batch_size=self._batch_size)
+        for micro_batch in parts:
+            with self.forward.engine.accumulating():
+                self._add_gradients(micro_batch, progress=progress, accuracy=accuracy)
+        self._add_gradients(last, progress=progress, accuracy=accuracy)
+
+    def _add_gradients(self, micro_batch: Batch, *, progress: float | Tensor, accuracy: Accuracy) -> None:
+        with self.forward.autocast():
+            total, loss, logits = self.objective(self.forward, micro_batch, progress=progress)
+        if not total.requires_grad:
+            raise FxsplitError(
+                "the loss depends on no parameter that trains now, so nothing would be learnt: the model's forward "
+                "runs under torch.no_grad, or what trains is not used"
+            )
+        weight = micro_batch.weight  # the loss of a micro-batch is a mean over its images alone
+        self._scaler.scale(total * weight if weight != 1 else total).backward()  # type: ignore[no-untyped-call]
+        if micro_batch.counted:
             accuracy.update(loss, logits, micro_batch.labels)
 
     def update(self, optimizer: Optimizer) -> None:

@@ -16,6 +16,8 @@ from fxsplit.caching.feed import Feed
 from fxsplit.cuda.number import Number
 from fxsplit.cuda.replay import Recordings
 from fxsplit.data.batch import Batch
+from fxsplit.distribute.concord import Concord
+from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import NotFiniteError
 from fxsplit.execute.forward import Forward
 from fxsplit.measuring.finite import are_finite, first_not_finite, named
@@ -85,6 +87,7 @@ class Trainer:
         work: counts the multiply-adds of training; None counts none.
         recordings: records steps and replays them; None takes every step eagerly. The other parts must be made for it.
         update_is_recorded: whether the optimizer's part of a step can be replayed, too; else it follows eagerly.
+        processes: those that train the model together; each has such a trainer.
         log_interval: steps between two calls of the observer's `step_done`.
         observer: is called while the run happens.
     """
@@ -102,6 +105,7 @@ class Trainer:
     work: Work | None = None
     recordings: Recordings | None = None
     update_is_recorded: bool = False
+    processes: Processes = ALONE
     log_interval: int = 10
     observer: Observer = field(default_factory=Observer)
 
@@ -109,7 +113,8 @@ class Trainer:
         self.executor = self.forward.executor
         self._position = Position()
         self._steps_per_epoch = self.feed.train_loader.steps_per_epoch
-        self._accuracy, self._test_accuracy = Accuracy(self.forward.device), Accuracy(self.forward.device)
+        self._accuracy, self._test_accuracy = (Accuracy(self.forward.device, self.processes) for _ in range(2))
+        self._concord = Concord(self.processes, self.executor, self.objective.soft_targets)
         self._progress = Number(None if self.recordings is None else self.forward.device)
         # Scores of steps that are on their way from the device.
         self._pending: deque[tuple[int, PendingScore]] = deque()
@@ -176,6 +181,7 @@ class Trainer:
             self._pause = no_pause
             self._forget()
             self.feed.close()
+            self.forward.engine.leave()
             self.executor.release()
 
     def _paused(self, *, ending: bool = False) -> None:
@@ -196,6 +202,7 @@ class Trainer:
         stays = self.guard is not None and index == self.guard.last_phase
         end = self.plan.epochs if stays else self.plan.first_epoch(index) + self.plan.phases[index].epochs
         self._enter(index, epochs_left=end - epoch)
+        self._concord.check(self._state)
 
     def _phase_of(self, epoch: int) -> int:
         """Return the index of an epoch's phase: as planned, or an earlier one.
@@ -225,9 +232,11 @@ class Trainer:
     def _end(self, partitions: Sequence[int], epoch: int, *, at_midpoint: bool) -> None:
         stop = self.executor.window[1] if at_midpoint else max(partitions, default=-1) + 1
         self.endings.end(partitions, self._forwarded(epoch, stop), at_midpoint=at_midpoint)
+        self._concord.restore()
         if at_midpoint:
             every = len(self.plan.partitions)
             self.objective.keep_targets(self.forward, self._forwarded(epoch, every))
+            self._concord.restore()
 
     def _forwarded(self, epoch: int, stop: int) -> Iterator[Batch]:
         """Give the batches of an epoch to be run forward up to the cut `stop`, and count that work."""
@@ -245,6 +254,7 @@ class Trainer:
         #   |<---- cached --->|                                               (2) a new cache, if the cut has moved
         #                     |------ exit ---- exit                          (3) exits of the first that train
         #                     |<----- optimizer ------->|                     (4) over what trains after (1) and (3)
+        #                     |<------ engine --------->|                     (5) likewise: whose gradients it reduces
         self._forget()
         phase = self.plan.phases[index]
         self._position = replace(self._position, phase=index)
@@ -253,6 +263,7 @@ class Trainer:
         if self.objective.exits is not None:
             self.objective.exits.enter(phase, self.observer.notice)  # (3)
         self.optimizer.enter(phase)  # (4)
+        self.forward.engine.enter(*self.objective.modules)  # (5)
         self._telemetry.phase_begins()
         self.observer.phase_started(index, phase)
         if self.executor.is_compiled:
@@ -264,6 +275,7 @@ class Trainer:
             self._is_whole = False
             self._leave(epoch, None)
             self._position = replace(self._position, ended=True)
+        self._concord.restore()
         self._is_whole = True
         self._telemetry.training_ends()
         tested, ensemble = self._test(epoch)
@@ -278,6 +290,7 @@ class Trainer:
             epoch=epoch,
             optimizer=self.optimizer,
             feed=self.feed,
+            reduced_bytes=self.forward.engine.bytes_per_step,
             trained=trained,
             tested=tested,
             held_out_pct=held_out,
@@ -345,7 +358,7 @@ class Trainer:
             )
             if is_examined:
                 self._examine(batch)
-            return len(batch)
+            return batch.counted
 
         def update() -> None:
             self.step.update(optimizer)
@@ -464,16 +477,17 @@ class Trainer:
         source, accuracy, recordings = self.feed.test_source, self._test_accuracy, self.recordings
         accuracy.reset()
 
-        def step() -> tuple[Tensor, Tensor]:
+        def step() -> tuple[Tensor, Tensor, int]:
             batch = source.fetch()
             with self.forward.autocast():
                 logits = self.forward.logits(batch)
-                accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
-            return logits, batch.labels
+                if batch.counted:
+                    accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
+            return logits, batch.labels, batch.counted
 
         for key in source.put(0):
-            logits, labels = step() if recordings is None else recordings.run("test", key, step)
-            accuracy.count(len(labels))
+            logits, labels, counted = step() if recordings is None else recordings.run("test", key, step)
+            accuracy.count(counted)
             if predictions is not None:
                 # A replay writes into the same tensors again.
                 predictions.append((logits.float().softmax(dim=1), labels.clone()))
@@ -486,9 +500,12 @@ class Trainer:
         It holds plain data and tensors, with parameters by name. The tensors are not copies: save or copy them before
         the next step. Raises NotFiniteError when it is no state to go on from.
         """
+        self._concord.restore()
         self._refuse_not_finite(self._accuracy.read())
-        state = {name: part.state_dict() for name, part in self._parts().items()}
-        return {"position": asdict(self._position), "feed": self.feed.state_dict(), **state}
+        return {"position": asdict(self._position), "feed": self.feed.state_dict(), **self._state()}
+
+    def _state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned. The model must have loaded its own state before, on the run's device.

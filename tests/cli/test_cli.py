@@ -42,7 +42,8 @@ TRAIN_OPTIONS = """
 --data
 --cache --cache-dtype --cache-limit --cache-views
 --decay-epochs --decay-milestones --decay-rate
---data-dir --deterministic --device --drop-path --dry-run --ensemble --epochs --epochs-total --exit-weight --exits --experiment
+--data-dir --deterministic --device --drop-path --dry-run --ensemble --epochs --epochs-total
+--exit-weight --exits --experiment
 --finetune --force --guard --layer-decay --no-ensemble --no-force --settle-front --shift
 --grad-accum-steps
 --img-size --initial-checkpoint --interpolation --json --l2l --log-interval --lr --max-bad-samples --mean --memory-aim

@@ -1,0 +1,251 @@
+"""The processes that train one model together, as `torchrun` starts them; most runs have one, for which all is free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from fxsplit.data.shares import Share
+from fxsplit.errors import FxsplitError, UsageError
+
+Value = TypeVar("Value")
+HOST = torch.device("cpu")
+
+
+class Processes:
+    """This process among those of a run. Every method is called by all of them, in the same order.
+
+    Args:
+        rank: the number of this process, from 0.
+        count: of all processes.
+        local_rank: its number among those on this machine.
+        local_count: of the processes on this machine.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, *, local_rank: int = 0, local_count: int = 1) -> None:
+        self.rank, self.count = rank, count
+        self.local_rank, self.local_count = local_rank, local_count
+        # The vote that goes on: a tensor that all add to, and the work that does it.
+        self._vote: tuple[Tensor, Any] | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and draws."""
+        return self.rank == 0
+
+    def part(self, samples: int) -> int:
+        """Return the most of so many samples that one process takes."""
+        return -(-samples // self.count)
+
+    @property
+    def share(self) -> Share:
+        """The part of every batch that this process takes."""
+        return Share(self.rank, self.count)
+
+    def first(self, make: Callable[[], Value]) -> Value:
+        """Return what the first process makes, in all; the others make nothing. Its error is raised in all, too."""
+        if self.count == 1:
+            return make()
+        made: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                made[0] = make()
+            except Exception as failed:
+                made[1] = failed
+        distributed.broadcast_object_list(made, device=HOST)
+        value, error = made
+        if error is not None:
+            raise error
+        return value  # type: ignore[no-any-return]
+
+    def all(self, value: Value) -> list[Value]:
+        """Return the values of all processes, by rank."""
+        found = []
+        for rank in range(self.count):
+            # Not all_gather_object, which takes a GPU for it where there is one.
+            held = [value if rank == self.rank else None]
+            if self.count > 1:
+                distributed.broadcast_object_list(held, src=rank, device=HOST)
+            found += held
+        return found  # type: ignore[return-value]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all processes, in place."""
+        if self.count > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensors: Sequence[Tensor]) -> None:
+        """Set tensors, in place, to their means over all processes; those without fractions to the first one's."""
+        if self.count == 1:
+            return
+        for (dtype, _), group in _alike(tensors).items():
+            packed = torch.cat([tensor.reshape(-1) for tensor in group])
+            if dtype.is_floating_point or dtype.is_complex:
+                self.sum(packed).div_(self.count)
+            else:
+                distributed.broadcast(packed, 0)
+            _unpack(packed, group)
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Set tensors, in place, to those of the first process."""
+        for group in _alike(tensors).values() if self.count > 1 else ():
+            packed = torch.cat([tensor.reshape(-1) for tensor in group])
+            distributed.broadcast(packed, 0)
+            _unpack(packed, group)
+
+    def vote(self, number: int) -> int:
+        """Vote with a number, 0 for nothing; return the largest of the vote before this one, or without others of this.
+
+        So nobody waits: the votes of a step are counted while the next one is computed.
+        """
+        if self.count == 1:
+            return number
+        before = self._counted()
+        given = torch.tensor(number)
+        self._vote = given, distributed.all_reduce(given, distributed.ReduceOp.MAX, async_op=True)
+        return before
+
+    def _counted(self) -> int:
+        if self._vote is None:
+            return 0
+        (given, work), self._vote = self._vote, None
+        work.wait()
+        return int(given)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Inside, the first process of each machine is ahead of the others there, which find what it has downloaded.
+
+        Raises FxsplitError in these where one that is ahead has failed.
+        """
+        failed = torch.zeros(1)
+        if self.local_rank and self.sum(failed):
+            raise FxsplitError("the first process of a machine has failed, and the others end with it")
+        try:
+            yield
+        except Exception:
+            failed += 1
+            raise
+        finally:
+            if not self.local_rank:
+                self.sum(failed)
+
+    def refuse_differing(self, facts: Mapping[str, Any], why: str) -> None:
+        """Raise UsageError in all processes, with what differs, where the facts of one are not those of the first.
+
+        Args:
+            facts: plain data by its name in words.
+            why: the end of the sentence.
+        """
+        first, *others = self.all(dict(facts))
+        for rank, other in enumerate(others, 1):
+            if different := [name for name in facts if other[name] != first[name]]:
+                name = different[0]
+                raise UsageError(
+                    f"process {rank} has another {name} than process 0: {other[name]} and {first[name]}; {why}"
+                )
+
+    def refuse_drifted(self, state: Mapping[str, Tensor]) -> None:
+        """Raise FxsplitError in all processes where a tensor of one is not that of the first; the first one is named.
+
+        Checksums are compared: each is the sum of the tensor's bits.
+        """
+        if self.count == 1:
+            return
+        own = torch.tensor([checksum(tensor) for tensor in state.values()])
+        first = own.clone()
+        distributed.broadcast(first, 0)
+        # By rank, the number of the first tensor that differs.
+        wrong = torch.full((self.count,), len(own))
+        if len(different := (own != first).nonzero()):
+            wrong[self.rank] = different[0, 0]
+        distributed.all_reduce(wrong, distributed.ReduceOp.MIN)
+        if int(wrong.min()) < len(own):
+            name = list(state)[int(wrong.min())]
+            raise FxsplitError(
+                f"{name!r} of process {int(wrong.argmin())} is no longer that of process 0, so they train different "
+                "models: something in a step depends on the process"
+            )
+
+    def close(self) -> None:
+        """Count the last vote, so that nothing is on its way any more."""
+        self._counted()
+
+
+# The single process of most runs.
+ALONE = Processes()
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the processes that `torchrun` has started, or those that torch.distributed knows already, and leave them.
+
+    Without either this is the only process.
+    """
+    rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    was_initialized = distributed.is_initialized()
+    if was_initialized:
+        rank, count = distributed.get_rank(), distributed.get_world_size()
+    if count == 1:
+        yield Processes()
+        return
+    if not was_initialized:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=_store(), rank=rank, world_size=count)
+    processes = Processes(rank, count, local_rank=local_rank(), local_count=local_count())
+    try:
+        yield processes
+        processes.close()
+    finally:
+        if not was_initialized:
+            distributed.destroy_process_group()
+
+
+def _store() -> PrefixStore:
+    """Connect to where the processes find each other.
+
+    `torchrun` keeps it when it starts them anew: without a part of their own they may find the addresses of the dead.
+    """
+    store, _, count = next(rendezvous("env://"))
+    return PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{count}", store)
+
+
+def local_rank() -> int:
+    """Return the number of this process among those that train on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_count() -> int:
+    """Return how many processes train on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def checksum(tensor: Tensor) -> int:
+    """Add up the bits of a tensor, as 32-bit numbers or as bytes."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.dtype is torch.bool or flat.dtype.itemsize % 4:
+        return int(flat.view(torch.uint8).sum(dtype=torch.int64))
+    return int(flat.view(torch.int32).sum(dtype=torch.int64))
+
+
+def _alike(tensors: Sequence[Tensor]) -> dict[tuple[torch.dtype, torch.device], list[Tensor]]:
+    """Group tensors by type and device."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return groups
+
+
+@torch.no_grad()
+def _unpack(packed: Tensor, tensors: Sequence[Tensor]) -> None:
+    parts = torch.split(packed, [tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view(tensor.shape))

@@ -1,0 +1,217 @@
+"""Forecasts what a plan costs on several devices, from the measured seconds of its ops and a bandwidth.
+
+    ddp        each device a part of the batch       gradients of what trains are added up over all, beside backward
+    fsdp       each device a part of the batch       weights of what trains are gathered twice, gradients scattered once
+    pipeline   each device some of the partitions    boundaries, for each micro-batch; what is settled sends none back
+
+The seconds of an op are taken to be in proportion to its batch, and a message to take its bytes by the bandwidth: small
+batches and slow networks are worse than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from fxsplit.errors import UsageError
+from fxsplit.graph import Modes
+from fxsplit.plan.forecast import CostModel
+from fxsplit.plan.schedule import Phase, Plan
+
+# torch's DistributedDataParallel adds up gradients in buckets of this size; the last one waits for the end of backward.
+BUCKET_BYTES = 25 * 2**20
+# Micro-batches of a pipeline, for each of its devices.
+MICRO_BATCHES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleForecast:
+    """Forecasts a step on several devices: means over the epochs of a plan, and the largest memory of a device.
+
+    Args:
+        kind: ddp, fsdp or pipeline.
+        devices: how many.
+        step_seconds: time of a step on the whole batch.
+        idle_share: of that time a device waits, for messages or for its turn in the pipeline, 0 to 1.
+        traffic_bytes: what a device sends in a step.
+        peak_bytes: the most memory that a device needs.
+        is_fastest: whether it is the fastest of those on as many devices that fit into their memory.
+    """
+
+    kind: str
+    devices: int
+    step_seconds: float
+    idle_share: float
+    traffic_bytes: int
+    peak_bytes: int
+    is_fastest: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """A step of one phase: seconds, those of them in which a device computes, bytes sent and bytes of memory."""
+
+    seconds: float
+    busy_seconds: float
+    traffic: float
+    memory: float
+
+
+def scaling(
+    plan: Plan,
+    modes: Modes,
+    *,
+    batch_size: int,
+    devices: int,
+    bandwidth: float,
+    device_bytes: float | None = None,
+    optimizer_slots: int = 2,
+    update_seconds: float | None = None,
+) -> tuple[ScaleForecast, ...]:
+    """Forecast the steps of `plan` on 1, 2, 4, ... `devices`, each in up to three ways.
+
+    More devices than a batch has samples are left out, and so are pipelines of more devices than partitions.
+
+    Args:
+        plan: made for a model with the graphs `modes`, whose ops were measured.
+        modes: its graphs.
+        batch_size: samples of a whole batch, over all devices.
+        devices: the most devices.
+        bandwidth: bytes that a device sends in a second.
+        device_bytes: memory of a device; None for more than enough.
+        optimizer_slots: values that the optimizer keeps for each parameter.
+        update_seconds: time of the optimizer's update of all parameters, if it was measured.
+
+    Raises UsageError when the ops were not measured.
+    """
+    found: list[ScaleForecast] = []
+    for count in _counts(min(devices, batch_size)):
+        own = CostModel(plan.partitions, modes, -(-batch_size // count), optimizer_slots, update_seconds)
+        if not own.measured:
+            raise UsageError("what several devices take can be forecast only of ops that were measured: see --measure")
+        ways = [_mean(plan, "ddp", count, [_ddp(own, phase, count, bandwidth) for phase in plan.phases])]
+        if count > 1:
+            ways.append(_mean(plan, "fsdp", count, [_fsdp(own, phase, count, bandwidth) for phase in plan.phases]))
+        if 1 < count <= len(plan.partitions):
+            micro_batches = min(batch_size, MICRO_BATCHES * count)
+            part = CostModel(plan.partitions, modes, -(-batch_size // micro_batches), optimizer_slots, update_seconds)
+            steps = [_pipeline(part, phase, count, micro_batches, bandwidth) for phase in plan.phases]
+            ways.append(_mean(plan, "pipeline", count, steps))
+        fitting = [each for each in ways if device_bytes is None or each.peak_bytes <= device_bytes]
+        best = min(fitting, key=lambda each: each.step_seconds, default=None)
+        found += [replace(each, is_fastest=each is best) for each in ways]
+    return tuple(found)
+
+
+def _counts(most: int) -> Iterator[int]:
+    count = 1
+    while count < most:
+        yield count
+        count *= 2
+    yield most
+
+
+def _mean(plan: Plan, kind: str, devices: int, steps: Sequence[_Step]) -> ScaleForecast:
+    shares = [phase.epochs / plan.epochs for phase in plan.phases]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(share * value for share, value in zip(shares, values, strict=True))
+
+    seconds = mean([step.seconds for step in steps])
+    return ScaleForecast(
+        kind=kind,
+        devices=devices,
+        step_seconds=seconds,
+        idle_share=1 - mean([step.busy_seconds for step in steps]) / seconds if seconds else 0.0,
+        traffic_bytes=round(mean([step.traffic for step in steps])),
+        peak_bytes=round(max(step.memory for step in steps)),
+    )
+
+
+def _ddp(costs: CostModel, phase: Phase, devices: int, bandwidth: float) -> _Step:
+    forward, backward = costs.seconds(phase)
+    ahead = costs.phase(phase)
+    # In a ring each device sends every gradient but its own part twice: to add up, and to tell.
+    ring = 2 * (devices - 1) / devices
+    traffic = ring * ahead.gradient_bytes
+    last = ring * min(ahead.gradient_bytes, BUCKET_BYTES) / bandwidth
+    busy = forward + backward + costs.update_seconds(phase)
+    waiting = max(traffic / bandwidth - backward, last)
+    return _Step(seconds=busy + waiting, busy_seconds=busy, traffic=traffic, memory=ahead.peak_bytes)
+
+
+def _fsdp(costs: CostModel, phase: Phase, devices: int, bandwidth: float) -> _Step:
+    forward, backward = costs.seconds(phase)
+    ahead = costs.phase(phase)
+    trained = ahead.gradient_bytes
+    largest = max(costs.trained_bytes(index, phase) for index in range(phase.start, phase.stop))
+    others = (devices - 1) / devices
+    traffic = 3 * others * trained
+    busy = forward + backward + costs.update_seconds(phase) / devices
+    # The first weights are gathered before anything runs, the others beside what runs.
+    waiting = max(traffic / bandwidth - forward - backward, others * largest / bandwidth)
+    kept = ahead.parameter_bytes - trained + ahead.buffer_bytes + ahead.activation_bytes
+    divided = (trained + ahead.gradient_bytes + ahead.optimizer_bytes) / devices
+    return _Step(
+        # Two partitions are whole at a time: the one that runs, and the next.
+        seconds=busy + waiting,
+        busy_seconds=busy,
+        traffic=traffic,
+        memory=kept + divided + 2 * largest,
+    )
+
+
+def _pipeline(costs: CostModel, phase: Phase, devices: int, micro_batches: int, bandwidth: float) -> _Step:
+    # One micro-batch of each device's partitions takes `slowest` at most, and the pipeline moves on in such beats:
+    #
+    #     device 0   0 1 2 3 . . .
+    #     device 1     0 1 2 3 . .        micro_batches + devices - 1 beats
+    #     device 2       0 1 2 3 .
+    by_partition = costs.seconds_by_partition(phase)
+    cuts = _balanced([sum(each) for each in by_partition], devices)
+    groups = list(pairwise(cuts))
+    loads = [sum(sum(each) for each in by_partition[start:stop]) for start, stop in groups]
+    sent = [0.0] * devices
+    for rank, (start, _) in enumerate(groups[1:], 1):
+        boundary = costs.partitions[start].boundary_bytes * costs.batch_size
+        sent[rank - 1] += boundary
+        sent[rank] += boundary * (phase.start < start)  # its gradient, if anything before trains
+    beat = max(max(load, each / bandwidth) for load, each in zip(loads, sent, strict=True))
+    trained = [sum(costs.trained_bytes(index, phase) for index in range(*group)) for group in groups]
+    whole = sum(trained) or 1
+    update = costs.update_seconds(phase) * max(trained) / whole
+    memory = []
+    for rank, (start, stop) in enumerate(groups):
+        held = range(max(start, phase.start), stop)
+        # The first device has as many micro-batches on their way as there are devices, the last one has one.
+        activations = sum(costs.partitions[index].activation_bytes for index in held) * costs.batch_size
+        in_flight = min(micro_batches, devices - rank)
+        own = sum(costs.state_bytes(index) for index in range(start, stop))
+        memory.append(own + (1 + costs.optimizer_slots) * trained[rank] + activations * in_flight)
+    return _Step(
+        seconds=(micro_batches + devices - 1) * beat + update,
+        busy_seconds=micro_batches * sum(loads) / devices + costs.update_seconds(phase) / devices,
+        traffic=micro_batches * max(sent),
+        memory=max(memory),
+    )
+
+
+def _balanced(loads: Sequence[float], parts: int) -> list[int]:
+    """Divide loads into neighbouring groups whose largest sum is least; return where they begin, and the end."""
+    before = [0.0]
+    for load in loads:
+        before.append(before[-1] + load)
+    count = len(loads)
+    # By the number of groups so far, and their end: the least largest sum, and where the last group begins.
+    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+    for part in range(1, parts + 1):
+        found = {}
+        for stop in range(part, count - (parts - part) + 1):
+            starts = ((max(worst, before[stop] - before[start]), start) for start, (worst, _) in best[-1].items())
+            found[stop] = min(each for each in starts if each[1] < stop)
+        best.append(found)
+    cuts = [count]
+    for found in reversed(best[1:]):
+        cuts.append(found[cuts[-1]][1])
+    return cuts[::-1]
