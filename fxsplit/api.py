@@ -96,7 +96,7 @@ def _train(
         assembly.check_data(start, data, observer)
         assembly.check_alike(trace, data, processes)
         if not start.goes_on:
-            pay = partial(assembly.paying_plan, spec, trace, executor, plan, data, device, processes, observer)
+            pay = partial(assembly.paying_plan, spec, trace, executor, plan, data, device, observer, processes)
             plan = processes.first(pay)
         recordings = assembly.recordings(spec, trace, device, processes, observer)  # of steps, as CUDA graphs
         trainer = assembly.trainer(spec, trace, executor, plan, data, processes, observer, recordings)

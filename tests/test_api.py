@@ -28,6 +28,7 @@ from fxsplit.capture.tracing import Trace
 from fxsplit.cuda.replay import Recordings
 from fxsplit.data import datasets
 from fxsplit.data.loader import Loader
+from fxsplit.distribute.processes import Processes
 from fxsplit.errors import DataError, PartitionError, ProofError, UsageError
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.pointwise import pointwise_products
@@ -386,7 +387,7 @@ def recorded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedRecorder:
     """Let runs with CUDA graphs record in a simulation."""
     recorder = SimulatedRecorder(most=2)
 
-    def recordings(spec: fxsplit.RunSpec, trace: Trace, device: torch.device, observer: Observer) -> Any:
+    def recordings(spec: fxsplit.RunSpec, trace: Trace, device: torch.device, _: Processes, observer: Observer) -> Any:
         made = Recordings(recorder, device, held=(trace.model,), notice=observer.notice)
         return made if spec.cuda_graphs == "on" else None
 

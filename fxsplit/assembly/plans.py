@@ -82,8 +82,8 @@ def paying_plan(
     plan: Plan,
     data: Data,
     device: torch.device,
-    processes: Processes,
     observer: Observer,
+    processes: Processes = ALONE,
 ) -> Plan:
     """On a GPU, come only as near to `spec.memory_aim` as some measured steps allow.
 

@@ -59,6 +59,7 @@ TRAIN_OPTIONS = """
 --workers -j
 """
 INSPECT_OPTIONS = """
+--bandwidth --device-memory --devices
 --grad-accum-steps --memory-aim --memory-budget --preset --settle-from --settle-share --settle-until
 --at --balance --batch-size -b --by --channels-last --config -c --data --device --diff --drop-path --epochs
 --epochs-total --finetune --format --img-size --json --l2l --measure --momentum --no-channels-last --opt --output -o
@@ -102,8 +103,16 @@ class FakeApi(SimpleNamespace):
     check_forecasts = check
 
     def inspect(
-        self, spec: RunSpec, *, measured: bool, save_to: str | None, trust_code: bool, observer: Observer
+        self,
+        spec: RunSpec,
+        *,
+        measured: bool,
+        save_to: str | None,
+        trust_code: bool,
+        observer: Observer,
+        **several: float | None,
     ) -> Inspection:
+        self.several = several
         self.spec, self.measured, self.saved_to, self.trusted = spec, measured, save_to, trust_code
         observer.notice("a notice")
         print("a library prints")
@@ -258,6 +267,9 @@ def test_ops_are_measured_where_asked(api: FakeApi) -> None:
     assert not api.measured
     assert main(["inspect", "paper:cnn", "--measure"]) == 0
     assert api.measured
+    assert api.several["devices"] is None
+    assert main(["inspect", "paper:cnn", "--devices", "8", "--bandwidth", "2.5", "--device-memory", "80"]) == 0
+    assert api.several == {"devices": 8, "bandwidth": 2.5e9, "device_bytes": 80e9}
 
 
 def test_every_field_is_an_option(api: FakeApi) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from fxsplit.errors import UsageError
 from fxsplit.plan.planfile import from_dict, read_file
+from fxsplit.plan.scaling import ScaleForecast
 from fxsplit.report import Inspection
 from fxsplit_cli import formats
 
@@ -123,7 +124,9 @@ def test_json(inspection: Inspection, tmp_path: Path, capsys: pytest.CaptureFixt
     path.write_text(json.dumps(data["plan"]), encoding="utf-8")
     assert read_file(str(path)) == inspection.plan_file
     assert read_file(str(path)).plan(inspection) == inspection.plan
+    assert data["scaling"] == []
     assert set(data) == {
+        "scaling",
         "model",
         "input_shape",
         "graph_digest",
@@ -212,3 +215,18 @@ def test_a_file_that_cannot_be_written(inspection: Inspection, tmp_path: Path) -
     path = str(tmp_path / "none" / "file")
     with pytest.raises(UsageError, match="cannot be written: No such file or directory; choose another --output"):
         formats.show(inspection, "json", path)
+
+
+def test_what_several_devices_take_is_a_table(inspection: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
+    ways = (("ddp", 1, 8.0, 0), ("ddp", 2, 4.0, 1500), ("fsdp", 2, 3.2, 2500))
+    found = tuple(
+        ScaleForecast(
+            kind=kind, devices=devices, step_seconds=seconds, idle_share=0.25, traffic_bytes=sent, peak_bytes=10**6,
+            is_fastest=kind == "fsdp",
+        )
+        for kind, devices, seconds, sent in ways
+    )  # fmt: skip
+    lines = shown(replace(inspection, scaling=found), "table", capsys).splitlines()
+    (row,) = [line.split() for line in lines if "fsdp" in line]
+    assert row == ["2", "fsdp", "3.2", "s", "2.50", "25%", "2.5", "kB", "1.0", "MB", "*"]
+    assert not any(" ddp " in line and "*" in line for line in lines)
