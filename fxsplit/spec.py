@@ -85,15 +85,71 @@ class RunSpec:
     workers: int = option("Data", "Processes that read images which do not fit in memory.", 2, flags=("-j",), least=0)
     train_limit: int | None = option("Data", "Train on this many images, drawn with the seed.", None, least=1)
     train_batches_per_epoch: int | None = option("Data", "End each epoch after this many steps.", None, least=1)
-    augment: str = option(
-        "Data",
-        "crop-flip: random crop with padding, and horizontal flip.",
-        "none",
-        choices=("none", "crop-flip"),
+    crop_pct: float = option(
+        "Data", "Share of the short side of test images that is left, in the middle.", 1.0, above=0, most=1
     )
     mean: tuple[float, ...] = option("Data", "Means of the channels, subtracted from pixels / 255.", ())
     std: tuple[float, ...] = option(
         "Data", "Standard deviations of the channels, by which images are then divided.", (), above=0
+    )
+
+    augment: str = option(
+        "Augmentation",
+        "How images are cropped and mirrored: crop-flip (after padding, at random), flip-alternate (mirrored in every "
+        "other epoch), resized-crop (a part of random size and shape).",
+        "none",
+        choices=("none", "crop-flip", "flip-alternate", "resized-crop"),
+    )
+    scale: tuple[float, ...] = option(
+        "Augmentation",
+        "Least and largest share of the area with --augment resized-crop; 0.08,1 if not given.",
+        (),
+        above=0,
+        most=1,
+    )
+    ratio: tuple[float, ...] = option(
+        "Augmentation",
+        "Least and largest width, in heights, with --augment resized-crop; 3/4 and 4/3 if not given.",
+        (),
+        above=0,
+    )
+    train_interpolation: str | None = option(
+        "Augmentation",
+        "How resized crops are resized; as --interpolation if not given.",
+        None,
+        choices=("bilinear", "bicubic", "random"),
+    )
+    hflip: float | None = option(
+        "Augmentation",
+        "Chance that an image is mirrored; with crop-flip and resized-crop 0.5 if not given.",
+        None,
+        least=0,
+        most=1,
+    )
+    aa: str | None = option(
+        "Augmentation",
+        "Policy that changes colours and shapes: trivial, or by timm's names, as rand-m9-mstd0.5, original, v0, 3a, "
+        "augmix-m5-w4.",
+        None,
+        pattern=r"trivial|(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+\d+(\.\d+)?)*",
+    )
+    color_jitter: float = option(
+        "Augmentation",
+        "By how much brightness, contrast and saturation change at most; not beside --aa.",
+        0.0,
+        least=0,
+        most=1,
+    )
+    reprob: float = option("Augmentation", "Chance that a part of an image is erased.", 0.0, least=0, most=1)
+    mixup: float = option(
+        "Augmentation", "Mix images and labels of a batch, with this alpha of the beta distribution.", 0.0, least=0
+    )
+    cutmix: float = option(
+        "Augmentation",
+        "Replace a part of each image by that of another one in the batch, with this alpha; with --mixup too, each "
+        "batch is mixed in one of the two ways.",
+        0.0,
+        least=0,
     )
 
     epochs: int = option("Training", "Epochs of the run; of each phase with --schedule window.", 10, least=1)
@@ -506,11 +562,7 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
             f"anneal is {spec.anneal} and veto is true, but a partition that settles later than planned would stand "
             "still at a learning rate of 0; leave out one of them"
         )
-    if spec.cache in ("device", "ram", "disk") and spec.augment != "none" and spec.cache_views is None:
-        yield (
-            f"cache is {spec.cache!r} and augment is {spec.augment!r}, but of images that are changed at random "
-            "only a fixed number of views can be kept; give cache-views, or leave out the cache"
-        )
+    yield from _augmentation_conflicts(spec, wrong=wrong)
     starts = {"pretrained", "initial_checkpoint"}
     if spec.pretrained and spec.initial_checkpoint is not None and not starts & set(wrong):
         yield "pretrained is true and initial-checkpoint is given, but a run starts from one of the two"
@@ -518,6 +570,44 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
         yield (
             f"mean has length {len(spec.mean)} and std has length {len(spec.std)}, "
             "but both must have 1, 3 or no numbers"
+        )
+
+
+def _augmentation_conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
+    names = ("scale", "ratio", "train_interpolation")
+    unheeded = [key(name) for name in names if getattr(spec, name) != _DEFAULTS[name] and name not in wrong]
+    if unheeded and spec.augment != "resized-crop" and "augment" not in wrong:
+        yield f"{', '.join(unheeded)} can be given only with augment resized-crop, and augment is {spec.augment!r}"
+    for name in ("scale", "ratio"):
+        pair = getattr(spec, name)
+        if name not in wrong and pair and (len(pair) != 2 or pair[0] > pair[1]):
+            yield f"{name} is {','.join(map(str, pair))}, but must be two numbers, the smaller first"
+    if {"augment", "hflip", "aa", "color_jitter", "reprob", "mixup", "cutmix", "cache_views"} & set(wrong):
+        return
+    alternates = spec.augment == "flip-alternate"
+    if alternates and spec.hflip is not None:
+        yield f"hflip is {spec.hflip} and augment is 'flip-alternate', which mirrors by turns; leave out one of them"
+    if spec.aa is not None and spec.color_jitter:
+        yield f"aa is {spec.aa!r} and color-jitter is {spec.color_jitter}, but only one can change colours"
+    if alternates and spec.cache_views is not None and spec.cache_views % 2:
+        yield f"cache-views is {spec.cache_views}, but must be even where images are mirrored by turns"
+    changed = [name for name in ("hflip", "aa", "color_jitter", "reprob") if getattr(spec, name)]
+    named = [name for name in ("augment",) if spec.augment not in ("none", "flip-alternate")]
+    random, mixed = [*named, *changed], [name for name in ("mixup", "cutmix") if getattr(spec, name)]
+    if spec.cache in ("device", "ram", "disk") and random and spec.cache_views is None:
+        yield (
+            f"cache is {spec.cache!r} and {key(random[0])} is {getattr(spec, random[0])!r}, but of images that are "
+            "changed at random only a fixed number of views can be kept; give cache-views, or leave out the cache"
+        )
+    if mixed and (spec.cache in ("device", "ram", "disk") or spec.cache_views is not None):
+        yield (
+            f"{mixed[0]} is {getattr(spec, mixed[0])}, and a cache is asked for, but what settled partitions deliver "
+            f"for mixed images is no mix of what they deliver for single ones; leave out {mixed[0]}, or the cache"
+        )
+    if mixed and spec.soft_targets and "soft_targets" not in wrong:
+        yield (
+            f"{mixed[0]} is {getattr(spec, mixed[0])} and soft-targets is {spec.soft_targets}, but earlier outputs for "
+            "an image are no targets for its mix with another one; leave out one of them"
         )
 
 

@@ -398,7 +398,7 @@ def test_a_field_that_there_is_not_is_refused() -> None:
 
 def test_every_choice_is_one_that_the_code_has() -> None:
     """What lies beside torch is named a second time, in the spec, which starts without it."""
-    from fxsplit.data.augmentation import AUGMENTATIONS
+    from fxsplit.data.augmentation.crops import AUGMENTATIONS
     from fxsplit.models.registry import STEMS
 
     choices = {item.name: item.metadata["choices"] for item in fields(RunSpec)}

@@ -20,12 +20,20 @@ class Batch:
         cut: how many partitions have been run already.
         labels: int64 (B,).
         ids: positions in the image set, int64 (B,).
+        soft_labels: shares of all classes, float32 (B, classes), where images are mixed; `labels` are then those that
+            have the largest share. None elsewhere.
     """
 
     values: tuple[Any, ...]
     cut: int = 0
     labels: Tensor
     ids: Tensor
+    soft_labels: Tensor | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """What cross-entropy takes: soft labels where there are any, else labels."""
+        return self.labels if self.soft_labels is None else self.soft_labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,9 +49,10 @@ class Batch:
         """Divide the batch into at most `count` micro-batches, of `micro_batch_sizes`; a small batch gives fewer."""
         sizes = micro_batch_sizes(len(self), count, batch_size=batch_size)
         values = ([None] * len(sizes) if value is None else torch.split(value, sizes) for value in self.values)
+        soft = [None] * len(sizes) if self.soft_labels is None else torch.split(self.soft_labels, sizes)
         labels, ids = torch.split(self.labels, sizes), torch.split(self.ids, sizes)
-        for own_values, own_labels, own_ids in zip(zip(*values, strict=True), labels, ids, strict=True):
-            yield Batch(values=own_values, cut=self.cut, labels=own_labels, ids=own_ids)
+        for own, *rest in zip(zip(*values, strict=True), labels, ids, soft, strict=True):
+            yield Batch(values=own, cut=self.cut, labels=rest[0], ids=rest[1], soft_labels=rest[2])
 
 
 def micro_batch_sizes(samples: int, count: int, *, batch_size: int) -> list[int]:

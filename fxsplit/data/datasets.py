@@ -38,6 +38,8 @@ def load(
     notice: Notice,
     workers: int,
     interpolation: str = INTERPOLATIONS[0],
+    crop_pct: float = 1.0,
+    train_in_files: bool = False,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Data:
     """Load the data set `name`, on the CPU: digits, cifar10, cifar100, synthetic or folder:PATH.
@@ -52,6 +54,8 @@ def load(
         notice: is called with sentences about what was decided for the user.
         workers: processes that read images which do not fit in memory.
         interpolation: how images in files are resized, one of INTERPOLATIONS; a loader resizes those in memory.
+        crop_pct: the share of a test image's short side that is left, in its middle.
+        train_in_files: leave training images that lie in files there, for what needs their own pixels.
         memory_limit_bytes: a folder whose decoded images need more stays in files.
 
     Raises UsageError when there is no such data set or it has fewer images than `train_limit`, and DataError
@@ -64,7 +68,12 @@ def load(
         data = known.load(img_size or known.img_size, Path(data_dir).expanduser(), seed)
     if train_limit is not None:
         data = replace(data, train=data.train.subset(_drawn(name, len(data.train), train_limit, seed)))
-    return _into_memory(data, memory_limit_bytes, notice)
+    if crop_pct < 1:
+        data = replace(data, test=data.test.cropped(crop_pct))
+    data = _into_memory(data, memory_limit_bytes, notice, train_in_files=train_in_files)
+    if isinstance(data.train, MemoryImages):
+        data = replace(data, train=replace(data.train, workers=workers))
+    return data
 
 
 def describe(name: str, *, img_size: int | None) -> tuple[int, int]:
@@ -107,15 +116,16 @@ def _drawn(name: str, images: int, limit: int, seed: int) -> Tensor:
     return torch.from_numpy(random_stream("train-limit", seed).permutation(images)[:limit])
 
 
-def _into_memory(data: Data, limit_bytes: int, notice: Notice) -> Data:
-    """Decode images that lie in files, if those of both sets fit into `limit_bytes`."""
+def _into_memory(data: Data, limit_bytes: int, notice: Notice, *, train_in_files: bool) -> Data:
+    """Decode images that lie in files, if those of both sets fit into `limit_bytes`; or those to test on alone."""
     train, test = data.train, data.test
     if not (isinstance(train, FileImages) and isinstance(test, FileImages)):
         return data
-    needed = (len(train) + len(test)) * data.channels * data.img_size**2
+    count = len(test) if train_in_files else len(train) + len(test)
+    needed = count * data.channels * data.img_size**2
     if needed <= limit_bytes:
         with image_warnings() as found:
-            data = replace(data, train=train.decoded(), test=test.decoded())
+            data = replace(data, test=test.decoded(), train=train if train_in_files else train.decoded())
         if train.warned:
             train.warned(found)
         return data

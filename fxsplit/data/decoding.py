@@ -5,9 +5,10 @@ file ──open──► 16 bits, int32, float ──► 8 bits ──► over w
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,9 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 # For EPS Pillow starts another program, Ghostscript. IPTC may wrap any format, EPS included. Pillow recognizes MPEG but
 # cannot decode it.
 NOT_READ = ("EPS", "IPTC", "MPEG")
+# A JPEG file is decoded at a half, a quarter or an eighth of its scale where it has so many times the pixels that are
+# needed, along each side, even then.
+GAP = 2
 # An image whose long side is more than so many short sides is cropped before it is resized.
 LONGEST = 8
 
@@ -39,14 +43,39 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Turns that exchange width and height.
+SIDEWAYS = (5, 6, 7, 8)
+# Formats whose decoder can leave out detail.
+DRAFTED = ("JPEG", "MPO")
 
 _reading = threading.local()
 
 
-def decode(path: str | Path, img_size: int, interpolation: str = INTERPOLATIONS[0]) -> Tensor:
+# Takes the width and height of an image, and returns those in which its pixels are enough.
+Least = Callable[[int, int], tuple[float, float]]
+
+
+def decode(path: str | Path, img_size: int, interpolation: str = INTERPOLATIONS[0], *, crop_pct: float = 1.0) -> Tensor:
     """Decode the image in a file to uint8 (3, img_size, img_size): short side resized, centre cropped.
 
-    `interpolation` is how it is resized, one of INTERPOLATIONS.
+    Args:
+        path: of the file.
+        img_size: side in pixels.
+        interpolation: how it is resized, one of INTERPOLATIONS.
+        crop_pct: the share of the short side that is left.
+
+    Raises DataError when the file cannot be decoded.
+    """
+    short = img_size * GAP / crop_pct
+    image, _, _ = read_image(path, lambda *sides: (short * sides[0] / min(sides), short * sides[1] / min(sides)))
+    pixels: Tensor = transforms.pil_to_tensor(square(image, img_size, interpolation, crop_pct=crop_pct))
+    return pixels
+
+
+def read_image(path: str | Path, least: Least | None = None) -> tuple[Image.Image, int, int]:
+    """Read the image in a file as RGB pixels, and its own width and height.
+
+    With `least`, the decoder of a JPEG file may leave out detail, as long as width and height stay above these.
 
     The image is turned as its EXIF orientation says, and transparent pixels are laid over white. Of several frames the
     first is taken. Values of more than 8 bits are scaled to 0 .. 255: from 0 .. 65535 if they have 16 bits, from 0 .. 1
@@ -56,10 +85,17 @@ def decode(path: str | Path, img_size: int, interpolation: str = INTERPOLATIONS[
     Raises DataError when the file cannot be decoded.
     """
     with open_image(path) as image:
-        image.load()
-        upright = _upright(_opaque(_eight_bits(image)), image)
-        pixels: Tensor = transforms.pil_to_tensor(_square(upright, img_size, interpolation))
-    return pixels
+        if image.format in DRAFTED:
+            turn = _turn(image)
+            width, height = _turned(image.size, turn)
+            if least is not None:
+                image.draft(None, _turned(tuple(map(math.ceil, least(width, height))), turn))
+            image.load()
+        else:
+            image.load()
+            turn = _turn(image)
+            width, height = _turned(image.size, turn)
+        return _upright(_opaque(_eight_bits(image)), turn), width, height
 
 
 def short_side(path: str | Path) -> int:
@@ -167,20 +203,33 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured).convert("RGB")
 
 
-def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """Turn the `pixels` of a loaded image as its EXIF data say; for TIFF files Pillow has done so already."""
+def _turn(image: Image.Image) -> int | None:
+    """Return how an image has to be turned to be upright, as its EXIF data say.
+
+    That of a TIFF file is right after it was loaded: Pillow turns it then.
+    """
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # every kind of broken data fails in its own way
         warnings.warn(f"its EXIF data cannot be read, and it is taken as upright ({reason(error)})", stacklevel=1)
-        return pixels
-    return pixels if turn is None else pixels.transpose(turn)
+        return None
 
 
-def _square(pixels: Image.Image, size: int, interpolation: str) -> Image.Image:
-    if pixels.size == (size, size):
+def _turned(size: Sequence[int], turn: int | None) -> tuple[int, int]:
+    width, height = size
+    return (height, width) if turn in SIDEWAYS else (width, height)
+
+
+def _upright(pixels: Image.Image, turn: int | None) -> Image.Image:
+    return pixels.transpose(TURNS[turn]) if turn in TURNS else pixels
+
+
+def square(pixels: Image.Image, size: int, interpolation: str, *, crop_pct: float = 1.0) -> Image.Image:
+    """Resize the short side of an image to `size` / `crop_pct`, and cut the middle out."""
+    side = int(size / crop_pct)
+    if pixels.size == (size, size) == (side, side):
         return pixels
-    resized = transforms.resize(_without_ends(pixels), [size], InterpolationMode(interpolation), antialias=True)
+    resized = transforms.resize(_without_ends(pixels), [side], InterpolationMode(interpolation), antialias=True)
     cropped: Image.Image = transforms.center_crop(resized, [size])
     return cropped
 

@@ -6,14 +6,18 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as transforms
 
-from fxsplit.data.decoding import INTERPOLATIONS, decode, image_warnings
+from fxsplit.data.decoding import INTERPOLATIONS, decode, image_warnings, read_image, square
 from fxsplit.data.randomness import random_stream
 from fxsplit.data.staging import free_bytes, read_ahead, rows_of
 from fxsplit.errors import DataError
@@ -31,11 +35,48 @@ Warned = Callable[[Mapping[str, str]], None]
 ReadBatch = tuple[Tensor | str, Mapping[str, str]]
 
 
+class OpenImage(Protocol):
+    """An image that is about to be read, for what changes it while it is read."""
+
+    def square(self, size: int, interpolation: str) -> Image.Image:
+        """Read it as a square of `size` pixels, as unchanged images are."""
+        ...
+
+    def at_least(self, least: Callable[..., tuple[float, float]], *given: Any, **options: Any) -> OwnPixels:
+        """Read it whole, in no fewer pixels than `least(width, height, *given, **options)` says."""
+        ...
+
+
+class OwnPixels(NamedTuple):
+    """An image as it was read, and the width and height that it has by itself."""
+
+    image: Image.Image
+    width: int
+    height: int
+
+
+class ReaderChange(Protocol):
+    """Says what readers do with each image: what `change` returns, pixels uint8 (C, H, W), takes its place."""
+
+    @property
+    def change(self) -> Callable[..., Tensor]: ...
+
+    def rows(self, ids: Tensor) -> list[np.ndarray[Any, Any]]:
+        """Return what `change` takes beside the image, for each of these images: arrays (B, ...)."""
+        ...
+
+
+# The ids of a batch, and the rows of its images.
+Wanted = tuple[list[int], list[np.ndarray[Any, Any]]]
+
+
 class ImageSet(ABC):
     """Gives batches of square images, `img_size` pixels wide, with `labels`, int64 (N,); image i has the id i."""
 
     labels: Tensor
     img_size: int
+    # The share of an image's short side that is left, in its middle.
+    crop_pct: float
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,19 +91,28 @@ class ImageSet(ABC):
         """The pixels of all images, uint8 (N, C, h, w), where they lie in memory on `device`; else None."""
         return None
 
+    @property
+    def stored_size(self) -> tuple[int, int] | None:
+        """Height and width of the pixels in memory; None for images in files, whose sizes are their own."""
+        return None
+
     @abstractmethod
     def to(self, device: torch.device) -> ImageSet:
         """Return the same images, whose batches are made on `device`."""
+
+    @abstractmethod
+    def cropped(self, crop_pct: float) -> ImageSet:
+        """Return the same images, of whose short side only the share `crop_pct` is left."""
 
     @abstractmethod
     def subset(self, ids: Tensor) -> ImageSet:
         """Select the images `ids` (M,), which get the ids 0 .. M - 1."""
 
     @abstractmethod
-    def read(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+    def read(self, order: Tensor, batch_size: int, change: ReaderChange | None = None) -> Iterator[Tensor]:
         """Read the pixels of batch after batch, in an `order` of ids int64 (M,): uint8 (B, C, h, w), all on the CPU.
 
-        They are in pinned memory if `device` is a GPU.
+        They are in pinned memory if `device` is a GPU. With a `change`, worker processes change each image by it.
         """
 
 
@@ -72,15 +122,30 @@ class MemoryImages(ImageSet):
 
     On a GPU the pixels lie in its memory if they take at most DEVICE_SHARE of what is free there, else on the CPU.
     Pixels of another size than `img_size` are resized batch by batch, so small images stay small in memory.
+
+    Args:
+        pixels: of all images.
+        labels: int64 (N,).
+        img_size: side of the images that are given, in pixels.
+        crop_pct: the share of an image's short side that is left, in its middle.
+        workers: how many processes change images where they are read; with 0 this one does.
     """
 
     pixels: Tensor
     labels: Tensor
     img_size: int
+    crop_pct: float = 1.0
+    workers: int = 0
+    _readers: Readers = field(init=False, repr=False, default_factory=lambda: Readers())
 
     @property
     def resident(self) -> Tensor | None:
         return self.pixels if self.pixels.device == self.device else None
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        height, width = self.pixels.shape[-2:]
+        return height, width
 
     def to(self, device: torch.device) -> MemoryImages:
         labels = self.labels.to(device)
@@ -88,12 +153,19 @@ class MemoryImages(ImageSet):
         fits = free is None or self.pixels.nbytes <= DEVICE_SHARE * free
         return replace(self, pixels=self.pixels.to(device if fits else "cpu"), labels=labels)
 
+    def cropped(self, crop_pct: float) -> MemoryImages:
+        return replace(self, crop_pct=crop_pct)
+
     def subset(self, ids: Tensor) -> MemoryImages:
         return replace(self, pixels=self.pixels[ids], labels=self.labels[ids])
 
-    def read(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
-        read = partial(rows_of, self.pixels.cpu(), pinned=self.device.type == "cuda")
-        return read_ahead(read, torch.split(order, batch_size))
+    def read(self, order: Tensor, batch_size: int, change: ReaderChange | None = None) -> Iterator[Tensor]:
+        pinned, pixels = self.device.type == "cuda", self.pixels.cpu()
+        if change is None:
+            return read_ahead(partial(rows_of, pixels, pinned=pinned), torch.split(order, batch_size))
+        batches = [wanted(ids, change) for ids in torch.split(order, batch_size)]
+        reading = _Reading(partial(_InMemory, pixels), change.change)
+        return self._readers.read(reading, batches, workers=self.workers, pinned=pinned)
 
 
 class FileImages(ImageSet):
@@ -108,6 +180,7 @@ class FileImages(ImageSet):
         img_size: side of the images in pixels.
         workers: how many processes read; with 0 this one does.
         interpolation: how images are resized, one of INTERPOLATIONS.
+        crop_pct: the share of an image's short side that is left, in its middle.
         warned: is called with what Pillow warns of while a batch is read.
     """
 
@@ -119,6 +192,7 @@ class FileImages(ImageSet):
         img_size: int,
         workers: int,
         interpolation: str = INTERPOLATIONS[0],
+        crop_pct: float = 1.0,
         warned: Warned | None = None,
     ) -> None:
         self.paths = tuple(paths)
@@ -126,8 +200,9 @@ class FileImages(ImageSet):
         self.img_size = img_size
         self.workers = workers
         self.interpolation = interpolation
+        self.crop_pct = crop_pct
         self.warned = warned
-        self._batches: list[list[int]] = []
+        self._readers = Readers()
 
     def to(self, device: torch.device) -> FileImages:
         return self._with(self.paths, self.labels.to(device))
@@ -135,13 +210,17 @@ class FileImages(ImageSet):
     def subset(self, ids: Tensor) -> FileImages:
         return self._with([self.paths[index] for index in ids.tolist()], self.labels[ids])
 
-    def _with(self, paths: Sequence[str], labels: Tensor) -> FileImages:
+    def cropped(self, crop_pct: float) -> FileImages:
+        return self._with(self.paths, self.labels, crop_pct=crop_pct)
+
+    def _with(self, paths: Sequence[str], labels: Tensor, *, crop_pct: float | None = None) -> FileImages:
         return FileImages(
             paths,
             labels,
             img_size=self.img_size,
             workers=self.workers,
             interpolation=self.interpolation,
+            crop_pct=self.crop_pct if crop_pct is None else crop_pct,
             warned=self.warned,
         )
 
@@ -151,35 +230,94 @@ class FileImages(ImageSet):
 
         def fill(start: int) -> None:
             for index, path in enumerate(self.paths[start : start + DECODE_CHUNK], start):
-                pixels[index] = decode(path, self.img_size, self.interpolation)
+                pixels[index] = decode(path, self.img_size, self.interpolation, crop_pct=self.crop_pct)
 
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             for _ in pool.map(fill, range(0, len(self), DECODE_CHUNK)):
                 pass
-        return MemoryImages(pixels=pixels, labels=self.labels, img_size=self.img_size)
+        return MemoryImages(pixels=pixels, labels=self.labels, img_size=self.img_size, workers=self.workers)
 
-    def read(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
-        self._batches[:] = [ids.tolist() for ids in torch.split(order, batch_size)]
+    def read(self, order: Tensor, batch_size: int, change: ReaderChange | None = None) -> Iterator[Tensor]:
+        batches = [wanted(ids, change) for ids in torch.split(order, batch_size)]
+        plain = partial(_as_they_are, img_size=self.img_size, interpolation=self.interpolation, crop_pct=self.crop_pct)
+        reading = _Reading(partial(_InFile, self.paths), plain if change is None else change.change)
+        pinned = self.device.type == "cuda"
+        return self._readers.read(reading, batches, workers=self.workers, pinned=pinned, warned=self.warned)
+
+
+def wanted(ids: Tensor, change: ReaderChange | None) -> Wanted:
+    """Say what a worker process is to read."""
+    return ids.tolist(), [] if change is None else change.rows(ids)
+
+
+class _InMemory:
+    """An image in memory, as an `OpenImage`."""
+
+    def __init__(self, pixels: Tensor, index: int) -> None:
+        self._pixels = pixels[index]
+
+    def square(self, size: int, interpolation: str) -> Image.Image:
+        return square(self._image(), size, interpolation)
+
+    def at_least(self, _least: Callable[..., tuple[float, float]], *_given: Any, **_options: Any) -> OwnPixels:
+        image = self._image()
+        return OwnPixels(image, *image.size)
+
+    def _image(self) -> Image.Image:
+        image: Image.Image = transforms.to_pil_image(self._pixels)
+        return image
+
+
+class _InFile:
+    """An image in a file, as an `OpenImage`."""
+
+    def __init__(self, paths: Sequence[str], index: int) -> None:
+        self.path = paths[index]
+
+    def square(self, size: int, interpolation: str) -> Image.Image:
+        image: Image.Image = transforms.to_pil_image(decode(self.path, size, interpolation))
+        return image
+
+    def at_least(self, least: Callable[..., tuple[float, float]], *given: Any, **options: Any) -> OwnPixels:
+        return OwnPixels(*read_image(self.path, lambda width, height: least(width, height, *given, **options)))
+
+
+def _as_they_are(image: _InFile, **options: Any) -> Tensor:
+    return decode(image.path, **options)
+
+
+class Readers:
+    """Worker processes that read the batches of one image set ahead, as long as they read in the same way."""
+
+    def __init__(self) -> None:
+        self._batches: list[Wanted] = []
+        self._kind: object = None
+        self._loader: DataLoader[ReadBatch] | None = None
+
+    def read(
+        self, reading: _Reading, batches: list[Wanted], *, workers: int, pinned: bool, warned: Warned | None = None
+    ) -> Iterator[Tensor]:
+        """Read batch after batch. Raises DataError when a file cannot be decoded."""
+        if self._loader is None or reading.kind != self._kind:
+            self._kind = reading.kind
+            self._loader = DataLoader(
+                reading,
+                sampler=self._batches,
+                batch_size=None,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                pin_memory=pinned,
+                # Its own generator leaves the global random state alone.
+                generator=torch.Generator(),
+                worker_init_fn=_outlive_signals,
+            )
+        self._batches[:] = batches
         for pixels, found in self._loader:
-            if found and self.warned:
-                self.warned(found)
+            if found and warned:
+                warned(found)
             if isinstance(pixels, str):
                 raise DataError(pixels)
             yield pixels
-
-    @cached_property
-    def _loader(self) -> DataLoader[ReadBatch]:
-        """Yields the batches listed in `_batches`; its own generator leaves the global random state alone."""
-        return DataLoader(
-            _Files(self.paths, self.img_size, self.interpolation),
-            sampler=self._batches,
-            batch_size=None,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),
-            worker_init_fn=_outlive_signals,
-        )
 
 
 def _outlive_signals(_worker: int) -> None:
@@ -192,19 +330,31 @@ def _outlive_signals(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
-class _Files(Dataset["ReadBatch"]):
-    """What a worker process reads: a whole batch at a time."""
+class _Reading(Dataset["ReadBatch"]):
+    """What a worker process does: it reads a whole batch at a time.
 
-    def __init__(self, paths: tuple[str, ...], img_size: int, interpolation: str) -> None:
-        self.paths = paths
-        self.img_size = img_size
-        self.interpolation = interpolation
+    Args:
+        open_image: takes the id of an image.
+        change: takes what that returns, and the rows of the image; returns pixels uint8 (C, H, W).
+    """
 
-    def __getitem__(self, ids: list[int]) -> ReadBatch:
+    def __init__(self, open_image: Callable[[int], Any], change: Callable[..., Tensor]) -> None:
+        self._open_image, self._change = open_image, change
+
+    @property
+    def kind(self) -> object:
+        """Equal for those that read in the same way."""
+        return self._change if not isinstance(self._change, partial) else None
+
+    def __getitem__(self, wanted: Wanted) -> ReadBatch:
         """Return pixels or an error message: an exception raised here would arrive as the text of a traceback."""
+        ids, rows = wanted
         with image_warnings() as found:
             try:
-                pixels = [decode(self.paths[index], self.img_size, self.interpolation) for index in ids]
+                pixels = [
+                    self._change(self._open_image(index), *(each[place] for each in rows))
+                    for place, index in enumerate(ids)
+                ]
                 return torch.stack(pixels), found
             except DataError as error:
                 return str(error), found
