@@ -33,6 +33,7 @@ WITHDRAWN = {
     "at": ("parts",),
     "plan": (*PLANNED, "epochs", "memory_aim"),
     "preset": ("schedule",),
+    "model_ema": ("average",),
 }
 
 
@@ -273,6 +274,15 @@ class RunSpec:
         least=0,
         below=1,
     )
+    model_ema: bool = option(
+        "Regularisation",
+        "Test and keep an exponential moving average of the weights, as timm does; partitions settle with theirs.",
+        False,
+    )
+    model_ema_decay: float = option(
+        "Regularisation", "What of the average is left after a step.", 0.9998, least=0, below=1
+    )
+    model_ema_warmup: bool = option("Regularisation", "Let that share grow from 0 at the beginning.", False)
     anneal: float = option(
         "Regularisation",
         "Share of the run over which the learning rate of each partition falls to zero before it stops training.",
@@ -494,8 +504,8 @@ def resolve(*layers: Mapping[str, Any]) -> RunSpec:
     """Make a RunSpec from layers of values by field name, of which later ones win.
 
     A layer also drops values of earlier layers that its own make obsolete: `parts` drops `at`, and `at` drops `parts`;
-    `plan` drops all that a plan file decides; `preset` drops `schedule`; and a schedule that settles nothing drops the
-    fields that say when partitions settle.
+    `plan` drops all that a plan file decides; `preset` drops `schedule`; `model_ema` drops `average`; and a schedule
+    that settles nothing drops the fields that say when partitions settle.
 
     Raises UsageError as RunSpec does.
     """
@@ -562,6 +572,8 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
             f"anneal is {spec.anneal} and veto is true, but a partition that settles later than planned would stand "
             "still at a learning rate of 0; leave out one of them"
         )
+    if spec.model_ema and spec.average and "average" not in wrong:
+        yield f"average is {spec.average} and model-ema is true, but a partition ends with one mean; leave out one"
     yield from _augmentation_conflicts(spec, wrong=wrong)
     starts = {"pretrained", "initial_checkpoint"}
     if spec.pretrained and spec.initial_checkpoint is not None and not starts & set(wrong):

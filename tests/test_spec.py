@@ -33,13 +33,19 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("epochs", "log_interval"), whole),
     **dict.fromkeys(("img_size", "train_limit", "train_batches_per_epoch", "epochs_total"), maybe | whole),
     **dict.fromkeys(("workers", "warmup_epochs", "exits"), whole | st.just(0)),
-    **dict.fromkeys(("weight_decay", "min_lr", "exit_weight"), finite),
+    **dict.fromkeys(("weight_decay", "min_lr", "exit_weight", "mixup", "cutmix"), finite),
     **dict.fromkeys(("momentum", "smoothing", "drop_path", "soft_targets", "average", "anneal"), below_one),
     **dict.fromkeys(("settle_from", "settle_until", "settle_share", "settle_front"), maybe),
+    **dict.fromkeys(("color_jitter", "reprob", "model_ema_decay"), below_one),
+    "crop_pct": st.just(0.875),
+    "hflip": maybe | below_one,
+    "aa": maybe | st.sampled_from(["rand-m9-mstd0.5-inc1", "trivial", "original"]),
     **dict.fromkeys(
         ("pretrained", "amp", "channels_last", "deterministic", "dry_run", "prove", "recalibrate", "veto"),
         st.booleans(),
     ),
+    **dict.fromkeys(("model_ema", "model_ema_warmup"), st.booleans()),
+    **dict.fromkeys(("scale", "ratio"), st.just(())),
     **dict.fromkeys(("lr", "decay_rate", "soft_temperature"), positive),
     **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit", "memory_budget", "memory_aim"), maybe | positive),
     "decay_milestones": st.lists(positive).map(tuple),
@@ -57,6 +63,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **{item.name: st.sampled_from(item.metadata["choices"]) for item in fields(RunSpec) if item.metadata["choices"]},
     "shift": st.just("none"),
     "force": st.just(True),
+    "train_interpolation": maybe,
 }
 channels = st.integers(0, 2).flatmap(
     lambda n: st.fixed_dictionaries(
@@ -67,12 +74,21 @@ channels = st.integers(0, 2).flatmap(
     )
 )
 batches = st.tuples(whole, whole).map(lambda n: {"batch_size": n[0] * n[1], "grad_accum_steps": n[0]})
+unchanged = {"augment": "none", "hflip": None, "aa": None, "color_jitter": 0.0, "reprob": 0.0}
+unmixed, one_policy = {"mixup": 0.0, "cutmix": 0.0}, {"color_jitter": 0.0}
 changed_at_random = st.one_of(
-    st.fixed_dictionaries({"augment": st.just("none")}),
-    st.fixed_dictionaries({"cache": st.sampled_from(("off", "auto"))}),
-    st.fixed_dictionaries({"cache_views": whole}),
+    st.just({**unchanged, **unmixed}),
+    st.fixed_dictionaries(
+        {"cache": st.sampled_from(("off", "auto")), "cache_views": st.none(), "augment": st.just("resized-crop")}
+    ).map(lambda given: {**given, **one_policy, "soft_targets": 0.0, "scale": (0.5, 1.0), "ratio": (0.75, 1.5)}),
+    st.fixed_dictionaries({"cache_views": whole.map(lambda count: 2 * count)}).map(
+        lambda given: {**given, **unmixed, **one_policy, "hflip": None}
+    ),
 )
 ends = st.one_of(st.fixed_dictionaries({"veto": st.just(False)}), st.fixed_dictionaries({"anneal": st.just(0.0)}))
+means = st.one_of(
+    st.fixed_dictionaries({"model_ema": st.just(False)}), st.fixed_dictionaries({"average": st.just(0.0)})
+)
 cuts = st.one_of(
     st.fixed_dictionaries({"parts": whole}),
     st.fixed_dictionaries({"at": st.lists(words)}),
@@ -85,6 +101,7 @@ specs = st.builds(
     batches,
     changed_at_random,
     ends,
+    means,
     cuts,
 )
 

@@ -28,6 +28,7 @@ from fxsplit.execute.passes import Pass, passes_for
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
 from fxsplit.spec import RunSpec
+from fxsplit.training.ema import WeightEma
 from fxsplit.training.endings import Endings, named_parameters
 from fxsplit.training.exits import Exits
 from fxsplit.training.guard import Guard
@@ -136,6 +137,14 @@ def trainer(
             midpoint=objective.has_midpoint,
             recorded=update_is_recorded,
         ),
+        ema=WeightEma(
+            executor,
+            decay=spec.model_ema_decay,
+            warmup=spec.model_ema_warmup,
+            device=train_loader.device if update_is_recorded else None,
+        )
+        if spec.model_ema
+        else None,
         plasticity=_plasticity(executor, steps_per_epoch) if spec.veto else None,
         guard=Guard(plan) if data.held_out is not None else None,
         recordings=recordings,

@@ -51,8 +51,9 @@ class Batch:
         values = ([None] * len(sizes) if value is None else torch.split(value, sizes) for value in self.values)
         soft = [None] * len(sizes) if self.soft_labels is None else torch.split(self.soft_labels, sizes)
         labels, ids = torch.split(self.labels, sizes), torch.split(self.ids, sizes)
-        for own, *rest in zip(zip(*values, strict=True), labels, ids, soft, strict=True):
-            yield Batch(values=own, cut=self.cut, labels=rest[0], ids=rest[1], soft_labels=rest[2])
+        parts = zip(zip(*values, strict=True), labels, ids, soft, strict=True)
+        for own_values, own_labels, own_ids, own_soft in parts:
+            yield Batch(values=own_values, cut=self.cut, labels=own_labels, ids=own_ids, soft_labels=own_soft)
 
 
 def micro_batch_sizes(samples: int, count: int, *, batch_size: int) -> list[int]:

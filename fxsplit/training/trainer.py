@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.saving.run_state import Stateful
 from fxsplit.training.accuracy import Accuracy, PendingScore, Score
+from fxsplit.training.ema import WeightEma
 from fxsplit.training.endings import Endings
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
@@ -71,6 +73,7 @@ class Trainer:
         step: takes an optimizer step.
         optimizer: has the optimizer and the learning rate of each phase.
         endings: averages and recalibrates partitions that stop training.
+        ema: averages weights, for tests and for partitions that stop training; None for neither.
         plasticity: lets partitions whose weights still move settle later than planned; None keeps to the plan.
         guard: undoes moves of the cut that cost accuracy on the held-out images of `feed`; None keeps to the plan.
         recordings: records steps and replays them; None takes every step eagerly. The other parts must be made for it.
@@ -86,6 +89,7 @@ class Trainer:
     step: Step
     optimizer: PhaseOptimizer
     endings: Endings
+    ema: WeightEma | None = None
     plasticity: Plasticity | None = None
     guard: Guard | None = None
     recordings: Recordings | None = None
@@ -184,6 +188,8 @@ class Trainer:
         self._end([i for i in range(*self.executor.window) if i not in go_on], epoch, at_midpoint=at_midpoint)
 
     def _end(self, partitions: Sequence[int], epoch: int, *, at_midpoint: bool) -> None:
+        if self.ema is not None:
+            self.ema.settle(partitions)
         self.endings.end(partitions, self.feed.training(epoch), at_midpoint=at_midpoint)
         if at_midpoint:
             self.objective.keep_targets(self.forward, self.feed.training(epoch))
@@ -204,12 +210,14 @@ class Trainer:
         if self.objective.exits is not None:
             self.objective.exits.enter(phase, self.observer.notice)  # (3)
         self.optimizer.enter(phase)  # (4)
+        if self.ema is not None:
+            self.ema.enter()
         self._telemetry.phase_begins()
         self.observer.phase_started(index, phase)
 
     def _epoch(self, epoch: int) -> EpochRecord:
         trained = self._train(epoch)
-        if self.endings.average and epoch + 1 == self.plan.epochs and not self._position.ended:
+        if (self.endings.average or self.ema) and epoch + 1 == self.plan.epochs and not self._position.ended:
             self._is_whole = False
             self._leave(epoch, None)
             self._position = replace(self._position, ended=True)
@@ -275,6 +283,8 @@ class Trainer:
         self.optimizer.set_rate(done)
         self._progress.set(done / (self.plan.epochs * self._steps_per_epoch))
         counted = self.endings.count_step(done + 1)
+        if self.ema is not None:
+            self.ema.count_step(done + 1)
         phase, optimizer = self.plan.phases[self._position.phase], self.optimizer.optimizer
 
         def backward() -> int:
@@ -291,6 +301,8 @@ class Trainer:
         def update() -> None:
             self.step.update(optimizer)
             self.endings.add_weights()
+            if self.ema is not None:
+                self.ema.add()
 
         def whole() -> int:
             samples = backward()
@@ -340,7 +352,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Score:
-        """Return the score on the test images; the loss is cross-entropy without label smoothing."""
+        """Return the score on the test images, of averaged weights where there are any.
+
+        The loss is cross-entropy without label smoothing.
+        """
         if self.recordings is not None:
             self.recordings.make_room()
         self.executor.eval()
@@ -355,7 +370,9 @@ class Trainer:
             return len(batch)
 
         for key in source.put(0):
-            accuracy.count(step() if recordings is None else recordings.run("test", key, step))
+            # Batch by batch: between them the run may be saved, with the weights that train.
+            with nullcontext() if self.ema is None else self.ema.applied():
+                accuracy.count(step() if recordings is None else recordings.run("test", key, step))
             self._paused()
         return accuracy.read()
 
@@ -388,6 +405,7 @@ class Trainer:
             "optimizer": self.optimizer,
             "step": self.step,
             "endings": self.endings,
+            "ema": self.ema,
             "accuracy": self._accuracy,
             "plasticity": self.plasticity,
             "guard": self.guard,

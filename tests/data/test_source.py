@@ -52,7 +52,12 @@ class Watched(MemoryImages):
     def resident(self) -> None:
         return None
 
-    def read(self, order: Tensor, batch_size: int, change: ReaderChange | None = None) -> Iterator[Tensor]:
+    def read(
+        self,
+        order: Tensor,
+        batch_size: int,
+        change: ReaderChange | None = None,  # noqa: ARG002 - as images have it
+    ) -> Iterator[Tensor]:
         for ids in torch.split(order, batch_size):
             self.labels.seen.extend(ids.tolist())  # type: ignore[attr-defined]
             yield self.pixels[ids]
