@@ -31,21 +31,27 @@ class Forward:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def __call__(self, batch: Batch, *, stop: int | None = None) -> Any:
-        """Return what the model returns for a batch, or the values at cut `stop`."""
+        """Return what the model returns for a batch, or the values at cut `stop`, where something trains."""
         if not batch.cut and stop is None:
             # Called as a whole, so that hooks of the model itself are called, too.
             return self.executor(*batch.values)
-        values = list(batch.values) if batch.cut else self.executor.settle(*batch.values)
-        return self.executor.resume(values, stop)
+        return self.executor.resume(self._settled(batch, self.executor.window[0]), stop)
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the class scores (B, classes) of a batch. Raises FxsplitError when the model returns none."""
         return logits_of(self(batch))
 
-    def settle(self, images: Tensor) -> list[Any]:
-        """Run the settled partitions in autocast, and return the values at the cut after them."""
+    def settle(self, batch: Batch, stop: int) -> list[Any]:
+        """Run settled partitions in autocast, and return the values of a batch at cut `stop`, not before its own."""
         with self.autocast():
-            return self.executor.settle(images)
+            return self._settled(batch, stop)
+
+    def _settled(self, batch: Batch, stop: int) -> list[Any]:
+        if batch.cut:
+            return self.executor.settle_on(batch.values, batch.cut, stop)
+        if stop == self.executor.window[0]:
+            return self.executor.settle(*batch.values)
+        return self.executor.settle_to(stop, *batch.values)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -199,14 +199,15 @@ class Trainer:
         #
         #   0 ............. start ................... stop ............. n
         #   |    settled      |        trains           |     frozen     |    (1) modes, requires_grad, folded weights
-        #   |<---- cached --->|                                               (2) a new cache, if the cut has moved
+        #   |<---- cached --->|                                               (2) another cache, if the cut has moved
         #                     |------ exit ---- exit                          (3) exits of the first that train
         #                     |<----- optimizer ------->|                     (4) over what trains after (1) and (3)
         self._forget()
         phase = self.plan.phases[index]
         self._position = replace(self._position, phase=index)
         self.executor.enter(phase)  # (1)
-        self.feed.enter(phase.start, epochs=epochs_left, notice=self.observer.notice)  # (2)
+        later = self.plan.phases[index + 1 :]
+        self.feed.enter(phase.start, epochs=epochs_left, notice=self.observer.notice, later=later)  # (2)
         if self.objective.exits is not None:
             self.objective.exits.enter(phase, self.observer.notice)  # (3)
         self.optimizer.enter(phase)  # (4)
@@ -395,7 +396,7 @@ class Trainer:
         if self._position.phase >= 0:
             self._enter(self._position.phase, epochs_left=state["feed"]["epochs"])
         if self._position.epoch < self.plan.epochs:
-            self.feed.load_state_dict(state["feed"])
+            self.feed.load_state_dict(state["feed"], self.observer.notice)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 

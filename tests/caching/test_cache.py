@@ -385,13 +385,13 @@ def test_the_stamp_is_that_of_settled_weights() -> None:
     torch.manual_seed(0)
     executor = trainer(Chain(), plan=PHASES).executor
     executor.enter(PHASES[1])
-    found = [stamp(executor)]
+    found = [stamp(executor, executor.window[0])]
 
     def is_another() -> bool:
-        found.append(stamp(executor))
-        return found[-1] not in found[:-1] and found[-1] == stamp(executor.train().eval())
+        found.append(stamp(executor, executor.window[0]))
+        return found[-1] not in found[:-1] and found[-1] == stamp(executor.train().eval(), executor.window[0])
 
-    assert stamp(executor) == found[0]
+    assert stamp(executor, executor.window[0]) == found[0]
     state = list(executor.settled_state().values())
     for tensor in (state[0], executor.get_buffer("norm1.running_var")):
         with torch.no_grad():
@@ -406,7 +406,7 @@ def test_the_stamp_is_that_of_settled_weights() -> None:
     # Weights that train do not matter.
     with torch.no_grad():
         executor.get_parameter("head.weight").add_(1)
-    assert stamp(executor) == found[-1]
+    assert stamp(executor, executor.window[0]) == found[-1]
 
 
 def test_a_cut_that_stays_keeps_its_rows(tmp_path: Path) -> None:
@@ -534,9 +534,7 @@ def test_rows_are_filled_again_in_the_order_in_which_they_were(
         net.executor.enter(PHASES[1])
         net.executor.train()
         net.feed.enter(2, epochs=9, notice=pytest.fail)
-        cache = net.feed._train_cache
-        assert cache is not None
-        return cache
+        return net.feed._levels[0].train
 
     monkeypatch.setattr(cache_module, "choose", lambda *_, **__: medium)
     one, other = made(), made()
