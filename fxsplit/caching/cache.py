@@ -189,10 +189,13 @@ class Cache:
         """
         if self._rows is not None and not self.is_wanted_later:
             self._rows, self._is_spent = None, True
+            self._filled = self._none_filled()
             self._staging = Staging(self._loader.device, self._loader.batch_size)
 
     def put(self, epoch: int, first: int = 0) -> Iterator[Hashable]:
         """Go from batch to batch of an epoch: the same images as the loader's, in the same order, from `first` on."""
+        if self._is_spent:
+            self._drop()  # the cut has come back
         if not self._given_up and (weights := stamp(self._forward.executor, self.cut)) != self._weights:
             self._drop()
             self._weights = weights
@@ -274,14 +277,17 @@ class Cache:
                 yield key
             elif rows is None or not there.all():
                 self._note(epoch, number)
-                self._fetch = partial(self._computed, numbers, there)
+                self._fetch = partial(self._computed, numbers, there if there.any() else None)
                 yield (key, rows) if can_be_recorded and is_new else None
             else:
                 self._fetch = partial(self._read, rows, numbers)
                 yield (self._order, rows) if can_be_recorded else None
 
-    def _computed(self, numbers: Tensor, there: Tensor) -> Batch:
-        """Compute a batch, and keep it as the rows `numbers`, int64 (B,) on the CPU, but for those that are `there`."""
+    def _computed(self, numbers: Tensor, there: Tensor | None) -> Batch:
+        """Compute a batch, and keep it as the rows `numbers`, int64 (B,) on the CPU.
+
+        Those that are `there`, bool (B,), are left as they are; None if there are none.
+        """
         batch = self._source.fetch()
         values = self._forward.settle(batch, self.cut)
         if not _are_rows(values, len(batch)):
@@ -291,7 +297,7 @@ class Cache:
         try:
             if self._rows is None and (refusal := self._open(values, batch)):
                 self._give_up(*refusal)
-            if self._rows is not None and there.any():
+            if self._rows is not None and there is not None:
                 new = (~there).to(self._loader.device)
                 self._keep(self._rows, numbers[~there], [None if each is None else each[new] for each in values])
                 return self._read(self._rows, numbers)
@@ -388,12 +394,11 @@ class Cache:
         Without autocast, values that were computed in the precision of settled partitions are float32 again. They are
         the same numbers in that precision, which autocast leaves them in.
         """
-        executor, device = self._forward.executor, self._loader.device.type
+        executor = self._forward.executor
         dtype = executor.settled_dtype if executor.training and self._forward.amp_dtype is None else None
         if self._dtype is not None or dtype is None:
             return [self._dtype] * len(values)
-        with torch.autocast(device, dtype):
-            found = self._forward.settle(batch, self.cut)
+        found = self._forward.settle(batch, self.cut, amp_dtype=dtype)
         return [None if value is None else value.dtype for value in found]
 
     def _settle_seconds(self, images: int, cut: int) -> float:

@@ -41,9 +41,12 @@ class Forward:
         """Return the class scores (B, classes) of a batch. Raises FxsplitError when the model returns none."""
         return logits_of(self(batch))
 
-    def settle(self, batch: Batch, stop: int) -> list[Any]:
-        """Run settled partitions in autocast, and return the values of a batch at cut `stop`, not before its own."""
-        with self.autocast():
+    def settle(self, batch: Batch, stop: int, *, amp_dtype: torch.dtype | None = None) -> list[Any]:
+        """Run settled partitions in autocast, and return the values of a batch at cut `stop`, not before its own.
+
+        `amp_dtype`, unless None, is the precision instead of that of `autocast`.
+        """
+        with self.autocast() if amp_dtype is None else torch.autocast(self.device.type, amp_dtype):
             return self._settled(batch, stop)
 
     def _settled(self, batch: Batch, stop: int) -> list[Any]:
