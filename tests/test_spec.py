@@ -167,6 +167,33 @@ def test_every_field_has_a_key_and_help() -> None:
             {"cache": "ram", "augment": "crop-flip"},
             "cache is 'ram' and augment is 'crop-flip', but of images that are changed at random only a fixed",
         ),
+        ({"cache": "ram", "aa": "trivial"}, "cache is 'ram' and aa is 'trivial', but of images that are changed at"),
+        (
+            {"scale": [0.1, 1], "train_interpolation": "random"},
+            "scale, train-interpolation can be given only with augment resized-crop, and augment is 'none'",
+        ),
+        (
+            {"augment": "resized-crop", "scale": [0.5], "ratio": [2, 1]},
+            "scale is 0.5, but must be two numbers, the smaller first; ratio is 2.0,1.0, but must be two",
+        ),
+        ({"scale": [0, 1]}, "scale is [0, 1], but must be numbers above 0 and at most 1"),
+        ({"augment": "flip-alternate", "hflip": 0.5}, "hflip is 0.5 and augment is 'flip-alternate', which mirrors by"),
+        (
+            {"augment": "flip-alternate", "cache_views": 3},
+            "cache-views is 3, but must be even where images are mirrored",
+        ),
+        ({"aa": "rand", "color_jitter": 0.4}, "aa is 'rand' and color-jitter is 0.4, but only one can change colours"),
+        ({"aa": "rant-m9"}, "aa is 'rant-m9', but must be Policy that changes colours and shapes"),
+        (
+            {"mixup": 0.2, "cache": "disk"},
+            "mixup is 0.2, and a cache is asked for, but what settled partitions deliver",
+        ),
+        ({"cutmix": 1, "cache_views": 2}, "cutmix is 1.0, and a cache is asked for, but what settled partitions"),
+        ({"cutmix": 1, "soft_targets": 0.5}, "cutmix is 1.0 and soft-targets is 0.5, but earlier outputs for an image"),
+        (
+            {"model_ema": True, "average": 0.5},
+            "average is 0.5 and model-ema is true, but a partition ends with one mean",
+        ),
         (
             {"batch_size": 32, "grad_accum_steps": 5},
             "grad-accum-steps is 5, but must divide batch-size 32",
@@ -435,3 +462,10 @@ def test_a_later_way_to_cut_withdraws_the_earlier() -> None:
     assert (by_path.parts, by_path.at) == (None, ("3",))
     with pytest.raises(UsageError, match="only one can say where to cut"):
         resolve({"model": "paper:cnn", "parts": 4, "at": ("3",)})
+
+
+def test_an_average_of_steps_gives_way_to_one_that_is_asked_for() -> None:
+    """Of a preset, and of a recipe; two on one line contradict each other."""
+    assert resolve({"model": "paper:cnn", "preset": "l2l"}, {"model_ema": True}).average == 0
+    assert RunSpec(model="paper:cnn", preset="l2l", model_ema=True).average == 0
+    assert RunSpec(model="paper:cnn", preset="l2l").average > 0
