@@ -613,8 +613,8 @@ def _augmentation_conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterato
         )
     if mixed and (spec.cache in ("device", "ram", "disk") or spec.cache_views is not None):
         yield (
-            f"{mixed[0]} is {getattr(spec, mixed[0])}, and a cache is asked for, but what settled partitions deliver "
-            f"for mixed images is no mix of what they deliver for single ones; leave out {mixed[0]}, or the cache"
+            f"{mixed[0]} is {getattr(spec, mixed[0])} and cache or cache-views are given, but rows are kept of single "
+            f"images, and to mix them would not be to mix images; leave out {mixed[0]}, or the cache"
         )
     if mixed and spec.soft_targets and "soft_targets" not in wrong:
         yield (

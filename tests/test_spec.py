@@ -186,9 +186,9 @@ def test_every_field_has_a_key_and_help() -> None:
         ({"aa": "rant-m9"}, "aa is 'rant-m9', but must be Policy that changes colours and shapes"),
         (
             {"mixup": 0.2, "cache": "disk"},
-            "mixup is 0.2, and a cache is asked for, but what settled partitions deliver",
+            "mixup is 0.2 and cache or cache-views are given, but rows are kept of single",
         ),
-        ({"cutmix": 1, "cache_views": 2}, "cutmix is 1.0, and a cache is asked for, but what settled partitions"),
+        ({"cutmix": 1, "cache_views": 2}, "cutmix is 1.0 and cache or cache-views are given, but rows are kept"),
         ({"cutmix": 1, "soft_targets": 0.5}, "cutmix is 1.0 and soft-targets is 0.5, but earlier outputs for an image"),
         (
             {"model_ema": True, "average": 0.5},

@@ -181,9 +181,9 @@ class ImageSource:
 
     def _sized(self, pixels: Tensor) -> Tensor:
         """Resize pixels that are not of the right size, and leave out what is around the middle."""
-        size = self.loader.images.img_size
-        side = int(size / self.loader.images.crop_pct)
-        if pixels.shape[-2:] == (size, size) and side == size:
+        images = self.loader.images
+        size, side = images.img_size, int(images.img_size / images.crop_pct)
+        if pixels.shape[-2:] == (size, size) and (side == size or images.stored_size is None):
             return pixels
         mode = InterpolationMode(self.loader.interpolation)
         resized: Tensor = transforms.resize(pixels, [side, side], mode, antialias=True)

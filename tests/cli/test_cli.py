@@ -326,7 +326,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
     assert all(api.spec.to_flat()[key] != value for key, value in plain.items() if key not in left_out)
     assert main(["train", "paper:cnn", "--veto"]) == 0
     assert api.spec == RunSpec(model="paper:cnn", veto=True)
-    assert main(["train", "paper:cnn", *"--color-jitter 0.4 --mixup 0.2 --cutmix 1 --model-ema".split()]) == 0
+    assert main(["train", "paper:cnn", "--color-jitter=0.4", "--mixup=0.2", "--cutmix=1", "--model-ema"]) == 0
     assert api.spec == RunSpec(model="paper:cnn", color_jitter=0.4, mixup=0.2, cutmix=1, model_ema=True)
 
 

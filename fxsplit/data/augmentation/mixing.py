@@ -12,7 +12,6 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fxsplit.data.augmentation.changes import Changes
 
@@ -69,6 +68,6 @@ def mix(images: Tensor, labels: Tensor, share: Tensor, box: Tensor, *, classes: 
     columns = torch.arange(images.shape[3], device=images.device)
     inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
     own = torch.where(bottom > top, 1 - inside.float(), share)
-    soft = F.one_hot(labels, classes).float()
+    soft = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
     # Products first, as in timm: the sum is rounded alike.
     return images * own + images.flip(0) * (1 - own), soft * share + soft.flip(0) * (1 - share)
