@@ -18,13 +18,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from fxsplit.data.decoding import GAP, INTERPOLATIONS
 from fxsplit.data.images import ImageSet
 
 # So many sizes are drawn; where none fits into the image, the middle is taken.
 ATTEMPTS = 10
-INTERPOLATIONS = ("bilinear", "bicubic")
-# A file is decoded at a smaller scale if it has so many times the pixels of the crop, along each side, even then.
-GAP = 2
 
 # Width and height.
 Sides = tuple[float, float]
