@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from fxsplit.data.decoding import INTERPOLATIONS, decode, image_warnings, read_image, square
+from fxsplit.data.decoding import INTERPOLATIONS, Least, decode, image_warnings, read_image, square
 from fxsplit.data.randomness import random_stream
 from fxsplit.data.staging import free_bytes, read_ahead, rows_of
 from fxsplit.errors import DataError
@@ -42,8 +42,8 @@ class OpenImage(Protocol):
         """Read it as a square of `size` pixels, as unchanged images are."""
         ...
 
-    def at_least(self, least: Callable[..., tuple[float, float]], *given: Any, **options: Any) -> OwnPixels:
-        """Read it whole, in no fewer pixels than `least(width, height, *given, **options)` says."""
+    def at_least(self, least: Least) -> OwnPixels:
+        """Read it whole, in no fewer pixels than `least` says."""
         ...
 
 
@@ -259,7 +259,7 @@ class _InMemory:
     def square(self, size: int, interpolation: str) -> Image.Image:
         return square(self._image(), size, interpolation)
 
-    def at_least(self, _least: Callable[..., tuple[float, float]], *_given: Any, **_options: Any) -> OwnPixels:
+    def at_least(self, _least: Least) -> OwnPixels:
         image = self._image()
         return OwnPixels(image, *image.size)
 
@@ -278,8 +278,8 @@ class _InFile:
         image: Image.Image = transforms.to_pil_image(decode(self.path, size, interpolation))
         return image
 
-    def at_least(self, least: Callable[..., tuple[float, float]], *given: Any, **options: Any) -> OwnPixels:
-        return OwnPixels(*read_image(self.path, lambda width, height: least(width, height, *given, **options)))
+    def at_least(self, least: Least) -> OwnPixels:
+        return OwnPixels(*read_image(self.path, least))
 
 
 def _as_they_are(image: _InFile, **options: Any) -> Tensor:

@@ -169,7 +169,7 @@ class ImageSource:
         if not self._augmenter.resizes:
             pixels = self._sized(pixels)
         pixels = self._augmenter.crop(pixels, ids)
-        x = pixels / self._white  # a quotient by a tensor is rounded alike on every device
+        x = pixels.float().div_(self._white)  # a quotient by a tensor is rounded alike on every device
         if len(loader.mean):
             x = x.sub_(self._mean)
         if len(loader.std):

@@ -349,6 +349,21 @@ def test_policies_are_those_of_timm(name: str) -> None:
         assert found.tobytes() == theirs(image).tobytes()
 
 
+@pytest.mark.parametrize("name", ["rand-m10-inc1", "original", "augmix-m10"])
+def test_a_policy_may_leave_no_colour(name: str) -> None:
+    """Pillow refuses to keep no bits of a colour, which timm asks for."""
+    found = policy(Changes(aa=name), size=64, mean=())
+    nested = getattr(found, "policy", None)
+    ops = found.ops if nested is None else [op for pair in nested for op in pair]  # type: ignore[union-attr]
+    white = Image.new("RGB", (4, 4), "white")
+    posterizing = [op for op in ops if op.name.startswith("Posterize")]
+    assert posterizing
+    for op in posterizing:
+        assert op.aug_fn(white, 0).getextrema() == ((0, 0),) * 3
+        assert op.aug_fn(white, 1).getextrema() == ((128, 128),) * 3
+        assert op.aug_fn(white, 8).getextrema() == ((255, 255),) * 3
+
+
 def test_a_policy_that_timm_does_not_know_is_refused() -> None:
     with pytest.raises(UsageError, match=r"aa is 'rand-q9', which timm does not read .*give one like rand-m9-mstd0.5"):
         Loader(memory(), batch_size=4, changes=Changes(aa="rand-q9")).batches(0).__next__()

@@ -175,8 +175,7 @@ class ChangeImage:
 
     def _cropped(self, open_image: OpenImage, *drawn: np.ndarray) -> Image.Image:
         if self._crop.of_image is not None:
-            least, change = self._crop.of_image
-            return change(*open_image.at_least(least, *drawn, size=self._size), *drawn, size=self._size)
+            return self._crop.of_image(open_image, *drawn, size=self._size)
         pixels = transforms.pil_to_tensor(open_image.square(self._size, self._interpolation))[None]
         rows: list[Tensor] = [torch.as_tensor(each)[None] for each in drawn]
         cropped: Image.Image = transforms.to_pil_image(self._crop.change(pixels, *rows)[0])

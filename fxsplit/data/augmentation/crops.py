@@ -23,18 +23,6 @@ from fxsplit.data.randomness import random_stream
 from fxsplit.errors import UsageError, nearest
 
 
-class OfImage(NamedTuple):
-    """The same augmentation for one image on the host, with all of its pixels, as it lies in its file.
-
-    Args:
-        least: takes the width and height of an image, and its numbers; returns those in which its pixels are enough.
-        change: takes an image that has at least these, its own width and height, and its numbers.
-    """
-
-    least: Callable[..., tuple[float, float]]
-    change: Callable[..., Image.Image]
-
-
 class Augmentation(NamedTuple):
     """Says how images are changed at random.
 
@@ -47,14 +35,16 @@ class Augmentation(NamedTuple):
             and the rows (B, ...) are those of the epoch's turn. 0 draws anew for each epoch.
         place: replaces what was drawn by what `change` takes, where sizes must be known; takes the image set and the
             tensors.
-        of_image: the same for one image. An augmentation that has it also resizes.
+        of_image: the same for one image on the host, with all of its pixels, as it lies in its file: takes an
+            `OpenImage`, the rows of the image, and the `size` of the result. An augmentation that has it also resizes,
+            and then `change` takes a `size`, too.
     """
 
     draw: Callable[[ImageSet, np.random.Generator], tuple[Tensor, ...]]
     change: Callable[..., Tensor]
     turns: int = 0
     place: Callable[..., tuple[Tensor, ...]] | None = None
-    of_image: OfImage | None = None
+    of_image: Callable[..., Image.Image] | None = None
 
 
 def augmentation(name: str, changes: Changes) -> Augmentation:
@@ -136,9 +126,7 @@ def _resized(changes: Changes) -> Augmentation:
     cropping = resized_crop.ResizedCrop(
         scale=changes.scale, ratio=changes.ratio, chance=_half(changes), interpolation=changes.interpolation
     )
-    return Augmentation(
-        cropping.draw, cropping.change, place=cropping.place, of_image=OfImage(cropping.least, cropping.of_image)
-    )
+    return Augmentation(cropping.draw, cropping.change, place=cropping.place, of_image=cropping.of_image)
 
 
 AUGMENTATIONS: dict[str, Callable[[Changes], Augmentation]] = {

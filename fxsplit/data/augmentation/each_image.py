@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,13 +59,26 @@ def _named(name: str, size: int, mean: Sequence[float]) -> Policy:
     elif name.startswith("augmix"):
         made, shift = auto_augment.augment_and_mix_transform, {"translate_pct": MIXED_SHIFT}
     try:
-        found: Policy = made(name, {**shift, "img_mean": fill})
+        found: Any = made(name, {**shift, "img_mean": fill})
     except (AssertionError, ValueError, KeyError) as error:
         raise UsageError(
             f"aa is {name!r}, which timm does not read ({error}); give one like rand-m9-mstd0.5, original, v0, "
             f"augmix-m5-w4 or {TRIVIAL}"
         ) from error
-    return found
+    nested = getattr(found, "policy", None)
+    for op in found.ops if nested is None else [op for pair in nested for op in pair]:
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = _posterize
+    made_by_timm: Policy = found
+    return made_by_timm
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """Keep so many bits of each colour, as timm does. It may keep none, which Pillow refuses since version 13."""
+    if bits > 0:
+        posterized: Image.Image = auto_augment.posterize(image, bits)
+        return posterized
+    return image.point(lambda _colour: 0)
 
 
 @contextmanager

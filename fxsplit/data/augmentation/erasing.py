@@ -36,8 +36,8 @@ def boxes(numbers: np.ndarray, size: int) -> np.ndarray:
     shapes = np.exp(low + (high - low) * numbers[:, ATTEMPTS : 2 * ATTEMPTS])
     tall, wide = np.rint(np.sqrt(areas * shapes)), np.rint(np.sqrt(areas / shapes))
     fits = (tall < size) & (wide < size)
-    first = fits.argmax(axis=1)[:, None]
-    sides = np.stack([np.take_along_axis(each, first, axis=1)[:, 0] for each in (tall, wide)], axis=1)
+    rows, first = np.arange(len(numbers)), fits.argmax(axis=1)
+    sides = np.stack((tall[rows, first], wide[rows, first]), axis=1)
     corners = np.floor(numbers[:, 2 * ATTEMPTS :] * (size - sides + 1))
     found = np.where(np.any(fits, axis=1, keepdims=True), np.concatenate((corners, sides), axis=1), 0)
     return found.astype(np.int64)

@@ -10,6 +10,7 @@ resized in two products, without Python for each of them, in tensors of the same
 from __future__ import annotations
 
 import math
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -19,13 +20,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from fxsplit.data.decoding import GAP, INTERPOLATIONS
-from fxsplit.data.images import ImageSet
+from fxsplit.data.images import ImageSet, OpenImage
 
 # So many sizes are drawn; where none fits into the image, the middle is taken.
 ATTEMPTS = 10
-
-# Width and height.
-Sides = tuple[float, float]
 
 
 class ResizedCrop:
@@ -70,19 +68,18 @@ class ResizedCrop:
         crops = torch.bmm(down, by_row).view(batch, size, channels, size).transpose(1, 2)
         return crops.clamp(0, 255).contiguous()
 
-    def least(self, width: int, height: int, numbers: np.ndarray, _marks: np.ndarray, *, size: int) -> Sides:
-        """Return the width and height in which a file must be decoded at least: GAP times the pixels of the crop."""
-        _, _, tall, wide = self._box(numbers, width, height)
-        return width * GAP * size / wide, height * GAP * size / tall
+    def of_image(self, open_image: OpenImage, numbers: np.ndarray, marks: np.ndarray, *, size: int) -> Image.Image:
+        """Cut a box out of one image with all of its pixels, or with GAP times those that are needed along each side."""
+        box = cache(partial(self._box, numbers))
 
-    def of_image(
-        self, image: Image.Image, width: int, height: int, numbers: np.ndarray, marks: np.ndarray, *, size: int
-    ) -> Image.Image:
-        """Cut the box out of an image that was `width` by `height` pixels large, and may have been made smaller."""
-        top, left, tall, wide = self._box(numbers, width, height)
+        def least(width: int, height: int) -> tuple[float, float]:
+            _, _, tall, wide = box(width, height)
+            return width * GAP * size / wide, height * GAP * size / tall
+
+        image, width, height = open_image.at_least(least)
+        top, left, tall, wide = box(width, height)
         x, y = image.width / width, image.height / height
-        corners = round(left * x), round(top * y), round((left + wide) * x), round((top + tall) * y)
-        crop = image.crop(corners)
+        crop = image.crop((round(left * x), round(top * y), round((left + wide) * x), round((top + tall) * y)))
         mode = InterpolationMode(INTERPOLATIONS[int(marks[1])])
         resized: Image.Image = transforms.resize(crop, [size, size], mode)
         return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if marks[0] else resized
@@ -106,8 +103,8 @@ def boxes(
     shapes = np.exp(low + (high - low) * exact[:, ATTEMPTS : 2 * ATTEMPTS])
     wide, tall = np.rint(np.sqrt(areas * shapes)), np.rint(np.sqrt(areas / shapes))
     fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-    first = fits.argmax(axis=1)[:, None]
-    sides = np.stack([np.take_along_axis(each, first, axis=1)[:, 0] for each in (tall, wide)], axis=1)
+    rows, first = np.arange(len(exact)), fits.argmax(axis=1)
+    sides = np.stack((tall[rows, first], wide[rows, first]), axis=1)
     corners = np.floor(exact[:, 2 * ATTEMPTS :] * ([height, width] - sides + 1))
     whole = _middle(height, width, ratio)
     found = np.where(np.any(fits, axis=1, keepdims=True), np.concatenate((corners, sides), axis=1), whole)
