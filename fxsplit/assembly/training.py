@@ -95,6 +95,8 @@ def trainer(
 ) -> Trainer:
     """Make the trainer of a run, with all that its spec switches on. Raises UsageError for names that timm lacks."""
     train_loader, test_loader = loaders(spec, data)
+    held_out = None if data.held_out is None else data.held_out.cropped(spec.crop_pct)
+    held_out_loader = None if held_out is None else replace(test_loader, images=held_out)
     update_is_recorded = recordings is not None and _update_is_recorded(spec, recordings, observer)
     steps_per_epoch = train_loader.steps_per_epoch
     forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype(spec))
@@ -109,7 +111,7 @@ def trainer(
             train_loader,
             test_loader,
             policy=cache_policy(spec, trace, plan, data),
-            held_out_loader=None if data.held_out is None else replace(test_loader, images=data.held_out),
+            held_out_loader=held_out_loader,
         ),
         objective=objective,
         step=Step(

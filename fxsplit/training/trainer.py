@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -251,7 +251,7 @@ class Trainer:
         self.executor.eval()
         right = []
         for batch in self.feed.held_out():
-            with self.forward.autocast():
+            with self._averaged(), self.forward.autocast():
                 right.append(self.forward.logits(batch).argmax(dim=1) == batch.labels)
         found = torch.cat(right).cpu()
         if sentence := guard.epoch_done(self._position.phase, found):
@@ -372,10 +372,14 @@ class Trainer:
 
         for key in source.put(0):
             # Batch by batch: between them the run may be saved, with the weights that train.
-            with nullcontext() if self.ema is None else self.ema.applied():
+            with self._averaged():
                 accuracy.count(step() if recordings is None else recordings.run("test", key, step))
             self._paused()
         return accuracy.read()
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Make the context in which the model has averaged weights, where there are any."""
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on training, besides the model's own state and the random states.

@@ -69,7 +69,7 @@ class ResizedCrop:
         return crops.clamp(0, 255).contiguous()
 
     def of_image(self, open_image: OpenImage, numbers: np.ndarray, marks: np.ndarray, *, size: int) -> Image.Image:
-        """Cut a box out of one image with all of its pixels, or with GAP times those that are needed along each side."""
+        """Cut a box out of an image with all of its pixels, or with GAP times those that are needed along each side."""
         box = cache(partial(self._box, numbers))
 
         def least(width: int, height: int) -> tuple[float, float]:
