@@ -87,6 +87,11 @@ class ImageSet(ABC):
         return self.labels.device
 
     @property
+    def channels(self) -> int:
+        """How many values a pixel has."""
+        return 3
+
+    @property
     def resident(self) -> Tensor | None:
         """The pixels of all images, uint8 (N, C, h, w), where they lie in memory on `device`; else None."""
         return None
@@ -137,6 +142,10 @@ class MemoryImages(ImageSet):
     crop_pct: float = 1.0
     workers: int = 0
     _readers: Readers = field(init=False, repr=False, default_factory=lambda: Readers())
+
+    @property
+    def channels(self) -> int:
+        return self.pixels.shape[1]
 
     @property
     def resident(self) -> Tensor | None:

@@ -258,7 +258,7 @@ def test_what_is_erased_is_what_timm_erases(monkeypatch: pytest.MonkeyPatch) -> 
     numbers = np.random.default_rng(2).random((300, 22))
     boxes = torch.from_numpy(erasing.boxes(numbers, SIZE))
     images = torch.randn(300, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    found = erasing.erase(images, F.pad(boxes, (0, 2)), torch.zeros(3, 2 * SIZE, 2 * SIZE))
+    found = erasing.erase(images.clone(), F.pad(boxes, (0, 1)), torch.zeros(2 * 3 * SIZE**2))
     theirs = RandomErasing(probability=1.0, mode="const", device="cpu")
     for row, image, erased in zip(numbers, images, found, strict=True):
 
@@ -279,7 +279,7 @@ def test_noise_is_another_one_for_each_image() -> None:
     assert 0.02 < noise.numel() / batch.images.numel() < 0.34
     assert abs(float(noise.mean())) < 0.1
     assert abs(float(noise.std()) - 1) < 0.1
-    assert noise.unique().numel() > 0.6 * noise.numel()
+    assert noise.unique().numel() > 0.4 * noise.numel()
 
 
 @pytest.mark.parametrize("use_cutmix", [False, True])

@@ -92,7 +92,8 @@ class Augmenter:
             self._keep("crop", found if self._crop.place is None else self._crop.place(images, *found))
         if self._changes.reprob:
             stream = random_stream("erase", seed, draw)
-            self._keep("erase", [draw_boxes(len(images), images.img_size, stream, chance=self._changes.reprob)])
+            chance = self._changes.reprob
+            self._keep("erase", [draw_boxes(len(images), images.img_size, images.channels, stream, chance=chance)])
         if self._changes.mixes:
             stream = random_stream("mix", seed, epoch)
             self._keep("mix", draw_mixes(self._steps, images.img_size, self._changes, stream))

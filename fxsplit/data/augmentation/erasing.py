@@ -13,15 +13,15 @@ AREA, SHAPE = (0.02, 1 / 3), (0.3, 1 / 0.3)
 ATTEMPTS = 10
 
 
-def draw_boxes(count: int, size: int, stream: np.random.Generator, *, chance: float) -> Tensor:
-    """Draw what is erased of square images: top, left, height, width, and a place in the noise: int64 (N, 6).
+def draw_boxes(count: int, size: int, channels: int, stream: np.random.Generator, *, chance: float) -> Tensor:
+    """Draw what is erased of square images: top, left, height, width, and a place in the noise: int64 (N, 5).
 
     With `chance` an image loses a part; else height and width are 0.
     """
-    numbers = stream.random((count, 2 * ATTEMPTS + 5), dtype=np.float32).astype(np.float64)
-    found = boxes(numbers[:, :-3], size)
-    found[numbers[:, -3] >= chance] = 0
-    places = np.floor(numbers[:, -2:] * size).astype(np.int64)
+    numbers = stream.random((count, 2 * ATTEMPTS + 4), dtype=np.float32).astype(np.float64)
+    found = boxes(numbers[:, :-2], size)
+    found[numbers[:, -2] >= chance] = 0
+    places = np.floor(numbers[:, -1:] * (channels * size**2)).astype(np.int64)
     return torch.from_numpy(np.concatenate((found, places), axis=1))
 
 
@@ -44,21 +44,20 @@ def boxes(numbers: np.ndarray, size: int) -> np.ndarray:
 
 
 def noise(channels: int, size: int, stream: np.random.Generator) -> Tensor:
-    """Draw a field of normal numbers, float32 (C, 2 * size, 2 * size): each image takes a window at a place of its own.
+    """Draw normal numbers, float32, twice as many as an image has: each image takes a run of them from its place on.
 
     So the noise is the same on every device, and a recorded step finds it where it is.
     """
-    return torch.from_numpy(stream.standard_normal((channels, 2 * size, 2 * size), dtype=np.float32))
+    return torch.from_numpy(stream.standard_normal(2 * channels * size**2, dtype=np.float32))
 
 
 def erase(images: Tensor, erased: Tensor, noise: Tensor) -> Tensor:
-    """Fill the boxes of `draw_boxes` (B, 6) of normalized images (B, C, H, W) with noise (C, 2 * H, 2 * W)."""
-    top, left, height, width, down, right = (each[:, None] for each in erased.unbind(1))
+    """Fill the boxes of `draw_boxes` (B, 5) of normalized images (B, C, H, W) with noise, in place, and return them."""
+    top, left, height, width = (each[:, None] for each in erased[:, :4].unbind(1))
     rows = torch.arange(images.shape[2], device=images.device)
     columns = torch.arange(images.shape[3], device=images.device)
     inside = ((rows >= top) & (rows < top + height))[:, :, None] & ((columns >= left) & (columns < left + width))[
         :, None, :
     ]
-    places = (down + rows)[:, :, None] * noise.shape[2] + (right + columns)[:, None, :]
-    fill = noise.flatten(1)[:, places.flatten()].view(-1, *places.shape).transpose(0, 1)
-    return torch.where(inside[:, None], fill, images)
+    fill = noise.unfold(0, images[0].numel(), 1).index_select(0, erased[:, 4]).view(images.shape)
+    return torch.where(inside[:, None], fill, images, out=images)
