@@ -22,16 +22,14 @@ from fxsplit.plan.forecast import Forecast
 from fxsplit.records import json_text
 from fxsplit.report import Inspection
 
-from .tables import new_table, where
-from .terminal import WIDEST, Terminal, draw, legend, print_whole, visible, write
+from .tables import MIDDLING, WIDE, Rows, where
+from .terminal import WIDEST, Terminal, draw, legend, print_sentence, print_whole, visible, write
 
 CSV_COLUMNS = (
     *("partition", "op", "path", "class", "kind", "target", "shape", "dtype", "bytes_per_sample"),
     *("parameters", "macs", "uncounted", "backward_macs", "activation_bytes", "seconds", "reads", "state", "mutates"),
 )
 FORECAST = ("time", "activations", "peak")
-# On a narrower terminal tables leave out what their other columns imply.
-WIDE = 80
 
 
 # For people in a terminal
@@ -39,71 +37,91 @@ WIDE = 80
 
 def table(inspection: Inspection, console: Console) -> None:
     """Print the partitions, and the phases of the plan with their forecast."""
-    plan, ahead = inspection.plan, inspection.forecast
-    is_wide = console.width >= WIDE
+    plan, ahead, width = inspection.plan, inspection.forecast, console.width
     print_whole(console, f"{inspection.model}, input {shape(inspection.input_shape)}\n")
-    console.print(_partitions(inspection, is_wide))
-    print_whole(console, "MACs (multiply-adds) and bytes are of one sample; boundary is what is read.\n")
-    print_whole(console, f"{plan.title}, epochs in all: {plan.epochs}\n")
-    console.print(_phases(inspection, is_wide))
-    if is_wide:
+    console.print(_partitions(inspection, width))
+    print_sentence(console, "MACs (multiply-adds) and bytes are of one sample; boundary is what is read.\n")
+    print_sentence(console, f"{plan.title}, epochs in all: {plan.epochs}\n")
+    console.print(_phases(inspection, width))
+    if width >= WIDE:
         console.print(legend())
     if ahead:
-        print_whole(console, f"{in_words(ahead)} A phase's time is that of a step.")
+        print_sentence(console, f"{in_words(ahead)} A phase's time is that of a step.")
     for note in inspection.notes:
-        print_whole(console, note)
+        print_sentence(console, note)
 
 
-def _partitions(inspection: Inspection, is_wide: bool) -> Table:
+def _partitions(inspection: Inspection, width: int) -> Table:
     ops, totals = inspection.train.ops, _totals(inspection)
-    last = ["to"] if is_wide else []
-    rows = new_table("#", "from", *last, ">ops", ">params", ">MACs", ">activations", ">boundary")
+    rows = Rows(
+        {
+            "#": True,
+            "from": True,
+            "to": width >= WIDE,
+            ">ops": width >= MIDDLING,
+            ">params": True,
+            ">MACs": True,
+            ">activations": width >= MIDDLING,
+            ">boundary": width >= MIDDLING,
+        }
+    )
     for part in inspection.partitions:
         end = ops[part.stop - 1]
-        rows.add_row(
+        rows.add(
             str(part.index),
             Text(part.name),
-            *(Text(end.path or end.name) for _ in last),
+            Text(end.path or end.name),
             str(part.stop - part.start),
             human(part.parameters),
             human(part.macs),
             human(part.activation_bytes, "B"),
             human(part.boundary_bytes, "B"),
         )
-    rows.add_section()
+    rows.table.add_section()
     counts = (str(totals["ops"]), human(totals["parameters"]), human(totals["macs"]))
-    rows.add_row("", "total", *("" for _ in last), *counts, human(totals["activation_bytes"], "B"), "")
-    return rows
+    rows.add("", "total", "", *counts, human(totals["activation_bytes"], "B"), "")
+    return rows.table
 
 
-def _phases(inspection: Inspection, is_wide: bool) -> Table:
+def _phases(inspection: Inspection, width: int) -> Table:
     plan, ahead = inspection.plan, inspection.forecast
     count = len(plan.partitions)
-    headers = ("", "trains", "cut") if is_wide else ("trains",)
-    rows = new_table("phase", *headers, ">epochs", *(f">{header}" for header in FORECAST if ahead))
+    rows = Rows(
+        {
+            "phase" if width >= MIDDLING else "": True,
+            " ": width >= WIDE,
+            "trains": True,
+            "cut": width >= WIDE,
+            ">epochs": True,
+            ">time": ahead is not None,
+            ">activations": ahead is not None and width >= MIDDLING,
+            ">peak": ahead is not None,
+        }
+    )
     for index, phase in enumerate(plan.phases):
-        trains, cut = where(phase, plan)
-        words = (draw(phase, count, min(3 * count, 30)), trains, cut) if is_wide else (trains,)
-        figures = _phase_figures(ahead, index) if ahead else ()
-        rows.add_row(str(index + 1), *words, str(phase.epochs), *figures)
-    return rows
+        drawing = draw(phase, count, min(3 * count, 30))
+        figures = _phase_figures(ahead, index) if ahead else ("", "", "")
+        rows.add(str(index + 1), drawing, *where(phase, plan), str(phase.epochs), *figures)
+    return rows.table
 
 
 def tree(inspection: Inspection, console: Console) -> None:
     """Print the modules of each partition with costs on every level; bars are shares of the level above."""
-    found = outline(inspection)
-    model = Tree(_branch(Text(inspection.model, "bold"), found.costs, found.costs), guide_style="bright_black")
+    found, width = outline(inspection), min(console.width, WIDEST)
+    model = Tree(_branch(Text(inspection.model, "bold"), found.costs, found.costs, width), guide_style="bright_black")
     for index, block in enumerate(found.partitions):
         name = Text.assemble((f"{index} ", "bold"), (block.name, "bold"))
-        _grow(model.add(_branch(name, block.costs, found.costs)), block)
-    console.print(model, width=min(console.width, WIDEST))
-    print_whole(console, "\nMACs, parameters, activations; bars: share of the level above.")
-    print_whole(console, "Ops without cost are left out.")
+        _grow(model.add(_branch(name, block.costs, found.costs, width)), block, width)
+    console.print(model, width=width)
+    columns = ("MACs", "parameters", "activations")[: 3 if width >= MIDDLING else 1]
+    bars = "; bars: share of the level above" if width >= WIDE else ""
+    print_sentence(console, f"\n{', '.join(columns)}{bars}.")
+    print_sentence(console, "Ops without cost are left out.")
     for note in inspection.notes:
-        print_whole(console, note)
+        print_sentence(console, note)
 
 
-def _grow(node: Tree, block: Block) -> None:
+def _grow(node: Tree, block: Block, width: int) -> None:
     """Add the blocks inside of a block: not those without costs, and of equal ones the first."""
     for inner in block.blocks[:1] if block.count > 1 else block.blocks:
         if inner.costs.macs or inner.costs.parameters or inner.costs.activation_bytes:
@@ -111,21 +129,25 @@ def _grow(node: Tree, block: Block) -> None:
             name = Text(f"{inner.count} x " if inner.count > 1 else "", "bold cyan")
             name.append(inner.name, "default not bold")
             name.append(f" {inner.what}" if inner.what != inner.name else "", "bright_black")
-            _grow(node.add(_branch(name, inner.costs, block.costs)), inner)
+            _grow(node.add(_branch(name, inner.costs, block.costs, width)), inner, width)
 
 
-def _branch(name: Text, costs: Costs, whole: Costs) -> Table:
+def _branch(name: Text, costs: Costs, whole: Costs, width: int) -> Table:
+    """Make a line of the tree, with as many figures and bars as a terminal of this width has room for."""
     grid = Table.grid(expand=True, padding=(0, 1, 0, 0))
     grid.add_column(ratio=1, no_wrap=True)
     cells: list[Text | Bar] = [name]
-    for style, unit, part, total in (
+    figures = (
         ("blue", "", costs.macs, whole.macs),
         ("magenta", "", costs.parameters, whole.parameters),
         ("yellow", "B", costs.activation_bytes, whole.activation_bytes),
-    ):
-        grid.add_column(width=8, justify="right")
-        grid.add_column(width=5)
-        cells += [Text(human(part, unit) if part else ""), Bar(total or 1, 0, part, width=5, color=style)]
+    )
+    for style, unit, part, total in figures[: 3 if width >= MIDDLING else 1]:
+        grid.add_column(width=8, justify="right", no_wrap=True)
+        cells.append(Text(human(part, unit) if part else ""))
+        if width >= WIDE:
+            grid.add_column(width=5)
+            cells.append(Bar(total or 1, 0, part, width=5, color=style))
     grid.add_row(*cells)
     return grid
 

@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 from inspect import cleandoc
 from typing import Annotated
 
@@ -15,9 +14,13 @@ import typer
 from fxsplit.errors import FxsplitError, Terminated
 
 from .commands.check import check
+from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.inspect import inspect
 from .commands.job import Job
+from .commands.predict import predict
 from .commands.train import train
+from .completion import join_words
 from .terminal import say, write
 
 OUT_OF_MEMORY = (
@@ -28,12 +31,11 @@ OUT_OF_MEMORY = (
 app = typer.Typer(
     name="fxsplit",
     help="Partition any PyTorch model by its torch.fx graph, and train image classifiers layer to layer.",
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, inspect, check):
+for command in (train, evaluate, predict, export, inspect, check):
     # A line break inside of a paragraph would stay one in the help, whatever the width of the terminal.
     paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
     app.command(help="\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs))(command)
@@ -41,6 +43,8 @@ for command in (train, inspect, check):
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version  # only here: it takes a while to import
+
         write(f"fxsplit {version('fxsplit')}\n")
         raise typer.Exit
 
@@ -58,6 +62,7 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of the process, and return its exit code."""
     verbose = False
+    join_words(os.environ)
     try:
         asked = app(arguments, prog_name="fxsplit", standalone_mode=False)
         if not isinstance(asked, Job):

@@ -13,6 +13,8 @@ from rich.markup import escape
 from fxsplit.presets import PRESETS
 from fxsplit.spec import RunSpec
 
+from . import completion
+
 METAVARS = {bool: "", int: "INTEGER", float: "NUMBER", str: "TEXT"}
 LIST_METAVARS = {float: "NUMBER,...", str: "PATH,..."}
 
@@ -44,10 +46,16 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
         help=_help(item),
         rich_help_panel=item.metadata["group"],
         metavar=LIST_METAVARS[kind] if is_list else METAVARS[kind],
+        autocompletion=_completion(item),
     )
     # Text, for RunSpec to read: its errors say what is allowed.
     annotation = (bool if kind is bool else str) | None
     return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
+
+
+def _completion(item: Field[Any]) -> Callable[[str], list[str]] | None:
+    choices = item.metadata["choices"]
+    return completion.data if item.name == "data" else completion.one_of(choices) if choices else None
 
 
 def _help(item: Field[Any]) -> str:

@@ -8,16 +8,19 @@ from statistics import mean, median
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
 from fxsplit.pages.figures import human, millijoules, trains
 from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan
-from fxsplit.report import CheckRecord, ForecastRecord, RunReport
+from fxsplit.report import CheckRecord, Evaluation, ExportRecord, ForecastRecord, Prediction, RunReport
 
-from .terminal import Terminal, print_whole
+from .terminal import Terminal, print_whole, visible
 
+# Narrower than WIDE, tables leave out what other columns imply or what is no result; narrower than MIDDLING, more.
+WIDE, MIDDLING = 80, 50
 # How many of a model's differences are listed.
 LISTED = 3
 
@@ -25,36 +28,50 @@ LISTED = 3
 def report(result: RunReport) -> None:
     """Print a row for each phase of a run; below it the accuracy and what the run cost."""
     console = Terminal()
-    energy = [">energy an image"] if any(record.joules_per_image is not None for record in result.epochs) else []
-    table = new_table("phase", "trains", "cut", ">epochs", ">seconds", *energy, ">test accuracy")
+    is_wide, is_middling = console.width >= WIDE, console.width >= MIDDLING
+    has_energy = is_middling and any(record.joules_per_image is not None for record in result.epochs)
+    rows = Rows(
+        {
+            "phase" if is_middling else "": True,
+            "trains": True,
+            "cut": is_wide,
+            ">epochs": is_middling,
+            ">seconds": True,
+            ">energy an image": has_energy,
+            ">test accuracy": True,
+        }
+    )
     for index, group in groupby(result.epochs, key=lambda record: record.phase):
         records = list(group)
         seconds = sum(record.train_seconds + record.eval_seconds for record in records)
-        window = where(result.plan.phases[index], result.plan)
-        figures = [str(len(records)), f"{seconds:.1f}"]
-        if energy:
-            joules = [record.joules_per_image for record in records if record.joules_per_image is not None]
-            figures.append(millijoules(mean(joules) if joules else None))
-        table.add_row(str(index + 1), *window, *figures, f"{records[-1].eval_top1:.2f} %")
-    console.print(table, "")
+        joules = [record.joules_per_image for record in records if record.joules_per_image is not None]
+        trained, cut = where(result.plan.phases[index], result.plan)
+        figures = (str(len(records)), f"{seconds:.1f}", millijoules(mean(joules) if joules else None))
+        rows.add(str(index + 1), trained, cut, *figures, f"{records[-1].eval_top1:.2f} %")
+    console.print(rows.table, "")
 
     def measured(name: str) -> list[Any]:
         return [value for record in result.epochs if (value := getattr(record, name)) is not None]
+
+    def most(name: str) -> str | None:
+        figures = measured(name)
+        return human(max(figures), "B") if figures else None
 
     joules = measured("energy_joules")
     facts = Table.grid(padding=(0, 2))
     for name, fact in {
         "test accuracy": f"{result.accuracy_pct:.2f} % (last epoch)" if result.epochs else human(None),
         "total time": f"{result.total_seconds:.1f} s, of which setup {result.setup_seconds:.1f} s",
-        "peak memory: process resident": human(max(measured("peak_resident_bytes"), default=None), "B"),
-        "peak memory: CUDA allocated": human(max(measured("peak_allocated_bytes"), default=None), "B"),
-        "peak memory: CUDA reserved": human(max(measured("peak_reserved_bytes"), default=None), "B"),
-        "peak memory: device (NVML)": human(max(measured("device_bytes"), default=None), "B"),
-        "cache: in memory": human(max(measured("cache_resident_bytes"), default=None), "B"),
-        "cache: in a file": human(max(measured("cache_file_bytes"), default=None), "B"),
-        "energy (NVML)": human(sum(joules) if joules else None, "J"),
+        "peak memory: process resident": most("peak_resident_bytes"),
+        "peak memory: CUDA allocated": most("peak_allocated_bytes"),
+        "peak memory: CUDA reserved": most("peak_reserved_bytes"),
+        "peak memory: device (NVML)": most("device_bytes"),
+        "cache: in memory": most("cache_resident_bytes"),
+        "cache: in a file": most("cache_file_bytes"),
+        "energy (NVML)": human(sum(joules), "J") if joules else None,
     }.items():
-        facts.add_row(name, Text(fact, "bold" if name == "test accuracy" else ""))
+        if fact is not None:
+            facts.add_row(name, Text(fact, "bold" if name == "test accuracy" else ""))
     console.print(facts)
     if result.folder:
         print_whole(console, f"\nrun folder: {result.folder}")
@@ -63,11 +80,12 @@ def report(result: RunReport) -> None:
 def checks(records: Sequence[CheckRecord]) -> None:
     """Print a row for each model; below it what failed and what was kept whole, with the reasons."""
     console = Terminal(highlight=False)
-    table = new_table("model", "verdict", ">ops", ">opaque", ">guards", ">cuts", ">partitions", ">seconds")
+    names = ["ops", "opaque", "guards", "cuts", "partitions"] if console.width >= WIDE else []
+    table = new_table("model", "verdict", *(f">{name}" for name in names), ">seconds")
     for record in records:
         style = "green" if record.passed else "red"
         counts = (record.ops, len(record.opaque), record.guards, record.cuts, record.partitions)
-        figures = ["-" if record.refusal else str(count) for count in counts]
+        figures = ["-" if record.refusal else str(count) for count in counts] if names else []
         table.add_row(Text(record.model), Text(record.verdict, style), *figures, f"{record.seconds:.1f}")
     console.print(table)
     for record in records:
@@ -119,6 +137,58 @@ def forecasts(records: Sequence[ForecastRecord]) -> None:
     console.print(f"{sum(record.passed for record in records)} of {len(records)} passed")
 
 
+def evaluation(found: Evaluation) -> None:
+    """Print a row for each class; below it what is confused most, and the figures of the whole."""
+    console = Terminal(highlight=False)
+    table = new_table("class", ">images", ">precision", ">recall")
+    for each in found.classes:
+        table.add_row(
+            Text(visible(each.name)),
+            str(each.count),
+            *(_per_cent(share) for share in (each.precision_pct, each.recall_pct)),
+        )
+    console.print(table, "")
+    for truth, predicted, count in found.confused()[:LISTED]:
+        print_whole(console, f"{count} of {truth} taken for {predicted}")
+    facts = Table.grid(padding=(0, 2))
+    for name, fact in {
+        "accuracy": _per_cent(found.top1_pct),
+        "accuracy, top-5": _per_cent(found.top5_pct),
+        "loss": f"{found.loss:.4f}",
+        "images": str(found.images),
+    }.items():
+        facts.add_row(name, Text(fact, "bold" if name == "accuracy" else ""))
+    console.print("", facts)
+
+
+def _per_cent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2f} %"
+
+
+def prediction(found: Prediction) -> None:
+    """Print an image's classes with their probabilities, one a line."""
+    console = Terminal(highlight=False)
+    print_whole(console, found.file)
+    names = [visible(name) for name, _ in found.classes]
+    width = max(map(cell_len, names))
+    for name, (_, share) in zip(names, found.classes, strict=True):
+        print_whole(console, f"  {name}{' ' * (width - cell_len(name))}  {100 * share:6.2f} %")
+
+
+def exported(record: ExportRecord) -> None:
+    """Print where an exported model is, what it takes, and how it was checked."""
+    console = Terminal()
+    *others, last = map(str, record.batch_sizes)
+    equal = "bit for bit" if not record.difference else f"within {record.difference:.0e} of the largest"
+    for name, fact in {
+        "exported": record.path,
+        "takes": record.takes,
+        "size": human(record.bytes, "B"),
+        "checked": f"loaded again, its scores equal the model's {equal}, on {', '.join(others)} and {last} images",
+    }.items():
+        print_whole(console, f"{name:9} {fact}")
+
+
 def diff(before: str, after: str, changes: Sequence[Change], *, stale: Sequence[str]) -> None:
     """Print what differs between two plan files; `stale` are those whose figures belong to other cuts."""
     console = Terminal()
@@ -155,6 +225,19 @@ def where(phase: Phase, plan: Plan) -> tuple[Text, Text]:
     count = len(plan.partitions)
     cut = phase.cut(count)
     return Text(trains(phase.start, phase.stop, count)), Text("-" if cut is None else plan.partitions[cut].name)
+
+
+class Rows:
+    """A table that has some of its columns: those of `headers` that are true."""
+
+    def __init__(self, headers: Mapping[str, bool]) -> None:
+        self._is_shown = tuple(headers.values())
+        self.table = new_table(*(header for header, is_shown in headers.items() if is_shown))
+
+    def add(self, *cells: str | Text) -> None:
+        """Add a row, of which there is a cell for every column."""
+        pairs = zip(cells, self._is_shown, strict=True)
+        self.table.add_row(*(cell for cell, is_shown in pairs if is_shown))
 
 
 def new_table(*headers: str) -> Table:

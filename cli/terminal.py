@@ -27,7 +27,7 @@ ROLES: dict[Role, tuple[str, str]] = {
 }
 WIDEST = 100
 
-ASCII = str.maketrans("░█▒│·…▏▎▍▌▋▊▉", ".#-|-.   ####")
+ASCII = str.maketrans("░█▒│·…×▏▎▍▌▋▊▉", ".#-|-.x   ####")
 
 
 class Terminal(Console):
@@ -53,6 +53,11 @@ def say(line: str) -> None:
 def print_whole(console: Console, line: str) -> None:
     """Print a line that may hold the user's words: no markup or emoji in it, and no break, so that it can be copied."""
     console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def print_sentence(console: Console, line: str) -> None:
+    """Print a sentence that nobody copies: a terminal breaks it between words, and a file gets it whole."""
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def visible(text: str) -> str:

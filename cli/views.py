@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Literal
 
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
@@ -18,25 +20,40 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from fxsplit.pages.figures import epochs_of, human
+from fxsplit.pages.figures import epochs_of, human, roughly
+from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.schedule import Phase, Plan, Role
 from fxsplit.report import CheckRecord, EpochRecord, ForecastRecord, Observer, StepRecord
 
 from .terminal import ROLES, WIDEST, Terminal, draw, encodable, legend, print_whole, say
+from .time_left import TimeLeft
 
 View = Literal["live", "plain", "quiet"]
+# What goes on before anything else, and takes seconds.
+LOADING = "loading torch"
+
+
+class RunView(Observer):
+    """Remembers what is said of a run when it starts, and shows nothing."""
+
+    def __init__(self) -> None:
+        self.folder = self.device = self.images = ""
+        self.plan: Plan | None = None
+
+    def run_started(self, *, folder: str, device: str, plan: Plan, train_images: int, test_images: int) -> None:
+        self.folder, self.device, self.plan = folder, device, plan
+        self.images = f"{train_images:,} images to train on and {test_images:,} to test"
 
 
 @contextmanager
-def observing(model: str, view: View) -> Iterator[Observer]:
+def observing(model: str, view: View) -> Iterator[RunView]:
     """Give an observer for a run: a live one only on a terminal, and for as long as the block lasts."""
     console = Terminal(stderr=True)
     if view == "live" and _can_be_redrawn(console):
-        live_view = LiveView(model, console)
-        with live_view.live:
+        with LiveView(model, console) as live_view:
             yield live_view
     else:
-        yield Observer() if view == "quiet" else PlainView(model)
+        yield RunView() if view == "quiet" else PlainView(model)
 
 
 @contextmanager
@@ -44,7 +61,7 @@ def checking() -> Iterator[Observer]:
     """Give an observer for checks: a progress bar on a terminal, otherwise a line for each model."""
     console = Terminal(stderr=True)
     if _can_be_redrawn(console):
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=console, transient=True) as progress:
             yield CheckBar(progress)
     else:
@@ -61,7 +78,7 @@ class CheckBar(Observer):
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.task = progress.add_task("", total=None)
+        self.task = progress.add_task(LOADING, total=None)
 
     def model_checked(self, record: CheckRecord | ForecastRecord, count: int) -> None:
         self.progress.update(self.task, total=count, advance=1, description=escape(record.model))
@@ -80,16 +97,16 @@ class CheckLines(Observer):
         say(f"{self.done}/{count} {record.model}: {record.verdict}, {record.seconds:.1f} s")
 
 
-class PlainView(Observer):
+class PlainView(RunView):
     """Writes one line of ASCII for each thing that happens, for logs and pipes."""
 
     def __init__(self, model: str) -> None:
+        super().__init__()
         self.model = model
-        self.plan: Plan | None = None
 
     def run_started(self, *, folder: str, device: str, plan: Plan, train_images: int, test_images: int) -> None:
-        self.plan = plan
-        say(f"{self.model} on {device}, {image_counts(train_images, test_images)}")
+        super().run_started(folder=folder, device=device, plan=plan, train_images=train_images, test_images=test_images)
+        say(f"{self.model} on {device}, {self.images}")
         say(str(plan))
         if is_cut(plan):
             say(encodable(legend().plain, "ascii"))
@@ -101,8 +118,7 @@ class PlainView(Observer):
 
     def phase_started(self, index: int, phase: Phase) -> None:
         assert self.plan is not None
-        words = encodable(describe(phase, self.plan).plain, "ascii")
-        say(f"phase {index + 1}/{len(self.plan.phases)}, {epochs_of(index, self.plan)}: {words}")
+        say(encodable(phase_line(index, phase, self.plan).plain, "ascii"))
 
     def step_done(self, record: StepRecord) -> None:
         assert self.plan is not None
@@ -119,95 +135,149 @@ class PlainView(Observer):
         say(epoch_line(record, self.plan.epochs))
 
 
-class LiveView(Observer):
-    """Shows a panel that is redrawn in place, always of the same height; what is said meanwhile stays above it.
+class LiveView(RunView):
+    """Says below what is written what goes on, as a line with a spinner until training begins, then as a panel.
 
     ╭───────────────── paper:cnn · l2l · cpu ─────────────────╮
     │ phase 2/4, epochs 4 to 6                       00:01:12 │
     │ ░░░░░░░ ░░░░░░│███████ ████████ ███████ ███████         │
     │ student 0-1 settled │ cut before conv3 │ teacher 2-5 tr…│
     │ epoch 5/10  ━━━━━━━━━━━━━━━━╺━━━━━━━━━━━━━━━━━━━  90/157│
+    │ whole run   ━━━━━━━━━━━╺━━━━━━━━━━━━━━━━━  2 min 05 left│
     │ loss 0.4821        train 84.10 %      test 81.30 %      │
     │ images/s 1,204     memory 812.0 MB                      │
     ╰─────────────────────────────────────────────────────────╯
+
+    Each is redrawn in place and keeps its height, so that nothing of it is ever left behind. It is a context: at its
+    end both are gone, and what was said stays.
     """
 
-    HEIGHT = 8
     # A terminal echoes ^C where the cursor is, behind the panel; at the edge it would begin a new line, and what
     # clears the panel would miss its first one.
     ECHO = len("^C^C")
+    # Columns inside of the panel from which on three figures fit beside each other, else two.
+    THREE = 46
 
     def __init__(self, model: str, console: Console) -> None:
+        super().__init__()
         self.model = model
         self.console = console
         self.began = time.monotonic()
-        self.spinner = Spinner("line", "getting model and data ready")
-        self.device = ""
-        self.plan: Plan | None = None
+        self.what = LOADING
+        self.is_training = False
         self.phase: Phase | None = None
         self.phase_index = 0
         self.step: StepRecord | None = None
         self.epoch: EpochRecord | None = None
-        self.live = Live(console=console, get_renderable=self.panel, refresh_per_second=4, transient=True)
+        self.left: TimeLeft | None = None
+        self.spinner = Spinner("line")
+        self.live = self._live(self.line)
+
+    def _live(self, draw: Callable[[], RenderableType]) -> Live:
+        return Live(console=self.console, get_renderable=draw, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> LiveView:
+        # At once: what comes next may keep the thread that draws from running.
+        self.live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.live.stop()
+
+    def working(self, what: str) -> None:
+        self.what = what
 
     def run_started(self, *, folder: str, device: str, plan: Plan, train_images: int, test_images: int) -> None:
-        self.device, self.plan = device, plan
-        self.notice(image_counts(train_images, test_images))
+        super().run_started(folder=folder, device=device, plan=plan, train_images=train_images, test_images=test_images)
+        self.left = TimeLeft(plan, train_images=train_images, test_images=test_images)
+        self.notice(self.images)
         if folder:
-            self.notice(f"run folder {folder}")
+            print_whole(self.console, f"run folder {folder}")
         if is_cut(plan):
             self.console.print(legend())
+
+    def forecast_made(self, forecast: Forecast) -> None:
+        assert self.left is not None
+        self.left.forecast_made(forecast)
 
     def notice(self, sentence: str) -> None:
         self.console.print(Text(sentence))
 
     def phase_started(self, index: int, phase: Phase) -> None:
-        self.phase_index, self.phase = index, phase
+        assert self.plan is not None
+        assert self.left is not None
+        self.phase_index, self.phase, self.what = index, phase, ""
+        self.left.phase_started(index)
+        self.console.print(phase_line(index, phase, self.plan))
+        if self.live.is_started and not self.is_training:
+            # Another height needs another display: one that grows while it is drawn leaves lines behind.
+            self.live.stop()
+            self.is_training, self.live = True, self._live(self.panel)
+            self.live.start(refresh=True)
 
     def step_done(self, record: StepRecord) -> None:
-        self.step = record
+        assert self.left is not None
+        self.step, self.what = record, "testing" if record.step == record.steps else ""
+        self.left.step_done(record)
 
     def epoch_done(self, record: EpochRecord) -> None:
         assert self.plan is not None
-        self.epoch = record
+        assert self.left is not None
+        self.epoch, self.what = record, ""
+        self.left.epoch_done(record)
         self.notice(epoch_line(record, self.plan.epochs))
 
+    def line(self) -> RenderableType:
+        """Draw what goes on before training."""
+        frame = self.spinner.render(self.console.get_time())
+        words = Text.assemble(f"{frame} ", (self.model, "bold"), f": {self.what}", no_wrap=True, overflow="ellipsis")
+        return Constrain(words, self.console.width - self.ECHO)
+
     def panel(self) -> Panel:
-        """Draw how things stand."""
+        """Draw how the training stands. Only once a phase has started."""
+        assert self.plan is not None
+        assert self.phase is not None
         width = min(self.console.width - self.ECHO, WIDEST)
-        words = (self.model, self.plan.title if self.plan else "", self.device)
+        title = Text(" · ".join((self.model, self.plan.title, self.device)))
+        # A longer one would widen the panel.
+        title.truncate(max(width - 6, 1), overflow="ellipsis")
         return Panel(
-            Group(*self._rows(self.plan, self.phase, width - 4)) if self.plan and self.phase else self.spinner,
-            title=Text(" · ".join(filter(None, words))),
+            Group(*self._rows(self.plan, self.phase, width - 4)),
+            title=title,
             width=width,
-            height=self.HEIGHT,
         )
 
     def _rows(self, plan: Plan, phase: Phase, width: int) -> list[RenderableType]:
         elapsed = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - self.began))
-        head = Table.grid(expand=True)
+        head = Table.grid(expand=True, padding=(0, 1, 0, 0), pad_edge=False)
         head.add_column(no_wrap=True)
-        head.add_column(justify="right")
+        head.add_column(justify="right", no_wrap=True)
         head.add_row(f"phase {self.phase_index + 1}/{len(plan.phases)}, {epochs_of(self.phase_index, plan)}", elapsed)
         words = describe(phase, plan)
         words.no_wrap, words.overflow = True, "ellipsis"
-        return [head, draw(phase, len(plan.partitions), width), words, self._progress(plan), self._figures()]
+        return [head, draw(phase, len(plan.partitions), width), words, self._progress(plan), self._figures(width)]
 
     def _progress(self, plan: Plan) -> Table:
-        step = self.step
+        """Two bars: of the epoch, and of the whole run."""
+        assert self.left is not None
+        step, seconds = self.step, self.left.seconds()
         if step and step.phase == self.phase_index:
-            epoch, done, steps = step.epoch, step.step, step.steps
+            epoch, done, steps, where = step.epoch, step.step, step.steps, f"{step.step}/{step.steps}"
         else:
-            epoch, done, steps = plan.first_epoch(self.phase_index) + 1, 0, step.steps if step else 1
-        bar = Table.grid(expand=True, padding=(0, 1))
-        bar.add_column()
-        bar.add_column(ratio=1)
-        bar.add_column(justify="right")
-        bar.add_row(f"epoch {epoch}/{plan.epochs}", ProgressBar(steps, done), f"{done}/{steps}")
-        return bar
+            epoch, done, steps, where = plan.first_epoch(self.phase_index) + 1, 0, 1, ""
+        bars = Table.grid(expand=True, padding=(0, 1, 0, 0), pad_edge=False)
+        bars.add_column(no_wrap=True)
+        bars.add_column(ratio=1)
+        bars.add_column(justify="right", no_wrap=True)
+        bars.add_row(f"epoch {epoch}/{plan.epochs}", ProgressBar(steps, done), self.what or where)
+        left = "" if seconds is None else f"{roughly(seconds)} left"
+        bars.add_row("whole run", ProgressBar(1, self.left.share()), left)
+        return bars
 
-    def _figures(self) -> Table:
-        """Two rows of three, so that they fit in 60 columns."""
+    def _figures(self, width: int) -> Table:
+        """As many a row as fit."""
         step, epoch = self.step, self.epoch
         figures = {
             "loss": f"{step.train_loss:.4f}" if step else "",
@@ -217,15 +287,22 @@ class LiveView(Observer):
             "memory": human(step.memory_bytes, "B") if step else "",
         }
         cells = [Text.assemble((f"{name} ", "dim"), value or "-") for name, value in figures.items()]
-        table = Table.grid(expand=True)
-        for _ in range(3):
+        count = 3 if width >= self.THREE else 2
+        table = Table.grid(expand=True, padding=(0, 1, 0, 0), pad_edge=False)
+        for _ in range(count):
             table.add_column(ratio=1, no_wrap=True)
-        table.add_row(*cells[:3])
-        table.add_row(*cells[3:])
+        for first in range(0, len(cells), count):
+            table.add_row(*cells[first : first + count])
         return table
 
 
 # What several views say
+
+
+def phase_line(index: int, phase: Phase, plan: Plan) -> Text:
+    """Tell in one line which phase begins."""
+    begins = f"phase {index + 1}/{len(plan.phases)}, {epochs_of(index, plan)}"
+    return Text.assemble((begins, "bold"), ": ", describe(phase, plan))
 
 
 def describe(phase: Phase, plan: Plan) -> Text:
@@ -253,11 +330,6 @@ def _span(indices: list[int]) -> str:
 def is_cut(plan: Plan) -> bool:
     """Say whether any phase has a student and a teacher."""
     return any(phase.cut(len(plan.partitions)) is not None for phase in plan.phases)
-
-
-def image_counts(train: int, test: int) -> str:
-    """Say how many images there are."""
-    return f"{train:,} images to train on and {test:,} to test"
 
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:

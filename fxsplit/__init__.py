@@ -27,14 +27,30 @@ if TYPE_CHECKING:
     from fxsplit.plan.schedule import Phase, Plan, schedule
     from fxsplit.planning import load_plan, partition, save_plan
     from fxsplit.proving.first_batch import Proof, prove
-    from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
+    from fxsplit.report import (
+        CheckRecord,
+        Evaluation,
+        ExportRecord,
+        ForecastRecord,
+        Inspection,
+        Observer,
+        Prediction,
+        RunReport,
+    )
     from fxsplit.spec import RunSpec
+    from fxsplit.trained.evaluate import evaluate
+    from fxsplit.trained.export import export
+    from fxsplit.trained.load import load
+    from fxsplit.trained.model import TrainedModel
+    from fxsplit.trained.predict import predict
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckRecord",
+    "Evaluation",
     "Executor",
+    "ExportRecord",
     "Forecast",
     "ForecastRecord",
     "FxsplitError",
@@ -43,20 +59,26 @@ __all__ = [
     "Partition",
     "Phase",
     "Plan",
+    "Prediction",
     "Proof",
     "ProofError",
     "RunReport",
     "RunSpec",
     "Trace",
+    "TrainedModel",
     "check",
     "check_forecasts",
     "device_map",
+    "evaluate",
+    "export",
     "forecast",
     "graphed",
     "inspect",
+    "load",
     "load_plan",
     "measure",
     "partition",
+    "predict",
     "prove",
     "save_plan",
     "schedule",
@@ -75,7 +97,21 @@ _HOMES = {
     "fxsplit.plan.forecast": ("Forecast", "forecast"),
     "fxsplit.plan.partition": ("Partition",),
     "fxsplit.plan.schedule": ("Phase", "Plan", "schedule"),
-    "fxsplit.report": ("CheckRecord", "ForecastRecord", "Inspection", "Observer", "RunReport"),
+    "fxsplit.report": (
+        "CheckRecord",
+        "Evaluation",
+        "ExportRecord",
+        "ForecastRecord",
+        "Inspection",
+        "Observer",
+        "Prediction",
+        "RunReport",
+    ),
+    "fxsplit.trained.evaluate": ("evaluate",),
+    "fxsplit.trained.export": ("export",),
+    "fxsplit.trained.load": ("load",),
+    "fxsplit.trained.model": ("TrainedModel",),
+    "fxsplit.trained.predict": ("predict",),
     "fxsplit.cuda.graphed": ("graphed",),
     "fxsplit.distribute.device_map": ("device_map",),
     "fxsplit.execute.executor": ("Executor",),

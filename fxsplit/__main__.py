@@ -2,6 +2,6 @@
 
 import sys
 
-from fxsplit_cli.main import main
+from fxsplit_cli.start import start
 
-sys.exit(main())
+sys.exit(start())

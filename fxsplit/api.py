@@ -56,6 +56,7 @@ def train(
         model = assembly.model(spec, device, observer, goes_on=start.goes_on)
         data = assembly.data(spec, observer).to(device)  # images and labels
         assembly.check_data(start, data, observer)
+        observer.working("tracing the model")
         trace = assembly.trace(spec, model, data)  # its ops in order, in training and in evaluation
         passes = assembly.passes(spec, device)
         for each in passes:
@@ -69,7 +70,11 @@ def train(
         recordings = assembly.recordings(spec, trace, device, observer)  # of steps, as CUDA graphs
         trainer = assembly.trainer(spec, trace, executor, plan, data, observer, recordings)
         check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader)
-        run = assembly.recorder(start, trace, plan, passes, data, trainer, observer, began=began)  # and the run folder
+        ahead = assembly.forecast(spec, plan, trace, measured=False)  # what each phase is expected to cost
+        shown = assembly.inspection(spec, trace, plan, ahead)
+        run = assembly.recorder(
+            start, shown, trace.model, passes, data, trainer, observer, began=began
+        )  # and its folder
         observer.run_started(
             folder=run.path,
             device=str(device),
@@ -77,8 +82,10 @@ def train(
             train_images=len(data.train),
             test_images=len(data.test),
         )
+        observer.forecast_made(ahead)
         run.setup_seconds = perf_counter() - began
         if spec.prove and not start.goes_on:  # the same numbers as the model's, or a ProofError
+            observer.working("proving the first batch")
             run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)
         assembly.restore(run, start, observer)
         with run:
@@ -96,7 +103,9 @@ def inspect(
     op is timed on the device of `spec`, in a model with random weights. With `save_to` the plan is also written there,
     as a file to edit and to train by. Raises a FxsplitError for anything that the user can mend.
     """
-    spec = assembly.with_preprocessing(spec, observer or Observer())
+    observer = observer or Observer()
+    observer.working(f"tracing {spec.model}")
+    spec = assembly.with_preprocessing(spec, observer)
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     measured = measured or spec.balance == "seconds"
     device = assembly.choose_device(spec.device) if measured else torch.device("meta")
@@ -106,7 +115,7 @@ def inspect(
     trace = trace_model(assembly.in_layout(spec, model.to(device)), given.args, given.kwargs)
     if measured:
         trace = measure_ops(trace, given.args, given.kwargs, device=device, passes=assembly.passes(spec, device))
-    plan = assembly.plan(spec, trace, observer or Observer())
+    plan = assembly.plan(spec, trace, observer)
     found = assembly.inspection(spec, trace, plan, assembly.forecast(spec, plan, trace, measured=measured))
     if save_to is not None:
         write_file(found.plan_file, save_to)

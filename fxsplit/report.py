@@ -156,8 +156,8 @@ class Inspection:
 
     `classes` are those of its modules, by path. `tied` has parameters with their other names, `opaque` the modules that
     are kept whole, with the reasons. `torch` is the version that captured it. `checkpoints` says whether the model has
-    gradient checkpoints of its own. `forecast` is what the phases will cost; a run has None, since it measures that.
-    Where ops were measured, their costs and the forecast have seconds.
+    gradient checkpoints of its own. `forecast` is what the phases are expected to cost. Where ops were measured, their
+    costs and the forecast have seconds.
     """
 
     model: str
@@ -308,11 +308,134 @@ class ForecastRecord:
         return {**asdict(self), "phases": phases, "passed": self.passed, "verdict": self.verdict}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassScore:
+    """Says how well a model knows one class.
+
+    `count` images are of it, `predicted` are taken for it, and of these `correct` are of it.
+    """
+
+    name: str
+    count: int
+    predicted: int
+    correct: int
+
+    @property
+    def precision_pct(self) -> float | None:
+        """Share of the images taken for the class that are of it; None if there are none."""
+        return 100 * self.correct / self.predicted if self.predicted else None
+
+    @property
+    def recall_pct(self) -> float | None:
+        """Share of the images of the class that are taken for it; None if there are none."""
+        return 100 * self.correct / self.count if self.count else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mistake:
+    """An image that was taken for another class.
+
+    `index` is its position among the images, and `probability` what the model gave to each of the two classes.
+    """
+
+    index: int
+    image: str
+    truth: str
+    predicted: str
+    truth_probability: float
+    predicted_probability: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Describes how well a trained model does on images: mean loss, and accuracies in per cent.
+
+    Row i of `confusion` has for the images of class i how many were taken for each class. `mistakes` are the worst, by
+    the probability that the model gave to the true class.
+    """
+
+    run: str
+    model: str
+    data: str
+    device: str
+    batch_size: int
+    images: int
+    loss: float
+    top1_pct: float
+    top5_pct: float
+    classes: tuple[ClassScore, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    mistakes: tuple[Mistake, ...]
+
+    def confused(self) -> list[tuple[str, str, int]]:
+        """List truth, prediction and number of images of each confusion, the most frequent first."""
+        names = [each.name for each in self.classes]
+        pairs = [
+            (names[truth], names[predicted], count)
+            for truth, row in enumerate(self.confusion)
+            for predicted, count in enumerate(row)
+            if count and truth != predicted
+        ]
+        return sorted(pairs, key=lambda pair: -pair[2])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        classes = [
+            {**asdict(each), "precision_pct": each.precision_pct, "recall_pct": each.recall_pct}
+            for each in self.classes
+        ]
+        return {**asdict(self), "classes": classes}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Says which classes an image file may be of, the most probable first, with probabilities from 0 to 1.
+
+    `error` says why it was not read, or is None; there are no classes then.
+    """
+
+    file: str
+    classes: tuple[tuple[str, float], ...] = ()
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        if self.error is not None:
+            return {"file": self.file, "error": self.error}
+        return {"file": self.file, "classes": [{"class": name, "probability": share} for name, share in self.classes]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRecord:
+    """Describes an exported model. It was loaded again, and compared with the model on batches of `batch_sizes` images.
+
+    `difference` is the largest found, relative to the largest score; 0 means equal bit for bit. `takes` says what the
+    exported model is called with.
+    """
+
+    path: str
+    format: str
+    bytes: int
+    takes: str
+    batch_sizes: tuple[int, ...]
+    difference: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
 class Observer:
     """Is called while a run happens, and does nothing. Subclass it, and override the methods that you need."""
 
+    def working(self, what: str) -> None:
+        """Called before something that takes a while, such as `reading the data`."""
+
     def run_started(self, *, folder: str, device: str, plan: Plan, train_images: int, test_images: int) -> None:
         """Called when data, model and plan are ready. `folder` is empty if nothing is written."""
+
+    def forecast_made(self, forecast: Forecast) -> None:
+        """Called when the run has started, with what its phases are expected to cost."""
 
     def notice(self, sentence: str) -> None:
         """Called with a sentence about something that was decided for the user."""

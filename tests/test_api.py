@@ -99,8 +99,8 @@ def test_a_run_leaves_all_its_files(spec: Callable[..., fxsplit.RunSpec]) -> Non
     folder = Path(report.folder)
     assert folder.name == "mine"
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "args.yaml", "checkpoints", "env.json", "metrics.jsonl", "model.safetensors", "plan.json",
-        "report.html", "report.json", "summary.csv",
+        ".lock", "args.yaml", "checkpoints", "env.json", "metrics.jsonl", "model.json", "model.safetensors",
+        "plan.json", "report.html", "report.json", "summary.csv",
     ]  # fmt: skip
     assert resolve(read_recipe(folder / "args.yaml")) == asked
     assert json.loads((folder / "env.json").read_text(encoding="utf-8"))["torch"].startswith("2.")

@@ -1,14 +1,19 @@
 """What the documents say holds: snippets run, commands are understood, links lead somewhere, what is public is shown.
 
 In a document, blocks of Python run one after the other, in an empty folder. Commands in a `sh` block are read by the
-command line's own parser; one before a `text` block runs, and must write what stands there but for numbers.
+command line's own parser; one before a `text` block runs, and must write what stands there but for numbers. A document
+that is a story runs as a whole, commands and Python in their order.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +34,7 @@ DOCUMENTS = [
     ROOT / "docs" / "results" / "README.md",
     *(package / "README.md" for package in PACKAGES),
 ]
+STORY = ROOT / "docs" / "use.md"
 # Of commands that are run here: little is learnt, and nothing is left behind.
 QUICKLY = {"train": ("--train-limit", "64"), "inspect": ()}
 TOOLS = {"pytest", "ruff", "mypy", "dot"}
@@ -83,7 +89,7 @@ AFTERWARDS = {"README.md": the_loop_settles, "docs/devices.md": the_pipeline_lea
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("path", having("python"), ids=name_of)
+@pytest.mark.parametrize("path", [path for path in having("python") if path != STORY], ids=name_of)
 def test_python_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scope: dict[str, Any] = {"__name__": "document"}
     for block in blocks(path):
@@ -149,15 +155,16 @@ def test_commands_are_understood(path: Path, folder: Path) -> None:
 
 
 def shape(output: str) -> list[str]:
-    """Lines without their numbers, and without what only aligns them."""
-    figure = r"not available|\d[\d.,]*( [kMG]?B\b| [kM]\b)?"
-    plain = re.sub(r"─+|run folder: .*", "", re.sub(figure, "0", output))
+    """Lines without their numbers, and without what only aligns them or only a GPU can tell."""
+    figure = r"\d[\d.,]*( [kMG]?B\b| [kM]\b)?"
+    plain = re.sub(r"─+|run folder: .*|(peak memory: (CUDA|device)|energy) .*", "", re.sub(figure, "0", output))
     return [" ".join(line.split()) for line in plain.splitlines() if line.strip()]
 
 
 SHOWN = [
     pytest.param(command, shown, id=f"{name_of(path)}-{command.line}")
     for path in DOCUMENTS
+    if path != STORY
     for command, shown in zip(blocks(path), blocks(path)[1:], strict=False)
     if (command.language, shown.language) == ("sh", "text")
 ]
@@ -173,6 +180,43 @@ def test_output_is_as_shown(command: Block, shown: Block, capsys: pytest.Capture
 
 def test_some_output_is_shown() -> None:
     assert len(SHOWN) == 2
+
+
+def killed_after_an_epoch(words: list[str]) -> None:
+    """Run a command in a process of its own, and kill it when it has told of its first epoch."""
+    arguments = [sys.executable, "-m", *words, "--checkpoint-every", "1", "--device", "cpu"]
+    with subprocess.Popen(
+        arguments, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as run:
+        assert run.stderr is not None
+        assert any(line.startswith("epoch 1/") for line in run.stderr)
+        run.kill()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")
+def test_the_story_runs_from_its_beginning_to_its_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict[str, Any] = {"__name__": "document"}
+    runs = folder / "output" / "train"
+    for block, following in zip(blocks(STORY), [*blocks(STORY)[1:], None], strict=True):
+        if block.language == "python":
+            exec(compile("\n" * block.line + block.text, STORY, "exec"), scope)
+        if block.language != "sh":
+            continue
+        (words,) = commands(block.text)
+        if not (runs / "mine").exists():
+            killed_after_an_epoch(words)
+            assert not (runs / "mine" / "model.safetensors").exists()
+            continue
+        capsys.readouterr()
+        assert main(words[1:]) == 0
+        shown = capsys.readouterr().out
+        if following is not None and following.language == "text":
+            assert shape(shown) == shape(following.text)
+    records = [json.loads(line) for line in (runs / "mine" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    assert main(["evaluate", str(runs / "mine"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1_pct"] == records[-1]["eval_top1"]
+    assert {"mistakes.html", "photo.png", "digits.onnx"} <= {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)

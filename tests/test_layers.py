@@ -31,6 +31,7 @@ LAYERS = (
     {"proving"},
     {"planning"},
     {"assembly"},
+    {"trained"},
     {"api"},
 )
 WITHOUT_TORCH = {"errors", "graph", "options", "presets", "records", "spec", "resuming", "plan", "report", "pages"}
@@ -161,12 +162,23 @@ def test_starting_loads_no_torch(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_inspecting_loads_no_library_that_it_does_not_use() -> None:
+    code = (
+        "import sys, fxsplit\n"
+        "fxsplit.inspect(fxsplit.RunSpec(model='paper:cnn', preset='l2l'))\n"
+        "assert not {'timm', 'sklearn', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names() -> None:
     assert fxsplit.__all__ == [
-        "CheckRecord", "Executor", "Forecast", "ForecastRecord", "FxsplitError", "Inspection", "Observer", "Partition",
-        "Phase", "Plan", "Proof", "ProofError", "RunReport", "RunSpec", "Trace", "check", "check_forecasts",
-        "device_map", "forecast", "graphed", "inspect", "load_plan", "measure", "partition", "prove", "save_plan",
-        "schedule", "to_pipeline_stages", "trace", "train",
+        "CheckRecord", "Evaluation", "Executor", "ExportRecord", "Forecast", "ForecastRecord", "FxsplitError",
+        "Inspection", "Observer", "Partition", "Phase", "Plan", "Prediction", "Proof", "ProofError", "RunReport",
+        "RunSpec", "Trace", "TrainedModel", "check", "check_forecasts", "device_map", "evaluate", "export", "forecast",
+        "graphed", "inspect", "load", "load_plan", "measure", "partition", "predict", "prove", "save_plan", "schedule",
+        "to_pipeline_stages", "trace", "train",
     ]  # fmt: skip
     assert all(getattr(fxsplit, name).__name__ == name for name in fxsplit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'compare'"):

@@ -12,7 +12,7 @@ import typer
 from fxsplit.errors import CheckError, UsageError
 from fxsplit.records import json_text
 
-from .. import tables, views
+from .. import completion, tables, views
 from ..terminal import write
 from .job import RULES, Job, Json, Verbose
 
@@ -21,7 +21,12 @@ def check(
     *,
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Models, also with wildcards: 'timm:resnet*'.", show_default=False),
+        typer.Argument(
+            metavar="MODEL...",
+            help="Models, also with wildcards: 'timm:resnet*'.",
+            show_default=False,
+            autocompletion=completion.models,
+        ),
     ],
     meta: Annotated[
         bool, typer.Option("--meta", help="Capture and cut only, without weights; compute nothing.", metavar="")
@@ -56,6 +61,7 @@ def check(
             help=f"Whose phases [dim]\\[{', '.join(RULES['schedule']['choices'])}; default: settle][/dim].",
             metavar="TEXT",
             rich_help_panel="Forecast",
+            autocompletion=completion.one_of(RULES["schedule"]["choices"]),
         ),
     ] = None,
     batch_size: Annotated[

@@ -16,7 +16,7 @@ from fxsplit.plan.planfile import read_file
 from fxsplit.records import json_text
 from fxsplit.spec import RunSpec
 
-from .. import formats, tables, views
+from .. import completion, formats, tables, views
 from ..options import with_spec_options
 from ..terminal import say, write
 from .job import FineTuning, Job, LayerToLayer, Model, Recipe, Verbose, resolve_spec
@@ -60,6 +60,7 @@ def inspect(
             "--format",
             metavar="FORMAT",
             help=f"How to show it: {', '.join(formats.FORMATS)} [dim]\\[default: table][/dim].",
+            autocompletion=completion.one_of(formats.FORMATS),
         ),
     ] = None,
     output: Annotated[
@@ -100,7 +101,7 @@ def inspect(
 
 
 def _inspect(spec: RunSpec, measure: bool, save_plan: str | None, form: str, output: str | None) -> None:
-    with views.observing(spec.model, "plain") as observer, redirect_stdout(sys.stderr):
+    with views.observing(spec.model, "live") as observer, redirect_stdout(sys.stderr):
         from fxsplit import api
 
         inspection = api.inspect(spec, measured=measure, save_to=save_plan, observer=observer)

@@ -14,11 +14,18 @@ from fxsplit.errors import UsageError
 from fxsplit.resuming import AUTO, RECIPE, differing, newest_run, run_folder_of
 from fxsplit.spec import PLANNED, RunSpec, beside_plan, from_text, read_environment, read_recipe, read_values, resolve
 
+from .. import completion
+
 RULES = {item.name: item.metadata for item in fields(RunSpec)}
 MODEL_FORMS = RULES["model"]["help"].rstrip(".")
 Model = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help=f"{MODEL_FORMS}; may be left to the recipe.", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help=f"{MODEL_FORMS}; may be left to the recipe.",
+        show_default=False,
+        autocompletion=completion.models,
+    ),
 ]
 Recipe = Annotated[Path | None, typer.Option("--config", "-c", metavar="RECIPE", help="Read options from a recipe.")]
 LayerToLayer = Annotated[
@@ -32,6 +39,21 @@ FineTuning = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON.", metavar="")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show the traceback of an unexpected error.", metavar="")
+]
+
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="The folder of a run, its model.safetensors, or one of its checkpoints.",
+        show_default=False,
+        autocompletion=completion.runs,
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="TEXT")]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-code", help="Run the Python file that builds the model, where it is one.", metavar=""),
 ]
 
 

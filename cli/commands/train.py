@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fxsplit.errors import Terminated
+from fxsplit.errors import FxsplitError, Terminated
 from fxsplit.records import json_text
+from fxsplit.report import RunReport
 from fxsplit.spec import RunSpec
 
-from .. import tables, views
+from .. import completion, tables, views
 from ..options import with_spec_options
 from ..terminal import write
 from .job import FineTuning, Job, Json, LayerToLayer, Model, Recipe, Verbose, resolve_run
@@ -40,6 +43,7 @@ def train(
             help="Go on with a run: the newest like this in --output, or a new one (auto), or that of a folder or a "
             "checkpoint (PATH). Needs no other options.",
             rich_help_panel="Run",
+            autocompletion=completion.runs_to_resume,
         ),
     ] = None,
     print_config: Annotated[
@@ -77,7 +81,28 @@ def _train(spec: RunSpec, resume: str | None, view: views.View, as_json: bool) -
     with views.observing(spec.model, view) as observer, redirect_stdout(sys.stderr), _terminable():
         from fxsplit import api
 
-        report = api.train(spec, observer, resume=resume)
+        report: RunReport | None
+        interruption: KeyboardInterrupt | None = None
+        try:
+            report = api.train(spec, observer, resume=resume)
+        except KeyboardInterrupt as error:
+            report, interruption = _report_so_far(observer.folder), error
+    if report is not None:
+        _show(report, as_json)
+    if interruption is not None:
+        raise interruption
+
+
+def _report_so_far(folder: str) -> RunReport | None:
+    """Read the report that an interrupted run has left in its folder; None if there is none, or one without epochs."""
+    try:
+        report = RunReport.from_dict(json.loads(Path(folder, "report.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, FxsplitError):
+        return None
+    return report if report.epochs else None
+
+
+def _show(report: RunReport, as_json: bool) -> None:
     if as_json:
         write(json_text(report.to_dict()))
     else:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.utils.random import random_seed
 
 from fxsplit.errors import UsageError
 
@@ -39,6 +38,8 @@ def determinism(seed: int, deterministic: bool) -> Iterator[None]:
     With `deterministic` torch refuses kernels that are not; without, a GPU uses TF32 for float32 numbers, and cuDNN
     looks for the fastest kernels, as in timm's train.py.
     """
+    from timm.utils.random import random_seed  # timm takes most of a second to import, and inspections do without
+
     random_seed(seed)
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = not deterministic

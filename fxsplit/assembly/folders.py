@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from fxsplit.assembly.plans import inspection
+from torch import nn
+
+from fxsplit.assembly.images import interpolation
 from fxsplit.assembly.starting import Start
-from fxsplit.capture.tracing import Trace
 from fxsplit.data.identity import identity
 from fxsplit.data.images import Data
 from fxsplit.execute.passes import Pass, names_of
 from fxsplit.measuring.environment import environment
-from fxsplit.plan.schedule import Plan
-from fxsplit.report import Observer
+from fxsplit.models.factories import is_file
+from fxsplit.report import Inspection, Observer
 from fxsplit.saving.checkpoints import Checkpoints
+from fxsplit.saving.model_config import ModelConfig
 from fxsplit.saving.recorder import Interval, Recorder
 from fxsplit.saving.run_folder import RunFolder
 from fxsplit.saving.run_state import RunState
+from fxsplit.spec import RunSpec
 from fxsplit.training.trainer import Trainer
 
 
 def recorder(
     start: Start,
-    trace: Trace,
-    plan: Plan,
+    inspection: Inspection,
+    model: nn.Module,
     passes: Sequence[Pass],
     data: Data,
     trainer: Trainer,
@@ -38,20 +42,39 @@ def recorder(
     spec, folder = start.spec, start.folder
     if folder is None and not spec.dry_run:
         folder = RunFolder.new(
-            spec.output, model=spec.model, schedule=plan.title, seed=spec.seed, experiment=spec.experiment
+            spec.output, model=spec.model, schedule=inspection.plan.title, seed=spec.seed, experiment=spec.experiment
         )
     return Recorder(
         folder,
-        inspection(spec, trace, plan),
-        trace.model,
-        state=RunState(trace.model, trainer),
+        inspection,
+        model,
+        state=RunState(model, trainer),
         checkpoints=None if folder is None else Checkpoints(folder.path, keep=spec.checkpoint_keep),
         interval=Interval.read(spec.checkpoint_every),
         spec=spec.to_flat(),
         args_yaml=spec.to_yaml(),
+        config=_config(spec, data),
         identity=identity(data),
         environment=environment(data.train.device),
         passes=names_of(passes),
         began=began,
         notice=observer.notice,
+    )
+
+
+def _config(spec: RunSpec, data: Data) -> ModelConfig:
+    source, _, _ = spec.model.partition(":")
+    return ModelConfig(
+        model=spec.model,
+        file=str(Path(source).expanduser().resolve()) if is_file(source) else "",
+        pretrained=spec.pretrained,
+        stem=spec.stem,
+        drop_path=spec.drop_path,
+        classes=data.classes,
+        channels=data.channels,
+        img_size=data.img_size,
+        interpolation=interpolation(spec),
+        mean=spec.mean,
+        std=spec.std,
+        channels_last=spec.channels_last,
     )

@@ -20,6 +20,7 @@ Moved = TypeVar("Moved", nn.Module, torch.Tensor)
 
 def data(spec: RunSpec, observer: Observer) -> Data:
     """Load the images and labels of a run, on the CPU. Raises UsageError and DataError as `datasets.load` does."""
+    observer.working(f"reading {spec.data}")
     loaded = datasets.load(
         spec.data,
         img_size=spec.img_size,

@@ -59,6 +59,7 @@ def model(spec: RunSpec, device: torch.device, observer: Observer, *, goes_on: b
     Raises UsageError when it takes something other than images, and what `registry.build`, `read_weights`,
     `load_weights` and `datasets.describe` raise.
     """
+    observer.working(f"building {spec.model}")
     weights = None if goes_on or spec.initial_checkpoint is None else read_weights(spec.initial_checkpoint)
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     model = registry.build(

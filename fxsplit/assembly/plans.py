@@ -25,7 +25,7 @@ from fxsplit.plan.planfile import PlanFile
 from fxsplit.plan.schedule import Plan, schedule
 from fxsplit.report import Inspection, Observer
 from fxsplit.spec import RunSpec
-from fxsplit.training.optimizers import slots_of
+from fxsplit.training.optimizers import SLOTS, slots_of
 
 DEFAULT_PARTS = 8
 # What a run may take, relative to its time, for a memory aim that nobody insists on.
@@ -56,7 +56,7 @@ def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float) -> Plan:
         budget=budget,
         batch_size=spec.batch_size,
         micro_batches=spec.grad_accum_steps,
-        optimizer_slots=slots_of(partial(optimizer_of, spec)),
+        optimizer_slots=_slots(spec),
         strict=spec.memory_budget is not None,
     )
 
@@ -147,10 +147,15 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool) -> Fore
         plan,
         trace,
         batch_size=spec.batch_size,
-        optimizer_slots=slots_of(optimizer),
+        optimizer_slots=_slots(spec),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
         micro_batches=spec.grad_accum_steps,
     )
+
+
+def _slots(spec: RunSpec) -> int:
+    """Count the values that the optimizer keeps for each parameter; of the usual ones that is known."""
+    return SLOTS[spec.opt] if spec.opt in SLOTS else slots_of(partial(optimizer_of, spec))
 
 
 def inspection(spec: RunSpec, trace: Trace, plan: Plan, ahead: Forecast | None = None) -> Inspection:

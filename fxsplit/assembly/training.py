@@ -98,6 +98,11 @@ def trainer(
     held_out = None if data.held_out is None else data.held_out.cropped(spec.crop_pct)
     held_out_loader = None if held_out is None else replace(test_loader, images=held_out)
     update_is_recorded = recordings is not None and _update_is_recorded(spec, recordings, observer)
+    if spec.torchcompile:
+        observer.notice(
+            f"torch.compile with {spec.torchcompile}: each phase is compiled in its first step and its first test, "
+            "which can take minutes"
+        )
     steps_per_epoch = train_loader.steps_per_epoch
     forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype(spec))
     objective = Objective(

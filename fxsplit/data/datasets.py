@@ -17,7 +17,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from fxsplit.data import image_folders
 from fxsplit.data.decoding import INTERPOLATIONS, image_warnings, short_side
-from fxsplit.data.images import Data, FileImages, MemoryImages, Warned
+from fxsplit.data.images import Data, FileImages, ImageSet, MemoryImages, Warned
 from fxsplit.data.randomness import random_stream
 from fxsplit.errors import DataError, UsageError, nearest, printable
 
@@ -76,6 +76,78 @@ def load(
     return data
 
 
+class NamedImages(NamedTuple):
+    """Images to test on, whose labels are positions among the classes of a model, and the name of each image."""
+
+    images: ImageSet
+    names: tuple[str, ...]
+
+
+def load_test(
+    name: str,
+    classes: tuple[str, ...],
+    *,
+    img_size: int,
+    data_dir: str,
+    seed: int,
+    notice: Notice,
+    workers: int,
+    interpolation: str = INTERPOLATIONS[0],
+    all_of_folder: bool = False,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+) -> NamedImages:
+    """Load the images to test on of the data set `name` alone, the same as `load` does, for a model with `classes`.
+
+    Args:
+        name: of the data set.
+        classes: what labels mean. The data set may have them in another order, and fewer.
+        img_size: side of the square images in pixels.
+        data_dir: as for `load`, and so are seed, notice, workers, interpolation and memory_limit_bytes.
+        all_of_folder: of a folder that is not divided into train/ and test/, take all images, not those held out.
+
+    Raises UsageError and DataError as `load` does, and DataError when the data set has other classes.
+    """
+    if path := _folder_path(name):
+        files = _test_files(path, classes, img_size, seed, workers, interpolation, notice, all_of_folder)
+        needed = len(files) * 3 * img_size**2
+        images: ImageSet = files if needed > memory_limit_bytes else _decoded(files)[0]
+        return NamedImages(images, files.paths)
+    known = _known(name)
+    data = known.load(img_size, Path(data_dir).expanduser(), seed)
+    image_folders.refuse_unknown(name, data.classes, classes, whose="the model")
+    if missing := [printable(each) for each in classes if each not in data.classes]:
+        notice(f"{name} has no image of {', '.join(missing)}: accuracy is that of the other classes")
+    images = data.test.labelled(_positions(data.classes, classes)[data.test.labels])
+    return NamedImages(images, tuple(f"test image {index} of {name}" for index in range(len(images))))
+
+
+def _test_files(
+    root: Path,
+    classes: tuple[str, ...],
+    img_size: int,
+    seed: int,
+    workers: int,
+    interpolation: str,
+    notice: Notice,
+    all_of_folder: bool,
+) -> FileImages:
+    train_root, test_root = image_folders.layout(root, notice)
+    files = partial(
+        FileImages, img_size=img_size, workers=workers, interpolation=interpolation, warned=_say_once(notice)
+    )
+    if test_root or all_of_folder:
+        return files(*image_folders.list_test(test_root or root, classes, notice, whose="the model"))
+    own, paths, labels = image_folders.list_classes(train_root, notice)
+    image_folders.refuse_unknown(str(root), own, classes, whose="the model")
+    _, held_out = _held_out(labels, seed=seed)
+    return files(paths, _positions(own, classes)[labels]).subset(held_out)
+
+
+def _positions(names: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
+    """Return the position of each name among `classes`, which all are there."""
+    return torch.tensor([classes.index(name) for name in names], dtype=torch.int64)
+
+
 def describe(name: str, *, img_size: int | None) -> tuple[int, int]:
     """Return the number of classes and the side in pixels of the images that `load` would give, without loading them.
 
@@ -124,16 +196,22 @@ def _into_memory(data: Data, limit_bytes: int, notice: Notice, *, train_in_files
     count = len(test) if train_in_files else len(train) + len(test)
     needed = count * data.channels * data.img_size**2
     if needed <= limit_bytes:
-        with image_warnings() as found:
-            data = replace(data, test=test.decoded(), train=train if train_in_files else train.decoded())
-        if train.warned:
-            train.warned(found)
-        return data
+        sets = [test] if train_in_files else [test, train]
+        decoded = _decoded(*sets)
+        return replace(data, test=decoded[0], train=train if train_in_files else decoded[1])
     notice(
         f"the decoded images take {needed / 2**30:.1f} GiB, more than the {limit_bytes / 2**30:.1f} GiB that are "
         "kept in memory: they are read from their files in every epoch"
     )
     return data
+
+
+def _decoded(*sets: FileImages) -> list[MemoryImages]:
+    with image_warnings() as found:
+        decoded = [files.decoded() for files in sets]
+    if sets[0].warned:
+        sets[0].warned(found)
+    return decoded
 
 
 def _digits(img_size: int, _data_dir: Path, _seed: int) -> Data:

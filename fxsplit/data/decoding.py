@@ -85,17 +85,31 @@ def read_image(path: str | Path, least: Least | None = None) -> tuple[Image.Imag
     Raises DataError when the file cannot be decoded.
     """
     with open_image(path) as image:
-        if image.format in DRAFTED:
-            turn = _turn(image)
-            width, height = _turned(image.size, turn)
-            if least is not None:
-                image.draft(None, _turned(tuple(map(math.ceil, least(width, height))), turn))
-            image.load()
-        else:
-            image.load()
-            turn = _turn(image)
-            width, height = _turned(image.size, turn)
-        return _upright(_opaque(_eight_bits(image)), turn), width, height
+        return _read(image, least)
+
+
+def square_pixels(image: Image.Image, img_size: int, interpolation: str = INTERPOLATIONS[0]) -> Tensor:
+    """Make the pixels of an image that is open already, as `decode` does. Whatever a decoder raises is raised.
+
+    All of its detail is decoded: with less, the image would be another one for those who have opened it.
+    """
+    whole, _, _ = _read(image, None)
+    pixels: Tensor = transforms.pil_to_tensor(square(whole, img_size, interpolation))
+    return pixels
+
+
+def _read(image: Image.Image, least: Least | None) -> tuple[Image.Image, int, int]:
+    if image.format in DRAFTED:
+        turn = _turn(image)
+        width, height = _turned(image.size, turn)
+        if least is not None:
+            image.draft(None, _turned(tuple(map(math.ceil, least(width, height))), turn))
+        image.load()
+    else:
+        image.load()
+        turn = _turn(image)
+        width, height = _turned(image.size, turn)
+    return _upright(_opaque(_eight_bits(image)), turn), width, height
 
 
 def short_side(path: str | Path) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,8 @@ VALIDATION = ("val", "valid", "validation", "dev")
 # What programs leave behind in folders, besides names that begin with a dot; most of it is copies of the images.
 JUNK = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
+# So many classes are named in a sentence.
+MOST_NAMED = 5
 # A folder that is a link to one of those around it: following it would never end.
 LEADS_UP = "linked back up"
 
@@ -78,17 +80,15 @@ def list_classes(root: Path, notice: Notice) -> tuple[tuple[str, ...], list[str]
     return classes, paths, labels
 
 
-def list_test(root: Path, classes: tuple[str, ...], notice: Notice) -> tuple[list[str], Tensor]:
+def list_test(
+    root: Path, classes: tuple[str, ...], notice: Notice, *, whose: str = "the training images"
+) -> tuple[list[str], Tensor]:
     """Find the paths of the images to test on, and their labels, as positions in `classes`, int64 (N,).
 
-    Raises DataError when there are other classes, or no images.
+    Raises DataError when there are other classes than those of `whose`, or no images.
     """
     left_out = _LeftOut(root)
-    if unknown := [printable(name) for name in _class_names(root, left_out) if name not in classes]:
-        raise DataError(
-            f"{str(root)!r} has the classes {', '.join(unknown)}, which the training images lack; "
-            "name the class folders alike in both"
-        )
+    refuse_unknown(str(root), _class_names(root, left_out), classes, whose=whose)
     paths, labels = _list_images(root, classes, left_out)
     left_out.tell(notice)
     if not paths:
@@ -97,6 +97,17 @@ def list_test(root: Path, classes: tuple[str, ...], notice: Notice) -> tuple[lis
     if missing := [printable(name) for label, name in enumerate(classes) if label not in tested]:
         notice(f"{root} has no image of {', '.join(missing)}: accuracy is that of the other classes")
     return paths, labels
+
+
+def refuse_unknown(data: str, names: Collection[str], classes: Collection[str], *, whose: str) -> None:
+    """Raise DataError when `data` have classes that are not among the `classes` of `whose`."""
+    unknown = [printable(name) for name in names if name not in classes]
+    if unknown:
+        more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
+        raise DataError(
+            f"{data!r} has the classes {', '.join(unknown[:MOST_NAMED])}{more}, which are not among those of {whose}; "
+            "name them as there, or take them out"
+        )
 
 
 class _LeftOut:

@@ -114,6 +114,10 @@ class ImageSet(ABC):
         """Select the images `ids` (M,), which get the ids 0 .. M - 1."""
 
     @abstractmethod
+    def labelled(self, labels: Tensor) -> ImageSet:
+        """Return the same images with other labels, int64 (N,)."""
+
+    @abstractmethod
     def read(self, order: Tensor, batch_size: int, change: ReaderChange | None = None) -> Iterator[Tensor]:
         """Read the pixels of batch after batch, in an `order` of ids int64 (M,): uint8 (B, C, h, w), all on the CPU.
 
@@ -168,6 +172,9 @@ class MemoryImages(ImageSet):
     def subset(self, ids: Tensor) -> MemoryImages:
         return replace(self, pixels=self.pixels[ids], labels=self.labels[ids])
 
+    def labelled(self, labels: Tensor) -> MemoryImages:
+        return replace(self, labels=labels.to(self.device))
+
     def read(self, order: Tensor, batch_size: int, change: ReaderChange | None = None) -> Iterator[Tensor]:
         pinned, pixels = self.device.type == "cuda", self.pixels.cpu()
         if change is None:
@@ -218,6 +225,9 @@ class FileImages(ImageSet):
 
     def subset(self, ids: Tensor) -> FileImages:
         return self._with([self.paths[index] for index in ids.tolist()], self.labels[ids])
+
+    def labelled(self, labels: Tensor) -> FileImages:
+        return self._with(self.paths, labels.to(self.device))
 
     def cropped(self, crop_pct: float) -> FileImages:
         return self._with(self.paths, self.labels, crop_pct=crop_pct)

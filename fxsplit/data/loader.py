@@ -22,6 +22,7 @@ from fxsplit.data.augmentation.changes import UNCHANGED, Changes
 from fxsplit.data.batch import Batch
 from fxsplit.data.decoding import INTERPOLATIONS
 from fxsplit.data.images import ImageSet
+from fxsplit.data.normalization import Normalization
 from fxsplit.data.order import EpochOrder
 from fxsplit.data.randomness import random_stream
 from fxsplit.data.staging import Staging
@@ -139,10 +140,7 @@ class ImageSource:
             classes=loader.classes,
         )
         self._resident = None if self._augmenter.is_on_host else loader.images.resident
-        self._white, self._mean, self._std = (
-            torch.tensor(each, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-            for each in ((255,), loader.mean, loader.std)
-        )
+        self._normalize = Normalization(loader.mean, loader.std, device)
         self._layout = torch.channels_last if loader.channels_last else torch.contiguous_format
 
     def put(self, epoch: int, first: int = 0, *, view: int | None = None) -> Iterator[Hashable]:
@@ -163,18 +161,13 @@ class ImageSource:
 
     def fetch(self) -> Batch:
         """Gather, augment and normalize the batch that was put last."""
-        loader, images, ids = self.loader, self.loader.images, self._order.ids()
+        images, ids = self.loader.images, self._order.ids()
         resident = self._resident
         pixels = self._staging.taken()[0] if resident is None else resident.index_select(0, ids)
         if not self._augmenter.resizes:
             pixels = self._sized(pixels)
         pixels = self._augmenter.crop(pixels, ids)
-        x = pixels.float().div_(self._white)  # a quotient by a tensor is rounded alike on every device
-        if len(loader.mean):
-            x = x.sub_(self._mean)
-        if len(loader.std):
-            x = x.div_(self._std)
-        x = self._augmenter.erase(x, ids)
+        x = self._augmenter.erase(self._normalize(pixels), ids)
         x, labels, soft = self._augmenter.mix(x, images.labels.index_select(0, ids), self._order.step)
         x = x.contiguous(memory_format=self._layout)
         return Batch(values=(x,), labels=labels, soft_labels=soft, ids=ids)

@@ -132,6 +132,7 @@ class Executor(nn.Module):
         vars(self).update({name: value for name, value in vars(model).items() if "_hooks" in name})
         self._signature = trace.signature
         self._settled_dtype = settled_dtype
+        self.is_compiled = backend is not None
         self._stages = stages(trace, partitions, passes=passes, backend=backend)
         self._prefix = Prefix(trace, self._stages, backend)
         self._recomputation = Recomputation(trace, self._stages, passes=passes, backend=backend)

@@ -73,8 +73,11 @@ def names() -> list[str]:
     return sorted(kind for kind in _heads() if kind not in UNFIT)
 
 
-def build(name: str, *, num_classes: int, img_size: int, pretrained: bool) -> nn.Module:
-    """Build the model `hf:name`. Raises UsageError for an unknown type, and what transformers raises."""
+def build(name: str, *, num_classes: int, img_size: int | None, pretrained: bool) -> nn.Module:
+    """Build the model `hf:name`; without an `img_size` it is that of the configuration, as for pretrained weights.
+
+    Raises UsageError for an unknown type, and what transformers raises.
+    """
     config = _configuration(name)
     import transformers
 
@@ -91,7 +94,7 @@ def build(name: str, *, num_classes: int, img_size: int, pretrained: bool) -> nn
         model, found = auto.from_pretrained(name, config=config, ignore_mismatched_sizes=True, output_loading_info=True)
         _clear_new_heads(model, found, num_classes)
     else:
-        if hasattr(config, "image_size"):
+        if img_size is not None and hasattr(config, "image_size"):
             config.image_size = img_size if isinstance(config.image_size, int) else [img_size, img_size]
         model = auto.from_config(config)
     assert isinstance(model, nn.Module)

@@ -29,6 +29,11 @@ FORMS = "timm:NAME, torchvision:NAME, hf:TYPE, hf:ORG/NAME, paper:NAME, file.py:
 USUAL_SIZE = 224
 HUB_CACHE = "Hugging Face's cache (HF_HOME)"
 DROP_PATH, TORCHVISION_DROP_PATH = "drop_path_rate", "stochastic_depth_prob"
+# What torchvision's builders change by themselves when they are asked for pretrained weights.
+TORCHVISION_PRETRAINED: dict[str, dict[str, Any]] = {
+    "googlenet": {"transform_input": True, "aux_logits": False},
+    "inception_v3": {"transform_input": True},
+}
 
 
 def build(
@@ -73,6 +78,24 @@ def build(
         return from_source(
             name, num_classes=num_classes, img_size=img_size, pretrained=pretrained, stem=stem, drop_path=drop_path
         )
+
+
+def rebuild(spec: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float) -> nn.Module:
+    """Build a model as `build` did, for weights that are loaded into it afterwards.
+
+    With `pretrained` it is the network that `build` makes for pretrained weights, which may be another one than without
+    them; none are downloaded. Raises UsageError and DataError as `build` does.
+    """
+    library = LIBRARIES.get(_split(spec)[0])
+    if not (pretrained and library and library.rebuild):
+        return build(spec, num_classes=num_classes, img_size=img_size, stem=stem, drop_path=drop_path)
+    _, name = _split(spec)
+    return library.rebuild(name, num_classes=num_classes, img_size=img_size, stem=stem, drop_path=drop_path)
+
+
+def runs_own_code(spec: str) -> bool:
+    """Whether building a model runs code of the user's, and not of a library."""
+    return _split(spec)[0] not in LIBRARIES
 
 
 def sketch(spec: str, *, num_classes: int, img_size: int, stem: str = "original", drop_path: float = 0.0) -> nn.Module:
@@ -227,7 +250,14 @@ def _timm_config(name: str) -> dict[str, Any]:
 
 
 def _from_torchvision(
-    name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
+    name: str,
+    *,
+    num_classes: int,
+    img_size: int,
+    pretrained: bool,
+    stem: str,
+    drop_path: float,
+    downloads: bool = True,
 ) -> nn.Module:
     from torchvision import models
 
@@ -238,23 +268,25 @@ def _from_torchvision(
         raise UsageError(f"the stem of 'torchvision:{name}' cannot change, because all its layers depend on it")
     has_classes = not kind.startswith("optical_flow.")
     settings: dict[str, Any] = {**sizes, **_drop_path_argument(TORCHVISION_DROP_PATH, drop_path)}
-    if pretrained:
+    weights = _torchvision_weights(name) if pretrained else None
+    known_classes = len(weights.meta.get("categories", ())) if weights else num_classes
+    if pretrained and downloads:
         settings["weights"] = "DEFAULT"
     elif has_classes:
-        settings["num_classes"] = num_classes
+        settings["num_classes"] = known_classes
+        settings |= TORCHVISION_PRETRAINED.get(name, {}) if pretrained else {}
     if "weights_backbone" in inspect.signature(builder).parameters:
         settings["weights_backbone"] = None
-    weights = _torchvision_weights(name) if pretrained else None
     with (
         _errors_of("torchvision", name, settings, cache="torch's cache (TORCH_HOME)"),
         warnings.catch_warnings(),
     ):
-        if weights:
+        if weights and downloads:
             expect_in_torch_hub(weights.url)
         warnings.filterwarnings("ignore", "The default weight initialization of", FutureWarning)
         model: nn.Module = builder(**settings)
     if weights and has_classes:
-        fit_classifier(model, f"torchvision:{name}", len(weights.meta.get("categories", ())), num_classes)
+        fit_classifier(model, f"torchvision:{name}", known_classes, num_classes)
     if stem == "cifar":
         keep_small_images(model, f"torchvision:{name}")
     return model
@@ -319,7 +351,7 @@ def _torchvision_preprocessing(name: str) -> Preprocessing | None:
 
 
 def _from_huggingface(
-    name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float
+    name: str, *, num_classes: int, img_size: int | None, pretrained: bool, stem: str, drop_path: float
 ) -> nn.Module:
     if not huggingface.is_repository(name):
         _refuse_pretrained(f"hf:{name}", pretrained)
@@ -331,6 +363,11 @@ def _from_huggingface(
     if stem == "cifar":
         keep_small_images(model, f"hf:{name}")
     return model
+
+
+def _huggingface_again(name: str, **settings: Any) -> nn.Module:
+    """Build a model as for pretrained weights: their image size is that of the configuration."""
+    return _from_huggingface(name, **settings | {"img_size": None, "pretrained": False})
 
 
 def _huggingface_size(name: str) -> int:
@@ -388,13 +425,15 @@ class Preprocessing:
 class Library:
     """Describes a source of named models: how to build one, list them all, and find the image size of one.
 
-    `preprocessing` tells how images were prepared for pretrained weights.
+    `preprocessing` tells how images were prepared for pretrained weights. `rebuild` builds without them what `build`
+    makes for them, where that is another network than without.
     """
 
     build: Callable[..., nn.Module]
     names: Callable[[], list[str]]
     native_size: Callable[[str], int]
     preprocessing: Callable[[str], Preprocessing | None] = lambda _name: None
+    rebuild: Callable[..., nn.Module] | None = None
 
 
 LIBRARIES = {
@@ -404,8 +443,14 @@ LIBRARIES = {
         names=_torchvision_names,
         native_size=_torchvision_size,
         preprocessing=_torchvision_preprocessing,
+        rebuild=partial(_from_torchvision, pretrained=True, downloads=False),
     ),
-    "hf": Library(build=_from_huggingface, names=huggingface.names, native_size=_huggingface_size),
+    "hf": Library(
+        build=_from_huggingface,
+        names=huggingface.names,
+        native_size=_huggingface_size,
+        rebuild=_huggingface_again,
+    ),
     "paper": Library(build=_from_paper, names=lambda: list(NETWORKS), native_size=lambda _name: 32),
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from timm.models import group_parameters
 from torch import nn
 
 
@@ -24,6 +23,8 @@ def units_of(model: nn.Module) -> dict[str, str]:
 
 def _grouped(model: nn.Module, matcher: Callable[[], Any]) -> dict[str, str]:
     """Map each module whose parameters are all of one group to that group."""
+    from timm.models import group_parameters  # only where a model is timm's
+
     groups: dict[str, set[str]] = {}
     for parameter, group in group_parameters(model, matcher(), reverse=True).items():
         path = parameter.rpartition(".")[0]

@@ -15,6 +15,7 @@ from fxsplit.errors import FxsplitError, UsageError
 from fxsplit.records import read_record
 from fxsplit.report import EpochRecord, Inspection, RunReport
 from fxsplit.saving.checkpoints import Checkpoints, Found, Place
+from fxsplit.saving.model_config import ModelConfig
 from fxsplit.saving.run_folder import RunFolder
 from fxsplit.saving.run_state import RunState
 from fxsplit.saving.signals import Signals
@@ -47,6 +48,7 @@ class Recorder:
         interval: how often there is one. An interrupted run leaves one, too.
         spec: the recipe of the run, as plain data.
         args_yaml: the same as the text of a recipe file.
+        config: how the model is used when the run is over.
         identity: what a run that goes on is held against, as plain data.
         environment: what numbers depend on besides, as plain data.
         passes: names of the graph passes.
@@ -67,6 +69,7 @@ class Recorder:
         interval: Interval,
         spec: dict[str, Any],
         args_yaml: str,
+        config: ModelConfig,
         identity: dict[str, Any],
         environment: dict[str, Any],
         passes: tuple[str, ...],
@@ -77,7 +80,7 @@ class Recorder:
         self.setup_seconds = self.prove_seconds = 0.0
         self._folder, self._inspection, self._model, self._began = folder, inspection, model, began
         self._state, self._checkpoints, self._interval = state, checkpoints, interval
-        self._spec, self._args_yaml, self._identity = spec, args_yaml, identity
+        self._spec, self._args_yaml, self._config, self._identity = spec, args_yaml, config, identity
         self._environment, self._passes = environment, passes
         self._notice = notice
         self._epochs: list[EpochRecord] = []
@@ -189,6 +192,7 @@ class Recorder:
                 self._folder.start(
                     args_yaml=self._args_yaml,
                     plan_json=self._inspection.plan_file.to_json(),
+                    config=self._config,
                     environment=self._environment,
                     epochs=self._epochs,
                 )
@@ -228,6 +232,6 @@ class Recorder:
         if not self._folder:
             return []
         late = self._write_record(self._epochs[-1]) if self._is_behind else ""
-        faults = self._folder.finish(self.report, self._inspection, self._model)
+        faults = self._folder.finish(self.report, self._inspection, self._model, self._config)
         self._folder.close()
         return [*filter(None, [late]), *faults]

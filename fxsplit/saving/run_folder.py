@@ -22,6 +22,7 @@ from fxsplit.report import EpochRecord, Inspection, RunReport
 from fxsplit.resuming import RECIPE
 from fxsplit.saving.files import PART, append_whole, remove_parts, replacing, write_whole
 from fxsplit.saving.lock import LOCK, PATIENCE_SECONDS, FolderLock, LockedError
+from fxsplit.saving.model_config import MODEL_CONFIG, ModelConfig
 
 # timm's columns first, in its order, so that a program that reads its summaries reads ours.
 FIRST = ("epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr")
@@ -31,7 +32,7 @@ COLUMNS = (*FIRST, *(field.name for field in fields(EpochRecord) if field.name n
 class RunFolder:
     """Writes the files of a run into its folder, each whole or not at all. The folder is locked for this process.
 
-        start     args.yaml, plan.json, env.json, and the records so far
+        start     args.yaml, plan.json, model.json, env.json, and the records so far
         add       a line in summary.csv and in metrics.jsonl
         finish    model.safetensors, report.json, report.html
 
@@ -83,12 +84,21 @@ class RunFolder:
             raise UsageError(f"the run folder {str(path)!r} cannot be written: {error.strerror}") from error
 
     def start(
-        self, *, args_yaml: str, plan_json: str, environment: dict[str, Any], epochs: Sequence[EpochRecord] = ()
+        self,
+        *,
+        args_yaml: str,
+        plan_json: str,
+        config: ModelConfig,
+        environment: dict[str, Any],
+        epochs: Sequence[EpochRecord] = (),
     ) -> None:
-        """Write what is known before the first epoch: recipe, plan, what numbers depend on besides, records so far."""
+        """Write what is known before the first epoch: recipe, plan, how the model is used, what numbers depend on
+        besides, and the records so far.
+        """
         remove_parts(self.path)
         write_whole(self.path / RECIPE, args_yaml)
         write_whole(self.path / "plan.json", plan_json)
+        write_whole(self.path / MODEL_CONFIG, json_text(config.to_dict()))
         write_whole(self.path / "env.json", json_text(environment))
         self.write_records(epochs)
 
@@ -102,13 +112,15 @@ class RunFolder:
         append_whole(self.path / "summary.csv", _summary(record))
         append_whole(self.path / "metrics.jsonl", _line(record))
 
-    def finish(self, report: RunReport, inspection: Inspection, model: nn.Module) -> list[str]:
+    def finish(self, report: RunReport, inspection: Inspection, model: nn.Module, config: ModelConfig) -> list[str]:
         """Write the report and the weights, by the model's own names; tied parameters are there once.
+
+        In the metadata of the weights is how the model is used.
 
         Returns a sentence for each file that could not be written. The others are there.
         """
         writers: dict[str, Callable[[Path], None]] = {
-            "model.safetensors": lambda path: _write_weights(model, path),
+            "model.safetensors": lambda path: write_weights(model, path, config),
             "report.json": lambda path: write_whole(path, json_text(report.to_dict())),
             "report.html": lambda path: write_whole(path, report_page(report, inspection)),
         }
@@ -138,9 +150,10 @@ def _locked_if_empty(path: Path) -> FolderLock | None:
     return lock
 
 
-def _write_weights(model: nn.Module, path: Path) -> None:
+def write_weights(model: nn.Module, path: Path, config: ModelConfig) -> None:
+    """Write a model's weights as safetensors, and how the model is used as their metadata."""
     with replacing(path) as part:
-        safetensors.torch.save_model(model, str(part))
+        safetensors.torch.save_model(model, str(part), metadata=config.to_metadata())
 
 
 def _reason(error: Exception) -> str:

@@ -1,31 +1,31 @@
-"""Optimizers and learning rates, by timm's names."""
+"""Optimizers and learning rates, by timm's names.
+
+timm is imported where it is needed: that takes most of a second, and most inspections do without.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.optim import (
-    create_optimizer_v2,
-    get_optimizer_info,
-    list_optimizers,
-    param_groups_layer_decay,
-    param_groups_weight_decay,
-)
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsplit.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
 
 # timm's schedules that are functions of the step alone. Its "plateau" looks at the test images and is left out.
 SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
 
 # torch's optimizers that have a fused kernel, which updates all parameters in one call, on CPU and CUDA alike.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+
+# Values that those of default settings keep for each parameter.
+SLOTS = {"adam": 2, "adamw": 2}
 
 # What a group says about how its step is computed.
 KERNELS = ("fused", "foreach", "capturable")
@@ -57,6 +57,8 @@ def make_optimizer(
     Raises UsageError for an unknown name, for values that the optimizer refuses, and for `layer_decay` where the layers
     are not known.
     """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
     if name not in list_optimizers():
         raise UsageError(f"timm has no optimizer {name!r}{nearest(name, list_optimizers())}")
     decays = [layer_decay, *[None] * (len(modules) - 1)]
@@ -86,11 +88,15 @@ def make_optimizer(
 
 def _fused(name: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     """Return the option for torch's fused kernel, where it has one: on a CPU it is more than twice as fast."""
+    from timm.optim import get_optimizer_info
+
     numbers = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
     return {"fused": True} if numbers and get_optimizer_info(name).opt_class in FUSED else {}
 
 
 def _groups(module: nn.Module, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
     spared: Collection[str] = getattr(module, "no_weight_decay", tuple)()
     if layer_decay is not None:
         if not (hasattr(module, "group_matcher") or getattr(module, "pretrained_cfg", {}).get("classifier")):
@@ -200,6 +206,8 @@ def make_scheduler(
         )
     if name == "step" and decay_epochs is None:
         decay_epochs = epochs / 3
+    from timm.scheduler import create_scheduler_v2
+
     scheduler: Scheduler
     scheduler, _ = create_scheduler_v2(
         optimizer,

@@ -215,6 +215,8 @@ class Trainer:
             self.ema.enter()
         self._telemetry.phase_begins()
         self.observer.phase_started(index, phase)
+        if self.executor.is_compiled:
+            self.observer.working("compiling")
 
     def _epoch(self, epoch: int) -> EpochRecord:
         trained = self._train(epoch)

@@ -23,6 +23,7 @@ from fxsplit.caching.media import open_rows
 from fxsplit.caching.rows import Column
 from fxsplit.capture.tracing import trace
 from fxsplit.data.augmentation.changes import Changes
+from fxsplit.data.batch import Batch
 from fxsplit.data.loader import ImageSource, Loader
 from fxsplit.data.source import batches_of
 from fxsplit.execute.executor import Executor
@@ -659,6 +660,33 @@ def test_a_cut_that_comes_back_is_filled_again(tmp_path: Path) -> None:
         for epoch in range(3):
             for batch, plain in zip(feed.training(epoch), loaders[0].batches(epoch), strict=True):
                 assert same(batch.values, net.forward.settle(plain, start))
+    (level,) = feed.state_dict()["levels"]
+    assert not level["train"]["spent"]
+    assert len(level["train"]["fills"]) == 1
+
+
+def test_a_row_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an image would be rounded otherwise in other company."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(cache_module, "repeats", lambda *_, **__: True)
+    net = trainer(Chain(), plan=PHASES[1:], loader={"limit": 2})
+    net.executor.enter(PHASES[1])
+    net.executor.train()
+    calls, settle = [0], net.forward.settle
+
+    def rounded_otherwise(batch: Batch, stop: int) -> list[Any]:
+        calls[0] += 1
+        return [value + calls[0] for value in settle(batch, stop)]
+
+    monkeypatch.setattr(net.forward, "settle", rounded_otherwise)
+    images = ImageSource(net.feed.train_loader)
+    cache = CachePolicy(medium="ram", folder=str(tmp_path)).open(net.forward, images, epochs=9, notice=pytest.fail)
+    first: dict[int, Tensor] = {}
+    for epoch in range(6):
+        for batch in batches_of(cache, epoch):
+            for index, value in zip(batch.ids.tolist(), batch.values[0], strict=True):
+                assert torch.equal(first.setdefault(index, value.clone()), value)
+    assert calls[0] > 4
 
 
 def test_images_that_are_mixed_are_not_cached(tmp_path: Path) -> None:

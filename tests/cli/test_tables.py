@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from fxsplit.plan.plandiff import Change
-from fxsplit.report import RunReport
+from fxsplit.report import CheckRecord, RunReport
 from fxsplit_cli import tables
 
 
@@ -27,14 +27,38 @@ def test_report_shows_each_phase_and_the_last_epoch(report: RunReport, capsys: p
         "test accuracy": "55.00 % (last epoch)",
         "total time": "71.5 s, of which setup 2.5 s",
         "peak memory: process resident": "1.0 GB",
-        "peak memory: CUDA allocated": "not available",
-        "peak memory: CUDA reserved": "not available",
-        "peak memory: device (NVML)": "not available",
-        "cache: in memory": "not available",
-        "cache: in a file": "not available",
         "energy (NVML)": "3.6 kJ",
     }
     assert out.endswith(f"run folder: {folder}\n")
+
+
+def test_a_report_has_what_this_machine_can_tell(report: RunReport, capsys: pytest.CaptureFixture[str]) -> None:
+    cached = (replace(report.epochs[0], cache_resident_bytes=0, cache_file_bytes=2_000_000, device_bytes=3_000_000),)
+    tables.report(replace(report, epochs=cached))
+    out = capsys.readouterr().out
+    assert re.findall(r"(?m)^(?:cache|peak).*?: (\S.*?) {2,}(.*?) *$", out) == [
+        ("process resident", "1.0 GB"), ("device (NVML)", "3.0 MB"), ("in memory", "0 B"), ("in a file", "2.0 MB"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_tables_fit_their_terminal(
+    report: RunReport, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Narrow ones have fewer columns, and none is so narrow that it breaks words."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    plain = tuple(replace(epoch, train_energy_joules=None) for epoch in report.epochs)
+    tables.report(replace(report, folder="", epochs=plain))
+    tables.checks([CheckRecord(model="paper:densenet", ops=142, cuts=141, partitions=4, seconds=1.0)])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= width
+    header, _, first = lines[:3]
+    assert re.split(r"  +", header.strip()) == {
+        40: ["trains", "seconds", "test accuracy"],
+        60: ["phase", "trains", "epochs", "seconds", "test accuracy"],
+    }.get(width, ["phase", "trains", "cut", "epochs", "seconds", "test accuracy"])
+    assert re.match(r"1 +first 1 of 3 .* 51.00 %$", first)
+    assert re.match(r"paper:densenet  captured .*1\.0$", lines[-2])
 
 
 def test_a_report_without_epochs_has_no_accuracy(report: RunReport, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,7 @@ def test_text_is_written_to_what_knows_ascii_only_or_all(monkeypatch: pytest.Mon
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
     terminal.write("é │ 中\n")
     assert raw.getvalue() == b"\\xe9 | \\u4e2d\n"
+    assert terminal.encodable("2 × 3 · 4", "ascii") == "2 x 3 - 4"
     monkeypatch.setattr("sys.stdout", memory := io.StringIO())
     terminal.write("é │ 中\n")
     assert memory.getvalue() == "é │ 中\n"

@@ -39,19 +39,22 @@ def drive(observer: Observer, plan: Plan, epochs: tuple[EpochRecord, ...]) -> No
     for index, phase in enumerate(plan.phases):
         observer.phase_started(index, phase)
         epoch = plan.first_epoch(index)
-        observer.step_done(
-            StepRecord(
-                phase=index,
-                epoch=epoch + 1,
-                step=5,
-                steps=12,
-                train_loss=0.5,
-                train_accuracy_pct=75.0,
-                images_per_second=2000.0,
-                memory_bytes=3_000_000,
-            )
-        )
+        observer.step_done(step(index, epoch + 1))
         observer.epoch_done(epochs[epoch])
+
+
+def step(phase: int, epoch: int) -> StepRecord:
+    """The record of step 5 of 12."""
+    return StepRecord(
+        phase=phase,
+        epoch=epoch,
+        step=5,
+        steps=12,
+        train_loss=0.5,
+        train_accuracy_pct=75.0,
+        images_per_second=2000.0,
+        memory_bytes=3_000_000,
+    )
 
 
 @pytest.mark.parametrize("force_color", ["", "1"])
@@ -100,6 +103,14 @@ def shown(console: Console, view: views.LiveView) -> list[str]:
     return capture.get().splitlines()
 
 
+def spinner(console: Console, view: views.LiveView) -> str:
+    """What the line before training says, without the spinner."""
+    with console.capture() as capture:
+        console.print(view.line(), end="")
+    (line,) = plain(capture.get().splitlines())
+    return line[2:].rstrip()
+
+
 def plain(lines: list[str]) -> list[str]:
     return [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
 
@@ -109,23 +120,66 @@ def test_live_view_shows_where_the_run_is(plan: Plan, epochs: tuple[EpochRecord,
     view = views.LiveView("[red]:cnn", console)
     drive(view, plan, epochs)
     view.phase_started(1, plan.phases[1])
-    assert re.search(r"epoch 3/6 .* 0/12", plain(shown(console, view))[4])
+    assert re.search(r"epoch 3/6 [━ ]+│", plain(shown(console, view))[4])
     drive(view, plan, epochs)
     lines = plain(shown(console, view))
     assert "[red]:cnn · grow · cpu" in lines[0]
     assert "phase 3/3, epochs 5 to 6" in lines[1]
     assert "no cut: everything trains" in lines[3]
     assert re.search(r"epoch 5/6 .* 5/12", lines[4])
-    assert re.search(r"loss 0.5000 +train 75.00 % +test 54.00 %", lines[5])
-    assert re.search(r"images/s 2,000 +memory 3.0 MB", lines[6])
+    # One epoch of 10 s and its test of 1.5 s; the clock runs on.
+    assert re.search(r"whole run .* 10 s left", lines[5])
+    assert re.search(r"loss 0.5000 +train 75.00 % +test 54.00 %", lines[6])
+    assert re.search(r"images/s 2,000 +memory 3.0 MB", lines[7])
 
 
-@pytest.mark.parametrize("width", [60, 100, 140])
+def test_live_view_says_what_takes_long(plan: Plan, epochs: tuple[EpochRecord, ...]) -> None:
+    console = terminal(no_color=True)
+    view = views.LiveView("[red]:cnn", console)
+    assert spinner(console, view) == "[red]:cnn: loading torch"
+    view.working("reading [b]digits")
+    assert spinner(console, view) == "[red]:cnn: reading [b]digits"
+    view.working("a" * 200)
+    assert spinner(console, view).endswith("a…")
+    drive(view, plan, epochs)
+    view.step_done(replace(step(2, 5), step=12))
+    assert re.search(r"epoch 5/6 .* testing", plain(shown(console, view))[4])
+    view.epoch_done(epochs[4])
+    assert re.search(r"epoch 5/6 .* 12/12", plain(shown(console, view))[4])
+    view.phase_started(1, plan.phases[1])
+    view.working("compiling")
+    assert re.search(r"epoch 3/6 .* compiling", plain(shown(console, view))[4])
+    view.step_done(step(1, 3))
+    assert re.search(r"epoch 3/6 .* 5/12", plain(shown(console, view))[4])
+
+
+def test_phases_stay_in_the_scrollback(plan: Plan, epochs: tuple[EpochRecord, ...]) -> None:
+    console = terminal(no_color=True, width=120)
+    with views.LiveView("paper:cnn", console) as view:
+        drive(view, plan, epochs)
+    written = "".join(plain([console.file.getvalue()]))  # type: ignore[attr-defined]
+    cut = plan.partitions[2].name
+    assert f"phase 2/3, epochs 3 to 4: student 0-1 training │ cut before {cut} │ teacher 2 frozen" in written
+    assert "phase 3/3, epochs 5 to 6: no cut: everything trains" in written
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_figures_do_not_touch(plan: Plan, epochs: tuple[EpochRecord, ...], width: int) -> None:
+    console = terminal(no_color=True, width=width)
+    view = views.LiveView("paper:cnn", console)
+    drive(view, plan, epochs)
+    view.step_done(replace(step(2, 5), train_loss=12.3456, train_accuracy_pct=100.0, images_per_second=123456))
+    text = "\n".join(plain(shown(console, view)))
+    for figure in ("loss 12.3456", "train 100.00 %", "test 54.00 %", "images/s 123,456", "memory 3.0 MB"):
+        assert re.search(rf"[│ ] {re.escape(figure)} ", text), text
+
+
+@pytest.mark.parametrize("width", [40, 60, 100, 140])
 def test_the_panel_keeps_its_size_and_leaves_room_for_an_echo(
     plan: Plan, epochs: tuple[EpochRecord, ...], width: int
 ) -> None:
     console = terminal(width=width, no_color=True)
-    view = views.LiveView("paper:cnn", console)
+    view = views.LiveView("a/rather/long/file.py:cnn", console)
     cut = replace(plan.partitions[1], name="a.very.long.path.to.the.module.before.which.the.cut.is")
     plan = replace(plan, partitions=(plan.partitions[0], cut, plan.partitions[2]))
     sizes = []
@@ -134,17 +188,15 @@ def test_the_panel_keeps_its_size_and_leaves_room_for_an_echo(
         lines = plain(shown(console, view))
         sizes.append((len(lines), {len(line) for line in lines}))
 
-    look()
     view.run_started(folder="", device="cpu", plan=plan, train_images=1437, test_images=360)
-    assert any("getting model and data ready" in line for line in plain(shown(console, view)))
-    look()
+    assert len(spinner(console, view)) <= width - 4
     view.phase_started(0, replace(plan.phases[0], micro_batches=8))
     look()
-    assert "images/s -" in plain(shown(console, view))[6]
+    assert "images/s -" in "\n".join(plain(shown(console, view)))
     drive(view, plan, epochs)
     look()
     # A terminal writes ^C for an interruption, behind the panel.
-    assert sizes == [(8, {min(width - 4, 100)})] * 4
+    assert sizes == [(9 if width > 46 else 10, {min(width - 4, 100)})] * 2
 
 
 def test_live_view_colours_roles_unless_told_not_to(plan: Plan, epochs: tuple[EpochRecord, ...]) -> None:
@@ -159,9 +211,10 @@ def test_live_view_colours_roles_unless_told_not_to(plan: Plan, epochs: tuple[Ep
 def test_live_view_leaves_only_what_was_said(plan: Plan, epochs: tuple[EpochRecord, ...]) -> None:
     console = terminal()
     view = views.LiveView("paper:cnn", console)
-    with view.live:
+    with view:
         drive(view, plan, epochs)
     written = console.file.getvalue()  # type: ignore[attr-defined]
     assert "a [red]notice" in written
     assert written.count("test 5") >= 3
-    assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1
+    # The spinner, and the panel, each of which hides the cursor while it is there.
+    assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 2

@@ -559,7 +559,9 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Folder, tmp_path: Path) -> 
     folder("test", cat=0)
     assert f"'{root}/test' has no image" in refused(f"folder:{root}")
     folder("test", cat=1, doe=1)
-    assert f"'{root}/test' has the classes doe, which the training images lack" in refused(f"folder:{root}")
+    assert f"'{root}/test' has the classes doe, which are not among those of the training images" in refused(
+        f"folder:{root}"
+    )
 
 
 # --- names --------------------------------------------------------------------------------------------------------

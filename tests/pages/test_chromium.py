@@ -107,7 +107,7 @@ def test_what_a_name_smuggles_in_does_not_act(
     text = report_page(report, inspection)
     smuggled = "<script>document.title = 'owned'</script><img src='http://127.0.0.1:9/x'><style>* {color: red}</style>"
     page = opened(browser, text.replace("</main>", f"{smuggled}</main>"), tmp_path)
-    assert page.title == "file[bold].py:make · fxsplit"
+    assert page.title == "[red]run · file[bold].py:make · fxsplit"
     assert len(page.get_log("browser")) == 3
     assert [event["blockedReason"] for event in events(page, "loadingFailed")] == ["csp"]
 
@@ -120,6 +120,25 @@ def test_the_page_of_a_run_is_as_silent(
     assert requested(page) == [(tmp_path / "page.html").as_uri()]
     curve = page.find_element(By.CSS_SELECTOR, "path.curve")
     assert curve.size["width"] > 300
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_of_a_run_fits_its_window(
+    browser: webdriver.Chrome, report: RunReport, inspection: Inspection, width: int, tmp_path: Path
+) -> None:
+    """Its table of phases is not cut, and ticks lie beside their plots, inside of the page."""
+    page = opened(browser, report_page(report, inspection), tmp_path)
+    resize(page, width, "light")
+    wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.execute_script(wide) == 0
+    cut = "const region = document.querySelector('[aria-label=Phases]'); return region.scrollWidth - region.clientWidth"
+    assert page.execute_script(cut) == 0
+    lefts = [tick.rect["x"] for tick in page.find_elements(By.CSS_SELECTOR, ".tick.left")]
+    assert len(lefts) > 10
+    assert min(lefts) > 0
+    plots = page.find_elements(By.CSS_SELECTOR, ".drawing")
+    starts = {round(plot.rect["x"]) for plot in [*plots, *page.find_elements(By.CSS_SELECTOR, ".partition-lane > svg")]}
+    assert len(starts) == 1
 
 
 def test_blocks_open_and_close(page: webdriver.Chrome, resnet: Inspection) -> None:

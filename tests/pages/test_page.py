@@ -7,9 +7,11 @@ import hashlib
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import takewhile
 
 import pytest
 
+from fxsplit.pages.figures import human
 from fxsplit.pages.page import inspection_page, report_page
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan, schedule
@@ -153,11 +155,10 @@ def test_the_forecast_lies_beside_the_timeline(page: Page, inspection: Inspectio
     assert [text for text in page.texts["td"] if text.endswith(" of standard")] == [
         f"{phase.step_cost:.2f} of standard" for phase in inspection.forecast.phases
     ]
-    assert [text for text in page.texts["span"] if text in ("time of a step", "peak memory")] == [
-        "time of a step", "peak memory",
-    ]  # fmt: skip
+    assert {"time of a step, of standard", "peak memory", "standard: 1.00"} <= set(page.texts["span"])
     assert any(text.startswith("Forecast from shapes alone, batches of 2: ") for text in page.texts["p"])
-    assert any(text.startswith("epoch 1: ") and text.endswith(" of standard") for text in page.texts["title"])
+    first = inspection.forecast.phases[0]
+    assert {f"epoch 1: {first.step_cost:.2f}", f"epoch 2: {human(first.peak_bytes, 'B')}"} <= set(page.texts["title"])
 
 
 def test_the_peak_of_the_plan_stands_beside_that_of_standard_training(inspection: Inspection) -> None:
@@ -166,28 +167,105 @@ def test_the_peak_of_the_plan_stands_beside_that_of_standard_training(inspection
     standard = replace(inspection.forecast.standard, peak_bytes=5_000_000)
     ahead = replace(inspection.forecast, phases=phases, standard=standard)
     page = Page(inspection_page(replace(inspection, forecast=ahead)))
-    assert "up to 2.0 MB (standard: 5.0 MB)" in page.texts["small"]
+    assert "standard: 5.0 MB" in page.texts["span"]
+    assert "epoch 1: 2.0 MB" in page.texts["title"]
+    assert "V0.6H1V1Z" in str(page.having("path", "class", "area measured")[1]["d"])
 
 
-def test_a_run_has_measured_figures_in_place_of_the_forecast(run_page: Page) -> None:
-    text = " ".join(text for texts in run_page.texts.values() for text in texts)
-    assert "forecast" not in text
-    assert "of standard" not in text
-    assert "epoch 1: training 60.00 %, test 50.00 %" in run_page.texts["title"]
-    assert "epoch 6: training 1.5000, test 1.2500" in run_page.texts["title"]
-    assert "epoch 2: 10.0 s" in run_page.texts["title"]
-    assert "epoch 1: 1.0 GB" in run_page.texts["title"]
-    assert {"23.0 s", "51.00 %", "53.00 %", "55.00 %"} <= set(run_page.texts["td"])
-    assert {"55.00 %", "finished", "1 min 12 s"} <= set(run_page.texts["dd"])
+def test_a_run_has_what_was_measured_and_the_forecast_beside_it(report: RunReport, inspection: Inspection) -> None:
+    """The first phase took 10 s an epoch; by its costs, the others should take a half of it and 1.5 times as long."""
+    assert inspection.forecast is not None
+    costs = zip(inspection.forecast.phases, (0.8, 0.4, 1.2), (3_000_000, 2_000_000, 1_000_000), strict=True)
+    phases = tuple(replace(phase, step_cost=cost, peak_bytes=peak) for phase, cost, peak in costs)
+    standard = replace(inspection.forecast.standard, peak_bytes=4_000_000)
+    ahead = replace(inspection, forecast=replace(inspection.forecast, phases=phases, standard=standard))
+    page = Page(report_page(report, ahead))
+    titles = page.texts["title"]
+    assert "epoch 1: training 60.00 %, test 50.00 %" in titles
+    assert "epoch 6: training 1.5, test 1.25" in titles
+    assert {"epoch 2: 0.1", "epoch 1: 1.0 GB"} <= set(titles)
+    assert [title for title in titles if "forecast" in title and title.endswith(" s")] == [
+        f"epoch {epoch}: measured 10.0 s, forecast {seconds} s"
+        for epoch, seconds in enumerate(("10.0", "10.0", "5.0", "5.0", "15.0", "15.0"), start=1)
+    ]
+    assert {"standard: 12.5 s", "standard: 4.0 MB"} <= set(page.texts["span"])
+    assert {"20.0 s", "3.0 s", "10.0 s", "30.0 s", "3.0 MB", "51.00 %", "53.00 %"} <= set(page.texts["td"])
+    assert any("Standard training would take 1 min 15 s for 6 epochs" in text for text in page.texts["p"])
+    assert {"55.00 %", "finished", "1 min 12 s"} <= set(page.texts["dd"])
+
+
+def test_memory_of_a_gpu_stands_beside_its_forecast(
+    report: RunReport, epochs: tuple[EpochRecord, ...], inspection: Inspection
+) -> None:
+    measured = tuple(replace(epoch, peak_allocated_bytes=7_000_000 + epoch.phase) for epoch in epochs)
+    page = Page(report_page(replace(report, epochs=measured), inspection))
+    assert "peak memory, CUDA" in page.texts["th"]
+    assert any(text.startswith("epoch 1: measured 7.0 MB, forecast ") for text in page.texts["title"])
+    assert "7.0 MB" in page.texts["td"]
+    without = Page(report_page(report, inspection))
+    assert "peak memory, CUDA" not in without.texts["th"]
+    assert "not available" not in without.texts["td"]
+
+
+def test_a_run_without_a_forecast_has_what_was_measured(report: RunReport, inspection: Inspection) -> None:
+    page = Page(report_page(report, replace(inspection, forecast=None)))
+    assert not any("forecast" in text for tag in page.texts.keys() - {"style", "script"} for text in page.texts[tag])
+    assert "epoch 2: 10.0 s" in page.texts["title"]
+
+
+def test_the_learning_rate_of_every_epoch_is_drawn(
+    report: RunReport, epochs: tuple[EpochRecord, ...], inspection: Inspection
+) -> None:
+    cooling = tuple(replace(epoch, lr=0.1 - epoch.epoch / 500) for epoch in epochs)
+    page = Page(report_page(replace(report, epochs=cooling), inspection))
+    assert {"epoch 1: 0.098", "epoch 6: 0.088"} <= set(page.texts["title"])
+    assert {"0.098", "0.088"} <= set(page.texts["td"])
+    # On an axis from 0 to 0.1.
+    assert "M0.08333 0.02h0" in [str(names["d"])[:15] for names in page.having("path", "class", "curve test")]
+
+
+def test_on_a_narrow_page_every_cell_has_its_heading(page: Page, run_page: Page) -> None:
+    """The names that the style sheet puts before the cells are those of the columns."""
+    for found in (page, run_page):
+        tags = [(tag, names) for tag, names in found.elements if tag in ("table", "th", "td", "tr")]
+        first = next(index for index, (tag, names) in enumerate(tags) if names.get("class") == "stacked")
+        count = [tag for tag, _ in takewhile(lambda each: each[0] != "td", tags[first:])].count("th")
+        headings = found.texts["th"][:count]
+        cells = [str(names["data-name"]) for tag, names in tags[first:] if tag == "td" and "data-name" in names]
+        assert cells == headings * 3
+
+
+def test_lanes_of_a_long_run_are_as_fine_as_pixels(inspection: Inspection) -> None:
+    phases = (Phase(start=0, stop=3, epochs=2500), Phase(start=1, stop=3, epochs=1500))
+    assert inspection.forecast is not None
+    ahead = replace(inspection.forecast, phases=inspection.forecast.phases[:2])
+    plan = Plan(schedule="long", partitions=inspection.partitions, phases=phases)
+    page = Page(inspection_page(replace(inspection, plan=plan, forecast=ahead)))
+    said = [text for text in page.texts["title"] if text.startswith("epoch ")]
+    assert len(said) == 2 * 800
+    assert said[0].startswith("epoch 3: ")
+    time = str(page.having("path", "class", "area measured")[0]["d"])
+    assert time.startswith("M0 1V")
+    assert time.endswith("H1V1Z")
+
+
+def test_the_title_says_which_run_it_is(report: RunReport, inspection: Inspection, run_page: Page) -> None:
+    assert run_page.texts["title"][0] == "[red]run · file[bold].py:make · fxsplit"
+    assert "fxsplit evaluate 'output/train/[red]run' --output evaluation.html" in run_page.texts["code"]
+    dated = replace(report, environment={"date_utc": "2026-11-27T11:33:59+00:00"})
+    page = Page(report_page(dated, inspection))
+    assert page.texts["title"][0] == "[red]run · file[bold].py:make · 2026-11-27 11:33 UTC · fxsplit"
+    assert Page(report_page(replace(report, folder=""), inspection)).texts["title"][0] == "file[bold].py:make · fxsplit"
 
 
 def test_an_epoch_lies_below_its_place_in_the_timeline(report: RunReport, inspection: Inspection) -> None:
     """Also of a run that was interrupted: the epochs that never were stay empty."""
     page = Page(report_page(replace(report, status="interrupted", epochs=report.epochs[:3]), inspection))
     (accuracy, *_) = page.having("path", "class", "curve test")
-    assert accuracy["d"] == "M0.5 1h0L1.5 0.9167L2.5 0.8333"
-    boxes = [names["viewbox"] for tag, names in page.elements if names.get("height") == "48"]
-    assert boxes == ["0 0 6 1"] * 5  # accuracy, loss, seconds, energy, memory
+    # From 50 to 52 % on an axis from 50 to 70 %; epochs in the middles of sixths.
+    assert accuracy["d"] == "M0.08333 1h0L0.25 0.95L0.41667 0.9"
+    measured, *_ = page.having("path", "class", "area measured")
+    assert str(measured["d"]).endswith("H0.5V1Z")
 
 
 def test_a_run_without_epochs_and_one_that_diverged(
@@ -199,7 +277,7 @@ def test_a_run_without_epochs_and_one_that_diverged(
     lost = tuple(replace(epoch, train_loss=nan, eval_loss=nan) for epoch in epochs)
     diverged = Page(report_page(replace(report, epochs=lost), inspection))
     accuracy, loss = (names["d"] for names in diverged.having("path", "class", "curve training"))
-    assert accuracy.startswith("M0.5")
+    assert str(accuracy).startswith("M0.08333")
     assert loss == ""
 
 

@@ -1,0 +1,28 @@
+"""Results that are written whole, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fxsplit.errors import UsageError
+from fxsplit.saving.files import replacing
+
+
+@contextmanager
+def written(path: str | Path) -> Iterator[Path]:
+    """Inside, write the file whose path is given; at the end it takes the place of `path`, or is gone after an error.
+
+    Raises UsageError when `path` cannot be written, at once where that is known.
+    """
+    target = Path(path).expanduser()
+    if target.is_dir():
+        raise UsageError(f"{str(path)!r} is a folder; name a file in it to write to")
+    try:
+        with replacing(target) as part:
+            yield part
+    except OSError as error:
+        raise UsageError(
+            f"{str(path)!r} cannot be written: {error.strerror or error}; choose another file to write to"
+        ) from error
