@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from fxsplit.errors import UsageError, printable
+from fxsplit.errors import UsageError, printable, reason, shown_path
 from fxsplit.pages.figures import epochs_of, human, in_words, shape
 from fxsplit.pages.outline import Block, Costs, outline
 from fxsplit.plan.forecast import Forecast
@@ -336,5 +336,6 @@ def show(inspection: Inspection, name: str, path: str | None) -> None:
         text = WRITTEN[name](inspection)
     try:
         Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"the file {path!r} cannot be written: {error.strerror}; choose another --output") from error
+    except (OSError, ValueError) as error:  # a null character in the path, say
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UsageError(f"the file {shown_path(path)} cannot be written: {why}; choose another --output") from error

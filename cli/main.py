@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from fxsplit.errors import FxsplitError, Terminated
+from fxsplit.errors import FxsplitError, Terminated, UsageError, shortened
 
 from .commands.check import check
 from .commands.evaluate import evaluate
@@ -61,13 +61,13 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of the process, and return its exit code."""
-    verbose = False
+    verbose = runs = False
     join_words(os.environ)
     try:
         asked = app(arguments, prog_name="fxsplit", standalone_mode=False)
         if not isinstance(asked, Job):
             return int(asked or 0)
-        verbose = asked.verbose
+        verbose, runs = asked.verbose, True
         asked.run()
         sys.stdout.flush()
         return 0
@@ -90,12 +90,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         hint = "" if verbose else "; run with -v for the traceback"
         return _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}", 1)
+    except BaseException as error:
+        if not runs:
+            raise  # typer ends a process that was asked for completions
+        # Such as SystemExit, which would end the process with what looks like success.
+        return _fail(f"the model's code ended the run: it raised {type(error).__name__}; take that out", 1)
 
 
 def _fail(message: str, exit_code: int) -> int:
     """Typer's errors have no message where help was shown instead."""
     if message:
-        say(f"fxsplit: {message}")
+        say(f"fxsplit: {shortened(message) if exit_code == UsageError.exit_code else message}")
     return exit_code
 
 

@@ -1,4 +1,4 @@
-"""`python -m fxsplit` is the same as `fxsplit`."""
+"""The command `fxsplit`, which is also `python -m fxsplit`."""
 
 import sys
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,10 +30,17 @@ from fxsplit.proving.workers import call_each
 from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
 from fxsplit.spec import RunSpec
 from fxsplit.training.batchnorm import check_batches
+from fxsplit.trust import trusting_code
+
+Record = TypeVar("Record", CheckRecord, ForecastRecord)
 
 
 def train(
-    spec: RunSpec | None = None, observer: Observer | None = None, *, resume: str | Path | None = None
+    spec: RunSpec | None = None,
+    observer: Observer | None = None,
+    *,
+    resume: str | Path | None = None,
+    trust_code: bool = False,
 ) -> RunReport:
     """Train a model as `spec` says, standard or layer-to-layer, and leave a run folder behind.
 
@@ -44,27 +51,29 @@ def train(
         observer: is called while the run happens.
         resume: the folder of a run to go on with, from its newest checkpoint that is whole, or the file of one. What
             `spec` asks for otherwise is told to the observer, or refused.
+        trust_code: run code that comes with a model of Hugging Face, or that a run names which goes on without a spec.
 
     Returns the records of the run, of all its processes. Raises a FxsplitError for anything that the user can mend.
     """
     observer, began = observer or Observer(), perf_counter()
-    start = assembly.start(spec, resume, observer)  # at the beginning, or from a checkpoint
+    start = assembly.start(spec, resume, observer, trust_code=trust_code)  # at the beginning, or from a checkpoint
     spec = start.spec
     device = assembly.choose_device(spec.device)
-    with assembly.determinism(spec.seed, spec.deterministic):
-        # an untouched nn.Module, or an error before data are loaded
-        model = assembly.model(spec, device, observer, goes_on=start.goes_on)
-        data = assembly.data(spec, observer).to(device)  # images and labels
-        assembly.check_data(start, data, observer)
+    assembly.check_names(spec, device)
+    with trusting_code(trust_code), assembly.determinism(spec.seed, spec.deterministic):
+        kind = assembly.kind(spec)  # of the images, which are loaded when all else is known to fit
+        model = assembly.model(spec, kind, device, observer, goes_on=start.goes_on)  # an untouched nn.Module
         observer.working("tracing the model")
-        trace = assembly.trace(spec, model, data)  # its ops in order, in training and in evaluation
+        trace = assembly.trace(spec, model, kind, device)  # its ops in order, in training and in evaluation
         passes = assembly.passes(spec, device)
         for each in passes:
             observer.notice(effect_of(each))
         if spec.balance == "seconds" and spec.plan is None and not start.goes_on:
-            trace = measure_ops(trace, (assembly.random_images(spec, data),), device=device, passes=passes)
+            trace = measure_ops(trace, (assembly.random_images(spec, kind, device),), device=device, passes=passes)
         plan = assembly.plan(spec, trace, observer, start.plan)  # partitions and phases: names and numbers, no tensors
         executor = assembly.executor(spec, trace, plan, passes)  # the model again, which runs any phase
+        data = assembly.data(spec, observer).to(device)  # images and labels
+        assembly.check_data(start, data, observer)
         if not start.goes_on:
             plan = assembly.paying_plan(spec, trace, executor, plan, data, device, observer)
         recordings = assembly.recordings(spec, trace, device, observer)  # of steps, as CUDA graphs
@@ -75,47 +84,57 @@ def train(
         run = assembly.recorder(
             start, shown, trace.model, passes, data, trainer, observer, began=began
         )  # and its folder
-        observer.run_started(
-            folder=run.path,
-            device=str(device),
-            plan=plan,
-            train_images=len(data.train),
-            test_images=len(data.test),
-        )
-        observer.forecast_made(ahead)
-        run.setup_seconds = perf_counter() - began
-        if spec.prove and not start.goes_on:  # the same numbers as the model's, or a ProofError
-            observer.working("proving the first batch")
-            run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)
-        assembly.restore(run, start, observer)
+        with run.beginning():
+            observer.run_started(
+                folder=run.path,
+                device=str(device),
+                plan=plan,
+                train_images=len(data.train),
+                test_images=len(data.test),
+            )
+            observer.forecast_made(ahead)
+            run.setup_seconds = perf_counter() - began
+            if spec.prove and not start.goes_on:  # the same numbers as the model's, or a ProofError
+                observer.working("proving the first batch")
+                run.prove_seconds = assembly.prove_first_batch(spec, trace, trainer, observer)
+            assembly.restore(run, start, observer)
         with run:
-            for record in trainer.epochs(run.pause, most=1 if spec.dry_run else None):
+            recovery = assembly.recovery(spec, trace, trainer, run)  # trains, and answers faults
+            for record in recovery.epochs(run.pause, most=1 if spec.dry_run else None):
                 run.add(record)
     return run.report
 
 
 def inspect(
-    spec: RunSpec, *, measured: bool = False, save_to: str | None = None, observer: Observer | None = None
+    spec: RunSpec,
+    *,
+    measured: bool = False,
+    save_to: str | None = None,
+    trust_code: bool = False,
+    observer: Observer | None = None,
 ) -> Inspection:
     """Show the partitions of a model, the phases of its schedule and a forecast of what they cost, without training.
 
     It needs no weights, data or device, unless ops are to be `measured` (or partitions balanced by seconds): then each
     op is timed on the device of `spec`, in a model with random weights. With `save_to` the plan is also written there,
-    as a file to edit and to train by. Raises a FxsplitError for anything that the user can mend.
+    as a file to edit and to train by. With `trust_code`, code that comes with a model of Hugging Face is run. Raises a
+    FxsplitError for anything that the user can mend.
     """
     observer = observer or Observer()
     observer.working(f"tracing {spec.model}")
     spec = assembly.with_preprocessing(spec, observer)
+    assembly.check_names(spec, torch.device("cpu"), trains=False)
     classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     measured = measured or spec.balance == "seconds"
-    device = assembly.choose_device(spec.device) if measured else torch.device("meta")
-    make = registry.build if measured else registry.sketch
-    model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem, drop_path=spec.drop_path)
-    given = assembly.example_inputs(spec, model, img_size, device)
-    trace = trace_model(assembly.in_layout(spec, model.to(device)), given.args, given.kwargs)
-    if measured:
-        trace = measure_ops(trace, given.args, given.kwargs, device=device, passes=assembly.passes(spec, device))
-    plan = assembly.plan(spec, trace, observer)
+    with trusting_code(trust_code):
+        device = assembly.choose_device(spec.device) if measured else torch.device("meta")
+        make = registry.build if measured else registry.sketch
+        model = make(spec.model, num_classes=classes, img_size=img_size, stem=spec.stem, drop_path=spec.drop_path)
+        given = assembly.example_inputs(spec, model, img_size, device)
+        trace = trace_model(assembly.in_layout(spec, model.to(device)), given.args, given.kwargs)
+        if measured:
+            trace = measure_ops(trace, given.args, given.kwargs, device=device, passes=assembly.passes(spec, device))
+        plan = assembly.plan(spec, trace, observer)
     found = assembly.inspection(spec, trace, plan, assembly.forecast(spec, plan, trace, measured=measured))
     if save_to is not None:
         write_file(found.plan_file, save_to)
@@ -130,6 +149,7 @@ def check(
     img_size: int | None = None,
     channels_last: bool = False,
     jobs: int = 1,
+    trust_code: bool = False,
     observer: Observer | None = None,
 ) -> tuple[CheckRecord, ...]:
     """Prove that partitions compute what the models compute, bit for bit; one record a model, in the order of `specs`.
@@ -144,6 +164,7 @@ def check(
         img_size: side of the images in pixels; None for the size that the model was made for.
         channels_last: run as `train` with that option, and compare each matrix product with its convolution.
         jobs: models that are checked at a time, each in a process of its own if there are several.
+        trust_code: run code that comes with models of Hugging Face.
         observer: is given each record when it is there.
 
     Raises UsageError when no name means a model.
@@ -154,7 +175,7 @@ def check(
         check_model, structure_only=structure_only, parts=parts, img_size=img_size, channels_last=channels_last
     )
     found: dict[str, CheckRecord] = {}
-    for record in call_each(call, names, jobs=jobs, died=_died):
+    for record in call_each(partial(_trusting, trust_code, call), names, jobs=jobs, died=_died):
         found[record.model] = record
         observer.model_checked(record, len(names))
     records = tuple(found[name] for name in names)
@@ -171,6 +192,7 @@ def check_forecasts(
     batch_size: int = 32,
     device: str = "auto",
     channels_last: bool = False,
+    trust_code: bool = False,
     observer: Observer | None = None,
 ) -> tuple[ForecastRecord, ...]:
     """Compare the forecast of every phase of `schedule` with a few measured steps; one record a model.
@@ -185,6 +207,7 @@ def check_forecasts(
         batch_size: images in a step.
         device: as `RunSpec.device`.
         channels_last: run as `train` with that option.
+        trust_code: run code that comes with models of Hugging Face.
         observer: is given each record when it is there.
 
     Raises UsageError when no name means a model, and when the device is not there.
@@ -194,8 +217,8 @@ def check_forecasts(
     names = _expanded(specs)
     records = []
     for name in names:
-        record = check_forecast(
-            name,
+        call = partial(
+            check_forecast,
             schedule=schedule,
             parts=parts,
             img_size=img_size,
@@ -203,6 +226,7 @@ def check_forecasts(
             device=chosen,
             channels_last=channels_last,
         )
+        record = _trusting(trust_code, call, name)
         records.append(record)
         observer.model_checked(record, len(names))
     _refuse_unknown(records)
@@ -227,6 +251,11 @@ def _refuse_unknown(records: Sequence[CheckRecord | ForecastRecord]) -> None:
     """Raise NoModelError, a UsageError, when none of the names means a model."""
     if records and all(record.unknown for record in records):
         raise NoModelError("; ".join(str(record.refusal) for record in records))
+
+
+def _trusting(yes: bool, call: Callable[[str], Record], name: str) -> Record:
+    with trusting_code(yes):
+        return call(name)
 
 
 def _died(spec: str) -> CheckRecord:

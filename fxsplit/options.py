@@ -7,19 +7,21 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import field
 from types import NoneType
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from fxsplit.errors import nearest
+from fxsplit.errors import nearest, shown
+from fxsplit.plain_data import is_text
 
 # The greatest whole number: more than anything can count, and fewer than 64 bits.
 MOST = 10**12
 
 
 class Kind(NamedTuple):
-    """The type of an option, without None, and whether None is allowed too."""
+    """The type of an option, without None; whether None is allowed too; and words that stand beside other values."""
 
     type: Any
     optional: bool
+    words: tuple[str, ...] = ()
 
 
 def option(
@@ -31,6 +33,7 @@ def option(
     choices: tuple[str, ...] = (),
     instead: Mapping[str, str] | None = None,
     pattern: str | None = None,
+    words: str | None = None,
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
@@ -40,19 +43,20 @@ def option(
 
     Args:
         group: the heading under which its help stands.
-        text: its help. With a `pattern` it also serves as the list of what is allowed.
+        text: its help. With a `pattern` it also serves as the list of what is allowed, unless there are `words`.
         default: its value if it is not given.
         flags: further names on the command line.
         choices: the words that are allowed.
         instead: by words that may be taken for a choice, what to ask for instead.
         pattern: regular expression that the whole text must match.
+        words: what is allowed, for errors.
         least: the least number allowed.
         above: numbers must be greater.
         below: numbers must be less.
         most: the greatest number allowed.
     """
     metadata: dict[str, Any] = {"group": group, "help": text, "flags": flags, "choices": choices, "pattern": pattern}
-    metadata |= {"least": least, "above": above, "below": below, "most": most, "instead": instead or {}}
+    metadata |= {"words": words, "least": least, "above": above, "below": below, "most": most, "instead": instead or {}}
     return field(default=default, metadata=metadata)
 
 
@@ -64,7 +68,8 @@ def key(name: str) -> str:
 def kind_of(hint: Any) -> Kind:
     """Find the kind of an option from its annotation."""
     members = get_args(hint)
-    return Kind(members[0], True) if NoneType in members else Kind(hint, False)
+    words = tuple(word for member in members if get_origin(member) is Literal for word in get_args(member))
+    return Kind(members[0], True, words) if NoneType in members else Kind(hint, False)
 
 
 def read_value(name: str, value: object, kind: Kind, rule: Mapping[str, Any]) -> Any:
@@ -75,16 +80,19 @@ def read_value(name: str, value: object, kind: Kind, rule: Mapping[str, Any]) ->
     given = value
     if kind.type is str and (rule["choices"] or rule["pattern"]) and isinstance(value, int):
         given = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)  # as YAML reads such words
+    if isinstance(given, str) and given in kind.words:
+        return given
     try:
         read = None if given is None and kind.optional else _READERS[kind.type][0](given)
         if read is None or _is_allowed(read, rule):
             return read
     except (TypeError, ValueError, OverflowError):
         pass
-    hint = f"; the greatest number is {MOST}" if isinstance(value, int) and abs(value) > MOST else ""
+    beyond = isinstance(value, int) and abs(value) > MOST and rule["most"] is None
+    hint = f"; the greatest number is {MOST}" if beyond else ""
     if isinstance(value, str):
         hint = f"; {rule['instead'][value]}" if value in rule["instead"] else nearest(value, rule["choices"])
-    raise ValueError(f"{key(name)} is {value!r}, but must be {_allowed(kind, rule)}{hint}")
+    raise ValueError(f"{key(name)} is {shown(value)}, but must be {_allowed(kind, rule)}{hint}")
 
 
 def _is_allowed(value: Any, rule: Mapping[str, Any]) -> bool:
@@ -102,11 +110,13 @@ def _is_allowed(value: Any, rule: Mapping[str, Any]) -> bool:
 def _allowed(kind: Kind, rule: Mapping[str, Any]) -> str:
     if rule["choices"]:
         return f"one of {', '.join(rule['choices'])}"
+    if rule["words"] is not None:
+        return str(rule["words"])
     if rule["pattern"] is not None:
         return str(rule["help"]).rstrip(".")
     words = (("least", "at least"), ("above", "above"), ("below", "below"), ("most", "at most"))
     limits = [f"{word} {rule[limit]}" for limit, word in words if rule[limit] is not None]
-    return f"{_READERS[kind.type][1]} {' and '.join(limits)}".rstrip()
+    return " or ".join((f"{_READERS[kind.type][1]} {' and '.join(limits)}".rstrip(), *kind.words))
 
 
 def _read_flag(value: object) -> bool:
@@ -129,7 +139,7 @@ def _read_number(value: object) -> float:
 
 
 def _read_text(value: object) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or not is_text(value):
         raise TypeError
     return value
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fxsplit.errors import UsageError
+from fxsplit.errors import UsageError, shown_path
 from fxsplit.options import key
+from fxsplit.paths import expanded
 from fxsplit.plan.planfile import PlanFile
 from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
 
@@ -29,6 +31,8 @@ MAY_DIFFER = {
     "cache_limit": ROUNDING,
     "data_dir": "",
     "workers": "",
+    "max_bad_samples": "",
+    "on_nan": "",
     "prove": "",
     "log_interval": "",
     "checkpoint_every": "",
@@ -44,11 +48,11 @@ def run_folder_of(path: str | Path) -> Path:
 
     Raises UsageError when there is none.
     """
-    given = Path(path).expanduser()
-    folder = given.parent if given.is_file() else given
+    given = expanded(path)
+    folder = given.parent if os.path.isfile(given) else given
     folder = folder.parent if folder.name == CHECKPOINTS else folder
-    if not (folder / RECIPE).is_file():
-        raise UsageError(f"there is no run to go on with at {str(path)!r}: it has no {RECIPE}")
+    if not os.path.isfile(folder / RECIPE):
+        raise UsageError(f"there is no run to go on with at {shown_path(path)}: it has no {RECIPE}")
     return folder
 
 
@@ -69,13 +73,15 @@ def differing(before: RunSpec, now: RunSpec) -> list[str]:
     """
     names = [each.name for each in fields(RunSpec) if getattr(before, each.name) != getattr(now, each.name)]
     names = [name for name in names if name not in PLACE]
-    if fixed := [name for name in names if name not in MAY_DIFFER]:
+    # The plan stays as it is, so another number would not be heeded.
+    may_differ = {**MAY_DIFFER, **({"memory_budget": "where memory runs out"} if now.memory_budget == "auto" else {})}
+    if fixed := [name for name in names if name not in may_differ]:
         words = ", ".join(_change(name, before, now) for name in fixed)
         raise UsageError(
             f"{words}: a run goes on as it began; leave {'it' if len(fixed) == 1 else 'them'} out, or begin another "
             "run without --resume"
         )
-    return [": ".join(filter(None, (_change(name, before, now), MAY_DIFFER[name]))) for name in names]
+    return [": ".join(filter(None, (_change(name, before, now), may_differ[name]))) for name in names]
 
 
 def _change(name: str, before: RunSpec, now: RunSpec) -> str:
@@ -120,7 +126,7 @@ def newest_run(given: Mapping[str, Any]) -> Path | None:
     Args:
         given: the options that are given, by field name.
     """
-    output = Path(given.get("output", DEFAULT_OUTPUT)).expanduser()
+    output = expanded(given.get("output", DEFAULT_OUTPUT))
     if name := given.get("experiment"):
         return output / name if (output / name / RECIPE).is_file() else None
     for folder in sorted(_runs(output), key=_time_of, reverse=True):
@@ -130,6 +136,15 @@ def newest_run(given: Mapping[str, Any]) -> Path | None:
             continue
         return folder
     return None
+
+
+def free_name(output: str | Path, name: str) -> str:
+    """Return `name`, or the first of `name-2`, `name-3`, ... of which there is nothing in the output folder yet."""
+    folder, free, number = expanded(output), name, 1
+    while os.path.lexists(folder / free):
+        number += 1
+        free = f"{name}-{number}"
+    return free
 
 
 def _runs(output: Path) -> Iterator[Path]:

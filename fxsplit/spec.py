@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import yaml
 
-from fxsplit.errors import UsageError, nearest
+from fxsplit.errors import MOST_SHOWN, UsageError, joined, nearest, printable, shortened, shown, shown_path
 from fxsplit.options import key, kind_of, option, read_value
+from fxsplit.paths import has_home
+from fxsplit.plain_data import read_yaml
 from fxsplit.plan.partition import BALANCES, CUT_KINDS
 from fxsplit.plan.planfile import read_options
 from fxsplit.plan.schedule import NO_SCHEDULE, SCHEDULES, SETTLING
@@ -23,6 +25,13 @@ from fxsplit.presets import PRESETS, preset
 
 ENVIRONMENT_PREFIX = "FXSPLIT_"
 
+# Larger numbers are mistakes: of pixels in a side, of epochs, of which each is a line in the records, of partitions.
+MOST_SIDE, MOST_EPOCHS, MOST_PARTS = 1 << 14, 10**6, 10_000
+# With a larger alpha every share is a half.
+MOST_ALPHA = 1e6
+
+# Fields that may begin with the home folder.
+HOMES = ("model", "initial_checkpoint", "data", "data_dir", "output")
 # Fields that say when partitions settle. Only schedules that settle partitions use them.
 MOMENTS = ("settle_from", "settle_until", "settle_share", "settle_front")
 # Fields that may not be given beside a plan file, because the file decides them.
@@ -77,13 +86,21 @@ class RunSpec:
     data: str = option("Data", "digits, cifar10, cifar100, folder:PATH or synthetic.", "digits")
     data_dir: str = option("Data", "Where downloaded data sets are kept.", "~/.cache/fxsplit/data")
     img_size: int | None = option(
-        "Data", "Side of the square images in pixels; the data's own if not given.", None, least=1
+        "Data", "Side of the square images in pixels; the data's own if not given.", None, least=2, most=MOST_SIDE
     )
     interpolation: str | None = option(
         "Data", "How images are resized; bilinear if not given.", None, choices=("bilinear", "bicubic")
     )
-    batch_size: int = option("Data", "Images in one optimizer step.", 64, flags=("-b",), least=1)
-    workers: int = option("Data", "Processes that read images which do not fit in memory.", 2, flags=("-j",), least=0)
+    batch_size: int = option("Data", "Images in one optimizer step.", 64, flags=("-b",), least=1, most=10**6)
+    workers: int = option(
+        "Data", "Processes that read images which do not fit in memory.", 2, flags=("-j",), least=0, most=1024
+    )
+    max_bad_samples: int = option(
+        "Data",
+        "Go on with up to so many images of a folder that cannot be decoded; others of their class take their places.",
+        0,
+        least=0,
+    )
     train_limit: int | None = option("Data", "Train on this many images, drawn with the seed.", None, least=1)
     train_batches_per_epoch: int | None = option("Data", "End each epoch after this many steps.", None, least=1)
     crop_pct: float = option(
@@ -112,7 +129,8 @@ class RunSpec:
         "Augmentation",
         "Least and largest width, in heights, with --augment resized-crop; 3/4 and 4/3 if not given.",
         (),
-        above=0,
+        least=1e-4,
+        most=1e4,
     )
     train_interpolation: str | None = option(
         "Augmentation",
@@ -143,7 +161,11 @@ class RunSpec:
     )
     reprob: float = option("Augmentation", "Chance that a part of an image is erased.", 0.0, least=0, most=1)
     mixup: float = option(
-        "Augmentation", "Mix images and labels of a batch, with this alpha of the beta distribution.", 0.0, least=0
+        "Augmentation",
+        "Mix images and labels of a batch, with this alpha of the beta distribution.",
+        0.0,
+        least=0,
+        most=MOST_ALPHA,
     )
     cutmix: float = option(
         "Augmentation",
@@ -151,10 +173,15 @@ class RunSpec:
         "batch is mixed in one of the two ways.",
         0.0,
         least=0,
+        most=MOST_ALPHA,
     )
 
-    epochs: int = option("Training", "Epochs of the run; of each phase with --schedule window.", 10, least=1)
-    epochs_total: int | None = option("Training", "Epochs of the whole run, divided among the phases.", None, least=1)
+    epochs: int = option(
+        "Training", "Epochs of the run; of each phase with --schedule window.", 10, least=1, most=MOST_EPOCHS
+    )
+    epochs_total: int | None = option(
+        "Training", "Epochs of the whole run, divided among the phases.", None, least=1, most=MOST_EPOCHS
+    )
     opt: str = option("Training", "Optimizer, by timm's name.", "adamw")
     lr: float = option("Training", "Learning rate.", 1e-3, above=0)
     momentum: float = option("Training", "Momentum, for optimizers that have one.", 0.9, least=0, below=1)
@@ -170,7 +197,7 @@ class RunSpec:
         "Training", "Largest norm of the gradient; a larger one is scaled down.", None, above=0
     )
     sched: str = option("Training", "Learning-rate schedule, by timm's name.", "constant")
-    warmup_epochs: int = option("Training", "Epochs of linear warm-up.", 0, least=0)
+    warmup_epochs: int = option("Training", "Epochs of linear warm-up.", 0, least=0, most=MOST_EPOCHS)
     decay_epochs: float | None = option(
         "Training", "Epochs between decays with --sched step; a third of the run if not given.", None, above=0
     )
@@ -226,7 +253,7 @@ class RunSpec:
         least=0,
         most=1,
     )
-    parts: int | None = option("Layer-to-layer", "Number of partitions.", None, least=1)
+    parts: int | None = option("Layer-to-layer", "Number of partitions.", None, least=1, most=MOST_PARTS)
     at: tuple[str, ...] = option(
         "Layer-to-layer", "Cut before these modules instead of into --parts, by dotted path.", ()
     )
@@ -340,10 +367,11 @@ class RunSpec:
         "same",
         choices=("same", "bfloat16", "float16"),
     )
-    memory_budget: float | None = option(
+    memory_budget: float | Literal["auto"] | None = option(
         "Memory",
         "Recompute activations in backward, or divide batches into micro-batches, where a phase would need more memory "
-        "than this. Up to 1: a share of the activations of standard training; above 1: bytes of everything.",
+        "than this. Up to 1: a share of the activations of standard training; above 1: bytes of everything. auto: only "
+        "where memory has run out, and the phase goes on from its last whole state then.",
         None,
         above=0,
     )
@@ -378,10 +406,17 @@ class RunSpec:
         choices=("exact", "float16", "bfloat16"),
     )
 
-    device: str = option("Run", "auto, cpu, cuda or cuda:N.", "auto", pattern=r"auto|cpu|cuda(:\d+)?")
+    device: str = option("Run", "auto, cpu, cuda or cuda:N.", "auto", pattern=r"auto|cpu|cuda(:\d{1,3})?")
     seed: int = option("Run", "Seed of weights, order and augmentation.", 42, least=0, below=2**32)
     deterministic: bool = option(
         "Run", "Use only deterministic kernels, without cuDNN's search for the fastest and without TF32.", False
+    )
+    on_nan: str = option(
+        "Run",
+        "When the loss or the weights are not finite: stop, with the last good weights and the cause, or skip the step "
+        "that is the cause. Skipping keeps a copy of the run's state in memory.",
+        "stop",
+        choices=("stop", "skip"),
     )
     prove: bool = option(
         "Run",
@@ -391,7 +426,14 @@ class RunSpec:
     output: str = option(
         "Run", "Folder in which each run gets a folder of its own.", "output/train", flags=("--output-dir",)
     )
-    experiment: str | None = option("Run", "Name of the run's folder, instead of one made from the time.", None)
+    experiment: str | None = option(
+        "Run",
+        "Name of the run's folder, instead of one made from the time.",
+        None,
+        # A name and no path: a recipe is not to say where else files are made.
+        pattern=r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,100}",
+        words="a name of up to 100 letters, without / and \\",
+    )
     checkpoint_every: str = option(
         "Run",
         "N (epochs), Ns (steps) or off (only interruptions): when to save the run, for --resume.",
@@ -410,12 +452,12 @@ class RunSpec:
             """Fill the fields from what is `given`, then plan file, preset and defaults, and check them."""
             if unknown := [name for name in given if name not in _KINDS]:
                 raise TypeError(f"RunSpec has no field {unknown[0]!r}{nearest(unknown[0], _KINDS)}")
-            merged = _DEFAULTS | _under(given)
+            merged = DEFAULTS | _under(given)
             values, problems = _read_fields(merged)
             for name, value in (merged | values).items():
                 object.__setattr__(self, name, value)
             if sentences := [*problems.values(), *_conflicts(self, wrong=problems.keys())]:
-                raise UsageError("; ".join(sentences))
+                raise UsageError(joined(sentences))
 
     @classmethod
     def keys(cls) -> tuple[str, ...]:
@@ -438,17 +480,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     Raises UsageError when the file cannot be read, is not a YAML mapping, or holds an unknown key or a wrong
     value.
     """
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" near line {mark.line + 1}" if mark else ""
-        raise UsageError(f"the recipe {str(path)!r} is not valid YAML{where}") from error
+    recipe = read_yaml(path, "recipe")
     if not isinstance(recipe, dict):
-        raise UsageError(f"the recipe {str(path)!r} must be a mapping, with one 'key: value' a line")
-    return read_values(recipe, source=f"the recipe {str(path)!r}")
+        raise UsageError(f"the recipe {shown_path(path)} must be a mapping, with one 'key: value' a line")
+    return read_values(recipe, source=f"the recipe {shown_path(path)}")
 
 
 def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -459,8 +494,14 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     given = {name: text for name, text in environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
     known = {f"{ENVIRONMENT_PREFIX}{name.upper()}": name for name in _KINDS}
     if unknown := [name for name in given if name not in known]:
-        sentences = (f"the variable {name} is not known{nearest(name, known)}" for name in unknown)
-        raise UsageError("; ".join(sentences))
+        raise UsageError(
+            joined(
+                [
+                    f"the variable {printable(shortened(name, MOST_SHOWN))} is not known{nearest(name, known)}"
+                    for name in unknown
+                ]
+            )
+        )
     values = {known[name]: from_text(known[name], text) for name, text in given.items()}
     return read_values(values, source="the environment")
 
@@ -487,16 +528,16 @@ def read_values(values: Mapping[Any, object], *, source: str = "") -> dict[str, 
     named: dict[str, object] = {}
     sentences = []
     for given, value in values.items():
-        name = str(given).replace("-", "_")
+        name = given.replace("-", "_") if isinstance(given, str) else ""
         if name not in _KINDS:
-            sentences.append(f"the key {str(given)!r} is not known{nearest(key(name), RunSpec.keys())}")
+            sentences.append(f"the key {shown(given)} is not known{nearest(key(name), RunSpec.keys())}")
         elif name in named:
             sentences.append(f"{key(name)} is given twice")
         else:
             named[name] = value
     read, problems = _read_fields(named)
     if sentences := [*sentences, *problems.values()]:
-        raise UsageError(f"{source}: " * bool(source) + "; ".join(sentences))
+        raise UsageError(joined(sentences, f"{source}: " * bool(source)))
     return read
 
 
@@ -515,7 +556,7 @@ def resolve(*layers: Mapping[str, Any]) -> RunSpec:
 def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for layer in layers:
-        given = [name for name in WITHDRAWN if layer.get(name, _DEFAULTS[name]) != _DEFAULTS[name]]
+        given = [name for name in WITHDRAWN if layer.get(name, DEFAULTS[name]) != DEFAULTS[name]]
         gone = [name for each in given for name in WITHDRAWN[each]]
         if layer.get("schedule", "settle") not in SETTLING:
             gone += MOMENTS
@@ -529,7 +570,7 @@ def _under(given: Mapping[str, Any]) -> dict[str, Any]:
     of_file = {}
     if path and isinstance(path, str) and not {"preset", "epochs"} <= given.keys():
         of_file = read_options(path)
-    known = {**_DEFAULTS, **of_file, **given}
+    known = {**DEFAULTS, **of_file, **given}
     name, epochs = known["preset"], known["epochs_total"] or known["epochs"]
     # A wrong preset or number of epochs is refused later, when the fields are read.
     of_preset = preset(name, epochs) if name in list(PRESETS) and isinstance(epochs, int) else {}
@@ -545,9 +586,14 @@ def beside_plan(names: Collection[str]) -> str:
 
 def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
     """Give a sentence about each contradiction between fields, apart from fields that are `wrong` by themselves."""
+    yield from (
+        f"{key(name)} is {shown(path)}, but there is no such user"
+        for name in HOMES
+        if name not in wrong and (path := getattr(spec, name)) is not None and not has_home(path)
+    )
     if spec.parts is not None and spec.at and not {"parts", "at"} & set(wrong):
-        yield f"parts is {spec.parts} and at is {','.join(spec.at)!r}, but only one can say where to cut"
-    doubled = [name for name in PLANNED if getattr(spec, name) != _DEFAULTS[name] and name not in wrong]
+        yield f"parts is {spec.parts} and at is {shown(','.join(spec.at))}, but only one can say where to cut"
+    doubled = [name for name in PLANNED if getattr(spec, name) != DEFAULTS[name] and name not in wrong]
     if doubled and spec.plan is not None and "plan" not in wrong:
         yield beside_plan(doubled)
     unheeded = [key(name) for name in MOMENTS if getattr(spec, name) is not None and name not in wrong]
@@ -587,7 +633,7 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
 
 def _augmentation_conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
     names = ("scale", "ratio", "train_interpolation")
-    unheeded = [key(name) for name in names if getattr(spec, name) != _DEFAULTS[name] and name not in wrong]
+    unheeded = [key(name) for name in names if getattr(spec, name) != DEFAULTS[name] and name not in wrong]
     if unheeded and spec.augment != "resized-crop" and "augment" not in wrong:
         yield f"{', '.join(unheeded)} can be given only with augment resized-crop, and augment is {spec.augment!r}"
     for name in ("scale", "ratio"):
@@ -637,4 +683,4 @@ def _read_fields(values: Mapping[str, object]) -> tuple[dict[str, Any], dict[str
 
 _KINDS = {name: kind_of(hint) for name, hint in get_type_hints(RunSpec).items()}
 _METADATA = {item.name: item.metadata for item in fields(RunSpec)}
-_DEFAULTS = {item.name: item.default for item in fields(RunSpec)}
+DEFAULTS = {item.name: item.default for item in fields(RunSpec)}

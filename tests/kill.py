@@ -123,7 +123,7 @@ def killed(folder: Path, twin: dict[str, Any], seconds: float, model: str, case:
             shutil.rmtree(folder)
             folder, case.copied = copy, case.copied + 1
         if (folder / "args.yaml").is_file():
-            words = ["train", "--resume", str(folder), "--no-progress"]
+            words = ["train", "--resume", str(folder), "--no-progress", model]
         else:
             case.anew += 1
             words = command(model, case.kind, output=folder.parent, experiment=folder.name)

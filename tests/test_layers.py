@@ -21,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import those before it, and itself where it is a folder.
 LAYERS = (
     {"errors"},
+    {"paths", "plain_data"},
     {"graph", "options", "presets", "records", "data", "objects"},
+    {"trust"},
     {"plan", "models", "meta", "cuda"},
     {"spec", "report"},
     {"capture", "resuming"},
@@ -34,7 +36,19 @@ LAYERS = (
     {"trained"},
     {"api"},
 )
-WITHOUT_TORCH = {"errors", "graph", "options", "presets", "records", "spec", "resuming", "plan", "report", "pages"}
+WITHOUT_TORCH = {
+    "errors",
+    "plain_data",
+    "graph",
+    "options",
+    "presets",
+    "records",
+    "spec",
+    "resuming",
+    "plan",
+    "report",
+    "pages",
+}
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "typer", "rich"}
 
 

@@ -20,8 +20,11 @@ from fxsplit.presets import PRESETS, preset
 from fxsplit.spec import PLANNED, RunSpec, read_environment, read_recipe, read_values, resolve
 from tests.pairs import both
 
-words = st.text(min_size=1)
+# Text that can be written, and names no home folder.
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0~"), min_size=1)
+names = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/\\."), min_size=1, max_size=100)
 whole = st.integers(min_value=1, max_value=10**6)
+small = st.integers(min_value=1, max_value=1000)
 finite = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
 positive = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
 below_one = st.floats(min_value=0, max_value=1, exclude_max=True)
@@ -29,11 +32,15 @@ maybe = st.none()
 
 STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("model", "data", "data_dir", "opt", "sched", "output"), words),
-    **dict.fromkeys(("torchcompile", "experiment"), maybe | words),
+    "torchcompile": maybe | words,
+    "experiment": maybe | names,
     **dict.fromkeys(("epochs", "log_interval"), whole),
-    **dict.fromkeys(("img_size", "train_limit", "train_batches_per_epoch", "epochs_total"), maybe | whole),
-    **dict.fromkeys(("workers", "warmup_epochs", "exits"), whole | st.just(0)),
-    **dict.fromkeys(("weight_decay", "min_lr", "exit_weight", "mixup", "cutmix"), finite),
+    **dict.fromkeys(("train_limit", "train_batches_per_epoch", "epochs_total"), maybe | whole),
+    "img_size": maybe | small.map(lambda side: side + 1),
+    **dict.fromkeys(("warmup_epochs", "exits", "max_bad_samples"), whole | st.just(0)),
+    "workers": small,
+    **dict.fromkeys(("weight_decay", "min_lr", "exit_weight"), finite),
+    **dict.fromkeys(("mixup", "cutmix"), st.floats(min_value=0, max_value=1e6)),
     **dict.fromkeys(("momentum", "smoothing", "drop_path", "soft_targets", "average", "anneal"), below_one),
     **dict.fromkeys(("settle_from", "settle_until", "settle_share", "settle_front"), maybe),
     **dict.fromkeys(("color_jitter", "reprob", "model_ema_decay"), below_one),
@@ -47,7 +54,8 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("model_ema", "model_ema_warmup"), st.booleans()),
     **dict.fromkeys(("scale", "ratio"), st.just(())),
     **dict.fromkeys(("lr", "decay_rate", "soft_temperature"), positive),
-    **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit", "memory_budget", "memory_aim"), maybe | positive),
+    **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit", "memory_aim"), maybe | positive),
+    "memory_budget": maybe | positive | st.just("auto"),
     "decay_milestones": st.lists(positive).map(tuple),
     "seed": st.integers(min_value=0, max_value=2**32 - 1),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
@@ -73,9 +81,9 @@ channels = st.integers(0, 2).flatmap(
         }
     )
 )
-batches = st.tuples(whole, whole).map(lambda n: {"batch_size": n[0] * n[1], "grad_accum_steps": n[0]})
 unchanged = {"augment": "none", "hflip": None, "aa": None, "color_jitter": 0.0, "reprob": 0.0}
 unmixed, one_policy = {"mixup": 0.0, "cutmix": 0.0}, {"color_jitter": 0.0}
+batches = st.tuples(small, small).map(lambda n: {"batch_size": n[0] * n[1], "grad_accum_steps": n[0]})
 changed_at_random = st.one_of(
     st.just({**unchanged, **unmixed}),
     st.fixed_dictionaries(
@@ -90,7 +98,7 @@ means = st.one_of(
     st.fixed_dictionaries({"model_ema": st.just(False)}), st.fixed_dictionaries({"average": st.just(0.0)})
 )
 cuts = st.one_of(
-    st.fixed_dictionaries({"parts": whole}),
+    st.fixed_dictionaries({"parts": small}),
     st.fixed_dictionaries({"at": st.lists(words)}),
     st.fixed_dictionaries({"plan": words, "epochs": whole}),
 )
@@ -206,7 +214,11 @@ def test_every_field_has_a_key_and_help() -> None:
         ({"preset": "l3l"}, "preset is 'l3l', but must be one of none, l2l, finetune; did you mean 'l2l'?"),
         (
             {"epochs": 10**13},
-            f"epochs is {10**13}, but must be a whole number at least 1; the greatest number is {10**12}",
+            f"epochs is {10**13}, but must be a whole number at least 1 and at most {10**6}",
+        ),
+        (
+            {"log_interval": 10**13},
+            f"log-interval is {10**13}, but must be a whole number at least 1; the greatest number is {10**12}",
         ),
         ({"preset": ["l2l"]}, "preset is ['l2l'], but must be one of none, l2l"),
         ({"preset": "l2l", "epochs": "ten"}, "epochs is 'ten', but must be a whole number at least 1"),
@@ -279,7 +291,7 @@ def test_recipe_values(tmp_path: Path, text: str, values: dict[str, Any]) -> Non
         ("batch-size: 3\nbatch_size: 4", "batch-size is given twice"),
         (
             "epochs: ten\namp: 1",
-            "epochs is 'ten', but must be a whole number at least 1; amp is 1, but must be ",
+            "epochs is 'ten', but must be a whole number at least 1 and at most 1000000; amp is 1, but must be ",
         ),
         ("at: 1.10", "at is 1.1, but must be module paths"),
         ("data: null", "data is None, but must be text"),
@@ -301,7 +313,7 @@ def test_refuses_unreadable_recipes(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read: No such file"):
         read_recipe(tmp_path / "none.yaml")
     (tmp_path / "image.yaml").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UsageError, match="is not valid YAML"):
+    with pytest.raises(UsageError, match="is no text in UTF-8"):
         read_recipe(tmp_path / "image.yaml")
 
 
@@ -469,3 +481,10 @@ def test_an_average_of_steps_gives_way_to_one_that_is_asked_for() -> None:
     assert resolve({"model": "paper:cnn", "preset": "l2l"}, {"model_ema": True}).average == 0
     assert RunSpec(model="paper:cnn", preset="l2l", model_ema=True).average == 0
     assert RunSpec(model="paper:cnn", preset="l2l").average > 0
+
+
+def test_a_memory_budget_is_a_number_or_auto() -> None:
+    assert RunSpec(model="m", memory_budget="auto").memory_budget == "auto"
+    assert resolve(read_values({"memory-budget": "0.5", "model": "m"})).memory_budget == 0.5
+    with pytest.raises(UsageError, match="memory-budget is 'outo', but must be a number above 0 or auto"):
+        RunSpec(model="m", memory_budget="outo")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
 from functools import partial
 from typing import Annotated, Any
 
@@ -13,8 +11,9 @@ from fxsplit.errors import CheckError, UsageError
 from fxsplit.records import json_text
 
 from .. import completion, tables, views
+from ..streams import result_alone
 from ..terminal import write
-from .job import RULES, Job, Json, Verbose
+from .job import RULES, Job, Json, TrustCode, Verbose
 
 
 def check(
@@ -88,6 +87,7 @@ def check(
         bool,
         typer.Option("--channels-last", help="Run it as train does with that option.", metavar=""),
     ] = False,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> Job:
@@ -98,7 +98,12 @@ def check(
     within a tenth of its forecast; time is shown beside its own. The exit code is 4 if any model fails, and 2
     if all that is wrong is a name.
     """
-    options: dict[str, Any] = {"parts": parts, "img_size": img_size, "channels_last": channels_last or None}
+    options: dict[str, Any] = {
+        "parts": parts,
+        "img_size": img_size,
+        "channels_last": channels_last or None,
+        "trust_code": trust_code or None,
+    }
     if forecast:
         if meta or jobs > 1:
             raise UsageError("--forecast measures one model after the other, and takes no --meta and no --jobs")
@@ -115,7 +120,7 @@ def check(
 
 
 def _check(verb: str, specs: list[str], options: dict[str, Any], as_json: bool) -> None:
-    with views.checking() as observer, redirect_stdout(sys.stderr):
+    with views.checking() as observer, result_alone():
         from fxsplit import api
 
         records = getattr(api, verb)(specs, **options, observer=observer)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
@@ -18,8 +16,9 @@ from fxsplit.spec import RunSpec
 
 from .. import completion, formats, tables, views
 from ..options import with_spec_options
+from ..streams import result_alone
 from ..terminal import say, write
-from .job import FineTuning, Job, LayerToLayer, Model, Recipe, Verbose, resolve_spec
+from .job import FineTuning, Job, LayerToLayer, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_spec
 
 INSPECT_FIELDS = (
     *("stem", "drop_path", "data", "img_size", "batch_size"),
@@ -36,6 +35,8 @@ def inspect(
     config: Recipe = None,
     l2l: LayerToLayer = False,
     finetune: FineTuning = False,
+    trust_recipe: TrustRecipe = False,
+    trust_code: TrustCode = False,
     save_plan: Annotated[
         str | None,
         typer.Option(
@@ -96,15 +97,17 @@ def inspect(
         raise UsageError(f"there is no format {wanted!r}{hint} (have: {', '.join(formats.FORMATS)})")
     if as_json and wanted != "json":
         raise UsageError(f"--json means --format json and contradicts --format {wanted}")
-    spec = resolve_spec(model, config, {"l2l": l2l, "finetune": finetune}, given)
-    return Job(partial(_inspect, spec, measure, save_plan, wanted, output), verbose)
+    spec = resolve_spec(model, config, {"l2l": l2l, "finetune": finetune}, given, trust_recipe=trust_recipe)
+    return Job(partial(_inspect, spec, trust_code, measure, save_plan, wanted, output), verbose)
 
 
-def _inspect(spec: RunSpec, measure: bool, save_plan: str | None, form: str, output: str | None) -> None:
-    with views.observing(spec.model, "live") as observer, redirect_stdout(sys.stderr):
+def _inspect(
+    spec: RunSpec, trust_code: bool, measure: bool, save_plan: str | None, form: str, output: str | None
+) -> None:
+    with views.observing(spec.model, "live") as observer, result_alone():
         from fxsplit import api
 
-        inspection = api.inspect(spec, measured=measure, save_to=save_plan, observer=observer)
+        inspection = api.inspect(spec, measured=measure, save_to=save_plan, trust_code=trust_code, observer=observer)
     if save_plan:
         say(f"plan file: {save_plan}")
     formats.show(inspection, form, output)

@@ -11,8 +11,19 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from fxsplit.errors import UsageError
-from fxsplit.resuming import AUTO, RECIPE, differing, newest_run, run_folder_of
-from fxsplit.spec import PLANNED, RunSpec, beside_plan, from_text, read_environment, read_recipe, read_values, resolve
+from fxsplit.resuming import AUTO, RECIPE, differing, free_name, newest_run, run_folder_of
+from fxsplit.spec import (
+    DEFAULTS,
+    PLANNED,
+    RunSpec,
+    beside_plan,
+    from_text,
+    read_environment,
+    read_recipe,
+    read_values,
+    resolve,
+)
+from fxsplit.trust import refuse_recipe, refuse_run
 
 from .. import completion
 
@@ -36,6 +47,22 @@ FineTuning = Annotated[
     bool,
     typer.Option("--finetune", help="The same as --preset finetune.", rich_help_panel="Layer-to-layer", metavar=""),
 ]
+TrustRecipe = Annotated[
+    bool,
+    typer.Option(
+        "--trust-recipe",
+        help="Let the recipe run a Python file as its model, and name folders outside of this one.",
+        metavar="",
+    ),
+]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Run code that comes with a model of Hugging Face, or that a run names as its model.",
+        metavar="",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON.", metavar="")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show the traceback of an unexpected error.", metavar="")
@@ -51,10 +78,6 @@ Run = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", metavar="TEXT")]
-TrustCode = Annotated[
-    bool,
-    typer.Option("--trust-code", help="Run the Python file that builds the model, where it is one.", metavar=""),
-]
 
 
 class Job(NamedTuple):
@@ -64,13 +87,22 @@ class Job(NamedTuple):
     verbose: bool
 
 
-def resolve_spec(model: str | None, config: Path | None, flags: Mapping[str, bool], given: dict[str, Any]) -> RunSpec:
-    spec, _ = resolve_run(model, config, flags, given, None)
+def resolve_spec(
+    model: str | None, config: Path | None, flags: Mapping[str, bool], given: dict[str, Any], *, trust_recipe: bool
+) -> RunSpec:
+    spec, _ = resolve_run(model, config, flags, given, None, trust_recipe=trust_recipe)
     return spec
 
 
 def resolve_run(
-    model: str | None, config: Path | None, flags: Mapping[str, bool], given: dict[str, Any], resume: str | None
+    model: str | None,
+    config: Path | None,
+    flags: Mapping[str, bool],
+    given: dict[str, Any],
+    resume: str | None,
+    *,
+    trust_recipe: bool,
+    trust_code: bool = False,
 ) -> tuple[RunSpec, str | None]:
     """Return what is asked for, and the run to go on with if there is one, whose options are those not given.
 
@@ -84,7 +116,11 @@ def resolve_run(
     for name in (name for name, is_given in flags.items() if is_given):
         if options.setdefault("preset", name) != name:
             raise UsageError(f"--{name} means --preset {name} and contradicts --preset {options['preset']}")
-    layers = (read_recipe(config) if config else {}, read_environment(os.environ), read_values(options))
+    recipe = read_recipe(config) if config else {}
+    layers = (recipe, read_environment(os.environ), read_values(options))
+    own = _merged(layers[1:])
+    if not trust_recipe:
+        refuse_recipe(recipe, own, DEFAULTS)
     found = None
     if resume is not None:
         found = newest_run(_merged(layers)) if resume == AUTO else run_folder_of(resume)
@@ -92,9 +128,13 @@ def resolve_run(
         before = read_recipe(found / RECIPE)
         spec = resolve(before, *layers)
         differing(resolve(before), spec)  # or an error before torch is loaded
+        if "model" not in own and not (trust_recipe and "model" in recipe):
+            refuse_run(spec.model, found, trust_code=trust_code)
         return spec, str(found) if resume == AUTO else resume
     if not any("model" in layer for layer in layers):
         raise UsageError(f"no model is given; name one here or in a recipe, as {MODEL_FORMS}")
+    if (wanted := recipe.get("experiment")) and "experiment" not in own:
+        layers[0]["experiment"] = free_name(_merged(layers).get("output", DEFAULTS["output"]), wanted)
     spec = resolve(*layers)
     if spec.plan and (beside := [name for name in PLANNED if name in options]):
         raise UsageError(beside_plan(beside))

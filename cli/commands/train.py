@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,9 @@ from fxsplit.spec import RunSpec
 
 from .. import completion, tables, views
 from ..options import with_spec_options
+from ..streams import result_alone
 from ..terminal import write
-from .job import FineTuning, Job, Json, LayerToLayer, Model, Recipe, Verbose, resolve_run
+from .job import FineTuning, Job, Json, LayerToLayer, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_run
 
 TRAIN_FIELDS = tuple(item.name for item in fields(RunSpec) if item.name != "model")
 
@@ -35,6 +35,8 @@ def train(
     config: Recipe = None,
     l2l: LayerToLayer = False,
     finetune: FineTuning = False,
+    trust_recipe: TrustRecipe = False,
+    trust_code: TrustCode = False,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -69,22 +71,29 @@ def train(
 
     The command line wins over FXSPLIT_* variables, such as FXSPLIT_BATCH_SIZE, and they over the recipe.
     """
-    spec, resume = resolve_run(model, config, {"l2l": l2l, "finetune": finetune}, given, resume)
+    spec, resume = resolve_run(
+        model,
+        config,
+        {"l2l": l2l, "finetune": finetune},
+        given,
+        resume,
+        trust_recipe=trust_recipe or print_config,
+        trust_code=trust_code,
+    )
     if print_config:
         return Job(partial(write, spec.to_yaml()), verbose)
     view: views.View = "quiet" if quiet else "live" if progress else "plain"
-    return Job(partial(_train, spec, resume, view, as_json), verbose)
+    return Job(partial(_train, spec, resume, trust_code, view, as_json), verbose)
 
 
-def _train(spec: RunSpec, resume: str | None, view: views.View, as_json: bool) -> None:
-    # What libraries print belongs beside the progress, not into the result.
-    with views.observing(spec.model, view) as observer, redirect_stdout(sys.stderr), _terminable():
+def _train(spec: RunSpec, resume: str | None, trust_code: bool, view: views.View, as_json: bool) -> None:
+    with views.observing(spec.model, view) as observer, result_alone(), _terminable():
         from fxsplit import api
 
         report: RunReport | None
         interruption: KeyboardInterrupt | None = None
         try:
-            report = api.train(spec, observer, resume=resume)
+            report = api.train(spec, observer, resume=resume, trust_code=trust_code)
         except KeyboardInterrupt as error:
             report, interruption = _report_so_far(observer.folder), error
     if report is not None:

@@ -2,16 +2,20 @@
 
 from fxsplit.assembly.devices import choose_device, determinism
 from fxsplit.assembly.folders import recorder
-from fxsplit.assembly.images import data, in_layout, loaders, random_images
+from fxsplit.assembly.images import Kind, data, in_layout, kind, loaders, random_images
 from fxsplit.assembly.models import example_inputs, model, trace, with_preprocessing
+from fxsplit.assembly.names import check_names
 from fxsplit.assembly.plans import DEFAULT_PARTS, forecast, inspection, paying_plan, plan
 from fxsplit.assembly.proofs import prove_first_batch
+from fxsplit.assembly.recovery import recovery
 from fxsplit.assembly.starting import check_data, restore, start
 from fxsplit.assembly.training import executor, passes, recordings, trainer
 
 __all__ = [
     "DEFAULT_PARTS",
+    "Kind",
     "check_data",
+    "check_names",
     "choose_device",
     "data",
     "determinism",
@@ -20,6 +24,7 @@ __all__ = [
     "forecast",
     "in_layout",
     "inspection",
+    "kind",
     "loaders",
     "model",
     "passes",
@@ -29,6 +34,7 @@ __all__ = [
     "random_images",
     "recorder",
     "recordings",
+    "recovery",
     "restore",
     "start",
     "trace",

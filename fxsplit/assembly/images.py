@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +15,20 @@ from fxsplit.data.loader import Loader
 from fxsplit.report import Observer
 from fxsplit.spec import RunSpec
 
+CHANNELS = 3
 Moved = TypeVar("Moved", nn.Module, torch.Tensor)
+
+
+class Kind(NamedTuple):
+    """Describes the images of a run before they are loaded: how many classes, and the side of each image in pixels."""
+
+    classes: int
+    img_size: int
+
+
+def kind(spec: RunSpec) -> Kind:
+    """Describe the images of a run without loading them. Raises UsageError and DataError as `datasets.load` does."""
+    return Kind(*datasets.describe(spec.data, img_size=spec.img_size))
 
 
 def data(spec: RunSpec, observer: Observer) -> Data:
@@ -32,6 +45,7 @@ def data(spec: RunSpec, observer: Observer) -> Data:
         seed=spec.seed,
         train_limit=spec.train_limit,
         workers=spec.workers,
+        max_bad_samples=spec.max_bad_samples,
         notice=observer.notice,
     )
     if not spec.guard:
@@ -97,10 +111,10 @@ def views(spec: RunSpec) -> int | None:
     return spec.cache_views
 
 
-def random_images(spec: RunSpec, data: Data) -> torch.Tensor:
+def random_images(spec: RunSpec, kind: Kind, device: torch.device) -> torch.Tensor:
     """Draw a batch of the size that the run trains on, to time its ops with; of two images at least."""
-    shape = (max(2, spec.batch_size), data.channels, data.img_size, data.img_size)
-    return in_layout(spec, torch.rand(shape, device=data.train.device))
+    shape = (max(2, spec.batch_size), CHANNELS, kind.img_size, kind.img_size)
+    return in_layout(spec, torch.rand(shape, device=device))
 
 
 def in_layout(spec: RunSpec, given: Moved) -> Moved:

@@ -7,13 +7,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fxsplit.assembly.images import in_layout
+from fxsplit.assembly.images import CHANNELS, Kind, in_layout
 from fxsplit.capture import tracing as capture
 from fxsplit.capture.tracing import Trace
-from fxsplit.data import datasets
 from fxsplit.data.decoding import INTERPOLATIONS
-from fxsplit.data.images import Data
-from fxsplit.errors import UsageError
+from fxsplit.errors import UsageError, shown_path
+from fxsplit.graph import Graph
 from fxsplit.models import registry
 from fxsplit.models.examples import Example, example, takes_images
 from fxsplit.models.weights import load_weights, read_weights
@@ -21,6 +20,8 @@ from fxsplit.options import key
 from fxsplit.report import Observer
 from fxsplit.spec import RunSpec
 
+# BatchNorm takes no statistics of a single image.
+IMAGES_TRACED = 2
 # Fields that pretrained weights decide where the user does not, and how these look then.
 PREPARED, NOT_GIVEN = ("img_size", "interpolation", "mean", "std"), (None, ())
 
@@ -51,21 +52,20 @@ def with_preprocessing(spec: RunSpec, observer: Observer) -> RunSpec:
     return replace(spec, **wanted)
 
 
-def model(spec: RunSpec, device: torch.device, observer: Observer, *, goes_on: bool = False) -> nn.Module:
-    """Build the model of a run, for the classes and sizes of its data, which are not loaded for that.
+def model(spec: RunSpec, kind: Kind, device: torch.device, observer: Observer, *, goes_on: bool = False) -> nn.Module:
+    """Build the model of a run, for the `kind` of its images.
 
     It starts from the weights that the spec names, unless the run `goes_on` and has others.
 
-    Raises UsageError when it takes something other than images, and what `registry.build`, `read_weights`,
-    `load_weights` and `datasets.describe` raise.
+    Raises UsageError when it takes something other than images, and what `registry.build`, `read_weights` and
+    `load_weights` raise.
     """
     observer.working(f"building {spec.model}")
     weights = None if goes_on or spec.initial_checkpoint is None else read_weights(spec.initial_checkpoint)
-    classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
     model = registry.build(
         spec.model,
-        num_classes=classes,
-        img_size=img_size,
+        num_classes=kind.classes,
+        img_size=kind.img_size,
         pretrained=spec.pretrained and not goes_on,
         stem=spec.stem,
         drop_path=spec.drop_path,
@@ -76,26 +76,36 @@ def model(spec: RunSpec, device: torch.device, observer: Observer, *, goes_on: b
             "your own around fxsplit.Executor"
         )
     if weights is not None:
-        observer.notice(load_weights(model, weights, source=str(spec.initial_checkpoint), num_classes=classes))
+        observer.notice(load_weights(model, weights, source=str(spec.initial_checkpoint), num_classes=kind.classes))
     return in_layout(spec, model.to(device))
 
 
-def trace(spec: RunSpec, model: nn.Module, data: Data) -> Trace:
+def trace(spec: RunSpec, model: nn.Module, kind: Kind, device: torch.device) -> Trace:
     """Capture the model of a run, with images as it trains on.
 
-    Raises TraceError as `fxsplit.trace` does, and UsageError when the model has fewer class scores than there are
-    classes.
+    Raises TraceError as `fxsplit.trace` does, and UsageError when the model returns anything but scores of at least so
+    many classes as there are.
     """
-    images = torch.empty(2, data.channels, data.img_size, data.img_size, device=data.train.device)
+    images = torch.empty(IMAGES_TRACED, CHANNELS, kind.img_size, kind.img_size, device=device)
     found = capture.trace(model, (in_layout(spec, images),))
-    values = found.train.values
-    shape = next((values[name].shape for name in found.train.outputs), None)
-    if shape is not None and len(shape) == 2 and shape[1] < len(data.classes):
-        raise UsageError(
-            f"{spec.model!r} gives {shape[1]} class scores, and {spec.data!r} has {len(data.classes)} classes; a "
-            "factory that takes num_classes is told how many"
-        )
+    for graph in (found.train, found.eval):
+        _refuse_other_than_scores(spec, kind, graph)
     return found
+
+
+def _refuse_other_than_scores(spec: RunSpec, kind: Kind, graph: Graph) -> None:
+    shape = next((graph.values[name].shape for name in graph.outputs), None)
+    if shape is None or len(shape) != 2 or shape[0] != IMAGES_TRACED:
+        given = "no tensor" if shape is None else f"values of shape {' x '.join(map(str, shape)) or '()'}"
+        raise UsageError(
+            f"{shown_path(spec.model)} returns {given} for {IMAGES_TRACED} images, and train needs a score of each "
+            "class for each image; end the model in pooling, a flattening and a linear layer"
+        )
+    if shape[1] < kind.classes:
+        raise UsageError(
+            f"{shown_path(spec.model)} gives {shape[1]} class scores, and {shown_path(spec.data)} has {kind.classes} "
+            "classes; a factory that takes num_classes is told how many"
+        )
 
 
 def example_inputs(spec: RunSpec, model: nn.Module, img_size: int, device: torch.device) -> Example:

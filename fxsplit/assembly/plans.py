@@ -45,8 +45,13 @@ def plan(spec: RunSpec, trace: Trace, observer: Observer, saved: PlanFile | None
     plan = _given_plan(spec, trace, observer)
     phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
     plan = replace(plan, preset=spec.preset, phases=tuple(phases))
-    budget = spec.memory_aim if spec.memory_budget is None else spec.memory_budget
+    budget = spec.memory_aim if _insisted(spec) is None else _insisted(spec)
     return plan if budget is None else _within(spec, plan, trace, budget)
+
+
+def _insisted(spec: RunSpec) -> float | None:
+    """Return the budget that a plan must keep within; None for one that is to be found out, or for none."""
+    return None if isinstance(spec.memory_budget, str) else spec.memory_budget
 
 
 def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float) -> Plan:
@@ -57,7 +62,7 @@ def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float) -> Plan:
         batch_size=spec.batch_size,
         micro_batches=spec.grad_accum_steps,
         optimizer_slots=_slots(spec),
-        strict=spec.memory_budget is not None,
+        strict=_insisted(spec) is not None,
     )
 
 
@@ -74,7 +79,7 @@ def paying_plan(
     wanted = spec.memory_aim
     phases = (replace(each, recompute=0, segmented=False, micro_batches=spec.grad_accum_steps) for each in plan.phases)
     bare = replace(plan, phases=tuple(phases))
-    if device.type != "cuda" or spec.memory_budget is not None or wanted is None or plan == bare:
+    if device.type != "cuda" or _insisted(spec) is not None or wanted is None or plan == bare:
         return plan
     if spec.cuda_graphs == "on":
         pairs = zip(plan.phases, bare.phases, strict=True)

@@ -11,7 +11,8 @@ import torch
 from fxsplit.assembly.steps import loss
 from fxsplit.capture.tracing import Trace
 from fxsplit.data.batch import Batch
-from fxsplit.proving.first_batch import is_out_of_memory, prove_batch
+from fxsplit.measuring.meter import is_out_of_memory
+from fxsplit.proving.first_batch import prove_batch
 from fxsplit.proving.replays import differing_replays
 from fxsplit.report import Observer
 from fxsplit.spec import RunSpec

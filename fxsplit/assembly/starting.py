@@ -10,6 +10,7 @@ from fxsplit.assembly.models import with_preprocessing
 from fxsplit.data.identity import identity, refuse_others
 from fxsplit.data.images import Data
 from fxsplit.errors import UsageError
+from fxsplit.paths import expanded
 from fxsplit.plan import planfile
 from fxsplit.plan.planfile import PlanFile
 from fxsplit.report import Observer
@@ -17,6 +18,7 @@ from fxsplit.saving.checkpoints import Found, Place, find_checkpoint
 from fxsplit.saving.recorder import Recorder
 from fxsplit.saving.run_folder import RunFolder
 from fxsplit.spec import RunSpec
+from fxsplit.trust import refuse_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +43,13 @@ class Start:
         return self.found is not None
 
 
-def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer) -> Start:
+def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, *, trust_code: bool = False) -> Start:
     """Complete what is asked for, find the checkpoint to go on from, and say what differs from what it was asked for.
 
-    The folder is locked from here on. Raises UsageError when there is no such run, when another process goes on with
-    it, when something differs that cannot, or when random weights are to be fine-tuned; DataError when there are
-    checkpoints and none is whole; and what `with_preprocessing` raises.
+    The folder of a run that goes on is locked from here on. Raises UsageError when there is no such run, when another
+    process goes on with it, when it would run code that no `spec` names and that is not trusted, when something differs
+    that cannot, when a new run could have no folder, or when random weights are to be fine-tuned; DataError when there
+    are checkpoints and none is whole; and what `with_preprocessing` raises.
     """
     if spec is not None:
         spec = with_preprocessing(spec, observer)
@@ -58,10 +61,14 @@ def start(spec: RunSpec | None, resume: str | Path | None, observer: Observer) -
                 "the preset is 'finetune', but the weights are random, and a front of random weights learns nothing; "
                 "give --pretrained or --initial-checkpoint, or --force"
             )
+        if not spec.dry_run:
+            RunFolder.check(spec.output, experiment=spec.experiment)
         return Start(spec=spec)
     path = resuming.run_folder_of(resume)
+    if spec is None:
+        refuse_run(resuming.spec_of(path).model, path, trust_code=trust_code)
     folder = RunFolder.reopened(path)
-    given = Path(resume).expanduser()
+    given = expanded(resume)
     found = find_checkpoint(given if given.is_file() else path, notice=observer.notice)
     before = resuming.spec_of(path) if found is None else resuming.spec_from(found.data["spec"])
     now = replace(resuming.spec_of(path) if spec is None else spec, output=str(path.parent))

@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from fxsplit.execute.forward import logits_of
-from fxsplit.plan.schedule import Plan
 from fxsplit.spec import RunSpec
 from fxsplit.training.optimizers import make_optimizer, make_scheduler
 from fxsplit.training.phase_optimizer import MakeScheduler
@@ -28,12 +27,12 @@ def loss(spec: RunSpec, output: Any, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits_of(output), labels, label_smoothing=spec.smoothing)
 
 
-def scheduler(spec: RunSpec, plan: Plan) -> MakeScheduler:
-    """Make what makes the learning-rate schedule of an optimizer."""
+def scheduler(spec: RunSpec, epochs: int) -> MakeScheduler:
+    """Make what makes the learning-rate schedule of an optimizer, for a run of so many epochs."""
     return partial(
         make_scheduler,
         name=spec.sched,
-        epochs=plan.epochs,
+        epochs=epochs,
         warmup_epochs=spec.warmup_epochs,
         min_lr=spec.min_lr,
         decay_epochs=spec.decay_epochs,

@@ -28,8 +28,7 @@ from fxsplit.execute.passes import Pass, passes_for
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
 from fxsplit.spec import RunSpec
-from fxsplit.training.ema import WeightEma
-from fxsplit.training.endings import Endings, named_parameters
+from fxsplit.training.endings import Endings, WeightEma, named_parameters
 from fxsplit.training.exits import Exits
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
@@ -129,7 +128,7 @@ def trainer(
             executor,
             plan,
             make_optimizer=partial(optimizer(spec), trace.model, capturable=update_is_recorded),
-            make_scheduler=scheduler(spec, plan),
+            make_scheduler=scheduler(spec, plan.epochs),
             steps_per_epoch=steps_per_epoch,
             exits=objective.exits,
             annealing=spec.anneal,

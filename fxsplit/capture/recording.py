@@ -104,6 +104,10 @@ class Recorder:
                 else:
                     first = error if self._rest is None else self._rest[1]
                     raise self._error(first) from first
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # forward calls sys.exit, say, which is to end no program that traces it
+                raise self._error(error) from error
 
     def _rest_after(self, error: Exception) -> Rest | None:
         return Rest.after(self.meta_model, error) if isinstance(error, BranchError) else None
@@ -321,7 +325,7 @@ class Recorder:
                 raise
         return tracer, graph
 
-    def _error(self, error: Exception) -> TraceError:
+    def _error(self, error: BaseException) -> TraceError:
         mode = "training" if self.meta_model.training else "evaluation"
         advice = (
             "; move that part into a function or a module of its own, which then stays one op"

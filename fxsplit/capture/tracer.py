@@ -818,7 +818,7 @@ LONGEST_REASON = 400
 COMPILED = "it is compiled; trace before torch.compile to see inside"
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Shorten an error to one line; some of torch's fill several screens."""
     text = str(error) if isinstance(error, UntraceableError) else f"{type(error).__name__}: {error}"
     text = "; ".join((text, *getattr(error, "__notes__", ())))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from http.client import HTTPException
@@ -19,7 +21,9 @@ from fxsplit.data import image_folders
 from fxsplit.data.decoding import INTERPOLATIONS, image_warnings, short_side
 from fxsplit.data.images import Data, FileImages, ImageSet, MemoryImages, Warned
 from fxsplit.data.randomness import random_stream
-from fxsplit.errors import DataError, UsageError, nearest, printable
+from fxsplit.data.unreadable import Unreadable
+from fxsplit.errors import DataError, UsageError, nearest, printable, shown_path
+from fxsplit.paths import expanded
 
 MEMORY_LIMIT_BYTES = 2 << 30
 TEST_SHARE = 0.2
@@ -40,6 +44,7 @@ def load(
     interpolation: str = INTERPOLATIONS[0],
     crop_pct: float = 1.0,
     train_in_files: bool = False,
+    max_bad_samples: int = 0,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Data:
     """Load the data set `name`, on the CPU: digits, cifar10, cifar100, synthetic or folder:PATH.
@@ -56,16 +61,17 @@ def load(
         interpolation: how images in files are resized, one of INTERPOLATIONS; a loader resizes those in memory.
         crop_pct: the share of a test image's short side that is left, in its middle.
         train_in_files: leave training images that lie in files there, for what needs their own pixels.
+        max_bad_samples: how many images in a folder may be unreadable; others of their class take their places.
         memory_limit_bytes: a folder whose decoded images need more stays in files.
 
     Raises UsageError when there is no such data set or it has fewer images than `train_limit`, and DataError
     when it cannot be read, downloaded or split.
     """
     if path := _folder_path(name):
-        data = _folder(path, img_size, seed, workers, interpolation, notice)
+        data = _folder(path, img_size, seed, workers, interpolation, Unreadable(max_bad_samples, notice), notice)
     else:
         known = _known(name)
-        data = known.load(img_size or known.img_size, Path(data_dir).expanduser(), seed)
+        data = known.load(img_size or known.img_size, expanded(data_dir), seed)
     if train_limit is not None:
         data = replace(data, train=data.train.subset(_drawn(name, len(data.train), train_limit, seed)))
     if crop_pct < 1:
@@ -156,7 +162,7 @@ def describe(name: str, *, img_size: int | None) -> tuple[int, int]:
     if path := _folder_path(name):
         train_root, _ = image_folders.layout(path, _unsaid)
         classes, paths, _ = image_folders.list_classes(train_root, _unsaid)
-        return len(classes), img_size or _own_size(paths)
+        return len(classes), img_size or _own_size(paths[:1])
     known = _known(name)
     return known.classes, img_size or known.img_size
 
@@ -167,16 +173,16 @@ def _unsaid(_: str) -> None:
 
 def _folder_path(name: str) -> Path | None:
     scheme, _, path = name.partition(":")
-    return Path(path).expanduser() if scheme == "folder" and path else None
+    return expanded(path) if scheme == "folder" and path else None
 
 
 def _known(name: str) -> KnownData:
     if name in KNOWN:
         return KNOWN[name]
     hint = nearest(name, [*KNOWN, "folder:PATH"])
-    if Path(name).expanduser().is_dir():
+    if os.path.isdir(name):
         hint = f"; write folder:{name} for the images in that folder"
-    raise UsageError(f"there is no data set {name!r}, only {', '.join(KNOWN)} and folder:PATH{hint}")
+    raise UsageError(f"there is no data set {shown_path(name)}, only {', '.join(KNOWN)} and folder:PATH{hint}")
 
 
 def _drawn(name: str, images: int, limit: int, seed: int) -> Tensor:
@@ -291,16 +297,25 @@ KNOWN = {
 }
 
 
-def _folder(root: Path, img_size: int | None, seed: int, workers: int, interpolation: str, notice: Notice) -> Data:
+def _folder(
+    root: Path,
+    img_size: int | None,
+    seed: int,
+    workers: int,
+    interpolation: str,
+    unreadable: Unreadable,
+    notice: Notice,
+) -> Data:
     """Load images that lie in a folder for each class, below train/ and test/; or below `root`, to be divided here."""
     train_root, test_root = image_folders.layout(root, notice)
     classes, paths, labels = image_folders.list_classes(train_root, notice)
     files = partial(
         FileImages,
-        img_size=img_size or _own_size(paths),
+        img_size=img_size or _own_size(paths[: 1 + unreadable.most]),
         workers=workers,
         interpolation=interpolation,
         warned=_say_once(notice),
+        unreadable=unreadable,
     )
     everything = files(paths, labels)
     if test_root:
@@ -351,6 +366,10 @@ def _held_out(labels: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(train), torch.from_numpy(test)
 
 
-def _own_size(paths: list[str]) -> int:
+def _own_size(paths: Sequence[str]) -> int:
+    """Return the short side of the first of these images that can be read, at most LARGEST_DEFAULT_SIZE."""
     with image_warnings():  # they come again when the image is decoded
-        return min(short_side(paths[0]), LARGEST_DEFAULT_SIZE)
+        for path in paths[:-1]:
+            with suppress(DataError):
+                return min(short_side(path), LARGEST_DEFAULT_SIZE)
+        return min(short_side(paths[-1]), LARGEST_DEFAULT_SIZE)

@@ -1,4 +1,4 @@
-"""Decodes an image file into square RGB pixels: any format that Pillow reads, any bit depth, upright and opaque.
+"""Decodes an image file into square RGB pixels: formats that Pillow reads by itself, any bit depth, upright and opaque.
 
 file ──open──► 16 bits, int32, float ──► 8 bits ──► over white ──► RGB ──► upright ──► resized and cropped
 """
@@ -20,16 +20,25 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from fxsplit.errors import DataError, reason
+from fxsplit.errors import DataError, printable, reason, shown_path
 
 # How images may be resized, the usual way first.
 INTERPOLATIONS = ("bilinear", "bicubic")
-# For EPS Pillow starts another program, Ghostscript. IPTC may wrap any format, EPS included. Pillow recognizes MPEG but
-# cannot decode it.
-NOT_READ = ("EPS", "IPTC", "MPEG")
 # A JPEG file is decoded at a half, a quarter or an eighth of its scale where it has so many times the pixels that are
 # needed, along each side, even then.
 GAP = 2
+# The formats that are read, by Pillow's names. It knows others: for EPS it starts another program, Ghostscript; IPTC
+# may wrap any format, EPS included; MPEG it recognizes but cannot decode.
+READ = (
+    *("AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "ICNS", "ICO", "IM"),
+    *("IMT", "JPEG", "JPEG2000", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI"),
+    *("SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
+)
+# A file of some kB may say that it has more pixels than memory holds. Of a JPEG file with more than so many, at most
+# every other one along each side is decoded; another image is refused.
+MOST_PIXELS = 1 << 26
+# Of values with more than 8 bits, so many are scaled at a time.
+SCALED_AT_ONCE = 1 << 20
 # An image whose long side is more than so many short sides is cropped before it is resized.
 LONGEST = 8
 
@@ -50,7 +59,6 @@ DRAFTED = ("JPEG", "MPO")
 
 _reading = threading.local()
 
-
 # Takes the width and height of an image, and returns those in which its pixels are enough.
 Least = Callable[[int, int], tuple[float, float]]
 
@@ -64,7 +72,7 @@ def decode(path: str | Path, img_size: int, interpolation: str = INTERPOLATIONS[
         interpolation: how it is resized, one of INTERPOLATIONS.
         crop_pct: the share of the short side that is left.
 
-    Raises DataError when the file cannot be decoded.
+    Raises DataError when the file cannot be decoded, or has more than MOST_PIXELS.
     """
     short = img_size * GAP / crop_pct
     image, _, _ = read_image(path, lambda *sides: (short * sides[0] / min(sides), short * sides[1] / min(sides)))
@@ -82,7 +90,7 @@ def read_image(path: str | Path, least: Least | None = None) -> tuple[Image.Imag
     if they are floats within that range, from 0 .. 255 if they are 32-bit integers within that. Others have no known
     range: the smallest value in the image becomes 0 and the largest 255, and a warning says so.
 
-    Raises DataError when the file cannot be decoded.
+    Raises DataError when the file cannot be decoded, or has more than MOST_PIXELS.
     """
     with open_image(path) as image:
         return _read(image, least)
@@ -91,7 +99,7 @@ def read_image(path: str | Path, least: Least | None = None) -> tuple[Image.Imag
 def square_pixels(image: Image.Image, img_size: int, interpolation: str = INTERPOLATIONS[0]) -> Tensor:
     """Make the pixels of an image that is open already, as `decode` does. Whatever a decoder raises is raised.
 
-    All of its detail is decoded: with less, the image would be another one for those who have opened it.
+    All of its detail is decoded, up to MOST_PIXELS: with less, it would be another image for those who have opened it.
     """
     whole, _, _ = _read(image, None)
     pixels: Tensor = transforms.pil_to_tensor(square(whole, img_size, interpolation))
@@ -99,16 +107,21 @@ def square_pixels(image: Image.Image, img_size: int, interpolation: str = INTERP
 
 
 def _read(image: Image.Image, least: Least | None) -> tuple[Image.Image, int, int]:
+    """Read an open image, as `read_image` does. Raises what a decoder raises, and DecompressionBombError."""
+    turn, size = None, image.size
     if image.format in DRAFTED:
         turn = _turn(image)
-        width, height = _turned(image.size, turn)
-        if least is not None:
-            image.draft(None, _turned(tuple(map(math.ceil, least(width, height))), turn))
-        image.load()
-    else:
-        image.load()
-        turn = _turn(image)
-        width, height = _turned(image.size, turn)
+        width, height = _turned(size, turn)
+        needed = (width, height) if least is None else least(width, height)
+        if _pixels(image) > MOST_PIXELS:
+            needed = min(needed[0], width // 2), min(needed[1], height // 2)
+        image.draft(None, _turned(tuple(map(math.ceil, needed)), turn))
+    if (found := _pixels(image)) > MOST_PIXELS:
+        raise Image.DecompressionBombError(f"it has {found} pixels, and at most {MOST_PIXELS} are read")
+    image.load()
+    if image.format not in DRAFTED:
+        turn, size = _turn(image), image.size
+    width, height = _turned(size, turn)
     return _upright(_opaque(_eight_bits(image)), turn), width, height
 
 
@@ -128,12 +141,12 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
             yield image
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"the image {str(path)!r} is too large to be read safely ({reason(error)}); "
+            f"the image {shown_path(path)} is too large to be read safely ({reason(error)}); "
             "save it smaller, or take it out of the folder"
         ) from error
     except Exception as error:
         raise DataError(
-            f"the image {str(path)!r} cannot be decoded ({reason(error)}); repair or remove the file"
+            f"the image {shown_path(path)} cannot be decoded ({printable(reason(error))}); repair or remove the file"
         ) from error
     finally:
         _reading.path = before
@@ -141,9 +154,9 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Return the names of the formats that are read: those that Pillow decodes without starting another program."""
+    """Return the names of the formats that are read, of those that this Pillow decodes by itself."""
     Image.init()
-    return tuple(name for name in Image.ID if name not in NOT_READ and not _is_stub(Image.OPEN[name][0]))
+    return tuple(name for name in Image.ID if name in READ and not _is_stub(Image.OPEN[name][0]))
 
 
 @cache
@@ -190,9 +203,18 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         low, high = 0.0, 65535.0
     else:
         low, high = _range(values)
-    numbers = np.nan_to_num(values.astype(np.float64), copy=False, nan=low, posinf=high, neginf=low)
-    scaled = (numbers - low) * (255 / (high - low)) if high > low else np.zeros_like(numbers)
-    return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
+    scaled = np.zeros(values.shape, np.uint8)
+    rows = max(1, SCALED_AT_ONCE // max(1, values.shape[1]))
+    for start in range(0, len(values) if high > low else 0, rows):
+        part = values[start : start + rows].astype(np.float64)
+        numbers = np.nan_to_num(part, copy=False, nan=low, posinf=high, neginf=low)
+        scaled[start : start + rows] = np.rint((numbers - low) * (255 / (high - low))).clip(0, 255)
+    return Image.fromarray(scaled)
+
+
+def _pixels(image: Image.Image) -> int:
+    width, height = image.size
+    return width * height
 
 
 def _range(values: np.ndarray[Any, np.dtype[Any]]) -> tuple[float, float]:

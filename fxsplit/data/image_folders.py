@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fxsplit.data.decoding import suffixes
-from fxsplit.errors import DataError, printable
+from fxsplit.errors import DataError, printable, shown_path
 
 # Names of the folders of each set, in lower case.
 TRAIN = ("train", "training")
@@ -29,6 +30,8 @@ JUNK = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost
 MOST_NAMED = 5
 # A folder that is a link to one of those around it: following it would never end.
 LEADS_UP = "linked back up"
+# A folder that is a link to one that is read by another way: its images would count twice, under two labels perhaps.
+LINKED_TWICE = "linked a second time"
 
 Notice = Callable[[str], None]
 # Device and inode of a folder: the same by whatever path it is reached.
@@ -41,8 +44,8 @@ def layout(root: Path, notice: Notice) -> tuple[Path, Path | None]:
     Raises DataError when there is no such folder, when one of the two is missing, or when it has two names that mean
     the same.
     """
-    if not root.is_dir():
-        raise DataError(f"there is no folder {str(root)!r}; check the path after folder:")
+    if not os.path.isdir(root):
+        raise DataError(f"there is no folder {shown_path(root)}; check the path after folder:")
     train, test, validation = (_named(root, names) for names in (TRAIN, TEST, VALIDATION))
     if train and (test or validation):
         if test and validation:
@@ -63,9 +66,9 @@ def list_classes(root: Path, notice: Notice) -> tuple[tuple[str, ...], list[str]
 
     Raises DataError when there are fewer than two classes, or one without images.
     """
-    left_out = _LeftOut(root)
-    classes = _class_names(root, left_out)
-    paths, labels = _list_images(root, classes, left_out)
+    left_out, once = _LeftOut(root), _Once(root)
+    classes = _class_names(root, left_out, once)
+    paths, labels = _list_images(root, classes, classes, left_out, once)
     left_out.tell(notice)
     if len(classes) < 2:
         raise DataError(
@@ -87,9 +90,10 @@ def list_test(
 
     Raises DataError when there are other classes than those of `whose`, or no images.
     """
-    left_out = _LeftOut(root)
-    refuse_unknown(str(root), _class_names(root, left_out), classes, whose=whose)
-    paths, labels = _list_images(root, classes, left_out)
+    left_out, once = _LeftOut(root), _Once(root)
+    here = _class_names(root, left_out, once)
+    refuse_unknown(str(root), here, classes, whose=whose)
+    paths, labels = _list_images(root, classes, here, left_out, once)
     left_out.tell(notice)
     if not paths:
         raise DataError(f"{str(root)!r} has no image that Pillow reads in a class folder; add some to test on")
@@ -131,6 +135,26 @@ class _LeftOut:
             notice(f"left out in {printable(str(self._root))}: {', '.join(groups)}")
 
 
+class _Once:
+    """Sees to it that each folder below `root` is read once, whatever links lead to it.
+
+    One that lies below `root` itself is read there, and not by a link.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def is_new(self, path: str) -> bool:
+        """Tell whether a folder that a link leads to, or that lies in such a folder, has not been read yet."""
+        count = len(self._read)
+        self._read.add(_identity(path))
+        return len(self._read) > count
+
+    @cached_property
+    def _read(self) -> set[Identity]:
+        return {_identity(path) for path, _, _ in os.walk(self._root)}  # which follows no links
+
+
 def _named(root: Path, names: tuple[str, ...]) -> list[Path]:
     """Find the folders with one of these names, in upper or lower case."""
     return [path for path in _folders(root) if path.name.lower() in names]
@@ -150,12 +174,14 @@ def _folders(root: Path) -> list[Path]:
         return sorted(path for path in root.iterdir() if path.is_dir())
 
 
-def _class_names(root: Path, left_out: _LeftOut) -> tuple[str, ...]:
+def _class_names(root: Path, left_out: _LeftOut, once: _Once) -> tuple[str, ...]:
     names, above = [], _above(root) | {_identity(root)}
     for entry in _entries(root, left_out):
         if entry.is_dir():
             if _identity(entry.path) in above:
                 left_out.add(LEADS_UP, entry.path)
+            elif entry.is_symlink() and not once.is_new(entry.path):
+                left_out.add(LINKED_TWICE, entry.path)
             else:
                 names.append(entry.name)
         elif _is_named_like_an_image(entry.name):
@@ -163,26 +189,37 @@ def _class_names(root: Path, left_out: _LeftOut) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _list_images(root: Path, classes: tuple[str, ...], left_out: _LeftOut) -> tuple[list[str], Tensor]:
+def _list_images(
+    root: Path, classes: Sequence[str], here: Collection[str], left_out: _LeftOut, once: _Once
+) -> tuple[list[str], Tensor]:
+    """Find the images below the folders that are `here`, and their labels, as positions in `classes`."""
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         folder = root / name
-        found = list(_images_below(str(folder), _above(folder), left_out)) if folder.is_dir() else []
+        below = _images_below(str(folder), _above(folder), left_out, once, linked=folder.is_symlink())
+        found = list(below) if name in here else []
         paths += sorted(found, key=os.path.split)
         labels += [label] * len(found)
     return paths, torch.tensor(labels, dtype=torch.int64)
 
 
-def _images_below(folder: str, above: frozenset[Identity], left_out: _LeftOut) -> Iterator[str]:
-    """Find the images in `folder` and in the folders in it; `above` are the folders that it lies in."""
+def _images_below(
+    folder: str, above: frozenset[Identity], left_out: _LeftOut, once: _Once, *, linked: bool
+) -> Iterator[str]:
+    """Find the images in `folder` and in the folders in it; `above` are the folders that it lies in.
+
+    It is `linked` if a link has led to it.
+    """
     above |= {_identity(folder)}
     for entry in _entries(folder, left_out):
         if entry.is_dir():
             if _identity(entry.path) in above:
                 left_out.add(LEADS_UP, entry.path)
+            elif (by_link := linked or entry.is_symlink()) and not once.is_new(entry.path):
+                left_out.add(LINKED_TWICE, entry.path)
             else:
-                yield from _images_below(entry.path, above, left_out)
+                yield from _images_below(entry.path, above, left_out, once, linked=by_link)
         elif not _is_named_like_an_image(entry.name):
             left_out.add("not named like an image that Pillow reads", entry.path)
         elif os.path.exists(entry.path) and not entry.is_file():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,19 +22,24 @@ from torchvision.transforms.v2 import functional as transforms
 from fxsplit.data.decoding import INTERPOLATIONS, Least, decode, image_warnings, read_image, square
 from fxsplit.data.randomness import random_stream
 from fxsplit.data.staging import free_bytes, read_ahead, rows_of
-from fxsplit.errors import DataError
+from fxsplit.data.unreadable import Replacing, Unread, Unreadable
+from fxsplit.errors import DataError, reason
 
 # Images that a thread decodes at a time.
 DECODE_CHUNK = 64
 # Share of a GPU's free memory that the pixels of an image set may take: most of it is for training.
 DEVICE_SHARE = 0.25
+# What the system sends when a child process ends; Windows has none.
+SIGCHLD = getattr(signal, "SIGCHLD", None)
 # So long a worker process outlives SIGTERM.
 GRACE_SECONDS = 20
 
 # Is called with what Pillow warns of, by the path of the image.
 Warned = Callable[[Mapping[str, str]], None]
-# Pixels (B, 3, H, W), or the error message of an image; and what Pillow warns of, by path.
-ReadBatch = tuple[Tensor | str, Mapping[str, str]]
+# Pixels (B, 3, H, W), or the error message of an image; what Pillow warns of, by path; and images that are replaced.
+ReadBatch = tuple[Tensor | str, Mapping[str, str], Mapping[str, Unread]]
+# Is called with the last two.
+Note = Callable[[Mapping[str, str], Mapping[str, Unread]], None]
 
 
 class OpenImage(Protocol):
@@ -180,7 +187,7 @@ class MemoryImages(ImageSet):
         if change is None:
             return read_ahead(partial(rows_of, pixels, pinned=pinned), torch.split(order, batch_size))
         batches = [wanted(ids, change) for ids in torch.split(order, batch_size)]
-        reading = _Reading(partial(_InMemory, pixels), change.change)
+        reading = _Reading(_FromMemory(pixels, change.change), kind=change.change)
         return self._readers.read(reading, batches, workers=self.workers, pinned=pinned)
 
 
@@ -188,7 +195,7 @@ class FileImages(ImageSet):
     """Gives images from files, which worker processes read ahead.
 
     Only one `read` can go on at a time: a new one ends the one before. It raises DataError when a file cannot be
-    decoded.
+    decoded, and when a worker process dies.
 
     Args:
         paths: of the files.
@@ -198,6 +205,7 @@ class FileImages(ImageSet):
         interpolation: how images are resized, one of INTERPOLATIONS.
         crop_pct: the share of an image's short side that is left, in its middle.
         warned: is called with what Pillow warns of while a batch is read.
+        unreadable: counts images that cannot be decoded, and says how many are replaced; None replaces none.
     """
 
     def __init__(
@@ -210,6 +218,7 @@ class FileImages(ImageSet):
         interpolation: str = INTERPOLATIONS[0],
         crop_pct: float = 1.0,
         warned: Warned | None = None,
+        unreadable: Unreadable | None = None,
     ) -> None:
         self.paths = tuple(paths)
         self.labels = labels
@@ -218,6 +227,7 @@ class FileImages(ImageSet):
         self.interpolation = interpolation
         self.crop_pct = crop_pct
         self.warned = warned
+        self.unreadable = unreadable
         self._readers = Readers()
 
     def to(self, device: torch.device) -> FileImages:
@@ -241,27 +251,46 @@ class FileImages(ImageSet):
             interpolation=self.interpolation,
             crop_pct=self.crop_pct if crop_pct is None else crop_pct,
             warned=self.warned,
+            unreadable=self.unreadable,
         )
 
     def decoded(self) -> MemoryImages:
         """Decode all images into memory, by `workers` threads: Pillow's decoders run outside Python's lock."""
         pixels = torch.empty((len(self), 3, self.img_size, self.img_size), dtype=torch.uint8)
+        read = self._reader(None)
 
-        def fill(start: int) -> None:
-            for index, path in enumerate(self.paths[start : start + DECODE_CHUNK], start):
-                pixels[index] = decode(path, self.img_size, self.interpolation, crop_pct=self.crop_pct)
+        def fill(start: int) -> dict[str, Unread]:
+            unread: dict[str, Unread] = {}
+            for index in range(start, min(start + DECODE_CHUNK, len(self))):
+                pixels[index] = read(index, [], unread)
+            return unread
 
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            for _ in pool.map(fill, range(0, len(self), DECODE_CHUNK)):
-                pass
+            for unread in pool.map(fill, range(0, len(self), DECODE_CHUNK)):
+                self._note({}, unread)
         return MemoryImages(pixels=pixels, labels=self.labels, img_size=self.img_size, workers=self.workers)
 
     def read(self, order: Tensor, batch_size: int, change: ReaderChange | None = None) -> Iterator[Tensor]:
         batches = [wanted(ids, change) for ids in torch.split(order, batch_size)]
-        plain = partial(_as_they_are, img_size=self.img_size, interpolation=self.interpolation, crop_pct=self.crop_pct)
-        reading = _Reading(partial(_InFile, self.paths), plain if change is None else change.change)
+        how = None if change is None else change.change
+        reading = _Reading(self._reader(how), kind=how)
         pinned = self.device.type == "cuda"
-        return self._readers.read(reading, batches, workers=self.workers, pinned=pinned, warned=self.warned)
+        return self._readers.read(reading, batches, workers=self.workers, pinned=pinned, note=self._note)
+
+    def _note(self, found: Mapping[str, str], unread: Mapping[str, Unread]) -> None:
+        if found and self.warned:
+            self.warned(found)
+        if self.unreadable is not None:
+            self.unreadable.note(unread)
+
+    def _reader(self, change: Callable[..., Tensor] | None) -> _FromFiles:
+        plain = partial(_as_it_is, img_size=self.img_size, interpolation=self.interpolation, crop_pct=self.crop_pct)
+        return _FromFiles(self._replacing, plain if change is None else change)
+
+    @cached_property
+    def _replacing(self) -> Replacing:
+        most = 0 if self.unreadable is None else self.unreadable.most
+        return Replacing(self.paths, self.labels.tolist(), most=most)
 
 
 def wanted(ids: Tensor, change: ReaderChange | None) -> Wanted:
@@ -272,8 +301,8 @@ def wanted(ids: Tensor, change: ReaderChange | None) -> Wanted:
 class _InMemory:
     """An image in memory, as an `OpenImage`."""
 
-    def __init__(self, pixels: Tensor, index: int) -> None:
-        self._pixels = pixels[index]
+    def __init__(self, pixels: Tensor) -> None:
+        self._pixels = pixels
 
     def square(self, size: int, interpolation: str) -> Image.Image:
         return square(self._image(), size, interpolation)
@@ -290,8 +319,8 @@ class _InMemory:
 class _InFile:
     """An image in a file, as an `OpenImage`."""
 
-    def __init__(self, paths: Sequence[str], index: int) -> None:
-        self.path = paths[index]
+    def __init__(self, path: str) -> None:
+        self.path = path
 
     def square(self, size: int, interpolation: str) -> Image.Image:
         image: Image.Image = transforms.to_pil_image(decode(self.path, size, interpolation))
@@ -301,8 +330,38 @@ class _InFile:
         return OwnPixels(*read_image(self.path, least))
 
 
-def _as_they_are(image: _InFile, **options: Any) -> Tensor:
+def _as_it_is(image: _InFile, **options: Any) -> Tensor:
     return decode(image.path, **options)
+
+
+class _FromMemory:
+    """Reads images in memory by their ids, and changes each.
+
+    Args:
+        pixels: of all images, uint8 (N, C, h, w).
+        change: takes an `OpenImage` and the rows of the image; returns pixels uint8 (C, H, W).
+    """
+
+    def __init__(self, pixels: Tensor, change: Callable[..., Tensor]) -> None:
+        self._pixels, self._change = pixels, change
+
+    def __call__(self, index: int, rows: Sequence[Any], _unread: dict[str, Unread]) -> Tensor:
+        return self._change(_InMemory(self._pixels[index]), *rows)
+
+
+class _FromFiles:
+    """Reads images in files by their ids, and changes each: one that replaces another by the rows of the other's place.
+
+    Args:
+        replacing: finds the file.
+        change: as for `_FromMemory`.
+    """
+
+    def __init__(self, replacing: Replacing, change: Callable[..., Tensor]) -> None:
+        self._replacing, self._change = replacing, change
+
+    def __call__(self, index: int, rows: Sequence[Any], unread: dict[str, Unread]) -> Tensor:
+        return self._replacing(index, lambda path: self._change(_InFile(path), *rows), unread)
 
 
 class Readers:
@@ -314,9 +373,12 @@ class Readers:
         self._loader: DataLoader[ReadBatch] | None = None
 
     def read(
-        self, reading: _Reading, batches: list[Wanted], *, workers: int, pinned: bool, warned: Warned | None = None
+        self, reading: _Reading, batches: list[Wanted], *, workers: int, pinned: bool, note: Note | None = None
     ) -> Iterator[Tensor]:
-        """Read batch after batch. Raises DataError when a file cannot be decoded."""
+        """Read batch after batch.
+
+        Raises DataError when a file cannot be decoded, when a worker process has died, and what `note` raises.
+        """
         if self._loader is None or reading.kind != self._kind:
             self._kind = reading.kind
             self._loader = DataLoader(
@@ -331,9 +393,16 @@ class Readers:
                 worker_init_fn=_outlive_signals,
             )
         self._batches[:] = batches
-        for pixels, found in self._loader:
-            if found and warned:
-                warned(found)
+        with _dead_worker_named():
+            found = _without_sudden_error(partial(iter, self._loader))
+        while True:
+            with _dead_worker_named():
+                batch = next(found, None)
+            if batch is None:
+                return
+            pixels, warnings, unread = batch
+            if note is not None:
+                note(warnings, unread)
             if isinstance(pixels, str):
                 raise DataError(pixels)
             yield pixels
@@ -349,34 +418,56 @@ def _outlive_signals(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
+def _without_sudden_error(make: Callable[[], Iterator[ReadBatch]]) -> Iterator[ReadBatch]:
+    """Make an iterator over a DataLoader whose dying workers raise no error in the midst of something else.
+
+    torch has a handler of signals for that, which raises wherever the program is: within a step, whose state is lost
+    then, or while the run is saved. Without it the next batch says it, a few seconds later.
+    """
+    if threading.current_thread() is not threading.main_thread() or SIGCHLD is None:
+        return make()
+    before = signal.getsignal(SIGCHLD)
+    try:
+        return make()
+    finally:
+        signal.signal(SIGCHLD, before)
+
+
+@contextmanager
+def _dead_worker_named() -> Iterator[None]:
+    """Inside, an error of torch about a worker process that is gone becomes a DataError."""
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:  # those of the system where it dies while it hands over a batch
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads images has died ({reason(error)}), as happens when memory runs out; use fewer "
+            "--workers, and go on with --resume"
+        ) from error
+
+
 class _Reading(Dataset["ReadBatch"]):
     """What a worker process does: it reads a whole batch at a time.
 
     Args:
-        open_image: takes the id of an image.
-        change: takes what that returns, and the rows of the image; returns pixels uint8 (C, H, W).
+        read: takes the id of an image, its rows, and a dict to which it adds images that others replace.
+        kind: equal for those that read in the same way.
     """
 
-    def __init__(self, open_image: Callable[[int], Any], change: Callable[..., Tensor]) -> None:
-        self._open_image, self._change = open_image, change
-
-    @property
-    def kind(self) -> object:
-        """Equal for those that read in the same way."""
-        return self._change if not isinstance(self._change, partial) else None
+    def __init__(self, read: Callable[[int, Sequence[Any], dict[str, Unread]], Tensor], kind: object) -> None:
+        self._read, self.kind = read, kind
 
     def __getitem__(self, wanted: Wanted) -> ReadBatch:
         """Return pixels or an error message: an exception raised here would arrive as the text of a traceback."""
         ids, rows = wanted
+        unread: dict[str, Unread] = {}
         with image_warnings() as found:
             try:
-                pixels = [
-                    self._change(self._open_image(index), *(each[place] for each in rows))
-                    for place, index in enumerate(ids)
-                ]
-                return torch.stack(pixels), found
+                pixels = [self._read(index, [each[place] for each in rows], unread) for place, index in enumerate(ids)]
+                return torch.stack(pixels), found, unread
             except DataError as error:
-                return str(error), found
+                return str(error), found, unread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

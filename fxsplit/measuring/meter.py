@@ -136,3 +136,8 @@ def _ask(function: Callable[..., Any], *arguments: Any) -> Any | None:
         return function(*arguments)
     except pynvml.NVMLError:
         return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out: on a GPU, in Python, or in torch on the CPU, which raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

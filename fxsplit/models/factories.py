@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from fxsplit.errors import NoModelError, UsageError, nearest, reason
+from fxsplit.errors import NoModelError, UsageError, nearest, reason, shown, shown_path
+from fxsplit.paths import expanded
+
+# What ends a user's code from outside. Whatever else it raises, also past every `except Exception`, is its own fault.
+NOT_CAUGHT = (KeyboardInterrupt, MemoryError)
 
 
 def call(
@@ -36,15 +41,19 @@ def call(
         module = _import_file(source) if is_file(source) else _import_module(source, spec, libraries)
         factory = getattr(module, name, None)
         if isinstance(factory, nn.Module):
-            raise NoModelError(f"{spec!r} is a module already built; name a function that builds one and returns it")
+            raise NoModelError(
+                f"{shown_path(spec)} is a module already built; name a function that builds one and returns it"
+            )
         if not callable(factory):
             callables = [key for key, value in vars(module).items() if callable(value)]
-            raise NoModelError(f"{source!r} has no function or class {name!r}{nearest(name, callables)}")
+            raise NoModelError(f"{shown_path(source)} has no function or class {shown(name)}{nearest(name, callables)}")
         try:
             named = inspect.signature(factory).parameters
             return factory(**{key: value for key, value in offered.items() if key in named}, **required)
-        except (Exception, SystemExit) as error:
-            raise UsageError(f"{spec!r} raised {type(error).__name__}: {reason(error)}") from error
+        except NOT_CAUGHT:
+            raise
+        except BaseException as error:
+            raise UsageError(f"{shown_path(spec)} {_raised(error)}") from error
 
 
 def is_file(source: str) -> bool:
@@ -68,10 +77,10 @@ def names(file: str) -> list[str]:
 
 
 def _import_file(source: str) -> ModuleType:
-    path = Path(source).expanduser()
-    if not path.is_file():
+    path = expanded(source)
+    if not os.path.isfile(path):
         beside = (file.name for file in path.parent.glob("*.py"))
-        raise NoModelError(f"there is no file {source!r}{nearest(path.name, beside)}")
+        raise NoModelError(f"there is no file {shown_path(source)}{nearest(path.name, beside)}")
     path = path.resolve()
     # A name of its own, so that a file called torch.py hides nothing; pickle and dataclasses look it up in sys.modules.
     name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
@@ -83,29 +92,43 @@ def _import_file(source: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(found)
     try:
         found.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         del sys.modules[name]
-        raise UsageError(f"{source!r} cannot be imported: {type(error).__name__}: {reason(error)}") from error
+        _raise_unimportable(source, error)
     return module
 
 
 def _import_module(source: str, spec: str, libraries: Collection[str]) -> ModuleType:
     try:
         return importlib.import_module(source)
-    except Exception as error:
+    except BaseException as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{source}.".startswith(f"{missing}."):
             raise NoModelError(
-                f"{source!r} in {spec!r} is no library ({', '.join(libraries)}), no .py file and no module "
-                f"that can be imported{nearest(source, libraries)}"
+                f"{shown(source)} in {shown_path(spec)} is no library ({', '.join(libraries)}), no .py file and no "
+                f"module that can be imported{nearest(source, libraries)}"
             ) from error
-        raise UsageError(f"{source!r} cannot be imported: {type(error).__name__}: {reason(error)}") from error
+        _raise_unimportable(source, error)
+
+
+def _raise_unimportable(source: str, error: BaseException) -> NoReturn:
+    """Raise UsageError about a file or module that cannot be imported; an interruption is raised again."""
+    if isinstance(error, NOT_CAUGHT):
+        raise error
+    raise UsageError(f"{shown_path(source)} cannot be imported: {_raised(error).removeprefix('raised ')}") from error
+
+
+def _raised(error: BaseException) -> str:
+    """Say what a user's code raised."""
+    if isinstance(error, SystemExit):
+        return f"called sys.exit({'' if error.code is None else shown(error.code)})"
+    return f"raised {type(error).__name__}: {reason(error)}"
 
 
 @contextmanager
 def _importable(source: str) -> Iterator[None]:
     """Let a user's code import what lies beside it, as `python file.py` and `python -m` do."""
-    folder = Path(source).expanduser().parent if is_file(source) else Path()
+    folder = expanded(source).parent if is_file(source) else Path()
     entry = str(folder.resolve())
     sys.path.insert(0, entry)
     try:

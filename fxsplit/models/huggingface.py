@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fxsplit.errors import NoModelError, UsageError, nearest
+from fxsplit.trust import code_is_trusted
 
 # Limits of a small configuration, by the names that most types use for a size. None is replaced by the limit.
 # A head of 64 channels fits the rotary embeddings of all types.
@@ -68,6 +69,15 @@ UNFIT = {
 }
 
 
+# The factories for heads, and transformers' names of the mappings from types to their classes; the first has priority.
+FACTORIES = {
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+}
+
+
 def names() -> list[str]:
     """List all types that `hf:TYPE` builds."""
     return sorted(kind for kind in _heads() if kind not in UNFIT)
@@ -81,22 +91,33 @@ def build(name: str, *, num_classes: int, img_size: int | None, pretrained: bool
     config = _configuration(name)
     import transformers
 
-    if config.model_type not in _heads():
+    # Code that comes with a model says for which factories it has a class.
+    own = [factory for factory in FACTORIES if factory in (getattr(config, "auto_map", None) or {})]
+    if config.model_type in _heads():
+        factory, architecture = _heads()[config.model_type]
+        # transformers looks for the class of a type with several of them here
+        config.architectures = [architecture]
+    elif own and code_is_trusted():
+        factory = own[0]
+    else:
         raise UsageError(f"'hf:{name}' is a {config.model_type!r}, which has no head for image classes or language")
-    factory, architecture = _heads()[config.model_type]
     auto = getattr(transformers, factory)
-    # transformers looks for the class of a type with several of them here
-    config.architectures = [architecture]
     config.num_labels = num_classes
     for each in (config, config.get_text_config()):
         each.use_cache = False
     if pretrained:
-        model, found = auto.from_pretrained(name, config=config, ignore_mismatched_sizes=True, output_loading_info=True)
+        model, found = auto.from_pretrained(
+            name,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=code_is_trusted(),
+        )
         _clear_new_heads(model, found, num_classes)
     else:
         if img_size is not None and hasattr(config, "image_size"):
             config.image_size = img_size if isinstance(config.image_size, int) else [img_size, img_size]
-        model = auto.from_config(config)
+        model = auto.from_config(config, trust_remote_code=code_is_trusted())
     assert isinstance(model, nn.Module)
     return model
 
@@ -130,16 +151,11 @@ def _heads() -> dict[str, tuple[str, str]]:
         raise UsageError(
             "'hf:' models are those of transformers, which is not installed; run pip install 'fxsplit[hf]'"
         ) from error
-    known = {
-        "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModelForMaskedLM": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        "AutoModelForSeq2SeqLM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModelForImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    }
+    # Of a type that has several heads the first factory counts, so that comes last.
     return {
         kind: (factory, made if isinstance(made, str) else made[0])
-        for factory, classes in known.items()
-        for kind, made in classes.items()
+        for factory, mapping in reversed(FACTORIES.items())
+        for kind, made in getattr(auto, mapping).items()
     }
 
 
@@ -148,7 +164,7 @@ def _configuration(name: str) -> Any:
     import transformers
 
     if is_repository(name):
-        return transformers.AutoConfig.from_pretrained(name)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=code_is_trusted())
     if name in UNFIT:
         raise UsageError(
             f"'hf:{name}' cannot be built small and offline: {UNFIT[name]}; give a repository of that type"

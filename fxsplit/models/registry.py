@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxsplit.errors import DataError, NoModelError, UsageError, nearest, reason
+from fxsplit.errors import DataError, NoModelError, UsageError, closest, nearest, reason, shown, shown_path
 from fxsplit.models import factories, huggingface
 from fxsplit.models.downloads import expect_in_torch_hub, hub_or_its_cache
 from fxsplit.models.paper import NETWORKS
@@ -93,11 +92,6 @@ def rebuild(spec: str, *, num_classes: int, img_size: int, pretrained: bool, ste
     return library.rebuild(name, num_classes=num_classes, img_size=img_size, stem=stem, drop_path=drop_path)
 
 
-def runs_own_code(spec: str) -> bool:
-    """Whether building a model runs code of the user's, and not of a library."""
-    return _split(spec)[0] not in LIBRARIES
-
-
 def sketch(spec: str, *, num_classes: int, img_size: int, stem: str = "original", drop_path: float = 0.0) -> nn.Module:
     """Build the model as `build` does, but on the meta device, without memory, if it can be built there."""
     make = partial(build, spec, num_classes=num_classes, img_size=img_size, stem=stem, drop_path=drop_path)
@@ -170,7 +164,7 @@ def _from_timm(
     import timm
 
     if ":" not in name and not timm.is_model(name):
-        raise NoModelError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
+        raise NoModelError(f"timm has no model {shown(name)}{nearest(name, timm.list_models())}")
     settings: dict[str, Any] = {"num_classes": num_classes, **_drop_path_argument(DROP_PATH, drop_path)}
     with _errors_of("timm", name, settings, cache=HUB_CACHE):
         config = _timm_config(name)
@@ -308,7 +302,7 @@ def torchvision_module(name: str) -> str:
     from torchvision import models
 
     if name not in models.list_models():
-        raise NoModelError(f"torchvision has no model {name!r}{nearest(name, models.list_models())}")
+        raise NoModelError(f"torchvision has no model {shown(name)}{nearest(name, models.list_models())}")
     return str(models.get_model_builder(name).__module__).removeprefix("torchvision.models.")
 
 
@@ -385,7 +379,9 @@ def _from_paper(
 ) -> nn.Module:
     spec = f"paper:{name}"
     if name not in NETWORKS:
-        raise NoModelError(f"the paper has no network {name!r}, only {', '.join(NETWORKS)}{nearest(name, NETWORKS)}")
+        raise NoModelError(
+            f"the paper has no network {shown(name)}, only {', '.join(NETWORKS)}{nearest(name, NETWORKS)}"
+        )
     _refuse_pretrained(spec, pretrained)
     model = NETWORKS[name](num_classes, img_size, 3, **_drop_path_argument(DROP_PATH, drop_path))
     if stem == "cifar":
@@ -465,7 +461,7 @@ def _split(spec: str) -> tuple[str, str]:
             f"{found or 'it defines none'}"
         )
     if not (source and name):
-        raise NoModelError(f"{spec!r} is not the full name of a model{_full_names(spec) or f'; write {FORMS}'}")
+        raise NoModelError(f"{shown(spec)} is not the full name of a model{_full_names(spec) or f'; write {FORMS}'}")
     return source, name
 
 
@@ -476,14 +472,27 @@ def _errors_of(library: str, name: str, settings: dict[str, Any], *, cache: str)
         yield
     except UsageError:
         raise
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{shown_path(f'{library}:{name}')} comes with Python code of its own, which is not run; if you trust "
+                "it, add --trust-code"
+            ) from error
+        if isinstance(error, ValueError):
+            raise _cannot_build(library, name, settings, error) from error
         raise DataError(
-            f"'{library}:{name}' cannot be downloaded or read ({reason(error)}); connect to the network, "
-            f"copy its files into {cache}, or do without pretrained weights"
+            f"{shown_path(f'{library}:{name}')} cannot be downloaded or read ({reason(error)}); connect to the "
+            f"network, copy its files into {cache}, or do without pretrained weights"
         ) from error
-    except Exception as error:
-        asked = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-        raise UsageError(f"{library} cannot build {name!r}{asked and f' with {asked}'}: {reason(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # code that comes with a model may call sys.exit
+        raise _cannot_build(library, name, settings, error) from error
+
+
+def _cannot_build(library: str, name: str, settings: dict[str, Any], error: BaseException) -> UsageError:
+    asked = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    return UsageError(f"{library} cannot build {shown(name)}{asked and f' with {asked}'}: {reason(error)}")
 
 
 def _drop_path_argument(parameter: str, rate: float) -> dict[str, float]:
@@ -520,6 +529,6 @@ def _full_names(name: str) -> str:
     for source, library in LIBRARIES.items():
         with suppress(UsageError):  # of a library that is not installed
             libraries[source] = library.names()
-    best = get_close_matches(name, sorted({model for known in libraries.values() for model in known}), n=1)
+    best = closest(name, sorted({model for known in libraries.values() for model in known}))[:1]
     full = [f"{source}:{model}" for model in best for source, known in libraries.items() if model in known]
     return f"; did you mean {' or '.join(map(repr, full))}?" if full else ""

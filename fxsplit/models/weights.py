@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from argparse import Namespace
@@ -14,7 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fxsplit.errors import UsageError, nearest, printable, reason
+from fxsplit.errors import UsageError, nearest, printable, reason, shown_path
+from fxsplit.paths import expanded
 
 # Of a run's folder.
 WEIGHTS_FILE = "model.safetensors"
@@ -36,12 +38,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises UsageError when there is no such file, it is broken, reading it would run code, or it holds no tensors.
     """
-    file = Path(path).expanduser()
-    if file.is_dir():
+    file = expanded(path)
+    if os.path.isdir(file):
         file /= WEIGHTS_FILE
-    if not file.is_file():
+    if not os.path.isfile(file):
         beside = (each.name for each in file.parent.glob("*"))
-        raise UsageError(f"there is no file of weights {str(file)!r}{nearest(file.name, beside)}")
+        raise UsageError(f"there is no file of weights {shown_path(file)}{nearest(file.name, beside)}")
     found = _read(file)
     if isinstance(found, Mapping):
         found = next((found[key] for key in NESTED if isinstance(found.get(key), Mapping)), found)

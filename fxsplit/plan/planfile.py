@@ -11,15 +11,26 @@ ignored when a plan is made for a model; only a record, which has no model at ha
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
-from fxsplit.errors import PartitionError, UsageError, closest, nearest
+from fxsplit.errors import (
+    MOST_SHOWN,
+    PartitionError,
+    UsageError,
+    closest,
+    joined,
+    nearest,
+    reason,
+    shortened,
+    shown,
+    shown_path,
+)
 from fxsplit.graph import Modes
+from fxsplit.plain_data import parse_json, read_json
 from fxsplit.plan.cuts import first_ops
 from fxsplit.plan.partition import Partition, partition, unusable_paths
 from fxsplit.plan.schedule import Phase, Plan, counted, saving_in_words
@@ -38,7 +49,11 @@ class Rule(NamedTuple):
 
 TEXT = Rule(lambda value: isinstance(value, str), "text")
 FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
-MOST = 10**9
+# Of anything; of cuts and phases, which are compared with each other; and of the characters of a name.
+MOST, MOST_ROWS, MOST_LETTERS = 10**6, 2000, 200
+NAME = Rule(
+    lambda value: isinstance(value, str) and 0 < len(value) <= MOST_LETTERS, f"a name of up to {MOST_LETTERS} letters"
+)
 COUNT = Rule(lambda value: type(value) is int and 1 <= value <= MOST, f"a whole number at least 1 and at most {MOST}")
 CUT = Rule(lambda value: value is None or isinstance(value, str), "one of the cuts or null")
 
@@ -221,8 +236,9 @@ def write_file(file: PlanFile, path: str) -> None:
     """Write a plan file, replacing an earlier one. Raises UsageError when it cannot be written."""
     try:
         Path(path).write_text(file.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"the plan {path!r} cannot be written: {error.strerror}; choose another path") from error
+    except (OSError, ValueError) as error:  # a null character in the path, or a cut whose name is no text
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UsageError(f"the plan {shown_path(path)} cannot be written: {why}; choose another path") from error
 
 
 # Reading
@@ -230,56 +246,31 @@ def write_file(file: PlanFile, path: str) -> None:
 
 def read_file(path: str, *, modes: Modes | None = None) -> PlanFile:
     """Read the plan file at `path`. Raises as `read` does, and UsageError when the file cannot be read."""
-    return read(_text(path), origin=path, modes=modes)
+    return from_dict(read_json(path, "plan"), origin=path, modes=modes)
 
 
 def read_options(path: str) -> dict[str, Any]:
     """Read from a plan file what it decides besides the plan: the preset and the number of epochs.
 
-    One that is wrong is left out: `read_file` lists all faults at once when the model is there. Raises UsageError when
-    the file cannot be read, or is not JSON of a known schema.
+    Raises UsageError as `read_file` does, for all faults that show without a model.
     """
-    data = _checked(_parsed(_text(path), path), path)
-    preset = data.get("preset", "none")
-    phases: Any = data.get("phases")
-    found: dict[str, Any] = {"preset": preset} if _KEYS["preset"].rule.suits(preset) else {}
-    if _KEYS["phases"].rule.suits(phases) and all(COUNT.suits(phase.get("epochs")) for phase in phases):
-        found["epochs"] = sum(phase["epochs"] for phase in phases)
-    return found
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"the plan {path!r} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the plan {path!r} cannot be read: it is no text") from error
-    except ValueError as error:  # such as a null character
-        raise UsageError(f"the plan {path!r} cannot be read: {error}") from error
+    file = read_file(path)
+    return {"preset": file.preset, "epochs": file.epochs}
 
 
 def read(text: str, *, origin: str, modes: Modes | None = None) -> PlanFile:
     """Parse the text of a plan file. Raises as `from_dict` does, and UsageError when the text is not JSON."""
-    return from_dict(_parsed(text, origin), origin=origin, modes=modes)
-
-
-def _parsed(text: str, origin: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"the plan {origin!r} is not valid JSON near line {error.lineno}: {error.msg}") from error
-    except RecursionError as error:
-        raise UsageError(f"the plan {origin!r} is nested too deeply for a plan") from error
+    return from_dict(parse_json(text, origin=origin, noun="plan"), origin=origin, modes=modes)
 
 
 def _checked(data: Any, origin: str) -> dict[str, Any]:
     """Return the plain data of a plan if it is an object of this schema, or says no schema. Raises UsageError else."""
     if not isinstance(data, dict):
-        raise UsageError(f"the plan {origin!r} must be a JSON object, with the keys {', '.join(_KEYS)}")
+        raise UsageError(f"the plan {shown_path(origin)} must be a JSON object, with the keys {', '.join(_KEYS)}")
     if (schema := data.get("schema", SCHEMA)) != SCHEMA:
         raise UsageError(
-            f"the plan {origin!r} has schema {schema!r}, and this version reads {SCHEMA}; save the plan anew"
+            f"the plan {shown_path(origin)} has schema {shown(schema)}, and this version reads {SCHEMA}; "
+            "save the plan anew"
         )
     return data
 
@@ -303,7 +294,7 @@ def from_dict(data: Any, *, origin: str, modes: Modes | None = None) -> PlanFile
         another = modes and data.get("graph") not in (None, "", modes.train.digest())
         hint = " (it was made for another model than this one)" if another and misfits else ""
         kind = UsageError if faults else PartitionError
-        raise kind(f"the plan {origin!r} cannot be used{hint}: {'; '.join([*faults, *misfits])}")
+        raise kind(joined([*faults, *misfits], f"the plan {shown_path(origin)} cannot be used{hint}: "))
     derived = _partitions(data.get("derived", ()))
     return PlanFile(
         **{key: data[key] for key in ("model", "graph", "torch", "preset", "schedule") if key in data},
@@ -321,16 +312,20 @@ def _partitions(rows: Sequence[Any]) -> tuple[Partition, ...]:
 
 
 def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+    return _is_list(value) and all(isinstance(name, str) and name for name in value)
 
 
 def _is_rows(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+    return _is_list(value) and all(isinstance(row, dict) for row in value)
+
+
+def _is_list(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list) and len(value) <= MOST_ROWS
 
 
 def _is_derived(value: object) -> bool:
     try:
-        return isinstance(value, list) and bool(_partitions(value) or not value)
+        return _is_list(value) and bool(_partitions(value) or not value)
     except ValueError:
         return False
 
@@ -347,9 +342,9 @@ _KEYS = {
             Rule(lambda value: isinstance(value, str) and value in PRESETS, f"one of {', '.join(PRESETS)}"),
             True,
         ),
-        Key("schedule", Rule(lambda value: isinstance(value, str) and value != "", "a name")),
-        Key("cuts", Rule(_is_names, "a list of module paths")),
-        Key("phases", Rule(lambda value: _is_rows(value) and value != [], "a list of at least one phase")),
+        Key("schedule", NAME),
+        Key("cuts", Rule(_is_names, f"a list of module paths, at most {MOST_ROWS}")),
+        Key("phases", Rule(lambda value: _is_rows(value) and value != [], f"a list of 1 to {MOST_ROWS} phases")),
         Key("derived", Rule(_is_derived, "as it was saved, or left out"), optional=True),
     )
 }
@@ -360,7 +355,7 @@ def _faults(data: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each fault of a plan that shows without a model."""
     yield from _wrong_keys(data, _KEYS, "")
     cuts: list[str] | None = data["cuts"] if _is_names(data.get("cuts")) else None
-    yield from (f"the cut {cut!r} is given twice" for cut, times in Counter(cuts).items() if times > 1)
+    yield from (f"the cut {shown(cut)} is given twice" for cut, times in Counter(cuts).items() if times > 1)
     for number, phase in enumerate(data["phases"] if _is_rows(data.get("phases")) else (), start=1):
         yield from _wrong_keys(phase, _PHASE_KEYS, f"phase {number}: ")
         if phase.get("segmented") is True and phase.get("recompute_up_to") is None:
@@ -368,17 +363,19 @@ def _faults(data: Mapping[str, Any]) -> Iterator[str]:
         for key in (key.name for key in PHASE_KEYS if key.rule is CUT):
             cut = phase.get(key)
             if cuts is not None and isinstance(cut, str) and cut not in cuts:
-                yield f"phase {number}: {key} is {cut!r}, which is none of the cuts{nearest(cut, cuts)}"
+                yield f"phase {number}: {key} is {shown(cut)}, which is none of the cuts{nearest(cut, cuts)}"
 
 
 def _wrong_keys(data: Mapping[str, Any], keys: Mapping[str, Key] | Mapping[str, PhaseKey], where: str) -> Iterator[str]:
     for name, value in data.items():
         if name not in keys:
-            yield f"{where}the key {name!r} is not known{nearest(name, keys)}"
+            yield f"{where}the key {shown(name)} is not known{nearest(name, keys)}"
         elif not keys[name].rule.suits(value):
-            yield f"{where}{name} is {json_line(value)[:80]}, but must be {keys[name].rule.words}"
+            yield f"{where}{name} is {shortened(json_line(value), MOST_SHOWN)}, but must be {keys[name].rule.words}"
     # Of a misspelt key it is said above what it should be.
     here = data.keys() | {meant for name in data if name not in keys for meant in closest(name, keys)}
     yield from (
-        f"{where}the key {name!r} is missing" for name, key in keys.items() if not key.optional and name not in here
+        f"{where}the key {shown(name)} is missing"
+        for name, key in keys.items()
+        if not key.optional and name not in here
     )

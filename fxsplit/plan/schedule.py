@@ -74,6 +74,10 @@ class Phase:
         return self.start or (self.stop if self.stop < count else None)
 
 
+# Phases that an error shows before the first wrong one, and after it.
+MOST_BESIDE = 6
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Lists the partitions of a model and the phases of a run over them. Printed, it draws one line a phase.
@@ -128,6 +132,10 @@ class Plan:
             words = ", ".join(filter(None, (self._ends(phase), self.saving(phase))))
             line = f"{self._row(phase)}  {length:{width}}  {words}".rstrip()
             lines.append(f"> {line}  <- {faults[index]}" if index in faults else f"  {line}")
+        if faults:
+            first = max(0, min(faults) - MOST_BESIDE)
+            last = min(faults) + MOST_BESIDE + 1
+            lines = ["  ..."] * (first > 0) + lines[first:last] + ["  ..."] * (last < len(lines))
         return "\n".join([f"{self.title}: {partitions}, {epochs}", *lines])
 
     def _row(self, phase: Phase) -> str:

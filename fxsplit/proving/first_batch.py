@@ -27,6 +27,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from fxsplit.errors import ProofError, UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.pointwise import held_to_convolutions
+from fxsplit.measuring.meter import is_out_of_memory
 from fxsplit.objects.structure import map_tensors, tensors_in
 from fxsplit.proving.equality import Difference, Outcome, Step, bytes_of, differences, leaves, loss_of, outcome
 from fxsplit.proving.untouched import untouched
@@ -190,11 +191,6 @@ def _step(
                 (mean * (len(own_labels) / len(labels))).backward()  # type: ignore[no-untyped-call]
 
     return step
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether memory ran out: on a GPU, in Python, or in torch on the CPU, which raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def _copied(tensor: Tensor) -> Tensor:

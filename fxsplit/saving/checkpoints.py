@@ -37,6 +37,11 @@ class Found(NamedTuple):
     path: Path
     data: dict[str, Any]
 
+    @property
+    def place(self) -> Place:
+        """The position that it is of."""
+        return Place(*self.data["place"])
+
 
 class Checkpoints:
     """Keeps the checkpoints of a run in a folder of their own.

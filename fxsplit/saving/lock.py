@@ -39,6 +39,9 @@ class FolderLock:
                 self.release()
                 raise LockedError(f"process {holder}" if holder else "another process")
             time.sleep(0.05)
+        if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(folder / LOCK)):
+            self.release()
+            raise LockedError("another process")  # which has made the folder anew
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from fxsplit.errors import FxsplitError, UsageError
+from fxsplit.errors import FxsplitError, NotFiniteError, UsageError
+from fxsplit.plan.schedule import Plan
 from fxsplit.records import read_record
 from fxsplit.report import EpochRecord, Inspection, RunReport
-from fxsplit.saving.checkpoints import Checkpoints, Found, Place
+from fxsplit.saving.checkpoints import Checkpoints, Found, Place, find_checkpoint
 from fxsplit.saving.model_config import ModelConfig
 from fxsplit.saving.run_folder import RunFolder
 from fxsplit.saving.run_state import RunState
 from fxsplit.saving.signals import Signals
+from fxsplit.trust import is_code
 
 
 class Interval(NamedTuple):
@@ -79,7 +83,7 @@ class Recorder:
         self.path = str(folder.path) if folder else ""
         self.setup_seconds = self.prove_seconds = 0.0
         self._folder, self._inspection, self._model, self._began = folder, inspection, model, began
-        self._state, self._checkpoints, self._interval = state, checkpoints, interval
+        self.state, self._checkpoints, self._interval = state, checkpoints, interval
         self._spec, self._args_yaml, self._config, self._identity = spec, args_yaml, config, identity
         self._environment, self._passes = environment, passes
         self._notice = notice
@@ -101,7 +105,7 @@ class Recorder:
         UsageError when it is of another model.
         """
         data = found.data
-        self._state.load_state_dict(data["state"])
+        self.state.load_state_dict(data["state"])
         self._epochs = [read_record(EpochRecord, record) for record in data["epochs"]]
         self._began -= data["seconds"]["total"]
         self.setup_seconds += data["seconds"]["setup"]
@@ -109,6 +113,29 @@ class Recorder:
         self._saved = Place(*data["place"])
         if self._checkpoints:
             self._checkpoints.remove_after(found.path)
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Inside is what comes between the making of the folder and the run; an error leaves no empty folder behind."""
+        try:
+            yield
+        except BaseException:
+            if self._folder:
+                self._folder.close()
+            raise
+
+    def newest(self) -> Found | None:
+        """Read the newest checkpoint of the run that is whole; None when it has none. Raises DataError if none is."""
+        return find_checkpoint(Path(self.path), notice=self._notice) if self._checkpoints else None
+
+    def replan(self, plan: Plan) -> None:
+        """Take another plan for the run, with the same partitions, phases and epochs."""
+        self._inspection = replace(self._inspection, plan=plan)
+        if self._folder:
+            try:
+                self._folder.write_plan(self._inspection.plan_file.to_json())
+            except OSError as error:
+                self._notice(f"the new plan cannot be written: {error.strerror}")
 
     def add(self, record: EpochRecord) -> None:
         """Add the record of an epoch that has just ended, write it into the folder, and save the run if it is due."""
@@ -159,6 +186,8 @@ class Recorder:
         self._tried = place
         try:
             self._checkpoints.write(place, self._data(place), accuracy=accuracy)
+        except NotFiniteError:
+            raise
         except Exception as error:  # whatever it is, training goes on
             why = getattr(error, "strerror", None) or " ".join(str(error).split())
             earlier = f"that of {self._saved} stays" if self._saved else "there is none yet"
@@ -178,13 +207,15 @@ class Recorder:
                 "setup": self.setup_seconds,
                 "prove": self.prove_seconds,
             },
-            "state": self._state.state_dict(),
+            "state": self.state.state_dict(),
         }
 
     def _how_to_go_on(self) -> str:
         if not self._saved:
             return ""
-        return f"saved at {self._saved}; go on with: fxsplit train --resume {shlex.quote(self.path)}"
+        model = str(self._spec["model"])
+        words = ["fxsplit", "train", "--resume", self.path, *([model] if is_code(model) else ())]  # or it is not run
+        return f"saved at {self._saved}; go on with: {shlex.join(words)}"
 
     def __enter__(self) -> Recorder:
         if self._folder:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import re
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import nn
 
 from fxsplit.errors import UsageError
 from fxsplit.pages.page import report_page
+from fxsplit.paths import expanded
 from fxsplit.records import json_line, json_text
 from fxsplit.report import EpochRecord, Inspection, RunReport
 from fxsplit.resuming import RECIPE
@@ -27,6 +30,9 @@ from fxsplit.saving.model_config import MODEL_CONFIG, ModelConfig
 # timm's columns first, in its order, so that a program that reads its summaries reads ours.
 FIRST = ("epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr")
 COLUMNS = (*FIRST, *(field.name for field in fields(EpochRecord) if field.name not in FIRST))
+
+# So often a folder is made again that others remove meanwhile.
+TRIES = 10
 
 
 class RunFolder:
@@ -42,6 +48,24 @@ class RunFolder:
     def __init__(self, path: Path, lock: FolderLock) -> None:
         self.path, self._lock = path, lock
 
+    @staticmethod
+    def check(output: str, *, experiment: str | None) -> None:
+        """Find out whether `new` could make a folder now, and leave nothing behind.
+
+        Raises UsageError as `new` does.
+        """
+        parent = expanded(output)
+        path = parent / experiment if experiment else parent
+        try:
+            if experiment and path.exists() and _is_used(path):
+                raise UsageError(_holds_a_run(path))
+            there = next(each for each in (path, *path.parents) if each.exists())
+            with tempfile.TemporaryFile(dir=there) as file:
+                file.write(b"0")
+                file.flush()
+        except OSError as error:
+            raise UsageError(_cannot_be_made(path, error)) from error
+
     @classmethod
     def new(cls, output: str, *, model: str, schedule: str, seed: int, experiment: str | None) -> RunFolder:
         """Make the folder of a new run, which no other run gets.
@@ -55,22 +79,17 @@ class RunFolder:
 
         Raises UsageError when the folder of a named experiment already holds something, or cannot be made.
         """
-        parent = Path(output).expanduser()
+        parent = expanded(output)
         name = experiment or f"{datetime.now():%Y%m%d-%H%M%S}-{_slug(model)}-{_slug(schedule)}-s{seed}"
         path, number = parent / name, 1
         try:
             while (lock := _locked_if_empty(path)) is None:
                 if experiment:
-                    raise UsageError(
-                        f"the folder {str(path)!r} already holds a run; name another --experiment, or go on with it "
-                        "by --resume"
-                    )
+                    raise UsageError(_holds_a_run(path))
                 number += 1
                 path = parent / f"{name}-{number}"
         except OSError as error:
-            raise UsageError(
-                f"the run folder {str(path)!r} cannot be made: {error.strerror}; choose another --output"
-            ) from error
+            raise UsageError(_cannot_be_made(path, error)) from error
         return cls(path, lock)
 
     @classmethod
@@ -97,10 +116,14 @@ class RunFolder:
         """
         remove_parts(self.path)
         write_whole(self.path / RECIPE, args_yaml)
-        write_whole(self.path / "plan.json", plan_json)
+        self.write_plan(plan_json)
         write_whole(self.path / MODEL_CONFIG, json_text(config.to_dict()))
         write_whole(self.path / "env.json", json_text(environment))
         self.write_records(epochs)
+
+    def write_plan(self, plan_json: str) -> None:
+        """Write the plan, in place of a former one. Raises OSError when it cannot be written."""
+        write_whole(self.path / "plan.json", plan_json)
 
     def write_records(self, epochs: Sequence[EpochRecord]) -> None:
         """Write the records of all epochs so far, in place of those that are there. Raises OSError when it cannot."""
@@ -133,21 +156,47 @@ class RunFolder:
         return faults
 
     def close(self) -> None:
-        """Release the folder: another process may go on with the run."""
+        """Release the folder: another process may go on with the run. One in which nothing was written is removed."""
+        if not _is_used(self.path):
+            remove_parts(self.path)
+            with suppress(OSError):  # another process has just taken it
+                (self.path / LOCK).unlink(missing_ok=True)
+                self.path.rmdir()
         self._lock.release()
+
+
+def _is_used(folder: Path) -> bool:
+    """Tell whether a folder holds something whole."""
+    return any(each.name != LOCK and not each.name.endswith(PART) for each in folder.iterdir())
+
+
+def _holds_a_run(path: Path) -> str:
+    return f"the folder {str(path)!r} already holds a run; name another --experiment, or go on with it by --resume"
+
+
+def _cannot_be_made(path: Path, error: OSError) -> str:
+    return f"the run folder {str(path)!r} cannot be made: {error.strerror}; choose another --output"
 
 
 def _locked_if_empty(path: Path) -> FolderLock | None:
     """Make a folder and lock it; return None if it holds something whole or is another run's."""
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FolderLock(path)
-    except LockedError:
-        return None
-    if any(each.name != LOCK and not each.name.endswith(PART) for each in path.iterdir()):
+    for tries_left in reversed(range(TRIES)):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(path)
+            is_used = _is_used(path)
+        except LockedError:
+            return None
+        except (FileNotFoundError, FileExistsError):
+            # Another process, which had left it empty, may have removed it just now.
+            if tries_left:
+                continue
+            raise
+        if not is_used:
+            return lock
         lock.release()
-        return None
-    return lock
+        break
+    return None
 
 
 def write_weights(model: nn.Module, path: Path, config: ModelConfig) -> None:

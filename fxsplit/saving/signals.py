@@ -7,6 +7,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
+from time import monotonic
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -15,6 +17,9 @@ from fxsplit.errors import Terminated
 HELD = (signal.SIGINT, signal.SIGTERM)
 # torch raises an error from here when a data worker ends, which SIGTERM to a whole process group makes them do first.
 SIGCHLD = getattr(signal, "SIGCHLD", None)
+
+# So soon after another one, a signal is not somebody's wish.
+ECHO_SECONDS = 0.5
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
@@ -26,11 +31,13 @@ class Signals:
         second    ends it at once, by an exception; while something is saved, saving goes on
         third     ends the process, as the system does by itself
 
-    A signal that is ignored stays ignored.
+    One that comes within ECHO_SECONDS of the last that counted does not count: shells and schedulers send a signal to a
+    process and to its group, or several times. A signal that is ignored stays ignored.
     """
 
     def __init__(self) -> None:
         self._count = 0
+        self._counted = -inf
         self._last: int | None = None
         self._saving = 0
         self._before: dict[int, Handler] = {}
@@ -54,8 +61,10 @@ class Signals:
             signal.signal(*self._before.popitem())
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._count += 1
         self._last = number
+        if monotonic() - self._counted < ECHO_SECONDS:
+            return
+        self._count, self._counted = self._count + 1, monotonic()
         if self._count > 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

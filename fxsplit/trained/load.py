@@ -21,6 +21,7 @@ from fxsplit.saving.model_config import MODEL_CONFIG, ModelConfig, parse_model_c
 from fxsplit.saving.run_state import load_model_state
 from fxsplit.spec import read_values
 from fxsplit.trained.model import TrainedModel
+from fxsplit.trust import is_code, trusting_code
 
 # What stands in a sentence of a library's error.
 MOST_WORDS = 200
@@ -49,8 +50,8 @@ def load(run: str | Path, device: str | torch.device = "cpu", *, trust_code: boo
     Args:
         run: the folder of a run, its `model.safetensors`, wherever that is now, or a file in its `checkpoints/`.
         device: where the model is to be, as `RunSpec.device`.
-        trust_code: run the Python file or module that builds a model of `file.py:FACTORY`. No other model runs code
-            that comes with the run.
+        trust_code: run the Python file or module that builds a model of `file.py:FACTORY`, and code that comes with a
+            model of Hugging Face. No other model runs code.
 
     Raises UsageError when there is no such run, it ended without weights, it was made by a version that did not save
     how its model is used, or its model wants `trust_code`; DataError when a file is damaged or holds another model; and
@@ -128,7 +129,7 @@ def _without_weights(folder: Path) -> str:
 
 def _build(saved: Saved, *, trust_code: bool) -> nn.Module:
     config, spec = saved.config, saved.config.model
-    if registry.runs_own_code(spec):
+    if is_code(spec):
         source, _, factory = spec.partition(":")
         file = config.file if config.file and Path(config.file).is_file() else source
         if not trust_code:
@@ -137,14 +138,15 @@ def _build(saved: Saved, *, trust_code: bool) -> nn.Module:
                 "--trust-code on the command line"
             )
         spec = f"{file}:{factory}"
-    return registry.rebuild(
-        spec,
-        num_classes=len(config.classes),
-        img_size=config.img_size,
-        pretrained=config.pretrained,
-        stem=config.stem,
-        drop_path=config.drop_path,
-    )
+    with trusting_code(trust_code):
+        return registry.rebuild(
+            spec,
+            num_classes=len(config.classes),
+            img_size=config.img_size,
+            pretrained=config.pretrained,
+            stem=config.stem,
+            drop_path=config.drop_path,
+        )
 
 
 def _load_weights(model: nn.Module, saved: Saved) -> None:

@@ -79,6 +79,10 @@ class Accuracy:
         """Return the means so far; they are NaN before the first batch."""
         return self.sent().read()
 
+    def is_finite(self) -> bool:
+        """Tell whether all losses so far are finite, those included that are not counted yet."""
+        return bool(self._loss.isfinite())
+
     def reset(self) -> None:
         """Begin anew."""
         self._count = 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxsplit.errors import UsageError, nearest
+from fxsplit.errors import UsageError, nearest, reason, shown
 
 if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler
@@ -60,7 +60,7 @@ def make_optimizer(
     from timm.optim import create_optimizer_v2, list_optimizers
 
     if name not in list_optimizers():
-        raise UsageError(f"timm has no optimizer {name!r}{nearest(name, list_optimizers())}")
+        raise UsageError(f"timm has no optimizer {shown(name)}{nearest(name, list_optimizers())}")
     decays = [layer_decay, *[None] * (len(modules) - 1)]
     groups = [
         group
@@ -73,7 +73,7 @@ def make_optimizer(
             groups, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay, **_fused(name, groups)
         )
     except (ImportError, TypeError, ValueError) as error:
-        raise UsageError(f"the optimizer {name!r} cannot be made: {error}") from error
+        raise UsageError(f"the optimizer {name!r} cannot be made: {reason(error)}") from error
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = capturable
@@ -198,29 +198,32 @@ def make_scheduler(
         decay_milestones: epochs of the decays, for "multistep".
         decay_rate: factor of a decay; the power of "poly".
 
-    Raises UsageError for an unknown name.
+    Raises UsageError for an unknown name, and for values that the schedule refuses.
     """
     if name not in SCHEDULES:
         raise UsageError(
-            f"there is no learning-rate schedule {name!r}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
+            f"there is no learning-rate schedule {shown(name)}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})"
         )
     if name == "step" and decay_epochs is None:
         decay_epochs = epochs / 3
     from timm.scheduler import create_scheduler_v2
 
     scheduler: Scheduler
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=name,
-        num_epochs=epochs,
-        decay_epochs=decay_epochs,
-        decay_milestones=list(decay_milestones),
-        decay_rate=decay_rate,
-        warmup_epochs=warmup_epochs,
-        min_lr=min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=name,
+            num_epochs=epochs,
+            decay_epochs=decay_epochs,
+            decay_milestones=list(decay_milestones),
+            decay_rate=decay_rate,
+            warmup_epochs=warmup_epochs,
+            min_lr=min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
+        raise UsageError(f"the learning-rate schedule {name!r} cannot be made so: {reason(error)}") from error
     return scheduler
 
 

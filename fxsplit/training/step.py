@@ -44,6 +44,11 @@ class Step:
         self._batch_size, self._clip_grad = batch_size, clip_grad
         self._scaler = torch.amp.GradScaler(forward.device.type, enabled=forward.amp_dtype is torch.float16)
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the loss is scaled, and steps with infinite gradients are left out."""
+        return self._scaler.is_enabled()
+
     def backward(
         self, batch: Batch, optimizer: Optimizer, *, micro_batches: int, progress: float | Tensor, accuracy: Accuracy
     ) -> None:

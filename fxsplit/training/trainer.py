@@ -15,16 +15,18 @@ from torch.nn import functional as F
 from fxsplit.caching.feed import Feed
 from fxsplit.cuda.number import Number
 from fxsplit.cuda.replay import Recordings
+from fxsplit.data.batch import Batch
+from fxsplit.errors import NotFiniteError
 from fxsplit.execute.forward import Forward
+from fxsplit.measuring.finite import are_finite, first_not_finite, named
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.saving.run_state import Stateful
 from fxsplit.training.accuracy import Accuracy, PendingScore, Score
-from fxsplit.training.ema import WeightEma
-from fxsplit.training.endings import Endings
+from fxsplit.training.endings import Endings, WeightEma
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
-from fxsplit.training.optimizers import gradients_of, set_gradients
+from fxsplit.training.optimizers import gradients_of, parameters_of, set_gradients
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.plasticity import Plasticity
 from fxsplit.training.step import Step
@@ -40,6 +42,10 @@ class Pause(Protocol):
         `ending` says that an exception ends it here anyway.
         """
         ...
+
+
+# Before all steps.
+NOWHERE = (-1, -1)
 
 
 def no_pause(epoch: int, step: int, *, steps: int, ending: bool = False) -> None:
@@ -109,11 +115,38 @@ class Trainer:
         self._pause: Pause = no_pause
         # Whether `state_dict` would be the state of a position, and not of something between two.
         self._is_whole = False
+        # By epoch and step: the steps that are not taken, and the last one whose numbers are looked at.
+        self._left_out: set[tuple[int, int]] = set()
+        self._examined = NOWHERE
+
+    @property
+    def position(self) -> Position:
+        """Where the run is."""
+        return self._position
+
+    def begin(self) -> None:
+        """Enter the first phase; does nothing in a run that has begun."""
+        if self._position.phase < 0:
+            self._begin(0)
+
+    def leave_out(self, epoch: int, step: int) -> None:
+        """Do not take a step of the run, both numbers from 0: its batch is passed over."""
+        self._left_out.add((epoch, step))
+
+    def examine(self, epoch: int, step: int) -> None:
+        """Look at the numbers of all steps until this one, both numbers from 0.
+
+        Each waits for the device then. The first whose loss or gradients are not finite is not completed: `epochs`
+        raises a NotFiniteError that says where they come from.
+        """
+        self._examined = (epoch, step)
 
     def epochs(self, pause: Pause = no_pause, *, most: int | None = None) -> Iterator[EpochRecord]:
         """Train and test epoch by epoch, and give the record of each; the observer is told of it after that.
 
         At the end, or when the iterator is closed, caches are freed and the model is as free to train as it was before.
+        Raises NotFiniteError when loss or weights are no numbers any more: it is noticed with the scores that come from
+        the device every `log_interval` steps, before a state is given out, and at the end of an epoch.
 
         Args:
             pause: is called after each step and each batch of the test, and where an exception leaves the state whole.
@@ -229,10 +262,6 @@ class Trainer:
         tested = self.evaluate()
         self._is_whole = False
         held_out = None if self.guard is None else self._watch(self.guard)
-        if not math.isfinite(trained.loss):
-            self.observer.notice(
-                f"the training loss of epoch {epoch + 1} is {trained.loss}; a lower --lr or --clip-grad may help"
-            )
         phase = self._position.phase
         self._position = Position(phase=phase, epoch=epoch + 1)
         self._accuracy.reset()
@@ -266,9 +295,12 @@ class Trainer:
         steps = self._steps_per_epoch
         for key in self.feed.put(epoch, self._position.step):
             self._is_whole = False
-            self._take_step(key, done=epoch * steps + self._position.step)
-            if self.plasticity is not None:
-                self.plasticity.step_done()
+            if (epoch, self._position.step) in self._left_out:
+                self.feed.fetch()
+            else:
+                self._take_step(key, done=epoch * steps + self._position.step)
+                if self.plasticity is not None:
+                    self.plasticity.step_done()
             step = self._position.step + 1
             self._position = replace(self._position, step=step)
             if step % self.log_interval == 0 or step == steps:
@@ -276,7 +308,9 @@ class Trainer:
             self._is_whole = True
             self._report(epoch, wait=step == steps)
             self._paused()
-        return self._accuracy.read()
+        trained = self._accuracy.read()
+        self._refuse_not_finite(trained)
+        return trained
 
     def _take_step(self, key: Hashable, *, done: int) -> None:
         """Take an optimizer step after `done` steps of the run, on the batch with this key.
@@ -289,6 +323,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.count_step(done + 1)
         phase, optimizer = self.plan.phases[self._position.phase], self.optimizer.optimizer
+        is_examined = (self._position.epoch, self._position.step) <= self._examined
 
         def backward() -> int:
             batch = self.feed.fetch()
@@ -299,6 +334,8 @@ class Trainer:
                 progress=self._progress.value,
                 accuracy=self._accuracy,
             )
+            if is_examined:
+                self._examine(batch)
             return len(batch)
 
         def update() -> None:
@@ -316,6 +353,8 @@ class Trainer:
         if recordings is not None and phase.recompute:
             recordings.refuse("recomputing activations with the same random numbers reads the random state")
             key = None
+        if is_examined:
+            key = None
         if recordings is None:
             samples = whole()
         elif self.update_is_recorded:
@@ -328,6 +367,41 @@ class Trainer:
             set_gradients(optimizer, gradients)
             update()
         self._accuracy.count(samples)
+
+    def _examine(self, batch: Batch) -> None:
+        """Raise NotFiniteError, which names the cause, when the loss or the gradients of this step are not finite.
+
+        Infinite gradients of a loss that is scaled are no fault: the step is left out, and the scale falls.
+        """
+        if not self._accuracy.is_finite():
+            where = first_not_finite(self.forward, batch) or "every output is finite, so it comes from the loss itself"
+            what = f"the loss is not finite: {where}"
+        elif not self.step.is_scaled and (index := self._last_without_gradient()) is not None:
+            place = "an exit" if index < 0 else named(self.executor.partitions, index)
+            what = f"the loss is finite, but the gradients are not, first in {place}"
+        else:
+            return
+        at = self._position
+        raise NotFiniteError(what, epoch=at.epoch, step=at.step, is_cause=True)
+
+    def _last_without_gradient(self) -> int | None:
+        """Find the last partition whose gradients are not finite, which backward reaches first; -1 for an exit."""
+        for index in reversed(range(*self.executor.window)):
+            if not are_finite(parameter.grad for parameter in self.executor.owned[index]):
+                return index
+        return None if are_finite(gradients_of(self.optimizer.optimizer)) else -1
+
+    def _refuse_not_finite(self, score: Score) -> None:
+        """Raise NotFiniteError when the mean loss or what trains is not finite. It waits for the device."""
+        if score.count and not math.isfinite(score.loss):
+            what = "the loss is not finite"
+        elif not are_finite(parameters_of(self.optimizer.optimizer)):
+            what = "weights are not finite"
+        else:
+            return
+        self._is_whole = False
+        at = self._position
+        raise NotFiniteError(what, epoch=at.epoch, step=max(0, at.step - 1))
 
     def _held(self) -> list[object]:
         """List what steps use besides the model and may keep something on the host."""
@@ -344,12 +418,15 @@ class Trainer:
         """Tell the observer of steps whose scores have come from the device; of all, if it is to `wait`."""
         while self._pending and (wait or self._pending[0][1].is_here()):
             step, pending = self._pending.popleft()
+            score = pending.read()
+            if score.count and not math.isfinite(score.loss):
+                self._refuse_not_finite(score)
             record = self._telemetry.step(
                 phase=self._position.phase,
                 epoch=epoch,
                 step=step,
                 steps=self._steps_per_epoch,
-                score=pending.read(),
+                score=score,
             )
             self.observer.step_done(record)
 
@@ -387,8 +464,9 @@ class Trainer:
         """Return what is needed to go on training, besides the model's own state and the random states.
 
         It holds plain data and tensors, with parameters by name. The tensors are not copies: save or copy them before
-        the next step.
+        the next step. Raises NotFiniteError when it is no state to go on from.
         """
+        self._refuse_not_finite(self._accuracy.read())
         state = {name: part.state_dict() for name, part in self._parts().items()}
         return {"position": asdict(self._position), "feed": self.feed.state_dict(), **state}
 
@@ -399,6 +477,7 @@ class Trainer:
         so random states are to be restored after this. The plan may last longer now than it did.
         """
         self._position = Position(**state["position"])
+        self._pending.clear()
         if self._position.phase >= 0:
             self._enter(self._position.phase, epochs_left=state["feed"]["epochs"])
         if self._position.epoch < self.plan.epochs:

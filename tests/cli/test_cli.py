@@ -47,27 +47,28 @@ TRAIN_OPTIONS = """
 --data-dir --deterministic --device --drop-path --dry-run --epochs --epochs-total --exit-weight --exits --experiment
 --finetune --force --guard --layer-decay --no-force --settle-front --shift
 --grad-accum-steps
---img-size --initial-checkpoint --interpolation --json --l2l --log-interval --lr --mean --memory-aim
+--img-size --initial-checkpoint --interpolation --json --l2l --log-interval --lr --max-bad-samples --mean --memory-aim
 --memory-budget --min-lr --momentum --no-amp --no-channels-last
---no-deterministic --no-dry-run --no-pretrained --no-progress --no-prove --opt --output --output-dir
+--no-deterministic --no-dry-run --no-pretrained --no-progress --no-prove --on-nan --opt --output --output-dir
 --parts --plan --preset --pretrained --print-config --progress --prove --quiet -q
 --resume --sched --schedule --seed --settled-dtype
 --smoothing --std --stem
 --anneal --average --no-recalibrate --no-veto --recalibrate --settle-from --settle-share --settle-until
 --soft-from --soft-targets --soft-temperature --veto
---torchcompile --train-batches-per-epoch --train-limit  --verbose -v --warmup-epochs --wd --weight-decay
+--torchcompile --train-batches-per-epoch --train-limit --trust-code --trust-recipe
+--verbose -v --warmup-epochs --wd --weight-decay
 --workers -j
 """
 INSPECT_OPTIONS = """
 --grad-accum-steps --memory-aim --memory-budget --preset --settle-from --settle-share --settle-until
 --at --balance --batch-size -b --by --channels-last --config -c --data --device --diff --drop-path --epochs
 --epochs-total --finetune --format --img-size --json --l2l --measure --momentum --no-channels-last --opt --output -o
---parts --settle-front --plan --save-plan --schedule --stem --verbose -v
+--parts --settle-front --plan --save-plan --schedule --stem --trust-code --trust-recipe --verbose -v
 """
 
 CHECK_OPTIONS = """
 models --batch-size -b --channels-last --device --forecast --img-size --jobs -j --json --meta --parts --schedule
---verbose -v
+--trust-code --verbose -v
 """
 
 
@@ -78,14 +79,14 @@ class FakeApi(SimpleNamespace):
     measured: bool
     saved_to: str | None
     resumed: str | None
+    trusted: bool
     checked: tuple[list[str], dict[str, object]]
     records: tuple[CheckRecord | ForecastRecord, ...]
     report: RunReport
     inspection: Inspection
 
-    def train(self, spec: RunSpec, observer: Observer | None = None, *, resume: str | None = None) -> RunReport:
-        assert observer is not None
-        self.spec, self.resumed = spec, resume
+    def train(self, spec: RunSpec, observer: Observer, *, resume: str | None, trust_code: bool) -> RunReport:
+        self.spec, self.resumed, self.trusted = spec, resume, trust_code
         observer.notice("a notice")
         print("a library prints")
         return self.report
@@ -101,8 +102,10 @@ class FakeApi(SimpleNamespace):
 
     check_forecasts = check
 
-    def inspect(self, spec: RunSpec, *, measured: bool, save_to: str | None, observer: Observer) -> Inspection:
-        self.spec, self.measured, self.saved_to = spec, measured, save_to
+    def inspect(
+        self, spec: RunSpec, *, measured: bool, save_to: str | None, trust_code: bool, observer: Observer
+    ) -> Inspection:
+        self.spec, self.measured, self.saved_to, self.trusted = spec, measured, save_to, trust_code
         observer.notice("a notice")
         print("a library prints")
         return self.inspection
@@ -286,6 +289,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "amp-dtype": "float16",
         "cuda-graphs": "on",
         "checkpoint-every": "500s",
+        "on-nan": "skip",
         "mean": "0.5,0.25,0.125",
         "std": "1,2,3",
         "at": "layer1,layer2.0",
@@ -598,8 +602,9 @@ def test_verbose_shows_the_traceback_of_unexpected_errors_only(
 def test_sigterm_ends_training(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
 
-    def train(spec: RunSpec, _: Observer, *, resume: str | None) -> RunReport:
+    def train(spec: RunSpec, _: Observer, *, resume: str | None, trust_code: bool) -> RunReport:
         assert resume is None
+        assert not trust_code
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)

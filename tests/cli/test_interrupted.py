@@ -27,8 +27,9 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Interrupt:
     """Make training leave a report, or none, and end by a signal."""
 
     def interrupted(left: RunReport | None, kind: type[BaseException] = KeyboardInterrupt) -> None:
-        def train(_spec: Any, observer: Observer, *, resume: str | None) -> RunReport:
+        def train(_spec: Any, observer: Observer, *, resume: str | None, trust_code: bool) -> RunReport:
             assert resume is None
+            assert not trust_code
             if left is not None:
                 observer.run_started(folder=str(tmp_path), device="cpu", plan=left.plan, train_images=10, test_images=5)
                 (tmp_path / "report.json").write_text(json_text(left.to_dict()), encoding="utf-8")

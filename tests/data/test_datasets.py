@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import shutil
 import tarfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -372,6 +373,31 @@ def test_a_link_that_leads_back_up_is_no_class(folder: Folder) -> None:
     said: list[str] = []
     assert open_data(f"folder:{root}", notice=said.append).classes == ("cat", "dog")
     assert "1 linked back up (all)" in said[0]
+
+
+@pytest.mark.parametrize("name", ["aaa", "zzz"])
+def test_a_folder_that_several_links_lead_to_is_read_once(folder: Folder, tmp_path: Path, name: str) -> None:
+    """Under its own name where it lies in the folder, else by the first link; whatever the names are."""
+    root = folder("train", cat=3, dog=2)
+    folder("test", cat=1, dog=1)
+    (root / "train" / "cat" / "more").mkdir()
+    next((root / "train" / "cat").glob("*.png")).rename(root / "train" / "cat" / "more" / "moved.png")
+    outside = tmp_path / "outside"
+    shutil.copytree(root / "train" / "dog", outside / "inner")
+    (root / "train" / name).symlink_to("cat")  # a class that is another one
+    (root / "train" / "dog" / name).symlink_to("../cat/more")  # images of one class below another
+    (root / "train" / "cat" / f"{name}1").symlink_to(outside)
+    (root / "train" / "dog" / f"{name}2").symlink_to(outside / "inner")
+    (root / "test" / name).symlink_to("dog")
+    said: list[str] = []
+    data = open_data(f"folder:{root}", notice=said.append)
+    assert data.classes == ("cat", "dog")
+    assert torch.bincount(data.train.labels).tolist() == [3 + 2, 2]
+    assert len(data.test) == 2
+    assert said == [
+        f"left out in {root}/train: 3 linked a second time ({name} and 2 more)",
+        f"left out in {root}/test: 1 linked a second time ({name})",
+    ]
 
 
 def test_links_to_other_folders_are_followed(folder: Folder, tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fxsplit.data.decoding import decode, formats, image_warnings, read_image, square, suffixes
+from fxsplit.data.decoding import READ, decode, formats, image_warnings, read_image, square, suffixes
 from fxsplit.data.images import FileImages
 from fxsplit.data.loader import Loader
 from fxsplit.errors import DataError
+from tests.fuzz_input.images import png
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -205,6 +206,7 @@ def test_transparency_of_a_palette_in_bytes_makes_no_warning(tmp_path: Path) -> 
 
 def test_formats_are_those_that_pillow_decodes_by_itself() -> None:
     assert {"PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "ICO", "JPEG2000", "DDS", "PSD"} <= {*formats()}
+    assert {*formats()} <= {*READ}
     assert not {"EPS", "IPTC", "WMF", "HDF5", "GRIB", "BUFR", "MPEG"} & {*formats()}
     assert {".png", ".jpg", ".jfif", ".gif", ".webp", ".mpo", ".tga", ".jp2", ".pfm"} <= suffixes()
     assert not {".eps", ".ps", ".pdf", ".mpg", ".h5", ".txt", ""} & suffixes()
@@ -295,6 +297,45 @@ def peak_bytes(call: Callable[[], object]) -> int:
         call()
     assert largest
     return largest
+
+
+@pytest.mark.parametrize("sides", [(13_300, 13_300), (60_000, 1200), (9000, 8000)])
+def test_a_few_bytes_that_say_they_are_gigabytes_are_refused_before_they_are_decoded(
+    tmp_path: Path, sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(*sides, bits=8, colour=2))
+
+    def load(_: Image.Image) -> None:
+        raise AssertionError("it is decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with (
+        image_warnings(),
+        pytest.raises(DataError, match=r"bomb.png' is too large to be read safely"),
+    ):
+        decode(path, 8)
+
+
+def test_of_a_large_photograph_a_smaller_version_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ramp = Image.fromarray(np.linspace(0, 255, 512, dtype=np.uint8)[None].repeat(256, 0)).convert("RGB")
+    photo, drawing = saved(ramp, tmp_path / "photo.jpg", quality=95), saved(ramp, tmp_path / "drawing.png")
+    whole = decode(photo, 16)
+    monkeypatch.setattr("fxsplit.data.decoding.MOST_PIXELS", 512 * 256 - 1)
+    assert (decode(photo, 16).int() - whole.int()).abs().max() <= 3
+    with pytest.raises(DataError, match=r"it has 131072 pixels, and at most 131071 are read"):
+        decode(drawing, 16)
+    monkeypatch.setattr("fxsplit.data.decoding.MOST_PIXELS", 512 * 256)
+    decode(drawing, 16)
+
+
+def test_values_of_more_bits_are_scaled_in_parts_as_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).integers(0, 2**16, (37, 23)).astype(np.uint16)
+    path = saved(Image.fromarray(values), tmp_path / "image.png")
+    whole = decode(path, 23)
+    for at_once in (1, 23, 60):
+        monkeypatch.setattr("fxsplit.data.decoding.SCALED_AT_ONCE", at_once)
+        assert torch.equal(decode(path, 23), whole)
 
 
 def test_an_image_beyond_what_pillow_reads_is_named_with_what_to_do(

@@ -77,10 +77,10 @@ def test_every_schedule_makes_a_plan_of_the_epochs_asked_for(name: str, macs: li
     assert plan.epochs == count * epochs
     assert plan.schedule == name
     for earlier, later in pairwise(plan.phases):
-        assert earlier.start <= later.start
+        assert earlier.start <= later.start or later.thaws
         assert (earlier.start, earlier.stop) != (later.start, later.stop)
     assert all(0 <= phase.start < phase.stop <= len(macs) for phase in plan.phases)
-    assert plan.phases[0].start == 0
+    assert plan.phases[0].start == 0 or name == "finetune"
     assert all(phase.fresh_optimizer == (name == "window") for phase in plan.phases)
 
 
@@ -302,6 +302,17 @@ def test_a_wrong_plan_is_drawn_with_a_mark_at_each_wrong_phase() -> None:
         "> .##  1 epoch  from block1  <- the range [1, 4) ends after the last partition; "
         "partition 1 is settled by an earlier phase, and the phase does not thaw it",
     ]
+
+
+def test_of_many_phases_those_about_the_first_wrong_one_are_shown() -> None:
+    phases = [Phase(start=0, stop=3, epochs=number) for number in range(1, 101)]
+    phases[49:] = [Phase(start=0, stop=9, epochs=50)] * 51
+    with pytest.raises(PartitionError) as caught:
+        Plan(schedule="mine", partitions=partitions(1, 1, 1), phases=tuple(phases))
+    lines = str(caught.value).split("\n")[2:]
+    assert lines[0] == lines[-1] == "  ..."
+    assert [line[:2] for line in lines[1:-1]] == ["  "] * 6 + ["> "] * 7
+    assert lines[6] == "  ###  49 epochs"
 
 
 def test_a_phase_thaws_what_was_settled_or_is_wrong() -> None:

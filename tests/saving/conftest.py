@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from fxsplit.saving import signals
+
 
 @pytest.fixture(autouse=True)
 def interruptible() -> Iterator[None]:
@@ -12,3 +14,9 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def wishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each signal counts, however soon after another one."""
+    monkeypatch.setattr(signals, "ECHO_SECONDS", 0.0)

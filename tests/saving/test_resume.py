@@ -75,7 +75,7 @@ def interrupted(folder: Path, kind: str, step: int, **changes: Any) -> Path:
 def resumed(folder: Path, heard: Interrupts | None = None) -> RunReport:
     """Go on with a run, and not from its beginning."""
     heard = heard or Interrupts()
-    report = fxsplit.train(observer=heard, resume=folder)
+    report = fxsplit.train(observer=heard, resume=folder, trust_code=True)
     assert any(re.match(r"goes on after epoch|all \d+ epochs are done", sentence) for sentence in heard.sentences)
     return report
 
@@ -90,7 +90,7 @@ def test_a_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
         folder = interrupted(tmp_path, kind, place)
         if place == places[-1] and place + 2 <= steps:
             with pytest.raises(KeyboardInterrupt, match="saved at"):
-                fxsplit.train(observer=Interrupts(place + 2), resume=folder)
+                fxsplit.train(observer=Interrupts(place + 2), resume=folder, trust_code=True)
         report = resumed(folder)
         assert report.status == "finished"
         assert differences(expected, left_by(folder)) == []

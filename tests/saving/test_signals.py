@@ -71,7 +71,8 @@ def test_two_signals_do_not_end_what_is_being_saved() -> None:
 
 def test_a_third_ends_the_process() -> None:
     code = (
-        "import signal; from fxsplit.saving.signals import Signals\n"
+        "import signal; from fxsplit.saving import signals as module; from fxsplit.saving.signals import Signals\n"
+        "module.ECHO_SECONDS = 0\n"
         "with Signals() as signals, signals.saving():\n"
         "    for _ in range(3): signal.raise_signal(signal.SIGTERM)\n"
         "    print('still here')"

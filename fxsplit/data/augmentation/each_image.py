@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import auto_augment
 from torchvision.transforms import v2
 
 from fxsplit.data.augmentation.changes import Changes
@@ -52,6 +51,8 @@ def _named(name: str, size: int, mean: Sequence[float]) -> Policy:
     if name == TRIVIAL:
         trivial: Policy = v2.TrivialAugmentWide(fill=list(fill))
         return trivial
+    from timm.data import auto_augment  # takes seconds to import
+
     made = auto_augment.auto_augment_transform
     shift: dict[str, float] = {"translate_const": int(size * SHIFT)}
     if name.startswith("rand"):
@@ -75,6 +76,8 @@ def _named(name: str, size: int, mean: Sequence[float]) -> Policy:
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     """Keep so many bits of each colour, as timm does. It may keep none, which Pillow refuses since version 13."""
+    from timm.data import auto_augment
+
     if bits > 0:
         posterized: Image.Image = auto_augment.posterize(image, bits)
         return posterized
