@@ -27,6 +27,8 @@ ENVIRONMENT_PREFIX = "FXSPLIT_"
 
 # Larger numbers are mistakes: of pixels in a side, of epochs, of which each is a line in the records, of partitions.
 MOST_SIDE, MOST_EPOCHS, MOST_PARTS = 1 << 14, 10**6, 10_000
+# With a larger alpha every share is a half.
+MOST_ALPHA = 1e6
 
 # Fields that may begin with the home folder.
 HOMES = ("model", "initial_checkpoint", "data", "data_dir", "output")
@@ -40,6 +42,7 @@ WITHDRAWN = {
     "at": ("parts",),
     "plan": (*PLANNED, "epochs", "memory_aim"),
     "preset": ("schedule",),
+    "model_ema": ("average",),
 }
 
 
@@ -100,15 +103,77 @@ class RunSpec:
     )
     train_limit: int | None = option("Data", "Train on this many images, drawn with the seed.", None, least=1)
     train_batches_per_epoch: int | None = option("Data", "End each epoch after this many steps.", None, least=1)
-    augment: str = option(
-        "Data",
-        "crop-flip: random crop with padding, and horizontal flip.",
-        "none",
-        choices=("none", "crop-flip"),
+    crop_pct: float = option(
+        "Data", "Share of the short side of test images that is left, in the middle.", 1.0, above=0, most=1
     )
     mean: tuple[float, ...] = option("Data", "Means of the channels, subtracted from pixels / 255.", ())
     std: tuple[float, ...] = option(
         "Data", "Standard deviations of the channels, by which images are then divided.", (), above=0
+    )
+
+    augment: str = option(
+        "Augmentation",
+        "How images are cropped and mirrored: crop-flip (after padding, at random), flip-alternate (mirrored in every "
+        "other epoch), resized-crop (a part of random size and shape).",
+        "none",
+        choices=("none", "crop-flip", "flip-alternate", "resized-crop"),
+    )
+    scale: tuple[float, ...] = option(
+        "Augmentation",
+        "Least and largest share of the area with --augment resized-crop; 0.08,1 if not given.",
+        (),
+        above=0,
+        most=1,
+    )
+    ratio: tuple[float, ...] = option(
+        "Augmentation",
+        "Least and largest width, in heights, with --augment resized-crop; 3/4 and 4/3 if not given.",
+        (),
+        least=1e-4,
+        most=1e4,
+    )
+    train_interpolation: str | None = option(
+        "Augmentation",
+        "How resized crops are resized; as --interpolation if not given.",
+        None,
+        choices=("bilinear", "bicubic", "random"),
+    )
+    hflip: float | None = option(
+        "Augmentation",
+        "Chance that an image is mirrored; with crop-flip and resized-crop 0.5 if not given.",
+        None,
+        least=0,
+        most=1,
+    )
+    aa: str | None = option(
+        "Augmentation",
+        "Policy that changes colours and shapes: trivial, or by timm's names, as rand-m9-mstd0.5, original, v0, 3a, "
+        "augmix-m5-w4.",
+        None,
+        pattern=r"trivial|(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+\d+(\.\d+)?)*",
+    )
+    color_jitter: float = option(
+        "Augmentation",
+        "By how much brightness, contrast and saturation change at most; not beside --aa.",
+        0.0,
+        least=0,
+        most=1,
+    )
+    reprob: float = option("Augmentation", "Chance that a part of an image is erased.", 0.0, least=0, most=1)
+    mixup: float = option(
+        "Augmentation",
+        "Mix images and labels of a batch, with this alpha of the beta distribution.",
+        0.0,
+        least=0,
+        most=MOST_ALPHA,
+    )
+    cutmix: float = option(
+        "Augmentation",
+        "Replace a part of each image by that of another one in the batch, with this alpha; with --mixup too, each "
+        "batch is mixed in one of the two ways.",
+        0.0,
+        least=0,
+        most=MOST_ALPHA,
     )
 
     epochs: int = option(
@@ -236,6 +301,15 @@ class RunSpec:
         least=0,
         below=1,
     )
+    model_ema: bool = option(
+        "Regularisation",
+        "Test and keep an exponential moving average of the weights, as timm does; partitions settle with theirs.",
+        False,
+    )
+    model_ema_decay: float = option(
+        "Regularisation", "What of the average is left after a step.", 0.9998, least=0, below=1
+    )
+    model_ema_warmup: bool = option("Regularisation", "Let that share grow from 0 at the beginning.", False)
     anneal: float = option(
         "Regularisation",
         "Share of the run over which the learning rate of each partition falls to zero before it stops training.",
@@ -476,8 +550,8 @@ def resolve(*layers: Mapping[str, Any]) -> RunSpec:
     """Make a RunSpec from layers of values by field name, of which later ones win.
 
     A layer also drops values of earlier layers that its own make obsolete: `parts` drops `at`, and `at` drops `parts`;
-    `plan` drops all that a plan file decides; `preset` drops `schedule`; and a schedule that settles nothing drops the
-    fields that say when partitions settle.
+    `plan` drops all that a plan file decides; `preset` drops `schedule`; `model_ema` drops `average`; and a schedule
+    that settles nothing drops the fields that say when partitions settle.
 
     Raises UsageError as RunSpec does.
     """
@@ -549,11 +623,9 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
             f"anneal is {spec.anneal} and veto is true, but a partition that settles later than planned would stand "
             "still at a learning rate of 0; leave out one of them"
         )
-    if spec.cache in ("device", "ram", "disk") and spec.augment != "none" and spec.cache_views is None:
-        yield (
-            f"cache is {spec.cache!r} and augment is {spec.augment!r}, but of images that are changed at random "
-            "only a fixed number of views can be kept; give cache-views, or leave out the cache"
-        )
+    if spec.model_ema and spec.average and "average" not in wrong:
+        yield f"average is {spec.average} and model-ema is true, but a partition ends with one mean; leave out one"
+    yield from _augmentation_conflicts(spec, wrong=wrong)
     starts = {"pretrained", "initial_checkpoint"}
     if spec.pretrained and spec.initial_checkpoint is not None and not starts & set(wrong):
         yield "pretrained is true and initial-checkpoint is given, but a run starts from one of the two"
@@ -561,6 +633,44 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
         yield (
             f"mean has length {len(spec.mean)} and std has length {len(spec.std)}, "
             "but both must have 1, 3 or no numbers"
+        )
+
+
+def _augmentation_conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
+    names = ("scale", "ratio", "train_interpolation")
+    unheeded = [key(name) for name in names if getattr(spec, name) != DEFAULTS[name] and name not in wrong]
+    if unheeded and spec.augment != "resized-crop" and "augment" not in wrong:
+        yield f"{', '.join(unheeded)} can be given only with augment resized-crop, and augment is {spec.augment!r}"
+    for name in ("scale", "ratio"):
+        pair = getattr(spec, name)
+        if name not in wrong and pair and (len(pair) != 2 or pair[0] > pair[1]):
+            yield f"{name} is {','.join(map(str, pair))}, but must be two numbers, the smaller first"
+    if {"augment", "hflip", "aa", "color_jitter", "reprob", "mixup", "cutmix", "cache_views"} & set(wrong):
+        return
+    alternates = spec.augment == "flip-alternate"
+    if alternates and spec.hflip is not None:
+        yield f"hflip is {spec.hflip} and augment is 'flip-alternate', which mirrors by turns; leave out one of them"
+    if spec.aa is not None and spec.color_jitter:
+        yield f"aa is {spec.aa!r} and color-jitter is {spec.color_jitter}, but only one can change colours"
+    if alternates and spec.cache_views is not None and spec.cache_views % 2:
+        yield f"cache-views is {spec.cache_views}, but must be even where images are mirrored by turns"
+    changed = [name for name in ("hflip", "aa", "color_jitter", "reprob") if getattr(spec, name)]
+    named = [name for name in ("augment",) if spec.augment not in ("none", "flip-alternate")]
+    random, mixed = [*named, *changed], [name for name in ("mixup", "cutmix") if getattr(spec, name)]
+    if spec.cache in ("device", "ram", "disk") and random and spec.cache_views is None:
+        yield (
+            f"cache is {spec.cache!r} and {key(random[0])} is {getattr(spec, random[0])!r}, but of images that are "
+            "changed at random only a fixed number of views can be kept; give cache-views, or leave out the cache"
+        )
+    if mixed and (spec.cache in ("device", "ram", "disk") or spec.cache_views is not None):
+        yield (
+            f"{mixed[0]} is {getattr(spec, mixed[0])} and cache or cache-views are given, but rows are kept of single "
+            f"images, and to mix them would not be to mix images; leave out {mixed[0]}, or the cache"
+        )
+    if mixed and spec.soft_targets and "soft_targets" not in wrong:
+        yield (
+            f"{mixed[0]} is {getattr(spec, mixed[0])} and soft-targets is {spec.soft_targets}, but earlier outputs for "
+            "an image are no targets for its mix with another one; leave out one of them"
         )
 
 

@@ -40,12 +40,19 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("warmup_epochs", "exits", "max_bad_samples"), whole | st.just(0)),
     "workers": small,
     **dict.fromkeys(("weight_decay", "min_lr", "exit_weight"), finite),
+    **dict.fromkeys(("mixup", "cutmix"), st.floats(min_value=0, max_value=1e6)),
     **dict.fromkeys(("momentum", "smoothing", "drop_path", "soft_targets", "average", "anneal"), below_one),
     **dict.fromkeys(("settle_from", "settle_until", "settle_share", "settle_front"), maybe),
+    **dict.fromkeys(("color_jitter", "reprob", "model_ema_decay"), below_one),
+    "crop_pct": st.just(0.875),
+    "hflip": maybe | below_one,
+    "aa": maybe | st.sampled_from(["rand-m9-mstd0.5-inc1", "trivial", "original"]),
     **dict.fromkeys(
         ("pretrained", "amp", "channels_last", "deterministic", "dry_run", "prove", "recalibrate", "veto"),
         st.booleans(),
     ),
+    **dict.fromkeys(("model_ema", "model_ema_warmup"), st.booleans()),
+    **dict.fromkeys(("scale", "ratio"), st.just(())),
     **dict.fromkeys(("lr", "decay_rate", "soft_temperature"), positive),
     **dict.fromkeys(("clip_grad", "decay_epochs", "cache_limit", "memory_aim"), maybe | positive),
     "memory_budget": maybe | positive | st.just("auto"),
@@ -64,6 +71,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     **{item.name: st.sampled_from(item.metadata["choices"]) for item in fields(RunSpec) if item.metadata["choices"]},
     "shift": st.just("none"),
     "force": st.just(True),
+    "train_interpolation": maybe,
 }
 channels = st.integers(0, 2).flatmap(
     lambda n: st.fixed_dictionaries(
@@ -73,13 +81,22 @@ channels = st.integers(0, 2).flatmap(
         }
     )
 )
+unchanged = {"augment": "none", "hflip": None, "aa": None, "color_jitter": 0.0, "reprob": 0.0}
+unmixed, one_policy = {"mixup": 0.0, "cutmix": 0.0}, {"color_jitter": 0.0}
 batches = st.tuples(small, small).map(lambda n: {"batch_size": n[0] * n[1], "grad_accum_steps": n[0]})
 changed_at_random = st.one_of(
-    st.fixed_dictionaries({"augment": st.just("none")}),
-    st.fixed_dictionaries({"cache": st.sampled_from(("off", "auto"))}),
-    st.fixed_dictionaries({"cache_views": whole}),
+    st.just({**unchanged, **unmixed}),
+    st.fixed_dictionaries(
+        {"cache": st.sampled_from(("off", "auto")), "cache_views": st.none(), "augment": st.just("resized-crop")}
+    ).map(lambda given: {**given, **one_policy, "soft_targets": 0.0, "scale": (0.5, 1.0), "ratio": (0.75, 1.5)}),
+    st.fixed_dictionaries({"cache_views": whole.map(lambda count: 2 * count)}).map(
+        lambda given: {**given, **unmixed, **one_policy, "hflip": None}
+    ),
 )
 ends = st.one_of(st.fixed_dictionaries({"veto": st.just(False)}), st.fixed_dictionaries({"anneal": st.just(0.0)}))
+means = st.one_of(
+    st.fixed_dictionaries({"model_ema": st.just(False)}), st.fixed_dictionaries({"average": st.just(0.0)})
+)
 cuts = st.one_of(
     st.fixed_dictionaries({"parts": small}),
     st.fixed_dictionaries({"at": st.lists(words)}),
@@ -92,6 +109,7 @@ specs = st.builds(
     batches,
     changed_at_random,
     ends,
+    means,
     cuts,
 )
 
@@ -156,6 +174,33 @@ def test_every_field_has_a_key_and_help() -> None:
         (
             {"cache": "ram", "augment": "crop-flip"},
             "cache is 'ram' and augment is 'crop-flip', but of images that are changed at random only a fixed",
+        ),
+        ({"cache": "ram", "aa": "trivial"}, "cache is 'ram' and aa is 'trivial', but of images that are changed at"),
+        (
+            {"scale": [0.1, 1], "train_interpolation": "random"},
+            "scale, train-interpolation can be given only with augment resized-crop, and augment is 'none'",
+        ),
+        (
+            {"augment": "resized-crop", "scale": [0.5], "ratio": [2, 1]},
+            "scale is 0.5, but must be two numbers, the smaller first; ratio is 2.0,1.0, but must be two",
+        ),
+        ({"scale": [0, 1]}, "scale is [0, 1], but must be numbers above 0 and at most 1"),
+        ({"augment": "flip-alternate", "hflip": 0.5}, "hflip is 0.5 and augment is 'flip-alternate', which mirrors by"),
+        (
+            {"augment": "flip-alternate", "cache_views": 3},
+            "cache-views is 3, but must be even where images are mirrored",
+        ),
+        ({"aa": "rand", "color_jitter": 0.4}, "aa is 'rand' and color-jitter is 0.4, but only one can change colours"),
+        ({"aa": "rant-m9"}, "aa is 'rant-m9', but must be Policy that changes colours and shapes"),
+        (
+            {"mixup": 0.2, "cache": "disk"},
+            "mixup is 0.2 and cache or cache-views are given, but rows are kept of single",
+        ),
+        ({"cutmix": 1, "cache_views": 2}, "cutmix is 1.0 and cache or cache-views are given, but rows are kept"),
+        ({"cutmix": 1, "soft_targets": 0.5}, "cutmix is 1.0 and soft-targets is 0.5, but earlier outputs for an image"),
+        (
+            {"model_ema": True, "average": 0.5},
+            "average is 0.5 and model-ema is true, but a partition ends with one mean",
         ),
         (
             {"batch_size": 32, "grad_accum_steps": 5},
@@ -409,7 +454,7 @@ def test_a_field_that_there_is_not_is_refused() -> None:
 
 def test_every_choice_is_one_that_the_code_has() -> None:
     """What lies beside torch is named a second time, in the spec, which starts without it."""
-    from fxsplit.data.augmentation import AUGMENTATIONS
+    from fxsplit.data.augmentation.crops import AUGMENTATIONS
     from fxsplit.models.registry import STEMS
 
     choices = {item.name: item.metadata["choices"] for item in fields(RunSpec)}
@@ -429,6 +474,13 @@ def test_a_later_way_to_cut_withdraws_the_earlier() -> None:
     assert (by_path.parts, by_path.at) == (None, ("3",))
     with pytest.raises(UsageError, match="only one can say where to cut"):
         resolve({"model": "paper:cnn", "parts": 4, "at": ("3",)})
+
+
+def test_an_average_of_steps_gives_way_to_one_that_is_asked_for() -> None:
+    """Of a preset, and of a recipe; two on one line contradict each other."""
+    assert resolve({"model": "paper:cnn", "preset": "l2l"}, {"model_ema": True}).average == 0
+    assert RunSpec(model="paper:cnn", preset="l2l", model_ema=True).average == 0
+    assert RunSpec(model="paper:cnn", preset="l2l").average > 0
 
 
 def test_a_memory_budget_is_a_number_or_auto() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fxsplit.data import datasets
+from fxsplit.data.augmentation.changes import UNCHANGED, Changes
 from fxsplit.data.decoding import INTERPOLATIONS
 from fxsplit.data.images import Data
 from fxsplit.data.loader import Loader
@@ -38,6 +39,9 @@ def data(spec: RunSpec, observer: Observer) -> Data:
         spec.data,
         img_size=spec.img_size,
         interpolation=interpolation(spec),
+        crop_pct=spec.crop_pct,
+        # Crops of a file are cut out of all its pixels, and are sharper than those of a resized image.
+        train_in_files=spec.augment == "resized-crop",
         data_dir=spec.data_dir,
         seed=spec.seed,
         train_limit=spec.train_limit,
@@ -61,7 +65,9 @@ def loaders(spec: RunSpec, data: Data, processes: Processes = ALONE) -> tuple[Lo
         training=True,
         seed=spec.seed,
         augment=spec.augment,
-        views=None if spec.augment == "none" else spec.cache_views,
+        changes=changes(spec),
+        classes=len(data.classes),
+        views=views(spec),
         mean=spec.mean,
         std=spec.std,
         interpolation=interpolation(spec),
@@ -80,6 +86,32 @@ def loaders(spec: RunSpec, data: Data, processes: Processes = ALONE) -> tuple[Lo
         share=processes.share,
     )
     return train, test
+
+
+def changes(spec: RunSpec) -> Changes:
+    """Say how much images to train on are changed at random."""
+    # RunSpec has seen to it that there are two numbers, if any.
+    (least, most), (narrow, wide) = spec.scale or UNCHANGED.scale, spec.ratio or UNCHANGED.ratio
+    return Changes(
+        scale=(least, most),
+        ratio=(narrow, wide),
+        interpolation=spec.train_interpolation or interpolation(spec),
+        hflip=spec.hflip,
+        aa=spec.aa,
+        color_jitter=spec.color_jitter,
+        reprob=spec.reprob,
+        mixup=spec.mixup,
+        cutmix=spec.cutmix,
+    )
+
+
+def views(spec: RunSpec) -> int | None:
+    """Say how many views of each image a cache can keep; None where images are new in each epoch, or never change."""
+    if spec.augment == "none" and not changes(spec).changes_images:
+        return None
+    if spec.augment == "flip-alternate" and not changes(spec).changes_images:
+        return 2
+    return spec.cache_views
 
 
 def random_images(spec: RunSpec, kind: Kind, device: torch.device, processes: Processes) -> torch.Tensor:

@@ -87,6 +87,11 @@ def _fitting(start: Start, processes: Processes, observer: Observer) -> Start:
             raise UsageError(
                 f"batch-size is {batch_size}, and {count} processes divide each batch among them; give a larger one"
             )
+        if start.spec.mixup or start.spec.cutmix:
+            name = "mixup" if start.spec.mixup else "cutmix"
+            raise UsageError(
+                f"--{name} mixes images of a batch, of which each of {count} processes has only a part; leave it out"
+            )
         if start.spec.ensemble:
             raise UsageError("a snapshot ensemble is tested by one process; leave out --ensemble")
         most, least = processes.part(batch_size), batch_size // count

@@ -33,7 +33,7 @@ from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
 from fxsplit.spec import RunSpec
 from fxsplit.training.accuracy import Snapshots
-from fxsplit.training.endings import Endings, named_parameters
+from fxsplit.training.endings import Endings, WeightEma, named_parameters
 from fxsplit.training.exits import Exits
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
@@ -106,6 +106,8 @@ def trainer(
 ) -> Trainer:
     """Make the trainer of a run, with all that its spec switches on. Raises UsageError for names that timm lacks."""
     train_loader, test_loader = loaders(spec, data, processes)
+    held_out = None if data.held_out is None else data.held_out.cropped(spec.crop_pct)
+    held_out_loader = None if held_out is None else replace(test_loader, images=held_out, share=WHOLE)
     update_is_recorded = recordings is not None and _update_is_recorded(spec, recordings, observer)
     if spec.torchcompile:
         observer.notice(
@@ -126,7 +128,7 @@ def trainer(
             train_loader,
             test_loader,
             policy=cache_policy(spec, trace, plan, data, processes),
-            held_out_loader=None if data.held_out is None else replace(test_loader, images=data.held_out, share=WHOLE),
+            held_out_loader=held_out_loader,
         ),
         objective=objective,
         step=Step(
@@ -154,6 +156,14 @@ def trainer(
             midpoint=objective.has_midpoint,
             recorded=update_is_recorded,
         ),
+        ema=WeightEma(
+            executor,
+            decay=spec.model_ema_decay,
+            warmup=spec.model_ema_warmup,
+            device=train_loader.device if update_is_recorded else None,
+        )
+        if spec.model_ema
+        else None,
         plasticity=_plasticity(executor, steps_per_epoch) if spec.veto else None,
         guard=Guard(plan) if data.held_out is not None else None,
         snapshots=Snapshots() if spec.ensemble and len(plan.phases) > 1 else None,

@@ -5,7 +5,13 @@
     later epochs    rows ──► values ──► the rest
 
 A row holds the values of one image, or of one stored view of it, at the cut. Settled partitions never change and treat
-each image by itself, so a row stays right whatever batch the image comes in. Rows in memory of the device are written
+each image by itself, so a row stays right whatever batch the image comes in. It is written once, and what is delivered
+for its image is that row from then on. When the cut moves on, the rows at the new one are computed from those at the
+old one, without images:
+
+                    rows at the old cut ──► partitions that settle now ──► rows at the new cut
+
+Rows in memory of the device are written
 and gathered by the step itself; others are read ahead by a thread, and brought to the device beside the steps.
 """
 
@@ -76,9 +82,11 @@ class CachePolicy:
         forward: Forward,
         images: ImageSource,
         *,
+        cut: int | None = None,
         epochs: int,
         notice: Callable[[str], None],
         beside: Cache | None = None,
+        below: Cache | None = None,
         exact: bool = False,
     ) -> Cache:
         """Open an empty cache for the partitions that are settled now.
@@ -86,18 +94,24 @@ class CachePolicy:
         Args:
             forward: runs the settled partitions.
             images: the images, by a source that nothing else reads meanwhile.
-            epochs: for how many epochs the cut stays where it is.
+            cut: where rows are kept; None for the end of what is settled.
+            epochs: for how many epochs the partitions before the cut stay settled.
             notice: is called with a sentence that says why there are no rows.
-            beside: a cache that this one shares the limit with, and the medium.
+            beside: a cache of other images that this one shares the limit with, and the medium.
+            below: the cache of the same images at an earlier cut, whose rows are read where these are missing.
             exact: keep values bit for bit, whatever the `dtype`.
         """
-        return Cache(self, forward, images, epochs=epochs, notice=notice, beside=beside, exact=exact)
+        at = forward.executor.window[0] if cut is None else cut
+        return Cache(
+            self, forward, images, cut=at, epochs=epochs, notice=notice, beside=beside, below=below, exact=exact
+        )
 
 
 class Cache:
     """Delivers the batches of an epoch at the cut, as a `Source`: from rows where it has them, else computed and kept.
 
-    Where rows cannot be kept it delivers images instead and calls `notice` once with the reason. Under "auto" it is
+    Where rows cannot be kept it delivers images instead, or rows at an earlier cut, and calls `notice` once with the
+    reason. Under "auto" it is
     silent when they would merely not pay, unless the images have views, which were asked for so that rows can be kept.
     Made by `CachePolicy.open`, which describes the arguments.
     """
@@ -108,22 +122,29 @@ class Cache:
         forward: Forward,
         images: ImageSource,
         *,
+        cut: int,
         epochs: int,
         notice: Callable[[str], None],
         beside: Cache | None,
+        below: Cache | None,
         exact: bool,
     ) -> None:
-        self.cut = forward.executor.window[0]
+        self.cut, self.below = cut, below
         self._policy, self._forward, self._images, self._notice = policy, forward, images, notice
         self._loader = loader = images.loader
         self._dtype = None if exact else policy.dtype
         self._beside = beside
-        self._given_up = False
+        # Whether the cut will come back here, after it was farther on.
+        self.is_wanted_later = False
+        self._given_up = self._is_spent = False
+        # Seconds in which a batch of rows is read, as far as they were measured.
+        self._read_seconds = 0.0
         self._order = EpochOrder(loader.own_images_per_epoch, loader.own_batch_size, loader.device)
         # The images that have rows, in order; ids on the device, for the step.
         self._images_kept = loader.own()
         self._ids = self._images_kept.to(loader.device)
         self._weight = 1.0
+        self._source: ImageSource | Cache = images
         self._fetch: Callable[[], Batch] = images.fetch
         self._reads = False
         self._weights: Stamp = ()
@@ -136,15 +157,12 @@ class Cache:
         self._columns: list[Column | None] = []
         self._filled = self._none_filled()
         self._staging = Staging(loader.device, loader.own_batch_size)
-        if loader.augment != "none" and loader.views is None:
+        if loader.changes.mixes:
+            self._give_up("images are mixed with others of their batch", pays=False)
+        elif loader.is_random and loader.views is None:
             self._give_up("images are changed at random, and no views of them are stored", pays=False)
         elif epochs <= (loader.views or 1):
-            self._give_up("this phase sees each row only once", pays=False)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it keeps rows, or will as soon as it has computed the first."""
-        return not self._given_up
+            self._give_up("each row would be seen only once", pays=False)
 
     @property
     def has_rows(self) -> bool:
@@ -152,9 +170,16 @@ class Cache:
         return self._rows is not None
 
     @property
-    def reads(self) -> bool:
-        """Whether the batch that was put last is read from rows, so that the settled partitions do not run for it."""
-        return self._reads
+    def has_given_up(self) -> bool:
+        """Whether there will be no rows."""
+        return self._given_up
+
+    @property
+    def settled_from(self) -> int:
+        """The cut from which the settled partitions run for the batch that was put last: this one if rows are read."""
+        if self._reads:
+            return self.cut
+        return self._source.settled_from if isinstance(self._source, Cache) else 0
 
     @property
     def resident_bytes(self) -> int:
@@ -171,9 +196,21 @@ class Cache:
         self._drop()
         self._given_up = True
 
+    def release(self) -> None:
+        """Free memory and disk when the next cache has all of its rows, unless these are wanted later.
+
+        What has been computed is still known, so that an interrupted run can compute it again.
+        """
+        if self._rows is not None and not self.is_wanted_later:
+            self._rows, self._is_spent = None, True
+            self._filled = self._none_filled()
+            self._staging = Staging(self._loader.device, self._loader.own_batch_size)
+
     def put(self, epoch: int, first: int = 0) -> Iterator[Hashable]:
         """Go from batch to batch of an epoch: the same images as the loader's, in the same order, from `first` on."""
-        if not self._given_up and (weights := stamp(self._forward.executor)) != self._weights:
+        if self._is_spent:
+            self._drop()  # the cut has come back
+        if not self._given_up and (weights := stamp(self._forward.executor, self.cut)) != self._weights:
             self._drop()
             self._weights = weights
         view, count = self._loader.view(epoch), len(self._images_kept)
@@ -182,10 +219,17 @@ class Cache:
         order = torch.searchsorted(self._images_kept, ids) + start
         filled = self._filled_now()
         if self._rows is not None and filled[order].all():
+            if self.below is not None and filled.all():
+                self.below.release()
             return self._put_rows(self._rows, order, first)
         # Recording the steps that fill a few missing rows would cost more than it saves.
         is_new = not filled[start : start + count].any()
-        return self._put_images(epoch, order, first, view, filled, is_new=is_new)
+        if self.below is None or self.below._is_spent:
+            self._source = self._images
+            batches = self._images.put(epoch, first, view=view, shards=self._loader.share.ranks)
+        else:
+            self._source, batches = self.below, self.below.put(epoch, first)
+        return self._put_computed(batches, epoch, order, first, filled, is_new=is_new)
 
     def _filled_now(self) -> Tensor:
         """Read which rows are filled, bool (N,) on the CPU. For this a GPU is waited for, between epochs."""
@@ -234,48 +278,71 @@ class Cache:
         """
         return self._order.ids() if self.medium == DEVICE else numbers
 
-    def _put_images(
-        self, epoch: int, order: Tensor, first: int, view: int | None, filled: Tensor, *, is_new: bool
+    def _put_computed(
+        self,
+        given: Iterator[Hashable],
+        epoch: int,
+        order: Tensor,
+        first: int,
+        filled: Tensor,
+        *,
+        is_new: bool,
     ) -> Iterator[Hashable]:
-        images = self._images.put(epoch, first, view=view, shards=self._loader.share.ranks)
-        batches = zip(self._order.batches(order, first), images, strict=True)
+        """Go from batch to batch of the source, and compute those whose rows are missing."""
+        batches = zip(self._order.batches(order, first), given, strict=True)
         for number, (numbers, key) in enumerate(batches, first):
             self._weight = self._loader.weight(number)
             rows, can_be_recorded = self._rows, self.medium == DEVICE and key is not None
-            self._reads = not self._given_up and rows is not None and bool(filled[numbers].all())
+            there = filled[numbers]
+            self._reads = not self._given_up and rows is not None and bool(there.all())
             if self._given_up:
-                self._fetch = self._images.fetch
+                self._fetch = self._source.fetch
                 yield key
-            elif rows is None or not filled[numbers].all():
+            elif rows is None or not there.all():
                 self._note(epoch, number)
-                self._fetch = partial(self._computed, numbers)
-                yield (self._images, rows) if can_be_recorded and is_new else None
+                self._fetch = partial(self._computed, numbers, there if there.any() else None)
+                yield (key, rows) if can_be_recorded and is_new else None
             else:
                 self._fetch = partial(self._read, rows, numbers)
                 yield (self._order, rows) if can_be_recorded else None
 
-    def _computed(self, numbers: Tensor) -> Batch:
-        """Compute a batch, and keep it as the rows `numbers`, int64 (B,) on the CPU."""
-        batch = self._images.fetch()
-        values = self._forward.settle(batch.images)
+    def _computed(self, numbers: Tensor, there: Tensor | None) -> Batch:
+        """Compute a batch, and keep it as the rows `numbers`, int64 (B,) on the CPU.
+
+        Those that are `there`, bool (B,), are left as they are; None if there are none.
+        """
+        batch = self._source.fetch()
+        values = self._forward.settle(batch, self.cut)
         if not _are_rows(values, len(batch)):
             # Micro-batches need values that can be divided image by image.
             self._give_up("what crosses the cut is not one row for each image")
             return batch
         try:
-            if self._rows is None and (refusal := self._open(values, batch.images)):
+            if self._rows is None and (refusal := self._open(values, batch)):
                 self._give_up(*refusal)
+            if self._rows is not None and there is not None:
+                new = (~there).to(self._loader.device)
+                self._keep(self._rows, numbers[~there], [None if each is None else each[new] for each in values])
+                return self._read(self._rows, numbers)
             if self._rows is not None:
-                self._keep(self._rows, numbers, values)
+                values = self._keep(self._rows, numbers, values)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             self._give_up(getattr(error, "strerror", None) or "there is not enough memory")
         return replace(batch, values=tuple(values), cut=self.cut)
 
-    def _keep(self, rows: Rows, numbers: Tensor, values: Sequence[Any]) -> None:
-        numbers = self._where_rows_are(numbers)
-        pairs = zip(self._columns, values, strict=True)
-        rows.write(numbers, [column.pack(value, rows.device) for column, value in pairs if column is not None])
-        self._filled.index_fill_(0, numbers, True)
+    def _keep(self, rows: Rows, numbers: Tensor, values: Sequence[Any]) -> list[Any]:
+        """Write rows, and return the values as they would be read."""
+        where = self._where_rows_are(numbers) if len(numbers) == self._order.size else numbers.to(rows.device)
+        pairs = list(zip(self._columns, values, strict=True))
+        packed = [None if column is None else column.pack(value, rows.device) for column, value in pairs]
+        rows.write(where, [each for each in packed if each is not None])
+        self._filled.index_fill_(0, where, True)
+        return [
+            value
+            if column is None or each is None or column.kept is column.dtype
+            else column.unpack(each.to(value.device))
+            for (column, value), each in zip(pairs, packed, strict=True)
+        ]
 
     def _note(self, epoch: int, number: int) -> None:
         """Note that a batch is computed and kept, here on the host: a replayed step runs no Python."""
@@ -286,15 +353,24 @@ class Cache:
             self._fills.append((training, epoch, number, number + 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which batches were computed and kept, and where. The rows themselves are left out."""
-        return {"medium": self.medium, "given_up": self._given_up, "fills": list(self._fills)}
+        """Return at which cut which batches were computed and kept, and where. The rows themselves are left out."""
+        return {
+            "cut": self.cut,
+            "medium": self.medium,
+            "given_up": self._given_up,
+            "spent": self._is_spent,
+            "read_seconds": self._read_seconds,
+            "fills": list(self._fills),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Compute the rows again of which `state_dict` has told; the same phase must have been entered.
 
-        An image computed in other company differs by rounding, so each batch is computed as it was, in the same order.
+        Those of the cache `below` must be there. An image computed in other company differs by rounding, so each batch
+        is computed as it was, in the same order.
         """
         self._given_up, self._chosen = state["given_up"], state["medium"]
+        self._read_seconds = state["read_seconds"]
         executor = self._forward.executor
         mode = executor.training
         for training, epoch, first, stop in state["fills"]:
@@ -305,14 +381,14 @@ class Cache:
         executor.train(mode)
         self._chosen = None
 
-    def _open(self, values: list[Any], images: Tensor) -> Refusal | None:
+    def _open(self, values: list[Any], batch: Batch) -> Refusal | None:
         """Make room for all rows, or return the reason why not."""
         policy, device, executor = self._policy, self._loader.device, self._forward.executor
-        settle = Timed(self._forward.settle, device)
+        settle = Timed(lambda given: self._forward.settle(replace(batch, values=tuple(given)), self.cut), device)
         precisions = [dtype for dtype in (self._forward.amp_dtype, executor.settled_dtype) if dtype is not None]
-        if not repeats(settle, images, values, precisions=precisions):
+        if not repeats(settle, batch.values, values, precisions=precisions):
             return Refusal("the settled partitions do not deliver the same for an image each time")
-        kept = self._types_to_keep(values, images)
+        kept = self._types_to_keep(values, batch)
         self._columns = [
             None if value is None else Column.of(value, dtype) for value, dtype in zip(values, kept, strict=True)
         ]
@@ -322,9 +398,12 @@ class Cache:
         offers = self._offers(
             (lambda medium: reading_seconds(medium, given, device, policy.folder, size=size))
             if policy.measured
-            else (lambda medium: size / count * len(images) / READ_BYTES_PER_SECOND[medium])
+            else (lambda medium: size / count * len(batch) / READ_BYTES_PER_SECOND[medium])
         )
-        seconds = settle.seconds if policy.measured else self._settle_seconds(len(images))
+        seconds = settle.seconds if policy.measured else self._settle_seconds(len(batch), batch.cut)
+        if batch.cut and self.below is not None:
+            # Without rows at this cut, those at the earlier one would be read each time.
+            seconds += self.below._read_seconds
         medium = self._chosen or choose(offers, size=size, compute_seconds=seconds)
         if isinstance(medium, Refusal):
             return medium
@@ -332,22 +411,22 @@ class Cache:
         self._filled = self._filled.to(self._rows.device)
         return None
 
-    def _types_to_keep(self, values: Sequence[Any], images: Tensor) -> Sequence[torch.dtype | None]:
+    def _types_to_keep(self, values: Sequence[Any], batch: Batch) -> Sequence[torch.dtype | None]:
         """Return for each value the type in which floats are kept; None for its own.
 
         Without autocast, values that were computed in the precision of settled partitions are float32 again. They are
         the same numbers in that precision, which autocast leaves them in.
         """
-        executor, device = self._forward.executor, self._loader.device.type
+        executor = self._forward.executor
         dtype = executor.settled_dtype if executor.training and self._forward.amp_dtype is None else None
         if self._dtype is not None or dtype is None:
             return [self._dtype] * len(values)
-        with torch.autocast(device, dtype):
-            return [None if value is None else value.dtype for value in executor.settle(images)]
+        found = self._forward.settle(batch, self.cut, amp_dtype=dtype)
+        return [None if value is None else value.dtype for value in found]
 
-    def _settle_seconds(self, images: int) -> float:
-        """Work out how long the settled partitions take for a batch, without a clock."""
-        settled = self._forward.executor.partitions[: self.cut]
+    def _settle_seconds(self, images: int, cut: int) -> float:
+        """Work out how long the settled partitions from `cut` on take for a batch, without a clock."""
+        settled = self._forward.executor.partitions[cut : self.cut]
         return (
             images
             * sum(each.macs for each in settled)
@@ -363,17 +442,20 @@ class Cache:
             media = media[media.index(self._beside.medium) :]
             yield from (Offer(medium, 0.0, self._limit(medium)) for medium in media)
         elif asked == "auto":
-            yield from (Offer(medium, seconds(medium), self._limit(medium)) for medium in media)
+            for medium in media:
+                self._read_seconds = seconds(medium)
+                yield Offer(medium, self._read_seconds, self._limit(medium))
         else:
             yield Offer(asked, 0.0, self._limit(asked))
 
     def _limit(self, medium: str) -> int:
-        policy, beside = self._policy, self._beside
+        policy = self._policy
+        others = [each for first in (self, self._beside) if first is not None for each in first.chain()]
         if policy.limit_bytes is not None:
-            taken = beside.resident_bytes + beside.file_bytes if beside else 0
+            taken = sum(each.resident_bytes + each.file_bytes for each in others)
             return policy.limit_bytes // policy.processes - taken
         device = self._loader.device
-        peak_bytes = policy.peak_bytes + (beside.resident_bytes if beside and beside.medium == DEVICE else 0)
+        peak_bytes = policy.peak_bytes + sum(each.resident_bytes for each in others if each.medium == DEVICE)
         found = available(medium, device, policy.folder, peak_bytes=peak_bytes)
         return found if medium == DEVICE and device.type == "cuda" else found // policy.processes
 
@@ -384,8 +466,16 @@ class Cache:
             batch = "batch" if self._loader.training else "test batch"
             self._notice(f"the settled partitions are computed anew for each {batch}, without a cache: {why}")
 
+    def chain(self) -> Iterator[Cache]:
+        """Give this cache, and those at earlier cuts whose rows it reads."""
+        cache: Cache | None = self
+        while cache is not None:
+            yield cache
+            cache = cache.below
+
     def _drop(self) -> None:
         self._weights = ()
+        self._is_spent = False
         self._rows = self.medium = None
         self._fills = []
         self._columns = []
@@ -397,12 +487,12 @@ class Cache:
         return torch.zeros(len(self._images_kept) * (self._loader.views or 1), dtype=torch.bool)
 
 
-def stamp(executor: Executor) -> Stamp:
-    """Return what is equal as long as the settled partitions stay the same and their weights are not written into."""
-    state = executor.settled_state()
+def stamp(executor: Executor, cut: int) -> Stamp:
+    """Return what stays equal while the partitions before `cut` do, and their weights are not written into."""
+    state = executor.settled_state(cut)
     # With the tensors themselves, so that no new one can get the address of one of them.
     weights = ((_Same(tensor), tensor._version, tensor.data_ptr()) for tensor in state.values())
-    return executor.window[0], executor.settled_dtype, *weights
+    return cut, executor.settled_dtype, *weights
 
 
 class _Same:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 from fxsplit.caching.cache import Cache, CachePolicy
 from fxsplit.data.batch import Batch
@@ -11,6 +12,10 @@ from fxsplit.data.loader import ImageSource, Loader
 from fxsplit.data.source import Source, batches_of
 from fxsplit.errors import FxsplitError
 from fxsplit.execute.forward import Forward
+from fxsplit.plan.schedule import Phase
+
+# More epochs than any run has.
+MANY = 10**9
 
 
 class Feed:
@@ -42,45 +47,74 @@ class Feed:
         self.train_loader, self.test_loader, self._held_out_loader = train_loader, test_loader, held_out_loader
         self._train_images, self._test_images = ImageSource(train_loader), ImageSource(test_loader)
         self._forward, self._policy = forward, policy
-        self._cached = False
-        self._train_cache: Cache | None = None
-        self._test_cache: Cache | None = None
+        # The later a cut, the later in the list; only the last one is read from when all rows are there.
+        self._levels: list[_Level] = []
+        self._is_cached = False
         self._epochs = 0
         # For how many processes images are divided for good; and in an epoch that began with another number of them.
         self._shards = self._shards_now = 1
         self._shards_before: int | None = None
 
-    def enter(self, cut: int, *, epochs: int, notice: Callable[[str], None]) -> None:
-        """Keep the caches if they are at `cut`, else open new ones there, where the cut stays for `epochs`.
+    def enter(self, cut: int, *, epochs: int, notice: Callable[[str], None], later: Sequence[Phase] = ()) -> None:
+        """Keep the caches if they are at `cut`, else open new ones there, which are filled from those before.
 
-        `notice` is called with the reason if a cache keeps nothing.
+        Where a later phase goes back to an earlier cut, rows are kept at that one, too.
+
+        Args:
+            cut: after what is settled.
+            epochs: for how many epochs the cut stays there.
+            notice: is called with the reason if a cache keeps nothing.
+            later: the phases that follow.
         """
-        if self._train_cache is not None and self._train_cache.cut == cut:
-            return
-        self.close()
         self._epochs = epochs
-        if self._policy is not None and cut:
-            self._train_cache = self._policy.open(self._forward, self._train_images, epochs=epochs, notice=notice)
-            self._test_cache = self._policy.open(
-                self._forward,
-                self._test_images,
-                epochs=epochs,
-                notice=notice,
-                beside=self._train_cache,
-                exact=True,
-            )
+        for level in reversed(self._levels):
+            if level.cut > cut or (level.cut < cut and level.train.has_given_up):
+                self._levels.remove(level)
+                level.close()
+        earliest = min((phase.start for phase in later), default=cut)
+        for each in sorted({min(earliest, cut), cut} - {0}) if self._policy is not None else ():
+            if not self._levels or self._levels[-1].cut < each:
+                self._open(each, epochs=epochs + _epochs_settled(each, later), notice=notice)
+        for level in self._levels:
+            level.train.is_wanted_later = level.test.is_wanted_later = level.cut == earliest < cut
         ranks, before = self.train_loader.share.ranks, self._shards
-        self._shards = ranks if self._train_cache is not None and self._train_cache.is_open else 1
+        # Each process may find by itself that it cannot keep rows: what is divided stays divided.
+        keep_rows = before > 1 or any(not level.train.has_given_up for level in self._levels)
+        self._shards = ranks if self._levels and keep_rows else 1
         if self._shards > before:
             notice(f"from here on each of the {ranks} processes has images of its own, so that it can keep their rows")
+
+    def _open(self, cut: int, *, epochs: int, notice: Callable[[str], None]) -> None:
+        """Open caches after those that there are."""
+        assert self._policy is not None
+        last = self._levels[-1] if self._levels else None
+        train = self._policy.open(
+            self._forward,
+            self._train_images,
+            cut=cut,
+            epochs=epochs,
+            notice=notice,
+            below=None if last is None else last.train,
+        )
+        test = self._policy.open(
+            self._forward,
+            self._test_images,
+            cut=cut,
+            epochs=epochs,
+            notice=notice,
+            beside=train,
+            below=None if last is None else last.test,
+            exact=True,
+        )
+        self._levels.append(_Level(cut, train, test))
 
     def put(self, epoch: int, first: int = 0) -> Iterator[Hashable]:
         """Go from batch to batch of a training epoch, at the cut or as images; those before `first` are left out."""
         self._shards_now = self._shards_before if first and self._shards_before else self._shards
         self._shards_before = None
-        self._cached = self._train_cache is not None and self._shards_now == self.train_loader.share.ranks
-        if self._train_cache is not None and self._cached:
-            return self._train_cache.put(epoch, first)
+        self._is_cached = bool(self._levels) and self._shards_now == self.train_loader.share.ranks
+        if self._is_cached:
+            return self._levels[-1].train.put(epoch, first)
         # Stored views replace the augmentation of the epoch once anything is settled, whether or not rows are kept.
         settled = self._forward.executor.window[0] > 0
         view = self.train_loader.view(epoch) if settled else None
@@ -88,13 +122,15 @@ class Feed:
 
     def fetch(self) -> Batch:
         """Return the training batch that was put last."""
-        source = self._train_cache if self._train_cache is not None and self._cached else self._train_images
-        return source.fetch()
+        return self._levels[-1].train.fetch() if self._is_cached else self._train_images.fetch()
 
     @property
-    def settles(self) -> bool:
-        """Whether the settled partitions run for the training batch that was put last: it is not read from a cache."""
-        return self._train_cache is None or not self._train_cache.reads
+    def settled_from(self) -> int:
+        """The cut from which the settled partitions run for the training batch that was put last.
+
+        It is 0 for images, and the cut after all of them if the batch is read from a cache there.
+        """
+        return self._levels[-1].train.settled_from if self._is_cached else 0
 
     def training(self, epoch: int) -> Iterator[Batch]:
         """Give the batches of a training epoch."""
@@ -107,28 +143,44 @@ class Feed:
     @property
     def test_source(self) -> Source:
         """What delivers the test images, all in epoch 0: the cache, where training images come from one."""
-        cached = self._test_cache is not None and self._train_cache is not None and self._train_cache.has_rows
-        return self._test_cache if self._test_cache is not None and cached else self._test_images
+        cached = any(level.train.has_rows for level in self._levels)
+        return self._levels[-1].test if cached else self._test_images
 
     def state_dict(self) -> dict[str, Any]:
-        """Return for how many epochs the caches were opened, and what is in them."""
-        caches = {"train": self._train_cache, "test": self._test_cache}
-        found = {name: None if cache is None else cache.state_dict() for name, cache in caches.items()}
-        divided = {"ranks": self.train_loader.share.ranks, "shards": self._shards_now}
-        return {"epochs": self._epochs, **divided, **found}
+        """Return for how many epochs the last caches were opened, what is in all of them, and who has which images."""
+        levels = [{"train": level.train.state_dict(), "test": level.test.state_dict()} for level in self._levels]
+        divided = {"ranks": self.train_loader.share.ranks, "shards": self._shards_now, "later_shards": self._shards}
+        return {"epochs": self._epochs, **divided, "levels": levels}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], notice: Callable[[str], None]) -> None:
         """Fill the caches again, as `state_dict` has told of them; the same phase must have been entered.
 
-        With another number of processes than before, images belong to others: rows are kept as epochs go on, and the
-        present epoch ends in the order in which it began.
+        With another number of processes than before, images belong to others: rows are kept as epochs go on. In any
+        case the present epoch ends in the order in which it began.
         """
-        if state.get("ranks", 1) != self.train_loader.share.ranks:
-            self._shards_before = state["shards"]
+        self._shards_before = state["shards"]
+        if state["ranks"] != self.train_loader.share.ranks:
             return
-        for cache, saved in ((self._train_cache, state["train"]), (self._test_cache, state["test"])):
-            if cache is not None and saved is not None:
-                cache.load_state_dict(saved)
+        self._shards = state["later_shards"]
+        if self._policy is None:
+            return
+        entered, self._levels = {level.cut: level for level in self._levels}, []
+        for saved in state["levels"]:
+            cut = saved["train"]["cut"]
+            if cut in entered:
+                level = entered[cut]
+                if self._levels:
+                    level.train.below, level.test.below = self._levels[-1].train, self._levels[-1].test
+                self._levels.append(level)
+            else:
+                # It was there before this phase began, and gave nothing up.
+                self._open(cut, epochs=MANY, notice=notice)
+            self._levels[-1].train.load_state_dict(saved["train"])
+            self._levels[-1].test.load_state_dict(saved["test"])
+        for level, saved in zip(self._levels, state["levels"], strict=True):
+            for cache, kept in ((level.train, saved["train"]), (level.test, saved["test"])):
+                if kept["spent"]:
+                    cache.release()
 
     @property
     def resident_bytes(self) -> int | None:
@@ -144,9 +196,26 @@ class Feed:
 
     def close(self) -> None:
         """Close the caches, which frees memory and disk."""
-        for cache in self._caches():
-            cache.close()
-        self._train_cache = self._test_cache = None
+        for level in self._levels:
+            level.close()
+        self._levels, self._is_cached = [], False
 
     def _caches(self) -> list[Cache]:
-        return [cache for cache in (self._train_cache, self._test_cache) if cache is not None]
+        return [cache for level in self._levels for cache in (level.train, level.test)]
+
+
+class _Level(NamedTuple):
+    """The caches at a cut."""
+
+    cut: int
+    train: Cache
+    test: Cache
+
+    def close(self) -> None:
+        self.train.close()
+        self.test.close()
+
+
+def _epochs_settled(cut: int, phases: Sequence[Phase]) -> int:
+    """Return how many epochs it takes until what lies before `cut` trains again."""
+    return sum(phase.epochs for phase in takewhile(lambda phase: phase.start >= cut, phases))

@@ -13,7 +13,11 @@ TF32_EPSILON = 2.0**-10
 
 
 def repeats(
-    run: Callable[[Tensor], list[Any]], images: Tensor, values: Sequence[Any], *, precisions: Sequence[torch.dtype] = ()
+    run: Callable[[list[Any]], list[Any]],
+    given: Sequence[Any],
+    values: Sequence[Any],
+    *,
+    precisions: Sequence[torch.dtype] = (),
 ) -> bool:
     """Tell whether images give the same `values` in other batches too, and without random numbers.
 
@@ -28,18 +32,20 @@ def repeats(
 
     Args:
         run: computes the values for images.
-        images: (B, C, H, W).
+        given: the images (B, C, H, W), or what there is of them at an earlier cut: tensors (B, ...), or None.
         values: what `run` returned for them: tensors (B, ...), or None.
         precisions: in which `run` computes, beside the types of the values.
     """
-    count = len(images)
-    places, half = torch.arange(count, device=images.device).flip(0), count // 2
-    devices = [images.device] if images.is_cuda else []
+    first_given = next(each for each in given if each is not None)
+    count, device = len(first_given), first_given.device
+    places, half = torch.arange(count, device=device).flip(0), count // 2
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         for first, length in ((0, half), (half, count - half)):
             others = first + places * length // count
             before = torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)
-            found = run(torch.empty_like(images).copy_(images[others]))  # in the same memory layout
+            # In the same memory layout.
+            found = run([None if each is None else torch.empty_like(each).copy_(each[others]) for each in given])
             after = torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)
             if not all(map(torch.equal, before, after)):
                 return False

@@ -22,6 +22,8 @@ class Batch:
         ids: positions in the image set, int64 (B,).
         weight: of its loss in the mean over all processes, and over the micro-batches of a batch; with 0 it counts for
             nothing.
+        soft_labels: shares of all classes, float32 (B, classes), where images are mixed; `labels` are then those that
+            have the largest share. None elsewhere.
     """
 
     values: tuple[Any, ...]
@@ -29,6 +31,12 @@ class Batch:
     labels: Tensor
     ids: Tensor
     weight: float = 1.0
+    soft_labels: Tensor | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """What cross-entropy takes: soft labels where there are any, else labels."""
+        return self.labels if self.soft_labels is None else self.soft_labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,10 +57,18 @@ class Batch:
         """Divide the batch into at most `count` micro-batches, of `micro_batch_sizes`; a small batch gives fewer."""
         sizes = micro_batch_sizes(len(self), count, batch_size=batch_size)
         values = ([None] * len(sizes) if value is None else torch.split(value, sizes) for value in self.values)
+        soft = [None] * len(sizes) if self.soft_labels is None else torch.split(self.soft_labels, sizes)
         labels, ids = torch.split(self.labels, sizes), torch.split(self.ids, sizes)
-        for own_values, own_labels, own_ids in zip(zip(*values, strict=True), labels, ids, strict=True):
-            share = len(own_labels) / len(self)
-            yield Batch(values=own_values, cut=self.cut, labels=own_labels, ids=own_ids, weight=self.weight * share)
+        parts = zip(zip(*values, strict=True), labels, ids, soft, strict=True)
+        for own_values, own_labels, own_ids, own_soft in parts:
+            yield Batch(
+                values=own_values,
+                cut=self.cut,
+                labels=own_labels,
+                ids=own_ids,
+                weight=self.weight * len(own_labels) / len(self),
+                soft_labels=own_soft,
+            )
 
 
 def micro_batch_sizes(samples: int, count: int, *, batch_size: int) -> list[int]:

@@ -42,6 +42,8 @@ def load(
     notice: Notice,
     workers: int,
     interpolation: str = INTERPOLATIONS[0],
+    crop_pct: float = 1.0,
+    train_in_files: bool = False,
     max_bad_samples: int = 0,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Data:
@@ -57,6 +59,8 @@ def load(
         notice: is called with sentences about what was decided for the user.
         workers: processes that read images which do not fit in memory.
         interpolation: how images in files are resized, one of INTERPOLATIONS; a loader resizes those in memory.
+        crop_pct: the share of a test image's short side that is left, in its middle.
+        train_in_files: leave training images that lie in files there, for what needs their own pixels.
         max_bad_samples: how many images in a folder may be unreadable; others of their class take their places.
         memory_limit_bytes: a folder whose decoded images need more stays in files.
 
@@ -70,7 +74,12 @@ def load(
         data = known.load(img_size or known.img_size, expanded(data_dir), seed)
     if train_limit is not None:
         data = replace(data, train=data.train.subset(_drawn(name, len(data.train), train_limit, seed)))
-    return _into_memory(data, memory_limit_bytes, notice)
+    if crop_pct < 1:
+        data = replace(data, test=data.test.cropped(crop_pct))
+    data = _into_memory(data, memory_limit_bytes, notice, train_in_files=train_in_files)
+    if isinstance(data.train, MemoryImages):
+        data = replace(data, train=replace(data.train, workers=workers))
+    return data
 
 
 class NamedImages(NamedTuple):
@@ -185,15 +194,17 @@ def _drawn(name: str, images: int, limit: int, seed: int) -> Tensor:
     return torch.from_numpy(random_stream("train-limit", seed).permutation(images)[:limit])
 
 
-def _into_memory(data: Data, limit_bytes: int, notice: Notice) -> Data:
-    """Decode images that lie in files, if those of both sets fit into `limit_bytes`."""
+def _into_memory(data: Data, limit_bytes: int, notice: Notice, *, train_in_files: bool) -> Data:
+    """Decode images that lie in files, if those of both sets fit into `limit_bytes`; or those to test on alone."""
     train, test = data.train, data.test
     if not (isinstance(train, FileImages) and isinstance(test, FileImages)):
         return data
-    needed = (len(train) + len(test)) * data.channels * data.img_size**2
+    count = len(test) if train_in_files else len(train) + len(test)
+    needed = count * data.channels * data.img_size**2
     if needed <= limit_bytes:
-        decoded = _decoded(train, test)
-        return replace(data, train=decoded[0], test=decoded[1])
+        sets = [test] if train_in_files else [test, train]
+        decoded = _decoded(*sets)
+        return replace(data, test=decoded[0], train=train if train_in_files else decoded[1])
     notice(
         f"the decoded images take {needed / 2**30:.1f} GiB, more than the {limit_bytes / 2**30:.1f} GiB that are "
         "kept in memory: they are read from their files in every epoch"

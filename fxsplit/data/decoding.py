@@ -5,9 +5,10 @@ file ──open──► 16 bits, int32, float ──► 8 bits ──► over w
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,9 @@ from fxsplit.errors import DataError, printable, reason, shown_path
 
 # How images may be resized, the usual way first.
 INTERPOLATIONS = ("bilinear", "bicubic")
+# A JPEG file is decoded at a half, a quarter or an eighth of its scale where it has so many times the pixels that are
+# needed, along each side, even then.
+GAP = 2
 # The formats that are read, by Pillow's names. It knows others: for EPS it starts another program, Ghostscript; IPTC
 # may wrap any format, EPS included; MPEG it recognizes but cannot decode.
 READ = (
@@ -30,8 +34,8 @@ READ = (
     *("IMT", "JPEG", "JPEG2000", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI"),
     *("SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
 )
-# A file of some kB may say that it has more pixels than memory holds. Of a photograph with more than so many, a smaller
-# version is decoded, which JPEG files have in them; another image is refused.
+# A file of some kB may say that it has more pixels than memory holds. Of a JPEG file with more than so many, at most
+# every other one along each side is decoded; another image is refused.
 MOST_PIXELS = 1 << 26
 # Of values with more than 8 bits, so many are scaled at a time.
 SCALED_AT_ONCE = 1 << 20
@@ -48,14 +52,38 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Turns that exchange width and height.
+SIDEWAYS = (5, 6, 7, 8)
+# Formats whose decoder can leave out detail.
+DRAFTED = ("JPEG", "MPO")
 
 _reading = threading.local()
 
+# Takes the width and height of an image, and returns those in which its pixels are enough.
+Least = Callable[[int, int], tuple[float, float]]
 
-def decode(path: str | Path, img_size: int, interpolation: str = INTERPOLATIONS[0]) -> Tensor:
+
+def decode(path: str | Path, img_size: int, interpolation: str = INTERPOLATIONS[0], *, crop_pct: float = 1.0) -> Tensor:
     """Decode the image in a file to uint8 (3, img_size, img_size): short side resized, centre cropped.
 
-    `interpolation` is how it is resized, one of INTERPOLATIONS.
+    Args:
+        path: of the file.
+        img_size: side in pixels.
+        interpolation: how it is resized, one of INTERPOLATIONS.
+        crop_pct: the share of the short side that is left.
+
+    Raises DataError when the file cannot be decoded, or has more than MOST_PIXELS.
+    """
+    short = img_size * GAP / crop_pct
+    image, _, _ = read_image(path, lambda *sides: (short * sides[0] / min(sides), short * sides[1] / min(sides)))
+    pixels: Tensor = transforms.pil_to_tensor(square(image, img_size, interpolation, crop_pct=crop_pct))
+    return pixels
+
+
+def read_image(path: str | Path, least: Least | None = None) -> tuple[Image.Image, int, int]:
+    """Read the image in a file as RGB pixels, and its own width and height.
+
+    With `least`, the decoder of a JPEG file may leave out detail, as long as width and height stay above these.
 
     The image is turned as its EXIF orientation says, and transparent pixels are laid over white. Of several frames the
     first is taken. Values of more than 8 bits are scaled to 0 .. 255: from 0 .. 65535 if they have 16 bits, from 0 .. 1
@@ -65,19 +93,36 @@ def decode(path: str | Path, img_size: int, interpolation: str = INTERPOLATIONS[
     Raises DataError when the file cannot be decoded, or has more than MOST_PIXELS.
     """
     with open_image(path) as image:
-        return square_pixels(image, img_size, interpolation)
+        return _read(image, least)
 
 
 def square_pixels(image: Image.Image, img_size: int, interpolation: str = INTERPOLATIONS[0]) -> Tensor:
-    """Make the pixels of an image that is open already, as `decode` does. Whatever a decoder raises is raised."""
-    if _pixels(image) > MOST_PIXELS:
-        image.draft("RGB", (2 * img_size, 2 * img_size))
+    """Make the pixels of an image that is open already, as `decode` does. Whatever a decoder raises is raised.
+
+    All of its detail is decoded, up to MOST_PIXELS: with less, it would be another image for those who have opened it.
+    """
+    whole, _, _ = _read(image, None)
+    pixels: Tensor = transforms.pil_to_tensor(square(whole, img_size, interpolation))
+    return pixels
+
+
+def _read(image: Image.Image, least: Least | None) -> tuple[Image.Image, int, int]:
+    """Read an open image, as `read_image` does. Raises what a decoder raises, and DecompressionBombError."""
+    turn, size = None, image.size
+    if image.format in DRAFTED:
+        turn = _turn(image)
+        width, height = _turned(size, turn)
+        needed = (width, height) if least is None else least(width, height)
+        if _pixels(image) > MOST_PIXELS:
+            needed = min(needed[0], width // 2), min(needed[1], height // 2)
+        image.draft(None, _turned(tuple(map(math.ceil, needed)), turn))
     if (found := _pixels(image)) > MOST_PIXELS:
         raise Image.DecompressionBombError(f"it has {found} pixels, and at most {MOST_PIXELS} are read")
     image.load()
-    upright = _upright(_opaque(_eight_bits(image)), image)
-    pixels: Tensor = transforms.pil_to_tensor(_square(upright, img_size, interpolation))
-    return pixels
+    if image.format not in DRAFTED:
+        turn, size = _turn(image), image.size
+    width, height = _turned(size, turn)
+    return _upright(_opaque(_eight_bits(image)), turn), width, height
 
 
 def short_side(path: str | Path) -> int:
@@ -194,20 +239,33 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured).convert("RGB")
 
 
-def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """Turn the `pixels` of a loaded image as its EXIF data say; for TIFF files Pillow has done so already."""
+def _turn(image: Image.Image) -> int | None:
+    """Return how an image has to be turned to be upright, as its EXIF data say.
+
+    That of a TIFF file is right after it was loaded: Pillow turns it then.
+    """
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # every kind of broken data fails in its own way
         warnings.warn(f"its EXIF data cannot be read, and it is taken as upright ({reason(error)})", stacklevel=1)
-        return pixels
-    return pixels if turn is None else pixels.transpose(turn)
+        return None
 
 
-def _square(pixels: Image.Image, size: int, interpolation: str) -> Image.Image:
-    if pixels.size == (size, size):
+def _turned(size: Sequence[int], turn: int | None) -> tuple[int, int]:
+    width, height = size
+    return (height, width) if turn in SIDEWAYS else (width, height)
+
+
+def _upright(pixels: Image.Image, turn: int | None) -> Image.Image:
+    return pixels.transpose(TURNS[turn]) if turn in TURNS else pixels
+
+
+def square(pixels: Image.Image, size: int, interpolation: str, *, crop_pct: float = 1.0) -> Image.Image:
+    """Resize the short side of an image to `size` / `crop_pct`, and cut the middle out."""
+    side = int(size / crop_pct)
+    if pixels.size == (size, size) == (side, side):
         return pixels
-    resized = transforms.resize(_without_ends(pixels), [size], InterpolationMode(interpolation), antialias=True)
+    resized = transforms.resize(_without_ends(pixels), [side], InterpolationMode(interpolation), antialias=True)
     cropped: Image.Image = transforms.center_crop(resized, [size])
     return cropped
 

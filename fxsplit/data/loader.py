@@ -1,6 +1,6 @@
 """The batches of an epoch, in the order, size and memory layout of a run.
 
-    image set ──read──► uint8 pixels ──augment──► float32 / 255 ──► (x - mean) / std ──► Batch
+    image set ──read──► pixels ──crop──► float32 / 255 ──► (x - mean) / std ──erase, mix──► Batch
 
 Order and augmentation are drawn on the CPU at the start of an epoch, from the seed and the epoch alone, and copied to
 the device. They are the same on every device and with any number of workers.
@@ -17,7 +17,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from fxsplit.data.augmentation import augmentation, drawn
+from fxsplit.data.augmentation.augmenter import Augmenter
+from fxsplit.data.augmentation.changes import UNCHANGED, Changes
 from fxsplit.data.batch import Batch
 from fxsplit.data.decoding import INTERPOLATIONS
 from fxsplit.data.images import ImageSet
@@ -25,7 +26,7 @@ from fxsplit.data.normalization import Normalization
 from fxsplit.data.order import EpochOrder
 from fxsplit.data.randomness import random_stream
 from fxsplit.data.shares import WHOLE, Share, by_owner, owners, sizes, taken
-from fxsplit.data.staging import Staging, write
+from fxsplit.data.staging import Staging
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Loader:
         training: images come in another order each epoch, and a last batch of a single image, from which BatchNorm can
             take no statistics, is left out. Without, each image comes once, in the order of the set.
         seed: what order and augmentation depend on, besides the epoch.
-        augment: how images are changed at random, one of `AUGMENTATIONS`.
+        augment: how images are cropped and mirrored at random, one of `AUGMENTATIONS`.
+        changes: how much, and what else is changed at random.
+        classes: of the labels, where images are mixed.
         views: how many augmented versions of each image there are, so that a cache can keep them all; None for a new
             one in each epoch.
         mean: subtracted from images in [0, 1]: one number, or one a channel; none leaves them as they are.
@@ -58,6 +61,8 @@ class Loader:
     training: bool = False
     seed: int = 0
     augment: str = "none"
+    changes: Changes = UNCHANGED
+    classes: int = 0
     views: int | None = None
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
@@ -70,6 +75,11 @@ class Loader:
     def device(self) -> torch.device:
         """Where batches are made."""
         return self.images.device
+
+    @property
+    def is_random(self) -> bool:
+        """Whether images are changed at random."""
+        return self.augment != "none" or self.changes.changes_images
 
     @property
     def steps_per_epoch(self) -> int:
@@ -154,7 +164,8 @@ class Loader:
 class ImageSource:
     """Delivers the batches of a loader, as a `Source`: the host counts or reads batches, and the device does the rest.
 
-    Pixels in memory on the device are gathered there. Others are read on the host and come through `Staging`.
+    Pixels in memory on the device are gathered there. Others are read on the host and come through `Staging`, and so
+    are those that worker processes change.
 
     Args:
         loader: whose batches they are.
@@ -166,7 +177,17 @@ class ImageSource:
         self._order = EpochOrder(loader.own_images_per_epoch, loader.own_batch_size, device)
         self._staging = Staging(device, loader.own_batch_size)
         self._weight = 1.0
-        self._drawn: list[Tensor] = []
+        self._augmenter = Augmenter(
+            loader.images,
+            loader.augment,
+            loader.changes,
+            seed=loader.seed,
+            interpolation=loader.interpolation,
+            mean=loader.mean,
+            steps=loader.steps_per_epoch,
+            classes=loader.classes,
+        )
+        self._resident = None if self._augmenter.is_on_host else loader.images.resident
         self._normalize = Normalization(loader.mean, loader.std, device)
         self._layout = torch.channels_last if loader.channels_last else torch.contiguous_format
 
@@ -177,31 +198,35 @@ class ImageSource:
         Raises UsageError when the augmentation is unknown, and DataError when an image file cannot be decoded.
         """
         loader, images, order = self.loader, self.loader.images, self.loader.order(epoch, shards=shards)
-        self._draw(epoch if view is None else view)
+        on_host = self._augmenter.draw(epoch if view is None else view, epoch)
         size = loader.own_batch_size
-        read = repeat(None) if images.resident is not None else images.read(order[first * size :], size)
-        is_static = images.resident is not None or self._staging.is_static
+        read = repeat(None) if self._resident is not None else images.read(order[first * size :], size, on_host)
+        is_static = self._resident is not None or self._staging.is_static
         for number, (ids, pixels) in enumerate(zip(self._order.batches(order, first), read, strict=False), first):
             if pixels is not None:
                 self._staging.put([pixels])
             self._weight = loader.weight(number)
             yield self if is_static and len(ids) == size else None
 
-    def _draw(self, draw: int) -> None:
-        found = drawn(self.loader.augment, self.loader.images, seed=self.loader.seed, draw=draw)
-        if not self._drawn:
-            self._drawn = [torch.empty_like(each, device=self.loader.device) for each in found]
-        for into, each in zip(self._drawn, found, strict=True):
-            write(into, each)
-
     def fetch(self) -> Batch:
         """Gather, augment and normalize the batch that was put last."""
-        loader, images, ids = self.loader, self.loader.images, self._order.ids()
-        size = [images.img_size] * 2
-        resident = images.resident
+        images, ids = self.loader.images, self._order.ids()
+        resident = self._resident
         pixels = self._staging.taken()[0] if resident is None else resident.index_select(0, ids)
-        if list(pixels.shape[-2:]) != size:
-            pixels = transforms.resize(pixels, size, InterpolationMode(loader.interpolation), antialias=True)
-        pixels = augmentation(loader.augment).change(pixels, *(each.index_select(0, ids) for each in self._drawn))
-        x = self._normalize(pixels).contiguous(memory_format=self._layout)
-        return Batch(values=(x,), labels=images.labels.index_select(0, ids), ids=ids, weight=self._weight)
+        if not self._augmenter.resizes:
+            pixels = self._sized(pixels)
+        pixels = self._augmenter.crop(pixels, ids)
+        x = self._augmenter.erase(self._normalize(pixels), ids)
+        x, labels, soft = self._augmenter.mix(x, images.labels.index_select(0, ids), self._order.step)
+        x = x.contiguous(memory_format=self._layout)
+        return Batch(values=(x,), labels=labels, soft_labels=soft, ids=ids, weight=self._weight)
+
+    def _sized(self, pixels: Tensor) -> Tensor:
+        """Resize pixels that are not of the right size, and leave out what is around the middle."""
+        images = self.loader.images
+        size, side = images.img_size, int(images.img_size / images.crop_pct)
+        if pixels.shape[-2:] == (size, size) and (side == size or images.stored_size is None):
+            return pixels
+        mode = InterpolationMode(self.loader.interpolation)
+        resized: Tensor = transforms.resize(pixels, [side, side], mode, antialias=True)
+        return resized if side == size else transforms.center_crop(resized, [size, size])

@@ -29,8 +29,9 @@ class Normalization(nn.Module):
     std: Tensor
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return images, float32 (B, C, H, W), for pixels, uint8 (B, C, H, W)."""
-        images = pixels / self.white  # a quotient by a tensor is rounded alike on every device
+        """Return images, float32 (B, C, H, W), for pixels (B, C, H, W)."""
+        # A quotient by a tensor is rounded alike on every device; of converted pixels it takes half of the time.
+        images = pixels.to(torch.float32, copy=True).div_(self.white)
         if self._has_mean:
             images = images.sub_(self.mean)
         if self._has_std:

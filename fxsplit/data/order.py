@@ -39,6 +39,16 @@ class EpochOrder:
             self._step.fill_(step)
             yield rows
 
+    @property
+    def step(self) -> Tensor:
+        """The number of the present batch, int64 (1,) on the device."""
+        return self._step
+
+    @property
+    def size(self) -> int:
+        """How many rows the present batch has."""
+        return self._size
+
     def ids(self) -> Tensor:
         """Return the rows of the present batch, int64 (B,) on the device."""
         if self._size < self._batch_size:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fxsplit.data.decoding import INTERPOLATIONS, decode
 from fxsplit.errors import DataError, printable
 
 
@@ -27,35 +26,25 @@ class Replacing:
     Args:
         paths: of the files.
         labels: the class of each.
-        img_size: side of the images in pixels.
-        interpolation: how they are resized, one of INTERPOLATIONS.
         most: how many images may be replaced; one more of the class is tried in place of one, and with 0 none.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        labels: Sequence[int],
-        *,
-        img_size: int,
-        interpolation: str = INTERPOLATIONS[0],
-        most: int = 0,
-    ) -> None:
-        self._paths, self._labels = paths, labels
-        self._img_size, self._interpolation, self._most = img_size, interpolation, most
+    def __init__(self, paths: Sequence[str], labels: Sequence[int], *, most: int = 0) -> None:
+        self._paths, self._labels, self._most = paths, labels, most
 
-    def __call__(self, index: int, unread: dict[str, Unread]) -> Tensor:
+    def __call__(self, index: int, read: Callable[[str], Tensor], unread: dict[str, Unread]) -> Tensor:
         """Return the pixels of image `index`, uint8 (3, H, W); if it cannot be read, it is added to `unread`.
 
-        Raises DataError when neither it nor those that are tried in its place can be read.
+        `read` reads the file at a path, and raises DataError when it cannot. It is raised here when neither that file
+        nor those that are tried in its place can be read.
         """
         try:
-            return self._read(self._paths[index])
+            return _read(read, self._paths[index])
         except DataError as error:
             why = str(error)
         for other in self._others(index):
             try:
-                pixels = self._read(self._paths[other])
+                pixels = _read(read, self._paths[other])
             except DataError:
                 continue
             unread[self._paths[index]] = Unread(why, self._paths[other])
@@ -76,11 +65,12 @@ class Replacing:
                     break
         return found
 
-    def _read(self, path: str) -> Tensor:
-        if os.path.exists(path) and not os.path.isfile(path):
-            # It was one when the folder was listed. Reading a pipe or a device could go on for ever.
-            raise DataError(f"the image {path!r} is not a file any more; put the image back, or remove it")
-        return decode(path, self._img_size, self._interpolation)
+
+def _read(read: Callable[[str], Tensor], path: str) -> Tensor:
+    if os.path.exists(path) and not os.path.isfile(path):
+        # It was one when the folder was listed. Reading a pipe or a device could go on for ever.
+        raise DataError(f"the image {path!r} is not a file any more; put the image back, or remove it")
+    return read(path)
 
 
 class Unreadable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -31,14 +31,15 @@ class Concord:
     Args:
         processes: those of the run.
         executor: its buffers are averaged: those of partitions that train. Others do not change.
-        targets: what a run learns from; None if it has nothing of its own.
+        parts: what else differs between processes; None for what the run does not have.
     """
 
-    def __init__(self, processes: Processes, executor: Executor, targets: Exchanging | None) -> None:
-        self._processes, self._executor, self._targets = processes, executor, targets
+    def __init__(self, processes: Processes, executor: Executor, parts: Sequence[Exchanging | None]) -> None:
+        self._processes, self._executor = processes, executor
+        self._parts = [part for part in parts if part is not None]
 
     def restore(self) -> None:
-        """Average buffers and exchange soft targets.
+        """Average buffers, and exchange soft targets and averages of buffers.
 
         Running means are linear in what they are means of: it makes no difference to them how often they are averaged.
         """
@@ -48,8 +49,8 @@ class Concord:
         names = dict.fromkeys(name for partition in training for name in partition.state)
         buffers = dict(self._executor.named_buffers())
         self._processes.mean([buffers[name] for name in names if name in buffers])
-        if self._targets is not None:
-            self._targets.exchange(self._processes)
+        for part in self._parts:
+            part.exchange(self._processes)
 
     def check(self, training: Callable[[], Mapping[str, Any]]) -> None:
         """Raise FxsplitError, which names a tensor, where a process has other weights or state of training.

@@ -280,6 +280,10 @@ class Executor(nn.Module):
 
         Autograd is off, unless one of the inputs requires a gradient. Raises GuardError as `forward` does.
         """
+        return self.settle_to(self._phase.start, *args, **kwargs)
+
+    def settle_to(self, stop: int, /, *args: Any, **kwargs: Any) -> list[Any]:
+        """Run the settled partitions before `stop` alone, and return the values at that cut; else as `settle`."""
         tensors = self._signature.tensors(args, kwargs)
         self._check_model()
         training, running = self.training, self._running
@@ -295,14 +299,26 @@ class Executor(nn.Module):
                 "of the older kind give none to parameters either; trace it with such an input, or use checkpoints "
                 "with use_reentrant=False"
             )
-        if not running.start:
+        return self._settle(values, 0, min(stop, running.start), tracked=tracked)
+
+    def settle_on(self, values: Sequence[Any], cut: int, stop: int) -> list[Any]:
+        """Run the settled partitions from `cut` to `stop` on the values at `cut`; return those at `stop`.
+
+        What `settle` delivers for images is what this delivers for their values at an earlier cut, within rounding.
+        """
+        self._check_model()
+        return self._settle(list(values), cut, min(stop, self._running.start), tracked=False)
+
+    def _settle(self, values: list[Any], cut: int, stop: int, *, tracked: bool) -> list[Any]:
+        if stop <= cut:
             return values
+        training = self.training
         dtype = self._settled_dtype if training else None
         if training and not tracked:
-            with self._freezing.evaluating(*range(running.start)):
-                return self._prefix(self._model, values, running.start, dtype)
+            with self._freezing.evaluating(*range(cut, stop)):
+                return self._prefix(self._model, values, cut, stop, dtype)
         with nullcontext() if tracked else torch.no_grad(), in_precision(values, dtype):
-            for index in range(running.start):
+            for index in range(cut, stop):
                 values = self._evaluate(index, values)
         values = out_of_precision(values, dtype)
         return values if tracked else without_history(values)
@@ -350,10 +366,12 @@ class Executor(nn.Module):
         finally:
             self._tap = None
 
-    def settled_state(self) -> dict[str, Tensor]:
-        """Return the parameters and buffers of the settled partitions, by the model's names."""
+    def settled_state(self, stop: int | None = None) -> dict[str, Tensor]:
+        """Return the parameters and buffers of the settled partitions, or of those before `stop`, by name."""
         state: dict[str, Tensor] = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        owned = [name for stage in self._stages[: self.window[0]] for name in stage.partition.state]
+        owned = [
+            name for stage in self._stages[: self.window[0] if stop is None else stop] for name in stage.partition.state
+        ]
         return {name: state[name] for name in owned if name in state}
 
     # What tools ask of a model

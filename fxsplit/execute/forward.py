@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -71,20 +71,32 @@ class Forward:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def __call__(self, batch: Batch, *, stop: int | None = None) -> Any:
-        """Return what the model returns for a batch, or the values at cut `stop`."""
-        if stop is None:
-            return self.engine(batch) if torch.is_grad_enabled() else Engine(self.executor)(batch)
-        values = list(batch.values) if batch.cut else self.executor.settle(*batch.values)
-        return self.executor.resume(values, stop)
+        """Return what the model returns for a batch, or the values at cut `stop`, where something trains."""
+        start = self.executor.window[0]
+        if stop is not None:
+            return self.executor.resume(self._settled(batch, start), stop)
+        if 0 < batch.cut < start:
+            batch = replace(batch, values=tuple(self._settled(batch, start)), cut=start)
+        return self.engine(batch) if torch.is_grad_enabled() else Engine(self.executor)(batch)
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the class scores (B, classes) of a batch. Raises FxsplitError when the model returns none."""
         return logits_of(self(batch))
 
-    def settle(self, images: Tensor) -> list[Any]:
-        """Run the settled partitions in autocast, and return the values at the cut after them."""
-        with self.autocast():
-            return self.executor.settle(images)
+    def settle(self, batch: Batch, stop: int, *, amp_dtype: torch.dtype | None = None) -> list[Any]:
+        """Run settled partitions in autocast, and return the values of a batch at cut `stop`, not before its own.
+
+        `amp_dtype`, unless None, is the precision instead of that of `autocast`.
+        """
+        with self.autocast() if amp_dtype is None else torch.autocast(self.device.type, amp_dtype):
+            return self._settled(batch, stop)
+
+    def _settled(self, batch: Batch, stop: int) -> list[Any]:
+        if batch.cut:
+            return self.executor.settle_on(batch.values, batch.cut, stop)
+        if stop == self.executor.window[0]:
+            return self.executor.settle(*batch.values)
+        return self.executor.settle_to(stop, *batch.values)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
 from operator import contains, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -136,20 +136,23 @@ class Prefix:
     def __init__(self, trace: Trace, stages: Sequence[Stage], backend: Backend | None = None) -> None:
         self._stages = [SettledStage(trace, stage, backend) for stage in stages[:-1]]
         self._backend = backend
-        self._chains: dict[int, Callable[[nn.Module, list[Any], list[Any]], Any]] = {}
+        self._chains: dict[tuple[int, int], Callable[[nn.Module, list[Any], list[Any]], Any]] = {}
         self.arrange(trace.model)
 
-    def __call__(self, model: nn.Module, values: list[Any], count: int, dtype: torch.dtype | None = None) -> list[Any]:
-        """Run the first `count` partitions, and return the values at the cut after them.
+    def __call__(
+        self, model: nn.Module, values: list[Any], start: int, stop: int, dtype: torch.dtype | None = None
+    ) -> list[Any]:
+        """Run the settled partitions [start, stop), and return the values at the cut after them.
 
         Args:
             model: its modules are called.
-            values: those that the first partition reads.
-            count: how many partitions are settled.
+            values: those at cut `start`.
+            start: the first partition that runs.
+            stop: the one after the last.
             dtype: convolutions and matrix products run in it, and results of that type become float32 again unless
                 autocast is on; None changes nothing.
         """
-        stages = self._stages[:count]
+        stages = self._stages[start:stop]
         relaid = all(stage.takes_any_layout for stage in stages) and all(map(may_be_relaid, values))
         layout = torch.channels_last if relaid else torch.preserve_format
         kind = _kind_of_device(values)
@@ -159,35 +162,32 @@ class Prefix:
         variants = [stage.folded if device is None else stage.fused for stage in stages]
         with torch.no_grad(), in_precision(values, dtype):
             precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            weights = self._weights_of(stages, variants, device, (layout, precision))
+            weights = self._weights_of((start, stop), variants, device, (layout, precision))
             if self._backend is not None and None not in weights:
-                values = self._chain(count, self._backend)(model, values, weights)
+                values = self._chain(start, stop, self._backend)(model, values, weights)
             else:
                 for stage, variant, each in zip(stages, variants, weights, strict=True):
                     values = stage(model, values, variant, each)
         values = without_history(out_of_precision(values, dtype))
         return map_tensors(_contiguous, values) if relaid else values
 
-    def _chain(self, count: int, backend: Backend) -> Callable[[nn.Module, list[Any], list[Any]], Any]:
-        if count not in self._chains:
-            self._chains[count] = compiled_chain([stage.folded.code for stage in self._stages[:count]], backend)
-        return self._chains[count]
+    def _chain(self, start: int, stop: int, backend: Backend) -> Callable[[nn.Module, list[Any], list[Any]], Any]:
+        if (start, stop) not in self._chains:
+            codes = [stage.folded.code for stage in self._stages[start:stop]]
+            self._chains[start, stop] = compiled_chain(codes, backend)
+        return self._chains[start, stop]
 
     def arrange(self, model: nn.Module) -> None:
         """Find the modules that the model has now, and drop the weights."""
         modules = dict(model.named_modules(remove_duplicate=False))
         for stage in self._stages:
             stage.arrange(modules)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._stamp: Any = None
-        self._weights: list[Weights | None] = []
-        self._originals = Originals(())
+        # By the partitions that run together, what they take. No partition is in two of them.
+        self._held: dict[tuple[int, int], Held] = {}
 
     def _weights_of(
         self,
-        stages: Sequence[SettledStage],
+        span: tuple[int, int],
         variants: Sequence[Folded],
         device: Device | None,
         form: tuple[torch.memory_format, torch.dtype | None],
@@ -196,25 +196,38 @@ class Prefix:
 
         None for a stage that has to run itself.
         """
+        stages = self._stages[slice(*span)]
         sound = [stage.is_sound(variant) for stage, variant in zip(stages, variants, strict=True)]
-        stamp = sound, device, form
-        if stamp != self._stamp or not self._originals.are_unchanged():
-            self._forget()
-            used = [variant for variant, is_sound in zip(variants, sound, strict=True) if is_sound]
-            self._originals = Originals([each for variant in used for each in variant.originals()])
-            for stage, variant, is_sound in zip(stages, variants, sound, strict=True):
-                if not is_sound:
-                    self._weights.append(None)
-                elif device is None:
-                    self._weights.append([each.tensors(variant.modules, *form) for each in variant.folds])
-                else:
-                    self._weights.append(stage.kernels(device))
-            self._stamp = stamp
-        return self._weights
+        stamp, held = (sound, device, form), self._held.get(span)
+        if held is not None and held.stamp == stamp and held.originals.are_unchanged():
+            return held.weights
+        # Before others are made, those in their place are dropped.
+        held = None
+        self._held = {other: each for other, each in self._held.items() if other[1] <= span[0] or span[1] <= other[0]}
+        used = [variant for variant, is_sound in zip(variants, sound, strict=True) if is_sound]
+        originals = Originals([each for variant in used for each in variant.originals()])
+        weights: list[Weights | None] = []
+        for stage, variant, is_sound in zip(stages, variants, sound, strict=True):
+            if not is_sound:
+                weights.append(None)
+            elif device is None:
+                weights.append([each.tensors(variant.modules, *form) for each in variant.folds])
+            else:
+                weights.append(stage.kernels(device))
+        self._held[span] = Held(stamp, weights, originals)
+        return weights
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes the weights of its own model.
-        return {**vars(self), "_stamp": None, "_weights": [], "_originals": Originals(()), "_chains": {}}
+        return {**vars(self), "_held": {}, "_chains": {}}
+
+
+class Held(NamedTuple):
+    """What settled partitions take, with all that it depends on."""
+
+    stamp: Any
+    weights: list[Weights | None]
+    originals: Originals
 
 
 class Untouched:

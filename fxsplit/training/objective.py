@@ -60,12 +60,12 @@ class Objective:
         with self.exits.tapped(forward.executor) as scores:
             logits = forward.logits(batch)
         loss = self._loss(logits, batch, progress)
-        total = self.exits.add_to(loss, scores, batch.labels, smoothing=self.smoothing)
+        total = self.exits.add_to(loss, scores, batch.targets, smoothing=self.smoothing)
         return Losses(total, loss, logits)
 
     def _loss(self, logits: Tensor, batch: Batch, progress: float | Tensor) -> Tensor:
         if self.soft_targets is None:
-            return F.cross_entropy(logits, batch.labels, label_smoothing=self.smoothing)
+            return F.cross_entropy(logits, batch.targets, label_smoothing=self.smoothing)
         loss = self.soft_targets.loss(logits, batch.labels, batch.ids, progress=progress, smoothing=self.smoothing)
         if batch.counted:
             self.soft_targets.after_forward(logits, batch.ids)

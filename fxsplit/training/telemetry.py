@@ -163,14 +163,15 @@ class Work:
         self._forward = [partition.macs for partition in partitions]
         self._count = 0
 
-    def step(self, phase: int, images: int, *, settles: bool, exits: Iterable[nn.Linear] = ()) -> None:
-        """Count a step on so many images; `settles` says that the settled partitions ran for them, too.
+    def step(self, phase: int, images: int, *, start: int, exits: Iterable[nn.Linear] = ()) -> None:
+        """Count a step on so many images, for which the settled partitions ran from the cut `start` on.
 
         A linear layer of an exit is gone through forward, and backward for its input and for its weights.
         """
         work = self._phases[phase]
         of_exits = sum(3 * exit_.in_features * exit_.out_features for exit_ in exits)
-        self._count += images * (work.rest + work.settled * settles + of_exits)
+        settled = work.settled - sum(self._forward[:start])
+        self._count += images * (work.rest + settled + of_exits)
 
     def forward(self, images: int, *, start: int, stop: int) -> None:
         """Count a forward pass of partitions [start, stop) beside the steps."""

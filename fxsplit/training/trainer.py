@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.saving.run_state import Stateful
 from fxsplit.training.accuracy import Accuracy, PendingScore, Score, Snapshots
-from fxsplit.training.endings import Endings
+from fxsplit.training.endings import Endings, WeightEma
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
 from fxsplit.training.optimizers import gradients_of, parameters_of, set_gradients
@@ -81,6 +82,7 @@ class Trainer:
         step: takes an optimizer step.
         optimizer: has the optimizer and the learning rate of each phase.
         endings: averages and recalibrates partitions that stop training.
+        ema: averages weights, for tests and for partitions that stop training; None for neither.
         plasticity: lets partitions whose weights still move settle later than planned; None keeps to the plan.
         guard: undoes moves of the cut that cost accuracy on the held-out images of `feed`; None keeps to the plan.
         snapshots: tests the mean of what the network says at the end of each phase; None for no such ensemble.
@@ -99,6 +101,7 @@ class Trainer:
     step: Step
     optimizer: PhaseOptimizer
     endings: Endings
+    ema: WeightEma | None = None
     plasticity: Plasticity | None = None
     guard: Guard | None = None
     snapshots: Snapshots | None = None
@@ -114,7 +117,7 @@ class Trainer:
         self._position = Position()
         self._steps_per_epoch = self.feed.train_loader.steps_per_epoch
         self._accuracy, self._test_accuracy = (Accuracy(self.forward.device, self.processes) for _ in range(2))
-        self._concord = Concord(self.processes, self.executor, self.objective.soft_targets)
+        self._concord = Concord(self.processes, self.executor, [self.objective.soft_targets, self.ema])
         self._progress = Number(None if self.recordings is None else self.forward.device)
         # Scores of steps that are on their way from the device.
         self._pending: deque[tuple[int, PendingScore]] = deque()
@@ -230,6 +233,8 @@ class Trainer:
         self._end([i for i in range(*self.executor.window) if i not in go_on], epoch, at_midpoint=at_midpoint)
 
     def _end(self, partitions: Sequence[int], epoch: int, *, at_midpoint: bool) -> None:
+        if self.ema is not None:
+            self.ema.settle(partitions)
         stop = self.executor.window[1] if at_midpoint else max(partitions, default=-1) + 1
         self.endings.end(partitions, self._forwarded(epoch, stop), at_midpoint=at_midpoint)
         self._concord.restore()
@@ -242,8 +247,7 @@ class Trainer:
         """Give the batches of an epoch to be run forward up to the cut `stop`, and count that work."""
         for batch in self.feed.training(epoch):
             if self.work is not None:
-                start = 0 if self.feed.settles else batch.cut
-                self.work.forward(len(batch), start=start, stop=stop)
+                self.work.forward(len(batch), start=self.feed.settled_from, stop=stop)
             yield batch
 
     def _enter(self, index: int, *, epochs_left: int) -> None:
@@ -251,7 +255,7 @@ class Trainer:
         #
         #   0 ............. start ................... stop ............. n
         #   |    settled      |        trains           |     frozen     |    (1) modes, requires_grad, folded weights
-        #   |<---- cached --->|                                               (2) a new cache, if the cut has moved
+        #   |<---- cached --->|                                               (2) another cache, if the cut has moved
         #                     |------ exit ---- exit                          (3) exits of the first that train
         #                     |<----- optimizer ------->|                     (4) over what trains after (1) and (3)
         #                     |<------ engine --------->|                     (5) likewise: whose gradients it reduces
@@ -259,11 +263,14 @@ class Trainer:
         phase = self.plan.phases[index]
         self._position = replace(self._position, phase=index)
         self.executor.enter(phase)  # (1)
-        self.feed.enter(phase.start, epochs=epochs_left, notice=self.observer.notice)  # (2)
+        later = self.plan.phases[index + 1 :]
+        self.feed.enter(phase.start, epochs=epochs_left, notice=self.observer.notice, later=later)  # (2)
         if self.objective.exits is not None:
             self.objective.exits.enter(phase, self.observer.notice)  # (3)
         self.optimizer.enter(phase)  # (4)
         self.forward.engine.enter(*self.objective.modules)  # (5)
+        if self.ema is not None:
+            self.ema.enter()
         self._telemetry.phase_begins()
         self.observer.phase_started(index, phase)
         if self.executor.is_compiled:
@@ -271,7 +278,7 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> EpochRecord:
         trained = self._train(epoch)
-        if self.endings.average and epoch + 1 == self.plan.epochs and not self._position.ended:
+        if (self.endings.average or self.ema) and epoch + 1 == self.plan.epochs and not self._position.ended:
             self._is_whole = False
             self._leave(epoch, None)
             self._position = replace(self._position, ended=True)
@@ -306,7 +313,7 @@ class Trainer:
         for batch in self.feed.held_out():
             if self.work is not None:
                 self.work.forward(len(batch), start=0, stop=len(self.plan.partitions))
-            with self.forward.autocast():
+            with self._averaged(), self.forward.autocast():
                 right.append(self.forward.logits(batch).argmax(dim=1) == batch.labels)
         found = torch.cat(right).cpu()
         if sentence := guard.epoch_done(self._position.phase, found):
@@ -344,6 +351,8 @@ class Trainer:
         self.optimizer.set_rate(done)
         self._progress.set(done / (self.plan.epochs * self._steps_per_epoch))
         counted = self.endings.count_step(done + 1)
+        if self.ema is not None:
+            self.ema.count_step(done + 1)
         phase, optimizer = self.plan.phases[self._position.phase], self.optimizer.optimizer
         is_examined = (self._position.epoch, self._position.step) <= self._examined
 
@@ -363,6 +372,8 @@ class Trainer:
         def update() -> None:
             self.step.update(optimizer)
             self.endings.add_weights()
+            if self.ema is not None:
+                self.ema.add()
 
         def whole() -> int:
             samples = backward()
@@ -389,7 +400,7 @@ class Trainer:
         self._accuracy.count(samples)
         if self.work is not None:
             exits = () if self.objective.exits is None else self.objective.exits.linears()
-            self.work.step(self._position.phase, samples, settles=self.feed.settles, exits=exits)
+            self.work.step(self._position.phase, samples, start=self.feed.settled_from, exits=exits)
 
     def _examine(self, batch: Batch) -> None:
         """Raise NotFiniteError, which names the cause, when the loss or the gradients of this step are not finite.
@@ -467,9 +478,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, predictions: list[tuple[Tensor, Tensor]] | None = None) -> Score:
-        """Return the score on the test images; the loss is cross-entropy without label smoothing.
+        """Return the score on the test images, of averaged weights where there are any.
 
-        The class probabilities (B, classes) and labels (B,) of each batch are appended to `predictions`.
+        The loss is cross-entropy without label smoothing. The class probabilities (B, classes) and labels (B,) of each
+        batch are appended to `predictions`.
         """
         if self.recordings is not None:
             self.recordings.make_room()
@@ -486,13 +498,19 @@ class Trainer:
             return logits, batch.labels, batch.counted
 
         for key in source.put(0):
-            logits, labels, counted = step() if recordings is None else recordings.run("test", key, step)
+            # Batch by batch: between them the run may be saved, with the weights that train.
+            with self._averaged():
+                logits, labels, counted = step() if recordings is None else recordings.run("test", key, step)
             accuracy.count(counted)
             if predictions is not None:
                 # A replay writes into the same tensors again.
                 predictions.append((logits.float().softmax(dim=1), labels.clone()))
             self._paused()
         return accuracy.read()
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Make the context in which the model has averaged weights, where there are any."""
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on training, besides the model's own state and the random states.
@@ -518,7 +536,7 @@ class Trainer:
         if self._position.phase >= 0:
             self._enter(self._position.phase, epochs_left=state["feed"]["epochs"])
         if self._position.epoch < self.plan.epochs:
-            self.feed.load_state_dict(state["feed"])
+            self.feed.load_state_dict(state["feed"], self.observer.notice)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 
@@ -528,6 +546,7 @@ class Trainer:
             "optimizer": self.optimizer,
             "step": self.step,
             "endings": self.endings,
+            "ema": self.ema,
             "accuracy": self._accuracy,
             "plasticity": self.plasticity,
             "guard": self.guard,

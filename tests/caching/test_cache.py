@@ -22,6 +22,8 @@ from fxsplit.caching.feed import Feed
 from fxsplit.caching.media import open_rows
 from fxsplit.caching.rows import Column
 from fxsplit.capture.tracing import trace
+from fxsplit.data.augmentation.changes import Changes
+from fxsplit.data.batch import Batch
 from fxsplit.data.loader import ImageSource, Loader
 from fxsplit.data.source import batches_of
 from fxsplit.execute.executor import Executor
@@ -155,7 +157,7 @@ def test_rows_are_kept_in_the_precision_that_computes(
     cache = policy.open(forward, images, epochs=9, notice=pytest.fail)
     for _ in range(2):
         for plain, batch in zip(images.loader.batches(0), batches_of(cache, 0), strict=True):
-            expected = forward.settle(plain.images)
+            expected = forward.settle(plain, 2)
             assert same(batch.values, expected)
             assert [value.dtype for value in batch.values] == [value.dtype for value in expected]
     numbers = sum(math.prod(value.shape[1:]) for value in expected)
@@ -385,13 +387,13 @@ def test_the_stamp_is_that_of_settled_weights() -> None:
     torch.manual_seed(0)
     executor = trainer(Chain(), plan=PHASES).executor
     executor.enter(PHASES[1])
-    found = [stamp(executor)]
+    found = [stamp(executor, executor.window[0])]
 
     def is_another() -> bool:
-        found.append(stamp(executor))
-        return found[-1] not in found[:-1] and found[-1] == stamp(executor.train().eval())
+        found.append(stamp(executor, executor.window[0]))
+        return found[-1] not in found[:-1] and found[-1] == stamp(executor.train().eval(), executor.window[0])
 
-    assert stamp(executor) == found[0]
+    assert stamp(executor, executor.window[0]) == found[0]
     state = list(executor.settled_state().values())
     for tensor in (state[0], executor.get_buffer("norm1.running_var")):
         with torch.no_grad():
@@ -406,13 +408,14 @@ def test_the_stamp_is_that_of_settled_weights() -> None:
     # Weights that train do not matter.
     with torch.no_grad():
         executor.get_parameter("head.weight").add_(1)
-    assert stamp(executor) == found[-1]
+    assert stamp(executor, executor.window[0]) == found[-1]
 
 
 def test_a_cut_that_stays_keeps_its_rows(tmp_path: Path) -> None:
     plan = (Phase(start=2, stop=4, epochs=2), Phase(start=2, stop=4, epochs=2), Phase(start=3, stop=4, epochs=2))
     cached = Run("disk", tmp_path, plan=plan)
-    assert cached.settled == [82, 0, 0, 0, 82, 0]
+    # Those at the next cut come from them, without images.
+    assert cached.settled == [82, 0, 0, 0, 0, 0]
     assert cached.same_as(Run("off", tmp_path, plan=plan))
 
 
@@ -534,9 +537,7 @@ def test_rows_are_filled_again_in_the_order_in_which_they_were(
         net.executor.enter(PHASES[1])
         net.executor.train()
         net.feed.enter(2, epochs=9, notice=pytest.fail)
-        cache = net.feed._train_cache
-        assert cache is not None
-        return cache
+        return net.feed._levels[0].train
 
     monkeypatch.setattr(cache_module, "choose", lambda *_, **__: medium)
     one, other = made(), made()
@@ -572,3 +573,141 @@ def test_without_a_clock_a_cache_is_chosen_by_bytes_and_multiply_adds(
         net = trainer(Chain(), plan=PHASES, cache=CachePolicy(medium="auto", folder=str(tmp_path), measured=False))
         files = [record.cache_file_bytes for record in net.epochs()]
         assert [bool(size) for size in files] == [False, kept, kept, kept]
+
+
+SLIDING = (
+    Phase(start=1, stop=4, epochs=2),
+    Phase(start=2, stop=4, epochs=2),
+    Phase(start=3, stop=4, epochs=3),
+)
+
+
+@pytest.mark.parametrize("medium", ["device", "ram", "disk"])
+@pytest.mark.parametrize("views", [None, 2])
+def test_a_cut_that_moves_on_needs_no_images(medium: str, views: int | None, tmp_path: Path) -> None:
+    """Training and test images go through each settled partition once, or once for each view."""
+    loader = {} if views is None else {"augment": "crop-flip", "views": views}
+    plan = SLIDING if views is None else (Phase(start=1, stop=4, epochs=3), *SLIDING[1:])
+    plain, cached = (Run(each, tmp_path, plan=plan, loader=loader) for each in ("off", medium))
+    assert cached.same_as(plain)
+    assert sum(cached.settled) == 32 + 50 * (views or 1)
+    assert cached.notices == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_at_an_earlier_cut_are_freed_when_all_are_read(tmp_path: Path) -> None:
+    cached = Run("ram", tmp_path, plan=SLIDING)
+    sizes = [partition.boundary_bytes for partition in cached.trainer.plan.partitions]
+    # Of 50 training images and 20 test images, which are tested in the epoch in which the cut moves.
+    both = [70 * size for size in sizes]
+    kept = [record.cache_resident_bytes for record in cached.records]
+    assert kept == [both[1], both[1], both[1] + both[2], both[2], both[2] + both[3], both[3], both[3]]
+
+
+def test_a_phase_before_an_earlier_cut_fills_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the classifier trains alone at first: the images that it sees go through what is settled later."""
+    torch.manual_seed(0)
+    phases = (Phase(start=3, stop=4, epochs=2), Phase(start=1, stop=4, epochs=2), Phase(start=2, stop=4, epochs=2))
+    net = trainer(Chain(), plan=phases[:1])
+    feed = Feed(
+        net.forward,
+        net.feed.train_loader,
+        net.feed.test_loader,
+        policy=CachePolicy(medium="ram", folder=str(tmp_path)),
+    )
+    size = [70 * partition.boundary_bytes for partition in net.plan.partitions]
+    kept, images = [], 0
+    settle_to = Executor.settle_to
+
+    def counted(executor: Executor, stop: int, /, given: Tensor) -> list[Any]:
+        nonlocal images
+        images += len(given)
+        return settle_to(executor, stop, given)
+
+    monkeypatch.setattr(Executor, "settle_to", counted)
+    for index, phase in enumerate(phases):
+        net.executor.enter(phase)
+        feed.enter(phase.start, epochs=phase.epochs, notice=pytest.fail, later=phases[index + 1 :])
+        for epoch in range(phase.epochs):
+            net.executor.train()
+            found = list(feed.training(epoch))
+            plain = list(feed.train_loader.batches(epoch))
+            net.executor.eval()
+            assert len(list(batches_of(feed.test_source, 0))) == 2
+            kept.append(feed.resident_bytes)
+            net.executor.train()
+            before = images
+            for batch, given in zip(found, plain, strict=True):
+                assert batch.cut == phase.start
+                for one, other in zip(batch.values, net.forward.settle(given, phase.start), strict=True):
+                    torch.testing.assert_close(one, other)
+            images = before
+    # Each image once, and the first batches of both sets twice again.
+    assert images == 50 + 20 + 2 * (16 + 16)
+    # Beside the rows that are read now lie those that are read later.
+    assert kept == [size[1] + size[3]] * 2 + [size[1]] * 2 + [size[1] + size[2], size[2]]
+
+
+def test_a_cut_that_comes_back_is_filled_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = trainer(Chain(), plan=(Phase(start=1, stop=4, epochs=9),))
+    loaders = net.feed.train_loader, net.feed.test_loader
+    feed = Feed(net.forward, *loaders, policy=CachePolicy(medium="ram", folder=str(tmp_path)))
+    for start in (1, 2, 1):
+        net.executor.enter(Phase(start=start, stop=4, epochs=9))
+        feed.enter(start, epochs=9, notice=pytest.fail)
+        net.executor.train()
+        for epoch in range(3):
+            for batch, plain in zip(feed.training(epoch), loaders[0].batches(epoch), strict=True):
+                assert same(batch.values, net.forward.settle(plain, start))
+    (level,) = feed.state_dict()["levels"]
+    assert not level["train"]["spent"]
+    assert len(level["train"]["fills"]) == 1
+
+
+def test_a_row_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an image would be rounded otherwise in other company."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(cache_module, "repeats", lambda *_, **__: True)
+    net = trainer(Chain(), plan=PHASES[1:], loader={"limit": 2})
+    net.executor.enter(PHASES[1])
+    net.executor.train()
+    calls, settle = [0], net.forward.settle
+
+    def rounded_otherwise(batch: Batch, stop: int) -> list[Any]:
+        calls[0] += 1
+        return [value + calls[0] for value in settle(batch, stop)]
+
+    monkeypatch.setattr(net.forward, "settle", rounded_otherwise)
+    images = ImageSource(net.feed.train_loader)
+    cache = CachePolicy(medium="ram", folder=str(tmp_path)).open(net.forward, images, epochs=9, notice=pytest.fail)
+    first: dict[int, Tensor] = {}
+    for epoch in range(6):
+        for batch in batches_of(cache, epoch):
+            for index, value in zip(batch.ids.tolist(), batch.values[0], strict=True):
+                assert torch.equal(first.setdefault(index, value.clone()), value)
+    assert calls[0] > 4
+
+
+def test_images_that_are_mixed_are_not_cached(tmp_path: Path) -> None:
+    changes = {"loader": {"changes": Changes(mixup=0.2), "classes": 5}}
+    plain = Run("off", tmp_path, **changes)
+    for medium in ("ram", "auto"):
+        cached = Run(medium, tmp_path, **changes)
+        assert cached.same_as(plain)
+        assert [("mixed with others" in sentence) for sentence in cached.notices] == [True] * (medium == "ram")
+
+
+def test_images_mirrored_by_turns_have_two_rows(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "plan": (Phase(start=0, stop=4, epochs=1), Phase(start=2, stop=4, epochs=5)),
+        "loader": {"augment": "flip-alternate", "views": 2},
+    }
+    plain, cached = Run("off", tmp_path, **changes), Run("ram", tmp_path, **changes)
+    assert cached.same_as(plain)
+    assert cached.settled == [0, 82, 50, 0, 0, 0]
+    # The views are what the epochs have by themselves.
+    loader = cached.trainer.feed.train_loader
+    for epoch in range(3):
+        own, view = (next(loader.batches(epoch, view=view)).images for view in (None, loader.view(epoch)))
+        assert torch.equal(own, view)

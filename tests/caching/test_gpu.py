@@ -24,8 +24,8 @@ def settle(images: Tensor) -> list[Any]:
 
 FORWARD = SimpleNamespace(
     amp_dtype=torch.bfloat16,
-    executor=SimpleNamespace(window=(2, 4), settled_dtype=None, settled_state=dict, training=True),
-    settle=settle,
+    executor=SimpleNamespace(window=(2, 4), settled_dtype=None, settled_state=lambda _stop: {}, training=True),
+    settle=lambda batch, _stop: settle(batch.images),
 )
 
 
@@ -34,7 +34,7 @@ FORWARD = SimpleNamespace(
 )
 def test_rows_go_to_and_fro(medium: str, views: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     # Comparing would read numbers.
-    monkeypatch.setattr("fxsplit.caching.cache.repeats", lambda run, images, *_, **__: bool(run(images)))
+    monkeypatch.setattr("fxsplit.caching.cache.repeats", lambda run, images, *_, **__: bool(run(list(images))))
     monkeypatch.setattr("fxsplit.caching.cache.reading_seconds", lambda *_, **__: 0.0)
     pixels, labels = torch.zeros(11, 3, 8, 8, dtype=torch.uint8), torch.zeros(11).long()
     with pretended(monkeypatch) as gpu:

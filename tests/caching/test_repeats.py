@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxsplit.caching.repeats import are_alike, repeats
+from fxsplit.caching import repeats as module
+from fxsplit.caching.repeats import are_alike
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,6 +39,10 @@ class Calls(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return x * self.calls
+
+
+def repeats(run: Callable[[Tensor], list[Any]], x: Tensor, values: list[Any], **options: Any) -> bool:
+    return module.repeats(lambda given: run(given[0]), [x], values, **options)
 
 
 DEPENDENT: dict[str, Callable[[Tensor], Tensor]] = {
@@ -146,3 +151,13 @@ def test_other_types_shapes_and_numbers_are_not_alike() -> None:
     assert not are_alike(numbers.float(), numbers[:3].float())
     nan = torch.tensor([float("nan"), 1.0])
     assert not are_alike(nan, nan.clone())
+
+
+def test_values_at_an_earlier_cut_are_taken_to_other_places_together() -> None:
+    x, y = images(6), torch.arange(6.0)
+
+    def run(given: list[Any]) -> list[Any]:
+        return [given[0] * given[2][:, None, None, None], None]
+
+    assert module.repeats(run, [x, None, y], run([x, None, y]))
+    assert not module.repeats(run, [x, None, y], run([x, None, y.flip(0)]))

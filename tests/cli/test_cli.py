@@ -37,7 +37,9 @@ from fxsplit.spec import RunSpec, read_recipe, read_values, resolve
 from fxsplit_cli.main import app, main
 
 TRAIN_OPTIONS = """
---amp --amp-dtype --at --augment --balance --batch-size -b --by --channels-last
+--aa --amp --amp-dtype --at --augment --balance --batch-size -b --by --channels-last --color-jitter --crop-pct --cutmix
+--hflip --mixup --model-ema --model-ema-decay --model-ema-warmup --no-model-ema --no-model-ema-warmup
+--ratio --reprob --scale --train-interpolation
 --checkpoint-every --checkpoint-keep --clip-grad --config -c --cuda-graphs
 --data
 --cache --cache-dtype --cache-limit --cache-views
@@ -282,7 +284,12 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
     special = {
         "device": "cpu",
         "stem": "cifar",
-        "augment": "crop-flip",
+        "augment": "resized-crop",
+        "scale": "0.5,0.9",
+        "ratio": "0.5,2",
+        "train-interpolation": "random",
+        "hflip": 0.25,
+        "aa": "trivial",
         "preset": "l2l",
         "memory-aim": 0.5,
         "schedule": "finetune",
@@ -319,7 +326,8 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "torchcompile": "inductor",
         "experiment": "mine",
     }
-    left_out = ("initial-checkpoint", "parts", "plan", "veto")  # they contradict others
+    # They contradict others.
+    left_out = ("initial-checkpoint", "parts", "plan", "veto", "color-jitter", "mixup", "cutmix", "model-ema")
     plain = RunSpec(model="paper:cnn").to_flat()
     changed = {
         key: special[key] if key in special else values[type(value)](value)
@@ -335,6 +343,8 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
     assert all(api.spec.to_flat()[key] != value for key, value in plain.items() if key not in left_out)
     assert main(["train", "paper:cnn", "--veto"]) == 0
     assert api.spec == RunSpec(model="paper:cnn", veto=True)
+    assert main(["train", "paper:cnn", "--color-jitter=0.4", "--mixup=0.2", "--cutmix=1", "--model-ema"]) == 0
+    assert api.spec == RunSpec(model="paper:cnn", color_jitter=0.4, mixup=0.2, cutmix=1, model_ema=True)
 
 
 def test_train_calls_the_library_with_defaults(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:

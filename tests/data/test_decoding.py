@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fxsplit.data.decoding import READ, decode, formats, image_warnings, suffixes
+from fxsplit.data.decoding import READ, decode, formats, image_warnings, read_image, square, suffixes
+from fxsplit.data.images import FileImages
+from fxsplit.data.loader import Loader
 from fxsplit.errors import DataError
 from tests.fuzz_input.images import png
 
@@ -363,3 +366,50 @@ def test_only_what_is_warned_of_while_images_are_read_is_collected(tmp_path: Pat
 
     with pytest.warns(UserWarning, match="somebody else's"):
         assert read() == [str(path)]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("size", "scale"), [(100, 4), (130, 2), (260, 1)])
+def test_of_large_photographs_only_what_is_needed_is_decoded(
+    orientation: int, size: int, scale: int, tmp_path: Path
+) -> None:
+    """At least twice the pixels along each side are left, so that hardly anything changes."""
+    photograph = Image.fromarray(load_sample_image("china.jpg")).resize((1000, 840))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / "large.jpg"
+    photograph.save(path, quality=95, exif=exif)
+    upright = (840, 1000) if orientation == 6 else (1000, 840)
+    asked = []
+
+    def least(width: int, height: int) -> tuple[float, float]:
+        asked.append((width, height))
+        return width * 2 * size / 840, height * 2 * size / 840
+
+    image, *own = read_image(path, least)
+    assert asked == [upright]
+    assert tuple(own) == upright
+    assert image.size == (upright[0] // scale, upright[1] // scale)
+    whole, *_ = read_image(path)
+    assert whole.size == upright
+    plain = v2.functional.pil_to_tensor(square(whole, size, "bilinear"))
+    apart = (decode(path, size).int() - plain.int()).abs().float()
+    assert apart.mean() < (1 if scale > 1 else 1e-9)
+
+
+def test_crops_of_large_photographs_are_decoded_as_small_as_that(tmp_path: Path) -> None:
+    Image.fromarray(load_sample_image("flower.jpg")).resize((1280, 854)).save(tmp_path / "large.jpg", quality=95)
+    images = FileImages([str(tmp_path / "large.jpg")] * 20, torch.zeros(20).long(), img_size=32, workers=0)
+    sizes = []
+    load = Image.Image.crop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "crop", lambda self, box: (sizes.append((self.width, box)), load(self, box))[1])
+        (batch,) = Loader(images, batch_size=20, augment="resized-crop").batches(0)
+    assert {width for width, _ in sizes} <= {1280, 640, 320, 160}
+    assert min(width for width, _ in sizes) < 640
+    assert all(min(box[2] - box[0], box[3] - box[1]) >= 63 for _, box in sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxsplit.data.augmentation.resized_crop.GAP", 99)
+        (exact,) = Loader(images, batch_size=20, augment="resized-crop").batches(0)
+    assert (batch.images - exact.images).abs().mean() < 0.01

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fxsplit.data.augmentation import crop_flip, windows
+from fxsplit.data.augmentation.crops import crop_flip, windows
 from fxsplit.data.batch import Batch, micro_batch_sizes
 from fxsplit.data.decoding import decode
 from fxsplit.data.images import Data, FileImages, MemoryImages, _outlive_signals

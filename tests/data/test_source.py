@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxsplit.data.batch import Batch
-from fxsplit.data.images import MemoryImages
+from fxsplit.data.images import MemoryImages, ReaderChange
 from fxsplit.data.loader import ImageSource, Loader
 from tests.cuda.simulated import SimulatedRecorder, Tape
 
@@ -52,7 +52,12 @@ class Watched(MemoryImages):
     def resident(self) -> None:
         return None
 
-    def read(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+    def read(
+        self,
+        order: Tensor,
+        batch_size: int,
+        change: ReaderChange | None = None,  # noqa: ARG002 - as images have it
+    ) -> Iterator[Tensor]:
         for ids in torch.split(order, batch_size):
             self.labels.seen.extend(ids.tolist())  # type: ignore[attr-defined]
             yield self.pixels[ids]

@@ -72,6 +72,18 @@ KINDS: dict[str, dict[str, Any]] = {
         "decay_rate": 1e-6,
     },
     "views": {**SETTLING, "augment": "crop-flip", "cache": "disk", "cache_views": 2, "epochs": 6, "opt": "momentum"},
+    "policy": {"augment": "crop-flip", "aa": "rand-m9-mstd0.5", "reprob": 0.5, "workers": 1, "model_ema": True},
+    "mixed": {
+        **SETTLING,
+        "augment": "resized-crop",
+        "train_interpolation": "random",
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "model_ema": True,
+        "model_ema_decay": 0.9,
+        "model_ema_warmup": True,
+    },
+    "alternate": {**SETTLING, "augment": "flip-alternate", "cache": "ram", "epochs": 6},
     "few": {**SETTLING, "cache": "ram", "train_batches_per_epoch": 3, "grad_accum_steps": 2, "average": 0.3},
     "finetune": {
         "preset": "finetune",

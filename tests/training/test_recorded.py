@@ -150,7 +150,7 @@ def refusals(listener: Listener) -> list[str]:
         (settling, 3 + 6 + 3, 12),
         # Of 13 steps in an epoch 12 have full batches.
         (settling_from_rows, 21 + (8 + 21) + (8 + 9) + 18, 85),
-        (settling_from_views, 21 + (8 + 12 + 9) + 21 + 22, 93),
+        (settling_from_views, 21 + (8 + 12 + 9) + 39, 89),
         (augmented, 9 + 1, 10),
         (with_everything, 9, 12),
         (with_everything_from_rows, 58 + 15, 67 + 18),

@@ -33,7 +33,7 @@ from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan, schedule
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.training.accuracy import Accuracy
-from fxsplit.training.endings import Endings, named_parameters
+from fxsplit.training.endings import Endings, WeightEma, named_parameters
 from fxsplit.training.exits import Exits
 from fxsplit.training.objective import Objective
 from fxsplit.training.optimizers import make_optimizer, make_scheduler
@@ -67,6 +67,7 @@ def trainer(
     exits: Callable[[Executor], Exits] | None = None,
     annealing: float = 0.0,
     average: float = 0.0,
+    ema: float | None = None,
     recalibrate: bool = False,
     veto: bool = False,
     clip_grad: float | None = None,
@@ -135,6 +136,9 @@ def trainer(
             midpoint=objective.has_midpoint,
             recorded=is_recorded,
         ),
+        ema=None
+        if ema is None
+        else WeightEma(executor, decay=ema, device=train_loader.device if is_recorded else None),
         plasticity=Plasticity(named_parameters(executor), interval=max(1, steps // 3)) if veto else None,
         recordings=recordings,
         update_is_recorded=is_recorded,

@@ -50,10 +50,10 @@ def test_what_is_added_up() -> None:
     work = Work(phases, partition(trace, at=["1", "2"]))
     work.proof(8)
     assert work.take() == 2 * 8 * phases[0].rest
-    work.step(1, 5, settles=True)
-    work.step(1, 5, settles=False)
+    work.step(1, 5, start=0)
+    work.step(1, 5, start=1)
     assert work.take() == 5 * (FIRST + 2 * phases[1].rest)
-    work.step(0, 1, settles=True, exits=[nn.Linear(16, 10)])
+    work.step(0, 1, start=0, exits=[nn.Linear(16, 10)])
     assert work.take() == phases[0].rest + 3 * 160
     work.forward(3, start=1, stop=3)
     assert work.state_dict() == {"count": 3 * (SECOND + THIRD)}
