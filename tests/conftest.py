@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,10 @@ from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Plan, schedule
 from fxsplit.report import EpochRecord, Inspection, RunReport
 from tests.pairs import both
+
+# Where several processes run the tests, each has a core; torch reads this when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A loaded machine is no reason for a test to fail.
 settings.register_profile("fxsplit", deadline=None)
