@@ -132,7 +132,7 @@ def test_a_report_survives_its_file(full: RunReport) -> None:
     for record in (full, full.epochs[0], full.plan, *full.plan.phases[:1]):
         for item in fields(record):
             at_rest = item.default if item.default is not MISSING else None
-            rests = isinstance(record, Phase) and item.name in ("recompute", "segmented")
+            rests = isinstance(record, Phase) and item.name in ("recompute", "segmented", "thaws")
             assert rests or getattr(record, item.name) != at_rest, f"{item.name} would be the same if it were lost"
     data = strict(json_text(full.to_dict()))
     assert RunReport.from_dict(data) == full
