@@ -62,7 +62,7 @@ def test_what_takes_long_is_told_before_it_begins(spec: Callable[..., RunSpec]) 
     heard = Heard()
     fxsplit.train(spec(), heard)
     assert heard.told == [
-        "building paper:cnn", "reading synthetic", "tracing the model", "cpu, 2 phases, 16 and 128 images", "forecast",
+        "building paper:cnn", "tracing the model", "reading synthetic", "cpu, 2 phases, 16 and 128 images", "forecast",
         "proving the first batch", "phase 0 of 1 epochs", "step 2 of 2", "epoch 1",
         "phase 1 of 1 epochs", "step 2 of 2", "epoch 2",
     ]  # fmt: skip

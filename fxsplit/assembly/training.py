@@ -167,7 +167,7 @@ def trainer(
         plasticity=_plasticity(executor, steps_per_epoch) if spec.veto else None,
         guard=Guard(plan) if data.held_out is not None else None,
         snapshots=Snapshots() if spec.ensemble and len(plan.phases) > 1 else None,
-        work=Work(step_work(plan, trace), plan.partitions),
+        work=Work(partial(step_work, modes=trace), plan),
         recordings=recordings,
         update_is_recorded=update_is_recorded,
         processes=processes,

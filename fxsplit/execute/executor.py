@@ -256,7 +256,7 @@ class Executor(nn.Module):
     @_forward
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model would return. Raises GuardError when inputs take another path than the traced one."""
-        return self._resume(self.settle(*args, **kwargs))
+        return self._resume(self.settle_to(self._phase.start, *args, **kwargs))
 
     def _check_model(self) -> None:
         """Check what may have changed since the last call without notice: hooks and modes. It takes microseconds."""
@@ -299,7 +299,7 @@ class Executor(nn.Module):
                 "of the older kind give none to parameters either; trace it with such an input, or use checkpoints "
                 "with use_reentrant=False"
             )
-        return self._settle(values, 0, min(stop, running.start), tracked=tracked)
+        return self._settle(values, 0, min(stop, running.start), tracked=tracked) if running.start else values
 
     def settle_on(self, values: Sequence[Any], cut: int, stop: int) -> list[Any]:
         """Run the settled partitions from `cut` to `stop` on the values at `cut`; return those at `stop`.

@@ -165,7 +165,7 @@ class Recovery:
         less = self.memory.less(plan, phase) if self.keeps else None
         if less is None or self._go_back() is None:
             raise OutOfMemoryError(f"{where}: {self.memory.words(plan, phase)}") from fault
-        trainer.plan = less
+        trainer.follow(less)
         saving = less.saving(less.phases[phase])
         trainer.observer.notice(f"{where}; it is tried again from the last whole state, and {saving}")
         self.replanned(less)

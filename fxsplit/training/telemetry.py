@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import nn
 from fxsplit.caching.feed import Feed
 from fxsplit.measuring.meter import Meter, now, processor_seconds
 from fxsplit.plan.forecast import StepWork
-from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import EpochRecord, StepRecord
 from fxsplit.training.accuracy import Score
@@ -154,14 +153,19 @@ class Work:
     """Adds up multiply-adds until they are taken for the record of an epoch. Tests are not counted.
 
     Args:
-        phases: what a step takes for an image, by phase.
-        partitions: of the plan.
+        count: says what a step takes for an image, by phase of a plan.
+        plan: that of the run.
     """
 
-    def __init__(self, phases: Sequence[StepWork], partitions: Sequence[Partition]) -> None:
-        self._phases = phases
-        self._forward = [partition.macs for partition in partitions]
+    def __init__(self, count: Callable[[Plan], Sequence[StepWork]], plan: Plan) -> None:
+        self._count_steps = count
+        self._phases = count(plan)
+        self._forward = [partition.macs for partition in plan.partitions]
         self._count = 0
+
+    def follow(self, plan: Plan) -> None:
+        """Count the steps from now on as those of another plan of the same partitions."""
+        self._phases = self._count_steps(plan)
 
     def step(self, phase: int, images: int, *, start: int, exits: Iterable[nn.Linear] = ()) -> None:
         """Count a step on so many images, for which the settled partitions ran from the cut `start` on.

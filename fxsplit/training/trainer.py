@@ -139,6 +139,12 @@ class Trainer:
         if self._position.phase < 0:
             self._begin(0)
 
+    def follow(self, plan: Plan) -> None:
+        """Go on by another plan, whose phases differ in nothing but how they save memory."""
+        self.plan = plan
+        if self.work is not None:
+            self.work.follow(plan)
+
     def leave_out(self, epoch: int, step: int) -> None:
         """Do not take a step of the run, both numbers from 0: its batch is passed over."""
         self._left_out.add((epoch, step))

@@ -75,7 +75,7 @@ def at_cut(net: Executor, images: Tensor) -> list[Tensor]:
 
 def by_prefix(net: Executor, images: Tensor) -> list[Tensor]:
     with net._freezing.evaluating(*range(net.window[0])):
-        values = net._prefix(net._model, [images], net.window[0])
+        values = net._prefix(net._model, [images], 0, net.window[0])
     return [value for value in values if isinstance(value, Tensor)]
 
 

@@ -27,7 +27,9 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[SimulatedRecorder]:
     """The recorders of all runs that are begun."""
     made: list[SimulatedRecorder] = []
 
-    def recordings(_: fxsplit.RunSpec, trace: Trace, device: torch.device, observer: Observer) -> Recordings:
+    def recordings(
+        _: fxsplit.RunSpec, trace: Trace, device: torch.device, _processes: object, observer: Observer
+    ) -> Recordings:
         made.append(SimulatedRecorder(most=2))
         return Recordings(made[-1], device, held=(trace.model,), notice=observer.notice)
 

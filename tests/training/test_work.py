@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,11 @@ def test_a_step_by_hand() -> None:
 
 
 def test_what_is_added_up() -> None:
-    phases = work_of(Phase(start=0, stop=3, epochs=1), Phase(start=1, stop=3, epochs=1))
+    given = Phase(start=0, stop=3, epochs=1), Phase(start=1, stop=3, epochs=1)
+    phases = work_of(*given)
     trace = fxsplit.trace(layers(), (torch.randn(2, 4),))
-    work = Work(phases, partition(trace, at=["1", "2"]))
+    plan = Plan(schedule="any", partitions=partition(trace, at=["1", "2"]), phases=given)
+    work = Work(partial(step_work, modes=trace), plan)
     work.proof(8)
     assert work.take() == 2 * 8 * phases[0].rest
     work.step(1, 5, start=0)
@@ -57,10 +61,13 @@ def test_what_is_added_up() -> None:
     assert work.take() == phases[0].rest + 3 * 160
     work.forward(3, start=1, stop=3)
     assert work.state_dict() == {"count": 3 * (SECOND + THIRD)}
-    other = Work(phases, partition(trace, at=["1", "2"]))
+    other = Work(partial(step_work, modes=trace), plan)
     other.load_state_dict(work.state_dict())
     assert other.take() == work.take() == 3 * (SECOND + THIRD)
     assert work.take() == 0
+    work.follow(replace(plan, phases=(replace(given[0], recompute=1), given[1])))
+    work.step(0, 1, start=0)
+    assert work.take() == phases[0].rest + FIRST
 
 
 MODEL = """
