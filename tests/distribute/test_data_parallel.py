@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed, multiprocessing, nn
 
 import fxsplit
-from fxsplit.assembly.starting import check_alike
+from fxsplit.assembly.starting import Start, _fitting, check_alike
 from fxsplit.data.loader import Loader
 from fxsplit.distribute.concord import Concord
-from fxsplit.distribute.processes import Processes
+from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import FxsplitError, Terminated, UsageError
 from fxsplit.report import Observer, StepRecord
 from fxsplit.spec import RunSpec
@@ -61,9 +61,17 @@ SPECS: dict[str, dict[str, Any]] = {
     # Processes keep images of their own from the second phase on.
     "cache": {**SETTLING, "cache": "ram", "soft_targets": 0.5},
     "views": {**SETTLING, "cache": "disk", "augment": "crop-flip", "cache_views": 2, "epochs": 8, "opt": "momentum"},
+    # Images are changed where they are read, and erased on the device; what settles takes an average.
+    "changes": {
+        **SETTLING, "color_jitter": 0.3, "reprob": 0.5, "augment": "crop-flip", "workers": 0, "model_ema": True,
+        "model_ema_decay": 0.8, "opt": "momentum",
+    },
 }  # fmt: skip
 CACHED = ("cache", "views")
-NORMS = {"norms": {**SETTLING, "cache": "ram", "soft_targets": 0.5, "settle_from": 0.5}}
+NORMS: dict[str, dict[str, Any]] = {
+    "norms": {**SETTLING, "cache": "ram", "soft_targets": 0.5, "settle_from": 0.5},
+    "averaged norms": {**SETTLING, "cache": "ram", "model_ema": True, "model_ema_decay": 0.8},
+}
 
 
 def spec(folder: Path, name: str, output: str) -> RunSpec:
@@ -273,3 +281,11 @@ def test_what_differs_between_processes_is_named_in_all(ranks: list[dict[str, An
     assert in_bytes.startswith("'bytes' of process 1")
     assert models.startswith("process 1 has another model than process 0: ")
     assert passed_on == "invalid literal for int() with base 10: 'x'"
+
+
+@pytest.mark.parametrize(("asked", "named"), [({"mixup": 0.2}, "--mixup"), ({"cutmix": 1.0}, "--cutmix")])
+def test_images_are_not_mixed_with_those_of_another_process(asked: dict[str, Any], named: str) -> None:
+    start = Start(spec=RunSpec(model="timm:resnet18", data="synthetic", **asked))
+    with pytest.raises(UsageError, match=f"^{named} mixes images of a batch"):
+        _fitting(start, Processes(0, RANKS), Observer())
+    assert _fitting(start, ALONE, Observer()) is start
