@@ -104,7 +104,7 @@ class RunSpec:
     train_limit: int | None = option("Data", "Train on this many images, drawn with the seed.", None, least=1)
     train_batches_per_epoch: int | None = option("Data", "End each epoch after this many steps.", None, least=1)
     crop_pct: float = option(
-        "Data", "Share of the short side of test images that is left, in the middle.", 1.0, above=0, most=1
+        "Data", "Share of the short side of test images that is left, in the middle.", 1.0, least=0.1, most=1
     )
     mean: tuple[float, ...] = option("Data", "Means of the channels, subtracted from pixels / 255.", ())
     std: tuple[float, ...] = option(

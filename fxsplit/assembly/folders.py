@@ -85,6 +85,7 @@ def _config(spec: RunSpec, data: Data) -> ModelConfig:
         classes=data.classes,
         channels=data.channels,
         img_size=data.img_size,
+        crop_pct=spec.crop_pct,
         interpolation=interpolation(spec),
         mean=spec.mean,
         std=spec.std,

@@ -99,6 +99,7 @@ def load_test(
     notice: Notice,
     workers: int,
     interpolation: str = INTERPOLATIONS[0],
+    crop_pct: float = 1.0,
     all_of_folder: bool = False,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> NamedImages:
@@ -108,13 +109,14 @@ def load_test(
         name: of the data set.
         classes: what labels mean. The data set may have them in another order, and fewer.
         img_size: side of the square images in pixels.
-        data_dir: as for `load`, and so are seed, notice, workers, interpolation and memory_limit_bytes.
+        data_dir: as for `load`, and so are seed, notice, workers, interpolation, crop_pct and memory_limit_bytes.
         all_of_folder: of a folder that is not divided into train/ and test/, take all images, not those held out.
 
     Raises UsageError and DataError as `load` does, and DataError when the data set has other classes.
     """
     if path := _folder_path(name):
         files = _test_files(path, classes, img_size, seed, workers, interpolation, notice, all_of_folder)
+        files = files.cropped(crop_pct)
         needed = len(files) * 3 * img_size**2
         images: ImageSet = files if needed > memory_limit_bytes else _decoded(files)[0]
         return NamedImages(images, files.paths)
@@ -124,6 +126,7 @@ def load_test(
     if missing := [printable(each) for each in classes if each not in data.classes]:
         notice(f"{name} has no image of {', '.join(missing)}: accuracy is that of the other classes")
     images = data.test.labelled(_positions(data.classes, classes)[data.test.labels])
+    images = images.cropped(crop_pct)
     return NamedImages(images, tuple(f"test image {index} of {name}" for index in range(len(images))))
 
 

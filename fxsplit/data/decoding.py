@@ -96,13 +96,15 @@ def read_image(path: str | Path, least: Least | None = None) -> tuple[Image.Imag
         return _read(image, least)
 
 
-def square_pixels(image: Image.Image, img_size: int, interpolation: str = INTERPOLATIONS[0]) -> Tensor:
+def square_pixels(
+    image: Image.Image, img_size: int, interpolation: str = INTERPOLATIONS[0], *, crop_pct: float = 1.0
+) -> Tensor:
     """Make the pixels of an image that is open already, as `decode` does. Whatever a decoder raises is raised.
 
     All of its detail is decoded, up to MOST_PIXELS: with less, it would be another image for those who have opened it.
     """
     whole, _, _ = _read(image, None)
-    pixels: Tensor = transforms.pil_to_tensor(square(whole, img_size, interpolation))
+    pixels: Tensor = transforms.pil_to_tensor(square(whole, img_size, interpolation, crop_pct=crop_pct))
     return pixels
 
 

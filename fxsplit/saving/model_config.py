@@ -18,8 +18,9 @@ from fxsplit.records import json_line, read_record
 # The name of the file, and the key in the metadata of weights.
 MODEL_CONFIG = "model.json"
 SCHEMA = 1
-RESIZE = "short side to img_size, antialiased, then centre crop"
+RESIZE = "short side to img_size / crop_pct, antialiased, then centre crop"
 MOST_PIXELS = 1 << 16
+LEAST_CROP = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class ModelConfig:
         classes: what each output means, in order.
         channels: of an image, 3: red, green, blue.
         img_size: side of the square images in pixels.
+        crop_pct: the share of an image's short side that is left, in its middle.
         resize: how an image becomes such a square, in words, for other programs.
         interpolation: how it is resized.
         mean: subtracted from pixels / 255, one number or one a channel; none leaves them as they are.
@@ -51,6 +53,7 @@ class ModelConfig:
     classes: tuple[str, ...]
     channels: int
     img_size: int
+    crop_pct: float = 1.0
     resize: str = RESIZE
     interpolation: str
     mean: tuple[float, ...]
@@ -98,6 +101,8 @@ def _fault(config: ModelConfig) -> str:
         return f"channels is {config.channels}, and images are prepared with 3"
     if not 1 <= config.img_size <= MOST_PIXELS:
         return f"img_size is {config.img_size}, and must be from 1 to {MOST_PIXELS}"
+    if not LEAST_CROP <= config.crop_pct <= 1:
+        return f"crop_pct is {config.crop_pct}, and must be from {LEAST_CROP} to 1"
     if config.resize != RESIZE:
         return f"resize is {config.resize!r}, and images are prepared by {RESIZE!r}"
     if config.interpolation not in INTERPOLATIONS:

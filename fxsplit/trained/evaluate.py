@@ -115,6 +115,7 @@ def _images(data: str | None, spec: RunSpec, config: ModelConfig, observer: Obse
         config.classes,
         img_size=config.img_size,
         interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
         data_dir=spec.data_dir,
         seed=spec.seed,
         workers=spec.workers,

@@ -60,20 +60,20 @@ class TrainedModel(nn.Module):
         return logits_of(self.model(images))
 
     def pixels(self, picture: Picture) -> Tensor:
-        """Return the pixels of an image, uint8 (3, img_size, img_size), cropped and resized as in training.
+        """Return the pixels of an image, uint8 (3, img_size, img_size), resized and cropped as in the run's tests.
 
         Raises DataError when it cannot be decoded.
         """
-        size, interpolation = self.config.img_size, self.config.interpolation
+        config = self.config
         if not isinstance(picture, Image.Image):
-            return decode(picture, size, interpolation)
+            return decode(picture, config.img_size, config.interpolation, crop_pct=config.crop_pct)
         try:
-            return square_pixels(picture, size, interpolation)
+            return square_pixels(picture, config.img_size, config.interpolation, crop_pct=config.crop_pct)
         except Exception as error:  # every kind of broken image fails in its own way
             raise DataError(f"the image cannot be decoded ({reason(error)})") from error
 
     def preprocess(self, picture: Picture) -> Tensor:
-        """Prepare an image as in training: float32 (3, img_size, img_size), on the model's device.
+        """Prepare an image as in the run's tests: float32 (3, img_size, img_size), on the model's device.
 
         Raises DataError when it cannot be decoded.
         """

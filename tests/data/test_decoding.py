@@ -323,6 +323,10 @@ def test_of_a_large_photograph_a_smaller_version_is_decoded(tmp_path: Path, monk
     whole = decode(photo, 16)
     monkeypatch.setattr("fxsplit.data.decoding.MOST_PIXELS", 512 * 256 - 1)
     assert (decode(photo, 16).int() - whole.int()).abs().max() <= 3
+    # Whoever wants all pixels gets every other one.
+    image, width, height = read_image(photo)
+    assert (image.size, width, height) == ((256, 128), 512, 256)
+    assert read_image(photo, lambda *_: (40.0, 20.0))[0].size == (64, 32)
     with pytest.raises(DataError, match=r"it has 131072 pixels, and at most 131071 are read"):
         decode(drawing, 16)
     monkeypatch.setattr("fxsplit.data.decoding.MOST_PIXELS", 512 * 256)

@@ -18,7 +18,9 @@ from torch import Tensor
 
 import fxsplit
 from fxsplit.data import datasets, decoding
+from fxsplit.data.augmentation.changes import Changes
 from fxsplit.data.decoding import decode
+from fxsplit.data.loader import Loader
 from fxsplit.errors import DataError
 from fxsplit.report import Observer, StepRecord
 from tests.faults.folders import images_in, load
@@ -106,6 +108,26 @@ def test_the_next_of_its_class_takes_its_place_and_it_is_named_once(damage: Dama
     assert told[0].startswith(f"the image '{folder}/train/class0/07.png' ")
     assert told[0].endswith(f"until then '{folder}/train/class0/08.png' takes its place (bad image 1 of at most 2)")
     assert told[1].endswith(f"until then '{folder}/train/class1/00.png' takes its place (bad image 2 of at most 2)")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("augment", ["resized-crop", "crop-flip"])
+def test_an_image_in_the_place_of_another_is_changed_by_the_numbers_of_that_place(
+    augment: str, workers: int, folder: Path
+) -> None:
+    """So a run is the same with a copy of it there, and the images after it are changed as ever."""
+    changes = Changes(aa="rand-m9-mstd0.5")
+
+    def epoch(**given: Any) -> Tensor:
+        data = load(folder, workers=workers, **given).train
+        loader = Loader(data, batch_size=5, training=True, seed=3, augment=augment, changes=changes)
+        return torch.cat([batch.images for batch in loader.batches(1)])
+
+    class0 = folder / "train" / "class0"
+    shutil.copy(class0 / "08.png", class0 / "07.png")
+    expected = epoch()
+    cut_off(class0 / "07.png")
+    assert torch.equal(epoch(max_bad_samples=1), expected)
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
@@ -231,12 +253,13 @@ class KillsWorkers(Observer):
                 time.sleep(0.01)  # where torch's own handler would raise its error
 
 
-@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["of files", "that changes images in memory"])
 def test_a_worker_that_dies_ends_the_run_between_two_steps(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    limit: int, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(datasets, "load", lambda *args, **kwargs: LOAD(*args, **kwargs, memory_limit_bytes=limit))
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
-    changes = {"workers": 2, "batch_size": 3}
+    changes = {"workers": 2, "batch_size": 3, "aa": "rand-m9-mstd0.5" if limit else None}
     fxsplit.train(asked(tmp_path, folder, experiment="whole", **changes))
     heard = KillsWorkers(signal.SIGKILL)
     words = r"a process that reads images has died \(.*\), as happens when memory runs out; use fewer --workers"

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,23 @@ def test_the_numbers_are_those_of_the_last_epoch(kind: str, tmp_path: Path) -> N
     report = fxsplit.train(spec)
     last = max((Path(report.folder) / "checkpoints").iterdir())
     assert numbers(fxsplit.evaluate(last, device="cpu", trust_code=True)) == last_of(report.epochs[-1])
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("place", ["in memory", "in files", "known by name"])
+def test_only_the_middle_is_tested_where_the_run_did_so(
+    place: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "in files":
+        for name in ("load", "load_test"):
+            monkeypatch.setattr(datasets, name, partial(getattr(datasets, name), memory_limit_bytes=0))
+    spec = fxsplit.RunSpec(
+        model="paper:cnn", data="digits" if place == "known by name" else f"folder:{photographs}", img_size=16,
+        crop_pct=0.6, train_limit=16, batch_size=8, epochs=2, device="cpu", workers=0, prove=False,
+        output=str(tmp_path),
+    )  # fmt: skip
+    report = fxsplit.train(spec)
+    assert numbers(fxsplit.evaluate(report.folder, device="cpu")) == last_of(report.epochs[-1])
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -53,8 +53,8 @@ def test_the_folder_says_how_the_model_is_used(run: Path) -> None:
     assert metadata["format"] == "pt"  # without it, transformers does not take the file
     assert said == {
         "model": "paper:cnn", "file": "", "pretrained": False, "stem": "original", "drop_path": 0.0,
-        "classes": list(CLASSES), "channels": 3, "img_size": 16,
-        "resize": "short side to img_size, antialiased, then centre crop", "interpolation": "bicubic",
+        "classes": list(CLASSES), "channels": 3, "img_size": 16, "crop_pct": 1.0,
+        "resize": "short side to img_size / crop_pct, antialiased, then centre crop", "interpolation": "bicubic",
         "mean": list(MEAN), "std": list(STD), "channels_last": False, "schema": 1,
     }  # fmt: skip
 
@@ -298,6 +298,9 @@ def test_a_place_that_is_none_is_one_sentence(tmp_path: Path, run: Path) -> None
         ({"img_size": 0}, "img_size is 0"),
         ({"img_size": 10**9}, "img_size is 1000000000"),
         ({"img_size": "16"}, "'img_size' of ModelConfig cannot be '16'"),
+        ({"crop_pct": 1.5}, "crop_pct is 1.5, and must be from 0.1 to 1"),
+        ({"crop_pct": 1e-9}, "crop_pct is 1e-09"),
+        ({"crop_pct": None}, "crop_pct is nan"),
         ({"classes": []}, "it has no classes"),
         ({"classes": "ab"}, "'classes' of ModelConfig cannot be 'ab'"),
         ({"channels": 1}, "channels is 1, and images are prepared with 3"),

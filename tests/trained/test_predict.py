@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fxsplit
+from fxsplit.data.decoding import decode
 from fxsplit.errors import UsageError
 from fxsplit.report import Observer, Prediction
+from fxsplit.trained.model import TrainedModel
 from tests.trained.conftest import CLASSES
 from tests.trained.test_load import photographs_of
 
@@ -31,6 +36,22 @@ def test_every_image_gets_what_the_model_says(run: Path) -> None:
     assert [each.file for each in again] == [str(file) for file in [*reversed(files), files[0]]]
     assert again[-1] == again[-2]
     assert len(again[0].classes) == 3
+
+
+def test_only_the_middle_is_asked_about_where_the_run_tested_it(run: Path, tmp_path: Path) -> None:
+    """Of files, and of images that are open already."""
+    model = fxsplit.load(run)
+    middle = TrainedModel(model.model, replace(model.config, crop_pct=0.6))
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "model.json").write_text(json.dumps(middle.config.to_dict()), encoding="utf-8")
+    for path in sorted(photographs_of(run).rglob("*.png"))[:4]:
+        expected = decode(path, 16, "bicubic", crop_pct=0.6)
+        assert torch.equal(middle.pixels(path), expected)
+        with Image.open(path) as image:
+            assert torch.equal(middle.pixels(image), expected)
+        (found,) = fxsplit.predict(tmp_path / "run", [path], device="cpu")
+        ((guess, *_),) = model.predict(model.normalize(expected[None]))
+        assert found.classes[0] == (guess.label, guess.probability)
 
 
 def test_a_file_that_is_no_image_is_named_and_the_rest_goes_on(run: Path, tmp_path: Path) -> None:
