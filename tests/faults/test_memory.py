@@ -78,6 +78,11 @@ def run(tmp_path: Path, heard: Observer, kind: str, **changes: Any) -> fxsplit.R
     return fxsplit.train(spec(tmp_path, kind, experiment="mine", memory_aim=None, **changes), heard)
 
 
+def but_for_work(found: list[str]) -> list[str]:
+    """Leave out the multiply-adds, of which there are more where partitions recompute."""
+    return [each for each in found if "multiply_adds" not in each]
+
+
 @pytest.mark.parametrize(
     ("kind", "where", "since", "error"),
     [
@@ -97,7 +102,7 @@ def test_a_phase_is_tried_again_with_less_and_nothing_remains_of_the_failure(
         machine = Machine(patched, error, saves=1, since=since, where=where)
         report = run(tmp_path, heard, kind, parts=4, memory_budget="auto")
     assert machine.failures
-    assert differences(expected, left_by(tmp_path / "mine")) == []
+    assert but_for_work(differences(expected, left_by(tmp_path / "mine"))) == []
     (said,) = [each for each in heard.sentences if "memory ran out" in each][:1]
     phase = report.plan.phases[report.epochs[since].phase]
     assert f"; it is tried again from the last whole state, and {report.plan.saving(phase)}" in said
@@ -141,7 +146,7 @@ def test_without_auto_the_forecast_and_three_things_to_try_are_said(
     monkeypatch.undo()
     expected, _ = whole(tmp_path, "standard", parts=4)
     resumed(tmp_path / "mine")
-    assert differences(expected, left_by(tmp_path / "mine")) == []
+    assert but_for_work(differences(expected, left_by(tmp_path / "mine"))) == []
 
 
 def test_a_run_that_goes_on_keeps_the_smaller_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +157,7 @@ def test_a_run_that_goes_on_keeps_the_smaller_plan(tmp_path: Path, monkeypatch: 
     report = resumed(folder)
     assert report.plan.phases[0].recompute
     expected, _ = whole(tmp_path, "standard", **changes)
-    assert differences(expected, left_by(folder)) == []
+    assert but_for_work(differences(expected, left_by(folder))) == []
 
 
 def test_a_batch_is_divided_where_that_needs_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
