@@ -52,7 +52,8 @@ def run_folder_of(path: str | Path) -> Path:
     folder = given.parent if os.path.isfile(given) else given
     folder = folder.parent if folder.name == CHECKPOINTS else folder
     if not os.path.isfile(folder / RECIPE):
-        raise UsageError(f"there is no run to go on with at {shown_path(path)}: it has no {RECIPE}")
+        lack = f"it has no {RECIPE}" if os.path.isdir(folder) else "there is no such folder"
+        raise UsageError(f"there is no run to go on with at {shown_path(path)}: {lack}")
     return folder
 
 

@@ -25,7 +25,7 @@ from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.partition import most_partitions, with_head
 from fxsplit.plan.planfile import PlanFile
 from fxsplit.plan.scaling import ScaleForecast
-from fxsplit.plan.schedule import Plan, schedule
+from fxsplit.plan.schedule import SETTLING, Plan, counted, schedule
 from fxsplit.report import Inspection, Observer
 from fxsplit.spec import RunSpec
 from fxsplit.training.optimizers import SLOTS, slots_of
@@ -54,6 +54,11 @@ def plan(
     plan = _given_plan(spec, trace, observer)
     phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
     plan = replace(plan, preset=spec.preset, phases=tuple(phases))
+    if spec.plan is None and spec.schedule in SETTLING and not any(phase.start for phase in plan.phases):
+        observer.notice(
+            f"nothing settles in {counted(plan.epochs, 'epoch')} of {len(plan.partitions)} partitions, so this is "
+            "standard training; more --epochs, an earlier --settle-from or a larger --settle-share change that"
+        )
     budget = spec.memory_aim if _insisted(spec) is None else _insisted(spec)
     return plan if budget is None else _within(spec, plan, trace, budget, processes)
 

@@ -482,7 +482,7 @@ def _errors_of(library: str, name: str, settings: dict[str, Any], *, cache: str)
             raise _cannot_build(library, name, settings, error) from error
         raise DataError(
             f"{shown_path(f'{library}:{name}')} cannot be downloaded or read ({reason(error)}); connect to the "
-            f"network, copy its files into {cache}, or do without pretrained weights"
+            f"network, copy its files into {cache}, start from a file of them by --initial-checkpoint, or do without"
         ) from error
     except KeyboardInterrupt:
         raise
