@@ -74,6 +74,8 @@ class ComparisonSpec:
             ]
             if "off" in self.match and len(self.match) > 1:
                 problems.append("match off leaves each arm as it is, and goes with no other")
+            if not self.arms:
+                problems.append("arms name nothing to compare")
             if len(set(self.arms)) < len(self.arms):
                 problems.append(f"arms are {','.join(self.arms)}, but each must be there once")
             if len(set(self.seed_numbers)) < len(self.seed_numbers):

@@ -94,7 +94,7 @@ def _arm(name: str, epochs: int | None, own: Mapping[str, Any]) -> Arm:
     known = (
         *CONTROLS,
         *(each for each in PRESETS if each != "none"),
-        *(each for each in SCHEDULES if each != "standard"),
+        *(each for each in SCHEDULES if each not in ("standard", *PRESETS)),
     )
     raise UsageError(f"there is no arm {name!r}{nearest(name, known)} (have: {', '.join(known)}, and recipes)")
 

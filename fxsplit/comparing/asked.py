@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fxsplit.comparison import ComparisonSpec
-from fxsplit.errors import UsageError
+from fxsplit.errors import UsageError, shown_path
 from fxsplit.records import json_text
 from fxsplit.saving.files import write_whole
 
@@ -48,7 +48,11 @@ class Asked:
             found = json.loads(self._path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UsageError(
+                f"{shown_path(self._path)} cannot be read: {error.strerror}; choose another --output or --name"
+            ) from error
+        except ValueError as error:
             raise UsageError(
                 f"{str(self._path)!r} is not what a comparison keeps there; choose another --name"
             ) from error

@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fxsplit.errors import FxsplitError, ProofError, UsageError, nearest, printable
+from fxsplit.paths import expanded
 from fxsplit.report import ExportRecord
 from fxsplit.saving.model_config import MODEL_CONFIG
 from fxsplit.saving.run_folder import write_weights
@@ -106,8 +108,8 @@ def export(
             "pip install 'fxsplit[export]'"
         )
     saved = find(run)
-    target = saved.folder / f"model{chosen.suffix}" if output is None else Path(output).expanduser()
-    if target.resolve() == saved.weights.resolve():
+    target = saved.folder / f"model{chosen.suffix}" if output is None else expanded(output)
+    if os.path.realpath(target) == os.path.realpath(saved.weights):  # a loop of links is left to the writing
         raise UsageError(f"{str(target)!r} is what would be exported; name another file by --output")
     with written(target) as part:
         trained = load(run, trust_code=trust_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from safetensors.torch import load_model
 from torch import nn
 
 from fxsplit.assembly.devices import choose_device
-from fxsplit.errors import DataError, UsageError, printable, reason
+from fxsplit.errors import DataError, UsageError, printable, reason, shown_path
 from fxsplit.models import registry
 from fxsplit.models.weights import WEIGHTS_FILE
+from fxsplit.paths import expanded
 from fxsplit.resuming import CHECKPOINTS, RECIPE
 from fxsplit.saving.checkpoint import FORMAT, read_checkpoint
 from fxsplit.saving.model_config import MODEL_CONFIG, ModelConfig, parse_model_config, read_model_config
@@ -70,11 +72,11 @@ def load(run: str | Path, device: str | torch.device = "cpu", *, trust_code: boo
 
 def find(run: str | Path) -> Saved:
     """Find the weights of a run's model, and how it is used. Raises UsageError and DataError as `load` does."""
-    path = Path(run).expanduser()
-    if path.is_file():
+    path = expanded(run)
+    if os.path.isfile(path):  # unlike Path.is_file, it takes a name that is too long for one that is not there
         return _of_file(path)
-    if not path.is_dir():
-        raise UsageError(f"there is no run {str(run)!r}; give the folder of a run, or its {WEIGHTS_FILE}")
+    if not os.path.isdir(path):
+        raise UsageError(f"there is no run {shown_path(run)}; give the folder of a run, or its {WEIGHTS_FILE}")
     weights = path / WEIGHTS_FILE
     if not weights.is_file():
         raise UsageError(_without_weights(path))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fxsplit.assembly.devices import choose_device
 from fxsplit.data.decoding import image_warnings, suffixes
-from fxsplit.errors import DataError, UsageError, printable
+from fxsplit.errors import DataError, UsageError, printable, shown_path
+from fxsplit.paths import expanded
 from fxsplit.report import Observer, Prediction
 from fxsplit.spec import read_values
 from fxsplit.trained.load import load
@@ -74,7 +75,7 @@ def _predictions(
 def _read(model: TrainedModel, file: str) -> Tensor | Prediction:
     """Return the pixels of an image, or what is wrong with it."""
     if not os.path.exists(file):
-        return Prediction(file=file, error=f"there is no file {file!r}")
+        return Prediction(file=file, error=f"there is no file {shown_path(file)}")
     if not os.path.isfile(file):
         return Prediction(file=file, error=f"{file!r} is no regular file")  # reading a pipe would wait for ever
     try:
@@ -86,8 +87,12 @@ def _read(model: TrainedModel, file: str) -> Tensor | Prediction:
 def _files(images: Iterable[str | Path]) -> Iterator[Prediction]:
     """List the files that are meant; what is wrong with a folder is an error in its place."""
     for each in images:
-        path = Path(each).expanduser()
-        if not path.is_dir():
+        try:
+            path = expanded(each)
+        except UsageError as error:
+            yield Prediction(file=str(each), error=str(error))
+            continue
+        if not os.path.isdir(path):
             yield Prediction(file=str(path))
             continue
         found = False

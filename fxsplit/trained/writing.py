@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fxsplit.errors import UsageError
+from fxsplit.errors import UsageError, shown_path
+from fxsplit.paths import expanded
 from fxsplit.saving.files import replacing
 
 
@@ -16,13 +18,13 @@ def written(path: str | Path) -> Iterator[Path]:
 
     Raises UsageError when `path` cannot be written, at once where that is known.
     """
-    target = Path(path).expanduser()
-    if target.is_dir():
-        raise UsageError(f"{str(path)!r} is a folder; name a file in it to write to")
+    target = expanded(path)
+    if os.path.isdir(target):
+        raise UsageError(f"{shown_path(path)} is a folder; name a file in it to write to")
     try:
         with replacing(target) as part:
             yield part
     except OSError as error:
         raise UsageError(
-            f"{str(path)!r} cannot be written: {error.strerror or error}; choose another file to write to"
+            f"{shown_path(path)} cannot be written: {error.strerror or error}; choose another file to write to"
         ) from error

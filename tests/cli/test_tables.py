@@ -61,6 +61,12 @@ def test_tables_fit_their_terminal(
     assert re.match(r"paper:densenet  captured .*1\.0$", lines[-2])
 
 
+def test_a_report_shows_its_snapshot_ensemble(report: RunReport, capsys: pytest.CaptureFixture[str]) -> None:
+    last = replace(report.epochs[-1], ensemble_top1=56.5)
+    tables.report(replace(report, epochs=(*report.epochs[:-1], last)))
+    assert re.search(r"test accuracy, snapshot ensemble +56\.50 %", capsys.readouterr().out)
+
+
 def test_a_report_without_epochs_has_no_accuracy(report: RunReport, capsys: pytest.CaptureFixture[str]) -> None:
     tables.report(replace(report, epochs=(), folder=""))
     out = capsys.readouterr().out

@@ -76,6 +76,8 @@ def test_an_arm_may_be_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"arms": ",,"}, "arms name nothing to compare"),
+        ({"arms": "finetun"}, "settle, settle-far, and recipes"),
         ({"arms": "standart"}, "there is no arm 'standart'; did you mean 'standard'?"),
         ({"arms": "standard,regularised"}, "regularised takes over from the arm that is tried, and there is none"),
         ({"arms": "l2l,l2l"}, "arms are l2l,l2l, but each must be there once"),
@@ -94,6 +96,13 @@ def test_what_cannot_be_compared_is_said(
     with pytest.raises(UsageError, match=re.escape(sentence)):
         compare(asked(tmp_path, **changes), launch=player)
     assert player.launched == []
+
+
+def test_a_file_in_the_place_of_the_folder_is_said(tmp_path: Path, player: Player) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UsageError, match="cannot be read: Not a directory; choose another --output or --name"):
+        compare(replace(asked(tmp_path), output=str(file)), launch=player)
 
 
 def test_a_recipe_has_keys_of_both() -> None:

@@ -216,3 +216,18 @@ def test_a_full_disk_is_one_sentence_and_no_file(run: Path, tmp_path: Path, monk
         with pytest.raises(UsageError, match="cannot be written: No space left on device"):
             fxsplit.export(run, tmp_path / "out", format=form)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "no\0path", "~no-such-user/m.pt"])
+def test_a_path_that_can_be_none_is_refused(run: Path, path: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        fxsplit.export(run, path, format="torchscript")
+    assert len(str(caught.value)) <= 500
+    assert "\0" not in str(caught.value)
+
+
+def test_a_link_to_itself_is_replaced(run: Path, tmp_path: Path) -> None:
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(link.name)
+    fxsplit.export(run, link, format="safetensors")
+    assert fxsplit.load(link).classes == fxsplit.load(run).classes

@@ -359,3 +359,11 @@ def test_more_scores_than_classes_are_numbered() -> None:
     model = fxsplit.TrainedModel(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), config())
     labels = [guess.label for guess in model.predict(torch.randn(1, 3, 16, 16))[0]]
     assert sorted(labels) == ["bird", "cat", "dog", "output 3", "output 4"]
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "no\0path", "~no-such-user/run"])
+def test_a_path_that_can_be_none_is_refused(path: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        fxsplit.load(path)
+    assert len(str(caught.value)) <= 500
+    assert "\0" not in str(caught.value)

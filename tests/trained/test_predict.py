@@ -111,3 +111,14 @@ def test_a_record_is_plain_data() -> None:
         "classes": [{"class": "cat", "probability": 0.5}],
     }
     assert Prediction(file="a", error="no").to_dict() == {"file": "a", "error": "no"}
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "no\0path", "~no-such-user/a.png"])
+def test_a_path_that_can_be_none_keeps_no_other_from_being_read(run: Path, photographs: Path, path: str) -> None:
+    good = photographs / "test" / "cat" / "0.png"
+    bad, read = fxsplit.predict(run, [path, good], device="cpu")
+    assert bad.error
+    assert len(bad.error) <= 500
+    assert "\0" not in bad.error
+    assert read.file == str(good)
+    assert not read.error
