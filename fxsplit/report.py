@@ -63,8 +63,8 @@ class EpochRecord:
     what the network said of each test image, as probabilities, at the end of each phase so far. It is there at the end
     of each phase from the second on.
 
-    With several processes each step reduced `reduced_bytes` of gradients; processor time, work, memory, energy and
-    caches are those of the first process.
+    With several processes each step reduced `reduced_bytes` of gradients; processor time and work are those of all,
+    memory, energy and caches those of the first process.
     """
 
     epoch: int

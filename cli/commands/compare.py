@@ -83,7 +83,7 @@ def compare(
         "models": models, "arms": arms, "seeds": seeds, "match": match, "margin": margin, "output": output,
         "name": name, "jobs": jobs, "devices": devices,
     }  # fmt: skip
-    own = {**recipe, **{key: value for key, value in asked.items() if value}}
+    own = {**recipe, **{key: value for key, value in asked.items() if value is not None}}
     options = {key: from_text(key, value) if isinstance(value, str) else value for key, value in given.items()}
     given = read_values({key: value for key, value in options.items() if value is not None})
     given = {**read_environment(os.environ), **given}

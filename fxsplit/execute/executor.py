@@ -256,7 +256,7 @@ class Executor(nn.Module):
     @_forward
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model would return. Raises GuardError when inputs take another path than the traced one."""
-        return self._resume(self.settle_to(self._phase.start, *args, **kwargs))
+        return self._resume(self.settle(*args, **kwargs))
 
     def _check_model(self) -> None:
         """Check what may have changed since the last call without notice: hooks and modes. It takes microseconds."""
@@ -286,7 +286,7 @@ class Executor(nn.Module):
         """Run the settled partitions before `stop` alone, and return the values at that cut; else as `settle`."""
         tensors = self._signature.tensors(args, kwargs)
         self._check_model()
-        training, running = self.training, self._running
+        training, running = self._model.training, self._running
         everything = (running.start, running.stop) == (0, len(self._stages))
         # Where some partitions are in evaluation while others train, both graphs run, and the inputs must suit both.
         for mode in {training, training and everything}:
@@ -333,7 +333,7 @@ class Executor(nn.Module):
 
     def _resume(self, values: list[Any], stop: int | None = None) -> Any:
         result: Any = values
-        training, running = self.training, self._running
+        training, running = self._model.training, self._running
         recompute = running.recompute if training and torch.is_grad_enabled() else 0
         for index in range(running.start, len(self._stages) if stop is None else stop):
             if index < recompute:

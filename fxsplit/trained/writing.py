@@ -8,19 +8,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fxsplit.errors import UsageError, shown_path
+from fxsplit.models.weights import WEIGHTS_FILE
 from fxsplit.paths import expanded
+from fxsplit.resuming import RECIPE
 from fxsplit.saving.files import replacing
+from fxsplit.saving.model_config import MODEL_CONFIG
+
+# What a run leaves in its folder.
+OWN_FILES = frozenset(
+    (
+        *(RECIPE, "plan.json", "env.json", "metrics.jsonl", "summary.csv", "report.json", "report.html"),
+        *(WEIGHTS_FILE, MODEL_CONFIG),
+    )
+)
 
 
 @contextmanager
 def written(path: str | Path) -> Iterator[Path]:
     """Inside, write the file whose path is given; at the end it takes the place of `path`, or is gone after an error.
 
-    Raises UsageError when `path` cannot be written, at once where that is known.
+    Raises UsageError when `path` cannot be written, at once where that is known, and when a run has left it.
     """
     target = expanded(path)
     if os.path.isdir(target):
         raise UsageError(f"{shown_path(path)} is a folder; name a file in it to write to")
+    if target.name in OWN_FILES and os.path.isfile(target.parent / RECIPE):
+        raise UsageError(f"{shown_path(path)} is a file that its run has left; choose another file to write to")
     try:
         with replacing(target) as part:
             yield part

@@ -297,7 +297,7 @@ class Trainer:
         phase = self._position.phase
         self._position = Position(phase=phase, epoch=epoch + 1)
         self._accuracy.reset()
-        return self._telemetry.epoch(
+        record = self._telemetry.epoch(
             self.plan,
             phase=phase,
             epoch=epoch,
@@ -310,6 +310,13 @@ class Trainer:
             multiply_adds=None if self.work is None else self.work.take(),
             ensemble_top1=ensemble,
         )
+        return record if self.processes.count == 1 else self._of_all(record)
+
+    def _of_all(self, record: EpochRecord) -> EpochRecord:
+        """Add up what all processes have worked."""
+        own = torch.tensor([record.processor_seconds or 0.0, record.multiply_adds or 0], dtype=torch.float64)
+        seconds, work = self.processes.sum(own).tolist()
+        return replace(record, processor_seconds=seconds, multiply_adds=round(work))
 
     @torch.no_grad()
     def _watch(self, guard: Guard) -> float:

@@ -65,7 +65,7 @@ INSPECT_OPTIONS = """
 --grad-accum-steps --memory-aim --memory-budget --preset --settle-from --settle-share --settle-until
 --at --balance --batch-size -b --by --channels-last --config -c --data --device --diff --drop-path --epochs
 --epochs-total --finetune --format --img-size --json --l2l --measure --momentum --no-channels-last --opt --output -o
---parts --settle-front --plan --save-plan --schedule --stem --trust-code --trust-recipe --verbose -v
+--parts --settle-front --shift --plan --save-plan --schedule --stem --trust-code --trust-recipe --verbose -v
 """
 
 CHECK_OPTIONS = """
