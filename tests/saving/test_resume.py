@@ -80,7 +80,7 @@ def resumed(folder: Path, heard: Interrupts | None = None) -> RunReport:
     return report
 
 
-# Float16 is left to the slow sweep below: after other tests of the suite it has differed once.
+# Float16 is left to the slow sweep below: on a CPU its numbers have differed after other tests of the suite.
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float16"])
 def test_a_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
     """Each is interrupted in four places, which differ by kind; the last one twice."""
