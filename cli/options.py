@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import typer
 from rich.markup import escape
 
-from fxsplit.presets import PRESETS
+from fxsplit.presets import NO_PRESET, PRESETS
 from fxsplit.spec import RunSpec
 
 from . import completion
@@ -22,9 +22,13 @@ Command = TypeVar("Command", bound=Callable[..., object])
 
 
 def with_spec_options(names: Collection[str]) -> Callable[[Command], Command]:
-    """Put options for these fields of RunSpec in place of the `**given` of a command; None is "not given"."""
+    """Put options for these fields of RunSpec in place of the `**given` of a command; None is "not given".
+
+    Beside `--preset` stands a flag for each preset.
+    """
     hints = get_type_hints(RunSpec)
-    made = [_parameter(item, hints[item.name]) for item in fields(RunSpec) if item.name in names]
+    made = [_preset_flag(name) for name in PRESETS if "preset" in names and name != NO_PRESET]
+    made += [_parameter(item, hints[item.name]) for item in fields(RunSpec) if item.name in names]
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
@@ -56,6 +60,14 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
 def _completion(item: Field[Any]) -> Callable[[str], list[str]] | None:
     choices = item.metadata["choices"]
     return completion.data if item.name == "data" else completion.one_of(choices) if choices else None
+
+
+def _preset_flag(name: str) -> inspect.Parameter:
+    panel = next(item.metadata["group"] for item in fields(RunSpec) if item.name == "preset")
+    option = typer.Option(
+        None, f"--{name}", help=f"The same as --preset {name}.", rich_help_panel=panel, metavar=METAVARS[bool]
+    )
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=bool | None)
 
 
 def _help(item: Field[Any]) -> str:

@@ -16,10 +16,12 @@ class Setting(NamedTuple):
     from_epochs: int = 1
 
 
+NO_PRESET = "none"
+
 # Of several settings of a field, the last one counts for which the run is long enough. The values come from the
 # experiments in docs/results.
 PRESETS: Mapping[str, tuple[Setting, ...]] = {
-    "none": (),
+    NO_PRESET: (),
     "l2l": (
         Setting("schedule", "settle-far"),
         Setting("by", "natural"),

@@ -20,7 +20,7 @@ from .. import completion, formats, tables, views
 from ..options import with_spec_options
 from ..streams import result_alone
 from ..terminal import say, write
-from .job import FineTuning, Job, LayerToLayer, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_spec
+from .job import Job, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_spec
 
 INSPECT_FIELDS = (
     *("stem", "drop_path", "data", "img_size", "batch_size"),
@@ -35,8 +35,6 @@ def inspect(
     *,
     model: Model = None,
     config: Recipe = None,
-    l2l: LayerToLayer = False,
-    finetune: FineTuning = False,
     trust_recipe: TrustRecipe = False,
     trust_code: TrustCode = False,
     save_plan: Annotated[
@@ -112,8 +110,6 @@ def inspect(
         others = {
             "model": model,
             "config": config,
-            "l2l": l2l or None,
-            "finetune": finetune or None,
             "save-plan": save_plan,
             "format": form,
             "output": output,
@@ -130,7 +126,7 @@ def inspect(
         raise UsageError(f"there is no format {wanted!r}{hint} (have: {', '.join(formats.FORMATS)})")
     if as_json and wanted != "json":
         raise UsageError(f"--json means --format json and contradicts --format {wanted}")
-    spec = resolve_spec(model, config, {"l2l": l2l, "finetune": finetune}, given, trust_recipe=trust_recipe)
+    spec = resolve_spec(model, config, given, trust_recipe=trust_recipe)
     several = {
         "devices": devices,
         "bandwidth": 1e9 * bandwidth,

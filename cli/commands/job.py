@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +15,7 @@ import psutil
 import typer
 
 from fxsplit.errors import Terminated, UsageError
+from fxsplit.presets import PRESETS
 from fxsplit.resuming import AUTO, RECIPE, differing, free_name, newest_run, run_folder_of
 from fxsplit.spec import (
     DEFAULTS,
@@ -43,14 +44,6 @@ Model = Annotated[
     ),
 ]
 Recipe = Annotated[Path | None, typer.Option("--config", "-c", metavar="RECIPE", help="Read options from a recipe.")]
-LayerToLayer = Annotated[
-    bool,
-    typer.Option("--l2l", help="The same as --preset l2l.", rich_help_panel="Layer-to-layer", metavar=""),
-]
-FineTuning = Annotated[
-    bool,
-    typer.Option("--finetune", help="The same as --preset finetune.", rich_help_panel="Layer-to-layer", metavar=""),
-]
 TrustRecipe = Annotated[
     bool,
     typer.Option(
@@ -91,33 +84,27 @@ class Job(NamedTuple):
     verbose: bool
 
 
-def resolve_spec(
-    model: str | None, config: Path | None, flags: Mapping[str, bool], given: dict[str, Any], *, trust_recipe: bool
-) -> RunSpec:
-    spec, _ = resolve_run(model, config, flags, given, None, trust_recipe=trust_recipe)
+def resolve_spec(model: str | None, config: Path | None, given: dict[str, Any], *, trust_recipe: bool) -> RunSpec:
+    spec, _ = resolve_run(model, config, given, None, trust_recipe=trust_recipe)
     return spec
 
 
 def resolve_run(
     model: str | None,
     config: Path | None,
-    flags: Mapping[str, bool],
     given: dict[str, Any],
     resume: str | None,
     *,
     trust_recipe: bool,
     trust_code: bool = False,
 ) -> tuple[RunSpec, str | None]:
-    """Return what is asked for, and the run to go on with if there is one, whose options are those not given.
-
-    `flags` says for presets that have an option of their own whether it is given.
-    """
+    """Return what is asked for, and the run to go on with if there is one, whose options are those not given."""
     options = {
         name: from_text(name, value) if isinstance(value, str) else value
         for name, value in {"model": model, **given}.items()
-        if value is not None
+        if value is not None and name not in PRESETS
     }
-    for name in (name for name, is_given in flags.items() if is_given):
+    for name in (name for name in PRESETS if given.get(name)):
         if options.setdefault("preset", name) != name:
             raise UsageError(f"--{name} means --preset {name} and contradicts --preset {options['preset']}")
     recipe = read_recipe(config) if config else {}

@@ -20,10 +20,8 @@ from ..options import with_spec_options
 from ..streams import result_alone
 from ..terminal import is_first, write
 from .job import (
-    FineTuning,
     Job,
     Json,
-    LayerToLayer,
     Model,
     Recipe,
     TrustCode,
@@ -41,8 +39,6 @@ def train(
     *,
     model: Model = None,
     config: Recipe = None,
-    l2l: LayerToLayer = False,
-    finetune: FineTuning = False,
     trust_recipe: TrustRecipe = False,
     trust_code: TrustCode = False,
     resume: Annotated[
@@ -82,7 +78,6 @@ def train(
     spec, resume = resolve_run(
         model,
         config,
-        {"l2l": l2l, "finetune": finetune},
         given,
         resume,
         trust_recipe=trust_recipe or print_config,
