@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from fxsplit.distribute.processes import Processes
 from fxsplit.execute.passes import Pass, names_of
 from fxsplit.measuring.environment import environment
 from fxsplit.models.factories import is_file
+from fxsplit.paths import expanded
 from fxsplit.report import Inspection, Observer
 from fxsplit.saving.checkpoints import Checkpoints
 from fxsplit.saving.model_config import ModelConfig
@@ -78,7 +78,7 @@ def _config(spec: RunSpec, data: Data) -> ModelConfig:
     source, _, _ = spec.model.partition(":")
     return ModelConfig(
         model=spec.model,
-        file=str(Path(source).expanduser().resolve()) if is_file(source) else "",
+        file=str(expanded(source).resolve()) if is_file(source) else "",
         pretrained=spec.pretrained,
         stem=spec.stem,
         drop_path=spec.drop_path,

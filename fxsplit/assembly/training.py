@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,6 +27,7 @@ from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
 from fxsplit.execute.passes import Pass, passes_for
+from fxsplit.paths import expanded
 from fxsplit.plan.forecast import step_work
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
@@ -212,7 +212,7 @@ def cache_policy(
         medium=spec.cache,
         limit_bytes=None if spec.cache_limit is None else int(spec.cache_limit * GIB),
         dtype=None if spec.cache_dtype == "exact" else getattr(torch, spec.cache_dtype),
-        folder=str(Path(spec.output).expanduser()),
+        folder=str(expanded(spec.output)),
         peak_bytes=_peak_bytes(spec, trace, plan, data, processes) if data.train.device.type == "cuda" else 0,
         measured=not spec.deterministic,
         processes=processes.local_count,

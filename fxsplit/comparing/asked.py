@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fxsplit.comparison import ComparisonSpec
 from fxsplit.errors import UsageError, shown_path
+from fxsplit.paths import expanded
 from fxsplit.records import json_text
 from fxsplit.saving.files import write_whole
 
@@ -21,7 +21,7 @@ class Asked:
     """
 
     def __init__(self, spec: ComparisonSpec) -> None:
-        self._path = Path(spec.output).expanduser() / f"{spec.name}.asked.json"
+        self._path = expanded(spec.output) / f"{spec.name}.asked.json"
         before = self._read()
         if before.get("margin", spec.margin) != spec.margin:
             raise UsageError(

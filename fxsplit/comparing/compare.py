@@ -17,6 +17,7 @@ from fxsplit.comparing.verdicts import RATIO_MARGIN
 from fxsplit.comparing.writers import write_comparison
 from fxsplit.comparison import Comparison, ComparisonObserver, ComparisonSpec, PlannedRun, Table
 from fxsplit.errors import FxsplitError, UsageError
+from fxsplit.paths import expanded
 from fxsplit.report import RunReport
 from fxsplit.spec import resolve
 
@@ -56,7 +57,7 @@ def compare(
         faults |= _do(spec, _interleaved(spec, runs), observer, launch)
         found += tables(match, {model: _reports(runs, model) for model in spec.models}, margin=spec.margin)
     comparison = _comparison(spec, asked, found, reports, missing=tuple(faults.values()))
-    write_comparison(comparison, Path(spec.output).expanduser())
+    write_comparison(comparison, expanded(spec.output))
     if faults:
         raise FxsplitError("; ".join(f"the run in {folder!r} has failed: {fault}" for folder, fault in faults.items()))
     return comparison
@@ -70,7 +71,7 @@ def compare_folders(folders: Sequence[str], spec: ComparisonSpec) -> Comparison:
     """
     models: dict[str, dict[str, dict[int, RunReport]]] = {}
     for given in folders:
-        report = read_report(Path(given).expanduser())
+        report = read_report(expanded(given))
         if report is None:
             raise UsageError(f"there is no finished run in {given!r}")
         arms = models.setdefault(str(report.spec["model"]), {})
@@ -86,7 +87,7 @@ def compare_folders(folders: Sequence[str], spec: ComparisonSpec) -> Comparison:
     lengths = {len(report.epochs) for arms in models.values() for runs in arms.values() for report in runs.values()}
     found = tables("epochs" if len(lengths) == 1 else "off", models, margin=spec.margin)
     comparison = _comparison(spec, None, found, models)
-    write_comparison(comparison, Path(spec.output).expanduser())
+    write_comparison(comparison, expanded(spec.output))
     return comparison
 
 

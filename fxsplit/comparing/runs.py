@@ -12,6 +12,7 @@ from typing import Any
 from fxsplit.comparison import Moment, PlannedRun, RunFigures
 from fxsplit.errors import FxsplitError, UsageError, reason
 from fxsplit.options import key
+from fxsplit.paths import expanded
 from fxsplit.report import EpochRecord, RunReport
 from fxsplit.resuming import MAY_DIFFER, PLACE, RECIPE, spec_of
 from fxsplit.spec import RunSpec
@@ -24,7 +25,7 @@ ASKED = tuple(item.name for item in fields(RunSpec) if item.name not in FREE)
 
 def folder_of(output: str, model: str, label: str, seed: int) -> Path:
     """Return the folder of a run."""
-    return Path(output).expanduser() / "runs" / slug(model) / f"{slug(label)}-s{seed}"
+    return expanded(output) / "runs" / slug(model) / f"{slug(label)}-s{seed}"
 
 
 def slug(name: str) -> str:

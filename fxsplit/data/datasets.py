@@ -121,7 +121,7 @@ def load_test(
         images: ImageSet = files if needed > memory_limit_bytes else _decoded(files)[0]
         return NamedImages(images, files.paths)
     known = _known(name)
-    data = known.load(img_size, Path(data_dir).expanduser(), seed)
+    data = known.load(img_size, expanded(data_dir), seed)
     image_folders.refuse_unknown(name, data.classes, classes, whose="the model")
     if missing := [printable(each) for each in classes if each not in data.classes]:
         notice(f"{name} has no image of {', '.join(missing)}: accuracy is that of the other classes")

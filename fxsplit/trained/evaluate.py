@@ -22,6 +22,7 @@ from fxsplit.data.images import ImageSet
 from fxsplit.data.loader import Loader
 from fxsplit.errors import UsageError
 from fxsplit.pages.evaluation import evaluation_page
+from fxsplit.paths import expanded
 from fxsplit.report import ClassScore, Evaluation, Mistake, Observer
 from fxsplit.saving.model_config import ModelConfig
 from fxsplit.spec import RunSpec, read_values
@@ -127,7 +128,7 @@ def _images(data: str | None, spec: RunSpec, config: ModelConfig, observer: Obse
 def _place(data: str) -> str:
     """Return the name of data, the same however a folder is written."""
     scheme, _, path = data.partition(":")
-    return f"{scheme}:{Path(path).expanduser().resolve()}" if path else data
+    return f"{scheme}:{expanded(path).resolve()}" if path else data
 
 
 class _Counts:
