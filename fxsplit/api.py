@@ -15,7 +15,6 @@ from fxsplit import assembly
 from fxsplit.capture.tracer import Leaf
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
-from fxsplit.data import datasets
 from fxsplit.distribute.processes import Processes, joined
 from fxsplit.errors import NoModelError, UsageError
 from fxsplit.execute.executor import Executor
@@ -156,7 +155,7 @@ def inspect(
     observer.working(f"tracing {spec.model}")
     spec = assembly.with_preprocessing(spec, observer)
     assembly.check_names(spec, torch.device("cpu"), trains=False)
-    classes, img_size = datasets.describe(spec.data, img_size=spec.img_size)
+    classes, img_size = assembly.kind(spec)
     measured = measured or spec.balance == "seconds" or devices is not None
     with trusting_code(trust_code):
         device = assembly.choose_device(spec.device) if measured else torch.device("meta")

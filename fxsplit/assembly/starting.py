@@ -136,6 +136,8 @@ def check_alike(trace: Trace, data: Data, processes: Processes) -> None:
 
     Raises UsageError where they differ, or where there are fewer images than processes can share.
     """
+    if processes.count == 1:
+        return
     facts = {
         "version of torch": torch.__version__,
         "code of fxsplit": code_digest(),
@@ -143,7 +145,7 @@ def check_alike(trace: Trace, data: Data, processes: Processes) -> None:
         "set of images": identity(data),
     }
     processes.refuse_differing(facts, "give all of them the same code and data")
-    if len(data.train) < 2 * processes.count > 2:
+    if len(data.train) < 2 * processes.count:
         raise UsageError(f"{processes.count} processes cannot share {len(data.train)} images; start fewer of them")
     processes.broadcast([*trace.model.parameters(), *trace.model.buffers()])
 
