@@ -52,11 +52,7 @@ class WeightAverage:
     def add(self, parameters: Mapping[str, Tensor]) -> None:
         """Add the present values of `parameters`, which were counted, to their means. It can be recorded."""
         for names in self._alike(parameters):
-            means, now = [self._means[name] for name in names], [parameters[name] for name in names]
-            weight = self._weights[names].value
-            torch._foreach_lerp_(
-                means, now, [weight.to(mean.dtype) for mean in means] if isinstance(weight, Tensor) else weight
-            )
+            _move(self._means, parameters, names, self._weights[names].value)
 
     def _alike(self, names: Iterable[str]) -> list[tuple[str, ...]]:
         """Group names by the number of values that their means are over."""
@@ -246,12 +242,8 @@ class WeightEma:
         """Add the present values to the averages. It can be recorded."""
         now = self._present()
         floats = [name for name, value in now.items() if value.is_floating_point()]
-        means, values = [self._means[name] for name in floats], [now[name] for name in floats]
-        weight = self._weight.value
-        if means:
-            torch._foreach_lerp_(
-                means, values, [weight.to(mean.dtype) for mean in means] if isinstance(weight, Tensor) else weight
-            )
+        if floats:
+            _move(self._means, now, floats, self._weight.value)
         for name in now.keys() - set(floats):
             self._means[name].copy_(now[name])
 
@@ -305,6 +297,14 @@ def named_parameters(executor: Executor) -> list[dict[str, Tensor]]:
     """Return by partition the parameters that it owns, by the model's names; those that the user froze are left out."""
     names = {parameter: name for name, parameter in executor.named_parameters()}
     return [{names[parameter]: parameter for parameter in owned} for owned in executor.owned]
+
+
+def _move(
+    means: Mapping[str, Tensor], values: Mapping[str, Tensor], names: Sequence[str], weight: float | Tensor
+) -> None:
+    """Move means with these names by `weight` of the way towards the values; all of them in one call."""
+    into, now = [means[name] for name in names], [values[name] for name in names]
+    torch._foreach_lerp_(into, now, [weight.to(each.dtype) for each in into] if isinstance(weight, Tensor) else weight)
 
 
 @torch.no_grad()
