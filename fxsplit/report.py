@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from fxsplit.errors import UsageError
@@ -17,6 +19,7 @@ from fxsplit.records import read_record
 
 # The schema of a report as plain data. The plan in it has a schema of its own.
 SCHEMA = 1
+REPORT = "report.json"
 CHECKPOINTS = (
     "the model's own gradient checkpointing is looked through, so its partitions keep their activations; "
     "--memory-budget recomputes them here"
@@ -149,6 +152,14 @@ class RunReport:
         return {"schema": SCHEMA, "accuracy_pct": self.accuracy_pct if self.epochs else None, **plain, **made}
 
     @classmethod
+    def read(cls, folder: Path) -> RunReport:
+        """Read the report in the folder of a run.
+
+        Raises OSError when there is none, ValueError when it is no JSON, and what `from_dict` raises.
+        """
+        return cls.from_dict(json.loads((folder / REPORT).read_text(encoding="utf-8")))
+
+    @classmethod
     def from_dict(cls, data: Any) -> RunReport:
         """Make a report from the plain data of `to_dict`, which may have been written as JSON and read back.
 
@@ -160,7 +171,7 @@ class RunReport:
         if (schema := data.get("schema")) != SCHEMA:
             raise UsageError(f"the report of a run has schema {schema!r}, and this version reads {SCHEMA}")
         own = {key: value for key, value in data.items() if key not in ("schema", "accuracy_pct")}
-        plan = from_dict(own.get("plan"), origin="report.json").recorded_plan()
+        plan = from_dict(own.get("plan"), origin=REPORT).recorded_plan()
         try:
             return read_record(cls, {**own, "plan": plan})
         except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -108,7 +107,7 @@ def _train(spec: RunSpec, resume: str | None, trust_code: bool, view: views.View
 def _report_so_far(folder: str) -> RunReport | None:
     """Read the report that an interrupted run has left in its folder; None if there is none, or one without epochs."""
     try:
-        report = RunReport.from_dict(json.loads(Path(folder, "report.json").read_text(encoding="utf-8")))
+        report = RunReport.read(Path(folder))
     except (OSError, ValueError, FxsplitError):
         return None
     return report if report.epochs else None

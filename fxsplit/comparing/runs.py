@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import fields, replace
 from itertools import accumulate
@@ -17,7 +16,6 @@ from fxsplit.report import EpochRecord, RunReport
 from fxsplit.resuming import MAY_DIFFER, PLACE, RECIPE, spec_of
 from fxsplit.spec import RunSpec
 
-REPORT = "report.json"
 # What may be otherwise in a run than is asked for: it makes no other run.
 FREE = {*PLACE, *MAY_DIFFER} - {"epochs", "epochs_total"}
 ASKED = tuple(item.name for item in fields(RunSpec) if item.name not in FREE)
@@ -36,14 +34,10 @@ def slug(name: str) -> str:
 def read_report(folder: Path) -> RunReport | None:
     """Read the report of a run if it is finished. Raises UsageError when it is not one."""
     try:
-        data = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = RunReport.read(folder)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the report of the run in {str(folder)!r} cannot be read: {reason(error)}") from error
-    try:
-        report = RunReport.from_dict(data)
-    except FxsplitError as error:
+    except (OSError, ValueError, FxsplitError) as error:
         raise UsageError(f"the report of the run in {str(folder)!r} cannot be read: {reason(error)}") from error
     return replace(report, folder=str(folder)) if report.status == "finished" else None
 
