@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fxsplit.errors import UsageError
+from fxsplit.models.weights import WEIGHTS_FILE
 from fxsplit.pages.page import report_page
 from fxsplit.paths import expanded
 from fxsplit.records import json_line, json_text
-from fxsplit.report import EpochRecord, Inspection, RunReport
+from fxsplit.report import REPORT, EpochRecord, Inspection, RunReport
 from fxsplit.resuming import RECIPE
 from fxsplit.saving.files import PART, append_whole, remove_parts, replacing, write_whole
 from fxsplit.saving.lock import LOCK, PATIENCE_SECONDS, FolderLock, LockedError
@@ -33,6 +34,9 @@ COLUMNS = (*FIRST, *(field.name for field in fields(EpochRecord) if field.name n
 
 # So often a folder is made again that others remove meanwhile.
 TRIES = 10
+
+PLAN, ENVIRONMENT, METRICS, SUMMARY, PAGE = "plan.json", "env.json", "metrics.jsonl", "summary.csv", "report.html"
+FILES = frozenset((RECIPE, PLAN, MODEL_CONFIG, ENVIRONMENT, METRICS, SUMMARY, WEIGHTS_FILE, REPORT, PAGE))
 
 
 class RunFolder:
@@ -118,22 +122,22 @@ class RunFolder:
         write_whole(self.path / RECIPE, args_yaml)
         self.write_plan(plan_json)
         write_whole(self.path / MODEL_CONFIG, json_text(config.to_dict()))
-        write_whole(self.path / "env.json", json_text(environment))
+        write_whole(self.path / ENVIRONMENT, json_text(environment))
         self.write_records(epochs)
 
     def write_plan(self, plan_json: str) -> None:
         """Write the plan, in place of a former one. Raises OSError when it cannot be written."""
-        write_whole(self.path / "plan.json", plan_json)
+        write_whole(self.path / PLAN, plan_json)
 
     def write_records(self, epochs: Sequence[EpochRecord]) -> None:
         """Write the records of all epochs so far, in place of those that are there. Raises OSError when it cannot."""
-        write_whole(self.path / "metrics.jsonl", "".join(map(_line, epochs)))
-        write_whole(self.path / "summary.csv", _row(COLUMNS) + "".join(map(_summary, epochs)))
+        write_whole(self.path / METRICS, "".join(map(_line, epochs)))
+        write_whole(self.path / SUMMARY, _row(COLUMNS) + "".join(map(_summary, epochs)))
 
     def add(self, record: EpochRecord) -> None:
         """Write the record of an epoch. Raises OSError when it cannot be written."""
-        append_whole(self.path / "summary.csv", _summary(record))
-        append_whole(self.path / "metrics.jsonl", _line(record))
+        append_whole(self.path / SUMMARY, _summary(record))
+        append_whole(self.path / METRICS, _line(record))
 
     def finish(self, report: RunReport, inspection: Inspection, model: nn.Module, config: ModelConfig) -> list[str]:
         """Write the report and the weights, by the model's own names; tied parameters are there once.
@@ -143,9 +147,9 @@ class RunFolder:
         Returns a sentence for each file that could not be written. The others are there.
         """
         writers: dict[str, Callable[[Path], None]] = {
-            "model.safetensors": lambda path: write_weights(model, path, config),
-            "report.json": lambda path: write_whole(path, json_text(report.to_dict())),
-            "report.html": lambda path: write_whole(path, report_page(report, inspection)),
+            WEIGHTS_FILE: lambda path: write_weights(model, path, config),
+            REPORT: lambda path: write_whole(path, json_text(report.to_dict())),
+            PAGE: lambda path: write_whole(path, report_page(report, inspection)),
         }
         faults = []
         for name, write in writers.items():

@@ -8,19 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fxsplit.errors import UsageError, shown_path
-from fxsplit.models.weights import WEIGHTS_FILE
 from fxsplit.paths import expanded
 from fxsplit.resuming import RECIPE
 from fxsplit.saving.files import replacing
-from fxsplit.saving.model_config import MODEL_CONFIG
-
-# What a run leaves in its folder.
-OWN_FILES = frozenset(
-    (
-        *(RECIPE, "plan.json", "env.json", "metrics.jsonl", "summary.csv", "report.json", "report.html"),
-        *(WEIGHTS_FILE, MODEL_CONFIG),
-    )
-)
+from fxsplit.saving.run_folder import FILES
 
 
 @contextmanager
@@ -32,7 +23,7 @@ def written(path: str | Path) -> Iterator[Path]:
     target = expanded(path)
     if os.path.isdir(target):
         raise UsageError(f"{shown_path(path)} is a folder; name a file in it to write to")
-    if target.name in OWN_FILES and os.path.isfile(target.parent / RECIPE):
+    if target.name in FILES and os.path.isfile(target.parent / RECIPE):
         raise UsageError(f"{shown_path(path)} is a file that its run has left; choose another file to write to")
     try:
         with replacing(target) as part:

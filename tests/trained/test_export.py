@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fxsplit
 from fxsplit.errors import FxsplitError, ProofError, UsageError
-from fxsplit.saving.run_folder import write_weights
+from fxsplit.saving.run_folder import FILES, write_weights
 from fxsplit.trained.export import FORMATS
 from tests.trained.conftest import MEAN, STD
 from tests.trained.test_load import config, photographs_of
@@ -231,3 +231,11 @@ def test_a_link_to_itself_is_replaced(run: Path, tmp_path: Path) -> None:
     link.symlink_to(link.name)
     fxsplit.export(run, link, format="safetensors")
     assert fxsplit.load(link).classes == fxsplit.load(run).classes
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_the_files_of_the_run_are_not_replaced(name: str, run: Path) -> None:
+    before = (run / name).read_bytes()
+    with pytest.raises(UsageError, match=r"is a file that its run has left|is what would be exported"):
+        fxsplit.export(run, format="torchscript", output=run / name)
+    assert (run / name).read_bytes() == before
