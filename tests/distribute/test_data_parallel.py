@@ -243,6 +243,13 @@ def test_what_does_not_train_takes_no_traffic(name: str, ranks: list[dict[str, A
     assert [epoch["reduced_bytes"] for epoch in found] == [4 * epoch["trainable_parameters"] for epoch in found]
 
 
+@pytest.mark.parametrize("name", ["standard"])
+def test_the_work_is_that_of_all_processes(name: str, ranks: list[dict[str, Any]], folder: Path) -> None:
+    """Apart from the proof, which each process makes on its own part of the first batch."""
+    several, alone = metrics(ranks[0][name]["folder"]), metrics(folder / "one" / name)
+    assert [epoch["multiply_adds"] for epoch in several[1:]] == [epoch["multiply_adds"] for epoch in alone[1:]]
+
+
 def test_each_process_keeps_rows_of_its_own_images(ranks: list[dict[str, Any]], folder: Path) -> None:
     kept = [epoch["cache_resident_bytes"] for epoch in metrics(ranks[0]["cache"]["folder"]) if epoch["start"]]
     alone = [epoch["cache_resident_bytes"] for epoch in metrics(folder / "one" / "cache") if epoch["start"]]
