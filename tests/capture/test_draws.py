@@ -82,18 +82,6 @@ def test_to_try_a_module_on_numbers_draws_none_that_others_draw_later() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_to_try_a_module_that_draws_leaves_all_generators_as_they_were() -> None:
-    class Draws(nn.Module):
-        def forward(self, x: Any) -> Any:
-            noise = torch.rand(()) + random.random() + np.random.rand()
-            return x if x.sum() > noise else -x
-
-    model = nn.Sequential(Draws(), Linears())
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    assert "0" in trace(model, (rows(),)).opaque
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
-
-
 def test_functions_that_a_helper_has_imported_by_name() -> None:
     helper = ModuleType("a_helper_of_the_users")
     exec(
