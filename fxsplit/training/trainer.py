@@ -323,9 +323,9 @@ class Trainer:
         """Let the guard see which held-out images are right now; return their accuracy in per cent."""
         self.executor.eval()
         right = []
-        for batch in self.feed.held_out():
+        for batch, settled_from in self.feed.held_out():
             if self.work is not None:
-                self.work.forward(len(batch), start=0, stop=len(self.plan.partitions))
+                self.work.forward(len(batch), start=settled_from, stop=len(self.plan.partitions))
             with self._averaged(), self.forward.autocast():
                 right.append(self.forward.logits(batch).argmax(dim=1) == batch.labels)
         found = torch.cat(right).cpu()
