@@ -294,6 +294,13 @@ class RunSpec:
     soft_temperature: float = option(
         "Regularisation", "Temperature at which the two outputs are compared.", 1.0, above=0
     )
+    soft_fade: float = option(
+        "Regularisation",
+        "Last share of the run over which the share of --soft-targets falls to nothing.",
+        0.0,
+        least=0,
+        most=1,
+    )
     average: float = option(
         "Regularisation",
         "Average the weights of each partition over this last share of its training.",
