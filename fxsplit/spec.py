@@ -240,9 +240,9 @@ class RunSpec:
     )
     shift: str = option(
         "Layer-to-layer",
-        "With --schedule finetune: how the images differ from those of the pretraining. Where the input does (other "
-        "colours, noise, another camera), the first layers have to change, and nothing settles once the head has "
-        "trained alone.",
+        "With --schedule finetune: how the images differ from those of the pretraining. Where the input does (noise, "
+        "another kind of camera) and images are many, the first layers may have to change: nothing settles then once "
+        "the head has trained alone.",
         "none",
         choices=("none", "input"),
     )
