@@ -30,7 +30,7 @@ from fxsplit.proving.forecasts import check_forecast
 from fxsplit.proving.workers import call_each
 from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
 from fxsplit.spec import RunSpec
-from fxsplit.training.batchnorm import check_batches
+from fxsplit.training.regularisers.batchnorm import check_batches
 from fxsplit.trust import trusting_code
 
 Record = TypeVar("Record", CheckRecord, ForecastRecord)

@@ -17,11 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fxsplit.data.loader import Loader
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import Observer
-from fxsplit.training.batchnorm import norms_of, recalibrated
-from fxsplit.training.endings import WeightAverage
 from fxsplit.training.optimizers import anneal, split_by_end
 from fxsplit.training.plasticity import Plasticity
-from fxsplit.training.soft_targets import LastTargets, MeanTargets
+from fxsplit.training.regularisers.batchnorm import norms_of, recalibrated
+from fxsplit.training.regularisers.endings import WeightAverage
+from fxsplit.training.regularisers.soft_targets import LastTargets, MeanTargets
 from fxsplit.training.trainer import Trainer
 from tests.networks import Chain
 from tests.training.test_trainer import TRAIN, same, trainer, weights
