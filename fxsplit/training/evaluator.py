@@ -15,6 +15,7 @@ from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.execute.forward import Forward
 from fxsplit.training.accuracy import Accuracy, Score, Snapshots
 from fxsplit.training.regularisers.endings import WeightEma
+from fxsplit.training.telemetry import Work
 
 
 def no_pause() -> None:
@@ -29,6 +30,7 @@ class Evaluator:
         feed: gives the batches to test on.
         ema: averages weights; None for the weights as they are.
         snapshots: keeps what the network says at the end of each phase; None for no such ensemble.
+        work: counts the multiply-adds for held-out images, which are a part of training; None counts none.
         recordings: records the test of a batch and replays it; None runs each eagerly.
         processes: those that test the model together, each on its share of the images.
     """
@@ -40,11 +42,12 @@ class Evaluator:
         *,
         ema: WeightEma | None = None,
         snapshots: Snapshots | None = None,
+        work: Work | None = None,
         recordings: Recordings | None = None,
         processes: Processes = ALONE,
     ) -> None:
         self._forward, self._feed, self._ema = forward, feed, ema
-        self._snapshots, self._recordings = snapshots, recordings
+        self._snapshots, self._work, self._recordings = snapshots, work, recordings
         self._accuracy = Accuracy(forward.device, processes)
 
     @torch.no_grad()
@@ -96,9 +99,12 @@ class Evaluator:
     @torch.no_grad()
     def held_out(self) -> Tensor:
         """Return which of the held-out images are right: bool (N,), on the CPU."""
-        self._forward.executor.eval()
+        executor = self._forward.executor
+        executor.eval()
         right = []
-        for batch in self._feed.held_out():
+        for batch, settled_from in self._feed.held_out():
+            if self._work is not None:
+                self._work.forward(len(batch), start=settled_from, stop=len(executor.partitions))
             with self._averaged(), self._forward.autocast():
                 right.append(self._forward.logits(batch).argmax(dim=1) == batch.labels)
         return torch.cat(right).cpu()

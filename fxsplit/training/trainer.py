@@ -135,6 +135,7 @@ class Trainer:
             self.feed,
             ema=self.ema,
             snapshots=self.snapshots,
+            work=self.work,
             recordings=self.recordings,
             processes=self.processes,
         )
@@ -338,8 +339,6 @@ class Trainer:
     def _watch(self, guard: Guard) -> float:
         """Let the guard see which held-out images are right now; return their accuracy in per cent."""
         right = self._evaluator.held_out()
-        if self.work is not None:
-            self.work.forward(len(right), start=0, stop=len(self.plan.partitions))
         if sentence := guard.epoch_done(self._position.phase, right):
             self.observer.notice(sentence)
         return 100 * float(right.double().mean())

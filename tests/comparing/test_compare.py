@@ -22,6 +22,7 @@ from fxsplit.presets import preset
 from tests.comparing.conftest import Player
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "table1"
+FINETUNE = RECIPES.parent / "finetune"
 RUN = {"epochs": 4, "batch_size": 100}
 
 
@@ -302,6 +303,28 @@ def test_several_models_are_one_family(tmp_path: Path, player: Player) -> None:
     for pair in zip(*(table.differences for table in found.tables), strict=True):
         assert len({(each.arm, each.against, each.quantity) for each in pair}) == 1
         assert [each.p_holm for each in pair] == holm([each.p for each in pair])
+
+
+@pytest.mark.parametrize("path", sorted(FINETUNE.glob("cifar10-*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_fine_tuning_can_be_planned(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arms have their own rates, and one on the command line is that of all."""
+    monkeypatch.chdir(FINETUNE.parents[1])
+    asked = read_comparison(yaml.safe_load(path.read_text(encoding="utf-8")), source=path.name)
+    for lr in (None, 5e-3):
+        spec = ComparisonSpec(
+            **{**asked, "run": asked["run"] | ({} if lr is None else {"lr": lr})}, output=str(tmp_path)
+        )
+        arms = read_arms(spec.arms, spec.run, spec.of_arms)
+        runs = planned(spec, spec.models[0], arms)
+        assert [arm.name for arm in arms] == ["standard", "last-block", "head-first", "finetune"]
+        assert len({run.folder for run in runs}) == len(runs) == 4 * len(spec.seed_numbers)
+        assert {run.spec.sched for run in runs} == {"cosine"}
+        found = {run.arm: run.spec for run in runs}
+        assert {name: each.schedule for name, each in found.items() if name != "standard"} == dict.fromkeys(
+            ("last-block", "head-first", "finetune"), "finetune"
+        )
+        assert lr is None or {each.lr for each in found.values()} == {lr}
+    assert f"`finetune/{path.name}`" in (FINETUNE.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_runs_that_differ_by_more_than_the_seed_are_two_arms(tmp_path: Path, player: Player) -> None:
