@@ -24,6 +24,7 @@ from fxsplit.data.images import Data
 from fxsplit.data.shares import WHOLE
 from fxsplit.distribute.data_parallel import DataParallel
 from fxsplit.distribute.processes import ALONE, Processes
+from fxsplit.distribute.sync_norms import SyncNorms
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
 from fxsplit.execute.passes import Pass, passes_for
@@ -45,9 +46,10 @@ from fxsplit.training.telemetry import Work
 from fxsplit.training.trainer import Trainer
 
 
-def passes(spec: RunSpec, device: torch.device) -> tuple[Pass, ...]:
+def passes(spec: RunSpec, device: torch.device, processes: Processes = ALONE) -> tuple[Pass, ...]:
     """Choose the graph passes that a run on this device asks for."""
-    return passes_for(device, channels_last=spec.channels_last)
+    chosen = passes_for(device, channels_last=spec.channels_last)
+    return (*chosen, SyncNorms()) if spec.sync_bn and processes.count > 1 else chosen
 
 
 def executor(spec: RunSpec, trace: Trace, plan: Plan, passes: Sequence[Pass]) -> Executor:
@@ -101,10 +103,14 @@ def trainer(
     plan: Plan,
     data: Data,
     processes: Processes,
+    passes: Sequence[Pass],
     observer: Observer,
     recordings: Recordings | None = None,
 ) -> Trainer:
-    """Make the trainer of a run, with all that its spec switches on. Raises UsageError for names that timm lacks."""
+    """Make the trainer of a run, with all that its spec switches on; `passes` are those of the executor.
+
+    Raises UsageError for names that timm lacks.
+    """
     train_loader, test_loader = loaders(spec, data, processes)
     held_out = None if data.held_out is None else data.held_out.cropped(spec.crop_pct)
     held_out_loader = None if held_out is None else replace(test_loader, images=held_out, share=WHOLE)
@@ -115,7 +121,8 @@ def trainer(
             "which can take minutes"
         )
     steps_per_epoch = train_loader.steps_per_epoch
-    engine = DataParallel(executor) if processes.count > 1 else None
+    norms = next((each for each in passes if isinstance(each, SyncNorms)), None)
+    engine = DataParallel(executor, processes, norms=norms) if processes.count > 1 else None
     forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype(spec), engine=engine)
     objective = Objective(
         smoothing=spec.smoothing, soft_targets=_soft_targets(spec, data), exits=_exits(spec, trace, plan, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,7 +66,12 @@ class Step:
         Raises FxsplitError when the loss depends on nothing that trains.
         """
         optimizer.zero_grad()
-        *parts, last = batch.divided(micro_batches, batch_size=self._batch_size)
+        parts = list(batch.divided(micro_batches, batch_size=self._batch_size))
+        if micro_batches > 1:
+            # A process with fewer of them runs its last one again, which counts for nothing.
+            more = self.forward.engine.together(len(parts)) - len(parts)
+            parts += [replace(parts[-1], weight=0.0)] * more
+        *parts, last = parts
         for micro_batch in parts:
             with self.forward.engine.accumulating():
                 self._add_gradients(micro_batch, progress=progress, accuracy=accuracy)
