@@ -56,7 +56,7 @@ class DataParallel(Engine):
         self.leave()
         self._called = _Called(self.executor, beside)
 
-    def leave(self) -> None:
+    def leave(self, *, alone: bool = False) -> None:  # noqa: ARG002 - nothing is sent for it
         if self._norms is not None:
             self._norms.counting = None
         if self._wrapped is not None:

@@ -99,7 +99,7 @@ class SyncNorms:
                 unbiased = variance * (count / (count - 1).clamp(min=1))
                 running_mean.lerp_(mean.to(running_mean.dtype), momentum)
                 running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        normalized: Tensor = _Normalized.apply(images, mean, (variance + eps).rsqrt(), count, self.counting)  # type: ignore[no-untyped-call]
+        normalized: Tensor = _Normalized.apply(images, mean, (variance + eps).rsqrt(), count, self.counting)
         if weight is not None:
             normalized = normalized * _by_channel(weight.to(normalized.dtype), images)
         if bias is not None:
@@ -118,7 +118,7 @@ class _Normalized(torch.autograd.Function):
         return normalized
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         normalized, inverse, count = ctx.saved_tensors
         dims = _all_but_channels(gradient)
@@ -138,7 +138,7 @@ def _statistics(images: Tensor, counting: bool) -> tuple[Tensor, Tensor, Tensor]
     own = torch.cat((mean, variance, mean.new_tensor([values])))
     found = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
     distributed.all_gather(found, own)
-    means, variances, counts = torch.stack(found).split((len(mean), len(mean), 1), dim=1)
+    means, variances, counts = torch.split(torch.stack(found), [len(mean), len(mean), 1], dim=1)
     count = counts.sum()
     shares = counts / count
     mean = (shares * means).sum(0)

@@ -23,6 +23,8 @@ class Engine:
 
     # Bytes of gradients that a step has exchanged since `enter`; None where nothing is exchanged.
     bytes_per_step: int | None = None
+    # Bytes of weights that a step has gathered since `enter`; None where weights are whole.
+    gathered_per_step: int | None = None
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
@@ -30,8 +32,11 @@ class Engine:
     def enter(self, *beside: nn.Module) -> None:
         """Begin a phase that the executor has entered; parameters of the modules `beside` train, too."""
 
-    def leave(self) -> None:
-        """End the phase: nothing that `enter` made is left at the parameters."""
+    def leave(self, *, alone: bool = False) -> None:
+        """End the phase: nothing that `enter` made is left at the parameters.
+
+        `alone` says that other processes do not do so, because something has failed here.
+        """
 
     def __call__(self, batch: Batch, stop: int | None = None) -> Any:
         """Return what the model returns for a batch, or, of values where training begins, those at cut `stop`."""

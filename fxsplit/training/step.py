@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsplit.data.batch import Batch
+from fxsplit.distribute.layout import whole
 from fxsplit.errors import FxsplitError
 from fxsplit.execute.forward import Forward
 from fxsplit.training.accuracy import Accuracy
@@ -94,7 +95,9 @@ class Step:
         """Update the parameters of `optimizer` by their gradients; its learning rate has been set."""
         if self._clip_grad is not None:
             self._scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters_of(optimizer), self._clip_grad)
+            parameters = parameters_of(optimizer)
+            norm = whole(nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None]))
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_grad, norm)
         self._scaler.step(optimizer)
         self._scaler.update()
 
