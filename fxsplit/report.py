@@ -66,7 +66,8 @@ class EpochRecord:
     what the network said of each test image, as probabilities, at the end of each phase so far. It is there at the end
     of each phase from the second on.
 
-    With several processes each step reduced `reduced_bytes` of gradients; processor time and work are those of all,
+    With several processes each step reduced `reduced_bytes` of gradients and, where weights are divided, gathered
+    `gathered_bytes` of them, both with what rounds parts up to the same size; processor time and work are those of all,
     memory, energy and caches those of the first process.
     """
 
@@ -98,6 +99,7 @@ class EpochRecord:
     multiply_adds: int | None = None
     ensemble_top1: float | None = None
     reduced_bytes: int | None = None
+    gathered_bytes: int | None = None
 
     @property
     def joules_per_image(self) -> float | None:

@@ -406,6 +406,19 @@ class RunSpec:
         choices=("exact", "float16", "bfloat16"),
     )
 
+    parallel: str = option(
+        "Several processes",
+        "What each of several processes has of weights, gradients and optimizer: all (ddp), or its part of what trains "
+        "(fsdp).",
+        "ddp",
+        choices=("ddp", "fsdp"),
+    )
+    sync_bn: bool = option(
+        "Several processes",
+        "In training, BatchNorm takes its statistics from the images of all processes, as one process would.",
+        False,
+    )
+
     device: str = option("Run", "auto, cpu, cuda or cuda:N.", "auto", pattern=r"auto|cpu|cuda(:\d{1,3})?")
     seed: int = option("Run", "Seed of weights, order and augmentation.", 42, least=0, below=2**32)
     deterministic: bool = option(
@@ -618,6 +631,19 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
         yield f"settle-front is given, but the schedule is {spec.schedule!r}; only --schedule finetune leaves one out"
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
         yield f"grad-accum-steps is {spec.grad_accum_steps}, but must divide batch-size {spec.batch_size}"
+    if spec.parallel == "fsdp" and "parallel" not in wrong:
+        if spec.torchcompile is not None and "torchcompile" not in wrong:
+            yield (
+                f"parallel is 'fsdp' and torchcompile is {spec.torchcompile!r}, but compiled stages cannot wait for "
+                "the weights of other processes; leave out one of them"
+            )
+        if spec.amp and spec.amp_dtype == "float16" and not {"amp", "amp_dtype"} & set(wrong):
+            yield "parallel is 'fsdp' and amp-dtype is 'float16', whose loss is scaled in each process; take bfloat16"
+    if spec.sync_bn and spec.torchcompile is not None and "torchcompile" not in wrong:
+        yield (
+            f"sync-bn is true and torchcompile is {spec.torchcompile!r}, but compiled stages cannot wait for other "
+            "processes; leave out one of them"
+        )
     if spec.veto and spec.anneal and "anneal" not in wrong:
         yield (
             f"anneal is {spec.anneal} and veto is true, but a partition that settles later than planned would stand "

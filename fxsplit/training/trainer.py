@@ -29,7 +29,7 @@ from fxsplit.training.objective import Objective
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.plasticity import Plasticity
 from fxsplit.training.recorded_step import RecordedStep
-from fxsplit.training.regularisers.endings import Endings, WeightEma
+from fxsplit.training.regularisers.endings import Endings, WeightEma, named_parameters
 from fxsplit.training.step import Step
 from fxsplit.training.telemetry import Telemetry, Work
 
@@ -186,7 +186,7 @@ class Trainer:
             pause: is called after each step and each batch of the test, and where an exception leaves the state whole.
             most: the most epochs that are trained now; None for all that are left.
         """
-        self._pause = pause
+        self._pause, failed_alone = pause, False
         epochs = range(self._position.epoch, self.plan.epochs)
         try:
             for epoch in epochs[:most]:
@@ -200,7 +200,9 @@ class Trainer:
                 self._is_whole = False
         except GeneratorExit:
             raise
-        except BaseException:
+        except BaseException as error:
+            # Interrupts, and numbers that are not finite, come to all processes after the same step.
+            failed_alone = isinstance(error, Exception) and not isinstance(error, NotFiniteError)
             if self._is_whole:
                 self._paused(ending=True)
             raise
@@ -208,7 +210,7 @@ class Trainer:
             self._pause = no_pause
             self._forget()
             self.feed.close()
-            self.forward.engine.leave()
+            self.forward.engine.leave(alone=failed_alone)
             self.executor.release()
 
     def _paused(self, *, ending: bool = False) -> None:
@@ -279,20 +281,24 @@ class Trainer:
         #
         #   0 ............. start ................... stop ............. n
         #   |    settled      |        trains           |     frozen     |    (1) modes, requires_grad, folded weights
-        #   |<---- cached --->|                                               (2) another cache, if the cut has moved
-        #                     |------ exit ---- exit                          (3) exits of the first that train
-        #                     |<----- optimizer ------->|                     (4) over what trains after (1) and (3)
-        #                     |<------ engine --------->|                     (5) likewise: whose gradients it reduces
+        #                     |------ exit ---- exit                          (2) exits of the first that train
+        #                     |<------ engine --------->|                     (3) whose gradients it reduces; it may
+        #                     |                         |                         divide weights, and undo that before
+        #   |<---- cached --->|                                               (4) another cache, if the cut has moved
+        #                     |<- optimizer, averages ->|                     (5) over what trains after (1), (2), (3)
         self._forget()
         phase = self.plan.phases[index]
         self._position = replace(self._position, phase=index)
         self.executor.enter(phase)  # (1)
-        later = self.plan.phases[index + 1 :]
-        self.feed.enter(phase.start, epochs=epochs_left, notice=self.observer.notice, later=later)  # (2)
         if self.objective.exits is not None:
-            self.objective.exits.enter(phase, self.observer.notice)  # (3)
-        self.optimizer.enter(phase)  # (4)
-        self.forward.engine.enter(*self.objective.modules)  # (5)
+            self.objective.exits.enter(phase, self.observer.notice)  # (2)
+        self.forward.engine.enter(*self.objective.modules)  # (3)
+        later = self.plan.phases[index + 1 :]
+        self.feed.enter(phase.start, epochs=epochs_left, notice=self.observer.notice, later=later)  # (4)
+        self.optimizer.enter(phase)  # (5)
+        self.endings.enter()
+        if self.plasticity is not None:
+            self.plasticity.enter(named_parameters(self.executor))
         if self.ema is not None:
             self.ema.enter()
         self._telemetry.phase_begins()
@@ -322,6 +328,7 @@ class Trainer:
             optimizer=self.optimizer,
             feed=self.feed,
             reduced_bytes=self.forward.engine.bytes_per_step,
+            gathered_bytes=self.forward.engine.gathered_per_step,
             trained=trained,
             tested=tested,
             held_out_pct=held_out,

@@ -40,6 +40,27 @@ def plain(num_classes):
         layers += [nn.Conv2d(given, made, 3, stride=2 - index % 2, padding=1), nn.GroupNorm(2, made), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
 """
+# Of torch's class, and by the function that timm's classes call.
+WITH_NORMS = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Inline(nn.BatchNorm2d):
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, 1e-4)
+
+
+def normed(num_classes):
+    layers = []
+    for index, (given, made) in enumerate([(3, 4), (4, 6), (6, 6), (6, 8)]):
+        norm = Inline if index % 2 else nn.BatchNorm2d
+        layers += [nn.Conv2d(given, made, 3, stride=2 - index % 2, padding=1), norm(made), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+"""
 # With some numbers AdamW makes far more of a difference in rounding: "views" has another optimizer.
 # Of 67 images, batches of 16 leave three, which one of the two processes takes.
 COMMON: dict[str, Any] = {
@@ -66,22 +87,28 @@ SPECS: dict[str, dict[str, Any]] = {
         **SETTLING, "color_jitter": 0.3, "reprob": 0.5, "augment": "crop-flip", "workers": 0, "model_ema": True,
         "model_ema_decay": 0.8, "opt": "momentum",
     },
+    # BatchNorm takes its statistics from all processes, also where activations or statistics are computed again.
+    "norms of all": {**SETTLING, "sync_bn": True, "average": 0.5, "memory_aim": 0.5, "opt": "momentum", "epochs": 5},
 }  # fmt: skip
 CACHED = ("cache", "views")
+SYNCHRONISED = ("norms of all",)
 NORMS: dict[str, dict[str, Any]] = {
     "norms": {**SETTLING, "cache": "ram", "soft_targets": 0.5, "settle_from": 0.5},
+    # Of the last seven images one process has two micro-batches, and the other one.
+    "micro-batches": {"sync_bn": True, "grad_accum_steps": 2, "train_limit": 71, "epochs": 2},
     "averaged norms": {**SETTLING, "cache": "ram", "model_ema": True, "model_ema_decay": 0.8},
 }
 
 
 def spec(folder: Path, name: str, output: str) -> RunSpec:
-    model = f"{folder / 'plain.py'}:plain" if name in SPECS else f"{folder / 'small.py'}:small"
+    made = "normed" if name in SYNCHRONISED else "plain" if name in SPECS else "small"
     chosen = {**COMMON, **(SPECS | NORMS)[name]}
-    return RunSpec(model=model, output=str(folder / output), experiment=name, **chosen)
+    return RunSpec(model=f"{folder / made}.py:{made}", output=str(folder / output), experiment=name, **chosen)
 
 
 def write_models(folder: Path) -> None:
     (folder / "plain.py").write_text(WITHOUT_NORMS, encoding="utf-8")
+    (folder / "normed.py").write_text(WITH_NORMS, encoding="utf-8")
     (folder / "small.py").write_text(MODEL, encoding="utf-8")
 
 
