@@ -218,7 +218,7 @@ def _soft_targets(spec: RunSpec, data: Data) -> SoftTargets | None:
     if not spec.soft_targets:
         return None
     kind = MeanTargets if spec.soft_from == "mean" else LastTargets
-    return kind(len(data.train), weight=spec.soft_targets, temperature=spec.soft_temperature)
+    return kind(len(data.train), weight=spec.soft_targets, temperature=spec.soft_temperature, fade=spec.soft_fade)
 
 
 def _plasticity(executor: Executor, steps_per_epoch: int) -> Plasticity:
