@@ -25,7 +25,7 @@ from fxsplit.measuring.finite import are_finite, first_not_finite, named
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.saving.run_state import Stateful
-from fxsplit.training.accuracy import Accuracy, PendingScore, Score, Snapshots
+from fxsplit.training.accuracy import Accuracy, Confusion, PendingScore, Score, Snapshots
 from fxsplit.training.endings import Endings, WeightEma
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
@@ -117,6 +117,7 @@ class Trainer:
         self._position = Position()
         self._steps_per_epoch = self.feed.train_loader.steps_per_epoch
         self._accuracy, self._test_accuracy = (Accuracy(self.forward.device, self.processes) for _ in range(2))
+        self._confusion = Confusion(self.processes)
         self._concord = Concord(self.processes, self.executor, [self.objective.soft_targets, self.ema])
         self._progress = Number(None if self.recordings is None else self.forward.device)
         # Scores of steps that are on their way from the device.
@@ -133,6 +134,13 @@ class Trainer:
     def position(self) -> Position:
         """Where the run is."""
         return self._position
+
+    def confusion(self) -> dict[tuple[int, int], int]:
+        """Return how many images there were of each label and class that they were taken for, in the last test.
+
+        All processes call it together.
+        """
+        return self._confusion.read()
 
     def begin(self) -> None:
         """Enter the first phase; does nothing in a run that has begun."""
@@ -501,6 +509,7 @@ class Trainer:
         self.executor.eval()
         source, accuracy, recordings = self.feed.test_source, self._test_accuracy, self.recordings
         accuracy.reset()
+        self._confusion.reset()
 
         def step() -> tuple[Tensor, Tensor, int]:
             batch = source.fetch()
@@ -515,6 +524,8 @@ class Trainer:
             with self._averaged():
                 logits, labels, counted = step() if recordings is None else recordings.run("test", key, step)
             accuracy.count(counted)
+            if counted:
+                self._confusion.add(logits, labels)
             if predictions is not None:
                 # A replay writes into the same tensors again.
                 predictions.append((logits.float().softmax(dim=1), labels.clone()))
