@@ -125,7 +125,7 @@ def _train(
         with run:
             recovery = assembly.recovery(spec, trace, trainer, run, processes)  # trains, and answers faults
             for record in recovery.epochs(run.pause, most=1 if spec.dry_run else None):
-                run.add(record)
+                run.add(record, trainer.confusion())
     return run.report
 
 

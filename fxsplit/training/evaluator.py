@@ -13,7 +13,7 @@ from fxsplit.caching.feed import Feed
 from fxsplit.cuda.replay import Recordings
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.execute.forward import Forward
-from fxsplit.training.accuracy import Accuracy, Score, Snapshots
+from fxsplit.training.accuracy import Accuracy, Confusion, Score, Snapshots
 from fxsplit.training.regularisers.endings import WeightEma
 from fxsplit.training.telemetry import Work
 
@@ -49,6 +49,8 @@ class Evaluator:
         self._forward, self._feed, self._ema = forward, feed, ema
         self._snapshots, self._work, self._recordings = snapshots, work, recordings
         self._accuracy = Accuracy(forward.device, processes)
+        # Of the last test.
+        self.confusion = Confusion(processes)
 
     @torch.no_grad()
     def score(
@@ -67,6 +69,7 @@ class Evaluator:
         self._forward.executor.eval()
         source, accuracy, recordings = self._feed.test_source, self._accuracy, self._recordings
         accuracy.reset()
+        self.confusion.reset()
 
         def test() -> tuple[Tensor, Tensor, int]:
             batch = source.fetch()
@@ -80,6 +83,8 @@ class Evaluator:
             with self._averaged():
                 logits, labels, counted = test() if recordings is None else recordings.run("test", key, test)
             accuracy.count(counted)
+            if counted:
+                self.confusion.add(logits, labels)
             if predictions is not None:
                 # A replay writes into the same tensors again.
                 predictions.append((logits.float().softmax(dim=1), labels.clone()))

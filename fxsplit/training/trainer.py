@@ -152,6 +152,13 @@ class Trainer:
         """Where the run is."""
         return self._position
 
+    def confusion(self) -> dict[tuple[int, int], int]:
+        """Return how many images there were of each label and class that they were taken for, in the last test.
+
+        All processes call it together.
+        """
+        return self._evaluator.confusion.read()
+
     def begin(self) -> None:
         """Enter the first phase; does nothing in a run that has begun."""
         if self._position.phase < 0:

@@ -155,6 +155,7 @@ def trained(folder: Path, name: str) -> dict[str, Any]:
         "phases": len(kept),
         "state": {name: value.clone() for name, value in kept[0].state_dict().items()},
         "losses": [epoch.train_loss for epoch in report.epochs],
+        "confusion": report.confusion,
     }
 
 
@@ -268,6 +269,14 @@ def test_gradients_and_weights_are_the_same_in_all_processes(name: str, ranks: l
 def test_what_does_not_train_takes_no_traffic(name: str, ranks: list[dict[str, Any]]) -> None:
     found = metrics(ranks[0][name]["folder"])
     assert [epoch["reduced_bytes"] for epoch in found] == [4 * epoch["trainable_parameters"] for epoch in found]
+
+
+def test_the_confusion_is_that_of_the_images_of_all_processes(ranks: list[dict[str, Any]]) -> None:
+    found = [rank["standard"]["confusion"] for rank in ranks]
+    assert found[0] == found[1]
+    right = sum(taken.get(name, 0) for name, taken in found[0].items())
+    every = sum(sum(taken.values()) for taken in found[0].values())
+    assert 100 * right / every == pytest.approx(metrics(ranks[0]["standard"]["folder"])[-1]["eval_top1"], rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["standard"])

@@ -191,7 +191,9 @@ def test_a_run_can_become_longer(tmp_path: Path) -> None:
         # It can be interrupted, and goes on from there, as any other.
         recipe = resolve(read_recipe(Path(first.folder) / "args.yaml"))
         assert getattr(recipe, name) == before + 2
-        assert resumed(Path(first.folder)).epochs == report.epochs
+        again = resumed(Path(first.folder))
+        assert (again.epochs, again.confusion) == (report.epochs, report.confusion)
+        assert again.confusion
 
 
 def test_a_run_that_was_killed_when_it_had_just_become_longer_stays_so(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from fxsplit.training.batchnorm import recalibrated
 from torch import Tensor, nn
 
 import fxsplit
@@ -17,7 +18,6 @@ from fxsplit.errors import UsageError
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import Observer
 from fxsplit.saving.checkpoint import read_checkpoint
-from fxsplit.training.batchnorm import recalibrated
 from fxsplit.training.optimizers import anneal, make_optimizer, make_scheduler
 from tests.saving.runs import COMMON, MODEL, model_in
 from tests.saving.test_resume import Interrupts
