@@ -30,8 +30,8 @@ from fxsplit.plan.scaling import ScaleForecast
 from fxsplit.plan.schedule import SETTLING, Plan, counted, schedule
 from fxsplit.report import Inspection, Observer
 from fxsplit.spec import RunSpec
-from fxsplit.training.batchnorm import norms_in
 from fxsplit.training.optimizers import SLOTS, slots_of
+from fxsplit.training.regularisers.batchnorm import norms_in
 
 DEFAULT_PARTS = 8
 # Photographs of 32 pixels lie at 0.05 of the pretraining, also with inverted colours, whose front may stay; with heavy

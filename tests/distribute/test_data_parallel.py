@@ -304,6 +304,20 @@ def test_a_signal_to_one_process_ends_both_with_a_checkpoint(folder: Path, ranks
     assert all(torch.equal(value, expected[key]) for key, value in weights(ours).items())
 
 
+def test_a_vote_is_read_when_it_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnItsWay:
+        def __init__(self, given: Tensor, *_: Any, async_op: bool) -> None:
+            assert async_op
+            self.given = given
+
+        def wait(self) -> None:
+            self.given.fill_(5)
+
+    monkeypatch.setattr(distributed, "all_reduce", OnItsWay)
+    processes = Processes(0, 2)
+    assert [processes.vote(number) for number in (3, 0)] == [0, 5]
+
+
 def test_a_run_goes_on_with_fewer_processes_and_counts_nothing_twice(folder: Path, ranks: list[dict[str, Any]]) -> None:
     assert ranks
     said: list[str] = []

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from fxsplit.training.batchnorm import recalibrated
 from torch import Tensor, nn
 
 import fxsplit
@@ -19,6 +18,7 @@ from fxsplit.plan.schedule import Phase
 from fxsplit.report import Observer
 from fxsplit.saving.checkpoint import read_checkpoint
 from fxsplit.training.optimizers import anneal, make_optimizer, make_scheduler
+from fxsplit.training.regularisers.batchnorm import recalibrated
 from tests.saving.runs import COMMON, MODEL, model_in
 from tests.saving.test_resume import Interrupts
 

@@ -288,6 +288,18 @@ def test_partitions_settle_with_the_mean_of_their_own_last_steps() -> None:
             assert torch.allclose(averaged.get_parameter(name), mean_of(name, seen[8:]), atol=1e-6), name
 
 
+def test_a_mean_begins_anew_at_the_midpoint_from_which_training_goes_on() -> None:
+    torch.manual_seed(0)
+    model = Chain()
+    plan = (Phase(start=0, stop=4, epochs=4),)
+    with after_steps(model) as seen:
+        list(trainer(model, plan=plan, average=0.75, soft_targets=MeanTargets(50, weight=0.5)).epochs())
+    assert len(seen) == 16
+    for name, parameter in model.named_parameters():
+        # By its share alone it would begin after the fourth step.
+        assert torch.allclose(parameter, mean_of(name, seen[8:]), atol=1e-6), name
+
+
 def test_settled_partitions_are_not_averaged_any_more() -> None:
     digests: list[list[Tensor]] = []
     torch.manual_seed(0)
