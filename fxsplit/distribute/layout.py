@@ -60,7 +60,7 @@ def gathered(state: Any, *, keep: bool) -> Any:
     is empty.
     """
     if is_divided(state):
-        found = state.detach().full_tensor()
+        found = whole(state.detach())
         return found.cpu() if keep else found.new_empty(0)
     if isinstance(state, Mapping):
         return {key: gathered(each, keep=keep) for key, each in state.items()}

@@ -32,6 +32,7 @@ from fxsplit.distribute.sync_norms import SyncNorms
 from fxsplit.errors import reason
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Engine
+from fxsplit.objects.structure import tensors_in
 
 # Where a parameter is kept: a module, and its name there.
 Place = tuple[nn.Module, str]
@@ -91,7 +92,7 @@ class ShardedData(Engine):
                 self._units[index] = self._divided(_Unit(partial(executor.run, index), places))
         common += [(module, name) for each in beside for module in each.modules() for name in _trained_in(module)]
         self._root = self._divided(_Unit(self._run, common, self._units.values()))
-        executor.wrap(self._units)
+        executor.wrap({index: unit.call for index, unit in self._units.items()})
 
     def leave(self, *, alone: bool = False) -> None:
         if self._norms is not None:
@@ -124,7 +125,7 @@ class ShardedData(Engine):
         with warnings.catch_warnings():
             # No cut lies where a later op writes into an earlier value.
             warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
-            result = self._root(batch, stop)
+            result = self._root.call(batch, stop)
         if not torch.is_grad_enabled():
             self._root.reshard()  # which a root leaves to the end of backward
         return result
@@ -211,6 +212,8 @@ class _Unit(nn.Module):
         within: units that it runs.
     """
 
+    _run: Callable[..., Any]
+
     def __init__(self, run: Callable[..., Any], places: Iterable[Place], within: Iterable[_Unit] = ()) -> None:
         super().__init__()
         self._places = list(dict.fromkeys(places))
@@ -223,8 +226,14 @@ class _Unit(nn.Module):
         for unit in within:
             self.add_module(str(len(self._modules)), unit)
 
-    def forward(self, *args: Any) -> Any:
-        return self._run(*args)
+    def forward(self, *args: Any) -> tuple[Any, list[Tensor]]:
+        """Return what the function returns, and the tensors in it: torch looks for these in few kinds of objects."""
+        result = self._run(*args)
+        return result, list(tensors_in(result))
+
+    def call(self, *args: Any) -> Any:
+        """Run the function, with what fully_shard does around it; return what it returns."""
+        return self(*args)[0]
 
     def others(self) -> set[nn.Parameter]:
         """List the parameters that are no part of it, but lie in the same modules."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxsplit.distribute.layout import divided_as
+from fxsplit.distribute.layout import divided_as, is_divided
 from fxsplit.errors import UsageError, nearest, reason, shown
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "
 
 # torch's optimizers that have a fused kernel, which updates all parameters in one call, on CPU and CUDA alike.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+# Those whose kernel takes parameters that are divided among processes, too.
+FUSED_DIVIDED = (torch.optim.Adam, torch.optim.AdamW)
 
 # Values that those of default settings keep for each parameter.
 SLOTS = {"adam": 2, "adamw": 2}
@@ -85,8 +87,10 @@ def _fused(name: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     """Return the option for torch's fused kernel, where it has one: on a CPU it is more than twice as fast."""
     from timm.optim import get_optimizer_info
 
-    numbers = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
-    return {"fused": True} if numbers and get_optimizer_info(name).opt_class in FUSED else {}
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    chosen = FUSED_DIVIDED if any(map(is_divided, parameters)) else FUSED
+    numbers = all(parameter.is_floating_point() for parameter in parameters)
+    return {"fused": True} if numbers and get_optimizer_info(name).opt_class in chosen else {}
 
 
 def _groups(module: nn.Module, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:

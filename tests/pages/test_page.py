@@ -14,6 +14,7 @@ import pytest
 from fxsplit.pages.figures import human
 from fxsplit.pages.page import inspection_page, report_page
 from fxsplit.plan.partition import partition
+from fxsplit.plan.scaling import ScaleForecast
 from fxsplit.plan.schedule import Phase, Plan, schedule
 from fxsplit.report import EpochRecord, Inspection, RunReport
 from tests.pairs import both
@@ -159,6 +160,20 @@ def test_the_forecast_lies_beside_the_timeline(page: Page, inspection: Inspectio
     assert any(text.startswith("Forecast from shapes alone, batches of 2: ") for text in page.texts["p"])
     first = inspection.forecast.phases[0]
     assert {f"epoch 1: {first.step_cost:.2f}", f"epoch 2: {human(first.peak_bytes, 'B')}"} <= set(page.texts["title"])
+
+
+def test_what_several_devices_take_has_a_row_each(inspection: Inspection, page: Page) -> None:
+    assert not page.having("section", "id", "devices")
+    ahead = tuple(
+        ScaleForecast(
+            kind=kind, devices=count, step_seconds=8 / count, idle_share=0.25, traffic_bytes=2500, peak_bytes=10**6,
+            is_fastest=kind == "fsdp",
+        )
+        for kind, count in (("ddp", 1), ("fsdp", 4096))
+    )  # fmt: skip
+    cells = Page(inspection_page(replace(inspection, scaling=ahead))).texts["td"]
+    last = cells[cells.index("fsdp") - 1 :]
+    assert last[:8] == ["4096", "fsdp", "2.0 ms", "4096.00", "25 %", "2.5 kB", "1.0 MB", "yes"]
 
 
 def test_the_peak_of_the_plan_stands_beside_that_of_standard_training(inspection: Inspection) -> None:
