@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fxsplit.distribute.layout import is_divided
 from fxsplit.distribute.processes import Processes
 from fxsplit.execute.executor import Executor
+from fxsplit.objects.structure import is_divided
 
 # State of a trainer that a process has for itself, or that has just been added up over all.
 OWN = ("telemetry", "accuracy")

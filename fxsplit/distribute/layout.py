@@ -7,19 +7,12 @@ dimension. Arithmetic on those is that on whole tensors, so most code need not a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
-
-def is_divided(tensor: Any) -> TypeGuard[DTensor]:
-    """Tell whether each process has a part of a tensor."""
-    # Without its class, which takes a second to import.
-    return isinstance(tensor, Tensor) and hasattr(type(tensor), "full_tensor")
+from fxsplit.objects.structure import is_divided
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -37,6 +37,9 @@ from fxsplit.objects.structure import tensors_in
 # Where a parameter is kept: a module, and its name there.
 Place = tuple[nn.Module, str]
 
+# What autocast computes in lower precision, weights and biases alike.
+CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 # Their names are others in newer versions of torch, which warn of the older ones.
 gather: Any = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
 scatter: Any = getattr(distributed, "reduce_scatter_single", distributed.reduce_scatter_tensor)
@@ -53,8 +56,8 @@ class ShardedData(Engine):
         executor: is run.
         processes: those of the run.
         device: of the parameters.
-        dtype: in which weights are gathered and computed with, as autocast would; gradients are added up in float32.
-            None for that of the parameters.
+        dtype: of autocast, in which weights of matrix products and convolutions are gathered, as it would cast them;
+            gradients are added up in float32. None without autocast.
         norms: the pass of the executor that synchronises BatchNorm; None where each process has its own statistics.
     """
 
@@ -70,9 +73,7 @@ class ShardedData(Engine):
         super().__init__(executor)
         self._processes, self._norms = processes, norms
         self._mesh = init_device_mesh(device.type, (processes.count,))
-        self._policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32, cast_forward_inputs=False
-        )
+        self._dtype = dtype
         self._units: dict[int, _Unit] = {}
         self._root: Any = None
         self._traffic = _Traffic()
@@ -80,7 +81,7 @@ class ShardedData(Engine):
     def enter(self, *beside: nn.Module) -> None:
         executor, before = self.executor, self._units
         if self._root is not None:
-            self._root.make_whole()
+            self._root.make_whole(within=False)
         self._units, self._traffic = {}, _Traffic()
         training = range(*executor.window)
         own, common = self._places(training)
@@ -89,7 +90,7 @@ class ShardedData(Engine):
             if index in before:
                 before[index].make_whole()
             if places := own.get(index):
-                self._units[index] = self._divided(_Unit(partial(executor.run, index), places))
+                self._units[index] = self._unit(partial(executor.run, index), places)
         common += [(module, name) for each in beside for module in each.modules() for name in _trained_in(module)]
         self._root = self._divided(_Unit(self._run, common, self._units.values()))
         executor.wrap({index: unit.call for index, unit in self._units.items()})
@@ -100,8 +101,7 @@ class ShardedData(Engine):
         if self._root is None:
             return
         if not alone:
-            for unit in (self._root, *self._units.values()):
-                unit.make_whole()
+            self._root.make_whole()
         self._units, self._root = {}, None
         self.executor.wrap({})
 
@@ -163,9 +163,20 @@ class ShardedData(Engine):
                     common.append((module, name))
         return own, common
 
-    def _divided(self, unit: _Unit) -> _Unit:
+    def _unit(self, run: Callable[..., Any], places: Sequence[Place]) -> _Unit:
+        """Make what runs a function with divided parameters; with autocast, two in each other, by their type."""
+        cast = [(owner, name) for owner, name in places if self._dtype is not None and type(owner) in CAST]
+        if not cast:
+            return self._divided(_Unit(run, places))
+        unit = self._divided(_Unit(run, cast), self._dtype)
+        others = [place for place in places if place not in cast]
+        return self._divided(_Unit(unit.call, others, [unit])) if others else unit
+
+    def _divided(self, unit: _Unit, dtype: torch.dtype | None = None) -> _Unit:
         """Give each process its part of the unit's parameters. Others in the same modules stay as they are."""
-        fully_shard(unit, mesh=self._mesh, mp_policy=self._policy, ignored_params=unit.others())
+        reduced = None if dtype is None else torch.float32
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
+        fully_shard(unit, mesh=self._mesh, mp_policy=policy, ignored_params=unit.others())
         each: Any = unit  # torch has made it an FSDPModule
         each.set_custom_all_gather(_Gather(self._traffic))
         each.set_custom_reduce_scatter(_Scatter(self._traffic))
@@ -216,14 +227,14 @@ class _Unit(nn.Module):
 
     def __init__(self, run: Callable[..., Any], places: Iterable[Place], within: Iterable[_Unit] = ()) -> None:
         super().__init__()
-        self._places = list(dict.fromkeys(places))
+        self._places, self._within = list(dict.fromkeys(places)), tuple(within)
         vars(self)["_run"] = run  # not a part of this module, whatever it is
         for owner in dict.fromkeys(owner for owner, _ in self._places):
             view = nn.Module()
             # The very dict of the model's module: what is put there is put into the model.
             vars(view)["_parameters"] = owner._parameters
             self.add_module(str(len(self._modules)), view)
-        for unit in within:
+        for unit in self._within:
             self.add_module(str(len(self._modules)), unit)
 
     def forward(self, *args: Any) -> tuple[Any, list[Tensor]]:
@@ -245,8 +256,10 @@ class _Unit(nn.Module):
             if parameter is not None and id(parameter) not in own
         }
 
-    def make_whole(self) -> None:
-        """Put whole parameters into their places. All processes must do so."""
+    def make_whole(self, *, within: bool = True) -> None:
+        """Put whole parameters into their places, and those of the units `within`. All processes must do so."""
+        for each in self._within if within else ():
+            each.make_whole()
         unit: Any = self
         unit.reshard()
         found: dict[int, nn.Parameter] = {}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fxsplit.data.batch import Batch
-from fxsplit.distribute.layout import agreed, is_divided, own_part
+from fxsplit.distribute.layout import agreed, own_part
 from fxsplit.execute.forward import Forward
-from fxsplit.objects.structure import tensors_in
+from fxsplit.objects.structure import is_divided, tensors_in
 from fxsplit.plan.partition import Partition
 
 

@@ -17,9 +17,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fxsplit.distribute.layout import is_divided
 from fxsplit.errors import FxsplitError, UsageError
 from fxsplit.models.weights import WEIGHTS_FILE
+from fxsplit.objects.structure import is_divided
 from fxsplit.pages.page import report_page
 from fxsplit.paths import expanded
 from fxsplit.records import json_line, json_text

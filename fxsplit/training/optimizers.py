@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxsplit.distribute.layout import divided_as, is_divided
+from fxsplit.distribute.layout import divided_as
 from fxsplit.errors import UsageError, nearest, reason, shown
+from fxsplit.objects.structure import is_divided
 
 if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsplit.distribute.layout import divided_as, is_divided, whole
+from fxsplit.distribute.layout import divided_as, whole
+from fxsplit.objects.structure import is_divided
 
 # A partition is quiet after QUIET_INTERVALS intervals in a row with less than QUIET_SHARE of its highest plasticity.
 QUIET_SHARE = 0.1

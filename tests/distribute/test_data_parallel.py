@@ -23,9 +23,10 @@ import fxsplit
 from fxsplit.assembly.starting import Start, _fitting, check_alike
 from fxsplit.data.loader import Loader
 from fxsplit.distribute.concord import Concord
-from fxsplit.distribute.layout import is_divided, own_part
+from fxsplit.distribute.layout import own_part
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import FxsplitError, Terminated, UsageError
+from fxsplit.objects.structure import is_divided
 from fxsplit.report import Observer, StepRecord
 from fxsplit.saving.run_state import RunState
 from fxsplit.spec import RunSpec

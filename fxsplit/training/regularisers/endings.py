@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fxsplit.cuda.number import Number
 from fxsplit.data.batch import Batch
-from fxsplit.distribute.layout import divided_as, is_divided
+from fxsplit.distribute.layout import divided_as
 from fxsplit.distribute.processes import Processes
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
+from fxsplit.objects.structure import is_divided
 from fxsplit.plan.schedule import Plan
 from fxsplit.training.regularisers.batchnorm import recalibrate
 
