@@ -60,11 +60,10 @@ def report(result: RunReport) -> None:
         return human(max(figures), "B") if figures else None
 
     joules = measured("energy_joules")
-    ensemble = result.epochs[-1].ensemble_top1 if result.epochs else None
     facts = Table.grid(padding=(0, 2))
     for name, fact in {
         "test accuracy": f"{result.accuracy_pct:.2f} % (last epoch)" if result.epochs else human(None),
-        "test accuracy, snapshot ensemble": None if ensemble is None else f"{ensemble:.2f} %",
+        "test accuracy, snapshot ensemble": None if result.ensemble_pct is None else f"{result.ensemble_pct:.2f} %",
         "total time": f"{result.total_seconds:.1f} s, of which setup {result.setup_seconds:.1f} s",
         "peak memory: process resident": most("peak_resident_bytes"),
         "peak memory: CUDA allocated": most("peak_allocated_bytes"),

@@ -112,7 +112,7 @@ class TrainedModel(nn.Module):
 
     def name_of(self, index: int) -> str:
         """Name a class by its position; a model may have more outputs than classes."""
-        return self.classes[index] if index < len(self.classes) else f"output {index}"
+        return self.config.name_of(index)
 
 
 def in_layout(config: ModelConfig, images: Tensor) -> Tensor:

@@ -77,7 +77,11 @@ def test_an_arm_may_be_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"arms": ",,"}, "arms name nothing to compare"),
+        ({"arms": ",,"}, "arms is ',,', which names nothing; name some, or leave it out"),
+        ({"match": ""}, "match is '', which names nothing"),
+        ({"match": ()}, "match names nothing"),
+        ({"devices": " "}, "devices is ' ', which names nothing"),
+        ({"jobs": 0}, "jobs is 0, but must be a whole number at least 1"),
         ({"arms": "finetun"}, "settle, settle-far, and recipes"),
         ({"arms": "standart"}, "there is no arm 'standart'; did you mean 'standard'?"),
         ({"arms": "standard,regularised"}, "regularised takes over from the arm that is tried, and there is none"),
@@ -293,6 +297,26 @@ def test_finished_runs_are_compared_as_they_are(tmp_path: Path, player: Player) 
     assert means == sorted(arm.accuracy.mean for arm in before.tables[0].arms)
     with pytest.raises(UsageError, match="there is no finished run in"):
         compare_folders([str(tmp_path)], asked(tmp_path / "again", models=()))
+
+
+def test_tables_of_other_runs_are_not_replaced(tmp_path: Path, player: Player) -> None:
+    compare(asked(tmp_path, arms="standard,l2l", seeds="2"), launch=player)
+    before = (tmp_path / "compare.json").read_bytes()
+    launched = len(player.launched)
+    folders = sorted(str(path.parent) for path in tmp_path.glob("runs/*/*/report.json"))
+    for others in ({"models": ("paper:vgg16",)}, {"arms": "l2l"}, {"run": {**RUN, "epochs": 5}}):
+        with pytest.raises(UsageError, match=r"compares other runs, such as .*-s0', and is not replaced; choose"):
+            compare(asked(tmp_path, **{"seeds": "2", "arms": "standard,l2l", **others}), launch=player)
+    with pytest.raises(UsageError, match="is of a comparison that did its runs itself, and is not replaced"):
+        compare_folders(folders, asked(tmp_path, models=()))
+    assert (tmp_path / "compare.json").read_bytes() == before
+    assert len(player.launched) == launched
+    # One that holds them all is the same comparison, grown.
+    compare(asked(tmp_path, models=("paper:cnn", "paper:vgg16"), seeds="2"), launch=player)
+    assert (tmp_path / "compare.json").read_bytes() != before
+    (tmp_path / "notes.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(UsageError, match="is no comparison, and is not replaced; choose another --name"):
+        compare_folders(folders, asked(tmp_path, models=(), name="notes"))
 
 
 def test_several_models_are_one_family(tmp_path: Path, player: Player) -> None:
