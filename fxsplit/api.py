@@ -95,8 +95,6 @@ def _train(
         assembly.check_data(start, data, observer)
         assembly.check_alike(trace, data, processes)
         if not start.goes_on:
-            fit = partial(assembly.fitting_plan, spec, trace, plan, data, observer, processes)
-            plan = processes.first(fit)
             pay = partial(assembly.paying_plan, spec, trace, executor, plan, data, device, observer, processes)
             plan = processes.first(pay)
         recordings = assembly.recordings(spec, trace, device, processes, observer)  # of steps, as CUDA graphs

@@ -241,10 +241,10 @@ class RunSpec:
     shift: str = option(
         "Layer-to-layer",
         "With --schedule finetune: how the images differ from those of the pretraining. Where the input does (noise, "
-        "another kind of camera), the first layers have to change, and nothing settles once the head has trained "
-        "alone. auto asks the BatchNorm of the front, on up to 128 images.",
-        "auto",
-        choices=("auto", "none", "input"),
+        "another kind of camera) and images are many, the first layers may have to change: nothing settles then once "
+        "the head has trained alone.",
+        "none",
+        choices=("none", "input"),
     )
     settle_front: float | None = option(
         "Layer-to-layer",
@@ -627,7 +627,7 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
             f"{', '.join(unheeded)} can be given only where partitions settle, and the schedule is {spec.schedule!r}; "
             "use --schedule settle or --l2l"
         )
-    if spec.shift == "input" and spec.plan is None and spec.schedule != "finetune" and "schedule" not in wrong:
+    if spec.shift != "none" and spec.plan is None and spec.schedule != "finetune" and "schedule" not in wrong:
         yield f"shift is {spec.shift!r}, but the schedule is {spec.schedule!r}; only --schedule finetune asks for it"
     if (
         spec.settle_front is not None

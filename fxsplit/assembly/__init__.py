@@ -5,7 +5,7 @@ from fxsplit.assembly.folders import recorder
 from fxsplit.assembly.images import Kind, data, in_layout, kind, loaders, random_images
 from fxsplit.assembly.models import example_inputs, model, trace, with_preprocessing
 from fxsplit.assembly.names import check_names
-from fxsplit.assembly.plans import DEFAULT_PARTS, fitting_plan, forecast, inspection, paying_plan, plan, scaling
+from fxsplit.assembly.plans import DEFAULT_PARTS, forecast, inspection, paying_plan, plan, scaling
 from fxsplit.assembly.proofs import prove_first_batch
 from fxsplit.assembly.recovery import recovery
 from fxsplit.assembly.starting import check_alike, check_data, restore, start
@@ -22,7 +22,6 @@ __all__ = [
     "determinism",
     "example_inputs",
     "executor",
-    "fitting_plan",
     "forecast",
     "in_layout",
     "inspection",

@@ -19,8 +19,6 @@ from fxsplit.data.images import Data
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import logits_of
-from fxsplit.measuring.likeness import divergence
-from fxsplit.measuring.meter import stopwatch
 from fxsplit.measuring.phase_costs import Loss, time_ratio, update_seconds
 from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import Forecast
@@ -31,14 +29,8 @@ from fxsplit.plan.schedule import SETTLING, Plan, counted, schedule
 from fxsplit.report import Inspection, Observer
 from fxsplit.spec import RunSpec
 from fxsplit.training.optimizers import SLOTS, slots_of
-from fxsplit.training.regularisers.batchnorm import norms_in
 
 DEFAULT_PARTS = 8
-# Photographs of 32 pixels lie at 0.05 of the pretraining, also with inverted colours, whose front may stay; with heavy
-# noise they lie at 0.17 to 0.20. Source: docs/results, fine-tuning of EfficientNet-Lite0.
-MOST_DIVERGENCE = 0.1
-# As many images tell enough. Of fewer than four times as many, a quarter is taken: so it costs less than 2 % of a run.
-MOST_LOOKED_AT = 128
 # What a run may take, relative to its time, for a memory aim that nobody insists on.
 MOST_TIME = 1.03
 
@@ -59,10 +51,6 @@ def plan(
     """
     if saved is not None:
         return planning.saved_plan(saved, trace, observer)
-    return _planned(spec, trace, observer, processes)
-
-
-def _planned(spec: RunSpec, trace: Trace, observer: Observer, processes: Processes) -> Plan:
     plan = _given_plan(spec, trace, observer)
     phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
     plan = replace(plan, preset=spec.preset, phases=tuple(phases))
@@ -90,44 +78,6 @@ def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float, processes: P
         optimizer_slots=_slots(spec),
         strict=_insisted(spec) is not None,
     )
-
-
-def fitting_plan(
-    spec: RunSpec, trace: Trace, plan: Plan, data: Data, observer: Observer, processes: Processes = ALONE
-) -> Plan:
-    """With `--shift auto`, find out whether the front of a pretrained network may stay as it is for these images.
-
-    A few training images run through it once, and BatchNorm tells whether they look to it like those that it has learnt
-    from. If they do not, the plan is that of `--shift input`. Without pretrained weights, and without BatchNorm in the
-    front, nothing is known, and the plan stays.
-    """
-    front = min(phase.start for phase in plan.phases)
-    is_open = spec.shift == "auto" and spec.schedule == "finetune" and spec.plan is None and spec.settle_front is None
-    if not (is_open and front and (spec.pretrained or spec.initial_checkpoint is not None)):
-        return plan
-    elapsed = stopwatch()
-    found = divergence(trace.model, norms_in(trace.model, plan.partitions[:front]), _some_images(spec, data))
-    if found is None:
-        return plan
-    seconds, _ = elapsed()
-    how = f"BatchNorm's statistics diverge by {found:.3f} from the pretrained ones, found in {seconds:.1f} s"
-    if found <= MOST_DIVERGENCE:
-        observer.notice(f"the front stays as it is: {how}")
-        return plan
-    observer.notice(
-        f"to the front these images are of another kind than those of the pretraining, so it trains, too: {how} "
-        f"(up to {MOST_DIVERGENCE:g} it stays); --shift none keeps it"
-    )
-    return _planned(replace(spec, shift="input"), trace, observer, processes)
-
-
-def _some_images(spec: RunSpec, data: Data) -> torch.Tensor:
-    """Take training images from all over the set, prepared as they are for a test: (B, C, H, W)."""
-    images = len(data.train)
-    count = max(2, min(MOST_LOOKED_AT, images // 4))
-    ids = torch.linspace(0, images - 1, count).round().long()
-    _, test_loader = loaders(spec, replace(data, test=data.train.subset(ids).cropped(spec.crop_pct)))
-    return next(replace(test_loader, batch_size=count).batches(0)).images
 
 
 def paying_plan(

@@ -12,34 +12,19 @@ import torch
 from torch import Tensor, nn
 
 import fxsplit
-from fxsplit import assembly
-from fxsplit.assembly import plans
 from fxsplit.errors import UsageError
 from fxsplit.plan.schedule import Phase
-from fxsplit.report import Observer
 from fxsplit.saving.checkpoint import read_checkpoint
 from fxsplit.training.optimizers import anneal, make_optimizer, make_scheduler
-from fxsplit.training.regularisers.batchnorm import recalibrated
-from tests.saving.runs import COMMON, MODEL, model_in
-from tests.saving.test_resume import Interrupts
+from tests.saving.runs import COMMON, model_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Heard(Observer):
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-
-    def notice(self, sentence: str) -> None:
-        self.sentences.append(sentence)
-
-
-def finetuned(
-    folder: Path, observer: Observer | None = None, **changes: Any
-) -> tuple[fxsplit.Plan, list[dict[str, Tensor]]]:
+def finetuned(folder: Path, **changes: Any) -> tuple[fxsplit.Plan, list[dict[str, Tensor]]]:
     """The plan of a run, and the model's state after each of its epochs."""
     options = {"model": model_in(folder), "output": str(folder), "preset": "finetune", "force": True, "parts": 3}
-    report = fxsplit.train(fxsplit.RunSpec(**{**COMMON, **options, "checkpoint_keep": 9, **changes}), observer)
+    report = fxsplit.train(fxsplit.RunSpec(**{**COMMON, **options, "checkpoint_keep": 9, **changes}))
     files = sorted(Path(report.folder, "checkpoints").glob("*.safetensors"))
     assert len(files) == len(report.epochs)
     return report.plan, [read_checkpoint(file)["state"]["model"]["saved"] for file in files]
@@ -69,38 +54,6 @@ def test_random_weights_are_not_fine_tuned_unless_that_is_insisted_on(tmp_path: 
     with pytest.raises(UsageError, match="the weights are random, and a front of random weights learns nothing"):
         finetuned(tmp_path, force=False)
     assert list(tmp_path.glob("2*")) == []
-
-
-@pytest.mark.parametrize(("moved", "shift"), [(0.0, "none"), (9.0, "input")])
-def test_the_front_trains_where_batchnorm_says_that_images_are_of_another_kind(
-    moved: float, shift: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its running means are those of these images, or far off. A run that goes on asks it no more."""
-    made: dict[str, Any] = {}
-    exec(MODEL, made)
-    net: nn.Sequential = made["small"](num_classes=10)
-    data = assembly.data(fxsplit.RunSpec(model="any", **COMMON), Observer())
-    pixels = torch.cat(list(data.train.read(torch.arange(len(data.train)), 64))).float() / 255
-    with recalibrated([each for each in net if isinstance(each, nn.BatchNorm2d)]):
-        net.train()(pixels)
-    for each in net:
-        if isinstance(each, nn.BatchNorm2d) and each.running_mean is not None:
-            each.running_mean += moved
-    torch.save(net.state_dict(), tmp_path / "net.pt")
-    options = {"force": False, "initial_checkpoint": str(tmp_path / "net.pt"), "epochs": 5}
-    heard = Heard()
-    plan, _ = finetuned(tmp_path, observer=heard, **options)
-    assert plan == finetuned(tmp_path, shift=shift, **options)[0]
-    (sentence,) = (each for each in heard.sentences if "diverge" in each)
-    assert sentence.startswith("the front stays as it is" if shift == "none" else "to the front these images are")
-    assert (plan.phases[1].start == 0) is (shift == "input")
-    if shift == "input":
-        assert finetuned(tmp_path, settle_front=0.5, **options)[0].phases[1].start > 0
-        return
-    with pytest.raises(KeyboardInterrupt):
-        finetuned(tmp_path, observer=Interrupts(8), experiment="cut", **options)
-    monkeypatch.setattr(plans, "divergence", lambda *_: 1.0)
-    assert fxsplit.train(resume=tmp_path / "cut", trust_code=True).plan == plan
 
 
 def test_what_thaws_is_as_if_it_had_never_been_settled() -> None:

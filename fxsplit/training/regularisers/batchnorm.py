@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from itertools import islice
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxsplit.capture.tracing import Trace
@@ -16,7 +15,6 @@ from fxsplit.data.loader import Loader
 from fxsplit.errors import UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
-from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Plan
 
 # From so many batches statistics are estimated. More of them make no difference that could be measured.
@@ -39,13 +37,9 @@ def recalibrate(forward: Forward, stop: int, batches: Iterable[Batch]) -> None:
 
 def norms_of(executor: Executor, stop: int) -> list[_BatchNorm]:
     """Find the BatchNorm modules of the partitions that train before cut `stop`, if they keep statistics."""
-    return norms_in(executor, executor.partitions[executor.window[0] : stop])
-
-
-def norms_in(model: nn.Module, partitions: Sequence[Partition]) -> list[_BatchNorm]:
-    """Find the BatchNorm modules of some partitions of a model that keep statistics."""
-    paths = dict.fromkeys(name.rpartition(".")[0] for partition in partitions for name in partition.state)
-    modules = map(model.get_submodule, paths)
+    training = executor.partitions[executor.window[0] : stop]
+    paths = dict.fromkeys(name.rpartition(".")[0] for partition in training for name in partition.state)
+    modules = map(executor.get_submodule, paths)
     return [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
 
 
