@@ -24,6 +24,9 @@ SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "
 # torch's optimizers that have a fused kernel, which updates all parameters in one call, on CPU and CUDA alike.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
+# Optimizers that an error names.
+USUAL = ("adamw", "adam", "sgd", "lamb", "lion", "adafactor")
+
 # Values that those of default settings keep for each parameter.
 SLOTS = {"adam": 2, "adamw": 2}
 
@@ -59,8 +62,11 @@ def make_optimizer(
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    if name not in list_optimizers():
-        raise UsageError(f"timm has no optimizer {shown(name)}{nearest(name, list_optimizers())}")
+    if name not in (known := list_optimizers()):
+        raise UsageError(
+            f"timm has no optimizer {shown(name)}{nearest(name, known)} (it has {len(known)}, such as "
+            f"{', '.join(USUAL)}; timm.optim.list_optimizers() names them all)"
+        )
     decays = [layer_decay, *[None] * (len(modules) - 1)]
     groups = [
         group
