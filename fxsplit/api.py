@@ -30,7 +30,7 @@ from fxsplit.proving.forecasts import check_forecast
 from fxsplit.proving.workers import call_each
 from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
 from fxsplit.spec import RunSpec
-from fxsplit.training.batchnorm import check_batches
+from fxsplit.training.regularisers.batchnorm import check_batches
 from fxsplit.trust import trusting_code
 
 Record = TypeVar("Record", CheckRecord, ForecastRecord)
@@ -81,7 +81,7 @@ def _train(
             model = assembly.model(spec, kind, device, observer, goes_on=start.goes_on)  # an untouched nn.Module
         observer.working("tracing the model")
         trace = assembly.trace(spec, model, kind, device)  # its ops in order, in training and in evaluation
-        passes = assembly.passes(spec, device)
+        passes = assembly.passes(spec, device, processes)
         for each in passes:
             observer.notice(effect_of(each))
         if spec.balance == "seconds" and spec.plan is None and not start.goes_on:
@@ -98,7 +98,7 @@ def _train(
             pay = partial(assembly.paying_plan, spec, trace, executor, plan, data, device, observer, processes)
             plan = processes.first(pay)
         recordings = assembly.recordings(spec, trace, device, processes, observer)  # of steps, as CUDA graphs
-        trainer = assembly.trainer(spec, trace, executor, plan, data, processes, observer, recordings)
+        trainer = assembly.trainer(spec, trace, executor, plan, data, processes, passes, observer, recordings)
         check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader)
         # what each phase is expected to cost
         ahead = assembly.forecast(spec, plan, trace, measured=False, processes=processes)
@@ -123,7 +123,7 @@ def _train(
         with run:
             recovery = assembly.recovery(spec, trace, trainer, run, processes)  # trains, and answers faults
             for record in recovery.epochs(run.pause, most=1 if spec.dry_run else None):
-                run.add(record)
+                run.add(record, trainer.confusion())
     return run.report
 
 

@@ -24,6 +24,7 @@ MAY_DIFFER = {
     "epochs": "the last phase lasts longer",
     "epochs_total": "the last phase lasts longer",
     "device": ROUNDING,
+    "parallel": ROUNDING,
     "deterministic": ROUNDING,
     "cuda_graphs": ROUNDING,
     "torchcompile": ROUNDING,

@@ -240,9 +240,9 @@ class RunSpec:
     )
     shift: str = option(
         "Layer-to-layer",
-        "With --schedule finetune: how the images differ from those of the pretraining. Where the input does (other "
-        "colours, noise, another camera), the first layers have to change, and nothing settles once the head has "
-        "trained alone.",
+        "With --schedule finetune: how the images differ from those of the pretraining. Where the input does (noise, "
+        "another kind of camera) and images are many, the first layers may have to change: nothing settles then once "
+        "the head has trained alone.",
         "none",
         choices=("none", "input"),
     )
@@ -293,6 +293,13 @@ class RunSpec:
     )
     soft_temperature: float = option(
         "Regularisation", "Temperature at which the two outputs are compared.", 1.0, above=0
+    )
+    soft_fade: float = option(
+        "Regularisation",
+        "Last share of the run over which the share of --soft-targets falls to nothing.",
+        0.0,
+        least=0,
+        most=1,
     )
     average: float = option(
         "Regularisation",
@@ -404,6 +411,19 @@ class RunSpec:
         "Type in which the cache keeps numbers; exact keeps them bit for bit.",
         "exact",
         choices=("exact", "float16", "bfloat16"),
+    )
+
+    parallel: str = option(
+        "Several processes",
+        "What each of several processes has of weights, gradients and optimizer: all (ddp), or its part of what trains "
+        "(fsdp).",
+        "ddp",
+        choices=("ddp", "fsdp"),
+    )
+    sync_bn: bool = option(
+        "Several processes",
+        "In training, BatchNorm takes its statistics from the images of all processes, as one process would.",
+        False,
     )
 
     device: str = option("Run", "auto, cpu, cuda or cuda:N.", "auto", pattern=r"auto|cpu|cuda(:\d{1,3})?")
@@ -618,6 +638,19 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
         yield f"settle-front is given, but the schedule is {spec.schedule!r}; only --schedule finetune leaves one out"
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
         yield f"grad-accum-steps is {spec.grad_accum_steps}, but must divide batch-size {spec.batch_size}"
+    if spec.parallel == "fsdp" and "parallel" not in wrong:
+        if spec.torchcompile is not None and "torchcompile" not in wrong:
+            yield (
+                f"parallel is 'fsdp' and torchcompile is {spec.torchcompile!r}, but compiled stages cannot wait for "
+                "the weights of other processes; leave out one of them"
+            )
+        if spec.amp and spec.amp_dtype == "float16" and not {"amp", "amp_dtype"} & set(wrong):
+            yield "parallel is 'fsdp' and amp-dtype is 'float16', whose loss is scaled in each process; take bfloat16"
+    if spec.sync_bn and spec.torchcompile is not None and "torchcompile" not in wrong:
+        yield (
+            f"sync-bn is true and torchcompile is {spec.torchcompile!r}, but compiled stages cannot wait for other "
+            "processes; leave out one of them"
+        )
     if spec.veto and spec.anneal and "anneal" not in wrong:
         yield (
             f"anneal is {spec.anneal} and veto is true, but a partition that settles later than planned would stand "

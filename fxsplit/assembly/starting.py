@@ -82,6 +82,8 @@ def start(
 def _fitting(start: Start, processes: Processes, observer: Observer) -> Start:
     """Return what was found, where so many processes can do it. Raises UsageError where they cannot."""
     batch_size, count = start.spec.batch_size, processes.count
+    if count == 1 and start.spec.parallel != "ddp":
+        observer.notice("there are no other processes to divide weights among; start several with torchrun")
     if count > 1:
         if batch_size < count:
             raise UsageError(

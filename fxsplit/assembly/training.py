@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from fxsplit.assembly.images import loaders
 from fxsplit.assembly.plans import forecast
-from fxsplit.assembly.steps import amp_dtype, optimizer, scheduler
+from fxsplit.assembly.steps import amp_dtype, optimizer, optimizer_of, scheduler
 from fxsplit.caching.cache import CachePolicy
 from fxsplit.caching.feed import Feed
 from fxsplit.caching.media import GIB
@@ -24,8 +24,10 @@ from fxsplit.data.images import Data
 from fxsplit.data.shares import WHOLE
 from fxsplit.distribute.data_parallel import DataParallel
 from fxsplit.distribute.processes import ALONE, Processes
+from fxsplit.distribute.sync_norms import SyncNorms
+from fxsplit.errors import UsageError
 from fxsplit.execute.executor import Executor
-from fxsplit.execute.forward import Forward
+from fxsplit.execute.forward import Engine, Forward
 from fxsplit.execute.passes import Pass, passes_for
 from fxsplit.paths import expanded
 from fxsplit.plan.forecast import step_work
@@ -33,21 +35,22 @@ from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
 from fxsplit.spec import RunSpec
 from fxsplit.training.accuracy import Snapshots
-from fxsplit.training.endings import Endings, WeightEma, named_parameters
-from fxsplit.training.exits import Exits
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.plasticity import QUIET_INTERVALS, Plasticity
-from fxsplit.training.soft_targets import LastTargets, MeanTargets, SoftTargets
+from fxsplit.training.regularisers.endings import Endings, WeightEma, named_parameters
+from fxsplit.training.regularisers.exits import Exits
+from fxsplit.training.regularisers.soft_targets import LastTargets, MeanTargets, SoftTargets
 from fxsplit.training.step import Step
 from fxsplit.training.telemetry import Work
 from fxsplit.training.trainer import Trainer
 
 
-def passes(spec: RunSpec, device: torch.device) -> tuple[Pass, ...]:
+def passes(spec: RunSpec, device: torch.device, processes: Processes = ALONE) -> tuple[Pass, ...]:
     """Choose the graph passes that a run on this device asks for."""
-    return passes_for(device, channels_last=spec.channels_last)
+    chosen = passes_for(device, channels_last=spec.channels_last)
+    return (*chosen, SyncNorms()) if spec.sync_bn and processes.count > 1 else chosen
 
 
 def executor(spec: RunSpec, trace: Trace, plan: Plan, passes: Sequence[Pass]) -> Executor:
@@ -101,10 +104,14 @@ def trainer(
     plan: Plan,
     data: Data,
     processes: Processes,
+    passes: Sequence[Pass],
     observer: Observer,
     recordings: Recordings | None = None,
 ) -> Trainer:
-    """Make the trainer of a run, with all that its spec switches on. Raises UsageError for names that timm lacks."""
+    """Make the trainer of a run, with all that its spec switches on; `passes` are those of the executor.
+
+    Raises UsageError for names that timm lacks, and for an optimizer that cannot be divided.
+    """
     train_loader, test_loader = loaders(spec, data, processes)
     held_out = None if data.held_out is None else data.held_out.cropped(spec.crop_pct)
     held_out_loader = None if held_out is None else replace(test_loader, images=held_out, share=WHOLE)
@@ -115,7 +122,7 @@ def trainer(
             "which can take minutes"
         )
     steps_per_epoch = train_loader.steps_per_epoch
-    engine = DataParallel(executor) if processes.count > 1 else None
+    engine = _engine(spec, executor, processes, passes, train_loader.device)
     forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype(spec), engine=engine)
     objective = Objective(
         smoothing=spec.smoothing, soft_targets=_soft_targets(spec, data), exits=_exits(spec, trace, plan, data)
@@ -176,6 +183,23 @@ def trainer(
     )
 
 
+def _engine(
+    spec: RunSpec, executor: Executor, processes: Processes, passes: Sequence[Pass], device: torch.device
+) -> Engine | None:
+    """Make what runs forward passes together with other processes; None for this one alone."""
+    if processes.count == 1:
+        return None
+    norms = next((each for each in passes if isinstance(each, SyncNorms)), None)
+    if spec.parallel == "ddp":
+        return DataParallel(executor, processes, norms=norms)
+    # Few runs need what this imports, which takes a second.
+    from fxsplit.distribute.sharded_data import ShardedData, why_not_divided
+
+    if reason := why_not_divided(partial(optimizer_of, spec), processes, device):
+        raise UsageError(f"the optimizer {spec.opt!r} cannot be divided among processes: {reason}; take --parallel ddp")
+    return ShardedData(executor, processes, device, dtype=amp_dtype(spec), norms=norms)
+
+
 def _exits(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> Exits | None:
     if not spec.exits:
         return None
@@ -194,7 +218,7 @@ def _soft_targets(spec: RunSpec, data: Data) -> SoftTargets | None:
     if not spec.soft_targets:
         return None
     kind = MeanTargets if spec.soft_from == "mean" else LastTargets
-    return kind(len(data.train), weight=spec.soft_targets, temperature=spec.soft_temperature)
+    return kind(len(data.train), weight=spec.soft_targets, temperature=spec.soft_temperature, fade=spec.soft_fade)
 
 
 def _plasticity(executor: Executor, steps_per_epoch: int) -> Plasticity:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxsplit.distribute.processes import Processes
 from fxsplit.execute.executor import Executor
+from fxsplit.objects.structure import is_divided
 
 # State of a trainer that a process has for itself, or that has just been added up over all.
 OWN = ("telemetry", "accuracy")
@@ -55,13 +56,15 @@ class Concord:
     def check(self, training: Callable[[], Mapping[str, Any]]) -> None:
         """Raise FxsplitError, which names a tensor, where a process has other weights or state of training.
 
-        `training` returns the state of the trainer.
+        What is divided, of which each part is in one process alone, cannot differ. `training` returns the state of the
+        trainer.
         """
         if self._processes.count == 1:
             return
         shared = {name: state for name, state in training().items() if name not in OWN}
         model = {**dict(self._executor.named_parameters()), **dict(self._executor.named_buffers())}
-        self._processes.refuse_drifted({**model, **dict(_tensors(shared))})
+        state = {**model, **dict(_tensors(shared))}
+        self._processes.refuse_drifted({name: each for name, each in state.items() if not is_divided(each)})
 
 
 def _tensors(state: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -23,6 +23,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from fxsplit.data.batch import Batch
+from fxsplit.distribute.processes import Processes
+from fxsplit.distribute.sync_norms import SyncNorms
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Engine
 
@@ -35,10 +37,16 @@ class DataParallel(Engine):
     """Runs forward passes whose gradients are reduced over all processes while backward goes on.
 
     All processes must have entered the same phase, and have the same weights.
+
+    Args:
+        executor: is run.
+        processes: those of the run.
+        norms: the pass of the executor that synchronises BatchNorm; None where each process has its own statistics.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, processes: Processes, *, norms: SyncNorms | None = None) -> None:
         super().__init__(executor)
+        self._processes, self._norms = processes, norms
         self._called: nn.Module = _Called(executor, ())
         self._wrapped: DistributedDataParallel | None = None
         self._traffic = _Traffic()
@@ -48,7 +56,9 @@ class DataParallel(Engine):
         self.leave()
         self._called = _Called(self.executor, beside)
 
-    def leave(self) -> None:
+    def leave(self, *, alone: bool = False) -> None:  # noqa: ARG002 - nothing is sent for it
+        if self._norms is not None:
+            self._norms.counting = None
         if self._wrapped is not None:
             self._wrapped = None
             # Its hooks at the parameters go when it goes, and cycles keep it until then.
@@ -61,7 +71,14 @@ class DataParallel(Engine):
         # A run that goes on after the last step of an epoch has taken none yet.
         return sum(each.nbytes for each in self._called.parameters() if each.requires_grad)
 
-    def __call__(self, batch: Batch) -> Any:
+    def together(self, micro_batches: int) -> int:
+        return micro_batches if self._norms is None else self._processes.most(micro_batches)
+
+    def __call__(self, batch: Batch, stop: int | None = None) -> Any:
+        if self._norms is not None:
+            self._norms.counting = bool(batch.counted)
+        if not torch.is_grad_enabled():
+            return super().__call__(batch, stop)
         if self._accumulates:
             return self._called(batch.cut, *batch.values)
         # Not made before the first micro-batch whose gradients are reduced: with a static graph it would count the

@@ -82,6 +82,13 @@ class Processes:
             distributed.all_reduce(tensor)
         return tensor
 
+    def most(self, number: int) -> int:
+        """Return the largest number that any process gives."""
+        given = torch.tensor(number)
+        if self.count > 1:
+            distributed.all_reduce(given, distributed.ReduceOp.MAX)
+        return int(given)
+
     def mean(self, tensors: Sequence[Tensor]) -> None:
         """Set tensors, in place, to their means over all processes; those without fractions to the first one's."""
         if self.count == 1:

@@ -69,7 +69,7 @@ class _forward:  # noqa: N801 - used as a decorator
 OWN = frozenset(
     (
         *("_model", "_signature", "_stages", "_prefix", "_recomputation", "_read", "_settled_dtype", "_cuts_gradients"),
-        *("_phase", "_everything", "_running", "_changes", "_freezing", "_hooks", "_modes", "_tap"),
+        *("_phase", "_everything", "_running", "_changes", "_freezing", "_hooks", "_modes", "_tap", "_wrappers"),
     )
 )
 
@@ -137,6 +137,7 @@ class Executor(nn.Module):
         self._prefix = Prefix(trace, self._stages, backend)
         self._recomputation = Recomputation(trace, self._stages, passes=passes, backend=backend)
         self._read = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
+        self._wrappers: Mapping[int, Callable[[list[Any]], Any]] = {}
         self._phase = self._everything = self._running = Phase(start=0, stop=len(self._stages), epochs=1)
         self._cuts_gradients = {mode: program.cuts_gradients for mode, program in trace.programs.items()}
         self._changes = Changes(trace)
@@ -333,19 +334,32 @@ class Executor(nn.Module):
 
     def _resume(self, values: list[Any], stop: int | None = None) -> Any:
         result: Any = values
-        training, running = self._model.training, self._running
-        recompute = running.recompute if training and torch.is_grad_enabled() else 0
-        for index in range(running.start, len(self._stages) if stop is None else stop):
-            if index < recompute:
-                for segment in self._recomputation.of(index, segmented=running.segmented):
-                    result = segment(self._model, result)
-            elif training and index < running.stop:
-                result = self._stages[index](result, training=TRAINING)
-            else:
-                result = self._evaluate(index, result)
+        for index in range(self._running.start, len(self._stages) if stop is None else stop):
+            wrapper = self._wrappers.get(index)
+            result = self.run(index, result) if wrapper is None else wrapper(result)
             if self._tap is not None and index < len(self._stages) - 1:
                 self._tap(index, result)
         return result
+
+    def wrap(self, wrappers: Mapping[int, Callable[[list[Any]], Any]]) -> None:
+        """Call `wrappers`, by partition, with the values at its start, where it would `run`, which they are to call.
+
+        Settled partitions are not among them. Those who wrap may have replaced parameters of the model.
+        """
+        self._wrappers = wrappers
+        self._arrange()
+
+    def run(self, index: int, values: list[Any]) -> Any:
+        """Run partition `index`, which is not settled, as the phase has it, on the values at its start."""
+        training, running = self._model.training, self._running
+        if training and index < running.recompute and torch.is_grad_enabled():
+            result: Any = values
+            for segment in self._recomputation.of(index, segmented=running.segmented):
+                result = segment(self._model, result)
+            return result
+        if training and index < running.stop:
+            return self._stages[index](values, training=TRAINING)
+        return self._evaluate(index, values)
 
     def _evaluate(self, index: int, values: list[Any]) -> Any:
         """Run a partition in evaluation; while the model trains, the last one returns all that training returns."""

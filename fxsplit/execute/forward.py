@@ -16,13 +16,15 @@ from fxsplit.execute.executor import Executor
 
 
 class Engine:
-    """Runs the forward passes that gradients are taken of, here in this process alone.
+    """Runs the forward passes of what trains, here in this process alone.
 
-    Others do so together with other processes; their gradients are then the means over all.
+    Others do so together with other processes; gradients are then the means over all.
     """
 
     # Bytes of gradients that a step has exchanged since `enter`; None where nothing is exchanged.
     bytes_per_step: int | None = None
+    # Bytes of weights that a step has gathered since `enter`; None where weights are whole.
+    gathered_per_step: int | None = None
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
@@ -30,15 +32,22 @@ class Engine:
     def enter(self, *beside: nn.Module) -> None:
         """Begin a phase that the executor has entered; parameters of the modules `beside` train, too."""
 
-    def leave(self) -> None:
-        """End the phase: nothing that `enter` made is left at the parameters."""
+    def leave(self, *, alone: bool = False) -> None:
+        """End the phase: nothing that `enter` made is left at the parameters.
 
-    def __call__(self, batch: Batch) -> Any:
-        """Return what the model returns for a batch."""
-        if not batch.cut:
-            # Called as a whole, so that hooks of the model itself are called, too.
-            return self.executor(*batch.values)
-        return self.executor.resume(list(batch.values))
+        `alone` says that other processes do not do so, because something has failed here.
+        """
+
+    def __call__(self, batch: Batch, stop: int | None = None) -> Any:
+        """Return what the model returns for a batch, or, of values where training begins, those at cut `stop`."""
+        if batch.cut or stop is not None:
+            return self.executor.resume(list(batch.values), stop)
+        # Called as a whole, so that hooks of the model itself are called, too.
+        return self.executor(*batch.values)
+
+    def together(self, micro_batches: int) -> int:
+        """Return how many forward passes a step takes that has so many micro-batches here."""
+        return micro_batches
 
     def accumulating(self) -> AbstractContextManager[Any]:
         """Inside, forward and backward of a micro-batch add to its gradients, and others follow."""
@@ -52,7 +61,7 @@ class Forward:
         executor: its phase must settle all partitions that a batch has been through.
         device: where batches are.
         amp_dtype: the precision of `autocast`; None runs without it.
-        engine: runs forward passes that gradients are taken of; None for this process alone.
+        engine: runs what trains; None for this process alone.
     """
 
     def __init__(
@@ -73,11 +82,9 @@ class Forward:
     def __call__(self, batch: Batch, *, stop: int | None = None) -> Any:
         """Return what the model returns for a batch, or the values at cut `stop`, where something trains."""
         start = self.executor.window[0]
-        if stop is not None:
-            return self.executor.resume(self._settled(batch, start), stop)
-        if 0 < batch.cut < start:
+        if 0 < batch.cut < start or stop is not None:
             batch = replace(batch, values=tuple(self._settled(batch, start)), cut=start)
-        return self.engine(batch) if torch.is_grad_enabled() else Engine(self.executor)(batch)
+        return self.engine(batch, stop)
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the class scores (B, classes) of a batch. Raises FxsplitError when the model returns none."""

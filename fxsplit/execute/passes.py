@@ -31,9 +31,10 @@ def passes_for(device: torch.device, *, channels_last: bool) -> tuple[Pass, ...]
 
 
 def effect_of(each: Pass) -> str:
-    """Say what a pass changes, in a sentence for people; of one without such a sentence, its name."""
+    """Say what a pass changes, in a sentence for people: that of EFFECTS, or its own `effect`; else its name."""
     (name,) = names_of((each,))
-    return EFFECTS.get(each, f"graphs are rewritten by the pass {name}")
+    sentence = EFFECTS.get(each) or getattr(each, "effect", "")
+    return sentence or f"graphs are rewritten by the pass {name}"
 
 
 def names_of(passes: Sequence[Pass]) -> tuple[str, ...]:

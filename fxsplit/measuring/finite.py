@@ -9,16 +9,22 @@ import torch
 from torch import Tensor
 
 from fxsplit.data.batch import Batch
+from fxsplit.distribute.layout import agreed, own_part
 from fxsplit.execute.forward import Forward
-from fxsplit.objects.structure import tensors_in
+from fxsplit.objects.structure import is_divided, tensors_in
 from fxsplit.plan.partition import Partition
 
 
 @torch.no_grad()
 def are_finite(tensors: Iterable[Tensor | None]) -> bool:
-    """Tell whether all floating-point numbers are finite; what is None has none. It waits for the device."""
-    found = [each.isfinite().all() for each in tensors if each is not None and each.is_floating_point()]
-    return not found or bool(torch.stack([each.to(found[0].device) for each in found]).all())
+    """Tell whether all floating-point numbers are finite; what is None has none. It waits for the device.
+
+    Where tensors are divided among processes, all must ask, and are told the same.
+    """
+    given = [each for each in tensors if each is not None and each.is_floating_point()]
+    found = [own_part(each).isfinite().all() for each in given]
+    are_so = not found or bool(torch.stack([each.to(found[0].device) for each in found]).all())
+    return agreed(are_so) if any(map(is_divided, given)) else are_so
 
 
 @torch.no_grad()

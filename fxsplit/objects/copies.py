@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxsplit.objects.structure import ATOMS, META, fill, taken_apart
+from fxsplit.objects.structure import ATOMS, META, fill, is_divided, taken_apart
 
 
 def meta_copy(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
     """Copy a model with parameters and buffers on the meta device; changes of the copy do not reach the model.
+
+    Parameters that are divided among processes are whole in the copy.
 
     Returns the copy, and the original of each copied object by the id of its copy.
     """
@@ -30,7 +32,10 @@ def meta_copy(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
     def on_meta(tensor: Tensor) -> Tensor:
         if id(tensor) not in state:
             return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        empty = torch.empty_like(tensor, device=META, requires_grad=False)
+        if is_divided(tensor):
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+        else:
+            empty = torch.empty_like(tensor, device=META, requires_grad=False)
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
     copier = Copier(on_meta)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 META = torch.device("meta")
 # Types of values that hold no tensor.
@@ -119,6 +122,12 @@ def put_attributes(value: Any, attributes: Mapping[str, Any]) -> None:
     if hasattr(value, "__dict__"):
         vars(value).clear()
         vars(value).update({name: each for name, each in attributes.items() if name not in slots})
+
+
+def is_divided(tensor: Any) -> TypeGuard[DTensor]:
+    """Tell whether each of several processes has a part of a tensor."""
+    # Without its class, which takes a second to import.
+    return isinstance(tensor, Tensor) and hasattr(type(tensor), "full_tensor")
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -17,8 +17,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fxsplit.errors import UsageError
+from fxsplit.errors import FxsplitError, UsageError
 from fxsplit.models.weights import WEIGHTS_FILE
+from fxsplit.objects.structure import is_divided
 from fxsplit.pages.page import report_page
 from fxsplit.paths import expanded
 from fxsplit.records import json_line, json_text
@@ -204,7 +205,12 @@ def _locked_if_empty(path: Path) -> FolderLock | None:
 
 
 def write_weights(model: nn.Module, path: Path, config: ModelConfig) -> None:
-    """Write a model's weights as safetensors, and how the model is used as their metadata."""
+    """Write a model's weights as safetensors, and how the model is used as their metadata.
+
+    Raises FxsplitError when they are divided among processes, of which one has failed.
+    """
+    if any(map(is_divided, model.parameters())):
+        raise FxsplitError("each process has a part of the weights, and one has failed; a checkpoint has them whole")
     with replacing(path) as part:
         safetensors.torch.save_model(model, str(part), metadata=config.to_metadata())
 
@@ -212,7 +218,7 @@ def write_weights(model: nn.Module, path: Path, config: ModelConfig) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    kind = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, SafetensorError | FxsplitError) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())
 
 

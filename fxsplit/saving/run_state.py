@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fxsplit.distribute.layout import gathered
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import UsageError
 from fxsplit.saving.random_states import random_states, set_random_states
@@ -34,10 +35,14 @@ class RunState:
         self._model, self._training, self._processes = model, training, processes
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain data and tensors, by the names of parameters. Tensors are not copied."""
-        training = self._training.state_dict()
+        """Return plain data and tensors, by the names of parameters. Tensors are not copied.
+
+        Those of which each process has a part are whole in the first one, and empty in the others.
+        """
+        state = {"model": model_state(self._model), "training": self._training.state_dict()}
         random, *others = self._processes.all(random_states())
-        return {"model": model_state(self._model), "training": training, "random": random, "random_of_others": others}
+        whole = gathered(state, keep=self._processes.is_first)
+        return {**whole, "random": random, "random_of_others": others}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned: the model first, which the rest is made from, and random states last.

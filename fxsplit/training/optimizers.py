@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxsplit.distribute.layout import divided_as
 from fxsplit.errors import UsageError, nearest, reason, shown
+from fxsplit.objects.structure import is_divided
 
 if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler
@@ -23,6 +25,11 @@ SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "
 
 # torch's optimizers that have a fused kernel, which updates all parameters in one call, on CPU and CUDA alike.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+# Those whose kernel takes parameters that are divided among processes, too.
+FUSED_DIVIDED = (torch.optim.Adam, torch.optim.AdamW)
+
+# Optimizers that an error names.
+USUAL = ("adamw", "adam", "sgd", "lamb", "lion", "adafactor")
 
 # Values that those of default settings keep for each parameter.
 SLOTS = {"adam": 2, "adamw": 2}
@@ -39,7 +46,6 @@ def make_optimizer(
     weight_decay: float,
     layer_decay: float | None = None,
     capturable: bool = False,
-    previous: Optimizer | None = None,
 ) -> Optimizer:
     """Make an optimizer over the parameters of `modules` that require a gradient, each in exactly one group.
 
@@ -52,15 +58,17 @@ def make_optimizer(
         layer_decay: learning rate of a layer of the first module, as a share of that of the layer after it; layers are
             those of timm (ELECTRA, Clark et al. 2020; BEiT, Bao et al. 2022). Other modules have the full rate.
         capturable: keep what steps count on the device, where the optimizer can, so that a step can be recorded.
-        previous: an optimizer of the same kind; parameters that it holds too keep their state.
 
     Raises UsageError for an unknown name, for values that the optimizer refuses, and for `layer_decay` where the layers
     are not known.
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    if name not in list_optimizers():
-        raise UsageError(f"timm has no optimizer {shown(name)}{nearest(name, list_optimizers())}")
+    if name not in (known := list_optimizers()):
+        raise UsageError(
+            f"timm has no optimizer {shown(name)}{nearest(name, known)} (it has {len(known)}, such as "
+            f"{', '.join(USUAL)}; timm.optim.list_optimizers() names them all)"
+        )
     decays = [layer_decay, *[None] * (len(modules) - 1)]
     groups = [
         group
@@ -79,10 +87,6 @@ def make_optimizer(
             group["capturable"] = capturable
     # torch would warn that such an optimizer steps eagerly, as it does before each recording.
     vars(optimizer)["_warned_capturable_if_run_uncaptured"] = True
-    if previous is not None:
-        for parameter in parameters_of(optimizer):
-            if parameter in previous.state:
-                optimizer.state[parameter] = previous.state[parameter]
     return optimizer
 
 
@@ -90,8 +94,10 @@ def _fused(name: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     """Return the option for torch's fused kernel, where it has one: on a CPU it is more than twice as fast."""
     from timm.optim import get_optimizer_info
 
-    numbers = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
-    return {"fused": True} if numbers and get_optimizer_info(name).opt_class in FUSED else {}
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    chosen = FUSED_DIVIDED if any(map(is_divided, parameters)) else FUSED
+    numbers = all(parameter.is_floating_point() for parameter in parameters)
+    return {"fused": True} if numbers and get_optimizer_info(name).opt_class in chosen else {}
 
 
 def _groups(module: nn.Module, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
@@ -256,5 +262,15 @@ def load_named_state(optimizer: Optimizer, state: Mapping[str, Any], names: Mapp
         {**group, **{name: own[name] for name in KERNELS if name in own}}
         for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
+    parameters = {names[parameter]: parameter for parameter in parameters_of(optimizer)}
+    values = {
+        name: {key: _laid_out(value, parameters[name]) for key, value in of_parameter.items()}
+        for name, of_parameter in state["state"].items()
+    }
     # torch finds a parameter's state by whatever keys "params" lists, so names do as well as numbers.
-    optimizer.load_state_dict({**state, "param_groups": groups})
+    optimizer.load_state_dict({**state, "state": values, "param_groups": groups})
+
+
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    """Divide what an optimizer keeps for each number of a parameter as that is divided."""
+    return divided_as(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value

@@ -12,18 +12,15 @@ from torch.optim import Optimizer
 from fxsplit.cuda.number import Number
 from fxsplit.execute.executor import Executor
 from fxsplit.plan.schedule import Phase, Plan
-from fxsplit.training.endings import end_epochs
-from fxsplit.training.exits import Exits
 from fxsplit.training.optimizers import anneal, load_named_state, named_state, parameters_of, split_by_end
+from fxsplit.training.regularisers.endings import end_epochs
+from fxsplit.training.regularisers.exits import Exits
 
 
 class MakeOptimizer(Protocol):
-    """Makes an optimizer over the parameters of the model that train now and those of further `modules`.
+    """Makes an optimizer over the parameters of the model that train now and those of further `modules`."""
 
-    Parameters that `previous` holds too keep their state.
-    """
-
-    def __call__(self, *modules: nn.Module, previous: Optimizer | None) -> Optimizer: ...
+    def __call__(self, *modules: nn.Module) -> Optimizer: ...
 
 
 class Scheduler(Protocol):
@@ -75,18 +72,24 @@ class PhaseOptimizer:
         self._end_steps = [epoch * steps_per_epoch for epoch in end_epochs(plan)]
         self._annealing_steps = annealing * (plan.epochs * steps_per_epoch)
         self._device = device
-        self._make(previous=None)
+        self._make({})
 
     def enter(self, phase: Phase) -> None:
         """Make optimizer and scheduler over what trains now. Parameters that trained before keep their optimizer state.
 
         A phase with `fresh_optimizer` begins without any state.
         """
-        self._make(previous=None if phase.fresh_optimizer else self.optimizer)
+        before = {} if phase.fresh_optimizer else self.optimizer.state
+        self._make({self._named[parameter]: state for parameter, state in before.items()})
 
-    def _make(self, previous: Optimizer | None) -> None:
+    def _make(self, before: Mapping[str, Any]) -> None:
+        """Make both. What trained `before` keeps its state, by name: its parameters may be other objects now."""
         modules = [] if self._exits is None else [self._exits.modules]
-        self.optimizer = self._make_optimizer(*modules, previous=previous)
+        self.optimizer = self._make_optimizer(*modules)
+        self._named = self._names()
+        for parameter in parameters_of(self.optimizer):
+            if state := before.get(self._named[parameter]):
+                self.optimizer.state[parameter] = state
         if self._annealing_steps:
             split_by_end(self.optimizer, self._ends())
         self._scheduler = self._make_scheduler(self.optimizer, steps_per_epoch=self._steps_per_epoch)

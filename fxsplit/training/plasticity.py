@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsplit.distribute.layout import divided_as, whole
+from fxsplit.objects.structure import is_divided
+
 # A partition is quiet after QUIET_INTERVALS intervals in a row with less than QUIET_SHARE of its highest plasticity.
 QUIET_SHARE = 0.1
 QUIET_INTERVALS = 3
@@ -39,6 +42,12 @@ class Plasticity:
     def __init__(self, parameters: Sequence[Mapping[str, Tensor]], *, interval: int) -> None:
         self._interval, self._steps = interval, 0
         self._partitions = [_Movement(each, _copies(each)) for each in parameters]
+
+    def enter(self, parameters: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take the parameters that the model has in another phase: other objects, maybe, with the same numbers."""
+        for partition, now in zip(self._partitions, parameters, strict=True):
+            partition.parameters = now
+            partition.before = {name: _laid_out(each, now[name]) for name, each in partition.before.items()}
 
     def step_done(self) -> None:
         """Count an optimizer step; at the end of an interval measure how far each training partition has moved."""
@@ -74,7 +83,9 @@ class Plasticity:
         """Load what `state_dict` returned."""
         self._steps = state["steps"]
         for partition, saved in zip(self._partitions, state["partitions"], strict=True):
-            partition.before = _copies(saved["before"])
+            partition.before = {
+                name: _laid_out(each.clone(), partition.parameters[name]) for name, each in saved["before"].items()
+            }
             partition.highest, partition.quiet_intervals = saved["highest"], saved["quiet_intervals"]
 
 
@@ -84,4 +95,9 @@ def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
+    return float(torch.stack([whole(tensor.norm()) for tensor in tensors]).norm())
+
+
+def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Divide a tensor as its parameter is divided, or make it whole as that is."""
+    return tensor if is_divided(tensor) and is_divided(parameter) else divided_as(whole(tensor), parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsplit.data.batch import Batch
+from fxsplit.distribute.layout import whole
 from fxsplit.errors import FxsplitError
 from fxsplit.execute.forward import Forward
 from fxsplit.training.accuracy import Accuracy
@@ -65,7 +67,12 @@ class Step:
         Raises FxsplitError when the loss depends on nothing that trains.
         """
         optimizer.zero_grad()
-        *parts, last = batch.divided(micro_batches, batch_size=self._batch_size)
+        parts = list(batch.divided(micro_batches, batch_size=self._batch_size))
+        if micro_batches > 1:
+            # A process with fewer of them runs its last one again, which counts for nothing.
+            more = self.forward.engine.together(len(parts)) - len(parts)
+            parts += [replace(parts[-1], weight=0.0)] * more
+        *parts, last = parts
         for micro_batch in parts:
             with self.forward.engine.accumulating():
                 self._add_gradients(micro_batch, progress=progress, accuracy=accuracy)
@@ -88,7 +95,9 @@ class Step:
         """Update the parameters of `optimizer` by their gradients; its learning rate has been set."""
         if self._clip_grad is not None:
             self._scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters_of(optimizer), self._clip_grad)
+            parameters = parameters_of(optimizer)
+            norm = whole(nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None]))
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_grad, norm)
         self._scaler.step(optimizer)
         self._scaler.update()
 

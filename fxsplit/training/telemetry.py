@@ -77,6 +77,7 @@ class Telemetry:
         optimizer: PhaseOptimizer,
         feed: Feed,
         reduced_bytes: int | None,
+        gathered_bytes: int | None = None,
         trained: Score,
         tested: Score,
         held_out_pct: float | None = None,
@@ -92,6 +93,7 @@ class Telemetry:
             optimizer: for the learning rate and how many parameters train.
             feed: for the size of its caches.
             reduced_bytes: of the gradients of a step.
+            gathered_bytes: of the weights of a step.
             trained: score on the training images.
             tested: score on the test images.
             held_out_pct: accuracy on held-out training images, if there are any.
@@ -126,6 +128,7 @@ class Telemetry:
             cache_resident_bytes=feed.resident_bytes,
             cache_file_bytes=feed.file_bytes,
             reduced_bytes=reduced_bytes,
+            gathered_bytes=gathered_bytes,
             energy_joules=_difference(usage.energy_joules, energy_began),
             train_energy_joules=_difference(self._energy_trained, energy_began),
             processor_seconds=processor_seconds() - self._processor_began,

@@ -347,6 +347,12 @@ def _held(draw: Any) -> dict[str, type[nn.Module]]:
     return {each.__name__: each for each in (Closure, Default, OfTheClass, InADict, Partial)}
 
 
+@pytest.fixture
+def no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generators are watched where no other thread could draw; tests before may have left one, as tqdm's monitor."""
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+
+
 def _stays_whole(make: type[nn.Module], reason: str) -> None:
     """The module alone is refused, and in a model it stays one op; tracing draws nothing."""
     alone, model = make(), With(make())
@@ -359,6 +365,7 @@ def _stays_whole(make: type[nn.Module], reason: str) -> None:
     assert reason in found.opaque["inner"]
 
 
+@pytest.mark.usefixtures("no_other_thread")
 @pytest.mark.parametrize("name", list(_held(drawn_by_name)))
 def test_a_function_that_draws_is_seen_however_it_is_held(name: str) -> None:
     _stays_whole(_held(drawn_by_name)[name], "draws from the generator 'random'")
@@ -374,6 +381,7 @@ def test_a_number_that_is_another_one_at_each_call_is_seen_however_it_is_come_by
     _stays_whole(_held(read)[name], "another one at each call")
 
 
+@pytest.mark.usefixtures("no_other_thread")
 def test_draws_into_tensors_that_are_no_values_of_the_graph_are_seen() -> None:
     class Legacy(nn.Module):
         def forward(self, x: Any) -> Any:

@@ -55,7 +55,7 @@ TRAIN_OPTIONS = """
 --resume --sched --schedule --seed --settled-dtype
 --smoothing --std --stem
 --anneal --average --no-recalibrate --no-veto --recalibrate --settle-from --settle-share --settle-until
---soft-from --soft-targets --soft-temperature --veto
+--soft-fade --soft-from --soft-targets --soft-temperature --veto
 --torchcompile --train-batches-per-epoch --train-limit --trust-code --trust-recipe
 --verbose -v --warmup-epochs --wd --weight-decay
 --workers -j

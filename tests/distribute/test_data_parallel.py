@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,14 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 import fxsplit
 from fxsplit.assembly.starting import Start, _fitting, check_alike
 from fxsplit.data.loader import Loader
 from fxsplit.distribute.concord import Concord
+from fxsplit.distribute.layout import own_part
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import FxsplitError, Terminated, UsageError
+from fxsplit.objects.structure import is_divided
 from fxsplit.report import Observer, StepRecord
+from fxsplit.saving.run_state import RunState
 from fxsplit.spec import RunSpec
 from fxsplit.training.step import Step
 from tests.saving.runs import MODEL
@@ -38,6 +43,27 @@ def plain(num_classes):
     layers = []
     for index, (given, made) in enumerate([(3, 4), (4, 6), (6, 6), (6, 8)]):
         layers += [nn.Conv2d(given, made, 3, stride=2 - index % 2, padding=1), nn.GroupNorm(2, made), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+"""
+# Of torch's class, and by the function that timm's classes call.
+WITH_NORMS = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Inline(nn.BatchNorm2d):
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, 1e-4)
+
+
+def normed(num_classes):
+    layers = []
+    for index, (given, made) in enumerate([(3, 4), (4, 6), (6, 6), (6, 8)]):
+        norm = Inline if index % 2 else nn.BatchNorm2d
+        layers += [nn.Conv2d(given, made, 3, stride=2 - index % 2, padding=1), norm(made), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
 """
 # With some numbers AdamW makes far more of a difference in rounding: "views" has another optimizer.
@@ -66,22 +92,31 @@ SPECS: dict[str, dict[str, Any]] = {
         **SETTLING, "color_jitter": 0.3, "reprob": 0.5, "augment": "crop-flip", "workers": 0, "model_ema": True,
         "model_ema_decay": 0.8, "opt": "momentum",
     },
+    # BatchNorm takes its statistics from all processes, also where activations or statistics are computed again.
+    "norms of all": {**SETTLING, "sync_bn": True, "average": 0.5, "memory_aim": 0.5, "opt": "momentum", "epochs": 5},
 }  # fmt: skip
 CACHED = ("cache", "views")
+TOGETHER = {"ddp": "together", "fsdp": "divided"}
+SYNCHRONISED = ("norms of all",)
+# Weights are divided, too, by --parallel fsdp.
+DIVIDED = ("standard", "settle", "l2l", "cache", "changes", "norms of all")
 NORMS: dict[str, dict[str, Any]] = {
     "norms": {**SETTLING, "cache": "ram", "soft_targets": 0.5, "settle_from": 0.5},
+    # Of the last seven images one process has two micro-batches, and the other one.
+    "micro-batches": {"sync_bn": True, "grad_accum_steps": 2, "train_limit": 71, "epochs": 2},
     "averaged norms": {**SETTLING, "cache": "ram", "model_ema": True, "model_ema_decay": 0.8},
 }
 
 
-def spec(folder: Path, name: str, output: str) -> RunSpec:
-    model = f"{folder / 'plain.py'}:plain" if name in SPECS else f"{folder / 'small.py'}:small"
-    chosen = {**COMMON, **(SPECS | NORMS)[name]}
-    return RunSpec(model=model, output=str(folder / output), experiment=name, **chosen)
+def spec(folder: Path, name: str, output: str, **asked: Any) -> RunSpec:
+    made = "normed" if name in SYNCHRONISED else "plain" if name in SPECS else "small"
+    chosen = {**COMMON, **(SPECS | NORMS)[name], **asked}
+    return RunSpec(model=f"{folder / made}.py:{made}", output=str(folder / output), experiment=name, **chosen)
 
 
 def write_models(folder: Path) -> None:
     (folder / "plain.py").write_text(WITHOUT_NORMS, encoding="utf-8")
+    (folder / "normed.py").write_text(WITH_NORMS, encoding="utf-8")
     (folder / "small.py").write_text(MODEL, encoding="utf-8")
 
 
@@ -92,9 +127,10 @@ def run(rank: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo", f"file://{folder}/store", timeout=timedelta(seconds=120), rank=rank, world_size=RANKS
     )
-    found = {name: trained(Path(folder), name) for name in (*SPECS, *NORMS)}
-    found |= {"interrupted": interrupted(Path(folder))}
-    found |= {"refused": refused(rank)}
+    found: dict[str, Any] = {name: trained(Path(folder), name) for name in (*SPECS, *NORMS)}
+    found["divided"] = {name: divided(Path(folder), name) for name in DIVIDED}
+    found["interrupted"] = {parallel: interrupted(Path(folder), parallel) for parallel in ("ddp", "fsdp")}
+    found["refused"] = refused(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -128,7 +164,47 @@ def trained(folder: Path, name: str) -> dict[str, Any]:
         "phases": len(kept),
         "state": {name: value.clone() for name, value in kept[0].state_dict().items()},
         "losses": [epoch.train_loss for epoch in report.epochs],
+        "confusion": report.confusion,
     }
+
+
+def divided(folder: Path, name: str) -> dict[str, Any]:
+    """Train with divided weights; at each change of phase, list what is divided and what trains, and hold the state."""
+    found: list[tuple[list[str], list[str]]] = []
+    begin = Concord.check
+
+    def checked(self: Concord, training: Callable[[], Any]) -> None:
+        executor = self._executor
+        now = dict(executor.named_parameters())
+        found.append(
+            ([name for name in now if is_divided(now[name])], [name for name in now if now[name].requires_grad])
+        )
+        assert all(own_part(each).numel() < each.numel() for each in now.values() if is_divided(each))
+        begin(self, training)
+
+    with patch.object(Concord, "check", checked), patch.object(RunState, "state_dict", held_against_torch):
+        report = fxsplit.train(spec(folder, name, "divided", parallel="fsdp"))
+    micro_batches = [phase.micro_batches for phase in report.plan.phases]
+    return {"folder": report.folder, "phases": found, "micro_batches": micro_batches}
+
+
+save = RunState.state_dict
+
+
+def held_against_torch(self: RunState) -> dict[str, Any]:
+    """Compare the weights and the optimizer's state with those that torch gathers by itself."""
+    state, options = save(self), StateDictOptions(full_state_dict=True, cpu_offload=True)
+    optimizer = self._training.optimizer.optimizer  # type: ignore[attr-defined]
+    weights = get_model_state_dict(self._model, options=options)
+    exits = self._training.objective.exits  # type: ignore[attr-defined]
+    # It knows the parameters of one module alone.
+    slots = {} if exits else get_optimizer_state_dict(self._model, optimizer, options=options).get("state", {})
+    if os.environ["RANK"] == "0":
+        assert all(torch.equal(each, weights[name]) for name, each in state["model"]["saved"].items())
+        ours = state["training"]["optimizer"]["optimizer"]["state"]
+        for name, values in slots.items():
+            assert all(torch.equal(torch.as_tensor(value), ours[name][key]) for key, value in values.items())
+    return state
 
 
 class Interrupting(Observer):
@@ -142,17 +218,17 @@ class Interrupting(Observer):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def interrupted(folder: Path) -> list[str]:
+def interrupted(folder: Path, parallel: str) -> list[str]:
     """One process gets a signal, both end with a checkpoint, and go on; a copy is left to go on with fewer."""
     said = []
     try:
         # In an epoch in which rows are there already, and one of the steps is still to come.
-        fxsplit.train(spec(folder, "cache", "broken"), Interrupting(5, 2))
+        fxsplit.train(spec(folder, "cache", f"broken {parallel}", parallel=parallel), Interrupting(5, 2))
     except Terminated as error:
         said.append(str(error))
-    broken = folder / "broken" / "cache"
+    broken = folder / f"broken {parallel}" / "cache"
     if os.environ["RANK"] == "0":
-        shutil.copytree(broken, folder / "alone" / "cache")
+        shutil.copytree(broken, folder / f"alone {parallel}" / "cache")
     fxsplit.train(resume=broken, trust_code=True)
     return said
 
@@ -201,29 +277,69 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SCORES = ("train_loss", "train_top1", "eval_loss", "eval_top1")
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_two_processes_end_where_one_ends(name: str, folder: Path, ranks: list[dict[str, Any]]) -> None:
-    ours = metrics(ranks[0][name]["folder"])
-    order = Loader.order
-    kept = [epoch["epoch"] - 1 for epoch in ours if epoch["cache_resident_bytes"] or epoch["cache_file_bytes"]]
-    assert bool(kept) == (name in CACHED)
+@pytest.fixture(scope="module")
+def alone(folder: Path, ranks: list[dict[str, Any]]) -> Callable[[str], Path]:
+    """Trains in this process, once, and returns the folder of the run."""
 
-    def divided(self: Loader, epoch: int, *, shards: int = 1) -> Tensor:
-        # One process can take batches in the order of two that keep images of their own.
-        return order(self, epoch, shards=RANKS if epoch in kept else shards)
+    @cache
+    def train(name: str) -> Path:
+        ours, order = metrics(ranks[0][name]["folder"]), Loader.order
+        kept = [epoch["epoch"] - 1 for epoch in ours if epoch["cache_resident_bytes"] or epoch["cache_file_bytes"]]
+        assert bool(kept) == (name in CACHED)
 
-    with patch.object(Loader, "order", divided):
-        alone = fxsplit.train(spec(folder, name, "one"))
-    plain = metrics(alone.folder)
-    assert [epoch["start"] for epoch in ours] == [epoch["start"] for epoch in plain]
-    for mine, other in zip(ours, plain, strict=True):
+        def divided(self: Loader, epoch: int, *, shards: int = 1) -> Tensor:
+            # One process can take batches in the order of two that keep images of their own.
+            return order(self, epoch, shards=RANKS if epoch in kept else shards)
+
+        with patch.object(Loader, "order", divided):
+            return Path(fxsplit.train(spec(folder, name, "one")).folder)
+
+    return train
+
+
+def same_end(ours: str, plain: Path) -> None:
+    for mine, other in zip(metrics(ours), metrics(plain), strict=True):
+        assert mine["start"] == other["start"]
         for score in SCORES:
             # One image in 67 may be on the border between two classes.
             allowed = 1.5 if score.endswith("top1") else 1e-9
             assert mine[score] == pytest.approx(other[score], rel=1e-5, abs=allowed), (mine["epoch"], score)
-    expected = weights(alone.folder)
-    for key, value in weights(ranks[0][name]["folder"]).items():
+    expected = weights(plain)
+    for key, value in weights(ours).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_two_processes_end_where_one_ends(name: str, alone: Callable[[str], Path], ranks: list[dict[str, Any]]) -> None:
+    same_end(ranks[0][name]["folder"], alone(name))
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_with_divided_weights_they_end_there_too(
+    name: str, alone: Callable[[str], Path], ranks: list[dict[str, Any]]
+) -> None:
+    same_end(ranks[0]["divided"][name]["folder"], alone(name))
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_what_trains_is_divided_and_what_settles_is_whole(name: str, ranks: list[dict[str, Any]]) -> None:
+    phases = ranks[0]["divided"][name]["phases"]
+    assert phases == ranks[1]["divided"][name]["phases"]
+    assert all(divided == trains for divided, trains in phases)
+    assert len({len(trains) for _, trains in phases}) == len(phases)
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_divided_weights_are_gathered_twice_a_step_and_their_gradients_reduced_once(
+    name: str, ranks: list[dict[str, Any]]
+) -> None:
+    run = ranks[0]["divided"][name]
+    for epoch in metrics(run["folder"]):
+        trains, micro_batches = 4 * epoch["trainable_parameters"], run["micro_batches"][epoch["phase"]]
+        # Parts are rounded up to rows of the same number.
+        assert trains <= epoch["reduced_bytes"] < 1.2 * trains
+        # Small batches have fewer micro-batches, and exits are gathered once.
+        assert 1.5 * trains <= epoch["gathered_bytes"] / micro_batches < 2.4 * trains
 
 
 @pytest.mark.parametrize("name", [*SPECS, *NORMS])
@@ -243,25 +359,38 @@ def test_what_does_not_train_takes_no_traffic(name: str, ranks: list[dict[str, A
     assert [epoch["reduced_bytes"] for epoch in found] == [4 * epoch["trainable_parameters"] for epoch in found]
 
 
+def test_the_confusion_is_that_of_the_images_of_all_processes(ranks: list[dict[str, Any]]) -> None:
+    found = [rank["standard"]["confusion"] for rank in ranks]
+    assert found[0] == found[1]
+    right = sum(taken.get(name, 0) for name, taken in found[0].items())
+    every = sum(sum(taken.values()) for taken in found[0].values())
+    assert 100 * right / every == pytest.approx(metrics(ranks[0]["standard"]["folder"])[-1]["eval_top1"], rel=1e-12)
+
+
 @pytest.mark.parametrize("name", ["standard"])
-def test_the_work_is_that_of_all_processes(name: str, ranks: list[dict[str, Any]], folder: Path) -> None:
+def test_the_work_is_that_of_all_processes(
+    name: str, ranks: list[dict[str, Any]], alone: Callable[[str], Path]
+) -> None:
     """Apart from the proof, which each process makes on its own part of the first batch."""
-    several, alone = metrics(ranks[0][name]["folder"]), metrics(folder / "one" / name)
-    assert [epoch["multiply_adds"] for epoch in several[1:]] == [epoch["multiply_adds"] for epoch in alone[1:]]
+    several, single = metrics(ranks[0][name]["folder"]), metrics(alone(name))
+    assert [epoch["multiply_adds"] for epoch in several[1:]] == [epoch["multiply_adds"] for epoch in single[1:]]
 
 
-def test_each_process_keeps_rows_of_its_own_images(ranks: list[dict[str, Any]], folder: Path) -> None:
+def test_each_process_keeps_rows_of_its_own_images(ranks: list[dict[str, Any]], alone: Callable[[str], Path]) -> None:
     kept = [epoch["cache_resident_bytes"] for epoch in metrics(ranks[0]["cache"]["folder"]) if epoch["start"]]
-    alone = [epoch["cache_resident_bytes"] for epoch in metrics(folder / "one" / "cache") if epoch["start"]]
+    single = [epoch["cache_resident_bytes"] for epoch in metrics(alone("cache")) if epoch["start"]]
     # 35 of 67 images, and half of the test images.
-    assert [mine / other for mine, other in zip(kept, alone, strict=True)] == pytest.approx([99 / 195] * len(kept))
+    assert [mine / other for mine, other in zip(kept, single, strict=True)] == pytest.approx([99 / 195] * len(kept))
 
 
-def test_a_signal_to_one_process_ends_both_with_a_checkpoint(folder: Path, ranks: list[dict[str, Any]]) -> None:
-    (said,), (other,) = (rank["interrupted"] for rank in ranks)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_to_one_process_ends_both_with_a_checkpoint(
+    parallel: str, folder: Path, ranks: list[dict[str, Any]]
+) -> None:
+    (said,), (other,) = (rank["interrupted"][parallel] for rank in ranks)
     assert said == other
     assert said.startswith("saved at epoch 5, step 3; go on with: fxsplit train --resume ")
-    ours, whole = (folder / output / "cache" for output in ("broken", "together"))
+    ours, whole = (folder / output / "cache" for output in (f"broken {parallel}", TOGETHER[parallel]))
     for mine, other_epoch in zip(metrics(ours), metrics(whole), strict=True):
         assert [mine[score] for score in SCORES] == [other_epoch[score] for score in SCORES]
     expected = weights(whole)
@@ -282,14 +411,17 @@ def test_a_vote_is_read_when_it_has_come(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [processes.vote(number) for number in (3, 0)] == [0, 5]
 
 
-def test_a_run_goes_on_with_fewer_processes_and_counts_nothing_twice(folder: Path, ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_goes_on_with_fewer_processes_and_counts_nothing_twice(
+    parallel: str, folder: Path, ranks: list[dict[str, Any]]
+) -> None:
     assert ranks
     said: list[str] = []
     observer = Observer()
     with patch.object(observer, "notice", said.append):
-        report = fxsplit.train(observer=observer, resume=folder / "alone" / "cache", trust_code=True)
+        report = fxsplit.train(observer=observer, resume=folder / f"alone {parallel}" / "cache", trust_code=True)
     assert "the processes were 2 and are now 1: numbers may differ by rounding from here on" in said
-    whole = metrics(folder / "together" / "cache")
+    whole = metrics(folder / TOGETHER[parallel] / "cache")
     assert len(report.epochs) == len(whole)
     for score in SCORES:
         assert getattr(report.epochs[4], score) == pytest.approx(whole[4][score], rel=1e-5)

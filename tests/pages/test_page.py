@@ -14,6 +14,7 @@ import pytest
 from fxsplit.pages.figures import human
 from fxsplit.pages.page import inspection_page, report_page
 from fxsplit.plan.partition import partition
+from fxsplit.plan.scaling import ScaleForecast
 from fxsplit.plan.schedule import Phase, Plan, schedule
 from fxsplit.report import EpochRecord, Inspection, RunReport
 from tests.pairs import both
@@ -161,6 +162,20 @@ def test_the_forecast_lies_beside_the_timeline(page: Page, inspection: Inspectio
     assert {f"epoch 1: {first.step_cost:.2f}", f"epoch 2: {human(first.peak_bytes, 'B')}"} <= set(page.texts["title"])
 
 
+def test_what_several_devices_take_has_a_row_each(inspection: Inspection, page: Page) -> None:
+    assert not page.having("section", "id", "devices")
+    ahead = tuple(
+        ScaleForecast(
+            kind=kind, devices=count, step_seconds=8 / count, idle_share=0.25, traffic_bytes=2500, peak_bytes=10**6,
+            is_fastest=kind == "fsdp",
+        )
+        for kind, count in (("ddp", 1), ("fsdp", 4096))
+    )  # fmt: skip
+    cells = Page(inspection_page(replace(inspection, scaling=ahead))).texts["td"]
+    last = cells[cells.index("fsdp") - 1 :]
+    assert last[:8] == ["4096", "fsdp", "2.0 ms", "4096.00", "25 %", "2.5 kB", "1.0 MB", "yes"]
+
+
 def test_the_peak_of_the_plan_stands_beside_that_of_standard_training(inspection: Inspection) -> None:
     assert inspection.forecast is not None
     phases = tuple(replace(phase, peak_bytes=2_000_000) for phase in inspection.forecast.phases)
@@ -287,3 +302,40 @@ def test_measured_ops_have_a_column_of_their_own(inspection: Inspection) -> None
     text = inspection_page(replace(inspection, train=graph))
     assert text.count('class="figure seconds"') == 1 + 3 * (1 + 1 + 2)
     assert re.search(r"6\.0 ms|2\.0 ms", text)
+
+
+def test_few_classes_are_a_table_of_what_their_images_are_taken_for(report: RunReport, inspection: Inspection) -> None:
+    """In the order of the classes of the data; an output without a class comes last."""
+    counts = {"b": {"b": 3, "a": 1, "output 2": 1}, "a": {"a": 9, "b": 1}}
+    page = Page(report_page(replace(report, data={"classes": ["a", "b"]}, confusion=counts), inspection))
+    shades = [(names["class"]) for tag, names in page.elements if str(names.get("class")).startswith("shade-")]
+    assert shades == ["shade-9", "shade-1", "shade-0", "shade-2", "shade-6", "shade-2", *3 * ["shade-0"]]
+    cells = page.texts["td"]
+    first = cells.index("9")
+    assert cells[first : first + 11] == ["9", "1", "1", "3", "1", "a", "b", "1 of 10", "b", "a", "1 of 5"]
+    assert not Page(report_page(report, inspection)).having("table", "class", "confusion")
+
+
+def test_of_many_classes_the_most_frequent_confusions_are_listed(report: RunReport, inspection: Inspection) -> None:
+    names = [f"class {number}" for number in range(31)]
+    counts = {name: {name: 50, names[number - 1]: number} for number, name in enumerate(names)}
+    page = Page(report_page(replace(report, data={"classes": names}, confusion=counts), inspection))
+    assert not page.having("table", "class", "confusion")
+    assert [text for text in page.texts["td"] if re.match(r"\d+ of \d", text)] == [
+        f"{n} of {50 + n}" for n in range(30, 10, -1)
+    ]
+    assert "The most frequent among 31 classes." in page.texts["p"]
+
+
+def test_the_snapshot_ensemble_stands_beside_the_network(
+    report: RunReport, epochs: tuple[EpochRecord, ...], inspection: Inspection
+) -> None:
+    """From the end of the second phase on."""
+    tested = tuple(replace(epoch, ensemble_top1={4: 56.25, 6: 57.5}.get(epoch.epoch)) for epoch in epochs)
+    page = Page(report_page(replace(report, epochs=tested), inspection))
+    assert "after the last epoch; snapshot ensemble 57.50 %" in page.texts["small"]
+    assert [text for text in page.texts["td"] if text in ("56.25 %", "57.50 %")] == ["56.25 %", "57.50 %"]
+    dots = page.having("circle", "class", "dot ensemble")
+    assert [dot["cx"] for dot in dots] == ["58.33%", "91.67%"]
+    assert "snapshot ensemble: 4, 56.25 %" in page.texts["title"]
+    assert not any("ensemble" in text for text in Page(report_page(report, inspection)).texts["span"])

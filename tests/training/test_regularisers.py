@@ -17,11 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fxsplit.data.loader import Loader
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import Observer
-from fxsplit.training.batchnorm import norms_of, recalibrated
-from fxsplit.training.endings import WeightAverage
 from fxsplit.training.optimizers import anneal, split_by_end
 from fxsplit.training.plasticity import Plasticity
-from fxsplit.training.soft_targets import LastTargets, MeanTargets
+from fxsplit.training.regularisers.batchnorm import norms_of, recalibrated
+from fxsplit.training.regularisers.endings import WeightAverage
+from fxsplit.training.regularisers.soft_targets import LastTargets, MeanTargets
 from fxsplit.training.trainer import Trainer
 from tests.networks import Chain
 from tests.training.test_trainer import TRAIN, same, trainer, weights
@@ -110,6 +110,22 @@ def test_targets_of_the_mean_are_kept_once_and_weigh_the_same_from_then_on() -> 
     for progress in (0.6, 0.9):
         found = soft.loss(second, labels, ids, progress=progress)
         assert torch.allclose(found, 0.2 * hard + 0.8 * 4 * divergence, atol=1e-5)
+
+
+def test_soft_targets_fade_to_nothing() -> None:
+    """At 0.9 of a run that fades over its last fifth half of the share is left, also where steps are recorded."""
+    random = torch.Generator().manual_seed(0)
+    earlier, logits = torch.randn(2, 4, 5, generator=random)
+    labels = ids = torch.arange(4)
+    for kind in (LastTargets, MeanTargets):
+        fades, whole, hard = kind(4, weight=0.6, fade=0.2), kind(4, weight=0.6), F.cross_entropy(logits, labels)
+        for each in (fades, whole):
+            each.keep(earlier, ids)
+        for progress, left in ((0.5, 1.0), (0.8, 1.0), (0.9, 0.5), (1.0, 0.0)):
+            soft = whole.loss(logits, labels, ids, progress=progress)
+            for given in (progress, torch.tensor(progress)):
+                found = fades.loss(logits, labels, ids, progress=given)
+                assert torch.allclose(found, left * soft + (1 - left) * hard, atol=1e-6)
 
 
 @contextmanager

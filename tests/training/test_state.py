@@ -18,11 +18,11 @@ from fxsplit.plan.schedule import Phase
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.training import phase_optimizer
 from fxsplit.training.accuracy import Accuracy, PendingScore
-from fxsplit.training.endings import Endings, WeightAverage
-from fxsplit.training.exits import Exits
 from fxsplit.training.optimizers import SCHEDULES, load_named_state, make_optimizer, make_scheduler, named_state
 from fxsplit.training.plasticity import Plasticity
-from fxsplit.training.soft_targets import LastTargets, MeanTargets, SoftTargets
+from fxsplit.training.regularisers.endings import Endings, WeightAverage
+from fxsplit.training.regularisers.exits import Exits
+from fxsplit.training.regularisers.soft_targets import LastTargets, MeanTargets, SoftTargets
 from fxsplit.training.trainer import Trainer
 from tests.networks import Chain
 from tests.training.test_exits import exits_of, layers

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from fxsplit.cuda.number import Number
 from fxsplit.data.batch import Batch
+from fxsplit.distribute.layout import divided_as
 from fxsplit.distribute.processes import Processes
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
+from fxsplit.objects.structure import is_divided
 from fxsplit.plan.schedule import Plan
-from fxsplit.training.batchnorm import recalibrate
+from fxsplit.training.regularisers.batchnorm import recalibrate
 
 # With warm-up the share that is left after n steps is 1 - n ** -WARMUP_POWER at most, as in timm.
 WARMUP_POWER = 2 / 3
@@ -76,9 +78,9 @@ class WeightAverage:
         """Return the means, and the number of values that each is over."""
         return {"means": dict(self._means), "counts": dict(self._counts)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load means that `state_dict` returned."""
-        self._means = {name: mean.clone() for name, mean in state["means"].items()}
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        """Load means that `state_dict` returned, of these `parameters`."""
+        self._means = {name: divided_as(mean.clone(), parameters[name]) for name, mean in state["means"].items()}
         self._counts = dict(state["counts"])
 
 
@@ -121,6 +123,10 @@ class Endings:
         self._steps = 0
         # What this step counts in: a mean, and the parameters that it is of.
         self._counted: list[tuple[WeightAverage, dict[str, Tensor]]] = []
+
+    def enter(self) -> None:
+        """Find the parameters that the model has in the phase that was entered."""
+        self._parameters = named_parameters(self._forward.executor)
 
     def count_step(self, steps: int) -> Hashable:
         """Choose the means that a step counts in, the last of so many `steps` of the run; return which these are."""
@@ -177,8 +183,9 @@ class Endings:
         They would hold weights from the midst of the training.
         """
         self._steps = state["steps"]
-        self._mean.load_state_dict(state["mean"])
-        self._midpoint_mean.load_state_dict(state["midpoint_mean"])
+        parameters = {name: each for partition in self._parameters for name, each in partition.items()}
+        self._mean.load_state_dict(state["mean"], parameters)
+        self._midpoint_mean.load_state_dict(state["midpoint_mean"], parameters)
         middle = (self.midpoint_epoch or 0) * self._steps_per_epoch
         for parameters, end in zip(self._parameters, self._end_epochs, strict=True):
             if not self._counts(self._steps, end):
@@ -281,7 +288,7 @@ class WeightEma:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load averages that `state_dict` returned; the same phase must have been entered."""
         self._means = {name: self._means[name] for name in state["means"]}
-        _write(self._means, state["means"])
+        _write(self._means, {name: divided_as(mean, self._means[name]) for name, mean in state["means"].items()})
 
 
 def end_epochs(plan: Plan) -> list[int]:
@@ -302,9 +309,13 @@ def named_parameters(executor: Executor) -> list[dict[str, Tensor]]:
 def _move(
     means: Mapping[str, Tensor], values: Mapping[str, Tensor], names: Sequence[str], weight: float | Tensor
 ) -> None:
-    """Move means with these names by `weight` of the way towards the values; all of them in one call."""
-    into, now = [means[name] for name in names], [values[name] for name in names]
-    torch._foreach_lerp_(into, now, [weight.to(each.dtype) for each in into] if isinstance(weight, Tensor) else weight)
+    """Move means with these names by `weight` of the way towards the values; alike ones in one call."""
+    for divided in (False, True):
+        chosen = [name for name in names if is_divided(means[name]) is divided]
+        if chosen:
+            into, now = [means[name] for name in chosen], [values[name] for name in chosen]
+            share = [weight.to(each.dtype) for each in into] if isinstance(weight, Tensor) else weight
+            torch._foreach_lerp_(into, now, share)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxsplit.data.randomness import random_stream
+from fxsplit.distribute.layout import divided_as
 from fxsplit.execute.executor import Executor
 from fxsplit.graph import Graph, Value
 from fxsplit.plan.partition import Partition
@@ -131,7 +132,8 @@ class Exits:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned; the same phase must have been entered."""
-        self.modules.load_state_dict(state)
+        now = self.modules.state_dict()
+        self.modules.load_state_dict({name: divided_as(each, now[name]) for name, each in state.items()})
 
     def _new(self, index: int, value: Value) -> Exit:
         with torch.random.fork_rng(devices=[]):
