@@ -297,19 +297,6 @@ def test_folds_read_eps_and_modules_anew_and_leave_other_kinds_alone() -> None:
     assert right()
 
 
-def test_a_pointwise_convolution_may_get_a_larger_kernel() -> None:
-    """Folded, it is a product, which another kernel is not."""
-    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
-    captured = trace(model, (images(),))
-    net = Executor(captured, partition(captured, at=["4"]))
-    net.enter(Phase(start=1, stop=2, epochs=1))
-    for kernel in (1, 3):
-        model[0] = nn.Conv2d(3, 6, kernel)
-        with torch.no_grad():
-            ours = net.train()(images())
-            assert torch.allclose(ours, copy.deepcopy(model).eval()(images()), atol=1e-5)
-
-
 # Whose
 
 
