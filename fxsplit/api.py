@@ -30,7 +30,7 @@ from fxsplit.proving.forecasts import check_forecast
 from fxsplit.proving.workers import call_each
 from fxsplit.report import CheckRecord, ForecastRecord, Inspection, Observer, RunReport
 from fxsplit.spec import RunSpec
-from fxsplit.training.batchnorm import check_batches
+from fxsplit.training.regularisers.batchnorm import check_batches
 from fxsplit.trust import trusting_code
 
 Record = TypeVar("Record", CheckRecord, ForecastRecord)
@@ -123,7 +123,7 @@ def _train(
         with run:
             recovery = assembly.recovery(spec, trace, trainer, run, processes)  # trains, and answers faults
             for record in recovery.epochs(run.pause, most=1 if spec.dry_run else None):
-                run.add(record)
+                run.add(record, trainer.confusion())
     return run.report
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
-from fxsplit.errors import UsageError, nearest
+from fxsplit.errors import UsageError, nearest, shown
 from fxsplit.options import key, kind_of, option, read_value
 from fxsplit.spec import RunSpec, read_values
 
 # The schema of a comparison as plain data.
 SCHEMA = 1
-MATCHES = ("epochs", "time", "work", "off")
+BUDGETS = {"epochs": "equal epochs", "time": "equal time", "work": "equal work", "off": "each arm as it is"}
+MATCHES = tuple(BUDGETS)
 # So many seeds, at least, are more than a look.
 CLAIM = 5
 
@@ -52,7 +53,7 @@ class ComparisonSpec:
     name: str = option(
         "Comparison", "letters, digits, dots and dashes: the name of its files.", "compare", pattern=r"[A-Za-z0-9._-]+"
     )
-    jobs: int = option("Comparison", "Runs at a time; by default one for each of the devices.", 0, least=0)
+    jobs: int | None = option("Comparison", "Runs at a time; by default one for each of the devices.", None, least=1)
     devices: tuple[str, ...] = option("Comparison", "Devices for the runs, such as cuda:0,cuda:1.", ())
     run: Mapping[str, Any] = field(default_factory=dict)
     of_arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -60,12 +61,15 @@ class ComparisonSpec:
     def __post_init__(self) -> None:
         problems = []
         for item in OPTIONS:
+            given = getattr(self, item.name)
             try:
-                read = read_value(item.name, getattr(self, item.name), KINDS[item.name], item.metadata)
+                read = read_value(item.name, given, KINDS[item.name], item.metadata)
             except ValueError as error:
                 problems.append(str(error))
             else:
                 object.__setattr__(self, item.name, read)
+                if read == () and isinstance(given, str):
+                    problems.append(f"{item.name} is {shown(given)}, which names nothing; name some, or leave it out")
         if not problems:
             problems += [
                 f"there is no match {each!r}{nearest(each, MATCHES)} (have: {', '.join(MATCHES)})"
@@ -74,8 +78,7 @@ class ComparisonSpec:
             ]
             if "off" in self.match and len(self.match) > 1:
                 problems.append("match off leaves each arm as it is, and goes with no other")
-            if not self.arms:
-                problems.append("arms name nothing to compare")
+            problems += [f"{name} names nothing" for name in ("arms", "match") if not getattr(self, name)]
             if len(set(self.arms)) < len(self.arms):
                 problems.append(f"arms are {','.join(self.arms)}, but each must be there once")
             if len(set(self.seed_numbers)) < len(self.seed_numbers):

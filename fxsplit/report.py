@@ -115,7 +115,8 @@ class RunReport:
     `spec` is its recipe and `environment` its machine, as plain data. `passes` are the graph passes that rewrote its
     stages; without any, these ran what the model runs, bit for bit. `total_seconds` include `setup_seconds`, until the
     first batch, and `prove_seconds`, for the proof on it; `processor_seconds` are those of the whole run. `data` tells
-    its images from others: counts, and checksums of labels and pixels.
+    its images from others: counts, and checksums of labels and pixels. `confusion` says of each class, in the test
+    after the last epoch, how many of its images were taken for which class.
     """
 
     status: str
@@ -130,12 +131,18 @@ class RunReport:
     total_seconds: float
     processor_seconds: float | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     folder: str
 
     @property
     def accuracy_pct(self) -> float:
         """Test accuracy after the last epoch, never the best one."""
         return self.epochs[-1].eval_top1 if self.epochs else float("nan")
+
+    @property
+    def ensemble_pct(self) -> float | None:
+        """Test accuracy of the snapshot ensemble after the last epoch; None without one, or amid a phase."""
+        return self.epochs[-1].ensemble_top1 if self.epochs else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON: schema, final accuracy and the fields; `plan` is a plan file to train by."""

@@ -240,9 +240,9 @@ class RunSpec:
     )
     shift: str = option(
         "Layer-to-layer",
-        "With --schedule finetune: how the images differ from those of the pretraining. Where the input does (other "
-        "colours, noise, another camera), the first layers have to change, and nothing settles once the head has "
-        "trained alone.",
+        "With --schedule finetune: how the images differ from those of the pretraining. Where the input does (noise, "
+        "another kind of camera) and images are many, the first layers may have to change: nothing settles then once "
+        "the head has trained alone.",
         "none",
         choices=("none", "input"),
     )
@@ -293,6 +293,13 @@ class RunSpec:
     )
     soft_temperature: float = option(
         "Regularisation", "Temperature at which the two outputs are compared.", 1.0, above=0
+    )
+    soft_fade: float = option(
+        "Regularisation",
+        "Last share of the run over which the share of --soft-targets falls to nothing.",
+        0.0,
+        least=0,
+        most=1,
     )
     average: float = option(
         "Regularisation",

@@ -35,13 +35,13 @@ from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
 from fxsplit.spec import RunSpec
 from fxsplit.training.accuracy import Snapshots
-from fxsplit.training.endings import Endings, WeightEma, named_parameters
-from fxsplit.training.exits import Exits
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.plasticity import QUIET_INTERVALS, Plasticity
-from fxsplit.training.soft_targets import LastTargets, MeanTargets, SoftTargets
+from fxsplit.training.regularisers.endings import Endings, WeightEma, named_parameters
+from fxsplit.training.regularisers.exits import Exits
+from fxsplit.training.regularisers.soft_targets import LastTargets, MeanTargets, SoftTargets
 from fxsplit.training.step import Step
 from fxsplit.training.telemetry import Work
 from fxsplit.training.trainer import Trainer
@@ -218,7 +218,7 @@ def _soft_targets(spec: RunSpec, data: Data) -> SoftTargets | None:
     if not spec.soft_targets:
         return None
     kind = MeanTargets if spec.soft_from == "mean" else LastTargets
-    return kind(len(data.train), weight=spec.soft_targets, temperature=spec.soft_temperature)
+    return kind(len(data.train), weight=spec.soft_targets, temperature=spec.soft_temperature, fade=spec.soft_fade)
 
 
 def _plasticity(executor: Executor, steps_per_epoch: int) -> Plasticity:

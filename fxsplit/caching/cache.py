@@ -85,7 +85,8 @@ class CachePolicy:
         cut: int | None = None,
         epochs: int,
         notice: Callable[[str], None],
-        beside: Cache | None = None,
+        name: str = "batch",
+        beside: Sequence[Cache] = (),
         below: Cache | None = None,
         exact: bool = False,
     ) -> Cache:
@@ -97,13 +98,23 @@ class CachePolicy:
             cut: where rows are kept; None for the end of what is settled.
             epochs: for how many epochs the partitions before the cut stay settled.
             notice: is called with a sentence that says why there are no rows.
-            beside: a cache of other images that this one shares the limit with, and the medium.
+            name: the word for a batch of these images in the sentence.
+            beside: caches of other images that this one shares the limit with, and a medium.
             below: the cache of the same images at an earlier cut, whose rows are read where these are missing.
             exact: keep values bit for bit, whatever the `dtype`.
         """
         at = forward.executor.window[0] if cut is None else cut
         return Cache(
-            self, forward, images, cut=at, epochs=epochs, notice=notice, beside=beside, below=below, exact=exact
+            self,
+            forward,
+            images,
+            cut=at,
+            epochs=epochs,
+            notice=notice,
+            name=name,
+            beside=beside,
+            below=below,
+            exact=exact,
         )
 
 
@@ -125,7 +136,8 @@ class Cache:
         cut: int,
         epochs: int,
         notice: Callable[[str], None],
-        beside: Cache | None,
+        name: str,
+        beside: Sequence[Cache],
         below: Cache | None,
         exact: bool,
     ) -> None:
@@ -133,7 +145,7 @@ class Cache:
         self._policy, self._forward, self._images, self._notice = policy, forward, images, notice
         self._loader = loader = images.loader
         self._dtype = None if exact else policy.dtype
-        self._beside = beside
+        self._name, self._beside = name, tuple(beside)
         # Whether the cut will come back here, after it was farther on.
         self.is_wanted_later = False
         self._given_up = self._is_spent = False
@@ -437,9 +449,10 @@ class Cache:
         """Give the media that may be used; only where several may, `seconds` measures reading."""
         media = AUTO.get(self._loader.device.type, AUTO["cpu"])
         asked = self._policy.medium
-        if self._beside is not None and self._beside.medium is not None and asked == "auto":
+        before = next((each.medium for each in reversed(self._beside) if each.medium is not None), None)
+        if before is not None and asked == "auto":
             # Reading pays for the images beside, so it does for these: in the same medium, or where there is room.
-            media = media[media.index(self._beside.medium) :]
+            media = media[media.index(before) :]
             yield from (Offer(medium, 0.0, self._limit(medium)) for medium in media)
         elif asked == "auto":
             for medium in media:
@@ -450,7 +463,7 @@ class Cache:
 
     def _limit(self, medium: str) -> int:
         policy = self._policy
-        others = [each for first in (self, self._beside) if first is not None for each in first.chain()]
+        others = [each for first in (self, *self._beside) for each in first.chain()]
         if policy.limit_bytes is not None:
             taken = sum(each.resident_bytes + each.file_bytes for each in others)
             return policy.limit_bytes // policy.processes - taken
@@ -463,8 +476,7 @@ class Cache:
         self._drop()
         self._given_up = True
         if pays or self._policy.medium != "auto" or self._loader.views is not None:
-            batch = "batch" if self._loader.training else "test batch"
-            self._notice(f"the settled partitions are computed anew for each {batch}, without a cache: {why}")
+            self._notice(f"the settled partitions are computed anew for each {self._name}, without a cache: {why}")
 
     def chain(self) -> Iterator[Cache]:
         """Give this cache, and those at earlier cuts whose rows it reads."""

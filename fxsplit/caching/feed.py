@@ -14,6 +14,9 @@ from fxsplit.errors import FxsplitError
 from fxsplit.execute.forward import Forward
 from fxsplit.plan.schedule import Phase
 
+TRAIN, TEST, HELD_OUT = "train", "test", "held_out"
+# What a notice calls their batches.
+BATCHES = {TRAIN: "batch", TEST: "test batch", HELD_OUT: "held-out batch"}
 # More epochs than any run has.
 MANY = 10**9
 
@@ -44,8 +47,11 @@ class Feed:
     ) -> None:
         if not train_loader.steps_per_epoch:
             raise FxsplitError("there is no batch to train on: BatchNorm needs at least 2 training images")
-        self.train_loader, self.test_loader, self._held_out_loader = train_loader, test_loader, held_out_loader
+        self.train_loader, self.test_loader = train_loader, test_loader
         self._train_images, self._test_images = ImageSource(train_loader), ImageSource(test_loader)
+        self._images = {TRAIN: self._train_images, TEST: self._test_images}
+        if held_out_loader is not None:
+            self._images[HELD_OUT] = ImageSource(held_out_loader)
         self._forward, self._policy = forward, policy
         # The later a cut, the later in the list; only the last one is read from when all rows are there.
         self._levels: list[_Level] = []
@@ -76,7 +82,8 @@ class Feed:
             if not self._levels or self._levels[-1].cut < each:
                 self._open(each, epochs=epochs + _epochs_settled(each, later), notice=notice)
         for level in self._levels:
-            level.train.is_wanted_later = level.test.is_wanted_later = level.cut == earliest < cut
+            for cache in level.caches.values():
+                cache.is_wanted_later = level.cut == earliest < cut
         ranks, before = self.train_loader.share.ranks, self._shards
         # Each process may find by itself that it cannot keep rows: what is divided stays divided.
         keep_rows = before > 1 or any(not level.train.has_given_up for level in self._levels)
@@ -86,27 +93,23 @@ class Feed:
 
     def _open(self, cut: int, *, epochs: int, notice: Callable[[str], None]) -> None:
         """Open caches after those that there are."""
-        assert self._policy is not None
-        last = self._levels[-1] if self._levels else None
-        train = self._policy.open(
-            self._forward,
-            self._train_images,
-            cut=cut,
-            epochs=epochs,
-            notice=notice,
-            below=None if last is None else last.train,
-        )
-        test = self._policy.open(
-            self._forward,
-            self._test_images,
-            cut=cut,
-            epochs=epochs,
-            notice=notice,
-            beside=train,
-            below=None if last is None else last.test,
-            exact=True,
-        )
-        self._levels.append(_Level(cut, train, test))
+        policy, last = self._policy, self._levels[-1] if self._levels else None
+        assert policy is not None
+
+        caches: dict[str, Cache] = {}
+        for name, images in self._images.items():
+            caches[name] = policy.open(
+                self._forward,
+                images,
+                cut=cut,
+                epochs=epochs,
+                notice=notice,
+                name=BATCHES[name],
+                beside=tuple(caches.values()),
+                below=None if last is None else last.caches[name],
+                exact=name != TRAIN,
+            )
+        self._levels.append(_Level(cut, caches))
 
     def put(self, epoch: int, first: int = 0) -> Iterator[Hashable]:
         """Go from batch to batch of a training epoch, at the cut or as images; those before `first` are left out."""
@@ -136,19 +139,27 @@ class Feed:
         """Give the batches of a training epoch."""
         return batches_of(self, epoch)
 
-    def held_out(self) -> Iterator[Batch]:
-        """Give the batches of the images that are held out."""
-        return iter(()) if self._held_out_loader is None else self._held_out_loader.batches(0)
-
     @property
     def test_source(self) -> Source:
         """What delivers the test images, all in epoch 0: the cache, where training images come from one."""
-        cached = any(level.train.has_rows for level in self._levels)
-        return self._levels[-1].test if cached else self._test_images
+        return self._levels[-1].caches[TEST] if self._has_rows() else self._test_images
+
+    def held_out(self) -> Iterator[tuple[Batch, int]]:
+        """Give the batches of the images that are held out, from a cache as those of `test_source`.
+
+        With each comes the cut from which the settled partitions run for it, as `settled_from` says of others.
+        """
+        if HELD_OUT in self._images:
+            source = self._levels[-1].caches[HELD_OUT] if self._has_rows() else self._images[HELD_OUT]
+            for batch in batches_of(source, 0):
+                yield batch, source.settled_from if isinstance(source, Cache) else 0
+
+    def _has_rows(self) -> bool:
+        return any(level.train.has_rows for level in self._levels)
 
     def state_dict(self) -> dict[str, Any]:
         """Return for how many epochs the last caches were opened, what is in all of them, and who has which images."""
-        levels = [{"train": level.train.state_dict(), "test": level.test.state_dict()} for level in self._levels]
+        levels = [{name: cache.state_dict() for name, cache in level.caches.items()} for level in self._levels]
         divided = {"ranks": self.train_loader.share.ranks, "shards": self._shards_now, "later_shards": self._shards}
         return {"epochs": self._epochs, **divided, "levels": levels}
 
@@ -166,20 +177,21 @@ class Feed:
             return
         entered, self._levels = {level.cut: level for level in self._levels}, []
         for saved in state["levels"]:
-            cut = saved["train"]["cut"]
+            cut = saved[TRAIN]["cut"]
             if cut in entered:
                 level = entered[cut]
                 if self._levels:
-                    level.train.below, level.test.below = self._levels[-1].train, self._levels[-1].test
+                    for name, cache in level.caches.items():
+                        cache.below = self._levels[-1].caches[name]
                 self._levels.append(level)
             else:
                 # It was there before this phase began, and gave nothing up.
                 self._open(cut, epochs=MANY, notice=notice)
-            self._levels[-1].train.load_state_dict(saved["train"])
-            self._levels[-1].test.load_state_dict(saved["test"])
+            for name, cache in self._levels[-1].caches.items():
+                cache.load_state_dict(saved[name])
         for level, saved in zip(self._levels, state["levels"], strict=True):
-            for cache, kept in ((level.train, saved["train"]), (level.test, saved["test"])):
-                if kept["spent"]:
+            for name, cache in level.caches.items():
+                if saved[name]["spent"]:
                     cache.release()
 
     @property
@@ -201,19 +213,22 @@ class Feed:
         self._levels, self._is_cached = [], False
 
     def _caches(self) -> list[Cache]:
-        return [cache for level in self._levels for cache in (level.train, level.test)]
+        return [cache for level in self._levels for cache in level.caches.values()]
 
 
 class _Level(NamedTuple):
-    """The caches at a cut."""
+    """The caches at a cut, by whose images they keep."""
 
     cut: int
-    train: Cache
-    test: Cache
+    caches: Mapping[str, Cache]
+
+    @property
+    def train(self) -> Cache:
+        return self.caches[TRAIN]
 
     def close(self) -> None:
-        self.train.close()
-        self.test.close()
+        for cache in self.caches.values():
+            cache.close()
 
 
 def _epochs_settled(cut: int, phases: Sequence[Phase]) -> int:

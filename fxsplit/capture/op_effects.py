@@ -1,10 +1,11 @@
-"""Finds what single ops do besides returning a value: mix samples of a batch, update running statistics, drop values.
+"""Finds what single ops do besides returning a value: mix samples, move statistics, drop values, want gradients.
 
 An op is given as a newly recorded node of torch.fx, with the `module` that it calls, if it calls one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,12 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
+
+from fxsplit.capture.proxy import ValueProxy
+from fxsplit.meta.evaluate import ImpureCall
+from fxsplit.meta.known import is_known
+from fxsplit.objects.hooks import is_torchs
+from fxsplit.objects.structure import tensors_in
 
 DROPOUTS = {
     *(torch.dropout, torch.feature_dropout, torch.alpha_dropout),
@@ -90,6 +97,59 @@ def is_dropout(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
         return isinstance(module, _DropoutNd) and module.training and module.p > 0
     return node.target in DROPOUTS
+
+
+def note_effects(
+    node: fx.Node, module: nn.Module | None, value: Any, sizes: dict[str, torch.Size], *, batch_size: int
+) -> None:
+    """Note what an op does to the samples of the batch, and what it inherits from its inputs.
+
+    `sizes` are those of the inputs of each BatchNorm in its module that uses batch statistics.
+    """
+    inputs = node.all_input_nodes
+    node.meta["stand_in"] = node.meta["stand_in"] or any(each.meta.get("stand_in") for each in inputs)
+    node.meta["drawn"] = isinstance(node.target, ImpureCall) or any(each.meta.get("drawn") for each in inputs)
+    node.meta["known"] = is_known(node, value)
+    node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
+    node.meta["mixes_samples"] = mixes_samples(node, module, batch_size)
+    if node.target in (nn.functional.batch_norm, torch.batch_norm) and node.meta["mixes_samples"]:
+        sizes[""] = value.shape
+    # At one value a channel from each sample, a batch of 1 has no variance.
+    small = (name for name, size in sizes.items() if math.prod(size) <= size[1] * batch_size)
+    if (name := next(small, None)) is not None:
+        node.meta["single_value_norm"] = f"{node.meta['path']}.{name}".strip(".")
+    node.meta["is_dropout"] = is_dropout(node, module)
+
+
+def note_gradients(node: fx.Node, called: Any) -> None:
+    """Note whether the result of an op wants a gradient, and whether it may do so in some calls alone.
+
+    A user's module that stays one op may use its parameters, and what it is given, now and then.
+    """
+    inputs = node.all_input_nodes
+    own = isinstance(called, nn.Module) and any(each.requires_grad for each in called.parameters())
+    node.meta["wants"] = own or any(map(_node_wants, inputs))
+    surely = any(_node_wants(each) and not each.meta.get("may_want") for each in inputs)
+    surely = surely or (own and is_torchs(called))
+    node.meta["may_want"] = node.meta["wants"] and not surely
+
+
+def wants_gradient(argument: Any) -> bool:
+    """Whether an argument is a tensor, perhaps a traced one, that wants a gradient, or would if they were enabled."""
+    if type(argument) is ValueProxy:
+        return isinstance(argument.value, Tensor) and _node_wants(argument.node)
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def is_unsure(argument: Any) -> bool:
+    """Whether an argument wants a gradient in some calls alone."""
+    return type(argument) is ValueProxy and argument.node.meta.get("may_want", False)
+
+
+def _node_wants(node: fx.Node) -> bool:
+    if "wants" in node.meta:
+        return bool(node.meta["wants"])
+    return any(tensor.requires_grad for tensor in tensors_in(node.meta["value"]))
 
 
 def _statistics(node: fx.Node) -> tuple[Any, Any, Any]:

@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.patches import AMBIENT, watched
 from fxsplit.capture.questions import Guard
+from fxsplit.capture.reasons import COMPILED, READS_ANOTHER, reason_of
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.tracer import COMPILED, READS_ANOTHER, Leaf, ValueTracer, reason_of
+from fxsplit.capture.tracer import Leaf, ValueTracer
 from fxsplit.capture.user_code import compiled_function, failing_function
 from fxsplit.errors import BranchError, TraceError, UntraceableError
 from fxsplit.meta.costs import CostMeter

@@ -8,7 +8,6 @@ cannot be traced through becomes one op, with a reason. What depends on the inte
 from __future__ import annotations
 
 import builtins
-import math
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from dataclasses import is_dataclass
 from enum import Enum
 from functools import wraps
 from inspect import unwrap
-from textwrap import shorten
 from threading import get_ident
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -28,9 +26,17 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.utils import parametrize
 
 from fxsplit.capture.contexts import Context
-from fxsplit.capture.op_effects import is_dropout, mixes_samples, moved_statistics, watch_norms
+from fxsplit.capture.op_effects import (
+    is_unsure,
+    moved_statistics,
+    note_effects,
+    note_gradients,
+    wants_gradient,
+    watch_norms,
+)
 from fxsplit.capture.proxy import HeldTensors, ValueProxy
 from fxsplit.capture.questions import QUESTIONS, REAL_ISINSTANCE, Guard
+from fxsplit.capture.reasons import READS_ANOTHER, reason_of, reason_to_keep_whole
 from fxsplit.capture.signature import Signature
 from fxsplit.capture.user_code import asserted, unseen_question, user_line
 from fxsplit.errors import BranchError, UntraceableError
@@ -48,7 +54,7 @@ from fxsplit.meta.evaluate import (
     resolve,
 )
 from fxsplit.meta.kernels import Kernels
-from fxsplit.meta.known import is_known, numbers_of
+from fxsplit.meta.known import numbers_of
 from fxsplit.meta.rest import Rest, calls_method
 from fxsplit.objects.code import is_users
 from fxsplit.objects.contents import drawing_nothing, unchanged, unshared_generators
@@ -65,8 +71,6 @@ AUTOGRAD_METHODS = ("register_hook", "register_post_accumulate_grad_hook", "reta
 IMMUTABLE = (*LEAVES, Enum, type, BuiltinFunctionType, ModuleType)
 
 Leaf = str | type[nn.Module] | FunctionType
-
-READS_ANOTHER = "in whose place a module that is one op put another tensor"
 
 
 class ValueTracer(fx.Tracer):
@@ -363,12 +367,12 @@ class ValueTracer(fx.Tracer):
         self.checkpoints = True
         # Evaluation is recorded without gradients, but may run with them.
         records = torch.is_grad_enabled() or not self.model.training
-        wanting = [argument for argument in args if _wants_gradient(argument)]
+        wanting = [argument for argument in args if wants_gradient(argument)]
         if reentrant and records and not wanting:
             self.cuts_gradients = True
             with torch.no_grad():
                 return function(*args)
-        if reentrant and records and all(map(_is_unsure, wanting)):
+        if reentrant and records and all(map(is_unsure, wanting)):
             raise self.refused(
                 UntraceableError(
                     f"{user_line()} checkpoints what wants a gradient in some calls alone, and the older kind of "
@@ -377,7 +381,7 @@ class ValueTracer(fx.Tracer):
             )
         if reentrant and records:
             # It adds up the gradients of an argument inside, before they meet those from outside.
-            args = [arg.view_as(arg) if type(arg) is ValueProxy and _wants_gradient(arg) else arg for arg in args]
+            args = [arg.view_as(arg) if type(arg) is ValueProxy and wants_gradient(arg) else arg for arg in args]
         return function(*args)
 
     def refused(self, error: UntraceableError) -> UntraceableError:
@@ -714,42 +718,11 @@ class ValueTracer(fx.Tracer):
         node.meta["written"] += [
             self._state[id(each)] if isinstance(each, Tensor) else each for each in moved_statistics(node, module)
         ]
-        self._note_gradients(node, called)
+        note_gradients(node, called)
         node.meta["stand_in"] = isinstance(value, StandIn)
         value = value.value if isinstance(value, StandIn) else value
-        self._note_effects(node, module, value, sizes)
+        note_effects(node, module, value, sizes, batch_size=self._batch_size)
         return value
-
-    def _note_gradients(self, node: fx.Node, called: Any) -> None:
-        """Note whether the result of an op wants a gradient, and whether it may do so in some calls alone.
-
-        A user's module that stays one op may use its parameters, and what it is given, now and then.
-        """
-        inputs = node.all_input_nodes
-        own = isinstance(called, nn.Module) and any(each.requires_grad for each in called.parameters())
-        node.meta["wants"] = own or any(map(_node_wants, inputs))
-        surely = any(_node_wants(each) and not each.meta.get("may_want") for each in inputs)
-        surely = surely or (own and is_torchs(called))
-        node.meta["may_want"] = node.meta["wants"] and not surely
-
-    def _note_effects(self, node: fx.Node, module: nn.Module | None, value: Any, sizes: dict[str, torch.Size]) -> None:
-        """Note what an op does to the samples of the batch, and what it inherits from its inputs.
-
-        `sizes` are those of the inputs of each BatchNorm in its module that uses batch statistics.
-        """
-        inputs = node.all_input_nodes
-        node.meta["stand_in"] = node.meta["stand_in"] or any(each.meta.get("stand_in") for each in inputs)
-        node.meta["drawn"] = isinstance(node.target, ImpureCall) or any(each.meta.get("drawn") for each in inputs)
-        node.meta["known"] = is_known(node, value)
-        node.meta["of_batch"] = any(each.op == "placeholder" or each.meta.get("of_batch") for each in inputs)
-        node.meta["mixes_samples"] = mixes_samples(node, module, self._batch_size)
-        if node.target in (nn.functional.batch_norm, torch.batch_norm) and node.meta["mixes_samples"]:
-            sizes[""] = value.shape
-        # At one value a channel from each sample, a batch of 1 has no variance.
-        small = (name for name, size in sizes.items() if math.prod(size) <= size[1] * self._batch_size)
-        if (name := next(small, None)) is not None:
-            node.meta["single_value_norm"] = f"{node.meta['path']}.{name}".strip(".")
-        node.meta["is_dropout"] = is_dropout(node, module)
 
     def _module_state(self, path: str, module: nn.Module) -> dict[str, Tensor]:
         state = {
@@ -775,51 +748,3 @@ def _numbers_in(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple
 
 def _value_of(leaf: Any) -> Any:
     return leaf.meta["value"] if isinstance(leaf, fx.Node) else leaf
-
-
-def _wants_gradient(argument: Any) -> bool:
-    if type(argument) is ValueProxy:
-        return isinstance(argument.value, Tensor) and _node_wants(argument.node)
-    return isinstance(argument, Tensor) and argument.requires_grad
-
-
-def _is_unsure(argument: Any) -> bool:
-    """Whether an argument wants a gradient in some calls alone."""
-    return type(argument) is ValueProxy and argument.node.meta.get("may_want", False)
-
-
-def _node_wants(node: fx.Node) -> bool:
-    """Whether a value would require a gradient if gradients were enabled."""
-    if "wants" in node.meta:
-        return bool(node.meta["wants"])
-    return any(tensor.requires_grad for tensor in tensors_in(node.meta["value"]))
-
-
-def reason_to_keep_whole(module: nn.Module) -> str | None:
-    """Say why a module must not be traced through although it could be, or None."""
-    if any(hooks_of(module)):
-        return "it has hooks, which tracing through it would drop; take them off to see inside"
-    return reason_not_to_look_inside(module)
-
-
-def reason_not_to_look_inside(module: nn.Module) -> str | None:
-    """Say why a module does more than its Python code shows, or None. Hooks do not count: the caller can run them."""
-    if parametrize.is_parametrized(module):
-        return "it is parametrized, which tracing through it would drop; remove_parametrizations to see inside"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is a scripted module; give the Python module to see inside"
-    if hasattr(module, "_orig_mod"):
-        return COMPILED
-    return None
-
-
-LONGEST_REASON = 400
-
-COMPILED = "it is compiled; trace before torch.compile to see inside"
-
-
-def reason_of(error: BaseException) -> str:
-    """Shorten an error to one line; some of torch's fill several screens."""
-    text = str(error) if isinstance(error, UntraceableError) else f"{type(error).__name__}: {error}"
-    text = "; ".join((text, *getattr(error, "__notes__", ())))
-    return shorten(" ".join(text.split()), LONGEST_REASON, placeholder=" ...")

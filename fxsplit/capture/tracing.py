@@ -27,9 +27,10 @@ from fxsplit.capture.free_batch import free_batch
 from fxsplit.capture.guards import Guards
 from fxsplit.capture.naming import assigned_by, called_module, method_of, names_of
 from fxsplit.capture.patches import LOCK
+from fxsplit.capture.reasons import COMPILED, reason_not_to_look_inside
 from fxsplit.capture.recording import Recorder, Recording, has_numbers_of_its_own, is_only_a_number
 from fxsplit.capture.signature import Signature
-from fxsplit.capture.tracer import COMPILED, Leaf, reason_not_to_look_inside
+from fxsplit.capture.tracer import Leaf
 from fxsplit.errors import TraceError
 from fxsplit.graph import EVALUATION, TRAINING, Graph, Op, OpKind, State, Value
 from fxsplit.meta.costs import Cost

@@ -14,7 +14,7 @@ from fxsplit.comparing.budgets import fitted_epochs
 from fxsplit.comparing.runs import figures, finished, folder_of, is_on_cpu, read_report
 from fxsplit.comparing.tables import Reports, on_cpu, tables
 from fxsplit.comparing.verdicts import RATIO_MARGIN
-from fxsplit.comparing.writers import write_comparison
+from fxsplit.comparing.writers import refuse_others, write_comparison
 from fxsplit.comparison import Comparison, ComparisonObserver, ComparisonSpec, PlannedRun, Table
 from fxsplit.errors import FxsplitError, UsageError
 from fxsplit.paths import expanded
@@ -40,14 +40,16 @@ def compare(
         trust_code: run code that comes with a model of Hugging Face.
         launch: starts the process of a run; by default that of `fxsplit train`.
 
-    Raises UsageError when it cannot be done as asked, CheckError when runs are of other data than each other's, and
-    FxsplitError when runs have failed; then tables of the others are written.
+    Raises UsageError when it cannot be done as asked, or its tables would replace those of other runs; CheckError when
+    runs are of other data than each other's, and FxsplitError when runs have failed; then tables of the others are
+    written.
     """
     observer, launch = observer or ComparisonObserver(), launch or partial(runner.launch, trust_code=trust_code)
     if not spec.models:
         raise UsageError("no model is given to compare arms on")
     arms = _of_one_length(spec, read_arms(spec.arms, spec.run, spec.of_arms))
     runs = [run for model in spec.models for run in planned(spec, model, arms)]
+    refuse_others(spec, [run.folder for run in runs])
     asked = Asked(spec)  # seeds and margin are fixed from here on
     faults = _do(spec, _interleaved(spec, runs), observer, launch)
     reports = {model: _reports(runs, model) for model in spec.models}
@@ -67,7 +69,7 @@ def compare_folders(folders: Sequence[str], spec: ComparisonSpec) -> Comparison:
     """Compare finished runs, whose folders are given, and write the same files as `compare`.
 
     Runs of one model that differ by the seed alone are an arm. Raises UsageError when a folder holds no finished run,
-    and CheckError when runs are of other data than each other's.
+    or the tables would replace those of other runs, and CheckError when runs are of other data than each other's.
     """
     models: dict[str, dict[str, dict[int, RunReport]]] = {}
     for given in folders:
@@ -82,6 +84,7 @@ def compare_folders(folders: Sequence[str], spec: ComparisonSpec) -> Comparison:
                 f"there are two runs of {name} with seed {seed}: {arms[name][seed].folder!r} and {given!r}"
             )
         arms[name][seed] = report
+    refuse_others(spec, folders)
     for model, arms in models.items():  # what others are held against comes first
         models[model] = {name: arms[name] for name in sorted(arms, key=_rank)}
     lengths = {len(report.epochs) for arms in models.values() for runs in arms.values() for report in runs.values()}

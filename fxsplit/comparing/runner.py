@@ -95,7 +95,7 @@ def do_runs(
     runs: Sequence[PlannedRun],
     observer: ComparisonObserver,
     *,
-    jobs: int = 0,
+    jobs: int | None = None,
     devices: Sequence[str] = (),
     launch: Launch = launch,
 ) -> dict[str, str]:
@@ -107,7 +107,7 @@ def do_runs(
     Args:
         runs: all of them.
         observer: is told of each.
-        jobs: how many go on at a time; 0 for one a device.
+        jobs: how many go on at a time; None for one a device.
         devices: they are given to the runs in turn; none leaves the choice to each run.
         launch: starts the process of a run on a device.
 

@@ -97,7 +97,7 @@ def figures(report: RunReport, seed: int, folder: str) -> RunFigures:
         seed=seed,
         folder=folder,
         accuracy_pct=report.accuracy_pct,
-        ensemble_pct=epochs[-1].ensemble_top1,
+        ensemble_pct=report.ensemble_pct,
         epochs=len(epochs),
         updates=steps_of(report),
         seconds=report.total_seconds,

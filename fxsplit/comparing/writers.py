@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from fxsplit.comparison import Comparison, RunFigures, Table
-from fxsplit.errors import UsageError
-from fxsplit.pages.comparison_page import BUDGETS, comparison_page, notes, spread
-from fxsplit.pages.figures import human
+from fxsplit.comparison import BUDGETS, Comparison, ComparisonSpec, RunFigures, Table
+from fxsplit.errors import UsageError, shown_path
+from fxsplit.pages.comparison_page import comparison_page, notes
+from fxsplit.pages.figures import human, spread
+from fxsplit.paths import expanded
 from fxsplit.records import json_text
 from fxsplit.saving.files import write_whole
 
@@ -33,6 +36,40 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
             write_whole(folder / f"{comparison.name}.{ending}", text)
     except OSError as error:
         raise UsageError(f"the folder {str(folder)!r} cannot be written: {error.strerror}") from error
+
+
+def refuse_others(spec: ComparisonSpec, folders: Iterable[str]) -> None:
+    """Raise UsageError when the folder of a comparison has tables under its name that compare other runs.
+
+    Args:
+        spec: names the tables; without models they are of finished runs, and replace none that did their own.
+        folders: those of the runs, of equal epochs or each as it is, that are to be compared.
+    """
+    path = expanded(spec.output) / f"{spec.name}.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        tables = [table for table in before["tables"] if table["match"] in ("epochs", "off")]
+        compared = [run["folder"] for table in tables for arm in table["arms"] for run in arm["runs"]]
+        is_own = bool(before["looks"])
+    except OSError:
+        return  # there is none, or writing it will say what is wrong
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{shown_path(path)} is no comparison, and is not replaced; choose another --name") from error
+    kept = set(map(_arm_of, folders))
+    others = [each for each in compared if _arm_of(each) not in kept]
+    if others:
+        fault = f"compares other runs, such as {shown_path(others[0])}"
+    elif is_own and not spec.models:
+        fault = "is of a comparison that did its runs itself"
+    else:
+        return
+    raise UsageError(f"{shown_path(path)} {fault}, and is not replaced; choose another --name or --output")
+
+
+def _arm_of(folder: str) -> tuple[str, str]:
+    """Tell the folder of a run from those of other models and arms; it may have been named from elsewhere."""
+    path = Path(folder)
+    return path.parent.name, re.sub(r"-s\d+$", "", path.name)
 
 
 def _csv(comparison: Comparison) -> str:

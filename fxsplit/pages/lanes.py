@@ -65,7 +65,7 @@ def forecast_lanes(forecast: Forecast, plan: Plan) -> Iterator[Plot]:
 def measured_lanes(epochs: Sequence[EpochRecord], plan: Plan, forecast: Forecast | None) -> Iterator[Plot]:
     """Plot what was measured of every epoch, the forecast beside it, and standard training as a line."""
     accuracies = {"training": [each.train_top1 for each in epochs], "test": [each.eval_top1 for each in epochs]}
-    yield _curves("accuracy", plan, PERCENT, accuracies)
+    yield _curves("accuracy", plan, PERCENT, accuracies, dots=_ensemble(epochs))
     losses = {"training": [each.train_loss for each in epochs], "test": [each.eval_loss for each in epochs]}
     yield _curves("loss", plan, NUMBER, losses)
     yield _curves("learning rate", plan, NUMBER, {"learning rate": [each.lr for each in epochs]}, from_zero=True)
@@ -125,14 +125,30 @@ def _lane(
 
 
 def _curves(
-    name: str, plan: Plan, unit: Unit, kinds: Mapping[str, Sequence[float]], *, from_zero: bool = False
+    name: str,
+    plan: Plan,
+    unit: Unit,
+    kinds: Mapping[str, Sequence[float]],
+    *,
+    from_zero: bool = False,
+    dots: Sequence[Series] = (),
 ) -> Plot:
     series = [
         _series(kind, ys, plan, kind="line", style=kind if kind in ("training", "test") else "test")
         for kind, ys in kinds.items()
     ]
-    axis = Axis.over((y for ys in kinds.values() for y in ys), name, unit, ticks=FEW, from_zero=from_zero)
-    return Plot(title=name, x=timeline(plan), y=axis, series=series)
+    every = [*(y for ys in kinds.values() for y in ys), *(y for each in dots for y in each.ys)]
+    axis = Axis.over(every, name, unit, ticks=FEW, from_zero=from_zero)
+    return Plot(title=name, x=timeline(plan), y=axis, series=[*series, *dots])
+
+
+def _ensemble(epochs: Sequence[EpochRecord]) -> list[Series]:
+    """Place the snapshot ensemble of a run that has one at the epochs that it was tested after."""
+    found = [(each.epoch - 0.5, each.ensemble_top1) for each in epochs if each.ensemble_top1 is not None]
+    if not found:
+        return []
+    xs, ys = zip(*found, strict=True)
+    return [Series(name="snapshot ensemble", xs=xs, ys=ys, kind="dots", style="ensemble")]
 
 
 def _series(name: str, figures: Sequence[float], plan: Plan, *, kind: Kind, style: str) -> Series:

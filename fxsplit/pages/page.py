@@ -10,6 +10,7 @@ from shlex import quote
 from fxsplit.graph import Value
 from fxsplit.pages import charts
 from fxsplit.pages.charts import Plot
+from fxsplit.pages.confusion import Confusion
 from fxsplit.pages.document import document
 from fxsplit.pages.lanes import Expected, forecast_lanes, measured_lanes, timeline
 from fxsplit.pages.outline import outline
@@ -43,6 +44,9 @@ def _page(inspection: Inspection, *, report: RunReport | None, lanes: Sequence[P
         run_name=run_name,
         began=_minute(report) if report else "",
         evaluating=f"fxsplit evaluate {quote(report.folder)} --output evaluation.html" if report and run_name else "",
+        confusion=Confusion.of(report.confusion, report.data.get("classes", ()))
+        if report and report.confusion
+        else None,
         expected=Expected.of(ahead, report.epochs) if ahead and report else None,
         plan=inspection.plan,
         graph=inspection.train,

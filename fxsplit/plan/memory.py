@@ -141,7 +141,6 @@ class _Walk:
             for step in steps:
                 if step.recorded:
                     self._backward_of(step)
-            self._recomputed = frozenset()
             if segment is not None:
                 for name in self._entering(segment):
                     self._drop(name)

@@ -163,7 +163,7 @@ def prove_batch(
         # Not inside `except`: there the traceback still holds the tensors of the failed step.
         if images.is_cuda:
             torch.cuda.empty_cache()
-        if count < 4:
+        if count <= 2:
             notice("memory does not hold the proof of the first batch, not even of two images: it is left out")
             return None
         count = -(-count // 2)

@@ -61,6 +61,10 @@ class ModelConfig:
     channels_last: bool
     schema: int = SCHEMA
 
+    def name_of(self, index: int) -> str:
+        """Name a class by its position; a model may have more outputs than classes."""
+        return self.classes[index] if index < len(self.classes) else f"output {index}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return asdict(self)

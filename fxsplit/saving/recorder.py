@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -92,6 +92,7 @@ class Recorder:
         self._environment, self._passes = environment, passes
         self._notice = notice
         self._epochs: list[EpochRecord] = []
+        self._confusion: dict[str, dict[str, int]] = {}
         self._signals = Signals()
         self._saved: Place | None = None
         self._tried: Place | None = None
@@ -111,6 +112,7 @@ class Recorder:
         data = found.data
         self.state.load_state_dict(data["state"])
         self._epochs = [read_record(EpochRecord, record) for record in data["epochs"]]
+        self._confusion = data.get("confusion", {})
         self._earlier = data["seconds"]["total"], data["seconds"]["processor"]
         self.setup_seconds += data["seconds"]["setup"]
         self.prove_seconds += data["seconds"]["prove"]
@@ -141,9 +143,17 @@ class Recorder:
             except OSError as error:
                 self._notice(f"the new plan cannot be written: {error.strerror}")
 
-    def add(self, record: EpochRecord) -> None:
-        """Add the record of an epoch that has just ended, write it into the folder, and save the run if it is due."""
+    def add(self, record: EpochRecord, confusion: Mapping[tuple[int, int], int]) -> None:
+        """Add the record of an epoch that has just ended, write it into the folder, and save the run if it is due.
+
+        Args:
+            record: of the epoch.
+            confusion: images of its test by label and the class that they were taken for.
+        """
         self._epochs.append(record)
+        self._confusion = {}
+        for (label, taken_for), count in confusion.items():
+            self._confusion.setdefault(self._config.name_of(label), {})[self._config.name_of(taken_for)] = count
         if fault := self._write_record(record):
             self._notice(f"{fault}; it is tried again after the next epoch")
         every, is_last = self._interval.every, record.epoch == self._inspection.plan.epochs
@@ -221,6 +231,7 @@ class Recorder:
             "identity": self._identity,
             "plan": self._inspection.plan_file.to_dict(),
             "epochs": [asdict(record) for record in self._epochs],
+            "confusion": self._confusion,
             "seconds": {
                 "total": seconds,
                 "processor": processor,
@@ -281,6 +292,7 @@ class Recorder:
             total_seconds=seconds,
             processor_seconds=processor,
             data=self._identity,
+            confusion=self._confusion,
             folder=self.path,
         )
         if not self._folder:

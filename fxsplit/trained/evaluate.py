@@ -29,7 +29,7 @@ from fxsplit.spec import RunSpec, read_values
 from fxsplit.trained.load import Saved, find, load
 from fxsplit.trained.model import TrainedModel
 from fxsplit.trained.writing import written
-from fxsplit.training.accuracy import Accuracy
+from fxsplit.training.accuracy import Accuracy, first_choices
 
 # Mistakes that are shown, and the longest side of their pictures in pixels.
 SHOWN, THUMBNAIL = 24, 128
@@ -151,7 +151,7 @@ class _Counts:
         """Add a batch: class scores (B, classes), labels (B,) and ids (B,)."""
         self._accuracy.update(F.cross_entropy(scores, labels), scores, labels)
         self._accuracy.count(len(labels))
-        predicted = scores.topk(min(5, scores.shape[1]), dim=1).indices[:, 0]  # the same of equals as the accuracy has
+        predicted = first_choices(scores)
         shares = scores.float().softmax(1)
         columns = labels, predicted, ids, shares.gather(1, labels[:, None])[:, 0], shares.gather(1, predicted[:, None])
         rows = zip(*(column.flatten().tolist() for column in columns), strict=True)

@@ -1,7 +1,8 @@
-"""Mean loss and accuracy over batches, and the accuracy of a snapshot ensemble over phases."""
+"""Mean loss and accuracy over batches, what classes are taken for, and how a snapshot ensemble over phases does."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,41 @@ class Accuracy:
             self._count = state["count"]
             self._loss.copy_(state["loss"])
             self._hits.copy_(state["hits"])
+
+
+def first_choices(scores: Tensor) -> Tensor:
+    """Return the class that each sample is taken for, int64 (B,), by class scores (B, K).
+
+    Of equal scores it is the one that `Accuracy` takes.
+    """
+    return scores.topk(min(5, scores.shape[1]), dim=1).indices[:, 0]
+
+
+class Confusion:
+    """Counts which class the samples of each class are taken for.
+
+    Batches are kept on the device, and nothing waits for it but `read`, which all processes call together.
+    """
+
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self._processes = processes
+        self._batches: list[Tensor] = []
+
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        """Add a batch: class scores (B, K) and labels (B,)."""
+        self._batches.append(torch.stack((labels, first_choices(scores))))
+
+    def read(self) -> dict[tuple[int, int], int]:
+        """Return how many samples there were of each label and class that they were taken for, over all processes."""
+        pairs = torch.cat(self._batches, dim=1).tolist() if self._batches else ((), ())
+        found: Counter[tuple[int, int]] = Counter()
+        for each in self._processes.all(Counter(zip(*pairs, strict=True))):
+            found.update(each)
+        return dict(sorted(found.items()))
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._batches.clear()
 
 
 class Snapshots:

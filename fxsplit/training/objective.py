@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from fxsplit.data.batch import Batch
 from fxsplit.execute.forward import Forward
-from fxsplit.training.exits import Exits
-from fxsplit.training.soft_targets import MeanTargets, SoftTargets
+from fxsplit.training.regularisers.exits import Exits
+from fxsplit.training.regularisers.soft_targets import MeanTargets, SoftTargets
 
 
 class Losses(NamedTuple):

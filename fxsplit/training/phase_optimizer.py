@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from fxsplit.cuda.number import Number
 from fxsplit.execute.executor import Executor
 from fxsplit.plan.schedule import Phase, Plan
-from fxsplit.training.endings import end_epochs
-from fxsplit.training.exits import Exits
 from fxsplit.training.optimizers import anneal, load_named_state, named_state, parameters_of, split_by_end
+from fxsplit.training.regularisers.endings import end_epochs
+from fxsplit.training.regularisers.exits import Exits
 
 
 class MakeOptimizer(Protocol):

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from fxsplit.caching.feed import Feed
 from fxsplit.cuda.number import Number
@@ -21,17 +18,18 @@ from fxsplit.distribute.concord import Concord
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import NotFiniteError
 from fxsplit.execute.forward import Forward
-from fxsplit.measuring.finite import are_finite, first_not_finite, named
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.saving.run_state import Stateful
 from fxsplit.training.accuracy import Accuracy, PendingScore, Score, Snapshots
-from fxsplit.training.endings import Endings, WeightEma, named_parameters
+from fxsplit.training.evaluator import Evaluator
+from fxsplit.training.finite_check import FiniteCheck
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
-from fxsplit.training.optimizers import gradients_of, parameters_of, set_gradients
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.plasticity import Plasticity
+from fxsplit.training.recorded_step import RecordedStep
+from fxsplit.training.regularisers.endings import Endings, WeightEma, named_parameters
 from fxsplit.training.step import Step
 from fxsplit.training.telemetry import Telemetry, Work
 
@@ -116,12 +114,32 @@ class Trainer:
         self.executor = self.forward.executor
         self._position = Position()
         self._steps_per_epoch = self.feed.train_loader.steps_per_epoch
-        self._accuracy, self._test_accuracy = (Accuracy(self.forward.device, self.processes) for _ in range(2))
+        self._accuracy = Accuracy(self.forward.device, self.processes)
         self._concord = Concord(self.processes, self.executor, [self.objective.soft_targets, self.ema])
         self._progress = Number(None if self.recordings is None else self.forward.device)
         # Scores of steps that are on their way from the device.
         self._pending: deque[tuple[int, PendingScore]] = deque()
         self._telemetry = Telemetry(self.forward.device)
+        self._recorded_step = RecordedStep(
+            step=self.step,
+            feed=self.feed,
+            optimizer=self.optimizer,
+            endings=self.endings,
+            ema=self.ema,
+            accuracy=self._accuracy,
+            recordings=self.recordings,
+            update_is_recorded=self.update_is_recorded,
+        )
+        self._evaluator = Evaluator(
+            self.forward,
+            self.feed,
+            ema=self.ema,
+            snapshots=self.snapshots,
+            work=self.work,
+            recordings=self.recordings,
+            processes=self.processes,
+        )
+        self._finite = FiniteCheck(self.forward, self.step, self.optimizer, self._accuracy)
         self._pause: Pause = no_pause
         # Whether `state_dict` would be the state of a position, and not of something between two.
         self._is_whole = False
@@ -133,6 +151,13 @@ class Trainer:
     def position(self) -> Position:
         """Where the run is."""
         return self._position
+
+    def confusion(self) -> dict[tuple[int, int], int]:
+        """Return how many images there were of each label and class that they were taken for, in the last test.
+
+        All processes call it together.
+        """
+        return self._evaluator.confusion.read()
 
     def begin(self) -> None:
         """Enter the first phase; does nothing in a run that has begun."""
@@ -325,20 +350,12 @@ class Trainer:
         seconds, work = self.processes.sum(own).tolist()
         return replace(record, processor_seconds=seconds, multiply_adds=round(work))
 
-    @torch.no_grad()
     def _watch(self, guard: Guard) -> float:
         """Let the guard see which held-out images are right now; return their accuracy in per cent."""
-        self.executor.eval()
-        right = []
-        for batch in self.feed.held_out():
-            if self.work is not None:
-                self.work.forward(len(batch), start=0, stop=len(self.plan.partitions))
-            with self._averaged(), self.forward.autocast():
-                right.append(self.forward.logits(batch).argmax(dim=1) == batch.labels)
-        found = torch.cat(right).cpu()
-        if sentence := guard.epoch_done(self._position.phase, found):
+        right = self._evaluator.held_out()
+        if sentence := guard.epoch_done(self._position.phase, right):
             self.observer.notice(sentence)
-        return 100 * float(found.double().mean())
+        return 100 * float(right.double().mean())
 
     def _train(self, epoch: int) -> Score:
         """Take the steps of an epoch that are not done yet, and return the score on the training images."""
@@ -364,104 +381,36 @@ class Trainer:
         return trained
 
     def _take_step(self, key: Hashable, *, done: int) -> None:
-        """Take an optimizer step after `done` steps of the run, on the batch with this key.
-
-        What changes from step to step is set first, so that the rest can be recorded and replayed.
-        """
+        """Take an optimizer step after `done` steps of the run, on the batch with this key."""
         self.optimizer.set_rate(done)
         self._progress.set(done / (self.plan.epochs * self._steps_per_epoch))
-        counted = self.endings.count_step(done + 1)
+        means = self.endings.count_step(done + 1)
         if self.ema is not None:
             self.ema.count_step(done + 1)
-        phase, optimizer = self.plan.phases[self._position.phase], self.optimizer.optimizer
         is_examined = (self._position.epoch, self._position.step) <= self._examined
-
-        def backward() -> int:
-            batch = self.feed.fetch()
-            self.step.backward(
-                batch,
-                optimizer,
-                micro_batches=phase.micro_batches,
-                progress=self._progress.value,
-                accuracy=self._accuracy,
-            )
-            if is_examined:
-                self._examine(batch)
-            return batch.counted
-
-        def update() -> None:
-            self.step.update(optimizer)
-            self.endings.add_weights()
-            if self.ema is not None:
-                self.ema.add()
-
-        def whole() -> int:
-            samples = backward()
-            update()
-            return samples
-
-        recordings = self.recordings
-        if recordings is not None and phase.recompute:
-            recordings.refuse("recomputing activations with the same random numbers reads the random state")
-            key = None
-        if is_examined:
-            key = None
-        if recordings is None:
-            samples = whole()
-        elif self.update_is_recorded:
-            whole_key = None if key is None else (key, counted)
-            samples = recordings.run("train", whole_key, whole, held=self._held())
-        else:
-            samples, gradients = recordings.run(
-                "train", key, lambda: (backward(), gradients_of(optimizer)), held=self._held()
-            )
-            set_gradients(optimizer, gradients)
-            update()
+        samples = self._recorded_step.take(
+            key,
+            self.plan.phases[self._position.phase],
+            progress=self._progress.value,
+            means=means,
+            examine=self._examine if is_examined else None,
+        )
         self._accuracy.count(samples)
         if self.work is not None:
             exits = () if self.objective.exits is None else self.objective.exits.linears()
             self.work.step(self._position.phase, samples, start=self.feed.settled_from, exits=exits)
 
     def _examine(self, batch: Batch) -> None:
-        """Raise NotFiniteError, which names the cause, when the loss or the gradients of this step are not finite.
-
-        Infinite gradients of a loss that is scaled are no fault: the step is left out, and the scale falls.
-        """
-        if not self._accuracy.is_finite():
-            where = first_not_finite(self.forward, batch) or "every output is finite, so it comes from the loss itself"
-            what = f"the loss is not finite: {where}"
-        elif not self.step.is_scaled and (index := self._last_without_gradient()) is not None:
-            place = "an exit" if index < 0 else named(self.executor.partitions, index)
-            what = f"the loss is finite, but the gradients are not, first in {place}"
-        else:
-            return
-        at = self._position
-        raise NotFiniteError(what, epoch=at.epoch, step=at.step, is_cause=True)
-
-    def _last_without_gradient(self) -> int | None:
-        """Find the last partition whose gradients are not finite, which backward reaches first; -1 for an exit."""
-        for index in reversed(range(*self.executor.window)):
-            if not are_finite(parameter.grad for parameter in self.executor.owned[index]):
-                return index
-        return None if are_finite(gradients_of(self.optimizer.optimizer)) else -1
+        """Raise NotFiniteError, which names the cause, when the loss or the gradients of this step are not finite."""
+        if cause := self._finite.cause(batch):
+            raise NotFiniteError(cause, epoch=self._position.epoch, step=self._position.step, is_cause=True)
 
     def _refuse_not_finite(self, score: Score) -> None:
         """Raise NotFiniteError when the mean loss or what trains is not finite. It waits for the device."""
-        if score.count and not math.isfinite(score.loss):
-            what = "the loss is not finite"
-        elif not are_finite(parameters_of(self.optimizer.optimizer)):
-            what = "weights are not finite"
-        else:
-            return
-        self._is_whole = False
-        at = self._position
-        raise NotFiniteError(what, epoch=at.epoch, step=max(0, at.step - 1))
-
-    def _held(self) -> list[object]:
-        """List what steps use besides the model and may keep something on the host."""
-        objective = self.objective
-        parts = [objective.soft_targets, None if objective.exits is None else objective.exits.modules]
-        return [self.optimizer.optimizer, *(part for part in parts if part is not None)]
+        if fault := self._finite.fault(score):
+            self._is_whole = False
+            at = self._position
+            raise NotFiniteError(fault, epoch=at.epoch, step=max(0, at.step - 1))
 
     def _forget(self) -> None:
         """Drop the recordings of steps, with the memory that they hold."""
@@ -487,50 +436,13 @@ class Trainer:
     def _test(self, epoch: int) -> tuple[Score, float | None]:
         """Return the score on the test images and, where a phase ends, that of the snapshot ensemble."""
         phase = self._position.phase
-        ends = epoch + 1 == self.plan.epochs or self.plan.phase_index_at(epoch + 1) != phase
-        if self.snapshots is None or not ends:
-            return self.evaluate(), None
-        predictions: list[tuple[Tensor, Tensor]] = []
-        tested = self.evaluate(predictions)
-        probabilities, labels = (torch.cat(parts) for parts in zip(*predictions, strict=True))
-        self.snapshots.keep(phase, probabilities)
-        return tested, self.snapshots.top1_pct(labels)
+        if epoch + 1 < self.plan.epochs and self.plan.phase_index_at(epoch + 1) == phase:
+            return self._evaluator.score(pause=self._paused), None
+        return self._evaluator.score_of_snapshot(phase, pause=self._paused)
 
-    @torch.no_grad()
-    def evaluate(self, predictions: list[tuple[Tensor, Tensor]] | None = None) -> Score:
-        """Return the score on the test images, of averaged weights where there are any.
-
-        The loss is cross-entropy without label smoothing. The class probabilities (B, classes) and labels (B,) of each
-        batch are appended to `predictions`.
-        """
-        if self.recordings is not None:
-            self.recordings.make_room()
-        self.executor.eval()
-        source, accuracy, recordings = self.feed.test_source, self._test_accuracy, self.recordings
-        accuracy.reset()
-
-        def step() -> tuple[Tensor, Tensor, int]:
-            batch = source.fetch()
-            with self.forward.autocast():
-                logits = self.forward.logits(batch)
-                if batch.counted:
-                    accuracy.update(F.cross_entropy(logits, batch.labels), logits, batch.labels)
-            return logits, batch.labels, batch.counted
-
-        for key in source.put(0):
-            # Batch by batch: between them the run may be saved, with the weights that train.
-            with self._averaged():
-                logits, labels, counted = step() if recordings is None else recordings.run("test", key, step)
-            accuracy.count(counted)
-            if predictions is not None:
-                # A replay writes into the same tensors again.
-                predictions.append((logits.float().softmax(dim=1), labels.clone()))
-            self._paused()
-        return accuracy.read()
-
-    def _averaged(self) -> AbstractContextManager[None]:
-        """Make the context in which the model has averaged weights, where there are any."""
-        return nullcontext() if self.ema is None else self.ema.applied()
+    def evaluate(self) -> Score:
+        """Return the score on the test images, of averaged weights where there are any."""
+        return self._evaluator.score()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on training, besides the model's own state and the random states.

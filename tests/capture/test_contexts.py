@@ -109,6 +109,21 @@ def test_no_grad_of_a_region_holds_in_evaluation_with_gradients() -> None:
     assert gradients[0] == gradients[1] == (None, [True, True, False, False, False, False])
 
 
+def test_a_context_that_a_module_was_left_in_does_not_hold_behind_it() -> None:
+    """It fails between the two switches when it is looked into, and then becomes one op."""
+
+    class Switches(nn.Module):
+        def forward(self, x: Any) -> Any:
+            torch.set_grad_enabled(False)
+            weight = 2.0 if x.sum() > 0 else 3.0
+            torch.set_grad_enabled(True)
+            return x * weight
+
+    found = assert_exact(nn.Sequential(nn.Linear(6, 6), Switches(), nn.Linear(6, 3)), rows())
+    assert list(found.opaque) == ["1"]
+    assert not any(contexts_of(node) for node in found.programs[True].nodes)
+
+
 def test_what_a_forward_asks_of_the_contexts_around_it_is_guarded() -> None:
     class Asks(Linears):
         def forward(self, x: Any) -> Any:

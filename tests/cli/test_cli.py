@@ -55,7 +55,7 @@ TRAIN_OPTIONS = """
 --resume --sched --schedule --seed --settled-dtype
 --smoothing --std --stem
 --anneal --average --no-recalibrate --no-veto --recalibrate --settle-from --settle-share --settle-until
---soft-from --soft-targets --soft-temperature --veto
+--soft-fade --soft-from --soft-targets --soft-temperature --veto
 --torchcompile --train-batches-per-epoch --train-limit --trust-code --trust-recipe
 --verbose -v --warmup-epochs --wd --weight-decay
 --workers -j
@@ -449,6 +449,14 @@ def test_auto_is_the_newest_run_that_can_go_on_or_a_new_one(api: FakeApi, tmp_pa
     (tmp_path / "old" / "checkpoints" / "epoch-000001-step-00000000.safetensors").touch()
     assert main([*asked, "--lr", "0.001"]) == 0
     assert api.resumed == str(tmp_path / "old")
+    # A run is as old as the newest of its checkpoints.
+    (tmp_path / "new" / "checkpoints").mkdir()
+    for folder, epoch, seconds in (("old", 1, 2e9), ("new", 1, 1e9), ("new", 2, 3e9)):
+        checkpoint = tmp_path / folder / "checkpoints" / f"epoch-{epoch:06}-step-00000000.safetensors"
+        checkpoint.touch()
+        os.utime(checkpoint, (seconds, seconds))
+    assert main([*asked, "--lr", "0.001"]) == 0
+    assert api.resumed == str(tmp_path / "new")
     assert main([*asked, "--experiment", "vgg"]) == 2
     assert main([*asked, "--experiment", "mine", "--seed", "3"]) == 0
     assert (api.resumed, api.spec.seed, api.spec.experiment) == (None, 3, "mine")

@@ -116,5 +116,7 @@ def test_a_table_fills(player: Player, tmp_path: Path, monkeypatch: pytest.Monke
     assert l2l.split() == ["l2l", "epoch", "1", "·"]
     # Three runs of 71.5 s like the first, of which one has gone on for 20 s.
     assert foot.strip() == "1 of 4 runs, about 3 min 14 s left"
+    view.planned(runs, jobs=2)
+    assert shown()[-1].strip() == "1 of 4 runs, about 1 min 37 s left"
     view.ended(runs[1], "it has no such layer")
     assert shown()[2].split() == ["l2l", "failed", "·"]

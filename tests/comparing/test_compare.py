@@ -22,6 +22,7 @@ from fxsplit.presets import preset
 from tests.comparing.conftest import Player
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "table1"
+FINETUNE = RECIPES.parent / "finetune"
 RUN = {"epochs": 4, "batch_size": 100}
 
 
@@ -76,7 +77,11 @@ def test_an_arm_may_be_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"arms": ",,"}, "arms name nothing to compare"),
+        ({"arms": ",,"}, "arms is ',,', which names nothing; name some, or leave it out"),
+        ({"match": ""}, "match is '', which names nothing"),
+        ({"match": ()}, "match names nothing"),
+        ({"devices": " "}, "devices is ' ', which names nothing"),
+        ({"jobs": 0}, "jobs is 0, but must be a whole number at least 1"),
         ({"arms": "finetun"}, "settle, settle-far, and recipes"),
         ({"arms": "standart"}, "there is no arm 'standart'; did you mean 'standard'?"),
         ({"arms": "standard,regularised"}, "regularised takes over from the arm that is tried, and there is none"),
@@ -223,6 +228,12 @@ def test_equal_time_fits_the_length_once(tmp_path: Path, player: Player) -> None
     assert regularised.average == preset("l2l", 4)["average"]
 
 
+def test_equal_time_is_that_of_the_last_arm_which_is_no_control(tmp_path: Path, player: Player) -> None:
+    found = compare(asked(tmp_path, match="time", arms="standard,grow,l2l", seeds="1"), launch=player)
+    lengths = {arm.arm: arm.epochs for table in found.tables if table.match == "time" for arm in table.arms}
+    assert lengths == {"standard": 2, "grow": 2, "l2l": 4}
+
+
 def test_more_seeds_are_a_second_look(tmp_path: Path, player: Player) -> None:
     compare(asked(tmp_path, seeds="5"), launch=player)
     found = compare(asked(tmp_path, seeds="7"), launch=player)
@@ -294,6 +305,26 @@ def test_finished_runs_are_compared_as_they_are(tmp_path: Path, player: Player) 
         compare_folders([str(tmp_path)], asked(tmp_path / "again", models=()))
 
 
+def test_tables_of_other_runs_are_not_replaced(tmp_path: Path, player: Player) -> None:
+    compare(asked(tmp_path, arms="standard,l2l", seeds="2"), launch=player)
+    before = (tmp_path / "compare.json").read_bytes()
+    launched = len(player.launched)
+    folders = sorted(str(path.parent) for path in tmp_path.glob("runs/*/*/report.json"))
+    for others in ({"models": ("paper:vgg16",)}, {"arms": "l2l"}, {"run": {**RUN, "epochs": 5}}):
+        with pytest.raises(UsageError, match=r"compares other runs, such as .*-s0', and is not replaced; choose"):
+            compare(asked(tmp_path, **{"seeds": "2", "arms": "standard,l2l", **others}), launch=player)
+    with pytest.raises(UsageError, match="is of a comparison that did its runs itself, and is not replaced"):
+        compare_folders(folders, asked(tmp_path, models=()))
+    assert (tmp_path / "compare.json").read_bytes() == before
+    assert len(player.launched) == launched
+    # One that holds them all is the same comparison, grown.
+    compare(asked(tmp_path, models=("paper:cnn", "paper:vgg16"), seeds="2"), launch=player)
+    assert (tmp_path / "compare.json").read_bytes() != before
+    (tmp_path / "notes.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(UsageError, match="is no comparison, and is not replaced; choose another --name"):
+        compare_folders(folders, asked(tmp_path, models=(), name="notes"))
+
+
 def test_several_models_are_one_family(tmp_path: Path, player: Player) -> None:
     found = compare(asked(tmp_path, models=("paper:cnn", "paper:vgg16")), launch=player)
     assert [table.model for table in found.tables] == ["paper:cnn", "paper:vgg16"]
@@ -302,6 +333,48 @@ def test_several_models_are_one_family(tmp_path: Path, player: Player) -> None:
     for pair in zip(*(table.differences for table in found.tables), strict=True):
         assert len({(each.arm, each.against, each.quantity) for each in pair}) == 1
         assert [each.p_holm for each in pair] == holm([each.p for each in pair])
+
+
+@pytest.mark.parametrize("path", sorted(FINETUNE.glob("cifar10-*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_fine_tuning_can_be_planned(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arms have their own rates, and one on the command line is that of all."""
+    monkeypatch.chdir(FINETUNE.parents[1])
+    asked = read_comparison(yaml.safe_load(path.read_text(encoding="utf-8")), source=path.name)
+    for lr in (None, 5e-3):
+        spec = ComparisonSpec(
+            **{**asked, "run": asked["run"] | ({} if lr is None else {"lr": lr})}, output=str(tmp_path)
+        )
+        arms = read_arms(spec.arms, spec.run, spec.of_arms)
+        runs = planned(spec, spec.models[0], arms)
+        assert [arm.name for arm in arms] == ["standard", "last-block", "head-first", "finetune"]
+        assert len({run.folder for run in runs}) == len(runs) == 4 * len(spec.seed_numbers)
+        assert {run.spec.sched for run in runs} == {"cosine"}
+        found = {run.arm: run.spec for run in runs}
+        assert {name: each.schedule for name, each in found.items() if name != "standard"} == dict.fromkeys(
+            ("last-block", "head-first", "finetune"), "finetune"
+        )
+        assert lr is None or {each.lr for each in found.values()} == {lr}
+    assert f"`finetune/{path.name}`" in (FINETUNE.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["paper-cnn", "densenet"])
+def test_recipes_of_the_factorial_are_half_of_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece is in two of four arms of l2l, and each two of them in one."""
+    monkeypatch.chdir(FINETUNE.parents[1])
+    asked = read_comparison(yaml.safe_load(Path(f"recipes/factorial/{name}.yaml").read_text(encoding="utf-8")))
+    spec = ComparisonSpec(**asked, output=str(tmp_path))
+    runs = planned(spec, spec.models[0], read_arms(spec.arms, spec.run, spec.of_arms))
+    assert len({run.folder for run in runs}) == len(runs) == 6 * 6
+    found = {run.arm: run.spec for run in runs}
+    pieces = {arm: (s.soft_fade > 0, s.anneal > 0, s.augment != "none") for arm, s in found.items()}
+    assert {pieces[arm] for arm in found if arm.startswith("l2l")} == {
+        (False, False, False), (True, True, False), (True, False, True), (False, True, True)
+    }  # fmt: skip
+    assert [pieces[arm] for arm in ("regularised", "regularised-fade-flip")] == [(False,) * 3, (True, False, True)]
+    for arm, each in found.items():
+        assert each.schedule == ("settle-far" if arm.startswith("l2l") else "standard")
+        assert each.sched == "cosine"
+        assert all(piece in arm for piece, there in zip(("fade", "anneal", "flip"), pieces[arm], strict=True) if there)
 
 
 def test_runs_that_differ_by_more_than_the_seed_are_two_arms(tmp_path: Path, player: Player) -> None:

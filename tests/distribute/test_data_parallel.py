@@ -164,6 +164,7 @@ def trained(folder: Path, name: str) -> dict[str, Any]:
         "phases": len(kept),
         "state": {name: value.clone() for name, value in kept[0].state_dict().items()},
         "losses": [epoch.train_loss for epoch in report.epochs],
+        "confusion": report.confusion,
     }
 
 
@@ -358,6 +359,14 @@ def test_what_does_not_train_takes_no_traffic(name: str, ranks: list[dict[str, A
     assert [epoch["reduced_bytes"] for epoch in found] == [4 * epoch["trainable_parameters"] for epoch in found]
 
 
+def test_the_confusion_is_that_of_the_images_of_all_processes(ranks: list[dict[str, Any]]) -> None:
+    found = [rank["standard"]["confusion"] for rank in ranks]
+    assert found[0] == found[1]
+    right = sum(taken.get(name, 0) for name, taken in found[0].items())
+    every = sum(sum(taken.values()) for taken in found[0].values())
+    assert 100 * right / every == pytest.approx(metrics(ranks[0]["standard"]["folder"])[-1]["eval_top1"], rel=1e-12)
+
+
 @pytest.mark.parametrize("name", ["standard"])
 def test_the_work_is_that_of_all_processes(
     name: str, ranks: list[dict[str, Any]], alone: Callable[[str], Path]
@@ -386,6 +395,20 @@ def test_a_signal_to_one_process_ends_both_with_a_checkpoint(
         assert [mine[score] for score in SCORES] == [other_epoch[score] for score in SCORES]
     expected = weights(whole)
     assert all(torch.equal(value, expected[key]) for key, value in weights(ours).items())
+
+
+def test_a_vote_is_read_when_it_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnItsWay:
+        def __init__(self, given: Tensor, *_: Any, async_op: bool) -> None:
+            assert async_op
+            self.given = given
+
+        def wait(self) -> None:
+            self.given.fill_(5)
+
+    monkeypatch.setattr(distributed, "all_reduce", OnItsWay)
+    processes = Processes(0, 2)
+    assert [processes.vote(number) for number in (3, 0)] == [0, 5]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

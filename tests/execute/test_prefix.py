@@ -383,6 +383,17 @@ def test_lower_precision_is_for_training_alone() -> None:
     assert torch.equal(net.eval().settle(images)[0], at_cut(net, images)[0])
 
 
+def test_weights_that_were_cast_for_autocast_are_not_used_without_it() -> None:
+    shape = (4, 3, 8, 8)
+    images = torch.randn(shape)
+    model = lived(Chain(), shape)
+    (exact,) = settled(model, shape, at=["conv2"]).train().settle(images)
+    net = settled(model, shape, at=["conv2"]).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net.settle(images)[0].dtype is torch.bfloat16
+    assert torch.equal(net.settle(images)[0], exact)
+
+
 def test_settled_state_keeps_its_hash_whatever_is_called() -> None:
     shape = (4, 3, 8, 8)
     model = lived(FunctionalNorm(), shape)

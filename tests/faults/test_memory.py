@@ -13,6 +13,7 @@ import fxsplit
 from fxsplit.errors import OutOfMemoryError
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import Observer
+from fxsplit.training.evaluator import Evaluator
 from fxsplit.training.step import Step
 from fxsplit.training.trainer import Trainer
 from tests.saving.runs import differences, left_by
@@ -42,7 +43,7 @@ class Machine:
                 self.failures += 1
                 raise error
 
-        backward, update, evaluate, take = Step.backward, Step.update, Trainer.evaluate, Trainer._take_step
+        backward, update, evaluate, take = Step.backward, Step.update, Evaluator.score, Trainer._take_step
         now: list[Trainer] = []
 
         def taken(self: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -59,15 +60,15 @@ class Machine:
             if where == "update":
                 fails(now[0])
 
-        def before_evaluation(self: Trainer) -> Any:
+        def before_evaluation(self: Evaluator, **kwargs: Any) -> Any:
             if where == "test":
-                fails(self)
-            return evaluate(self)
+                fails(now[0])
+            return evaluate(self, **kwargs)
 
         monkeypatch.setattr(Trainer, "_take_step", taken)
         monkeypatch.setattr(Step, "backward", after_backward)
         monkeypatch.setattr(Step, "update", after_update)
-        monkeypatch.setattr(Trainer, "evaluate", before_evaluation)
+        monkeypatch.setattr(Evaluator, "score", before_evaluation)
 
 
 def savings(phase: Phase) -> int:

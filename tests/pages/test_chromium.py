@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,22 @@ def test_the_page_of_a_run_fits_its_window(
     plots = page.find_elements(By.CSS_SELECTOR, ".drawing")
     starts = {round(plot.rect["x"]) for plot in [*plots, *page.find_elements(By.CSS_SELECTOR, ".partition-lane > svg")]}
     assert len(starts) == 1
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_names_of_classes_stay_where_a_confusion_is_scrolled(
+    browser: webdriver.Chrome, report: RunReport, inspection: Inspection, width: int, tmp_path: Path
+) -> None:
+    names = [f"class {number}" for number in range(30)]
+    run = replace(report, data={"classes": names}, confusion={name: {name: 100} for name in names})
+    page = opened(browser, report_page(run, inspection), tmp_path)
+    resize(page, width, "light")
+    wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.execute_script(wide) == 0
+    region = page.find_element(By.CSS_SELECTOR, "[aria-label=Confusion]")
+    page.execute_script("arguments[0].scrollLeft = 200", region)
+    lefts = {name.rect["x"] for name in region.find_elements(By.CSS_SELECTOR, "th[scope=row], thead td")}
+    assert lefts == {region.rect["x"]}
 
 
 def test_blocks_open_and_close(page: webdriver.Chrome, resnet: Inspection) -> None:

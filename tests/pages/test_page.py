@@ -302,3 +302,40 @@ def test_measured_ops_have_a_column_of_their_own(inspection: Inspection) -> None
     text = inspection_page(replace(inspection, train=graph))
     assert text.count('class="figure seconds"') == 1 + 3 * (1 + 1 + 2)
     assert re.search(r"6\.0 ms|2\.0 ms", text)
+
+
+def test_few_classes_are_a_table_of_what_their_images_are_taken_for(report: RunReport, inspection: Inspection) -> None:
+    """In the order of the classes of the data; an output without a class comes last."""
+    counts = {"b": {"b": 3, "a": 1, "output 2": 1}, "a": {"a": 9, "b": 1}}
+    page = Page(report_page(replace(report, data={"classes": ["a", "b"]}, confusion=counts), inspection))
+    shades = [(names["class"]) for tag, names in page.elements if str(names.get("class")).startswith("shade-")]
+    assert shades == ["shade-9", "shade-1", "shade-0", "shade-2", "shade-6", "shade-2", *3 * ["shade-0"]]
+    cells = page.texts["td"]
+    first = cells.index("9")
+    assert cells[first : first + 11] == ["9", "1", "1", "3", "1", "a", "b", "1 of 10", "b", "a", "1 of 5"]
+    assert not Page(report_page(report, inspection)).having("table", "class", "confusion")
+
+
+def test_of_many_classes_the_most_frequent_confusions_are_listed(report: RunReport, inspection: Inspection) -> None:
+    names = [f"class {number}" for number in range(31)]
+    counts = {name: {name: 50, names[number - 1]: number} for number, name in enumerate(names)}
+    page = Page(report_page(replace(report, data={"classes": names}, confusion=counts), inspection))
+    assert not page.having("table", "class", "confusion")
+    assert [text for text in page.texts["td"] if re.match(r"\d+ of \d", text)] == [
+        f"{n} of {50 + n}" for n in range(30, 10, -1)
+    ]
+    assert "The most frequent among 31 classes." in page.texts["p"]
+
+
+def test_the_snapshot_ensemble_stands_beside_the_network(
+    report: RunReport, epochs: tuple[EpochRecord, ...], inspection: Inspection
+) -> None:
+    """From the end of the second phase on."""
+    tested = tuple(replace(epoch, ensemble_top1={4: 56.25, 6: 57.5}.get(epoch.epoch)) for epoch in epochs)
+    page = Page(report_page(replace(report, epochs=tested), inspection))
+    assert "after the last epoch; snapshot ensemble 57.50 %" in page.texts["small"]
+    assert [text for text in page.texts["td"] if text in ("56.25 %", "57.50 %")] == ["56.25 %", "57.50 %"]
+    dots = page.having("circle", "class", "dot ensemble")
+    assert [dot["cx"] for dot in dots] == ["58.33%", "91.67%"]
+    assert "snapshot ensemble: 4, 56.25 %" in page.texts["title"]
+    assert not any("ensemble" in text for text in Page(report_page(report, inspection)).texts["span"])

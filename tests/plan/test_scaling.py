@@ -71,6 +71,8 @@ def test_what_is_settled_is_not_sent(modes: Pair) -> None:
     middle = forecasts(modes)["pipeline", 4].traffic_bytes
     assert middle == 2 * crossing
     assert forecasts(modes, 5)["pipeline", 4].traffic_bytes == crossing
+    # The third of the devices begins where training does.
+    assert forecasts(modes, 4)["pipeline", 4].traffic_bytes == crossing
 
 
 def test_a_slow_network_is_waited_for(modes: Pair) -> None:

@@ -295,6 +295,25 @@ def test_where_memory_does_not_hold_it_a_smaller_batch_is_taken(error: Exception
     assert all("memory does not hold" in notice for notice in notices)
 
 
+def test_half_of_an_odd_batch_is_the_larger_one() -> None:
+    model, sizes = Net(), []
+
+    def full(_module: nn.Module, args: Any) -> None:
+        sizes.append(len(args[0]))
+        if sizes[-1] > 2:
+            raise MemoryError
+
+    net = net_of(model)
+    model.conv.register_forward_pre_hook(full)
+    notices: list[str] = []
+    prove_batch(
+        model, net, IMAGES[:3], LABELS[:3], micro_batches=1, loss=F.cross_entropy, autocast=nullcontext,
+        notice=notices.append,
+    )  # fmt: skip
+    assert sizes == [3, 2, 2]
+    assert notices == ["memory does not hold the proof of the first batch: 2 of its 3 images are taken"]
+
+
 def test_other_errors_go_on() -> None:
     model = Net()
     net = net_of(model)

@@ -123,6 +123,7 @@ def left_by(folder: Path) -> dict[str, Any]:
         "weights": load_file(folder / "model.safetensors"),
         "metrics": metrics,
         "epochs": [row.split(",")[0] for row in rows],
+        "confusion": json.loads((folder / "report.json").read_text(encoding="utf-8"))["confusion"],
         "state": last,
     }
 

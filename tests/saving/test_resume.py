@@ -24,7 +24,7 @@ from fxsplit.saving.checkpoint import read_checkpoint
 from fxsplit.saving.lock import LOCK
 from fxsplit.spec import read_recipe, resolve
 from fxsplit.training.accuracy import Score
-from fxsplit.training.trainer import Trainer
+from fxsplit.training.evaluator import Evaluator
 from tests.saving.runs import COMMON, KINDS, MODEL, differences, left_by, model_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,16 +104,16 @@ def test_a_test_that_is_interrupted_begins_again(
     """Also after the last epoch, where what trained has ended by then: that is done once."""
     changes: dict[str, Any] = {"average": 0.5, "recalibrate": True}
     expected, _ = whole(tmp_path, kind, **changes)
-    tests, evaluate = iter(range(1, 5)), Trainer.evaluate
+    tests, evaluate = iter(range(1, 5)), Evaluator.score
 
-    def interrupted_test(trainer: Trainer) -> Score:
+    def interrupted_test(evaluator: Evaluator, **kwargs: Any) -> Score:
         if next(tests) == epoch:
             signal.raise_signal(signal.SIGTERM)
-        return evaluate(trainer)
+        return evaluate(evaluator, **kwargs)
 
     folder = tmp_path / "mine"
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "evaluate", interrupted_test)
+        patched.setattr(Evaluator, "score", interrupted_test)
         with pytest.raises(Terminated, match=f"saved at epoch {epoch}, step 5; go on with"):
             fxsplit.train(spec(tmp_path, kind, experiment="mine", **changes))
     assert len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == epoch - 1
@@ -191,7 +191,9 @@ def test_a_run_can_become_longer(tmp_path: Path) -> None:
         # It can be interrupted, and goes on from there, as any other.
         recipe = resolve(read_recipe(Path(first.folder) / "args.yaml"))
         assert getattr(recipe, name) == before + 2
-        assert resumed(Path(first.folder)).epochs == report.epochs
+        again = resumed(Path(first.folder))
+        assert (again.epochs, again.confusion) == (report.epochs, report.confusion)
+        assert again.confusion
 
 
 def test_a_run_that_was_killed_when_it_had_just_become_longer_stays_so(tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ def test_so_are_those_of_a_folder(run: Path) -> None:
     found = fxsplit.evaluate(run, device="cpu")
     assert numbers(found) == last_of(epochs[-1])
     assert numbers(found) != last_of(epochs[0])
+    left = json.loads((run / "report.json").read_text("utf-8"))["confusion"]
+    assert [[left[truth].get(other, 0) for other in CLASSES] for truth in CLASSES] == list(map(list, found.confusion))
     assert (found.images, found.batch_size, found.data) == (15, 8, f"folder:{photographs_of(run)}")
     first = min((run / "checkpoints").iterdir())
     assert numbers(fxsplit.evaluate(first, device="cpu")) == last_of(epochs[int(first.name[6:12]) - 1])
@@ -293,9 +295,9 @@ def test_the_page_escapes_names(count: int) -> None:
 
 
 def test_many_classes_are_drawn() -> None:
-    few, many = (Page(evaluation_page(evaluation(count), ["data:,"])) for count in (25, 26))
+    few, many = (Page(evaluation_page(evaluation(count), ["data:,"])) for count in (30, 31))
     assert not few.having("rect", "class", "cell")
-    assert len(many.having("rect", "class", "cell")) == 52
+    assert len(many.having("rect", "class", "cell")) == 62
     assert not many.having("table", "class", "confusion")
     assert few.having("td", "class", "shade-5")
     assert not few.having("td", "class", "shade-6")

@@ -15,7 +15,7 @@ from fxsplit.data.loader import Loader
 from fxsplit.errors import UsageError
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan
-from fxsplit.training.batchnorm import check_batches
+from fxsplit.training.regularisers.batchnorm import check_batches
 from tests.training.test_trainer import images, trainer
 
 

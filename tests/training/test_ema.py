@@ -9,7 +9,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 from fxsplit.plan.schedule import Phase
-from fxsplit.training.endings import WeightEma
+from fxsplit.training.regularisers.endings import WeightEma
 from fxsplit.training.trainer import Trainer
 from tests.networks import Chain
 from tests.training.test_trainer import same, trainer, weights

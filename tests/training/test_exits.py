@@ -20,9 +20,9 @@ from fxsplit.data.loader import Loader
 from fxsplit.execute.executor import Executor
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import SCHEDULES, Phase
-from fxsplit.training.exits import Exits, channel_dim, features_of
 from fxsplit.training.optimizers import parameters_of
-from fxsplit.training.soft_targets import LastTargets
+from fxsplit.training.regularisers.exits import Exits, channel_dim, features_of
+from fxsplit.training.regularisers.soft_targets import LastTargets
 from fxsplit.training.trainer import Trainer
 from tests.execute.test_executor import _executor, _images
 from tests.networks import HAZARDS, Chain, LongSkip

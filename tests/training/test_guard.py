@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fxsplit
 from fxsplit import assembly
+from fxsplit.execute.executor import Executor
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.training.guard import Guard
@@ -122,6 +123,31 @@ def test_held_out_images_are_not_trained_on(tmp_path: Path) -> None:
     assert torch.equal(both.double().sum(dim=0), everything.double().sum(dim=0))
     assert torch.equal(data.holding_out(0.25, seed=3).train.labels, data.holding_out(0.25, seed=3).train.labels)
     assert not torch.equal(whole.holding_out(0.25, seed=4).train.labels, data.train.labels)
+
+
+def test_held_out_images_go_through_the_settled_partitions_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From epoch 3 of 6 a front is settled; 51 images train, 17 are held out and 128 are tested."""
+    computed: list[int] = []
+    settle_to = Executor.settle_to
+
+    def counted(net: Executor, stop: int, /, images: Tensor) -> list[Any]:
+        if stop and not net.training:
+            computed.append(len(images))
+        return settle_to(net, stop, images)
+
+    changes = {"settle_from": 0.4, "settle_until": 0.41, "batch_size": 17}
+    plain, cached = Epochs(), Epochs()
+    run(tmp_path, plain, cache="off", experiment="plain", **changes)
+    monkeypatch.setattr(Executor, "settle_to", counted)
+    report = run(tmp_path, cached, cache="ram", experiment="cached", **changes)
+    assert [record.held_out_top1 for record in cached.records] == [record.held_out_top1 for record in plain.records]
+    # Both sets once, and the first batch of each twice again, to see that it repeats.
+    assert sum(computed) == 128 + 17 + 2 * (17 + 17)
+    work = [[record.multiply_adds for record in heard.records[-2:]] for heard in (plain, cached)]
+    front = sum(each.macs for each in report.plan.partitions[: cached.records[-1].start])
+    assert work[0] == [each + (51 + 17) * front for each in work[1]]
 
 
 def test_a_guard_goes_on_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

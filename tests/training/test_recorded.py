@@ -22,10 +22,10 @@ from fxsplit.data.order import EpochOrder
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.training.accuracy import Accuracy, PendingScore
-from fxsplit.training.endings import WeightAverage
 from fxsplit.training.optimizers import load_named_state, make_optimizer, named_state
 from fxsplit.training.phase_optimizer import PhaseOptimizer
-from fxsplit.training.soft_targets import LastTargets, MeanTargets
+from fxsplit.training.regularisers.endings import WeightAverage
+from fxsplit.training.regularisers.soft_targets import LastTargets, MeanTargets
 from fxsplit.training.trainer import Trainer
 from tests.cuda.simulated import SimulatedRecorder
 from tests.networks import AssignedBuffer, Chain, FunctionalDropout, InnerBranchOnData

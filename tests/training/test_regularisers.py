@@ -17,11 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fxsplit.data.loader import Loader
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import Observer
-from fxsplit.training.batchnorm import norms_of, recalibrated
-from fxsplit.training.endings import WeightAverage
 from fxsplit.training.optimizers import anneal, split_by_end
 from fxsplit.training.plasticity import Plasticity
-from fxsplit.training.soft_targets import LastTargets, MeanTargets
+from fxsplit.training.regularisers.batchnorm import norms_of, recalibrated
+from fxsplit.training.regularisers.endings import WeightAverage
+from fxsplit.training.regularisers.soft_targets import LastTargets, MeanTargets
 from fxsplit.training.trainer import Trainer
 from tests.networks import Chain
 from tests.training.test_trainer import TRAIN, same, trainer, weights
@@ -110,6 +110,22 @@ def test_targets_of_the_mean_are_kept_once_and_weigh_the_same_from_then_on() -> 
     for progress in (0.6, 0.9):
         found = soft.loss(second, labels, ids, progress=progress)
         assert torch.allclose(found, 0.2 * hard + 0.8 * 4 * divergence, atol=1e-5)
+
+
+def test_soft_targets_fade_to_nothing() -> None:
+    """At 0.9 of a run that fades over its last fifth half of the share is left, also where steps are recorded."""
+    random = torch.Generator().manual_seed(0)
+    earlier, logits = torch.randn(2, 4, 5, generator=random)
+    labels = ids = torch.arange(4)
+    for kind in (LastTargets, MeanTargets):
+        fades, whole, hard = kind(4, weight=0.6, fade=0.2), kind(4, weight=0.6), F.cross_entropy(logits, labels)
+        for each in (fades, whole):
+            each.keep(earlier, ids)
+        for progress, left in ((0.5, 1.0), (0.8, 1.0), (0.9, 0.5), (1.0, 0.0)):
+            soft = whole.loss(logits, labels, ids, progress=progress)
+            for given in (progress, torch.tensor(progress)):
+                found = fades.loss(logits, labels, ids, progress=given)
+                assert torch.allclose(found, left * soft + (1 - left) * hard, atol=1e-6)
 
 
 @contextmanager
@@ -270,6 +286,18 @@ def test_partitions_settle_with_the_mean_of_their_own_last_steps() -> None:
     for name in (name for part in averaged_run.plan.partitions[:2] for name in part.state):
         if name in dict(model.named_parameters()):
             assert torch.allclose(averaged.get_parameter(name), mean_of(name, seen[8:]), atol=1e-6), name
+
+
+def test_a_mean_begins_anew_at_the_midpoint_from_which_training_goes_on() -> None:
+    torch.manual_seed(0)
+    model = Chain()
+    plan = (Phase(start=0, stop=4, epochs=4),)
+    with after_steps(model) as seen:
+        list(trainer(model, plan=plan, average=0.75, soft_targets=MeanTargets(50, weight=0.5)).epochs())
+    assert len(seen) == 16
+    for name, parameter in model.named_parameters():
+        # By its share alone it would begin after the fourth step.
+        assert torch.allclose(parameter, mean_of(name, seen[8:]), atol=1e-6), name
 
 
 def test_settled_partitions_are_not_averaged_any_more() -> None:

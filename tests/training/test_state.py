@@ -17,12 +17,12 @@ from fxsplit.caching.cache import CachePolicy
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.training import phase_optimizer
-from fxsplit.training.accuracy import Accuracy
-from fxsplit.training.endings import Endings, WeightAverage
-from fxsplit.training.exits import Exits
+from fxsplit.training.accuracy import Accuracy, PendingScore
 from fxsplit.training.optimizers import SCHEDULES, load_named_state, make_optimizer, make_scheduler, named_state
 from fxsplit.training.plasticity import Plasticity
-from fxsplit.training.soft_targets import LastTargets, MeanTargets, SoftTargets
+from fxsplit.training.regularisers.endings import Endings, WeightAverage
+from fxsplit.training.regularisers.exits import Exits
+from fxsplit.training.regularisers.soft_targets import LastTargets, MeanTargets, SoftTargets
 from fxsplit.training.trainer import Trainer
 from tests.networks import Chain
 from tests.training.test_exits import exits_of, layers
@@ -169,6 +169,32 @@ def test_an_optimizer_that_loads_nothing_is_noticed(tmp_path: Path, monkeypatch:
     assert agrees(whole, gone_on(with_exits, tmp_path, Saves(step=10)))
     monkeypatch.setattr(phase_optimizer, "load_named_state", lambda *_: None)
     assert not agrees(whole, gone_on(with_exits, tmp_path, Saves(step=10)))
+
+
+def test_steps_that_are_taken_again_are_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where their scores were still on their way from the device when the run went back."""
+    monkeypatch.setattr(PendingScore, "is_here", lambda _: False)
+    told: list[int] = []
+
+    class Listens(Observer):
+        def step_done(self, record: StepRecord) -> None:
+            told.append(record.step)
+
+    net = made(with_midpoint, tmp_path, 0, observer=Listens())
+    states: list[Any] = []
+
+    def pause(epoch: int, step: int, *, steps: int, ending: bool = False) -> None:  # noqa: ARG001 - as it is called
+        if steps == 1 and not states:
+            states.append(loaded({"trainer": net.state_dict(), "model": dict(net.executor.state_dict())}))
+        elif steps == 3 and not told and not ending:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        next(net.epochs(pause))
+    net.executor.load_state_dict(states[0]["model"])
+    net.load_state_dict(states[0]["trainer"])
+    next(net.epochs())
+    assert told == [2, 3, 4]
 
 
 def keys_of(state: Any) -> set[Any]:

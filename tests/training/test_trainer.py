@@ -33,13 +33,13 @@ from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan, schedule
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.training.accuracy import Accuracy
-from fxsplit.training.endings import Endings, WeightEma, named_parameters
-from fxsplit.training.exits import Exits
 from fxsplit.training.objective import Objective
 from fxsplit.training.optimizers import make_optimizer, make_scheduler
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 from fxsplit.training.plasticity import Plasticity
-from fxsplit.training.soft_targets import SoftTargets
+from fxsplit.training.regularisers.endings import Endings, WeightEma, named_parameters
+from fxsplit.training.regularisers.exits import Exits
+from fxsplit.training.regularisers.soft_targets import SoftTargets
 from fxsplit.training.step import Step
 from fxsplit.training.trainer import Trainer
 from tests.cuda.simulated import SimulatedRecorder

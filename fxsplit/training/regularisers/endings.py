@@ -18,7 +18,7 @@ from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward
 from fxsplit.objects.structure import is_divided
 from fxsplit.plan.schedule import Plan
-from fxsplit.training.batchnorm import recalibrate
+from fxsplit.training.regularisers.batchnorm import recalibrate
 
 # With warm-up the share that is left after n steps is 1 - n ** -WARMUP_POWER at most, as in timm.
 WARMUP_POWER = 2 / 3

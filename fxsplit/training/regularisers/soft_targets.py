@@ -27,10 +27,11 @@ class SoftTargets(ABC):
         samples: how many images there are.
         weight: the largest share, 0 to 1.
         temperature: T, which logits are divided by before they are compared, above 0.
+        fade: the last part of the run, 0 to 1, over which the share falls to nothing, linearly.
     """
 
-    def __init__(self, samples: int, *, weight: float, temperature: float = 1.0) -> None:
-        self.weight, self.temperature = weight, temperature
+    def __init__(self, samples: int, *, weight: float, temperature: float = 1.0, fade: float = 0.0) -> None:
+        self.weight, self.temperature, self._fade = weight, temperature, fade
         self._samples = samples
         # float16 (samples, K), NaN for an image without kept logits; None before any are kept.
         self._logits: Tensor | None = None
@@ -41,8 +42,15 @@ class SoftTargets(ABC):
     def share(self, progress: float | Tensor) -> float | Tensor:
         """Return the share of the divergence in the loss, 0 to 1, when `progress` of the run is done, 0 to 1.
 
-        Both are tensors () where steps are recorded.
+        The share is that before it fades. Both are tensors () where steps are recorded.
         """
+
+    def _left(self, progress: float | Tensor) -> float | Tensor:
+        """Return what fading has left of the share, 0 to 1."""
+        if not self._fade:
+            return 1.0
+        left = (1 - progress) / self._fade
+        return left.clamp(max=1) if isinstance(left, Tensor) else min(1.0, left)
 
     @abstractmethod
     def after_forward(self, logits: Tensor, ids: Tensor) -> None:
@@ -75,7 +83,7 @@ class SoftTargets(ABC):
         hard = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
         earlier = torch.full_like(logits, float("nan")).float() if self._logits is None else self._logits[ids].float()
         # Nothing here reads a number from the device: the host would wait for the GPU.
-        share = torch.where(earlier.isnan().any(dim=1), 0.0, self.share(progress))
+        share = torch.where(earlier.isnan().any(dim=1), 0.0, self.share(progress) * self._left(progress))
         predicted = F.log_softmax(logits.float() / self.temperature, dim=1)
         targets = F.log_softmax(earlier.nan_to_num() / self.temperature, dim=1)
         soft = self.temperature**2 * F.kl_div(predicted, targets, reduction="none", log_target=True).sum(dim=1)
