@@ -645,7 +645,10 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
                 "the weights of other processes; leave out one of them"
             )
         if spec.amp and spec.amp_dtype == "float16" and not {"amp", "amp_dtype"} & set(wrong):
-            yield "parallel is 'fsdp' and amp-dtype is 'float16', whose loss is scaled in each process; take bfloat16"
+            yield (
+                "parallel is 'fsdp' and amp-dtype is 'float16', where each process would scale the loss by itself; "
+                "take bfloat16"
+            )
     if spec.sync_bn and spec.torchcompile is not None and "torchcompile" not in wrong:
         yield (
             f"sync-bn is true and torchcompile is {spec.torchcompile!r}, but compiled stages cannot wait for other "

@@ -48,7 +48,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "hflip": maybe | below_one,
     "aa": maybe | st.sampled_from(["rand-m9-mstd0.5-inc1", "trivial", "original"]),
     **dict.fromkeys(
-        ("pretrained", "amp", "channels_last", "deterministic", "dry_run", "prove", "recalibrate", "veto"),
+        ("pretrained", "amp", "channels_last", "deterministic", "dry_run", "prove", "recalibrate", "veto", "sync_bn"),
         st.booleans(),
     ),
     **dict.fromkeys(("model_ema", "model_ema_warmup"), st.booleans()),
@@ -97,6 +97,10 @@ ends = st.one_of(st.fixed_dictionaries({"veto": st.just(False)}), st.fixed_dicti
 means = st.one_of(
     st.fixed_dictionaries({"model_ema": st.just(False)}), st.fixed_dictionaries({"average": st.just(0.0)})
 )
+together = st.one_of(
+    st.fixed_dictionaries({"parallel": st.just("ddp"), "sync_bn": st.just(False)}),
+    st.fixed_dictionaries({"torchcompile": st.none(), "amp": st.booleans(), "amp_dtype": st.just("bfloat16")}),
+)
 cuts = st.one_of(
     st.fixed_dictionaries({"parts": small}),
     st.fixed_dictionaries({"at": st.lists(words)}),
@@ -110,6 +114,7 @@ specs = st.builds(
     changed_at_random,
     ends,
     means,
+    together,
     cuts,
 )
 
@@ -227,6 +232,13 @@ def test_every_field_has_a_key_and_help() -> None:
             "schedule is 'l2l', but must be one of standard, window, grow, settle, settle-far, finetune; l2l is a "
             "preset: ask for it as such, by --l2l or preset=l2l; its phases alone are settle-far",
         ),
+        (
+            {"parallel": "fsdp", "torchcompile": "inductor"},
+            "parallel is 'fsdp' and torchcompile is 'inductor', but compiled stages cannot wait for the weights",
+        ),
+        ({"parallel": "fsdp", "amp": True, "amp_dtype": "float16"}, "parallel is 'fsdp' and amp-dtype is 'float16'"),
+        ({"sync_bn": True, "torchcompile": "inductor"}, "sync-bn is true and torchcompile is 'inductor', but compiled"),
+        ({"parallel": "pipeline"}, "parallel is 'pipeline'"),
         ({"veto": True, "anneal": 0.2}, "anneal is 0.2 and veto is true, but a partition that settles later"),
         ({"shift": "input"}, "shift is 'input', but the schedule is 'standard'; only --schedule finetune asks for it"),
         (
