@@ -12,9 +12,8 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from fxsplit.comparison import Comparison
-from fxsplit.pages.comparison_page import BUDGETS, spread
-from fxsplit.pages.figures import human, millijoules, trains
+from fxsplit.comparison import BUDGETS, Comparison
+from fxsplit.pages.figures import human, millijoules, spread, trains
 from fxsplit.plan.plandiff import Change
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import CheckRecord, Evaluation, ExportRecord, ForecastRecord, Prediction, RunReport
@@ -31,13 +30,13 @@ def report(result: RunReport) -> None:
     """Print a row for each phase of a run; below it the accuracy and what the run cost."""
     console = Terminal()
     is_wide, is_middling = console.width >= WIDE, console.width >= MIDDLING
-    has_energy = is_middling and any(record.joules_per_image is not None for record in result.epochs)
+    has_energy = is_wide and any(record.joules_per_image is not None for record in result.epochs)
     rows = Rows(
         {
             "phase" if is_middling else "": True,
             "trains": True,
-            "cut": is_wide,
-            ">epochs": is_middling,
+            "cut": is_middling,
+            ">epochs": is_wide,
             ">seconds": True,
             ">energy an image": has_energy,
             ">test accuracy": True,
@@ -64,7 +63,7 @@ def report(result: RunReport) -> None:
     for name, fact in {
         "test accuracy": f"{result.accuracy_pct:.2f} % (last epoch)" if result.epochs else human(None),
         "test accuracy, snapshot ensemble": None if result.ensemble_pct is None else f"{result.ensemble_pct:.2f} %",
-        "total time": f"{result.total_seconds:.1f} s, of which setup {result.setup_seconds:.1f} s",
+        "total time": f"{result.total_seconds:.1f} s after imports, of which setup {result.setup_seconds:.1f} s",
         "peak memory: process resident": most("peak_resident_bytes"),
         "peak memory: CUDA allocated": most("peak_allocated_bytes"),
         "peak memory: CUDA reserved": most("peak_reserved_bytes"),

@@ -12,7 +12,8 @@ from fxsplit.spec import RunSpec, read_values
 
 # The schema of a comparison as plain data.
 SCHEMA = 1
-MATCHES = ("epochs", "time", "work", "off")
+BUDGETS = {"epochs": "equal epochs", "time": "equal time", "work": "equal work", "off": "each arm as it is"}
+MATCHES = tuple(BUDGETS)
 # So many seeds, at least, are more than a look.
 CLAIM = 5
 

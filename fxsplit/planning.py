@@ -16,7 +16,7 @@ from fxsplit.report import Observer
 
 
 def partition(
-    trace: Trace, *, count: int | None = None, at: Sequence[str] = (), balance: str = "macs", by: str = "op"
+    trace: Trace, count: int | None = None, *, at: Sequence[str] = (), balance: str = "macs", by: str = "op"
 ) -> tuple[Partition, ...]:
     """Divide a traced model into partitions; returns them in order.
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NamedTuple, NoReturn
 
-import psutil
 import typer
 
 from fxsplit.errors import Terminated, UsageError
@@ -141,6 +140,8 @@ def _launched() -> float | None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
+    import psutil  # only here: it takes a while to import
+
     return psutil.Process(os.getppid()).create_time()
 
 

@@ -13,6 +13,7 @@ from fxsplit.data.decoding import INTERPOLATIONS
 from fxsplit.data.images import Data
 from fxsplit.data.loader import Loader
 from fxsplit.distribute.processes import ALONE, Processes
+from fxsplit.errors import UsageError
 from fxsplit.report import Observer
 from fxsplit.spec import RunSpec
 
@@ -53,6 +54,11 @@ def data(spec: RunSpec, observer: Observer) -> Data:
         return loaded
     divided = loaded.holding_out(spec.guard, seed=spec.seed)
     assert divided.held_out is not None
+    if len(divided.train) < 2:
+        raise UsageError(
+            f"guard is {spec.guard:g}, which holds out {len(divided.held_out):,} of {len(loaded.train):,} images to "
+            "train on and leaves too few; hold out a smaller share"
+        )
     observer.notice(f"of {len(loaded.train):,} images to train on {len(divided.held_out):,} are held out for the guard")
     return divided
 

@@ -22,7 +22,7 @@ from fxsplit.execute.forward import logits_of
 from fxsplit.measuring.phase_costs import Loss, time_ratio, update_seconds
 from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import Forecast
-from fxsplit.plan.partition import most_partitions, with_head
+from fxsplit.plan.partition import Partition, most_partitions, with_head
 from fxsplit.plan.planfile import PlanFile
 from fxsplit.plan.scaling import ScaleForecast
 from fxsplit.plan.schedule import SETTLING, Plan, counted, schedule
@@ -54,7 +54,13 @@ def plan(
     plan = _given_plan(spec, trace, observer)
     phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
     plan = replace(plan, preset=spec.preset, phases=tuple(phases))
-    if spec.plan is None and spec.schedule in SETTLING and not any(phase.start for phase in plan.phases):
+    settles = any(phase.start for phase in plan.phases)
+    if spec.guard and not settles:
+        observer.notice(
+            f"guard is {spec.guard:g}, but nothing settles, so there is nothing to undo; its images are held out all "
+            "the same"
+        )
+    if spec.plan is None and spec.schedule in SETTLING and not settles:
         observer.notice(
             f"nothing settles in {counted(plan.epochs, 'epoch')} of {len(plan.partitions)} partitions, so this is "
             "standard training; more --epochs, an earlier --settle-from or a larger --settle-share change that"
@@ -153,7 +159,7 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         count = min(DEFAULT_PARTS, most)
     partitions = planning.partition(trace, count=count, at=spec.at, balance=spec.balance, by=spec.by)
     if spec.schedule == "finetune" and not spec.at:
-        partitions = with_head(trace, partitions)
+        partitions = _with_head(spec, trace, partitions)
     return schedule(
         spec.schedule,
         partitions=partitions,
@@ -164,6 +170,16 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         share=0.0 if spec.shift == "input" else spec.settle_share,
         front=0.0 if spec.shift == "input" else spec.settle_front,
     )
+
+
+def _with_head(spec: RunSpec, trace: Trace, partitions: tuple[Partition, ...]) -> tuple[Partition, ...]:
+    """Give the head a partition of its own. It is one of those that were asked for, if a number was."""
+    found = with_head(trace, partitions)
+    for count in range(len(partitions) - 1, 0, -1):
+        if spec.parts is None or len(found) <= spec.parts:
+            return found
+        found = with_head(trace, planning.partition(trace, count=count, balance=spec.balance, by=spec.by))
+    return found if spec.parts is None or len(found) <= spec.parts else partitions
 
 
 def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, processes: Processes = ALONE) -> Forecast:

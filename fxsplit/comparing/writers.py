@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from fxsplit.comparison import Comparison, ComparisonSpec, RunFigures, Table
+from fxsplit.comparison import BUDGETS, Comparison, ComparisonSpec, RunFigures, Table
 from fxsplit.errors import UsageError, shown_path
-from fxsplit.pages.comparison_page import BUDGETS, comparison_page, notes, spread
-from fxsplit.pages.figures import human
+from fxsplit.pages.comparison_page import comparison_page, notes
+from fxsplit.pages.figures import human, spread
 from fxsplit.paths import expanded
 from fxsplit.records import json_text
 from fxsplit.saving.files import write_whole

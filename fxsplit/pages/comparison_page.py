@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from fxsplit.comparison import Comparison, Difference, Estimate, Table
+from fxsplit.comparison import BUDGETS, Comparison, Difference, Table
 from fxsplit.pages.charts import Plot, RowPlot
 from fxsplit.pages.comparison_plots import colour, front, plots, row_plots
 from fxsplit.pages.document import document
-from fxsplit.pages.figures import duration, human
+from fxsplit.pages.figures import duration, human, spread
 from fxsplit.pages.paper_table import ABOUT, PAPER
-
-BUDGETS = {"epochs": "equal epochs", "time": "equal time", "work": "equal work", "off": "each arm as it is"}
 
 
 def comparison_page(comparison: Comparison) -> str:
@@ -103,14 +100,6 @@ def _pairs(differences: Sequence[Difference]) -> list[tuple[str, list[Difference
     """Group differences by their two arms."""
     grouped = groupby(differences, key=lambda each: f"{each.arm} against {each.against}")
     return [(name, list(group)) for name, group in grouped]
-
-
-def spread(estimate: Estimate | None, digits: int) -> str:
-    """Write a mean and half of its 95 % interval."""
-    if estimate is None:
-        return "-"
-    half = (estimate.high - estimate.low) / 2
-    return f"{estimate.mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
 
 
 def notes(comparison: Comparison) -> Iterator[str]:

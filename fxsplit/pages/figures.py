@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import floor, log10
+from math import floor, isfinite, log10
 
+from fxsplit.comparison import Estimate
 from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.schedule import Plan
 
@@ -143,3 +144,11 @@ PERCENT = Unit(write="{:.2f} %".format, brief="{:g} %".format)
 SECONDS = Unit(write=duration, brief=_brief_duration, is_time=True)
 ENERGY = Unit(write=millijoules, brief=lambda joules: f"{1000 * joules:g} mJ")
 BYTES = Unit(write=lambda number: human(number, "B"), brief=_brief_bytes)
+
+
+def spread(estimate: Estimate | None, digits: int) -> str:
+    """Write a mean and half of its 95 % interval."""
+    if estimate is None:
+        return "-"
+    half = (estimate.high - estimate.low) / 2
+    return f"{estimate.mean:.{digits}f}" + (f" ± {half:.{digits}f}" if isfinite(half) else "")

@@ -137,8 +137,7 @@ def unusable_paths(modes: Modes, at: Sequence[str]) -> list[str]:
     """Explain in a sentence each path at which the model cannot be cut, and name the nearest at which it can."""
     every = with_ends(modes)
     legal = {cut.index: cut for cut in every[1:-1] if cut.refusal is None}
-    op_at = first_ops(modes.train)
-    return [fault for path in dict.fromkeys(at) if (fault := _fault_at(path, every, legal, op_at))]
+    return [fault for path in dict.fromkeys(at) if (fault := _fault_at(path, modes.train, every, legal))]
 
 
 def most_partitions(modes: Modes, *, by: str = "op", units: Mapping[str, str] | None = None) -> int:
@@ -211,16 +210,21 @@ def _nanoseconds(train: Graph) -> list[int]:
     return [round(1e9 * value) for value in seconds.values() if value is not None]
 
 
-def _fault_at(path: str, every: Sequence[Cut], legal: Mapping[int, Cut], op_at: Mapping[str, int]) -> str | None:
+def _fault_at(path: str, train: Graph, every: Sequence[Cut], legal: Mapping[int, Cut]) -> str | None:
     """Say why the model cannot be cut before `path`, and where near it can; None if it can."""
-    if path not in op_at:
+    op_at = first_ops(train)
+    whole = [index for index, op in enumerate(train.ops) if any(name.startswith(f"{path}.") for name in op.state)]
+    if path in op_at:
+        if (index := op_at[path]) in legal:
+            return None
+        reason = every[index].refusal if index else "it holds the first operation of the model"
+    elif whole:
+        index = whole[0]
+        reason = f"it is a part of {train.ops[index].name!r}, which is one operation"
+    else:
         known = [other for other, index in op_at.items() if index in legal]
         hint = nearest(path, known) or _alternatives(known[:3])
         return f"no operation of the model lies in {path!r}{hint}"
-    index = op_at[path]
-    if index in legal:
-        return None
-    reason = every[index].refusal if index else "it holds the first operation of the model"
     indices = sorted(legal)
     after = bisect_left(indices, index)
     near = [legal[index].path for index in indices[max(0, after - 1) : after + 1]]

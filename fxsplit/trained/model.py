@@ -16,6 +16,9 @@ from fxsplit.errors import DataError, UsageError, reason
 from fxsplit.execute.forward import logits_of
 from fxsplit.saving.model_config import ModelConfig
 
+# Classes that are named where a model is printed.
+MOST_NAMED = 12
+
 # An image: a file, or one that Pillow has opened.
 Picture = str | Path | Image.Image
 
@@ -44,6 +47,17 @@ class TrainedModel(nn.Module):
         self.model = model
         self.config = config
         self.normalize = Normalization(config.mean, config.std)
+
+    def __str__(self) -> str:
+        """Say in a few lines what it is and how it is called; `repr` has all modules of the network."""
+        config, names = self.config, self.classes
+        some = names if len(names) <= MOST_NAMED else (*names[: MOST_NAMED - 2], "...", names[-1])
+        size = f"{config.channels} x {config.img_size} x {config.img_size}"
+        return (
+            f"{config.model}, trained, on {self.device}, in {'training' if self.training else 'evaluation'} mode\n"
+            f"  classes  {len(names)}: {', '.join(some)}\n"
+            f"  images   {size}, prepared by preprocess(file) or predict(files)"
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:

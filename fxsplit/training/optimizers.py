@@ -28,6 +28,9 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 # Those whose kernel takes parameters that are divided among processes, too.
 FUSED_DIVIDED = (torch.optim.Adam, torch.optim.AdamW)
 
+# Optimizers that an error names.
+USUAL = ("adamw", "adam", "sgd", "lamb", "lion", "adafactor")
+
 # Values that those of default settings keep for each parameter.
 SLOTS = {"adam": 2, "adamw": 2}
 
@@ -61,8 +64,11 @@ def make_optimizer(
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    if name not in list_optimizers():
-        raise UsageError(f"timm has no optimizer {shown(name)}{nearest(name, list_optimizers())}")
+    if name not in (known := list_optimizers()):
+        raise UsageError(
+            f"timm has no optimizer {shown(name)}{nearest(name, known)} (it has {len(known)}, such as "
+            f"{', '.join(USUAL)}; timm.optim.list_optimizers() names them all)"
+        )
     decays = [layer_decay, *[None] * (len(modules) - 1)]
     groups = [
         group

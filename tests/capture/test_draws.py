@@ -289,6 +289,23 @@ def test_a_list_is_appended_to_at_each_call_and_by_tracing_never() -> None:
     assert [torch.equal(seen, rows() + number) for number, seen in enumerate(model.inner.seen)] == [True, True]
 
 
+def test_the_calls_of_tracing_are_not_counted() -> None:
+    class Tires(nn.Module):
+        """Gives less from its third call on."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[int] = []
+
+        def forward(self, x: Any) -> Any:
+            self.calls.append(1)
+            return x if len(self.calls) < 3 else x[:, :2]
+
+    found = trace(nn.Sequential(Tires(), nn.Linear(6, 3)), (rows(),))
+    assert list(found.opaque) == ["0"]
+    assert [op.output.shape for op in found.train.ops] == [(4, 6), (4, 3)]
+
+
 def test_a_table_made_once_is_looked_through() -> None:
     model = With(Fills())
     found = assert_exact(model, rows())

@@ -25,7 +25,7 @@ def test_report_shows_each_phase_and_the_last_epoch(report: RunReport, capsys: p
     facts = {row[0]: row[1] for row in cells if len(row) == 2}
     assert facts == {
         "test accuracy": "55.00 % (last epoch)",
-        "total time": "71.5 s, of which setup 2.5 s",
+        "total time": "71.5 s after imports, of which setup 2.5 s",
         "peak memory: process resident": "1.0 GB",
         "energy (NVML)": "3.6 kJ",
     }
@@ -55,7 +55,7 @@ def test_tables_fit_their_terminal(
     header, _, first = lines[:3]
     assert re.split(r"  +", header.strip()) == {
         40: ["trains", "seconds", "test accuracy"],
-        60: ["phase", "trains", "epochs", "seconds", "test accuracy"],
+        60: ["phase", "trains", "cut", "seconds", "test accuracy"],
     }.get(width, ["phase", "trains", "cut", "epochs", "seconds", "test accuracy"])
     assert re.match(r"1 +first 1 of 3 .* 51.00 %$", first)
     assert re.match(r"paper:densenet  captured .*1\.0$", lines[-2])

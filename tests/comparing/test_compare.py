@@ -228,6 +228,12 @@ def test_equal_time_fits_the_length_once(tmp_path: Path, player: Player) -> None
     assert regularised.average == preset("l2l", 4)["average"]
 
 
+def test_equal_time_is_that_of_the_last_arm_which_is_no_control(tmp_path: Path, player: Player) -> None:
+    found = compare(asked(tmp_path, match="time", arms="standard,grow,l2l", seeds="1"), launch=player)
+    lengths = {arm.arm: arm.epochs for table in found.tables if table.match == "time" for arm in table.arms}
+    assert lengths == {"standard": 2, "grow": 2, "l2l": 4}
+
+
 def test_more_seeds_are_a_second_look(tmp_path: Path, player: Player) -> None:
     compare(asked(tmp_path, seeds="5"), launch=player)
     found = compare(asked(tmp_path, seeds="7"), launch=player)

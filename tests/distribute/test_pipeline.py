@@ -320,18 +320,6 @@ def test_the_first_stage_refuses_an_input_that_takes_another_path() -> None:
         first(torch.randn(MICRO_BATCH, 3, 4, 4))
 
 
-@pytest.mark.usefixtures("one_rank")
-def test_what_is_sent_lies_in_memory_as_the_receiver_expects_it() -> None:
-    class Turned(Chain):
-        def forward(self, x: Tensor) -> Any:
-            turned = self.norm1(self.conv1(x)).relu().transpose(2, 3)
-            return self.head(self.norm2(self.conv2(turned)).relu().mean((2, 3)))
-
-    first, _ = modules(traced(Turned), ["conv2"])
-    (sent,) = first(torch.randn(MICRO_BATCH, 3, 8, 8))
-    assert sent.is_contiguous()
-
-
 def test_a_process_without_a_rank_is_told_to_get_one() -> None:
     trace = traced(Chain)
     with pytest.raises(UsageError, match="start it with torchrun"):

@@ -155,13 +155,6 @@ def test_a_damaged_first_image_does_not_decide_the_size(folder: Path) -> None:
         load(folder, img_size=None, max_bad_samples=1)
 
 
-def test_a_part_of_the_images_is_mended_from_that_part(folder: Path) -> None:
-    whole = pixels(folder)
-    data = load(folder, max_bad_samples=1).train.subset(torch.tensor([6, 7, 9])).to(torch.device("cpu"))
-    cut_off(folder / "train" / "class0" / "07.png")
-    assert torch.equal(torch.cat(list(data.read(torch.arange(3), 2))), whole[[6, 9, 9]])
-
-
 def test_a_class_that_cannot_be_read_is_no_endless_search(folder: Path) -> None:
     for path in (folder / "train" / "class0").iterdir():
         empty(path)

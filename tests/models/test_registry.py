@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.error import URLError
 
@@ -464,8 +465,20 @@ def test_pretrained_weights_keep_all_but_the_classifier(
     assert_same_state(build(f"torchvision:{name}", num_classes=1000, img_size=32, pretrained=True), published)
     model = build(f"torchvision:{name}", num_classes=7, img_size=32, pretrained=True)
     assert model.get_submodule(classifier).weight.shape[0] == 7
+    # Random weights of a new head would send random gradients into the others.
+    assert not any(parameter.any() for parameter in model.get_submodule(classifier).parameters())
     published.set_submodule(classifier, model.get_submodule(classifier))
     assert_same_state(model, published)
+
+
+@pytest.mark.parametrize(("num_classes", "is_zero"), [(7, True), (1000, False)])
+def test_a_head_of_timm_starts_at_zero_where_it_is_new(
+    num_classes: int, is_zero: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxsplit.models.registry._timm_download", lambda *_: nullcontext())
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_args, **_kwargs: None)
+    model = build("timm:resnet18", num_classes=num_classes, img_size=32, pretrained=True)
+    assert [not parameter.any() for parameter in model.get_submodule("fc").parameters()] == [is_zero, is_zero]
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "fasterrcnn_mobilenet_v3_large_320_fpn"])
