@@ -21,6 +21,7 @@ from fxsplit.models import registry
 from fxsplit.report import Observer, RunReport, StepRecord
 from fxsplit.resuming import CHECKPOINTS
 from fxsplit.saving.checkpoint import read_checkpoint
+from fxsplit.saving.checkpoints import Checkpoints
 from fxsplit.saving.lock import LOCK
 from fxsplit.spec import read_recipe, resolve
 from fxsplit.training.accuracy import Score
@@ -151,6 +152,19 @@ def test_a_run_goes_on_from_any_checkpoint_in_a_copy_elsewhere(kind: str, tmp_pa
         assert f"later checkpoints are removed: {later}" in heard.sentences
         assert not [each for each in folder.rglob("*") if each.name.endswith(".part")]
         assert [(e.epoch, e.phase) for e in report.epochs] == [(m["epoch"], m["phase"]) for m in expected["metrics"]]
+
+
+def test_where_no_more_can_be_written_the_one_that_it_went_on_from_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder, heard = interrupted(tmp_path, "standard", 3), Interrupts()
+    monkeypatch.setattr(Checkpoints, "write", full)
+    resumed(folder, heard)
+    stays = "no checkpoint of epoch 1 can be written (No space left on device); that of epoch 1, step 3 stays"
+    assert stays in heard.sentences
 
 
 def test_seconds_add_up(tmp_path: Path) -> None:
