@@ -133,6 +133,15 @@ def slots_of(make_optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]) -> i
     return round(sum(value.numel() for value in kept) / weight.numel())
 
 
+def complete_momenta(optimizer: Optimizer) -> None:
+    """Give parameters of SGD that are new a momentum of zero, where others have one: its kernel takes all or none."""
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        states = [optimizer.state[parameter] for parameter in group["params"] if parameter in optimizer.state]
+        if any("momentum_buffer" in state for state in states):
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """List all parameters of an optimizer."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -12,7 +12,14 @@ from torch.optim import Optimizer
 from fxsplit.cuda.number import Number
 from fxsplit.execute.executor import Executor
 from fxsplit.plan.schedule import Phase, Plan
-from fxsplit.training.optimizers import anneal, load_named_state, named_state, parameters_of, split_by_end
+from fxsplit.training.optimizers import (
+    anneal,
+    complete_momenta,
+    load_named_state,
+    named_state,
+    parameters_of,
+    split_by_end,
+)
 from fxsplit.training.regularisers.endings import end_epochs
 from fxsplit.training.regularisers.exits import Exits
 
@@ -90,6 +97,7 @@ class PhaseOptimizer:
         for parameter in parameters_of(self.optimizer):
             if state := before.get(self._named[parameter]):
                 self.optimizer.state[parameter] = state
+        complete_momenta(self.optimizer)
         if self._annealing_steps:
             split_by_end(self.optimizer, self._ends())
         self._scheduler = self._make_scheduler(self.optimizer, steps_per_epoch=self._steps_per_epoch)

@@ -83,7 +83,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "preset": "l2l", "epochs": 8, "settle_from": 0.25, "soft_targets": 0.8, "soft_from": "mean", "memory_aim": 0.5,
     },
     # Partitions that waited begin to train later.
-    "grow": {"schedule": "grow", "parts": 4, "epochs": 4},
+    "grow": {"schedule": "grow", "parts": 4, "epochs": 4, "opt": "momentum"},
     # Processes keep images of their own from the second phase on.
     "cache": {**SETTLING, "cache": "ram", "soft_targets": 0.5},
     "views": {**SETTLING, "cache": "disk", "augment": "crop-flip", "cache_views": 2, "epochs": 8, "opt": "momentum"},
