@@ -27,12 +27,13 @@ class ComparisonSpec:
     Raises UsageError, which names all faults at once, when a value cannot be.
     """
 
-    models: tuple[str, ...] = option("Comparison", "Models to compare the arms on.", ())
+    models: tuple[str, ...] = option("Comparison", "Models to compare the arms on.", (), words="names")
     arms: tuple[str, ...] = option(
         "Comparison",
         "What is compared, with commas: standard, regularised (standard with every regulariser of the last arm), "
         "checkpointed (standard within the memory of the last arm), l2l, a schedule, or a recipe; NAME@N in N epochs.",
         ("standard", "regularised", "l2l"),
+        words="names",
     )
     seeds: str = option(
         "Comparison",
@@ -45,6 +46,7 @@ class ComparisonSpec:
         "What is equal in all arms, each a table of its own: epochs; time or work of the last arm, to which the others "
         "are fitted anew; off to leave each arm as it is.",
         ("epochs",),
+        words="names",
     )
     margin: float = option(
         "Comparison", "Arms whose accuracies differ by less than so many points are level.", 0.3, above=0
@@ -54,7 +56,7 @@ class ComparisonSpec:
         "Comparison", "letters, digits, dots and dashes: the name of its files.", "compare", pattern=r"[A-Za-z0-9._-]+"
     )
     jobs: int | None = option("Comparison", "Runs at a time; by default one for each of the devices.", None, least=1)
-    devices: tuple[str, ...] = option("Comparison", "Devices for the runs, such as cuda:0,cuda:1.", ())
+    devices: tuple[str, ...] = option("Comparison", "Devices for the runs, such as cuda:0,cuda:1.", (), words="names")
     run: Mapping[str, Any] = field(default_factory=dict)
     of_arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

@@ -88,6 +88,9 @@ def read_value(name: str, value: object, kind: Kind, rule: Mapping[str, Any]) ->
             return read
     except (TypeError, ValueError, OverflowError):
         pass
+    texts = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(text, str) and not is_text(text) for text in texts):
+        raise ValueError(f"{key(name)} is {shown(value)}, which holds a character that no path and no file can have")
     beyond = isinstance(value, int) and abs(value) > MOST and rule["most"] is None
     hint = f"; the greatest number is {MOST}" if beyond else ""
     if isinstance(value, str):

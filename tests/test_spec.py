@@ -159,6 +159,8 @@ def test_every_field_has_a_key_and_help() -> None:
         ({"seed": 2**32}, "seed is 4294967296, but must be a whole number at least 0 and below 4294967296"),
         ({"amp": 1}, "amp is 1, but must be true or false"),
         ({"data": 10}, "data is 10, but must be text"),
+        ({"data": "a\0"}, r"data is 'a\x00', which holds a character that no path and no file can have"),
+        ({"at": ("a", "b\0")}, r"at is ('a', 'b\x00'), which holds a character that no path"),
         ({"checkpoint_every": "0s"}, "checkpoint-every is '0s', but must be N (epochs), Ns (steps) or off"),
         ({"checkpoint_every": True}, "checkpoint-every is True, but must be N (epochs), Ns (steps) or off"),
         ({"device": "cude"}, "device is 'cude', but must be auto, cpu, cuda or cuda:N"),

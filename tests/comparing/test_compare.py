@@ -80,6 +80,7 @@ def test_an_arm_may_be_a_recipe(tmp_path: Path) -> None:
         ({"arms": ",,"}, "arms is ',,', which names nothing; name some, or leave it out"),
         ({"match": ""}, "match is '', which names nothing"),
         ({"match": ()}, "match names nothing"),
+        ({"devices": 3.5}, "devices is 3.5, but must be names"),
         ({"devices": " "}, "devices is ' ', which names nothing"),
         ({"jobs": 0}, "jobs is 0, but must be a whole number at least 1"),
         ({"arms": "finetun"}, "settle, settle-far, and recipes"),
