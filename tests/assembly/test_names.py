@@ -59,6 +59,7 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., fxspl
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"opt": "nope"}, "timm has no optimizer 'nope' (it has "),
         ({"opt": "adamv"}, "timm has no optimizer 'adamv'; did you mean"),
         ({"opt": "sgd", "momentum": 0.0}, "the optimizer 'sgd' cannot be made: Nesterov momentum requires"),
         ({"opt": "adahessian"}, "the optimizer 'adahessian' cannot be used here: "),

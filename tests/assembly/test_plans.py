@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import fxsplit
+from fxsplit import assembly
+from fxsplit.errors import UsageError
 from fxsplit.report import Observer
 
 
@@ -29,3 +33,33 @@ def test_a_run_in_which_nothing_settles_says_so(epochs: int, schedule: str, says
         each for each in heard.found if each.startswith("nothing settles in 1 epoch of 8 partitions")
     ] != [] or not says
     assert any("nothing settles" in each for each in heard.found) is says
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+def test_the_head_is_one_of_the_parts_that_were_asked_for(parts: int) -> None:
+    spec = fxsplit.RunSpec(model="paper:cnn", schedule="finetune", parts=parts, epochs=8)
+    found = fxsplit.inspect(spec).partitions
+    assert len(found) == parts
+    if parts > 1:  # all parameters of its last one are those of the classifier
+        assert found[-1].parameters == 5130
+
+
+def test_partitions_are_asked_for_by_their_number_alone() -> None:
+    trace = fxsplit.trace(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), (torch.ones(2, 4),))
+    assert fxsplit.partition(trace, 3) == fxsplit.partition(trace, count=3)
+
+
+def test_a_guard_with_nothing_to_undo_is_told() -> None:
+    sentence = "guard is 0.1, but nothing settles, so there is nothing to undo; its images are held out all the same"
+    for schedule, expected in (("standard", [sentence]), ("settle", [])):
+        heard = Sentences()
+        fxsplit.inspect(fxsplit.RunSpec(model="paper:cnn", guard=0.1, schedule=schedule, epochs=10), observer=heard)
+        assert [each for each in heard.found if "guard" in each] == expected
+
+
+def test_a_guard_that_leaves_nothing_to_train_on_is_refused() -> None:
+    spec = fxsplit.RunSpec(model="paper:cnn", guard=0.999999, schedule="settle", train_limit=20)
+    with pytest.raises(
+        UsageError, match=r"guard is 0\.999999, which holds out 19 of 20 images to train on and leaves too"
+    ):
+        assembly.data(spec, Observer())

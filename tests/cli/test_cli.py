@@ -51,11 +51,11 @@ TRAIN_OPTIONS = """
 --img-size --initial-checkpoint --interpolation --json --l2l --log-interval --lr --max-bad-samples --mean --memory-aim
 --memory-budget --min-lr --momentum --no-amp --no-channels-last
 --no-deterministic --no-dry-run --no-pretrained --no-progress --no-prove --on-nan --opt --output --output-dir
---parts --plan --preset --pretrained --print-config --progress --prove --quiet -q
+--parallel --parts --plan --preset --pretrained --print-config --progress --prove --quiet -q
 --resume --sched --schedule --seed --settled-dtype
 --smoothing --std --stem
---anneal --average --no-recalibrate --no-veto --recalibrate --settle-from --settle-share --settle-until
---soft-fade --soft-from --soft-targets --soft-temperature --veto
+--anneal --average --no-recalibrate --no-sync-bn --no-veto --recalibrate --settle-from --settle-share --settle-until
+--soft-fade --soft-from --soft-targets --soft-temperature --sync-bn --veto
 --torchcompile --train-batches-per-epoch --train-limit --trust-code --trust-recipe
 --verbose -v --warmup-epochs --wd --weight-decay
 --workers -j
@@ -327,7 +327,10 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "experiment": "mine",
     }
     # They contradict others.
-    left_out = ("initial-checkpoint", "parts", "plan", "veto", "color-jitter", "mixup", "cutmix", "model-ema")
+    left_out = (
+        *("initial-checkpoint", "parts", "plan", "veto", "color-jitter", "mixup", "cutmix", "model-ema"),
+        *("parallel", "sync-bn"),
+    )
     plain = RunSpec(model="paper:cnn").to_flat()
     changed = {
         key: special[key] if key in special else values[type(value)](value)
@@ -343,6 +346,8 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
     assert all(api.spec.to_flat()[key] != value for key, value in plain.items() if key not in left_out)
     assert main(["train", "paper:cnn", "--veto"]) == 0
     assert api.spec == RunSpec(model="paper:cnn", veto=True)
+    assert main(["train", "paper:cnn", "--parallel=fsdp", "--sync-bn"]) == 0
+    assert api.spec == RunSpec(model="paper:cnn", parallel="fsdp", sync_bn=True)
     assert main(["train", "paper:cnn", "--color-jitter=0.4", "--mixup=0.2", "--cutmix=1", "--model-ema"]) == 0
     assert api.spec == RunSpec(model="paper:cnn", color_jitter=0.4, mixup=0.2, cutmix=1, model_ema=True)
 

@@ -821,3 +821,15 @@ def test_a_model_with_one_op_with_parameters_or_none_keeps_its_partitions(states
     found = with_head(net, partition(net, count=1))
     assert [part.parameters for part in found if part.parameters] == [2] * any(states)
     assert found[-1].parameters or not second
+
+
+def test_a_module_inside_of_one_operation_is_told_from_one_that_is_not_there(graph: Graph) -> None:
+    """As where the rest of a forward is one op, or a module is kept whole: its parts are known by their parameters."""
+    ops = [replace(op, state=("block.conv.weight",)) if op.name == "op2" else op for op in graph.ops]
+    net = both(replace(graph, ops=tuple(ops), state=(*graph.state, replace(graph.state[0], name="block.conv.weight"))))
+    with pytest.raises(
+        PartitionError, match=r"before 'block\.conv': it is a part of 'op2', which is one operation; it can"
+    ):
+        partition(net, at=["block.conv"])
+    with pytest.raises(PartitionError, match=r"no operation of the model lies in 'block\.co'"):
+        partition(net, at=["block.co"])
