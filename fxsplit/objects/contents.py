@@ -10,7 +10,6 @@ import copy
 import random
 import sys
 import threading
-import warnings
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -202,8 +201,7 @@ def _position(iterator: Any) -> Any:
             return _position(value)
         return type(value)(map(still, value)) if type(value) in (list, tuple) else value
 
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-        reduced = taken_apart(iterator)
+    reduced = taken_apart(iterator)
     return None if reduced is None else tuple(map(still, reduced))
 
 

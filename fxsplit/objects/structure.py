@@ -8,7 +8,9 @@ subclasses of dict and list, dataclasses and slotted objects need no special cas
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
@@ -61,7 +63,8 @@ def taken_apart(value: Any) -> Reduced | None:
     if _isinstance(value, INDIVISIBLE):
         return None
     try:
-        found = value.__reduce_ex__(4)
+        with _undeprecated(value):
+            found = value.__reduce_ex__(4)
     except Exception:
         return None
     if not _isinstance(found, tuple):
@@ -69,6 +72,13 @@ def taken_apart(value: Any) -> Reduced | None:
     make, arguments, *rest = found
     state, items, pairs = (*rest, None, None, None)[:3]
     return Reduced(make, arguments, state, list(items or ()), dict(pairs or ()))
+
+
+def _undeprecated(value: Any) -> AbstractContextManager[Any]:
+    """Silence what the iterators of itertools say: they can be copied until Python 3.13."""
+    if not _isinstance(value, Iterator):
+        return nullcontext()
+    return warnings.catch_warnings(action="ignore", category=DeprecationWarning)
 
 
 def put_together(make: Any, arguments: tuple[Any, ...], state: Any, items: list[Any], pairs: dict[Any, Any]) -> Any:
@@ -82,7 +92,8 @@ def fill(made: Any, state: Any, items: list[Any], pairs: dict[Any, Any]) -> None
     """Give a new object its state, items and pairs."""
     if state is not None:
         if hasattr(made, "__setstate__"):
-            made.__setstate__(state)
+            with _undeprecated(made):
+                made.__setstate__(state)
         else:
             attributes, slots = state if _isinstance(state, tuple) else (state, None)
             if attributes:

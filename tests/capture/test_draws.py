@@ -339,7 +339,8 @@ def _held(draw: Any) -> dict[str, type[nn.Module]]:
             return x * table["draw"]()
 
     class Partial(nn.Module):
-        draw = table["partial"]
+        # From Python 3.14 on a partial that a class holds is a method.
+        draw = staticmethod(table["partial"])
 
         def forward(self, x: Any) -> Any:
             return x * self.draw()

@@ -187,6 +187,7 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path: Path, monkeypa
         assert part in sentence
 
 
+@pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter:DeprecationWarning")  # of torchvision's code
 def test_an_archive_put_in_place_is_used(cifar: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the sentence about the missing network advises."""
     root = cifar("cifar10")
