@@ -297,6 +297,19 @@ def test_folds_read_eps_and_modules_anew_and_leave_other_kinds_alone() -> None:
     assert right()
 
 
+def test_the_weight_of_a_pointwise_convolution_may_become_one_of_a_larger_kernel() -> None:
+    """Settled it is a product, which another kernel is not."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    model, x = model.to(memory_format=torch.channels_last), images().contiguous(memory_format=torch.channels_last)
+    captured = trace(model, (x,))
+    net = Executor(captured, partition(captured, at=["4"]))
+    net.enter(Phase(start=1, stop=2, epochs=1))
+    for kernel in (1, 3):
+        model[0].weight = nn.Parameter(torch.randn(6, 3, kernel, kernel), requires_grad=False)
+        with torch.no_grad():
+            assert torch.allclose(net.train()(x), copy.deepcopy(model).eval()(x), atol=1e-5)
+
+
 # Whose
 
 
