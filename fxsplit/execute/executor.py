@@ -334,9 +334,12 @@ class Executor(nn.Module):
 
     def _resume(self, values: list[Any], stop: int | None = None) -> Any:
         result: Any = values
+        training, wrappers = self._model.training, self._wrappers
         for index in range(self._running.start, len(self._stages) if stop is None else stop):
-            wrapper = self._wrappers.get(index)
-            result = self.run(index, result) if wrapper is None else wrapper(result)
+            if index in wrappers:
+                result = wrappers[index](result)
+            else:
+                result = self.run(index, result) if training else self._evaluate(index, result)
             if self._tap is not None and index < len(self._stages) - 1:
                 self._tap(index, result)
         return result

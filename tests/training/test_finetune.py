@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def finetuned(folder: Path, **changes: Any) -> tuple[fxsplit.Plan, list[dict[str, Tensor]]]:
     """The plan of a run, and the model's state after each of its epochs."""
-    options = {"model": model_in(folder), "output": str(folder), "preset": "finetune", "force": True, "parts": 3}
+    options = {"model": model_in(folder), "output": str(folder), "preset": "finetune", "force": True, "parts": 4}
     report = fxsplit.train(fxsplit.RunSpec(**{**COMMON, **options, "checkpoint_keep": 9, **changes}))
     files = sorted(Path(report.folder, "checkpoints").glob("*.safetensors"))
     assert len(files) == len(report.epochs)
