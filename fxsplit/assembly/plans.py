@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
@@ -174,12 +175,12 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
 
 def _with_head(spec: RunSpec, trace: Trace, partitions: tuple[Partition, ...]) -> tuple[Partition, ...]:
     """Give the head a partition of its own. It is one of those that were asked for, if a number was."""
-    found = with_head(trace, partitions)
-    for count in range(len(partitions) - 1, 0, -1):
-        if spec.parts is None or len(found) <= spec.parts:
-            return found
-        found = with_head(trace, planning.partition(trace, count=count, balance=spec.balance, by=spec.by))
-    return found if spec.parts is None or len(found) <= spec.parts else partitions
+    if spec.parts is None:
+        return with_head(trace, partitions)
+    counts = range(len(partitions) - 1, 0, -1)
+    fewer = (planning.partition(trace, count=count, balance=spec.balance, by=spec.by) for count in counts)
+    with_heads = (with_head(trace, each) for each in chain([partitions], fewer))
+    return next((found for found in with_heads if len(found) <= spec.parts), partitions)
 
 
 def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, processes: Processes = ALONE) -> Forecast:

@@ -48,8 +48,7 @@ class Feed:
         if not train_loader.steps_per_epoch:
             raise FxsplitError("there is no batch to train on: BatchNorm needs at least 2 training images")
         self.train_loader, self.test_loader = train_loader, test_loader
-        self._train_images, self._test_images = ImageSource(train_loader), ImageSource(test_loader)
-        self._images = {TRAIN: self._train_images, TEST: self._test_images}
+        self._images = {TRAIN: ImageSource(train_loader), TEST: ImageSource(test_loader)}
         if held_out_loader is not None:
             self._images[HELD_OUT] = ImageSource(held_out_loader)
         self._forward, self._policy = forward, policy
@@ -121,11 +120,11 @@ class Feed:
         # Stored views replace the augmentation of the epoch once anything is settled, whether or not rows are kept.
         settled = self._forward.executor.window[0] > 0
         view = self.train_loader.view(epoch) if settled else None
-        return self._train_images.put(epoch, first, view=view, shards=self._shards_now)
+        return self._images[TRAIN].put(epoch, first, view=view, shards=self._shards_now)
 
     def fetch(self) -> Batch:
         """Return the training batch that was put last."""
-        return self._levels[-1].train.fetch() if self._is_cached else self._train_images.fetch()
+        return self._levels[-1].train.fetch() if self._is_cached else self._images[TRAIN].fetch()
 
     @property
     def settled_from(self) -> int:
@@ -142,7 +141,7 @@ class Feed:
     @property
     def test_source(self) -> Source:
         """What delivers the test images, all in epoch 0: the cache, where training images come from one."""
-        return self._levels[-1].caches[TEST] if self._has_rows() else self._test_images
+        return self._source(TEST)
 
     def held_out(self) -> Iterator[tuple[Batch, int]]:
         """Give the batches of the images that are held out, from a cache as those of `test_source`.
@@ -150,12 +149,14 @@ class Feed:
         With each comes the cut from which the settled partitions run for it, as `settled_from` says of others.
         """
         if HELD_OUT in self._images:
-            source = self._levels[-1].caches[HELD_OUT] if self._has_rows() else self._images[HELD_OUT]
+            source = self._source(HELD_OUT)
             for batch in batches_of(source, 0):
                 yield batch, source.settled_from if isinstance(source, Cache) else 0
 
-    def _has_rows(self) -> bool:
-        return any(level.train.has_rows for level in self._levels)
+    def _source(self, name: str) -> Cache | ImageSource:
+        """Return what delivers images that are not trained on: the cache, where training images come from one."""
+        cached = any(level.train.has_rows for level in self._levels)
+        return self._levels[-1].caches[name] if cached else self._images[name]
 
     def state_dict(self) -> dict[str, Any]:
         """Return for how many epochs the last caches were opened, what is in all of them, and who has which images."""

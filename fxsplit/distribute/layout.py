@@ -26,11 +26,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def divided_as(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor that all processes have as `other` of the same shape is: this process's part of it, or itself.
+    """Return a tensor as `other` of the same shape is: whole, or this process's part of it.
 
-    Nothing is sent. If it is divided, type and device become those of `other`.
+    Nothing is sent unless it was divided and is to be whole. What becomes divided gets type and device of `other`.
     """
     if not is_divided(other):
+        return whole(tensor)
+    if is_divided(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -339,6 +339,7 @@ class Executor(nn.Module):
             if index in wrappers:
                 result = wrappers[index](result)
             else:
+                # In evaluation `run` would do the same, by a call more for each partition.
                 result = self.run(index, result) if training else self._evaluate(index, result)
             if self._tap is not None and index < len(self._stages) - 1:
                 self._tap(index, result)

@@ -137,7 +137,8 @@ def unusable_paths(modes: Modes, at: Sequence[str]) -> list[str]:
     """Explain in a sentence each path at which the model cannot be cut, and name the nearest at which it can."""
     every = with_ends(modes)
     legal = {cut.index: cut for cut in every[1:-1] if cut.refusal is None}
-    return [fault for path in dict.fromkeys(at) if (fault := _fault_at(path, modes.train, every, legal))]
+    op_at = first_ops(modes.train)
+    return [fault for path in dict.fromkeys(at) if (fault := _fault_at(path, modes.train, every, legal, op_at))]
 
 
 def most_partitions(modes: Modes, *, by: str = "op", units: Mapping[str, str] | None = None) -> int:
@@ -210,16 +211,22 @@ def _nanoseconds(train: Graph) -> list[int]:
     return [round(1e9 * value) for value in seconds.values() if value is not None]
 
 
-def _fault_at(path: str, train: Graph, every: Sequence[Cut], legal: Mapping[int, Cut]) -> str | None:
+def _op_around(path: str, train: Graph) -> int | None:
+    """Find the op that a module is a part of, by its state."""
+    ops = enumerate(train.ops)
+    return next((index for index, op in ops if any(name.startswith(f"{path}.") for name in op.state)), None)
+
+
+def _fault_at(
+    path: str, train: Graph, every: Sequence[Cut], legal: Mapping[int, Cut], op_at: Mapping[str, int]
+) -> str | None:
     """Say why the model cannot be cut before `path`, and where near it can; None if it can."""
-    op_at = first_ops(train)
-    whole = [index for index, op in enumerate(train.ops) if any(name.startswith(f"{path}.") for name in op.state)]
     if path in op_at:
         if (index := op_at[path]) in legal:
             return None
         reason = every[index].refusal if index else "it holds the first operation of the model"
-    elif whole:
-        index = whole[0]
+    elif (around := _op_around(path, train)) is not None:
+        index = around
         reason = f"it is a part of {train.ops[index].name!r}, which is one operation"
     else:
         known = [other for other, index in op_at.items() if index in legal]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fxsplit.distribute.layout import divided_as, whole
-from fxsplit.objects.structure import is_divided
 
 # A partition is quiet after QUIET_INTERVALS intervals in a row with less than QUIET_SHARE of its highest plasticity.
 QUIET_SHARE = 0.1
@@ -47,7 +46,7 @@ class Plasticity:
         """Take the parameters that the model has in another phase: other objects, maybe, with the same numbers."""
         for partition, now in zip(self._partitions, parameters, strict=True):
             partition.parameters = now
-            partition.before = {name: _laid_out(each, now[name]) for name, each in partition.before.items()}
+            partition.before = {name: divided_as(each, now[name]) for name, each in partition.before.items()}
 
     def step_done(self) -> None:
         """Count an optimizer step; at the end of an interval measure how far each training partition has moved."""
@@ -84,7 +83,7 @@ class Plasticity:
         self._steps = state["steps"]
         for partition, saved in zip(self._partitions, state["partitions"], strict=True):
             partition.before = {
-                name: _laid_out(each.clone(), partition.parameters[name]) for name, each in saved["before"].items()
+                name: divided_as(each.clone(), partition.parameters[name]) for name, each in saved["before"].items()
             }
             partition.highest, partition.quiet_intervals = saved["highest"], saved["quiet_intervals"]
 
@@ -96,8 +95,3 @@ def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _norm(tensors: Iterable[Tensor]) -> float:
     return float(torch.stack([whole(tensor.norm()) for tensor in tensors]).norm())
-
-
-def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Divide a tensor as its parameter is divided, or make it whole as that is."""
-    return tensor if is_divided(tensor) and is_divided(parameter) else divided_as(whole(tensor), parameter)
