@@ -67,8 +67,9 @@ class EpochRecord:
     of each phase from the second on.
 
     With several processes each step reduced `reduced_bytes` of gradients and, where weights are divided, gathered
-    `gathered_bytes` of them, both with what rounds parts up to the same size; processor time and work are those of all,
-    memory, energy and caches those of the first process.
+    `gathered_bytes` of them, both with what rounds parts up to the same size. The stages of a pipeline sent each other
+    `sent_bytes` of values and gradients in a step, all stages together. Processor time and work are those of all
+    processes, memory peaks those of the one that took most, energy and caches those of the first.
     """
 
     epoch: int
@@ -100,6 +101,7 @@ class EpochRecord:
     ensemble_top1: float | None = None
     reduced_bytes: int | None = None
     gathered_bytes: int | None = None
+    sent_bytes: int | None = None
 
     @property
     def joules_per_image(self) -> float | None:

@@ -12,10 +12,11 @@ from fxsplit.data.augmentation.changes import UNCHANGED, Changes
 from fxsplit.data.decoding import INTERPOLATIONS
 from fxsplit.data.images import Data
 from fxsplit.data.loader import Loader
+from fxsplit.data.shares import WHOLE, Share, sizes
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import UsageError
 from fxsplit.report import Observer
-from fxsplit.spec import RunSpec
+from fxsplit.spec import PIPELINE, RunSpec
 
 CHANNELS = 3
 Moved = TypeVar("Moved", nn.Module, torch.Tensor)
@@ -63,6 +64,16 @@ def data(spec: RunSpec, observer: Observer) -> Data:
     return divided
 
 
+def share(spec: RunSpec, processes: Processes) -> Share:
+    """Say which part of each batch to train on this process takes: all of it, in a pipeline."""
+    return WHOLE if spec.parallel == PIPELINE else processes.share
+
+
+def own_batch_size(spec: RunSpec, processes: Processes) -> int:
+    """Return the most images of a batch to train on that a process takes."""
+    return sizes(spec.batch_size, share(spec, processes).ranks)[0]
+
+
 def loaders(spec: RunSpec, data: Data, processes: Processes = ALONE) -> tuple[Loader, Loader]:
     """Make the loaders of the images to train on and of those to test on."""
     train = Loader(
@@ -79,7 +90,7 @@ def loaders(spec: RunSpec, data: Data, processes: Processes = ALONE) -> tuple[Lo
         interpolation=interpolation(spec),
         channels_last=spec.channels_last,
         limit=1 if spec.dry_run else spec.train_batches_per_epoch,
-        share=processes.share,
+        share=share(spec, processes),
     )
     test = Loader(
         data.test,
@@ -122,7 +133,7 @@ def views(spec: RunSpec) -> int | None:
 
 def random_images(spec: RunSpec, kind: Kind, device: torch.device, processes: Processes) -> torch.Tensor:
     """Draw a batch of the size that a process trains on, to time its ops with; of two images at least."""
-    shape = (max(2, processes.part(spec.batch_size)), CHANNELS, kind.img_size, kind.img_size)
+    shape = (max(2, own_batch_size(spec, processes)), CHANNELS, kind.img_size, kind.img_size)
     return in_layout(spec, torch.rand(shape, device=device))
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import fxsplit.plan.forecast
 import fxsplit.plan.scaling
 from fxsplit import planning
-from fxsplit.assembly.images import loaders
+from fxsplit.assembly.images import loaders, own_batch_size
 from fxsplit.assembly.steps import amp_dtype, optimizer_of
 from fxsplit.capture.tracing import Trace
 from fxsplit.data.images import Data
@@ -80,9 +80,9 @@ def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float, processes: P
         plan,
         trace,
         budget=budget,
-        batch_size=processes.part(spec.batch_size),
+        batch_size=own_batch_size(spec, processes),
         micro_batches=spec.grad_accum_steps,
-        optimizer_slots=_slots(spec),
+        optimizer_slots=slots(spec),
         strict=_insisted(spec) is not None,
     )
 
@@ -189,8 +189,8 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, process
     return fxsplit.plan.forecast.forecast(
         plan,
         trace,
-        batch_size=processes.part(spec.batch_size),
-        optimizer_slots=_slots(spec),
+        batch_size=own_batch_size(spec, processes),
+        optimizer_slots=slots(spec),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
         micro_batches=spec.grad_accum_steps,
     )
@@ -207,12 +207,12 @@ def scaling(
         devices=devices,
         bandwidth=bandwidth,
         device_bytes=device_bytes,
-        optimizer_slots=_slots(spec),
+        optimizer_slots=slots(spec),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=partial(optimizer_of, spec)),
     )
 
 
-def _slots(spec: RunSpec) -> int:
+def slots(spec: RunSpec) -> int:
     """Count the values that the optimizer keeps for each parameter; of the usual ones that is known."""
     return SLOTS[spec.opt] if spec.opt in SLOTS else slots_of(partial(optimizer_of, spec))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fxsplit import resuming
+from fxsplit.assembly.images import share
 from fxsplit.assembly.models import with_preprocessing
 from fxsplit.capture.tracing import Trace
 from fxsplit.data.identity import identity, refuse_others
@@ -22,7 +23,7 @@ from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import Found, Place, find_checkpoint
 from fxsplit.saving.recorder import Recorder
 from fxsplit.saving.run_folder import RunFolder
-from fxsplit.spec import RunSpec
+from fxsplit.spec import PIPELINE, RunSpec
 from fxsplit.trust import refuse_run
 
 
@@ -81,25 +82,45 @@ def start(
 
 def _fitting(start: Start, processes: Processes, observer: Observer) -> Start:
     """Return what was found, where so many processes can do it. Raises UsageError where they cannot."""
-    batch_size, count = start.spec.batch_size, processes.count
-    if count == 1 and start.spec.parallel != "ddp":
-        observer.notice("there are no other processes to divide weights among; start several with torchrun")
-    if count > 1:
-        if batch_size < count:
-            raise UsageError(
-                f"batch-size is {batch_size}, and {count} processes divide each batch among them; give a larger one"
-            )
-        if start.spec.mixup or start.spec.cutmix:
-            name = "mixup" if start.spec.mixup else "cutmix"
-            raise UsageError(
-                f"--{name} mixes images of a batch, of which each of {count} processes has only a part; leave it out"
-            )
-        if start.spec.ensemble:
-            raise UsageError("a snapshot ensemble is tested by one process; leave out --ensemble")
-        most, least = processes.part(batch_size), batch_size // count
-        size = f"{most} images" if most == least else f"{least} or {most} images"
-        observer.notice(f"{count} processes train together; of each batch of {batch_size} images one takes {size}")
+    spec, count = start.spec, processes.count
+    if count == 1:
+        if spec.parallel != "ddp":
+            observer.notice(f"there are no other processes for --parallel {spec.parallel}; start several with torchrun")
+        return start
+    if spec.ensemble:
+        raise UsageError("a snapshot ensemble is tested by one process; leave out --ensemble")
+    if spec.parallel == PIPELINE:
+        return start if start.goes_on else replace(start, spec=_in_micro_batches(spec, count, observer))
+    if spec.batch_size < count:
+        raise UsageError(
+            f"batch-size is {spec.batch_size}, and {count} processes divide each batch among them; give a larger one"
+        )
+    if spec.mixup or spec.cutmix:
+        name = "mixup" if spec.mixup else "cutmix"
+        raise UsageError(
+            f"--{name} mixes images of a batch, of which each of {count} processes has only a part; leave it out"
+        )
+    most, least = processes.part(spec.batch_size), spec.batch_size // count
+    size = f"{most} images" if most == least else f"{least} or {most} images"
+    observer.notice(f"{count} processes train together; of each batch of {spec.batch_size} images one takes {size}")
     return start
+
+
+def _in_micro_batches(spec: RunSpec, count: int, observer: Observer) -> RunSpec:
+    """Return the spec with micro-batches for a pipeline of `count` processes: as many, if none are asked for."""
+    asked = spec.grad_accum_steps
+    if asked == 1 and spec.batch_size % count:
+        raise UsageError(
+            f"batch-size is {spec.batch_size}, which {count} micro-batches, one for each process of the pipeline, do "
+            "not divide; give another one, or --grad-accum-steps"
+        )
+    micro_batches = count if asked == 1 else asked
+    why = ", one for each process; more --grad-accum-steps leave them less to wait" if asked == 1 else ""
+    observer.notice(
+        f"{count} processes train together, each some of the partitions; batches of {spec.batch_size} images go "
+        f"through them in {micro_batches} micro-batches{why}"
+    )
+    return replace(spec, grad_accum_steps=micro_batches)
 
 
 def _start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, *, trust_code: bool) -> Start:
@@ -169,9 +190,9 @@ def restore(run: Recorder, start: Start, processes: Processes, observer: Observe
     place = Place(*start.found.data["place"])
     done = start.plan is not None and place.epoch >= start.plan.epochs
     observer.notice(f"all {place.epoch} epochs are done; more --epochs go on" if done else f"goes on after {place}")
-    before = start.found.data["state"]["training"]["feed"].get("ranks", 1)
-    if before != processes.count:
-        observer.notice(f"the processes were {before} and are now {processes.count}: {resuming.ROUNDING}")
+    before, now = start.found.data["state"]["training"]["feed"].get("ranks", 1), share(start.spec, processes).ranks
+    if before != now:
+        observer.notice(f"{before} processes divided batches among them, and {now} do now: {resuming.ROUNDING}")
     if later := run.later_than(start.found):
         observer.notice(f"later checkpoints are removed: {', '.join(later)}")
     run.go_on(start.found)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxsplit.assembly.images import loaders
-from fxsplit.assembly.plans import forecast
+from fxsplit.assembly.plans import forecast, slots
 from fxsplit.assembly.steps import amp_dtype, optimizer, optimizer_of, scheduler
 from fxsplit.caching.cache import CachePolicy
 from fxsplit.caching.feed import Feed
@@ -23,6 +23,7 @@ from fxsplit.cuda.trial import why_not_replayed
 from fxsplit.data.images import Data
 from fxsplit.data.shares import WHOLE
 from fxsplit.distribute.data_parallel import DataParallel
+from fxsplit.distribute.pipeline_parallel import PipelineParallel
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.distribute.sync_norms import SyncNorms
 from fxsplit.errors import UsageError
@@ -30,10 +31,10 @@ from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Engine, Forward
 from fxsplit.execute.passes import Pass, passes_for
 from fxsplit.paths import expanded
-from fxsplit.plan.forecast import step_work
+from fxsplit.plan.forecast import CostModel, step_work
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
-from fxsplit.spec import RunSpec
+from fxsplit.spec import PIPELINE, RunSpec
 from fxsplit.training.accuracy import Snapshots
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
@@ -122,7 +123,7 @@ def trainer(
             "which can take minutes"
         )
     steps_per_epoch = train_loader.steps_per_epoch
-    engine = _engine(spec, executor, processes, passes, train_loader.device)
+    engine = _engine(spec, trace, executor, processes, passes, train_loader.device)
     forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype(spec), engine=engine)
     objective = Objective(
         smoothing=spec.smoothing, soft_targets=_soft_targets(spec, data), exits=_exits(spec, trace, plan, data)
@@ -153,6 +154,7 @@ def trainer(
             exits=objective.exits,
             annealing=spec.anneal,
             device=train_loader.device if update_is_recorded else None,
+            engine=engine,
         ),
         endings=Endings(
             forward,
@@ -184,11 +186,18 @@ def trainer(
 
 
 def _engine(
-    spec: RunSpec, executor: Executor, processes: Processes, passes: Sequence[Pass], device: torch.device
+    spec: RunSpec,
+    trace: Trace,
+    executor: Executor,
+    processes: Processes,
+    passes: Sequence[Pass],
+    device: torch.device,
 ) -> Engine | None:
-    """Make what runs forward passes together with other processes; None for this one alone."""
+    """Make what runs forward and backward together with other processes; None for this one alone."""
     if processes.count == 1:
         return None
+    if spec.parallel == PIPELINE:
+        return _pipeline(spec, trace, executor, processes, device)
     norms = next((each for each in passes if isinstance(each, SyncNorms)), None)
     if spec.parallel == "ddp":
         return DataParallel(executor, processes, norms=norms)
@@ -198,6 +207,22 @@ def _engine(
     if reason := why_not_divided(partial(optimizer_of, spec), processes, device):
         raise UsageError(f"the optimizer {spec.opt!r} cannot be divided among processes: {reason}; take --parallel ddp")
     return ShardedData(executor, processes, device, dtype=amp_dtype(spec), norms=norms)
+
+
+def _pipeline(
+    spec: RunSpec, trace: Trace, executor: Executor, processes: Processes, device: torch.device
+) -> PipelineParallel:
+    micro_batch = -(-spec.batch_size // spec.grad_accum_steps)
+    return PipelineParallel(
+        trace,
+        executor,
+        processes,
+        device,
+        schedule=spec.pipeline_schedule,
+        costs=CostModel(executor.partitions, trace, micro_batch, slots(spec)),
+        dtype=amp_dtype(spec),
+        layout=torch.channels_last if spec.channels_last else torch.contiguous_format,
+    )
 
 
 def _exits(spec: RunSpec, trace: Trace, plan: Plan, data: Data) -> Exits | None:
@@ -229,8 +254,8 @@ def _plasticity(executor: Executor, steps_per_epoch: int) -> Plasticity:
 def cache_policy(
     spec: RunSpec, trace: Trace, plan: Plan, data: Data, processes: Processes = ALONE
 ) -> CachePolicy | None:
-    """Say what a run keeps of settled partitions, and where; None for nothing."""
-    if spec.cache == "off" or spec.dry_run:
+    """Say what a run keeps of settled partitions, and where; None for nothing, as in a pipeline."""
+    if spec.cache == "off" or spec.dry_run or (spec.parallel == PIPELINE and processes.count > 1):
         return None
     return CachePolicy(
         medium=spec.cache,

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fxsplit.distribute.processes import Processes
-from fxsplit.execute.executor import Executor
+from fxsplit.execute.forward import Engine
 from fxsplit.objects.structure import is_divided
 
 # State of a trainer that a process has for itself, or that has just been added up over all.
@@ -16,36 +16,62 @@ OWN = ("telemetry", "accuracy")
 
 
 class Exchanging(Protocol):
-    """Something of which each process has a part."""
+    """Something of which each process has a part, where each takes a part of every batch."""
 
     def exchange(self, processes: Processes) -> None:
         """Give all processes the parts of the others."""
         ...
 
 
+class Averaging(Protocol):
+    """Something that averages weights as they train."""
+
+    def averages(self) -> Sequence[Mapping[str, Tensor]]:
+        """List the averages that it keeps, each by the names of the model."""
+        ...
+
+
 class Concord:
     """Restores and checks that all processes of a run have the same state.
 
-    Gradients, and so weights and optimizers, are the same in all by themselves. The statistics of BatchNorm, and soft
-    targets, come from the images that each process has seen. With a single process nothing is done.
+    Where each takes a part of every batch, gradients, and so weights and optimizers, are the same in all by themselves.
+    The statistics of BatchNorm, and soft targets, come from the images that each process has seen. Where a partition
+    is trained by one process alone, all of that is its own until it tells the others; the state of the optimizer stays
+    there. With a single process nothing is done.
 
     Args:
         processes: those of the run.
-        executor: its buffers are averaged: those of partitions that train. Others do not change.
-        parts: what else differs between processes; None for what the run does not have.
+        engine: knows which process trains what. Partitions that do not train do not change.
+        parts: what else differs between processes that each take a part of a batch; None for what the run does not
+            have.
+        averaging: what averages weights; None likewise.
     """
 
-    def __init__(self, processes: Processes, executor: Executor, parts: Sequence[Exchanging | None]) -> None:
-        self._processes, self._executor = processes, executor
+    def __init__(
+        self,
+        processes: Processes,
+        engine: Engine,
+        parts: Sequence[Exchanging | None],
+        averaging: Sequence[Averaging | None] = (),
+    ) -> None:
+        self._processes, self._engine, self._executor = processes, engine, engine.executor
         self._parts = [part for part in parts if part is not None]
+        self._averaging = [part for part in averaging if part is not None]
 
     def restore(self) -> None:
+        """Give all processes the state of the model, and of its averages, that the steps have left."""
+        if self._processes.count == 1:
+            return
+        if self._engine.homes is None:
+            self._average()
+        else:
+            self._tell(self._engine.homes)
+
+    def _average(self) -> None:
         """Average buffers, and exchange soft targets and averages of buffers.
 
         Running means are linear in what they are means of: it makes no difference to them how often they are averaged.
         """
-        if self._processes.count == 1:
-            return
         training = self._executor.partitions[slice(*self._executor.window)]
         names = dict.fromkeys(name for partition in training for name in partition.state)
         buffers = dict(self._executor.named_buffers())
@@ -53,17 +79,28 @@ class Concord:
         for part in self._parts:
             part.exchange(self._processes)
 
-    def check(self, training: Callable[[], Mapping[str, Any]]) -> None:
+    def _tell(self, homes: Sequence[int]) -> None:
+        """Send weights, buffers and averages of each partition that trains from its home to all others."""
+        state = [self._model(), *(each for part in self._averaging for each in part.averages())]
+        for index in range(*self._executor.window):
+            names = self._executor.partitions[index].state
+            tensors = [each[name] for each in state for name in names if name in each]
+            self._processes.broadcast(tensors, source=homes[index])
+
+    def _model(self) -> dict[str, Tensor]:
+        return {**dict(self._executor.named_parameters()), **dict(self._executor.named_buffers())}
+
+    def check(self, training: Mapping[str, Callable[[], Mapping[str, Any]]]) -> None:
         """Raise FxsplitError, which names a tensor, where a process has other weights or state of training.
 
-        What is divided, of which each part is in one process alone, cannot differ. `training` returns the state of the
-        trainer.
+        What is in one process alone, as a part of a tensor or as state of an optimizer, cannot differ. `training` has
+        what returns the state of each part of the trainer.
         """
         if self._processes.count == 1:
             return
-        shared = {name: state for name, state in training().items() if name not in OWN}
-        model = {**dict(self._executor.named_parameters()), **dict(self._executor.named_buffers())}
-        state = {**model, **dict(_tensors(shared))}
+        own = OWN if self._engine.homes is None else (*OWN, "optimizer")
+        shared = {name: state() for name, state in training.items() if name not in own}
+        state = {**self._model(), **dict(_tensors(shared))}
         self._processes.refuse_drifted({name: each for name, each in state.items() if not is_divided(each)})
 
 

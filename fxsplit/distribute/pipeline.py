@@ -30,7 +30,7 @@ from fxsplit.objects.structure import META
 from fxsplit.plan.partition import Partition
 
 # Before this parameter came, every value of whatever type had to have a gradient.
-_SENDS_INTEGERS = "input_grads" in inspect.signature(PipelineStage).parameters
+SENDS_GRADIENTS_OF_SOME = "input_grads" in inspect.signature(PipelineStage).parameters
 
 
 class PipelineModule(Stage):
@@ -108,7 +108,7 @@ def to_pipeline_stages(
         )
     refuse_divided(trace, partitions, changing(trace, partitions), range(count))
     device = torch.device(device)
-    boundaries = _boundaries(trace, partitions, args, kwargs or {}, device)
+    ends = boundaries(trace, partitions, args, kwargs or {}, device)
     own = []
     for index in range(rank, count, ranks):
         module = PipelineModule(trace, partitions[index], is_last=index == count - 1)
@@ -121,18 +121,22 @@ def to_pipeline_stages(
                 count,
                 device,
                 # Without these torch would run the stage to find them, which changes BatchNorm and random states.
-                input_args=boundaries[index],
-                output_args=boundaries[index + 1],
+                input_args=ends[index],
+                output_args=ends[index + 1],
                 group=group,
             )
         )
     return own
 
 
-def _boundaries(
+def boundaries(
     trace: Trace, partitions: Sequence[Partition], args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device
 ) -> list[tuple[Tensor, ...]]:
-    """List the inputs, the values at each cut, and the outputs, as tensors on the meta device."""
+    """List the inputs, the values where each partition but the first begins, and the outputs, on the meta device.
+
+    Values want a gradient where a parameter that trains now lies before them. Raises PartitionError when one of them
+    cannot be sent, and GuardError when the inputs take another path than the traced one.
+    """
     tensors = trace.signature.tensors(args, kwargs)
     values, outputs = {}, {}
     for training in (TRAINING, EVALUATION):
@@ -205,7 +209,7 @@ def _not_sendable(train: Any, evaluation: Any) -> str | None:
             return f"is no tensor but of type {type(value).__name__}"
     if (train.shape, train.dtype) != (evaluation.shape, evaluation.dtype):
         return f"is {_form(train)} in training and {_form(evaluation)} in evaluation"
-    if not _SENDS_INTEGERS and not train.is_floating_point():
+    if not SENDS_GRADIENTS_OF_SOME and not train.is_floating_point():
         return f"is {_form(train)}, for which torch {torch.__version__} wants a gradient, as newer ones do not"
     return None
 

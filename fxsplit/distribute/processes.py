@@ -101,11 +101,11 @@ class Processes:
                 distributed.broadcast(packed, 0)
             _unpack(packed, group)
 
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Set tensors, in place, to those of the first process."""
+    def broadcast(self, tensors: Sequence[Tensor], *, source: int = 0) -> None:
+        """Set tensors, in place, to those of one process."""
         for group in _alike(tensors).values() if self.count > 1 else ():
-            packed = torch.cat([tensor.reshape(-1) for tensor in group])
-            distributed.broadcast(packed, 0)
+            packed = torch.cat([tensor.detach().reshape(-1) for tensor in group])
+            distributed.broadcast(packed, source)
             _unpack(packed, group)
 
     def vote(self, number: int) -> int:

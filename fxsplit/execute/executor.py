@@ -163,6 +163,11 @@ class Executor(nn.Module):
         return self._settled_dtype
 
     @property
+    def phase(self) -> Phase:
+        """The present phase; before the first `enter`, one in which everything trains."""
+        return self._phase
+
+    @property
     def window(self) -> tuple[int, int]:
         """The partitions that train in the present phase, as (start, stop)."""
         return self._phase.start, self._phase.stop
@@ -324,18 +329,18 @@ class Executor(nn.Module):
         values = out_of_precision(values, dtype)
         return values if tracked else without_history(values)
 
-    def resume(self, values: list[Any], stop: int | None = None) -> Any:
+    def resume(self, values: list[Any], stop: int | None = None, *, cut: int = 0) -> Any:
         """Run the partitions after the settled ones; return what the model would return, or the values at cut `stop`.
 
-        `values` are what `settle` returned; the list is emptied.
+        `values` are what `settle` returned, or those at a later `cut`; the list is emptied.
         """
         self._check_model()
-        return self._resume(values, stop)
+        return self._resume(values, stop, cut)
 
-    def _resume(self, values: list[Any], stop: int | None = None) -> Any:
+    def _resume(self, values: list[Any], stop: int | None = None, cut: int = 0) -> Any:
         result: Any = values
         training, wrappers = self._model.training, self._wrappers
-        for index in range(self._running.start, len(self._stages) if stop is None else stop):
+        for index in range(max(cut, self._running.start), len(self._stages) if stop is None else stop):
             if index in wrappers:
                 result = wrappers[index](result)
             else:

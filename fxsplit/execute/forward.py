@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -16,15 +16,20 @@ from fxsplit.execute.executor import Executor
 
 
 class Engine:
-    """Runs the forward passes of what trains, here in this process alone.
+    """Runs what trains forward and backward, here in this process alone.
 
-    Others do so together with other processes; gradients are then the means over all.
+    Others do so together with other processes. Either each takes a part of every batch, and gradients are the means
+    over all; or each has some of the partitions, its home is theirs, and only there are they trained.
     """
 
     # Bytes of gradients that a step has exchanged since `enter`; None where nothing is exchanged.
     bytes_per_step: int | None = None
     # Bytes of weights that a step has gathered since `enter`; None where weights are whole.
     gathered_per_step: int | None = None
+    # Bytes of values and gradients that a step has sent from stage to stage since `enter`; None without stages.
+    sent_per_step: int | None = None
+    # By partition, the process that trains it since `enter`; None where all processes train all of them.
+    homes: Sequence[int] | None = None
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
@@ -39,11 +44,37 @@ class Engine:
         """
 
     def __call__(self, batch: Batch, stop: int | None = None) -> Any:
-        """Return what the model returns for a batch, or, of values where training begins, those at cut `stop`."""
+        """Return what the model returns for a batch; of values where training begins, or later, those at `stop`."""
         if batch.cut or stop is not None:
-            return self.executor.resume(list(batch.values), stop)
+            return self.executor.resume(list(batch.values), stop, cut=batch.cut)
         # Called as a whole, so that hooks of the model itself are called, too.
         return self.executor(*batch.values)
+
+    def backward(self, micro_batches: Sequence[Batch], loss: Callable[[Batch], Tensor]) -> None:
+        """Add up the gradients of micro-batches; `loss` runs one forward and returns its share of the loss ().
+
+        Where a micro-batch goes through several processes, the one that has the last partitions calls `loss`.
+        """
+        *earlier, last = micro_batches
+        for micro_batch in earlier:
+            with self.accumulating():
+                loss(micro_batch).backward()  # type: ignore[no-untyped-call]
+        loss(last).backward()  # type: ignore[no-untyped-call]
+
+    def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the norm () of the gradients of all these parameters, those of other processes included."""
+        return nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+
+    def keeps(self, name: str) -> bool:  # noqa: ARG002 - all of them
+        """Tell whether this process trains a parameter of the model, by its name, and has its optimizer's state."""
+        return True
+
+    def gathered(self, state: Mapping[str, Any], wanted: Callable[[str], bool] | None = None) -> Mapping[str, Any]:  # noqa: ARG002
+        """Return the state of an optimizer, by parameter, of all processes; all of them ask for it.
+
+        Only what is `wanted` is there, by name: if that is None, the first process has all, and others nothing.
+        """
+        return state
 
     def together(self, micro_batches: int) -> int:
         """Return how many forward passes a step takes that has so many micro-batches here."""

@@ -270,20 +270,23 @@ class CostModel:
         whole = (step.trains and step.passes) or not step.op.macs or self._inputs.issuperset(step.op.reads)
         return forward, backward if whole else backward / 2
 
-    def seconds_by_partition(self, phase: Phase) -> list[tuple[float, float]]:
-        """Return measured forward and backward of each partition, without the update."""
-        steps = self._steps(phase)
+    def times_by_partition(self, phase: Phase) -> list[tuple[float, float]]:
+        """Return forward and backward of each partition, without the update.
+
+        In seconds where all ops were measured, else in multiply-adds.
+        """
+        steps, times = self._steps(phase), self._seconds if self.measured else self._work
         found = []
         for index, part in enumerate(self.partitions):
             training = phase.role(index) == "training"
             ops = len((self.modes.train if training else self.modes.eval).ops[part.span(training=training)])
-            pairs = [self._of_step(step, self._seconds) for step in islice(steps, ops)]
+            pairs = [self._of_step(step, times) for step in islice(steps, ops)]
             found.append((sum(forward for forward, _ in pairs), sum(backward for _, backward in pairs)))
         return found
 
     def seconds(self, phase: Phase) -> tuple[float, float]:
         """Return measured forward and backward of all partitions, without the update."""
-        found = self.seconds_by_partition(phase)
+        found = self.times_by_partition(phase)
         return sum(forward for forward, _ in found), sum(backward for _, backward in found)
 
     def update_seconds(self, phase: Phase) -> float:

@@ -168,9 +168,8 @@ def _pipeline(costs: CostModel, phase: Phase, devices: int, micro_batches: int, 
     #     device 0   0 1 2 3 . . .
     #     device 1     0 1 2 3 . .        micro_batches + devices - 1 beats
     #     device 2       0 1 2 3 .
-    by_partition = costs.seconds_by_partition(phase)
-    cuts = _balanced([sum(each) for each in by_partition], devices)
-    groups = list(pairwise(cuts))
+    by_partition = costs.times_by_partition(phase)
+    groups = list(pairwise(balanced(costs, phase, devices)))
     loads = [sum(sum(each) for each in by_partition[start:stop]) for start, stop in groups]
     sent = [0.0] * devices
     for rank, (start, _) in enumerate(groups[1:], 1):
@@ -195,6 +194,16 @@ def _pipeline(costs: CostModel, phase: Phase, devices: int, micro_batches: int, 
         traffic=micro_batches * max(sent),
         memory=max(memory),
     )
+
+
+def balanced(costs: CostModel, phase: Phase, parts: int) -> list[int]:
+    """Divide partitions into so many neighbouring groups, of which the slowest takes least time in a phase.
+
+    Returns where the groups begin, and the end. Raises UsageError when there are fewer partitions.
+    """
+    if parts > len(costs.partitions):
+        raise UsageError(f"{len(costs.partitions)} partitions cannot be divided into {parts} groups; make more of them")
+    return _balanced([sum(each) for each in costs.times_by_partition(phase)], parts)
 
 
 def _balanced(loads: Sequence[float], parts: int) -> list[int]:

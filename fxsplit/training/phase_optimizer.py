@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fxsplit.cuda.number import Number
 from fxsplit.execute.executor import Executor
+from fxsplit.execute.forward import Engine
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.training.optimizers import (
     anneal,
@@ -58,6 +59,7 @@ class PhaseOptimizer:
         annealing: share of the run over which the learning rate of a partition falls to zero before it stops training,
             0 (off) to 1.
         device: where steps are recorded, which read the learning rates there; None leaves these on the host.
+        engine: knows of which parameters this process keeps the optimizer's state; None for all.
 
     Raises UsageError when one of the two cannot be made.
     """
@@ -73,12 +75,14 @@ class PhaseOptimizer:
         exits: Exits | None = None,
         annealing: float = 0.0,
         device: torch.device | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self._executor, self._exits, self._steps_per_epoch = executor, exits, steps_per_epoch
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
         self._end_steps = [epoch * steps_per_epoch for epoch in end_epochs(plan)]
         self._annealing_steps = annealing * (plan.epochs * steps_per_epoch)
         self._device = device
+        self._engine = engine or Engine(executor)
         self._make({})
 
     def enter(self, phase: Phase) -> None:
@@ -87,7 +91,8 @@ class PhaseOptimizer:
         A phase with `fresh_optimizer` begins without any state.
         """
         before = {} if phase.fresh_optimizer else self.optimizer.state
-        self._make({self._named[parameter]: state for parameter, state in before.items()})
+        named = {self._named[parameter]: state for parameter, state in before.items()}
+        self._make(self._engine.gathered(named, self._engine.keeps))
 
     def _make(self, before: Mapping[str, Any]) -> None:
         """Make both. What trained `before` keeps its state, by name: its parameters may be other objects now."""
@@ -98,6 +103,7 @@ class PhaseOptimizer:
             if state := before.get(self._named[parameter]):
                 self.optimizer.state[parameter] = state
         complete_momenta(self.optimizer)
+        self._keep_own()
         if self._annealing_steps:
             split_by_end(self.optimizer, self._ends())
         self._scheduler = self._make_scheduler(self.optimizer, steps_per_epoch=self._steps_per_epoch)
@@ -135,11 +141,19 @@ class PhaseOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer, with parameters by name. Schedulers are functions of the step alone."""
-        return {"optimizer": named_state(self.optimizer, self._names())}
+        found = named_state(self.optimizer, self._names())
+        return {"optimizer": {**found, "state": self._engine.gathered(found["state"])}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned; the same phase must have been entered."""
         load_named_state(self.optimizer, state["optimizer"], self._names())
+        self._keep_own()
+
+    def _keep_own(self) -> None:
+        """Drop the state of parameters that other processes train."""
+        for parameter in list(self.optimizer.state):
+            if not self._engine.keeps(self._named[parameter]):
+                del self.optimizer.state[parameter]
 
     def _names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._executor.named_parameters()}

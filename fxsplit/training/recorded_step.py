@@ -52,7 +52,7 @@ class RecordedStep:
         means: Hashable = None,
         examine: Callable[[Batch], None] | None = None,
     ) -> int:
-        """Take a step, and return the number of samples that it counts.
+        """Take a step, and return the number of samples that it counts in this process.
 
         Args:
             key: tells batches apart whose steps differ when they are recorded; None takes it eagerly.
@@ -65,12 +65,12 @@ class RecordedStep:
 
         def backward() -> int:
             batch = self.feed.fetch()
-            self.step.backward(
+            counted = self.step.backward(
                 batch, optimizer, micro_batches=phase.micro_batches, progress=progress, accuracy=self.accuracy
             )
             if examine is not None:
                 examine(batch)
-            return batch.counted
+            return counted
 
         def update() -> None:
             self.step.update(optimizer)

@@ -54,8 +54,8 @@ class Step:
 
     def backward(
         self, batch: Batch, optimizer: Optimizer, *, micro_batches: int, progress: float | Tensor, accuracy: Accuracy
-    ) -> None:
-        """Compute the gradients of a batch, and add its sums to `accuracy`.
+    ) -> int:
+        """Compute the gradients of a batch, and add its sums to `accuracy`; return how many samples were counted here.
 
         Args:
             batch: what to train on.
@@ -72,13 +72,17 @@ class Step:
             # A process with fewer of them runs its last one again, which counts for nothing.
             more = self.forward.engine.together(len(parts)) - len(parts)
             parts += [replace(parts[-1], weight=0.0)] * more
-        *parts, last = parts
-        for micro_batch in parts:
-            with self.forward.engine.accumulating():
-                self._add_gradients(micro_batch, progress=progress, accuracy=accuracy)
-        self._add_gradients(last, progress=progress, accuracy=accuracy)
+        counted = 0
 
-    def _add_gradients(self, micro_batch: Batch, *, progress: float | Tensor, accuracy: Accuracy) -> None:
+        def loss(micro_batch: Batch) -> Tensor:
+            nonlocal counted
+            counted += micro_batch.counted
+            return self._loss(micro_batch, progress=progress, accuracy=accuracy)
+
+        self.forward.engine.backward(parts, loss)
+        return counted
+
+    def _loss(self, micro_batch: Batch, *, progress: float | Tensor, accuracy: Accuracy) -> Tensor:
         with self.forward.autocast():
             total, loss, logits = self.objective(self.forward, micro_batch, progress=progress)
         if not total.requires_grad:
@@ -86,17 +90,17 @@ class Step:
                 "the loss depends on no parameter that trains now, so nothing would be learnt: the model's forward "
                 "runs under torch.no_grad, or what trains is not used"
             )
-        weight = micro_batch.weight  # the loss of a micro-batch is a mean over its images alone
-        self._scaler.scale(total * weight if weight != 1 else total).backward()  # type: ignore[no-untyped-call]
         if micro_batch.counted:
             accuracy.update(loss, logits, micro_batch.labels)
+        weight = micro_batch.weight  # the loss of a micro-batch is a mean over its images alone
+        return self._scaler.scale(total * weight if weight != 1 else total)
 
     def update(self, optimizer: Optimizer) -> None:
         """Update the parameters of `optimizer` by their gradients; its learning rate has been set."""
         if self._clip_grad is not None:
             self._scaler.unscale_(optimizer)
             parameters = parameters_of(optimizer)
-            norm = whole(nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None]))
+            norm = whole(self.forward.engine.gradient_norm(parameters))
             nn.utils.clip_grads_with_norm_(parameters, self._clip_grad, norm)
         self._scaler.step(optimizer)
         self._scaler.update()

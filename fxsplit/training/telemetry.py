@@ -78,6 +78,7 @@ class Telemetry:
         feed: Feed,
         reduced_bytes: int | None,
         gathered_bytes: int | None = None,
+        sent_bytes: int | None = None,
         trained: Score,
         tested: Score,
         held_out_pct: float | None = None,
@@ -94,6 +95,7 @@ class Telemetry:
             feed: for the size of its caches.
             reduced_bytes: of the gradients of a step.
             gathered_bytes: of the weights of a step.
+            sent_bytes: of the values and gradients that stages of a pipeline sent each other in a step.
             trained: score on the training images.
             tested: score on the test images.
             held_out_pct: accuracy on held-out training images, if there are any.
@@ -129,6 +131,7 @@ class Telemetry:
             cache_file_bytes=feed.file_bytes,
             reduced_bytes=reduced_bytes,
             gathered_bytes=gathered_bytes,
+            sent_bytes=sent_bytes,
             energy_joules=_difference(usage.energy_joules, energy_began),
             train_energy_joules=_difference(self._energy_trained, energy_began),
             processor_seconds=processor_seconds() - self._processor_began,

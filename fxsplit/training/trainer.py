@@ -47,6 +47,8 @@ class Pause(Protocol):
 
 # Before all steps.
 NOWHERE = (-1, -1)
+# Of a record, the memory of a process.
+PEAKS = ("peak_resident_bytes", "peak_allocated_bytes", "peak_reserved_bytes")
 
 
 def no_pause(epoch: int, step: int, *, steps: int, ending: bool = False) -> None:
@@ -115,7 +117,12 @@ class Trainer:
         self._position = Position()
         self._steps_per_epoch = self.feed.train_loader.steps_per_epoch
         self._accuracy = Accuracy(self.forward.device, self.processes)
-        self._concord = Concord(self.processes, self.executor, [self.objective.soft_targets, self.ema])
+        self._concord = Concord(
+            self.processes,
+            self.forward.engine,
+            [self.objective.soft_targets, self.ema],
+            averaging=[self.endings, self.ema],
+        )
         self._progress = Number(None if self.recordings is None else self.forward.device)
         # Scores of steps that are on their way from the device.
         self._pending: deque[tuple[int, PendingScore]] = deque()
@@ -238,7 +245,7 @@ class Trainer:
         stays = self.guard is not None and index == self.guard.last_phase
         end = self.plan.epochs if stays else self.plan.first_epoch(index) + self.plan.phases[index].epochs
         self._enter(index, epochs_left=end - epoch)
-        self._concord.check(self._state)
+        self._concord.check({name: part.state_dict for name, part in self._parts().items()})
 
     def _phase_of(self, epoch: int) -> int:
         """Return the index of an epoch's phase: as planned, or an earlier one.
@@ -319,7 +326,6 @@ class Trainer:
             self._is_whole = False
             self._leave(epoch, None)
             self._position = replace(self._position, ended=True)
-        self._concord.restore()
         self._is_whole = True
         self._telemetry.training_ends()
         tested, ensemble = self._test(epoch)
@@ -336,6 +342,7 @@ class Trainer:
             feed=self.feed,
             reduced_bytes=self.forward.engine.bytes_per_step,
             gathered_bytes=self.forward.engine.gathered_per_step,
+            sent_bytes=self.forward.engine.sent_per_step,
             trained=trained,
             tested=tested,
             held_out_pct=held_out,
@@ -345,10 +352,12 @@ class Trainer:
         return record if self.processes.count == 1 else self._of_all(record)
 
     def _of_all(self, record: EpochRecord) -> EpochRecord:
-        """Add up what all processes have worked."""
+        """Add up what all processes have worked, and find the largest peaks of their memory."""
         own = torch.tensor([record.processor_seconds or 0.0, record.multiply_adds or 0], dtype=torch.float64)
         seconds, work = self.processes.sum(own).tolist()
-        return replace(record, processor_seconds=seconds, multiply_adds=round(work))
+        own_peaks = {name: getattr(record, name) for name in PEAKS if getattr(record, name) is not None}
+        peaks: dict[str, Any] = {name: self.processes.most(peak) for name, peak in own_peaks.items()}
+        return replace(record, processor_seconds=seconds, multiply_adds=round(work), **peaks)
 
     def _watch(self, guard: Guard) -> float:
         """Let the guard see which held-out images are right now; return their accuracy in per cent."""
@@ -376,6 +385,7 @@ class Trainer:
             self._is_whole = True
             self._report(epoch, wait=step == steps)
             self._paused()
+        self._concord.restore()
         trained = self._accuracy.read()
         self._refuse_not_finite(trained)
         return trained
@@ -452,10 +462,8 @@ class Trainer:
         """
         self._concord.restore()
         self._refuse_not_finite(self._accuracy.read())
-        return {"position": asdict(self._position), "feed": self.feed.state_dict(), **self._state()}
-
-    def _state(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {"position": asdict(self._position), "feed": self.feed.state_dict(), **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned. The model must have loaded its own state before, on the run's device.

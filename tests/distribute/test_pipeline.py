@@ -18,7 +18,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleIn
 from torch.nn import functional as F
 
 import fxsplit
-from fxsplit.distribute.pipeline import _SENDS_INTEGERS, _boundaries
+from fxsplit.distribute.pipeline import SENDS_GRADIENTS_OF_SOME, boundaries
 from fxsplit.errors import GuardError, PartitionError, UsageError
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
@@ -90,7 +90,7 @@ CASES = {
         (Residual, ("norm2",), (ScheduleGPipe, Schedule1F1B)),
         (Residual, ("conv2", "norm2", "conv3"), (ScheduleInterleaved1F1B,)),
         (AssignedBuffer, ("norm2",), (Schedule1F1B,)),
-        (MaskedTokens, ("mix",), (Schedule1F1B,) if _SENDS_INTEGERS else ()),
+        (MaskedTokens, ("mix",), (Schedule1F1B,) if SENDS_GRADIENTS_OF_SOME else ()),
     )
     for schedule in schedules
     for micro_batches in (2, 4)
@@ -307,7 +307,7 @@ def test_partitions_are_dealt_evenly_and_belong_to_the_model(monkeypatch: pytest
 
 @pytest.mark.usefixtures("one_rank")
 def test_where_every_value_needs_a_gradient_an_integer_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxsplit.distribute.pipeline._SENDS_INTEGERS", False)
+    monkeypatch.setattr("fxsplit.distribute.pipeline.SENDS_GRADIENTS_OF_SOME", False)
     case = Case(MaskedTokens, ("mix",), Schedule1F1B, 2)
     with pytest.raises(PartitionError, match=r"its value 'tokens' is int64 \(3, 4\), for which torch"):
         fxsplit.to_pipeline_stages(*case.trace(), (), case.example(), device="cpu")
@@ -347,7 +347,7 @@ def test_only_values_on_the_way_to_a_parameter_ask_for_a_gradient() -> None:
     model.norm1.requires_grad_(False)
     trace = fxsplit.trace(model, (torch.empty(2, 3, 8, 8),))
     parts = partition(trace, at=["conv2", "conv3"])
-    _, *boundaries, _ = _boundaries(trace, parts, (torch.empty(MICRO_BATCH, 3, 8, 8),), {}, torch.device("cpu"))
-    assert [[(value.shape[0], value.requires_grad) for value in boundary] for boundary in boundaries] == [
+    _, *inner, _ = boundaries(trace, parts, (torch.empty(MICRO_BATCH, 3, 8, 8),), {}, torch.device("cpu"))
+    assert [[(value.shape[0], value.requires_grad) for value in boundary] for boundary in inner] == [
         [(MICRO_BATCH, False)], [(MICRO_BATCH, False), (MICRO_BATCH, True)],
     ]  # fmt: skip

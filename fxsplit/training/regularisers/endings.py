@@ -68,6 +68,11 @@ class WeightAverage:
                 parameter.copy_(self._means.pop(name))
                 del self._counts[name]
 
+    @property
+    def means(self) -> Mapping[str, Tensor]:
+        """The means, by name."""
+        return self._means
+
     def forget(self, names: Iterable[str]) -> None:
         """Drop the means of these parameters."""
         for name in names:
@@ -172,6 +177,10 @@ class Endings:
         for index in partitions:
             mean.apply(self._parameters[index])
 
+    def averages(self) -> list[Mapping[str, Tensor]]:
+        """List the means so far, by the model's names."""
+        return [self._mean.means, self._midpoint_mean.means]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the means so far, and the steps done."""
         means = {"mean": self._mean.state_dict(), "midpoint_mean": self._midpoint_mean.state_dict()}
@@ -269,6 +278,10 @@ class WeightEma:
         """Set averages of buffers to their means over all processes; those of parameters are the same in all."""
         buffers = dict(self._executor.named_buffers())
         processes.mean([mean for name, mean in self._means.items() if name in buffers])
+
+    def averages(self) -> list[Mapping[str, Tensor]]:
+        """List the averages, by the model's names."""
+        return [self._means]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

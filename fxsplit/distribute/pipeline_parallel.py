@@ -1,0 +1,305 @@
+"""Pipeline parallelism: each process trains some of the partitions, and micro-batches go through all of them.
+
+    phase       process 0              process 1
+    images ──►  ░░░░░░░░ ████████  ──► ████████████████ ──► loss        ░ settled: forward alone, without autograd
+                         gradients ◄── gradients                        █ trains
+
+    1F1B        0 1     0 2 1 3 2   3
+                  0 0 1 1 2 2 3 3                                       numbers of micro-batches, forward and backward
+
+The schedules are those of torch.distributed.pipelining. At each change of phase partitions are divided anew, so that
+all processes take equally long for what still trains. All have the weights of the whole model, and test it, each on a
+part of the images; gradients, optimizer state and activations are only where a partition trains.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+
+from fxsplit.capture.tracing import Trace
+from fxsplit.data.batch import Batch
+from fxsplit.distribute.pipeline import SENDS_GRADIENTS_OF_SOME, boundaries
+from fxsplit.distribute.processes import Processes
+from fxsplit.errors import UsageError
+from fxsplit.execute.executor import Executor
+from fxsplit.execute.forward import Engine
+from fxsplit.execute.ownership import changing, refuse_divided
+from fxsplit.objects.structure import META
+from fxsplit.plan.forecast import CostModel
+from fxsplit.plan.scaling import balanced
+
+INTERLEAVED = "interleaved"
+
+
+class PipelineParallel(Engine):
+    """Runs micro-batches forward and backward through partitions that several processes have.
+
+    All processes must have entered the same phase, and are given the same batches. The first takes the images, the last
+    computes the loss. Until the owner of a partition tells the others, its weights are new there alone: see `Concord`.
+
+    Args:
+        trace: the model of the executor.
+        executor: is run; its partitions are divided.
+        processes: those of the run.
+        device: of this process.
+        schedule: gpipe, 1f1b or interleaved, where each process has every so many-th of the stages.
+        costs: by which partitions are divided.
+        dtype: of autocast; None without.
+        layout: the memory format in which values of four dimensions are sent.
+
+    Raises UsageError where there are too few partitions, or where torch is too old; PartitionError where several
+    partitions use one parameter, or where something other than a tensor would have to be sent.
+    """
+
+    homes: tuple[int, ...]
+
+    def __init__(
+        self,
+        trace: Trace,
+        executor: Executor,
+        processes: Processes,
+        device: torch.device,
+        *,
+        schedule: str,
+        costs: CostModel,
+        dtype: torch.dtype | None = None,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        super().__init__(executor)
+        self._trace, self._processes, self._device, self._costs = trace, processes, device, costs
+        self._name, self._dtype, self._layout = schedule, dtype, layout
+        partitions = executor.partitions
+        self._count = stage_count(len(partitions), processes.count, schedule)
+        refuse_divided(trace, partitions, changing(trace, partitions), range(len(partitions)))
+        images = trace.train.inputs[0].shape
+        boundaries(trace, partitions, (torch.empty(images or (), device=META),), {}, device)
+        self._schedules: dict[tuple[int, int], _Schedule] = {}
+        # Those that are in the pipeline, and what computes the loss of one.
+        self._micro_batches: Sequence[Batch] = ()
+        self._loss: Callable[[Batch], Tensor] | None = None
+        self._sent = self._steps = 0
+        self._divide()
+
+    def _divide(self) -> None:
+        """Divide the partitions among stages, and these among processes."""
+        # As the first process has measured them.
+        phase = self.executor.phase
+        self._cuts = self._processes.first(lambda: balanced(self._costs, phase, self._count))
+        stages = [stage for stage, (start, stop) in enumerate(pairwise(self._cuts)) for _ in range(start, stop)]
+        self.homes = tuple(stage % self._processes.count for stage in stages)
+
+    def enter(self, *beside: nn.Module) -> None:
+        assert not beside, "nothing can train beside a pipeline"
+        self.leave()
+        self._sent = self._steps = 0
+        self._divide()
+
+    def leave(self, *, alone: bool = False) -> None:  # noqa: ARG002 - nothing is sent for it
+        if self._schedules:
+            self._schedules.clear()
+            # Cycles keep the memory into which their stages receive.
+            gc.collect()
+
+    @property
+    def sent_per_step(self) -> int:  # type: ignore[override]
+        return round(self._sent / max(1, self._steps))
+
+    def backward(self, micro_batches: Sequence[Batch], loss: Callable[[Batch], Tensor]) -> None:
+        self._steps += 1
+        self._loss = loss
+        for alike in self._runs(micro_batches):
+            self._micro_batches = alike
+            key = len(alike), len(alike[0])
+            if key not in self._schedules:
+                self._schedules[key] = self._schedule(alike)
+            schedule = self._schedules[key]
+            self._sent += schedule.sent_bytes
+            # Schedules deal out numbers of micro-batches: the first stage and the loss look up what they are.
+            numbers = torch.arange(len(alike))
+            given = (numbers,) if self._processes.rank == 0 else ()
+            try:
+                schedule.torch.step(*given, target=numbers, return_outputs=False)
+            except RuntimeError as error:
+                # torch puts what a stage raises into an error with all its tensors.
+                raise error.__cause__ or error from None
+        self._micro_batches, self._loss = (), None
+
+    def _runs(self, micro_batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+        """Divide micro-batches into runs that a schedule takes: of one size, since torch receives into fixed memory."""
+        for _, group in groupby(micro_batches, len):
+            alike = list(group)
+            # Interleaved, processes take turns with as many micro-batches as there are processes.
+            whole = len(alike) - (len(alike) % self._processes.count if self._name == INTERLEAVED else 0)
+            yield from filter(None, (alike[:whole], alike[whole:]))
+
+    def _schedule(self, micro_batches: Sequence[Batch]) -> _Schedule:
+        """Make the schedule of so many micro-batches of this size in the present phase."""
+        sent = self._values_sent(micro_batches[0])
+        number = (torch.empty(1, dtype=torch.int64, device=META),)
+        # The last stage hands on what it is given: its partitions run with the loss.
+        ends = [number, *sent, sent[-1]]
+        stages: list[Any] = [
+            PipelineStage(
+                _Called(partial(self._run, index, [value.dtype for value in ends[index + 1]])),
+                index,
+                self._count,
+                self._device,
+                input_args=ends[index],
+                output_args=ends[index + 1],
+            )
+            for index in range(self._processes.rank, self._count, self._processes.count)
+        ]
+        count = len(micro_batches)
+        options: dict[str, Any] = {"loss_fn": self._last, "scale_grads": False}
+        if self._name == INTERLEAVED:
+            made: Any = ScheduleInterleaved1F1B(stages, count, **options)
+        elif self._name == "1f1b" and count >= self._count:
+            made = Schedule1F1B(stages[0], count, **options)
+        else:
+            made = ScheduleGPipe(stages[0], count, **options)
+        once = sum(value.nbytes * (2 if value.requires_grad else 1) for values in sent for value in values)
+        return _Schedule(made, sent_bytes=count * once)
+
+    def _run(self, stage: int, dtypes: Sequence[torch.dtype], *given: Tensor) -> tuple[Tensor, ...]:
+        """Run a stage on what it is given: the number of a micro-batch in the first one, else values at its cut."""
+        if stage == self._count - 1:
+            return given
+        with self._autocast():
+            values = self._values(self._micro_batches[int(given[0])].values if stage == 0 else given, stage)
+        return tuple(self._laid_out(value.to(dtype)) for value, dtype in zip(values, dtypes, strict=True))
+
+    def _values(self, given: Sequence[Any], stage: int) -> list[Any]:
+        """Run the partitions of a stage, on images in the first one; return the values at its end."""
+        executor, (start, stop) = self.executor, self._cuts[stage : stage + 2]
+        settled = executor.window[0]
+        values = executor.settle_to(stop, *given) if stage == 0 else executor.settle_on(given, start, stop)
+        if stop <= settled:
+            return values
+        return executor.resume(values, stop, cut=max(start, settled))  # type: ignore[no-any-return]
+
+    def _last(self, values: Sequence[Tensor], number: Tensor) -> Tensor:
+        """Run the partitions of the last stage, and return the loss of a micro-batch."""
+        assert self._loss is not None
+        micro_batch = self._micro_batches[int(number)]
+        return self._loss(replace(micro_batch, values=tuple(values), cut=self._cuts[-2]))
+
+    def _values_sent(self, batch: Batch) -> list[tuple[Tensor, ...]]:
+        """List what each stage but the last sends for a micro-batch, as tensors on the meta device."""
+        partitions = [self.executor.partitions[cut] for cut in self._cuts[:-1]]
+        example = torch.empty(batch.images.shape, device=META)
+        found = boundaries(self._trace, partitions, (example,), {}, self._device)[1:-1]
+        dtypes = [[value.dtype for value in values] for values in found] if self._dtype is None else self._types(batch)
+        return [
+            tuple(
+                self._laid_out(value.detach().to(dtype)).requires_grad_(value.requires_grad)
+                for value, dtype in zip(values, of_values, strict=True)
+            )
+            for values, of_values in zip(found, dtypes, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _types(self, batch: Batch) -> list[list[torch.dtype]]:
+        """Find out the types that values have in autocast, by a pass in evaluation: that changes nothing."""
+        self.executor.eval()
+        values, found = list(batch.values), []
+        with self._autocast():
+            for stage in range(self._count - 1):
+                values = self._values(values, stage)
+                found.append([value.dtype for value in values])
+        self.executor.train()
+        return found
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None)
+
+    def _laid_out(self, value: Tensor) -> Tensor:
+        """Lay a value out in memory as the receiver expects it."""
+        return value.contiguous(memory_format=self._layout) if value.dim() == 4 else value.contiguous()
+
+    def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        zero = torch.zeros((), device=self._device)
+        norms = torch.stack([zero if each.grad is None else torch.linalg.vector_norm(each.grad) for each in parameters])
+        norm: Tensor = torch.linalg.vector_norm(self._processes.sum(norms))
+        return norm
+
+    def keeps(self, name: str) -> bool:
+        return self._home_of(name) == self._processes.rank
+
+    def _home_of(self, name: str) -> int:
+        """Return the process that trains a parameter; what no partition uses, and so never changes, is the first's."""
+        return next((self.homes[each.index] for each in self.executor.partitions if name in each.state), 0)
+
+    def gathered(self, state: Mapping[str, Any], wanted: Callable[[str], bool] | None = None) -> dict[str, Any]:
+        packed = self._processes.all({name: _packed(each) for name, each in state.items()})
+        wanted = wanted or (lambda _: self._processes.is_first)
+        return {
+            name: state[name] if name in state else _unpacked(each, self._device)
+            for of_process in packed
+            for name, each in of_process.items()
+            if wanted(name)
+        }
+
+
+class _Schedule(NamedTuple):
+    """A schedule of torch, and the bytes that all stages together send in it."""
+
+    torch: Any
+    sent_bytes: int
+
+
+class _Called(nn.Module):
+    """Calls a function. It has no parameters: those are the model's, which the executor runs."""
+
+    _run: Callable[..., tuple[Tensor, ...]]
+
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        vars(self)["_run"] = run
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        return self._run(*given)
+
+
+def stage_count(partitions: int, processes: int, schedule: str) -> int:
+    """Return how many stages a pipeline has: one for each process or, interleaved, as many as partitions allow.
+
+    Raises UsageError where there are too few partitions, or where torch is too old.
+    """
+    if not SENDS_GRADIENTS_OF_SOME:
+        raise UsageError(
+            f"torch {torch.__version__} sends back a gradient of every value, also of settled partitions, which have "
+            "none; take a newer one for --parallel pipeline"
+        )
+    each = partitions // processes if schedule == INTERLEAVED else 1
+    if partitions < processes or (schedule == INTERLEAVED and each < 2):
+        least = processes * (2 if schedule == INTERLEAVED else 1)
+        raise UsageError(
+            f"{partitions} partition{'s' * (partitions > 1)} cannot be divided among {processes} processes by the "
+            f"schedule {schedule}, which needs {least}; give more --parts, or start fewer processes"
+        )
+    return each * processes
+
+
+def _packed(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _unpacked(data: bytes, device: torch.device) -> Any:
+    """Read what was packed; tensors that were on the device of their process are put on the one of this."""
+
+    def placed(storage: Any, location: str) -> Any:
+        return storage if location == "cpu" else storage.to(device=device)
+
+    return torch.load(io.BytesIO(data), map_location=placed, weights_only=True)
