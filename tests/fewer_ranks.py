@@ -88,7 +88,7 @@ def elastic(folder: Path, kind: str, parallel: str) -> str:
     second.wait()
     first.wait()
     said = log.read_text("utf-8").splitlines()
-    places = [line for line in said if line.startswith(("goes on after", "the processes were"))]
+    places = [line for line in said if line.startswith(("goes on after", "the processes that share"))]
     return f"2 machines, then 1: {'; '.join(dict.fromkeys(places))}"
 
 

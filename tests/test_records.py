@@ -112,7 +112,7 @@ def full(report: RunReport, plan: Plan) -> RunReport:
     records = tuple(
         replace(record, peak_allocated_bytes=1, peak_reserved_bytes=2, device_bytes=3, cache_resident_bytes=4,
                 cache_file_bytes=5, processor_seconds=6.0, multiply_adds=7, ensemble_top1=8.0, reduced_bytes=10,
-                gathered_bytes=11, held_out_top1=9.0)
+                gathered_bytes=11, sent_bytes=12, held_out_top1=9.0)
         for record in report.epochs
     )  # fmt: skip
     return replace(

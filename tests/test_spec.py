@@ -99,7 +99,22 @@ means = st.one_of(
 )
 together = st.one_of(
     st.fixed_dictionaries({"parallel": st.just("ddp"), "sync_bn": st.just(False)}),
-    st.fixed_dictionaries({"torchcompile": st.none(), "amp": st.booleans(), "amp_dtype": st.just("bfloat16")}),
+    st.fixed_dictionaries(
+        {
+            "parallel": st.sampled_from(("ddp", "fsdp")),
+            "torchcompile": st.none(),
+            "amp": st.booleans(),
+            "amp_dtype": st.just("bfloat16"),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "parallel": st.just("pipeline"),
+            "torchcompile": st.none(),
+            "amp_dtype": st.just("bfloat16"),
+            "cache": st.sampled_from(("off", "auto")),
+        }
+    ).map(lambda given: {**given, "exits": 0, "soft_targets": 0.0, "veto": False, "sync_bn": False}),
 )
 cuts = st.one_of(
     st.fixed_dictionaries({"parts": small}),
@@ -240,7 +255,20 @@ def test_every_field_has_a_key_and_help() -> None:
         ),
         ({"parallel": "fsdp", "amp": True, "amp_dtype": "float16"}, "parallel is 'fsdp' and amp-dtype is 'float16'"),
         ({"sync_bn": True, "torchcompile": "inductor"}, "sync-bn is true and torchcompile is 'inductor', but compiled"),
-        ({"parallel": "pipeline"}, "parallel is 'pipeline'"),
+        ({"parallel": "pipelines"}, "parallel is 'pipelines', but must be one of ddp, fsdp, pipeline; did you mean"),
+        ({"pipeline_schedule": "1F1B"}, "pipeline-schedule is '1F1B', but must be one of gpipe, 1f1b, interleaved"),
+        *(
+            ({"parallel": "pipeline", **asked}, f"parallel is 'pipeline', which takes no {named}: ")
+            for named, asked in {
+                "exits": {"exits": 1},
+                "soft-targets": {"preset": "l2l", "epochs": 40},
+                "veto": {"veto": True},
+                "sync-bn": {"sync_bn": True},
+                "torchcompile": {"torchcompile": "inductor"},
+            }.items()
+        ),
+        ({"parallel": "pipeline", "amp": True, "amp_dtype": "float16"}, "parallel is 'pipeline' and amp-dtype is 'flo"),
+        ({"parallel": "pipeline", "cache": "ram"}, "parallel is 'pipeline' and cache is 'ram', but settled partitions"),
         ({"veto": True, "anneal": 0.2}, "anneal is 0.2 and veto is true, but a partition that settles later"),
         ({"shift": "input"}, "shift is 'input', but the schedule is 'standard'; only --schedule finetune asks for it"),
         (

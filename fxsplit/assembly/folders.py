@@ -71,6 +71,7 @@ def recorder(
         elapsed=elapsed,
         notice=observer.notice,
         processes=processes,
+        is_apart=trainer.forward.engine.homes is not None,
     )
 
 

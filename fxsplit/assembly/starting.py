@@ -192,7 +192,7 @@ def restore(run: Recorder, start: Start, processes: Processes, observer: Observe
     observer.notice(f"all {place.epoch} epochs are done; more --epochs go on" if done else f"goes on after {place}")
     before, now = start.found.data["state"]["training"]["feed"].get("ranks", 1), share(start.spec, processes).ranks
     if before != now:
-        observer.notice(f"{before} processes divided batches among them, and {now} do now: {resuming.ROUNDING}")
+        observer.notice(f"the processes that share a batch were {before} and are now {now}: {resuming.ROUNDING}")
     if later := run.later_than(start.found):
         observer.notice(f"later checkpoints are removed: {', '.join(later)}")
     run.go_on(start.found)

@@ -221,7 +221,7 @@ def _pipeline(
         schedule=spec.pipeline_schedule,
         costs=CostModel(executor.partitions, trace, micro_batch, slots(spec)),
         dtype=amp_dtype(spec),
-        layout=torch.channels_last if spec.channels_last else torch.contiguous_format,
+        channels_last=spec.channels_last,
     )
 
 

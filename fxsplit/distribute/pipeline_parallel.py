@@ -55,7 +55,7 @@ class PipelineParallel(Engine):
         schedule: gpipe, 1f1b or interleaved, where each process has every so many-th of the stages.
         costs: by which partitions are divided.
         dtype: of autocast; None without.
-        layout: the memory format in which values of four dimensions are sent.
+        channels_last: whether values of four dimensions lie in memory so, and are sent so.
 
     Raises UsageError where there are too few partitions, or where torch is too old; PartitionError where several
     partitions use one parameter, or where something other than a tensor would have to be sent.
@@ -73,11 +73,11 @@ class PipelineParallel(Engine):
         schedule: str,
         costs: CostModel,
         dtype: torch.dtype | None = None,
-        layout: torch.memory_format = torch.contiguous_format,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(executor)
         self._trace, self._processes, self._device, self._costs = trace, processes, device, costs
-        self._name, self._dtype, self._layout = schedule, dtype, layout
+        self._name, self._dtype, self._channels_last = schedule, dtype, channels_last
         partitions = executor.partitions
         self._count = stage_count(len(partitions), processes.count, schedule)
         refuse_divided(trace, partitions, changing(trace, partitions), range(len(partitions)))
@@ -175,8 +175,9 @@ class PipelineParallel(Engine):
         if stage == self._count - 1:
             return given
         with self._autocast():
-            values = self._values(self._micro_batches[int(given[0])].values if stage == 0 else given, stage)
-        return tuple(self._laid_out(value.to(dtype)) for value, dtype in zip(values, dtypes, strict=True))
+            own = self._micro_batches[int(given[0])].values if stage == 0 else tuple(map(self._received, given))
+            values = self._values(own, stage)
+        return tuple(self._sendable(value.to(dtype)) for value, dtype in zip(values, dtypes, strict=True))
 
     def _values(self, given: Sequence[Any], stage: int) -> list[Any]:
         """Run the partitions of a stage, on images in the first one; return the values at its end."""
@@ -191,7 +192,7 @@ class PipelineParallel(Engine):
         """Run the partitions of the last stage, and return the loss of a micro-batch."""
         assert self._loss is not None
         micro_batch = self._micro_batches[int(number)]
-        return self._loss(replace(micro_batch, values=tuple(values), cut=self._cuts[-2]))
+        return self._loss(replace(micro_batch, values=tuple(map(self._received, values)), cut=self._cuts[-2]))
 
     def _values_sent(self, batch: Batch) -> list[tuple[Tensor, ...]]:
         """List what each stage but the last sends for a micro-batch, as tensors on the meta device."""
@@ -201,7 +202,7 @@ class PipelineParallel(Engine):
         dtypes = [[value.dtype for value in values] for values in found] if self._dtype is None else self._types(batch)
         return [
             tuple(
-                self._laid_out(value.detach().to(dtype)).requires_grad_(value.requires_grad)
+                self._sendable(value.detach().to(dtype)).requires_grad_(value.requires_grad)
                 for value, dtype in zip(values, of_values, strict=True)
             )
             for values, of_values in zip(found, dtypes, strict=True)
@@ -222,9 +223,16 @@ class PipelineParallel(Engine):
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None)
 
-    def _laid_out(self, value: Tensor) -> Tensor:
-        """Lay a value out in memory as the receiver expects it."""
-        return value.contiguous(memory_format=self._layout) if value.dim() == 4 else value.contiguous()
+    def _sendable(self, value: Tensor) -> Tensor:
+        """Return a value in the order in which it lies in memory, since only such are sent."""
+        return (value.permute(0, 2, 3, 1) if self._is_relaid(value) else value).contiguous()
+
+    def _received(self, value: Tensor) -> Tensor:
+        """Return a value as it was before it was made `_sendable`."""
+        return value.permute(0, 3, 1, 2) if self._is_relaid(value) else value
+
+    def _is_relaid(self, value: Tensor) -> bool:
+        return self._channels_last and value.dim() == 4
 
     def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
         zero = torch.zeros((), device=self._device)

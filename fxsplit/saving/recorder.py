@@ -59,6 +59,7 @@ class Recorder:
         elapsed: returns the seconds and the processor seconds that this process has spent on the run so far.
         notice: is called with a sentence for each file that cannot be written.
         processes: those of the run.
+        is_apart: whether each trains some of the partitions alone: after a failure none has all weights.
     """
 
     report: RunReport
@@ -81,8 +82,9 @@ class Recorder:
         elapsed: Callable[[], tuple[float, float]],
         notice: Callable[[str], None],
         processes: Processes = ALONE,
+        is_apart: bool = False,
     ) -> None:
-        self._processes = processes
+        self._processes, self._is_apart = processes, is_apart
         self.path = self._processes.first(lambda: str(folder.path) if folder else "")
         self.setup_seconds = self.prove_seconds = 0.0
         self._folder, self._inspection, self._model = folder, inspection, model
@@ -298,6 +300,7 @@ class Recorder:
         if not self._folder:
             return []
         late = self._write_record(self._epochs[-1]) if self._is_behind else ""
-        faults = self._folder.finish(self.report, self._inspection, self._model, self._config)
+        is_lost = self._is_apart and self.report.status == "failed"
+        faults = self._folder.finish(self.report, self._inspection, None if is_lost else self._model, self._config)
         self._folder.close()
         return [*filter(None, [late]), *faults]

@@ -140,10 +140,12 @@ class RunFolder:
         append_whole(self.path / SUMMARY, _summary(record))
         append_whole(self.path / METRICS, _line(record))
 
-    def finish(self, report: RunReport, inspection: Inspection, model: nn.Module, config: ModelConfig) -> list[str]:
+    def finish(
+        self, report: RunReport, inspection: Inspection, model: nn.Module | None, config: ModelConfig
+    ) -> list[str]:
         """Write the report and the weights, by the model's own names; tied parameters are there once.
 
-        In the metadata of the weights is how the model is used.
+        In the metadata of the weights is how the model is used. Where no process has all weights, `model` is None.
 
         Returns a sentence for each file that could not be written. The others are there.
         """
@@ -204,12 +206,12 @@ def _locked_if_empty(path: Path) -> FolderLock | None:
     return None
 
 
-def write_weights(model: nn.Module, path: Path, config: ModelConfig) -> None:
+def write_weights(model: nn.Module | None, path: Path, config: ModelConfig) -> None:
     """Write a model's weights as safetensors, and how the model is used as their metadata.
 
     Raises FxsplitError when they are divided among processes, of which one has failed.
     """
-    if any(map(is_divided, model.parameters())):
+    if model is None or any(map(is_divided, model.parameters())):
         raise FxsplitError("each process has a part of the weights, and one has failed; a checkpoint has them whole")
     with replacing(path) as part:
         safetensors.torch.save_model(model, str(part), metadata=config.to_metadata())

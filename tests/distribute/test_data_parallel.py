@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -152,7 +152,7 @@ def trained(folder: Path, name: str) -> dict[str, Any]:
     kept: list[nn.Module] = []
     begin = Concord.check
 
-    def checked(self: Concord, training: Callable[[], Any]) -> None:
+    def checked(self: Concord, training: Mapping[str, Callable[[], Any]]) -> None:
         kept.append(self._executor)
         begin(self, training)
 
@@ -173,7 +173,7 @@ def divided(folder: Path, name: str) -> dict[str, Any]:
     found: list[tuple[list[str], list[str]]] = []
     begin = Concord.check
 
-    def checked(self: Concord, training: Callable[[], Any]) -> None:
+    def checked(self: Concord, training: Mapping[str, Callable[[], Any]]) -> None:
         executor = self._executor
         now = dict(executor.named_parameters())
         found.append(
@@ -420,7 +420,7 @@ def test_a_run_goes_on_with_fewer_processes_and_counts_nothing_twice(
     observer = Observer()
     with patch.object(observer, "notice", said.append):
         report = fxsplit.train(observer=observer, resume=folder / f"alone {parallel}" / "cache", trust_code=True)
-    assert "the processes were 2 and are now 1: numbers may differ by rounding from here on" in said
+    assert "the processes that share a batch were 2 and are now 1: numbers may differ by rounding from here on" in said
     whole = metrics(folder / TOGETHER[parallel] / "cache")
     assert len(report.epochs) == len(whole)
     for score in SCORES:

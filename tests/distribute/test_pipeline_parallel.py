@@ -1,0 +1,249 @@
+"""Two processes that each train some of the partitions end where one process ends, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing
+
+import fxsplit
+from fxsplit.distribute.concord import Concord, _tensors
+from fxsplit.errors import Terminated
+from fxsplit.report import Observer
+from fxsplit.saving.checkpoints import find_checkpoint
+from fxsplit.spec import RunSpec
+from fxsplit.training.step import Step
+from tests.distribute.test_data_parallel import COMMON, RANKS, SCORES, Interrupting, metrics, weights, write_models
+
+# Of 67 images, batches of 16 leave three: a micro-batch by itself. Of 71 they leave seven: micro-batches of 2, 2 and 3.
+SPECS: dict[str, dict[str, Any]] = {
+    "standard": {
+        "epochs": 2, "parts": 3, "sched": "cosine", "augment": "crop-flip", "grad_accum_steps": 4, "clip_grad": 0.5,
+        "smoothing": 0.1, "mixup": 0.2, "train_limit": 71,
+    },
+    # The second partition moves from one process to the other when the first one settles, and then settles, too.
+    "settle": {
+        "schedule": "settle-far", "at": ("3", "9"), "settle_from": 0.25, "settle_until": 0.8, "epochs": 4,
+        "grad_accum_steps": 2, "average": 0.5, "recalibrate": True, "anneal": 0.4,
+    },
+    # Each process has settled partitions in the end.
+    "l2l": {
+        "preset": "l2l", "at": ("3", "6", "9"), "settle_from": 0.25, "settle_until": 0.8, "epochs": 4, "guard": 0.2,
+        "grad_accum_steps": 2, "opt": "momentum", "pipeline_schedule": "gpipe",
+    },
+    # Gradients pass through partitions that wait until they train.
+    "grow": {
+        "schedule": "grow", "parts": 4, "epochs": 4, "grad_accum_steps": 4, "pipeline_schedule": "interleaved",
+        "model_ema": True, "model_ema_decay": 0.8, "train_limit": 71, "channels_last": True,
+    },
+    "bfloat16": {"schedule": "settle", "at": ("3", "9"), "epochs": 2, "grad_accum_steps": 4, "amp": True},
+}  # fmt: skip
+BROKEN = "settle"
+
+
+def spec(folder: Path, name: str, output: str, **asked: Any) -> RunSpec:
+    chosen = {**COMMON, **SPECS[name], **asked}
+    return RunSpec(model=f"{folder / 'normed.py'}:normed", output=str(folder / output), experiment=name, **chosen)
+
+
+def run(rank: int, folder: str) -> None:
+    """One of the processes: all runs one after the other; what it found goes to a file."""
+    torch.set_num_threads(1)
+    os.environ["RANK"] = str(rank)
+    distributed.init_process_group(
+        "gloo", f"file://{folder}/store", timeout=timedelta(seconds=120), rank=rank, world_size=RANKS
+    )
+    found = {name: trained(Path(folder), name, "pipelined") for name in SPECS}
+    found["interrupted"] = interrupted(Path(folder))
+    found["failed"] = failed(Path(folder))
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def trained(folder: Path, name: str, output: str) -> dict[str, Any]:
+    """Train, and note at each change of phase the model, who trains what, and whose optimizer state is here."""
+    borders: list[dict[str, Any]] = []
+    check, update = Concord.check, Step.update
+    stated: list[set[str]] = []
+
+    def checked(self: Concord, training: Mapping[str, Callable[[], Any]]) -> None:
+        check(self, training)
+        executor = self._executor
+        state = {key: value.clone() for key, value in executor.state_dict().items()}
+        borders.append({"window": executor.window, "homes": self._engine.homes, "state": state})
+
+    def updated(self: Step, optimizer: torch.optim.Optimizer) -> None:
+        update(self, optimizer)
+        names = {each: name for name, each in self.forward.executor.named_parameters()}
+        stated.append({names[each] for each in optimizer.state})
+
+    with patch.object(Concord, "check", checked), patch.object(Step, "update", updated):
+        report = fxsplit.train(spec(folder, name, output, **({} if output == "one" else {"parallel": "pipeline"})))
+    partitions = [set(partition.state) for partition in report.plan.partitions]
+    return {"folder": report.folder, "borders": borders, "stated": stated, "partitions": partitions}
+
+
+def interrupted(folder: Path) -> list[str]:
+    """One process gets a signal, both end with a checkpoint, and go on; a copy is left for a single process."""
+    said = []
+    try:
+        fxsplit.train(spec(folder, BROKEN, "broken", parallel="pipeline"), Interrupting(3, 2))
+    except Terminated as error:
+        said.append(str(error))
+    broken = folder / "broken" / BROKEN
+    if os.environ["RANK"] == "0":
+        shutil.copytree(broken, folder / "alone" / BROKEN)
+    fxsplit.train(resume=broken, trust_code=True)
+    return said
+
+
+def failed(folder: Path) -> list[str]:
+    """Both processes fail in the second epoch: each has the newest weights of its own partitions alone."""
+    update, steps = Step.update, iter(range(100))
+
+    def failing(self: Step, optimizer: torch.optim.Optimizer) -> None:
+        if next(steps) == 7:
+            raise RuntimeError("this step fails")
+        update(self, optimizer)
+
+    said: list[str] = []
+    observer = Observer()
+    with (
+        patch.object(Step, "update", failing),
+        patch.object(observer, "notice", said.append),
+        pytest.raises(RuntimeError, match="this step fails"),
+    ):
+        fxsplit.train(spec(folder, "standard", "failed", parallel="pipeline", prove=False), observer)
+    return said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    write_models(folder)
+    multiprocessing.start_processes(run, (str(folder),), nprocs=RANKS, start_method="spawn")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, ranks: list[dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    """Trains in this process, once, with as many micro-batches."""
+    assert ranks
+    return cache(lambda name: trained(folder, name, "one"))
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def same(ours: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> bool:
+    return ours.keys() == plain.keys() and all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def same_records(ours: Path | str, plain: Path | str) -> None:
+    for mine, other in zip(metrics(ours), metrics(plain), strict=True):
+        for score in ("train_loss", "train_top1", "eval_top1", "held_out_top1", "lr", "trainable_parameters"):
+            assert mine[score] == other[score], (mine["epoch"], score)
+        # Each process tests batches of its own.
+        assert mine["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_two_processes_end_where_one_ends_bit_for_bit(
+    name: str, ranks: list[dict[str, Any]], alone: Callable[[str], dict[str, Any]]
+) -> None:
+    ours, plain = ranks[0][name], alone(name)
+    same_records(ours["folder"], plain["folder"])
+    assert same(weights(ours["folder"]), weights(plain["folder"]))
+    for of_rank in ranks:
+        for mine, other in zip(of_rank[name]["borders"], plain["borders"], strict=True):
+            assert mine["window"] == other["window"]
+            assert same(mine["state"], other["state"])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_checkpoint_has_the_state_of_all_processes(
+    name: str, ranks: list[dict[str, Any]], alone: Callable[[str], dict[str, Any]]
+) -> None:
+    found = [find_checkpoint(Path(run["folder"]), notice=print) for run in (ranks[0][name], alone(name))]
+    ours, plain = (each.data["state"]["training"] for each in found if each)
+    assert ours["optimizer"]["optimizer"]["param_groups"] == plain["optimizer"]["optimizer"]["param_groups"]
+    states = [each["optimizer"]["optimizer"]["state"] for each in (ours, plain)]
+    assert states[0].keys() == states[1].keys()
+    assert all(same(states[0][name], state) for name, state in states[1].items())
+    averages = [dict(_tensors({part: each.get(part) for part in ("ema", "endings")})) for each in (ours, plain)]
+    assert same(*averages)
+    assert bool(averages[0]) == (name == "grow")
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_each_process_keeps_the_optimizer_of_its_partitions_alone(name: str, ranks: list[dict[str, Any]]) -> None:
+    borders = [rank[name]["borders"] for rank in ranks]
+    assert [border["homes"] for border in borders[0]] == [border["homes"] for border in borders[1]]
+    steps = len(ranks[0][name]["stated"])
+    phases = [epoch["phase"] for epoch in metrics(ranks[0][name]["folder"])]
+    per_epoch = steps // len(phases)
+    for rank, found in enumerate(ranks):
+        for step, names in enumerate(found[name]["stated"]):
+            border = found[name]["borders"][phases[step // per_epoch]]
+            homes = border["homes"]
+            assert names == {
+                each
+                for index in range(*border["window"])
+                if homes[index] == rank
+                for each in found[name]["partitions"][index]
+                if "running" not in each and "tracked" not in each
+            }
+
+
+def test_partitions_are_divided_anew_for_what_still_trains(ranks: list[dict[str, Any]]) -> None:
+    def of(name: str) -> list[Any]:
+        return [(border["window"][0], *border["homes"]) for border in ranks[0][name]["borders"]]
+
+    assert of("settle") == [(0, 0, 1, 1), (1, 0, 0, 1), (2, 0, 0, 1)]
+    assert of("l2l")[-1] == (3, 0, 0, 1, 1)
+    assert [homes for _, *homes in of("grow")] == 4 * [[0, 1, 0, 1]]
+
+
+def test_bytes_are_those_of_values_and_of_gradients_where_something_trains_before(ranks: list[dict[str, Any]]) -> None:
+    """Of 67 images in 5 steps: 4 channels of 6 by 6 behind the first cut, 6 channels of 3 by 3 behind the other."""
+    first, second = (67 / 5 * 4 * size for size in (4 * 6 * 6, 6 * 3 * 3))
+    found = metrics(ranks[0]["settle"]["folder"])
+    assert [epoch["sent_bytes"] for epoch in found] == [round(each) for each in (2 * first,) * 2 + (2 * second, second)]
+    assert {epoch["reduced_bytes"] for epoch in found} == {None}
+
+
+def test_a_signal_to_one_process_ends_both_with_a_checkpoint(folder: Path, ranks: list[dict[str, Any]]) -> None:
+    (said,), (other,) = (rank["interrupted"] for rank in ranks)
+    assert said == other
+    assert said.startswith("saved at epoch 3, step 3; go on with: fxsplit train --resume ")
+    broken, whole = folder / "broken" / BROKEN, ranks[0][BROKEN]["folder"]
+    for mine, untouched in zip(metrics(broken), metrics(whole), strict=True):
+        assert [mine[score] for score in SCORES] == [untouched[score] for score in SCORES]
+    assert same(weights(broken), weights(whole))
+
+
+def test_a_single_process_goes_on_by_another_way(folder: Path, ranks: list[dict[str, Any]]) -> None:
+    spec_of_it = spec(folder, BROKEN, "alone", parallel="ddp")
+    report = fxsplit.train(spec_of_it, resume=folder / "alone" / BROKEN, trust_code=True)
+    assert same(weights(report.folder), weights(ranks[0][BROKEN]["folder"]))
+
+
+def test_no_weights_are_left_of_a_run_that_failed(folder: Path, ranks: list[dict[str, Any]]) -> None:
+    said = ranks[0]["failed"]
+    assert any("cannot be written: each process has a part of the weights, and one has failed" in each for each in said)
+    assert not (folder / "failed" / "standard" / "model.safetensors").exists()
+    assert (folder / "failed" / "standard" / "report.json").exists()
