@@ -122,6 +122,9 @@ def trainer(
             f"torch.compile with {spec.torchcompile}: each phase is compiled in its first step and its first test, "
             "which can take minutes"
         )
+    settles = any(phase.start for phase in plan.phases)
+    if spec.parallel == PIPELINE and processes.count > 1 and spec.cache != "off" and settles:
+        observer.notice("settled partitions run in every epoch: they lie in several processes, and nothing is cached")
     steps_per_epoch = train_loader.steps_per_epoch
     engine = _engine(spec, trace, executor, processes, passes, train_loader.device)
     forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype(spec), engine=engine)

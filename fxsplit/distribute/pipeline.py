@@ -108,7 +108,12 @@ def to_pipeline_stages(
         )
     refuse_divided(trace, partitions, changing(trace, partitions), range(count))
     device = torch.device(device)
-    ends = boundaries(trace, partitions, args, kwargs or {}, device)
+    inner, outputs = boundaries(trace, partitions, args, kwargs or {}, device)
+    for output in outputs.values():
+        _refuse_output(output)
+    inputs = tuple(tensor.to(META) for tensor in args if isinstance(tensor, Tensor))
+    output = outputs[TRAINING]
+    ends = [inputs, *inner, (output,) if isinstance(output, Tensor) else tuple(output)]
     own = []
     for index in range(rank, count, ranks):
         module = PipelineModule(trace, partitions[index], is_last=index == count - 1)
@@ -131,8 +136,8 @@ def to_pipeline_stages(
 
 def boundaries(
     trace: Trace, partitions: Sequence[Partition], args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device
-) -> list[tuple[Tensor, ...]]:
-    """List the inputs, the values where each partition but the first begins, and the outputs, on the meta device.
+) -> tuple[list[tuple[Tensor, ...]], dict[bool, Any]]:
+    """List the values where each partition but the first begins, on the meta device; also return the output by mode.
 
     Values want a gradient where a parameter that trains now lies before them. Raises PartitionError when one of them
     cannot be sent, and GuardError when the inputs take another path than the traced one.
@@ -142,18 +147,15 @@ def boundaries(
     for training in (TRAINING, EVALUATION):
         trace.programs[training].guards.check(tensors)
         values[training], outputs[training] = _evaluated(trace, training, tensors, device)
-        _refuse_output(outputs[training])
     trained = _trained(trace)
-    inputs = tuple(tensor.to(META) for tensor in args if isinstance(tensor, Tensor))
     inner = [
         tuple(
-            _sent(name, values[TRAINING][name], values[EVALUATION][name], partition, name in trained)
+            _sent(name, values[TRAINING].get(name), values[EVALUATION].get(name), partition, name in trained)
             for name in partition.reads
         )
         for partition in partitions[1:]
     ]
-    output = outputs[TRAINING]
-    return [inputs, *inner, (output,) if isinstance(output, Tensor) else tuple(output)]
+    return inner, outputs
 
 
 def _evaluated(
@@ -204,6 +206,8 @@ def _sent(name: str, train: Any, evaluation: Any, partition: Partition, is_train
 
 
 def _not_sendable(train: Any, evaluation: Any) -> str | None:
+    if train is None or evaluation is None:
+        return "is there in one of training and evaluation alone"
     for value in (train, evaluation):
         if not isinstance(value, Tensor):
             return f"is no tensor but of type {type(value).__name__}"

@@ -30,10 +30,11 @@ from fxsplit.capture.tracing import Trace
 from fxsplit.data.batch import Batch
 from fxsplit.distribute.pipeline import SENDS_GRADIENTS_OF_SOME, boundaries
 from fxsplit.distribute.processes import Processes
-from fxsplit.errors import UsageError
+from fxsplit.errors import PartitionError, UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Engine
 from fxsplit.execute.ownership import changing, refuse_divided
+from fxsplit.objects.hooks import hooks_of
 from fxsplit.objects.structure import META
 from fxsplit.plan.forecast import CostModel
 from fxsplit.plan.scaling import balanced
@@ -58,7 +59,8 @@ class PipelineParallel(Engine):
         channels_last: whether values of four dimensions lie in memory so, and are sent so.
 
     Raises UsageError where there are too few partitions, or where torch is too old; PartitionError where several
-    partitions use one parameter, or where something other than a tensor would have to be sent.
+    partitions use one parameter, where something other than a tensor would have to be sent, or where the model itself,
+    which no process runs as a whole, has hooks.
     """
 
     homes: tuple[int, ...]
@@ -79,6 +81,10 @@ class PipelineParallel(Engine):
         self._trace, self._processes, self._device, self._costs = trace, processes, device, costs
         self._name, self._dtype, self._channels_last = schedule, dtype, channels_last
         partitions = executor.partitions
+        if any(hooks_of(trace.model)):
+            raise PartitionError(
+                "the model itself has hooks, and no process of a pipeline calls all of it; move them to modules in it"
+            )
         self._count = stage_count(len(partitions), processes.count, schedule)
         refuse_divided(trace, partitions, changing(trace, partitions), range(len(partitions)))
         images = trace.train.inputs[0].shape
@@ -198,7 +204,7 @@ class PipelineParallel(Engine):
         """List what each stage but the last sends for a micro-batch, as tensors on the meta device."""
         partitions = [self.executor.partitions[cut] for cut in self._cuts[:-1]]
         example = torch.empty(batch.images.shape, device=META)
-        found = boundaries(self._trace, partitions, (example,), {}, self._device)[1:-1]
+        found, _ = boundaries(self._trace, partitions, (example,), {}, self._device)
         dtypes = [[value.dtype for value in values] for values in found] if self._dtype is None else self._types(batch)
         return [
             tuple(

@@ -347,7 +347,7 @@ def test_only_values_on_the_way_to_a_parameter_ask_for_a_gradient() -> None:
     model.norm1.requires_grad_(False)
     trace = fxsplit.trace(model, (torch.empty(2, 3, 8, 8),))
     parts = partition(trace, at=["conv2", "conv3"])
-    _, *inner, _ = boundaries(trace, parts, (torch.empty(MICRO_BATCH, 3, 8, 8),), {}, torch.device("cpu"))
+    inner, _ = boundaries(trace, parts, (torch.empty(MICRO_BATCH, 3, 8, 8),), {}, torch.device("cpu"))
     assert [[(value.shape[0], value.requires_grad) for value in boundary] for boundary in inner] == [
         [(MICRO_BATCH, False)], [(MICRO_BATCH, False), (MICRO_BATCH, True)],
     ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -16,13 +17,18 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 import fxsplit
+from fxsplit.assembly.starting import Start, _fitting
 from fxsplit.distribute.concord import Concord, _tensors
-from fxsplit.errors import Terminated
+from fxsplit.distribute.pipeline_parallel import PipelineParallel, stage_count
+from fxsplit.distribute.processes import ALONE, Processes
+from fxsplit.errors import FxsplitError, Terminated, UsageError
+from fxsplit.plan.forecast import CostModel
 from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import find_checkpoint
 from fxsplit.spec import RunSpec
 from fxsplit.training.step import Step
 from tests.distribute.test_data_parallel import COMMON, RANKS, SCORES, Interrupting, metrics, weights, write_models
+from tests.networks import HAZARDS, Chain
 
 # Of 67 images, batches of 16 leave three: a micro-batch by itself. Of 71 they leave seven: micro-batches of 2, 2 and 3.
 SPECS: dict[str, dict[str, Any]] = {
@@ -247,3 +253,72 @@ def test_no_weights_are_left_of_a_run_that_failed(folder: Path, ranks: list[dict
     assert any("cannot be written: each process has a part of the weights, and one has failed" in each for each in said)
     assert not (folder / "failed" / "standard" / "model.safetensors").exists()
     assert (folder / "failed" / "standard" / "report.json").exists()
+
+
+def made(model: torch.nn.Module, at: str = "conv2", **asked: Any) -> PipelineParallel:
+    """The engine of the first of two processes, as far as it can be made without the other one."""
+    trace = fxsplit.trace(model, (torch.empty(2, 3, 8, 8),))
+    partitions = fxsplit.partition(trace, at=[at])
+    costs = CostModel(partitions, trace, 2, 0)
+    options = {"schedule": "1f1b", "costs": costs, **asked}
+    return PipelineParallel(
+        trace, fxsplit.Executor(trace, partitions), Processes(0, RANKS), torch.device("cpu"), **options
+    )
+
+
+def hooked() -> torch.nn.Module:
+    model = Chain()
+    model.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "asked", "sentence"),
+    [
+        (HAZARDS["TiedWeight"], {"at": "second"}, "'first.weight' is used by partitions 0 and 1"),
+        (HAZARDS["BranchOnShape"], {}, "its value '.*' is no tensor but of type int"),
+        (HAZARDS["AuxiliaryHead"], {}, "value '.*' is there in one of training and evaluation alone; cut elsewhere"),
+        (hooked, {}, "the model itself has hooks, and no process of a pipeline calls all of it"),
+        (Chain, {"schedule": "interleaved"}, "2 partitions cannot be divided among 2 processes by .* which needs 4;"),
+    ],
+)
+def test_what_a_pipeline_cannot_run_is_refused(
+    make: Callable[[], torch.nn.Module], asked: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(FxsplitError, match=sentence) as caught:
+        made(make(), **asked)
+    assert "\n" not in str(caught.value)
+
+
+def test_there_is_a_partition_for_each_process() -> None:
+    assert stage_count(5, 2, "1f1b") == stage_count(2, 2, "gpipe") == 2
+    assert stage_count(5, 2, "interleaved") == 4
+    with pytest.raises(
+        UsageError, match=r"^1 partition cannot be divided among 2 processes .*, which needs 2; give more"
+    ):
+        stage_count(1, 2, "1f1b")
+    with (
+        patch("fxsplit.distribute.pipeline_parallel.SENDS_GRADIENTS_OF_SOME", False),
+        pytest.raises(UsageError, match="take a newer one for --parallel pipeline"),
+    ):
+        stage_count(2, 2, "1f1b")
+
+
+def test_a_batch_goes_through_in_as_many_micro_batches_as_there_are_processes() -> None:
+    said: list[str] = []
+    observer = Observer()
+    start = Start(spec=RunSpec(model="timm:resnet18", data="synthetic", parallel="pipeline", mixup=0.2, batch_size=64))
+    with patch.object(observer, "notice", said.append):
+        assert _fitting(start, Processes(0, 4), observer).spec == replace(start.spec, grad_accum_steps=4)
+        assert _fitting(start, ALONE, observer) is start
+        asked = replace(start, spec=replace(start.spec, grad_accum_steps=8))
+        assert _fitting(asked, Processes(0, 4), observer) == asked
+    assert said == [
+        "4 processes train together, each some of the partitions; batches of 64 images go through them in 4 "
+        "micro-batches, one for each process; more --grad-accum-steps leave them less to wait",
+        "there are no other processes for --parallel pipeline; start several with torchrun",
+        "4 processes train together, each some of the partitions; batches of 64 images go through them in 8 "
+        "micro-batches",
+    ]
+    with pytest.raises(UsageError, match=r"^batch-size is 64, which 3 micro-batches, one for each process"):
+        _fitting(start, Processes(0, 3), observer)
