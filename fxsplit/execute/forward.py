@@ -19,7 +19,7 @@ class Engine:
     """Runs what trains forward and backward, here in this process alone.
 
     Others do so together with other processes. Either each takes a part of every batch, and gradients are the means
-    over all; or each has some of the partitions, its home is theirs, and only there are they trained.
+    over all; or each trains some of the partitions, whose home it is, and batches go through all of them.
     """
 
     # Bytes of gradients that a step has exchanged since `enter`; None where nothing is exchanged.
@@ -70,9 +70,9 @@ class Engine:
         return True
 
     def gathered(self, state: Mapping[str, Any], wanted: Callable[[str], bool] | None = None) -> Mapping[str, Any]:  # noqa: ARG002
-        """Return the state of an optimizer, by parameter, of all processes; all of them ask for it.
+        """Return the state of an optimizer, by parameter, that all processes together have; all of them ask for it.
 
-        Only what is `wanted` is there, by name: if that is None, the first process has all, and others nothing.
+        Each gets what is `wanted` of it, by name. None is for what the first process writes: it gets all of it.
         """
         return state
 

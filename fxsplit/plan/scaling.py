@@ -199,10 +199,8 @@ def _pipeline(costs: CostModel, phase: Phase, devices: int, micro_batches: int, 
 def balanced(costs: CostModel, phase: Phase, parts: int) -> list[int]:
     """Divide partitions into so many neighbouring groups, of which the slowest takes least time in a phase.
 
-    Returns where the groups begin, and the end. Raises UsageError when there are fewer partitions.
+    Returns where the groups begin, and the end.
     """
-    if parts > len(costs.partitions):
-        raise UsageError(f"{len(costs.partitions)} partitions cannot be divided into {parts} groups; make more of them")
     return _balanced([sum(each) for each in costs.times_by_partition(phase)], parts)
 
 
