@@ -108,12 +108,12 @@ def to_pipeline_stages(
         )
     refuse_divided(trace, partitions, changing(trace, partitions), range(count))
     device = torch.device(device)
-    inner, outputs = boundaries(trace, partitions, args, kwargs or {}, device)
-    for output in outputs.values():
+    boundaries = Boundaries(trace, args, kwargs or {}, device)
+    for output in boundaries.outputs.values():
         _refuse_output(output)
     inputs = tuple(tensor.to(META) for tensor in args if isinstance(tensor, Tensor))
-    output = outputs[TRAINING]
-    ends = [inputs, *inner, (output,) if isinstance(output, Tensor) else tuple(output)]
+    output = boundaries.outputs[TRAINING]
+    ends = [inputs, *map(boundaries.at, partitions[1:]), (output,) if isinstance(output, Tensor) else tuple(output)]
     own = []
     for index in range(rank, count, ranks):
         module = PipelineModule(trace, partitions[index], is_last=index == count - 1)
@@ -134,28 +134,39 @@ def to_pipeline_stages(
     return own
 
 
-def boundaries(
-    trace: Trace, partitions: Sequence[Partition], args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device
-) -> tuple[list[tuple[Tensor, ...]], dict[bool, Any]]:
-    """List the values where each partition but the first begins, on the meta device; also return the output by mode.
+class Boundaries:
+    """Knows the values that stages send each other for a micro-batch, by evaluating the model on the meta device.
 
-    Values want a gradient where a parameter that trains now lies before them. Raises PartitionError when one of them
-    cannot be sent, and GuardError when the inputs take another path than the traced one.
+    `outputs` has what the model returns, by mode.
+
+    Args:
+        trace: the captured model. Values want a gradient where a parameter that trains now lies before them.
+        args: an example of one micro-batch; only shapes and types are looked at.
+        kwargs: likewise.
+        device: of the stages.
+
+    Raises GuardError when the inputs take another path than the traced one.
     """
-    tensors = trace.signature.tensors(args, kwargs)
-    values, outputs = {}, {}
-    for training in (TRAINING, EVALUATION):
-        trace.programs[training].guards.check(tensors)
-        values[training], outputs[training] = _evaluated(trace, training, tensors, device)
-    trained = _trained(trace)
-    inner = [
-        tuple(
-            _sent(name, values[TRAINING].get(name), values[EVALUATION].get(name), partition, name in trained)
+
+    def __init__(self, trace: Trace, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> None:
+        tensors = trace.signature.tensors(args, kwargs)
+        self._values: dict[bool, dict[str, Any]] = {}
+        self.outputs: dict[bool, Any] = {}
+        for training in (TRAINING, EVALUATION):
+            trace.programs[training].guards.check(tensors)
+            self._values[training], self.outputs[training] = _evaluated(trace, training, tensors, device)
+        self._trained = _trained(trace)
+
+    def at(self, partition: Partition) -> tuple[Tensor, ...]:
+        """Return what the stage that begins with a partition is sent, as tensors on the meta device.
+
+        Raises PartitionError when something there cannot be sent.
+        """
+        train, evaluation = self._values[TRAINING], self._values[EVALUATION]
+        return tuple(
+            _sent(name, train.get(name), evaluation.get(name), partition, name in self._trained)
             for name in partition.reads
         )
-        for partition in partitions[1:]
-    ]
-    return inner, outputs
 
 
 def _evaluated(

@@ -28,8 +28,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from fxsplit.capture.tracing import Trace
 from fxsplit.data.batch import Batch
-from fxsplit.distribute.pipeline import SENDS_GRADIENTS_OF_SOME, boundaries
-from fxsplit.distribute.processes import Processes
+from fxsplit.distribute.pipeline import SENDS_GRADIENTS_OF_SOME, Boundaries
+from fxsplit.distribute.processes import HOST, Processes
 from fxsplit.errors import PartitionError, UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Engine
@@ -46,7 +46,7 @@ class PipelineParallel(Engine):
     """Runs micro-batches forward and backward through partitions that several processes have.
 
     All processes must have entered the same phase, and are given the same batches. The first takes the images, the last
-    computes the loss. Until the owner of a partition tells the others, its weights are new there alone: see `Concord`.
+    computes the loss. Until the home of a partition tells the others, its weights are new there alone: see `Concord`.
 
     Args:
         trace: the model of the executor.
@@ -58,9 +58,9 @@ class PipelineParallel(Engine):
         dtype: of autocast; None without.
         channels_last: whether values of four dimensions lie in memory so, and are sent so.
 
-    Raises UsageError where there are too few partitions, or where torch is too old; PartitionError where several
-    partitions use one parameter, where something other than a tensor would have to be sent, or where the model itself,
-    which no process runs as a whole, has hooks.
+    Raises UsageError where there are too few partitions that a stage can begin with, or where torch is too old;
+    PartitionError where several partitions use one parameter, or where the model itself, which no process runs as a
+    whole, has hooks.
     """
 
     homes: tuple[int, ...]
@@ -85,10 +85,17 @@ class PipelineParallel(Engine):
             raise PartitionError(
                 "the model itself has hooks, and no process of a pipeline calls all of it; move them to modules in it"
             )
-        self._count = stage_count(len(partitions), processes.count, schedule)
         refuse_divided(trace, partitions, changing(trace, partitions), range(len(partitions)))
-        images = trace.train.inputs[0].shape
-        boundaries(trace, partitions, (torch.empty(images or (), device=META),), {}, device)
+        # Those that stages can begin with, and why others cannot.
+        self._starts, reasons = [0], [""]
+        boundaries = self._boundaries(trace.train.inputs[0].shape or ())
+        for partition in partitions[1:]:
+            try:
+                boundaries.at(partition)
+                self._starts.append(partition.index)
+            except PartitionError as error:
+                reasons.append(f"; {error}")
+        self._count = stage_count(len(self._starts), processes.count, schedule, reasons[-1])
         self._schedules: dict[tuple[int, int], _Schedule] = {}
         # Those that are in the pipeline, and what computes the loss of one.
         self._micro_batches: Sequence[Batch] = ()
@@ -97,10 +104,9 @@ class PipelineParallel(Engine):
         self._divide()
 
     def _divide(self) -> None:
-        """Divide the partitions among stages, and these among processes."""
-        # As the first process has measured them.
+        """Divide the partitions among stages, and these among processes, by the costs that the first process knows."""
         phase = self.executor.phase
-        self._cuts = self._processes.first(lambda: balanced(self._costs, phase, self._count))
+        self._cuts = self._processes.first(lambda: balanced(self._costs, phase, self._count, starts=self._starts))
         stages = [stage for stage, (start, stop) in enumerate(pairwise(self._cuts)) for _ in range(start, stop)]
         self.homes = tuple(stage % self._processes.count for stage in stages)
 
@@ -117,8 +123,8 @@ class PipelineParallel(Engine):
             gc.collect()
 
     @property
-    def sent_per_step(self) -> int:  # type: ignore[override]
-        return round(self._sent / max(1, self._steps))
+    def sent_per_step(self) -> int | None:  # type: ignore[override]
+        return round(self._sent / self._steps) if self._steps else None
 
     def backward(self, micro_batches: Sequence[Batch], loss: Callable[[Batch], Tensor]) -> None:
         self._steps += 1
@@ -202,9 +208,8 @@ class PipelineParallel(Engine):
 
     def _values_sent(self, batch: Batch) -> list[tuple[Tensor, ...]]:
         """List what each stage but the last sends for a micro-batch, as tensors on the meta device."""
-        partitions = [self.executor.partitions[cut] for cut in self._cuts[:-1]]
-        example = torch.empty(batch.images.shape, device=META)
-        found, _ = boundaries(self._trace, partitions, (example,), {}, self._device)
+        boundaries = self._boundaries(batch.images.shape)
+        found = [boundaries.at(self.executor.partitions[cut]) for cut in self._cuts[1:-1]]
         dtypes = [[value.dtype for value in values] for values in found] if self._dtype is None else self._types(batch)
         return [
             tuple(
@@ -213,6 +218,9 @@ class PipelineParallel(Engine):
             )
             for values, of_values in zip(found, dtypes, strict=True)
         ]
+
+    def _boundaries(self, images: Sequence[int]) -> Boundaries:
+        return Boundaries(self._trace, (torch.empty(tuple(images), device=META),), {}, self._device)
 
     @torch.no_grad()
     def _types(self, batch: Batch) -> list[list[torch.dtype]]:
@@ -254,12 +262,13 @@ class PipelineParallel(Engine):
         return next((self.homes[each.index] for each in self.executor.partitions if name in each.state), 0)
 
     def gathered(self, state: Mapping[str, Any], wanted: Callable[[str], bool] | None = None) -> dict[str, Any]:
-        packed = self._processes.all({name: _packed(each) for name, each in state.items()})
+        # Through memory of the host, where what is to be written stays.
+        device = HOST if wanted is None else self._device
         wanted = wanted or (lambda _: self._processes.is_first)
         return {
-            name: state[name] if name in state else _unpacked(each, self._device)
-            for of_process in packed
-            for name, each in of_process.items()
+            name: state[name] if name in state else _unpacked(each, device)
+            for packed in self._processes.all({name: _packed(each) for name, each in state.items()})
+            for name, each in packed.items()
             if wanted(name)
         }
 
@@ -284,22 +293,28 @@ class _Called(nn.Module):
         return self._run(*given)
 
 
-def stage_count(partitions: int, processes: int, schedule: str) -> int:
-    """Return how many stages a pipeline has: one for each process or, interleaved, as many as partitions allow.
+def stage_count(starts: int, processes: int, schedule: str, reason: str = "") -> int:
+    """Return how many stages a pipeline has: one for each process or, interleaved, as many as there can be.
 
-    Raises UsageError where there are too few partitions, or where torch is too old.
+    Args:
+        starts: partitions that a stage can begin with.
+        processes: of the pipeline.
+        schedule: its name.
+        reason: why other partitions are none of these, as the end of a sentence.
+
+    Raises UsageError where they are too few, or where torch is too old.
     """
     if not SENDS_GRADIENTS_OF_SOME:
         raise UsageError(
             f"torch {torch.__version__} sends back a gradient of every value, also of settled partitions, which have "
             "none; take a newer one for --parallel pipeline"
         )
-    each = partitions // processes if schedule == INTERLEAVED else 1
-    if partitions < processes or (schedule == INTERLEAVED and each < 2):
-        least = processes * (2 if schedule == INTERLEAVED else 1)
+    each = starts // processes if schedule == INTERLEAVED else 1
+    least = processes * (2 if schedule == INTERLEAVED else 1)
+    if starts < least:
         raise UsageError(
-            f"{partitions} partition{'s' * (partitions > 1)} cannot be divided among {processes} processes by the "
-            f"schedule {schedule}, which needs {least}; give more --parts, or start fewer processes"
+            f"the schedule {schedule} needs {least} partitions that stages can begin with for {processes} processes, "
+            f"and there {'is' if starts == 1 else 'are'} {starts}; give more --parts, or start fewer processes{reason}"
         )
     return each * processes
 
@@ -311,7 +326,7 @@ def _packed(value: Any) -> bytes:
 
 
 def _unpacked(data: bytes, device: torch.device) -> Any:
-    """Read what was packed; tensors that were on the device of their process are put on the one of this."""
+    """Read what was packed; tensors that were on the device of their process are put on this one."""
 
     def placed(storage: Any, location: str) -> Any:
         return storage if location == "cpu" else storage.to(device=device)

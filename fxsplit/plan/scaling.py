@@ -169,7 +169,7 @@ def _pipeline(costs: CostModel, phase: Phase, devices: int, micro_batches: int, 
     #     device 1     0 1 2 3 . .        micro_batches + devices - 1 beats
     #     device 2       0 1 2 3 .
     by_partition = costs.times_by_partition(phase)
-    groups = list(pairwise(balanced(costs, phase, devices)))
+    groups = list(pairwise(balanced(costs, phase, devices, starts=range(len(costs.partitions)))))
     loads = [sum(sum(each) for each in by_partition[start:stop]) for start, stop in groups]
     sent = [0.0] * devices
     for rank, (start, _) in enumerate(groups[1:], 1):
@@ -196,12 +196,15 @@ def _pipeline(costs: CostModel, phase: Phase, devices: int, micro_batches: int, 
     )
 
 
-def balanced(costs: CostModel, phase: Phase, parts: int) -> list[int]:
+def balanced(costs: CostModel, phase: Phase, parts: int, *, starts: Sequence[int]) -> list[int]:
     """Divide partitions into so many neighbouring groups, of which the slowest takes least time in a phase.
 
-    Returns where the groups begin, and the end.
+    Groups begin with partitions in `starts`, which are at least `parts`, the first one among them. Returns where they
+    begin, and the end.
     """
-    return _balanced([sum(each) for each in costs.times_by_partition(phase)], parts)
+    loads = [sum(each) for each in costs.times_by_partition(phase)]
+    ends = [*starts, len(loads)]
+    return [ends[index] for index in _balanced([sum(loads[slice(*pair)]) for pair in pairwise(ends)], parts)]
 
 
 def _balanced(loads: Sequence[float], parts: int) -> list[int]:

@@ -146,8 +146,9 @@ class PhaseOptimizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned; the same phase must have been entered."""
-        load_named_state(self.optimizer, state["optimizer"], self._names())
-        self._keep_own()
+        saved = state["optimizer"]
+        own = {name: each for name, each in saved["state"].items() if self._engine.keeps(name)}
+        load_named_state(self.optimizer, {**saved, "state": own}, self._names())
 
     def _keep_own(self) -> None:
         """Drop the state of parameters that other processes train."""

@@ -18,7 +18,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleIn
 from torch.nn import functional as F
 
 import fxsplit
-from fxsplit.distribute.pipeline import SENDS_GRADIENTS_OF_SOME, boundaries
+from fxsplit.distribute.pipeline import SENDS_GRADIENTS_OF_SOME, Boundaries
 from fxsplit.errors import GuardError, PartitionError, UsageError
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
@@ -347,7 +347,8 @@ def test_only_values_on_the_way_to_a_parameter_ask_for_a_gradient() -> None:
     model.norm1.requires_grad_(False)
     trace = fxsplit.trace(model, (torch.empty(2, 3, 8, 8),))
     parts = partition(trace, at=["conv2", "conv3"])
-    inner, _ = boundaries(trace, parts, (torch.empty(MICRO_BATCH, 3, 8, 8),), {}, torch.device("cpu"))
+    boundaries = Boundaries(trace, (torch.empty(MICRO_BATCH, 3, 8, 8),), {}, torch.device("cpu"))
+    inner = map(boundaries.at, parts[1:])
     assert [[(value.shape[0], value.requires_grad) for value in boundary] for boundary in inner] == [
         [(MICRO_BATCH, False)], [(MICRO_BATCH, False), (MICRO_BATCH, True)],
     ]  # fmt: skip

@@ -114,7 +114,9 @@ def test_settled_partitions_count_forward_alone(modes: Pair, graph: Graph) -> No
     for each in (modes, counted):
         for start, cuts in ((0, [0, 3, 6]), (4, [0, 4, 6])):
             made = plan(each, start)
-            assert balanced(CostModel(made.partitions, each, 8, 1), made.phases[0], 2) == cuts
+            costs = CostModel(made.partitions, each, 8, 1)
+            assert balanced(costs, made.phases[0], 2, starts=range(6)) == cuts
+            assert balanced(costs, made.phases[0], 2, starts=(0, 1, 2)) == [0, 2, 6]
 
 
 def test_unmeasured_ops_are_refused(graph: Graph) -> None:
