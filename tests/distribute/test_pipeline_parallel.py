@@ -231,6 +231,8 @@ def test_bytes_are_those_of_values_and_of_gradients_where_something_trains_befor
     found = metrics(ranks[0]["settle"]["folder"])
     assert [epoch["sent_bytes"] for epoch in found] == [round(each) for each in (2 * first,) * 2 + (2 * second, second)]
     assert {epoch["reduced_bytes"] for epoch in found} == {None}
+    # In autocast they have half the bytes.
+    assert metrics(ranks[0]["bfloat16"]["folder"])[0]["sent_bytes"] == round(first)
 
 
 def test_a_signal_to_one_process_ends_both_with_a_checkpoint(folder: Path, ranks: list[dict[str, Any]]) -> None:
