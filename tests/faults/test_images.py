@@ -19,9 +19,9 @@ from torch import Tensor
 
 import fxsplit
 from fxsplit.data import datasets
-from fxsplit.data.reading import decoding
 from fxsplit.data.augmentation.changes import Changes
 from fxsplit.data.loader import Loader
+from fxsplit.data.reading import decoding
 from fxsplit.data.reading.decoding import decode
 from fxsplit.errors import DataError
 from fxsplit.report import Observer, StepRecord
