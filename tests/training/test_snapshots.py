@@ -45,9 +45,9 @@ def test_of_equal_scores_all_take_the_class_that_tests_take() -> None:
         snapshots.keep(phase, scores)
     assert snapshots.top1_pct(labels) == 100
     network = SimpleNamespace(
-        executor=nn.Identity(), device=labels.device, autocast=nullcontext, logits=lambda batch: batch.images
+        executor=nn.Identity(), device=labels.device, autocast=nullcontext, logits=lambda batch: batch.values[0]
     )
-    images = SimpleNamespace(held_out=lambda: [(Batch(scores, labels, torch.arange(3)), 0)])
+    images = SimpleNamespace(held_out=lambda: [(Batch(values=(scores,), labels=labels, ids=torch.arange(3)), 0)])
     assert Evaluator(network, images).held_out().all()
 
 
