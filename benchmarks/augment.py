@@ -25,7 +25,8 @@ from timm.data import Mixup, create_dataset, create_loader
 from torch import Tensor
 
 from fxsplit.data.augmentation.changes import Changes
-from fxsplit.data.images import FileImages, ImageSet, MemoryImages
+from fxsplit.data.files import FileImages
+from fxsplit.data.images import ImageSet, MemoryImages
 from fxsplit.data.loader import ImageSource, Loader
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -133,7 +134,7 @@ def main(
     print(f"{'':16} {'images/s':>17} {'processor ms/image':>19}")
     print(f"{'':16} {'ours':>8} {'timm':>8} {'ours':>9} {'timm':>9}")
     for name, (options, theirs) in KINDS.items():
-        images: ImageSet = FileImages(paths, labels, img_size=size, workers=workers)
+        images: ImageSet = FileImages(paths=paths, labels=labels, img_size=size, workers=workers)
         if memory:
             pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
             images = MemoryImages(pixels=pixels, labels=labels, img_size=size, workers=workers)

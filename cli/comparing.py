@@ -20,6 +20,9 @@ from fxsplit.pages.figures import duration
 from .terminal import Terminal, say
 from .views import can_be_redrawn
 
+# In a log, runs that go on are told of this often.
+NEWS_SECONDS = 600
+
 
 @contextmanager
 def observing(spec: ComparisonSpec) -> Iterator[ComparisonObserver]:
@@ -88,8 +91,27 @@ def _kind(run: PlannedRun) -> tuple[str, str]:
     return run.model, run.arm
 
 
+def _name(run: PlannedRun) -> str:
+    return f"{run.model} {run.arm} seed {run.seed}"
+
+
 class Lines(Progress):
-    """Writes a line for each run, for logs and pipes."""
+    """Writes a line when a run begins, now and then where it stands, and what it came to, for logs and pipes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told = time.monotonic()
+
+    def began(self, run: PlannedRun) -> None:
+        super().began(run)
+        say(f"{_name(run)} begins")
+
+    def waiting(self) -> None:
+        if time.monotonic() - self._told >= NEWS_SECONDS:
+            self._told = time.monotonic()
+            for folder, run in self.runs.items():
+                if self.goes_on(folder):
+                    say(f"{_name(run)} is in epoch {_epochs_of(Path(folder)) + 1}")
 
     def ended(self, run: PlannedRun, fault: str = "") -> None:
         if run.folder in self.accuracies:
@@ -98,7 +120,7 @@ class Lines(Progress):
         left = self.left()
         remaining = "" if left is None else f", about {duration(left)} left"
         result = fault or f"{self.accuracies[run.folder]:.2f} %"
-        say(f"{self.done}/{len(self.runs)} {run.model} {run.arm} seed {run.seed}: {result}{remaining}")
+        say(f"{self.done}/{len(self.runs)} {_name(run)}: {result}{remaining}")
 
     def notice(self, sentence: str) -> None:
         say(sentence)

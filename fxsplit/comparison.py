@@ -37,9 +37,9 @@ class ComparisonSpec:
     )
     seeds: str = option(
         "Comparison",
-        "N, for the seeds from 0 on, or seeds with commas; each arm has a run of every seed.",
+        "N, for the seeds from 0 on, or seeds with commas, such as 3,7 or 7,; each arm has a run of every seed.",
         "5",
-        pattern=r"[1-9]\d{0,3}|\d+(,\d+)+",
+        pattern=r"[1-9]\d{0,3}|\d+,|\d+(,\d+)+",
     )
     match: tuple[str, ...] = option(
         "Comparison",
@@ -91,8 +91,8 @@ class ComparisonSpec:
     @property
     def seed_numbers(self) -> tuple[int, ...]:
         """The seeds themselves."""
-        numbers = tuple(map(int, self.seeds.split(",")))
-        return numbers if len(numbers) > 1 else tuple(range(numbers[0]))
+        numbers = tuple(map(int, self.seeds.rstrip(",").split(",")))
+        return numbers if "," in self.seeds else tuple(range(numbers[0]))
 
     @property
     def matches(self) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ def read_comparison(values: Mapping[Any, Any], *, source: str = "") -> dict[str,
         elif name == "match" and value is False:
             own[name] = "off"  # as YAML reads that word
         elif name in known and name != "output":
-            own[name] = str(value) if name == "seeds" and isinstance(value, int) else value
+            own[name] = _seeds(value) if name == "seeds" else value
         elif name in RUN:
             rest[given] = value
         else:
@@ -140,6 +140,13 @@ def read_comparison(values: Mapping[Any, Any], *, source: str = "") -> dict[str,
             where = f"{source}: " if source else ""
             raise UsageError(f"{where}the key {str(given)!r} is not known{nearest(key(name), every)}")
     return {**own, "run": read_values(rest, source=source)}
+
+
+def _seeds(value: Any) -> Any:
+    """Write seeds that a recipe gives as a number or a list as the command line would have them."""
+    if isinstance(value, list) and value:
+        return ",".join(map(str, value)) + ("," if len(value) == 1 else "")
+    return str(value) if isinstance(value, int) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

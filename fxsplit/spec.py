@@ -85,7 +85,7 @@ class RunSpec:
         choices=("original", "cifar"),
     )
 
-    data: str = option("Data", "digits, cifar10, cifar100, folder:PATH or synthetic.", "digits")
+    data: str = option("Data", "digits, cifar10, cifar100, folder:PATH, synthetic or file.py:FACTORY.", "digits")
     data_dir: str = option("Data", "Where downloaded data sets are kept.", "~/.cache/fxsplit/data")
     img_size: int | None = option(
         "Data", "Side of the square images in pixels; the data's own if not given.", None, least=2, most=MOST_SIDE

@@ -22,8 +22,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
     {"paths", "plain_data"},
-    {"graph", "options", "presets", "records", "data", "objects"},
+    {"graph", "options", "presets", "records", "objects"},
     {"trust"},
+    {"data"},
     {"plan", "models", "meta", "cuda"},
     {"spec", "report"},
     {"comparison"},

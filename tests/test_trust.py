@@ -33,6 +33,9 @@ def test_the_libraries_of_models_are_known_without_torch() -> None:
         ({"data_dir": "/etc"}, "data-dir is '/etc', outside"),
         ({"data_dir": DEFAULTS["data_dir"], "output": DEFAULTS["output"]}, ""),
         ({"data": "folder:/srv/images", "plan": "/srv/plan.json"}, ""),  # read, and not run
+        ({"data": "evil.py:f"}, "data is 'evil.py:f', which runs code; .* --trust-recipe, or give data yourself"),
+        ({"data": "os:abort"}, "data is 'os:abort', which runs code"),
+        ({"data": "cifar10"}, ""),
     ],
 )
 def test_what_a_recipe_may_decide(recipe: dict[str, Any], refused: str) -> None:
@@ -60,10 +63,16 @@ def test_code_is_trusted_inside_alone() -> None:
 
 
 def test_a_run_of_code_asks() -> None:
-    refuse_run("paper:cnn", "run", trust_code=False)
-    refuse_run("a.py:f", "run", trust_code=True)
+    mine = {"model": "a.py:f", "data": "folder:a.py:f"}
+    refuse_run({"model": "paper:cnn", "data": "digits"}, "run", trust_code=False)
+    refuse_run(mine, "run", trust_code=True)
+    refuse_run(mine, "run", given=["model"], trust_code=False)
     with pytest.raises(UsageError, match=r"the run in 'run' is of 'a.py:f', which runs code; .* add --trust-code"):
-        refuse_run("a.py:f", "run", trust_code=False)
+        refuse_run(mine, "run", given=["data"], trust_code=False)
+    both = {"model": "a.py:f", "data": "b:g"}
+    for given, missing in (([], "model and the data"), (["model"], "data"), (["data"], "model")):
+        with pytest.raises(UsageError, match=f"name the {missing} beside --resume"):
+            refuse_run(both, "run", given=given, trust_code=False)
     assert [is_code(model) for model in ("timm:a", "torchvision:a", "hf:a", "paper:a", "a.py:b", "a.b:c", "a")] == [
         *[False] * 4,
         *[True] * 3,

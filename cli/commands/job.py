@@ -120,8 +120,8 @@ def resolve_run(
         before = read_recipe(found / RECIPE)
         spec = resolve(before, *layers)
         differing(resolve(before), spec)  # or an error before torch is loaded
-        if "model" not in own and not (trust_recipe and "model" in recipe):
-            refuse_run(spec.model, found, trust_code=trust_code)
+        named = (*own, *recipe) if trust_recipe else own
+        refuse_run(spec.to_flat(), found, given=named, trust_code=trust_code)
         return spec, str(found) if resume == AUTO else resume
     if not any("model" in layer for layer in layers):
         raise UsageError(f"no model is given; name one here or in a recipe, as {MODEL_FORMS}")

@@ -13,7 +13,7 @@ from fxsplit.data.images import Data
 from fxsplit.distribute.processes import Processes
 from fxsplit.execute.passes import Pass, names_of
 from fxsplit.measuring.environment import environment
-from fxsplit.models.factories import is_file
+from fxsplit.objects.factories import is_file
 from fxsplit.paths import expanded
 from fxsplit.report import Inspection, Observer
 from fxsplit.saving.checkpoints import Checkpoints

@@ -9,9 +9,9 @@ from torch import nn
 
 from fxsplit.data import datasets
 from fxsplit.data.augmentation.changes import UNCHANGED, Changes
-from fxsplit.data.decoding import INTERPOLATIONS
 from fxsplit.data.images import Data
 from fxsplit.data.loader import Loader
+from fxsplit.data.reading.decoding import INTERPOLATIONS
 from fxsplit.data.shares import WHOLE, Share, sizes
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import UsageError
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 
 def kind(spec: RunSpec) -> Kind:
     """Describe the images of a run without loading them. Raises UsageError and DataError as `datasets.load` does."""
-    return Kind(*datasets.describe(spec.data, img_size=spec.img_size))
+    return Kind(*datasets.describe(spec.data, img_size=spec.img_size, data_dir=spec.data_dir))
 
 
 def data(spec: RunSpec, observer: Observer) -> Data:

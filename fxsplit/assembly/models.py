@@ -10,7 +10,7 @@ from torch import nn
 from fxsplit.assembly.images import CHANNELS, Kind, in_layout
 from fxsplit.capture import tracing as capture
 from fxsplit.capture.tracing import Trace
-from fxsplit.data.decoding import INTERPOLATIONS
+from fxsplit.data.reading.decoding import INTERPOLATIONS
 from fxsplit.errors import UsageError, shown_path
 from fxsplit.graph import Graph
 from fxsplit.models import registry

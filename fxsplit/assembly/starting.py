@@ -139,7 +139,7 @@ def _start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, 
         return Start(spec=spec)
     path = resuming.run_folder_of(resume)
     if spec is None:
-        refuse_run(resuming.spec_of(path).model, path, trust_code=trust_code)
+        refuse_run(resuming.spec_of(path).to_flat(), path, trust_code=trust_code)
     folder = RunFolder.reopened(path)
     given = expanded(resume)
     found = find_checkpoint(given if given.is_file() else path, notice=observer.notice)

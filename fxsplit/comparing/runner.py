@@ -18,6 +18,7 @@ from fxsplit.comparison import ComparisonObserver, PlannedRun
 from fxsplit.errors import TraceError, UsageError
 from fxsplit.resuming import CHECKPOINTS, RECIPE
 from fxsplit.spec import ENVIRONMENT_PREFIX
+from fxsplit.trust import is_code_of_data
 
 PAUSE_SECONDS = 0.2
 # Exit codes of runs that were asked for what cannot be: the others of their kind would end likewise.
@@ -61,7 +62,8 @@ def launch(run: PlannedRun, device: str | None, jobs: int, *, trust_code: bool =
     on = [] if device is None else ["--device", device]
     trusted = ["--trust-code"] if trust_code else []
     if (folder / RECIPE).is_file():
-        words = ["--resume", str(folder)]
+        # What runs code has to be named again.
+        words = ["--resume", str(folder), *(["--data", run.spec.data] if is_code_of_data(run.spec.data) else [])]
     else:
         recipe = folder.with_name(f"{folder.name}.yaml")
         recipe.write_text(run.spec.to_yaml(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Data sets by name: installed with scikit-learn, downloaded, in a folder, or made of noise."""
+"""Data sets by name: installed with scikit-learn, downloaded, in a folder, of the user's own, or made of noise."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from fxsplit.data import image_folders
-from fxsplit.data.decoding import INTERPOLATIONS, image_warnings, short_side
-from fxsplit.data.images import Data, FileImages, ImageSet, MemoryImages, Warned
+from fxsplit.data import custom
+from fxsplit.data.files import FileImages, Warned
+from fxsplit.data.images import Data, ImageSet, MemoryImages, ReadImages
 from fxsplit.data.randomness import random_stream
-from fxsplit.data.unreadable import Unreadable
+from fxsplit.data.reading import folders
+from fxsplit.data.reading.decoding import INTERPOLATIONS, image_warnings, short_side
+from fxsplit.data.reading.unreadable import Unreadable
 from fxsplit.errors import DataError, UsageError, nearest, printable, shown_path
 from fxsplit.paths import expanded
+from fxsplit.trust import is_code_of_data
 
 MEMORY_LIMIT_BYTES = 2 << 30
 TEST_SHARE = 0.2
@@ -47,7 +50,7 @@ def load(
     max_bad_samples: int = 0,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Data:
-    """Load the data set `name`, on the CPU: digits, cifar10, cifar100, synthetic or folder:PATH.
+    """Load the data set `name`, on the CPU: digits, cifar10, cifar100, synthetic, folder:PATH or one of the user's.
 
     Args:
         name: of the data set.
@@ -69,6 +72,10 @@ def load(
     """
     if path := _folder_path(name):
         data = _folder(path, img_size, seed, workers, interpolation, Unreadable(max_bad_samples, notice), notice)
+    elif is_code_of_data(name):
+        if max_bad_samples:
+            raise UsageError(f"max-bad-samples is for images in a folder, and data is {shown_path(name)}; leave it out")
+        data = _custom(name, img_size, data_dir, workers, interpolation, notice)
     else:
         known = _known(name)
         data = known.load(img_size or known.img_size, expanded(data_dir), seed)
@@ -117,17 +124,25 @@ def load_test(
     if path := _folder_path(name):
         files = _test_files(path, classes, img_size, seed, workers, interpolation, notice, all_of_folder)
         files = files.cropped(crop_pct)
-        needed = len(files) * 3 * img_size**2
-        images: ImageSet = files if needed > memory_limit_bytes else _decoded(files)[0]
-        return NamedImages(images, files.paths)
-    known = _known(name)
-    data = known.load(img_size, expanded(data_dir), seed)
-    image_folders.refuse_unknown(name, data.classes, classes, whose="the model")
+        return NamedImages(_if_small(files, memory_limit_bytes), files.names)
+    if is_code_of_data(name):
+        data = _custom(name, img_size, data_dir, workers, interpolation, notice)
+    else:
+        data = _known(name).load(img_size, expanded(data_dir), seed)
+    folders.refuse_unknown(name, data.classes, classes, whose="the model")
     if missing := [printable(each) for each in classes if each not in data.classes]:
         notice(f"{name} has no image of {', '.join(missing)}: accuracy is that of the other classes")
     images = data.test.labelled(_positions(data.classes, classes)[data.test.labels])
     images = images.cropped(crop_pct)
+    if isinstance(images, ReadImages):
+        return NamedImages(_if_small(images, memory_limit_bytes), images.names)
     return NamedImages(images, tuple(f"test image {index} of {name}" for index in range(len(images))))
+
+
+def _if_small(images: ReadImages, memory_limit_bytes: int) -> ImageSet:
+    """Read images into memory if they fit."""
+    needed = len(images) * 3 * images.img_size**2
+    return images if needed > memory_limit_bytes else _in_memory(images)[0]
 
 
 def _test_files(
@@ -140,14 +155,22 @@ def _test_files(
     notice: Notice,
     all_of_folder: bool,
 ) -> FileImages:
-    train_root, test_root = image_folders.layout(root, notice)
-    files = partial(
-        FileImages, img_size=img_size, workers=workers, interpolation=interpolation, warned=_say_once(notice)
-    )
+    train_root, test_root = folders.layout(root, notice)
+
+    def files(paths: Sequence[str], labels: Tensor) -> FileImages:
+        return FileImages(
+            paths=paths,
+            labels=labels,
+            img_size=img_size,
+            workers=workers,
+            interpolation=interpolation,
+            warned=_say_once(notice),
+        )
+
     if test_root or all_of_folder:
-        return files(*image_folders.list_test(test_root or root, classes, notice, whose="the model"))
-    own, paths, labels = image_folders.list_classes(train_root, notice)
-    image_folders.refuse_unknown(str(root), own, classes, whose="the model")
+        return files(*folders.list_test(test_root or root, classes, notice, whose="the model"))
+    own, paths, labels = folders.list_classes(train_root, notice)
+    folders.refuse_unknown(str(root), own, classes, whose="the model")
     _, held_out = _held_out(labels, seed=seed)
     return files(paths, _positions(own, classes)[labels]).subset(held_out)
 
@@ -157,15 +180,18 @@ def _positions(names: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
     return torch.tensor([classes.index(name) for name in names], dtype=torch.int64)
 
 
-def describe(name: str, *, img_size: int | None) -> tuple[int, int]:
+def describe(name: str, *, img_size: int | None, data_dir: str) -> tuple[int, int]:
     """Return the number of classes and the side in pixels of the images that `load` would give, without loading them.
 
     Raises UsageError and DataError as `load` does.
     """
     if path := _folder_path(name):
-        train_root, _ = image_folders.layout(path, _unsaid)
-        classes, paths, _ = image_folders.list_classes(train_root, _unsaid)
+        train_root, _ = folders.layout(path, _unsaid)
+        classes, paths, _ = folders.list_classes(train_root, _unsaid)
         return len(classes), img_size or _own_size(paths[:1])
+    if is_code_of_data(name):
+        data = _custom(name, img_size, data_dir, 0, INTERPOLATIONS[0], _unsaid)
+        return len(data.classes), data.img_size
     known = _known(name)
     return known.classes, img_size or known.img_size
 
@@ -179,13 +205,26 @@ def _folder_path(name: str) -> Path | None:
     return expanded(path) if scheme == "folder" and path else None
 
 
+def _custom(name: str, img_size: int | None, data_dir: str, workers: int, interpolation: str, notice: Notice) -> Data:
+    return custom.load(
+        name,
+        img_size=img_size,
+        data_dir=data_dir,
+        workers=workers,
+        interpolation=interpolation,
+        notice=notice,
+        largest=LARGEST_DEFAULT_SIZE,
+    )
+
+
 def _known(name: str) -> KnownData:
     if name in KNOWN:
         return KNOWN[name]
     hint = nearest(name, [*KNOWN, "folder:PATH"])
     if os.path.isdir(name):
         hint = f"; write folder:{name} for the images in that folder"
-    raise UsageError(f"there is no data set {shown_path(name)}, only {', '.join(KNOWN)} and folder:PATH{hint}")
+    known = ", ".join((*KNOWN, "folder:PATH"))
+    raise UsageError(f"there is no data set {shown_path(name)}, only {known} and file.py:FACTORY{hint}")
 
 
 def _drawn(name: str, images: int, limit: int, seed: int) -> Tensor:
@@ -198,29 +237,28 @@ def _drawn(name: str, images: int, limit: int, seed: int) -> Tensor:
 
 
 def _into_memory(data: Data, limit_bytes: int, notice: Notice, *, train_in_files: bool) -> Data:
-    """Decode images that lie in files, if those of both sets fit into `limit_bytes`; or those to test on alone."""
+    """Read images into memory, if those of both sets fit into `limit_bytes`; or those to test on alone."""
     train, test = data.train, data.test
-    if not (isinstance(train, FileImages) and isinstance(test, FileImages)):
+    if not (isinstance(train, ReadImages) and isinstance(test, ReadImages)):
         return data
     count = len(test) if train_in_files else len(train) + len(test)
     needed = count * data.channels * data.img_size**2
     if needed <= limit_bytes:
         sets = [test] if train_in_files else [test, train]
-        decoded = _decoded(*sets)
-        return replace(data, test=decoded[0], train=train if train_in_files else decoded[1])
+        found = _in_memory(*sets)
+        return replace(data, test=found[0], train=train if train_in_files else found[1])
     notice(
         f"the decoded images take {needed / 2**30:.1f} GiB, more than the {limit_bytes / 2**30:.1f} GiB that are "
-        "kept in memory: they are read from their files in every epoch"
+        "kept in memory: they are read anew in every epoch"
     )
     return data
 
 
-def _decoded(*sets: FileImages) -> list[MemoryImages]:
+def _in_memory(*sets: ReadImages) -> list[MemoryImages]:
     with image_warnings() as found:
-        decoded = [files.decoded() for files in sets]
-    if sets[0].warned:
-        sets[0].warned(found)
-    return decoded
+        read = [images.in_memory() for images in sets]
+    sets[0].note(found, {})
+    return read
 
 
 def _digits(img_size: int, _data_dir: Path, _seed: int) -> Data:
@@ -310,19 +348,24 @@ def _folder(
     notice: Notice,
 ) -> Data:
     """Load images that lie in a folder for each class, below train/ and test/; or below `root`, to be divided here."""
-    train_root, test_root = image_folders.layout(root, notice)
-    classes, paths, labels = image_folders.list_classes(train_root, notice)
-    files = partial(
-        FileImages,
-        img_size=img_size or _own_size(paths[: 1 + unreadable.most]),
-        workers=workers,
-        interpolation=interpolation,
-        warned=_say_once(notice),
-        unreadable=unreadable,
-    )
+    train_root, test_root = folders.layout(root, notice)
+    classes, paths, labels = folders.list_classes(train_root, notice)
+    size, warned = img_size or _own_size(paths[: 1 + unreadable.most]), _say_once(notice)
+
+    def files(paths: Sequence[str], labels: Tensor) -> FileImages:
+        return FileImages(
+            paths=paths,
+            labels=labels,
+            img_size=size,
+            workers=workers,
+            interpolation=interpolation,
+            warned=warned,
+            unreadable=unreadable,
+        )
+
     everything = files(paths, labels)
     if test_root:
-        train, test = everything, files(*image_folders.list_test(test_root, classes, notice))
+        train, test = everything, files(*folders.list_test(test_root, classes, notice))
     else:
         _refuse_single_images(root, classes, labels)
         train, test = (everything.subset(ids) for ids in _held_out(labels, seed=seed))
@@ -330,7 +373,7 @@ def _folder(
             f"{root} has no train/ with test/ or val/: {len(test)} of its {len(paths)} images, "
             f"drawn with seed {seed}, are held out for testing"
         )
-    return Data(train=train, test=test, classes=classes, img_size=everything.img_size)
+    return Data(train=train, test=test, classes=classes, img_size=size)
 
 
 def _say_once(notice: Notice) -> Warned:

@@ -20,11 +20,11 @@ from torchvision.transforms.v2 import functional as transforms
 from fxsplit.data.augmentation.augmenter import Augmenter
 from fxsplit.data.augmentation.changes import UNCHANGED, Changes
 from fxsplit.data.batch import Batch
-from fxsplit.data.decoding import INTERPOLATIONS
 from fxsplit.data.images import ImageSet
 from fxsplit.data.normalization import Normalization
 from fxsplit.data.order import EpochOrder
 from fxsplit.data.randomness import random_stream
+from fxsplit.data.reading.decoding import INTERPOLATIONS
 from fxsplit.data.shares import WHOLE, Share, by_owner, owners, sizes, taken
 from fxsplit.data.staging import Staging
 

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from fxsplit.errors import DataError, NoModelError, UsageError, closest, nearest, reason, shown, shown_path
-from fxsplit.models import factories, huggingface
+from fxsplit.models import huggingface
 from fxsplit.models.downloads import expect_in_torch_hub, hub_or_its_cache
 from fxsplit.models.paper import NETWORKS
 from fxsplit.models.surgery import clear_classifier, fit_classifier, keep_small_images
+from fxsplit.objects import factories
 
 STEMS = ("original", "cifar")
 FORMS = "timm:NAME, torchvision:NAME, hf:TYPE, hf:ORG/NAME, paper:NAME, file.py:FACTORY or pkg.module:FACTORY"
@@ -395,7 +396,8 @@ def _from_factory(
     spec = f"{source}:{name}"
     _refuse_pretrained(spec, pretrained)
     offered = {"num_classes": num_classes, "img_size": img_size}
-    model = factories.call(source, name, offered, _drop_path_argument(DROP_PATH, drop_path), libraries=LIBRARIES)
+    others = factories.Others("library", LIBRARIES, NoModelError)
+    model = factories.call(source, name, offered, _drop_path_argument(DROP_PATH, drop_path), others=others)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec!r} returned {type(model).__name__}, not a torch.nn.Module")
     if stem == "cifar":

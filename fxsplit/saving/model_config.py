@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fxsplit.data.decoding import INTERPOLATIONS
+from fxsplit.data.reading.decoding import INTERPOLATIONS
 from fxsplit.errors import DataError
 from fxsplit.records import json_line, read_record
 

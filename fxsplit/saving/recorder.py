@@ -22,7 +22,7 @@ from fxsplit.saving.model_config import ModelConfig
 from fxsplit.saving.run_folder import RunFolder
 from fxsplit.saving.run_state import RunState
 from fxsplit.saving.signals import Signals
-from fxsplit.trust import is_code
+from fxsplit.trust import code_in
 
 
 class Interval(NamedTuple):
@@ -246,8 +246,10 @@ class Recorder:
     def _how_to_go_on(self) -> str:
         if not self._saved:
             return ""
-        model = str(self._spec["model"])
-        words = ["fxsplit", "train", "--resume", self.path, *([model] if is_code(model) else ())]  # or it is not run
+        # What runs code has to be named again.
+        code = code_in(self._spec)
+        named = [*([code["model"]] if "model" in code else ()), *(["--data", code["data"]] if "data" in code else ())]
+        words = ["fxsplit", "train", "--resume", self.path, *named]
         return f"saved at {self._saved}; go on with: {shlex.join(words)}"
 
     def __enter__(self) -> Recorder:

@@ -30,6 +30,7 @@ from fxsplit.trained.load import Saved, find, load
 from fxsplit.trained.model import TrainedModel
 from fxsplit.trained.writing import written
 from fxsplit.training.accuracy import Accuracy, first_choices
+from fxsplit.trust import is_code_of_data
 
 # Mistakes that are shown, and the longest side of their pictures in pixels.
 SHOWN, THUMBNAIL = 24, 128
@@ -73,6 +74,11 @@ def evaluate(
         raise UsageError(
             f"{str(run)!r} is not in the folder of its run, so it is not known what it was tested on; give the images "
             "as --data"
+        )
+    if spec is not None and data is None and is_code_of_data(spec.data) and not trust_code:
+        raise UsageError(
+            f"the images of {str(run)!r} come from {spec.data!r}, which runs code; if you trust it, give it as --data, "
+            "or add --trust-code"
         )
     settings = spec or RunSpec(model=saved.config.model, data=asked["data"], epochs=1)
     with (

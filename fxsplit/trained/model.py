@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fxsplit.data.decoding import decode, square_pixels
 from fxsplit.data.normalization import Normalization
+from fxsplit.data.reading.decoding import decode, square_pixels
 from fxsplit.errors import DataError, UsageError, reason
 from fxsplit.execute.forward import logits_of
 from fxsplit.saving.model_config import ModelConfig

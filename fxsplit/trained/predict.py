@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxsplit.assembly.devices import choose_device
-from fxsplit.data.decoding import image_warnings, suffixes
+from fxsplit.data.reading.decoding import image_warnings, suffixes
 from fxsplit.errors import DataError, UsageError, printable, shown_path
 from fxsplit.paths import expanded
 from fxsplit.report import Observer, Prediction

@@ -167,7 +167,7 @@ class Snapshots:
         if len(self._by_phase) < 2:
             return None
         mean = torch.stack(list(self._by_phase.values())).mean(dim=0)
-        return 100 * (mean.argmax(dim=1) == labels).double().mean().item()
+        return 100 * (first_choices(mean) == labels).double().mean().item()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the probabilities by phase."""

@@ -13,7 +13,7 @@ from fxsplit.caching.feed import Feed
 from fxsplit.cuda.replay import Recordings
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.execute.forward import Forward
-from fxsplit.training.accuracy import Accuracy, Confusion, Score, Snapshots
+from fxsplit.training.accuracy import Accuracy, Confusion, Score, Snapshots, first_choices
 from fxsplit.training.regularisers.endings import WeightEma
 from fxsplit.training.telemetry import Work
 
@@ -111,7 +111,7 @@ class Evaluator:
             if self._work is not None:
                 self._work.forward(len(batch), start=settled_from, stop=len(executor.partitions))
             with self._averaged(), self._forward.autocast():
-                right.append(self._forward.logits(batch).argmax(dim=1) == batch.labels)
+                right.append(first_choices(self._forward.logits(batch)) == batch.labels)
         return torch.cat(right).cpu()
 
     def _averaged(self) -> AbstractContextManager[None]:

@@ -38,9 +38,10 @@ def test_results_go_to_stdout_and_progress_to_stderr(
     assert "l2l and standard: faster; 0.5" in out
     assert f"written: {tmp_path}/compare.json" in out
     lines = err.splitlines()
-    assert len(lines) == 10
-    assert lines[0].startswith("1/10 paper:cnn standard seed 0: 6")
-    assert lines[0].endswith(" left")
+    assert len(lines) == 20
+    assert lines[0] == "paper:cnn standard seed 0 begins"
+    assert lines[1].startswith("1/10 paper:cnn standard seed 0: 6")
+    assert lines[1].endswith(" left")
     assert "left" not in lines[-1]
     assert len(played.launched) == 10
     assert main([*WORDS, "--seeds", "5", "-o", str(tmp_path), "--json"]) == 0
@@ -82,6 +83,24 @@ class Lines:
 
     def flush(self) -> None:
         pass
+
+
+def test_a_log_is_told_where_a_long_run_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = ComparisonSpec(models=("paper:cnn",), arms=("standard", "l2l"), seeds="7,", output=str(tmp_path))
+    first, second = planned(spec, "paper:cnn", read_arms(spec.arms, {}))
+    clock = iter((100.0, 100.0, 101.0, 699.0, 701.0, 701.0, 702.0, 1300.0, 1302.0, 1302.0))
+    monkeypatch.setattr(comparing.time, "monotonic", lambda: next(clock))
+    view = comparing.Lines()
+    view.planned([first, second], jobs=1)
+    view.began(first)
+    Path(first.folder).mkdir(parents=True)
+    (Path(first.folder) / "metrics.jsonl").write_text("{}\n{}\n", encoding="utf-8")
+    for _ in range(6):
+        view.waiting()
+    name = "paper:cnn standard seed 7"
+    assert capsys.readouterr().err.splitlines() == [f"{name} begins", *[f"{name} is in epoch 3"] * 2]
 
 
 def test_a_table_fills(player: Player, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

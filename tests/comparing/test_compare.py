@@ -92,6 +92,8 @@ def test_an_arm_may_be_a_recipe(tmp_path: Path) -> None:
         ({"match": "memory"}, "there is no match 'memory'"),
         ({"seeds": "1,1"}, "seeds are 1,1, but each must be there once"),
         ({"seeds": "0"}, "seeds is '0', but must be"),
+        ({"seeds": ","}, "seeds is ',', but must be"),
+        ({"seeds": "3,,"}, "seeds is '3,,', but must be"),
         ({"margin": 0.0}, "margin is 0.0, but must be a number above 0"),
         ({"models": ()}, "no model is given"),
     ],
@@ -104,6 +106,11 @@ def test_what_cannot_be_compared_is_said(
     assert player.launched == []
 
 
+@pytest.mark.parametrize(("words", "numbers"), [("3", (0, 1, 2)), ("7,", (7,)), ("0,", (0,)), ("3,0", (3, 0))])
+def test_seeds_are_a_number_of_them_or_their_names(words: str, numbers: tuple[int, ...]) -> None:
+    assert ComparisonSpec(seeds=words).seed_numbers == numbers
+
+
 def test_a_file_in_the_place_of_the_folder_is_said(tmp_path: Path, player: Player) -> None:
     file = tmp_path / "file"
     file.touch()
@@ -114,6 +121,7 @@ def test_a_file_in_the_place_of_the_folder_is_said(tmp_path: Path, player: Playe
 def test_a_recipe_has_keys_of_both() -> None:
     found = read_comparison({"model": "paper:cnn", "seeds": 3, "arms": ["l2l"], "lr": 0.1, "batch-size": 4})
     assert found == {"models": "paper:cnn", "seeds": "3", "arms": ["l2l"], "run": {"lr": 0.1, "batch_size": 4}}
+    assert [read_comparison({"seeds": seeds})["seeds"] for seeds in ([7], [3, 7], "7,")] == ["7,", "3,7", "7,"]
     with pytest.raises(UsageError, match=r"^the recipe 'x': the key 'sead' is not known; did you mean 'seed'"):
         read_comparison({"sead": 3}, source="the recipe 'x'")
     with pytest.raises(UsageError, match=r"^the recipe 'x': the arm 'l2l': the key 'parst' is not known"):

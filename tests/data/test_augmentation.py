@@ -24,7 +24,8 @@ from fxsplit.data.augmentation import erasing, mixing, resized_crop
 from fxsplit.data.augmentation.changes import Changes
 from fxsplit.data.augmentation.each_image import policy, seeded
 from fxsplit.data.batch import Batch
-from fxsplit.data.images import Data, FileImages, ImageSet, MemoryImages
+from fxsplit.data.files import FileImages
+from fxsplit.data.images import Data, ImageSet, MemoryImages
 from fxsplit.data.loader import ImageSource, Loader
 from fxsplit.data.randomness import random_stream
 from fxsplit.errors import UsageError
@@ -79,7 +80,7 @@ def folder(tmp_path: Path) -> list[str]:
 
 
 def files(paths: list[str], workers: int = 0) -> FileImages:
-    return FileImages(paths, torch.arange(COUNT) % 5, img_size=SIZE, workers=workers)
+    return FileImages(paths=paths, labels=torch.arange(COUNT) % 5, img_size=SIZE, workers=workers)
 
 
 def parts(batch: Batch) -> list[Tensor]:

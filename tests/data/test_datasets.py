@@ -21,9 +21,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fxsplit.data.datasets import KNOWN, describe, load
-from fxsplit.data.decoding import decode
-from fxsplit.data.images import Data, FileImages, ImageSet, MemoryImages
+from fxsplit.data.files import FileImages
+from fxsplit.data.images import Data, ImageSet, MemoryImages
 from fxsplit.data.loader import Loader
+from fxsplit.data.reading.decoding import decode
 from fxsplit.errors import DataError, UsageError
 
 # Python 3.12 warns of every fork in a process with threads, and the loader forks its workers.
@@ -319,7 +320,7 @@ def test_what_programs_leave_behind_is_no_class_and_no_image(folder: Folder, jun
     assert (colours_of(data.train), colours_of(data.test)) == ([1, 2, 3], [4, 5])
     assert len(said) == 2
     assert said[0].startswith(f"left out in {root}/train: 4 hidden (._0.png and 3 more)")
-    assert describe(f"folder:{root}", img_size=None) == (2, 12)
+    assert describe(f"folder:{root}", img_size=None, data_dir="data") == (2, 12)
 
 
 def test_images_that_lie_beside_the_class_folders_are_said(folder: Folder) -> None:
@@ -341,7 +342,7 @@ def test_images_come_in_the_order_of_their_folders_and_names(folder: Folder) -> 
     train = open_data(f"folder:{root}", img_size=3, memory_limit_bytes=0, notice=[].append).train
     assert isinstance(train, FileImages)
     expected = sorted((place, file) for place, _, files in os.walk(root / "train" / "cat") for file in files)
-    assert train.paths[:-1] == tuple(f"{place}/{file}" for place, file in expected)
+    assert train.names[:-1] == tuple(f"{place}/{file}" for place, file in expected)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "tga", "jp2", "jfif"])
@@ -490,7 +491,7 @@ def test_halves_are_known_by_their_usual_names(folder: Folder, train: str, held_
     root = folder(held_out, cat=1, dog=1)
     data = open_data(f"folder:{root}")
     assert (colours_of(data.train), colours_of(data.test)) == ([1, 2, 3, 4], [5, 6])
-    assert describe(f"folder:{root}", img_size=None) == (2, 12)
+    assert describe(f"folder:{root}", img_size=None, data_dir="data") == (2, 12)
     (root / held_out).rename(root / "unlabelled")
     assert f"has {train}/ but not" in refused(f"folder:{root}")
 
@@ -533,7 +534,7 @@ def test_a_folder_above_the_memory_limit_stays_in_files(folder: Folder) -> None:
     assert isinstance(streamed.train, FileImages)
     assert isinstance(streamed.test, FileImages)
     assert len(said) == 1
-    assert "read from their files" in said[0]
+    assert "read anew in every epoch" in said[0]
     assert colours_of(streamed.train) == colours_of(memory.train)
     assert colours_of(streamed.test) == colours_of(memory.test)
     assert torch.equal(streamed.train.labels, memory.train.labels)
@@ -599,7 +600,7 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Folder, tmp_path: Path) -> 
     [("cifar11", "'cifar10'"), ("digit", "'digits'"), ("folder", "'folder:PATH'"), ("folder:", "'folder:PATH'")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, hint: str) -> None:
-    for use in (open_data, partial(describe, img_size=None)):
+    for use in (open_data, partial(describe, img_size=None, data_dir="data")):
         with pytest.raises(UsageError, match=f"no data set '{name}', only digits.*did you mean.*{hint}"):
             use(name)
 
@@ -622,4 +623,4 @@ def test_describe_tells_what_load_gives(
         folder("train", size=(9, 14), cat=2, dog=9)
         name = f"folder:{folder('test', dog=1, cat=1)}"
     data = open_data(name, img_size=img_size, data_dir=str(data_dir), notice=[].append)
-    assert describe(name, img_size=img_size) == (len(data.classes), data.img_size)
+    assert describe(name, img_size=img_size, data_dir="data") == (len(data.classes), data.img_size)

@@ -16,9 +16,9 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fxsplit.data.decoding import READ, decode, formats, image_warnings, read_image, square, suffixes
-from fxsplit.data.images import FileImages
+from fxsplit.data.files import FileImages
 from fxsplit.data.loader import Loader
+from fxsplit.data.reading.decoding import READ, decode, formats, image_warnings, read_image, square, suffixes
 from fxsplit.errors import DataError
 from tests.fuzz_input.images import png
 
@@ -321,7 +321,7 @@ def test_of_a_large_photograph_a_smaller_version_is_decoded(tmp_path: Path, monk
     ramp = Image.fromarray(np.linspace(0, 255, 512, dtype=np.uint8)[None].repeat(256, 0)).convert("RGB")
     photo, drawing = saved(ramp, tmp_path / "photo.jpg", quality=95), saved(ramp, tmp_path / "drawing.png")
     whole = decode(photo, 16)
-    monkeypatch.setattr("fxsplit.data.decoding.MOST_PIXELS", 512 * 256 - 1)
+    monkeypatch.setattr("fxsplit.data.reading.decoding.MOST_PIXELS", 512 * 256 - 1)
     assert (decode(photo, 16).int() - whole.int()).abs().max() <= 3
     # Whoever wants all pixels gets every other one.
     image, width, height = read_image(photo)
@@ -329,7 +329,7 @@ def test_of_a_large_photograph_a_smaller_version_is_decoded(tmp_path: Path, monk
     assert read_image(photo, lambda *_: (40.0, 20.0))[0].size == (64, 32)
     with pytest.raises(DataError, match=r"it has 131072 pixels, and at most 131071 are read"):
         decode(drawing, 16)
-    monkeypatch.setattr("fxsplit.data.decoding.MOST_PIXELS", 512 * 256)
+    monkeypatch.setattr("fxsplit.data.reading.decoding.MOST_PIXELS", 512 * 256)
     decode(drawing, 16)
 
 
@@ -338,7 +338,7 @@ def test_values_of_more_bits_are_scaled_in_parts_as_in_one(tmp_path: Path, monke
     path = saved(Image.fromarray(values), tmp_path / "image.png")
     whole = decode(path, 23)
     for at_once in (1, 23, 60):
-        monkeypatch.setattr("fxsplit.data.decoding.SCALED_AT_ONCE", at_once)
+        monkeypatch.setattr("fxsplit.data.reading.decoding.SCALED_AT_ONCE", at_once)
         assert torch.equal(decode(path, 23), whole)
 
 
@@ -403,7 +403,7 @@ def test_of_large_photographs_only_what_is_needed_is_decoded(
 
 def test_crops_of_large_photographs_are_decoded_as_small_as_that(tmp_path: Path) -> None:
     Image.fromarray(load_sample_image("flower.jpg")).resize((1280, 854)).save(tmp_path / "large.jpg", quality=95)
-    images = FileImages([str(tmp_path / "large.jpg")] * 20, torch.zeros(20).long(), img_size=32, workers=0)
+    images = FileImages(paths=[str(tmp_path / "large.jpg")] * 20, labels=torch.zeros(20).long(), img_size=32, workers=0)
     sizes = []
     load = Image.Image.crop
 

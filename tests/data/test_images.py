@@ -20,10 +20,12 @@ from torchvision.transforms import v2
 
 from fxsplit.data.augmentation.crops import crop_flip, windows
 from fxsplit.data.batch import Batch, micro_batch_sizes
-from fxsplit.data.decoding import decode
-from fxsplit.data.images import Data, FileImages, MemoryImages, _outlive_signals
+from fxsplit.data.files import FileImages
+from fxsplit.data.images import Data, MemoryImages
 from fxsplit.data.loader import Loader
 from fxsplit.data.randomness import random_stream
+from fxsplit.data.reading.decoding import decode
+from fxsplit.data.reading.workers import _outlive_signals
 from fxsplit.errors import DataError, UsageError
 
 # Python 3.12 warns of every fork in a process with threads, and the loader forks its workers.
@@ -62,11 +64,11 @@ def files(tmp_path: Path) -> FileImages:
         shape = (12, 18, 3) if index % 4 == 3 else (16, 16, 3)
         paths.append(str(tmp_path / f"{index}.png"))
         Image.fromarray(stream.integers(256, size=shape, dtype=np.uint8)).save(paths[-1])
-    return FileImages(paths, torch.arange(7) % 3, img_size=16, workers=0)
+    return FileImages(paths=paths, labels=torch.arange(7) % 3, img_size=16, workers=0)
 
 
 def with_workers(files: FileImages, workers: int) -> FileImages:
-    return FileImages(files.paths, files.labels, img_size=files.img_size, workers=workers)
+    return FileImages(paths=files.paths, labels=files.labels, img_size=files.img_size, workers=workers)
 
 
 def test_a_plain_epoch_is_every_image_in_order_over_255() -> None:
@@ -276,14 +278,16 @@ def test_pixels_of_another_size_are_resized() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_files_are_resized_as_they_are_asked_for(files: FileImages, workers: int) -> None:
     def opened(interpolation: str) -> FileImages:
-        return FileImages(files.paths, files.labels, img_size=16, workers=workers, interpolation=interpolation)
+        return FileImages(
+            paths=files.paths, labels=files.labels, img_size=16, workers=workers, interpolation=interpolation
+        )
 
     expected = torch.stack([decode(path, 16, "bicubic") for path in files.paths])
-    assert not torch.equal(expected, files.decoded().pixels)
+    assert not torch.equal(expected, files.in_memory().pixels)
     for images in (opened("bicubic"), opened("bicubic").to(torch.device("cpu"))):
-        assert torch.equal(images.decoded().pixels, expected)
+        assert torch.equal(images.in_memory().pixels, expected)
         assert torch.equal(torch.cat(list(images.read(torch.arange(7), 4))), expected)
-        assert torch.equal(images.subset(torch.tensor([3])).decoded().pixels, expected[3:4])
+        assert torch.equal(images.subset(torch.tensor([3])).in_memory().pixels, expected[3:4])
 
 
 def test_a_subset_has_ids_of_its_own(files: FileImages) -> None:
@@ -309,7 +313,7 @@ def test_data_moves_as_a_whole(files: FileImages) -> None:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_files_give_the_batches_of_memory(files: FileImages, workers: int) -> None:
     streamed = with_workers(files, workers)
-    memory = streamed.decoded()
+    memory = streamed.in_memory()
     for epoch in (0, 1):
         for augment in ("none", "crop-flip"):
             assert same(
@@ -321,12 +325,12 @@ def test_files_give_the_batches_of_memory(files: FileImages, workers: int) -> No
 def test_an_epoch_that_was_left_early_does_not_leak_into_the_next(files: FileImages) -> None:
     streamed = with_workers(files, 1)
     next(Loader(streamed, batch_size=2).batches(0))
-    assert same(Loader(streamed, batch_size=2).batches(0), Loader(streamed.decoded(), batch_size=2).batches(0))
+    assert same(Loader(streamed, batch_size=2).batches(0), Loader(streamed.in_memory(), batch_size=2).batches(0))
 
 
 def test_decoded_pixels_are_those_in_the_files(files: FileImages) -> None:
     assert len(files.paths) == 7
-    pixels = files.decoded().pixels
+    pixels = files.in_memory().pixels
     for index in (0, 1, 2, 4, 5, 6):
         with Image.open(files.paths[index]) as image:
             assert np.array_equal(pixels[index].permute(1, 2, 0).numpy(), np.asarray(image))
@@ -369,7 +373,7 @@ def test_a_broken_file_is_named_in_one_sentence(files: FileImages, workers: int,
     else:
         broken.write_bytes(b"text" if damage == "text" else broken.read_bytes()[:300])
     streamed = with_workers(files, workers)
-    for read in (lambda: list(Loader(streamed, batch_size=2).batches(0)), streamed.decoded):
+    for read in (lambda: list(Loader(streamed, batch_size=2).batches(0)), streamed.in_memory):
         sentence = complaint(read)
         assert str(broken) in sentence
         assert "\n" not in sentence
@@ -378,7 +382,7 @@ def test_a_broken_file_is_named_in_one_sentence(files: FileImages, workers: int,
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_workers_outlive_signals_of_their_group(files: FileImages, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that they read for goes on with its step, and saves the run."""
-    monkeypatch.setattr("fxsplit.data.images.GRACE_SECONDS", 600)
+    monkeypatch.setattr("fxsplit.data.reading.workers.GRACE_SECONDS", 600)
     streamed, order = with_workers(files, 1), torch.arange(7)
     expected = list(files.read(order, 2))
     others = multiprocessing.active_children()
@@ -395,7 +399,7 @@ def test_workers_outlive_signals_of_their_group(files: FileImages, monkeypatch: 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_worker_is_gone_a_while_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxsplit.data.images.GRACE_SECONDS", 1)
+    monkeypatch.setattr("fxsplit.data.reading.workers.GRACE_SECONDS", 1)
     here, there = multiprocessing.Pipe()
 
     def work() -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fxsplit.cuda.recorder import CudaRecorder, Recording
 from fxsplit.data.batch import Batch
-from fxsplit.data.images import FileImages, ImageSet, MemoryImages
+from fxsplit.data.files import FileImages
+from fxsplit.data.images import ImageSet, MemoryImages
 from fxsplit.data.loader import ImageSource, Loader
 
 pytestmark = [
@@ -37,7 +38,7 @@ def images(
         paths = [str(tmp_path / f"{index}.png") for index in range(70)]
         for path, image in zip(paths, pixels, strict=True):
             Image.fromarray(image.transpose(1, 2, 0)).save(path)
-        files = FileImages(paths, labels, img_size=64, workers=2)
+        files = FileImages(paths=paths, labels=labels, img_size=64, workers=2)
         return files, files.to(CUDA)
     if request.param == "on the host":
         monkeypatch.setattr("fxsplit.data.images.free_bytes", lambda _device: 0)

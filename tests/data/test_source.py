@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fxsplit.data.batch import Batch
-from fxsplit.data.images import MemoryImages, ReaderChange
+from fxsplit.data.images import MemoryImages
 from fxsplit.data.loader import ImageSource, Loader
+from fxsplit.data.reading.workers import ReaderChange
 from tests.cuda.simulated import SimulatedRecorder, Tape
 
 

@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 import fxsplit
-from fxsplit.data import datasets, decoding
+from fxsplit.data import datasets
 from fxsplit.data.augmentation.changes import Changes
-from fxsplit.data.decoding import decode
 from fxsplit.data.loader import Loader
+from fxsplit.data.reading import decoding
+from fxsplit.data.reading.decoding import decode
 from fxsplit.errors import DataError
 from fxsplit.report import Observer, StepRecord
 from tests.faults.folders import images_in, load

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fxsplit.data.decoding import decode, formats, image_warnings
+from fxsplit.data.reading.decoding import decode, formats, image_warnings
 from fxsplit.errors import DataError
 from tests.fuzz_input.mutate import damaged
 from tests.fuzz_input.outcome import Outcome, crashed, refused

@@ -207,7 +207,10 @@ def test_a_run_can_become_longer(tmp_path: Path) -> None:
         assert getattr(recipe, name) == before + 2
         again = resumed(Path(first.folder))
         assert (again.epochs, again.confusion) == (report.epochs, report.confusion)
-        assert again.confusion
+        # It is of the last test alone.
+        assert sum(sum(row.values()) for row in again.confusion.values()) == again.data["test"]
+        right = sum(row.get(label, 0) for label, row in again.confusion.items())
+        assert 100 * right / again.data["test"] == pytest.approx(again.accuracy_pct)
 
 
 def test_a_run_that_was_killed_when_it_had_just_become_longer_stays_so(tmp_path: Path) -> None:

@@ -370,8 +370,10 @@ def test_a_path_that_can_be_none_is_refused(path: str) -> None:
 
 
 def test_a_model_says_what_it_is(run: Path) -> None:
-    assert str(fxsplit.load(run, device="cpu")).splitlines() == [
+    model = fxsplit.load(run, device="cpu")
+    assert str(model).splitlines() == [
         "paper:cnn, trained, on cpu, in evaluation mode",
         "  classes  3: bird, cat, dog",
         "  images   3 x 16 x 16, prepared by preprocess(file) or predict(files)",
     ]
+    assert "in training mode" in str(model.train())

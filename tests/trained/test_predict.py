@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import fxsplit
-from fxsplit.data.decoding import decode
+from fxsplit.data.reading.decoding import decode
 from fxsplit.errors import UsageError
 from fxsplit.report import Observer, Prediction
 from fxsplit.trained.model import TrainedModel

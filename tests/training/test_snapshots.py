@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import fxsplit
-from fxsplit.training.accuracy import Snapshots
+from fxsplit.data.batch import Batch
+from fxsplit.training.accuracy import Accuracy, Snapshots, first_choices
+from fxsplit.training.evaluator import Evaluator
 
 LABELS = torch.tensor([0, 1, 1])
 
@@ -26,6 +31,24 @@ def test_the_mean_of_probabilities_decides() -> None:
     other = Snapshots()
     other.load_state_dict(snapshots.state_dict())
     assert other.top1_pct(LABELS) == 100
+
+
+def test_of_equal_scores_all_take_the_class_that_tests_take() -> None:
+    scores = torch.zeros(3, 10)
+    accuracy = Accuracy(torch.device("cpu"))
+    labels = first_choices(scores)
+    accuracy.update(torch.zeros(()), scores, labels)
+    accuracy.count(3)
+    assert accuracy.read().top1_pct == 100
+    snapshots = Snapshots()
+    for phase in range(2):
+        snapshots.keep(phase, scores)
+    assert snapshots.top1_pct(labels) == 100
+    network = SimpleNamespace(
+        executor=nn.Identity(), device=labels.device, autocast=nullcontext, logits=lambda batch: batch.values[0]
+    )
+    images = SimpleNamespace(held_out=lambda: [(Batch(values=(scores,), labels=labels, ids=torch.arange(3)), 0)])
+    assert Evaluator(network, images).held_out().all()
 
 
 @pytest.mark.usefixtures("one_thread")

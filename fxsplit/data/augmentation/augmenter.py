@@ -23,9 +23,10 @@ from fxsplit.data.augmentation.crops import Augmentation, augmentation, drawn
 from fxsplit.data.augmentation.each_image import Policy, policy, seeded
 from fxsplit.data.augmentation.erasing import draw_boxes, erase, noise
 from fxsplit.data.augmentation.mixing import draw_mixes, mix
-from fxsplit.data.decoding import INTERPOLATIONS
-from fxsplit.data.images import ImageSet, OpenImage
+from fxsplit.data.images import ImageSet
 from fxsplit.data.randomness import random_stream
+from fxsplit.data.reading.decoding import INTERPOLATIONS
+from fxsplit.data.reading.workers import OpenImage
 from fxsplit.data.staging import write
 
 

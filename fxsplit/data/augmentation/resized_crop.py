@@ -19,8 +19,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from fxsplit.data.decoding import GAP, INTERPOLATIONS
-from fxsplit.data.images import ImageSet, OpenImage
+from fxsplit.data.images import ImageSet
+from fxsplit.data.reading.decoding import GAP, INTERPOLATIONS
+from fxsplit.data.reading.workers import OpenImage
 
 # So many sizes are drawn; where none fits into the image, the middle is taken.
 ATTEMPTS = 10

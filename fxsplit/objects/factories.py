@@ -1,4 +1,4 @@
-"""Calls a user's own function that builds a model: `file.py:FACTORY` or `pkg.module:FACTORY`."""
+"""Calls a user's own function, which builds a model or data: `file.py:FACTORY` or `pkg.module:FACTORY`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from torch import nn
 
-from fxsplit.errors import NoModelError, UsageError, nearest, reason, shown, shown_path
+from fxsplit.errors import UsageError, nearest, reason, shown, shown_path
 from fxsplit.paths import expanded
 
 # What ends a user's code from outside. Whatever else it raises, also past every `except Exception`, is its own fault.
 NOT_CAUGHT = (KeyboardInterrupt, MemoryError)
 
 
+class Others(NamedTuple):
+    """What else `source` may have been meant for: a `noun` and names. Finding nothing is an error, a `missing`."""
+
+    noun: str
+    names: Collection[str]
+    missing: type[UsageError]
+
+
 def call(
-    source: str, name: str, offered: dict[str, Any], required: Mapping[str, Any], *, libraries: Collection[str]
+    source: str, name: str, offered: Mapping[str, Any], required: Mapping[str, Any] | None = None, *, others: Others
 ) -> object:
     """Call a function or class of the user's and return its result.
 
@@ -32,24 +40,25 @@ def call(
         source: path of a .py file, or dotted name of a module; `name` is looked up there.
         offered: arguments that are passed where its signature has them.
         required: arguments that are passed in any case.
-        libraries: names that `source` may have been meant for, for the error.
+        others: for the error when there is no such file, module or function.
 
-    Raises NoModelError when there is no such file, module or function, UsageError when one of them raises.
+    Raises that error, and UsageError when one of them raises.
     """
     spec = f"{source}:{name}"
     with _importable(source):
-        module = _import_file(source) if is_file(source) else _import_module(source, spec, libraries)
+        module = _import_file(source, others.missing) if is_file(source) else _import_module(source, spec, others)
         factory = getattr(module, name, None)
         if isinstance(factory, nn.Module):
-            raise NoModelError(
+            raise others.missing(
                 f"{shown_path(spec)} is a module already built; name a function that builds one and returns it"
             )
         if not callable(factory):
             callables = [key for key, value in vars(module).items() if callable(value)]
-            raise NoModelError(f"{shown_path(source)} has no function or class {shown(name)}{nearest(name, callables)}")
+            hint = nearest(name, callables)
+            raise others.missing(f"{shown_path(source)} has no function or class {shown(name)}{hint}")
         try:
             named = inspect.signature(factory).parameters
-            return factory(**{key: value for key, value in offered.items() if key in named}, **required)
+            return factory(**{key: value for key, value in offered.items() if key in named}, **(required or {}))
         except NOT_CAUGHT:
             raise
         except BaseException as error:
@@ -67,7 +76,7 @@ def names(file: str) -> list[str]:
     Raises UsageError when the file is not there or cannot be imported.
     """
     with _importable(file):
-        module = _import_file(file)
+        module = _import_file(file, UsageError)
     own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     return [
         name
@@ -76,11 +85,11 @@ def names(file: str) -> list[str]:
     ]
 
 
-def _import_file(source: str) -> ModuleType:
+def _import_file(source: str, missing: type[UsageError]) -> ModuleType:
     path = expanded(source)
     if not os.path.isfile(path):
         beside = (file.name for file in path.parent.glob("*.py"))
-        raise NoModelError(f"there is no file {shown_path(source)}{nearest(path.name, beside)}")
+        raise missing(f"there is no file {shown_path(source)}{nearest(path.name, beside)}")
     path = path.resolve()
     # A name of its own, so that a file called torch.py hides nothing; pickle and dataclasses look it up in sys.modules.
     name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
@@ -98,15 +107,15 @@ def _import_file(source: str) -> ModuleType:
     return module
 
 
-def _import_module(source: str, spec: str, libraries: Collection[str]) -> ModuleType:
+def _import_module(source: str, spec: str, others: Others) -> ModuleType:
     try:
         return importlib.import_module(source)
     except BaseException as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{source}.".startswith(f"{missing}."):
-            raise NoModelError(
-                f"{shown(source)} in {shown_path(spec)} is no library ({', '.join(libraries)}), no .py file and no "
-                f"module that can be imported{nearest(source, libraries)}"
+            raise others.missing(
+                f"{shown(source)} in {shown_path(spec)} is no {others.noun} ({', '.join(others.names)}), no .py file "
+                f"and no module that can be imported{nearest(source, others.names)}"
             ) from error
         _raise_unimportable(source, error)
 

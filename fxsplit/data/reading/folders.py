@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxsplit.data.decoding import suffixes
+from fxsplit.data.reading.decoding import suffixes
 from fxsplit.errors import DataError, printable, shown_path
 
 # Names of the folders of each set, in lower case.

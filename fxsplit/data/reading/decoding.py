@@ -74,10 +74,15 @@ def decode(path: str | Path, img_size: int, interpolation: str = INTERPOLATIONS[
 
     Raises DataError when the file cannot be decoded, or has more than MOST_PIXELS.
     """
+    pixels: Tensor = transforms.pil_to_tensor(read_square(path, img_size, interpolation, crop_pct=crop_pct))
+    return pixels
+
+
+def read_square(path: str | Path, img_size: int, interpolation: str, *, crop_pct: float = 1.0) -> Image.Image:
+    """Read the image in a file as `decode` does, as an image of Pillow's."""
     short = img_size * GAP / crop_pct
     image, _, _ = read_image(path, lambda *sides: (short * sides[0] / min(sides), short * sides[1] / min(sides)))
-    pixels: Tensor = transforms.pil_to_tensor(square(image, img_size, interpolation, crop_pct=crop_pct))
-    return pixels
+    return square(image, img_size, interpolation, crop_pct=crop_pct)
 
 
 def read_image(path: str | Path, least: Least | None = None) -> tuple[Image.Image, int, int]:
@@ -93,7 +98,7 @@ def read_image(path: str | Path, least: Least | None = None) -> tuple[Image.Imag
     Raises DataError when the file cannot be decoded, or has more than MOST_PIXELS.
     """
     with open_image(path) as image:
-        return _read(image, least)
+        return read_open(image, least)
 
 
 def square_pixels(
@@ -103,13 +108,13 @@ def square_pixels(
 
     All of its detail is decoded, up to MOST_PIXELS: with less, it would be another image for those who have opened it.
     """
-    whole, _, _ = _read(image, None)
+    whole, _, _ = read_open(image)
     pixels: Tensor = transforms.pil_to_tensor(square(whole, img_size, interpolation, crop_pct=crop_pct))
     return pixels
 
 
-def _read(image: Image.Image, least: Least | None) -> tuple[Image.Image, int, int]:
-    """Read an open image, as `read_image` does. Raises what a decoder raises, and DecompressionBombError."""
+def read_open(image: Image.Image, least: Least | None = None) -> tuple[Image.Image, int, int]:
+    """Read an image that is open already, as `read_image` does. Whatever a decoder raises is raised."""
     turn, size = None, image.size
     if image.format in DRAFTED:
         turn = _turn(image)

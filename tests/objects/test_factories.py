@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from fxsplit.errors import UsageError
-from fxsplit.models import factories
+from fxsplit.objects import factories
 
+OTHERS = factories.Others("library", ("timm",), UsageError)
 FILE = """
 import sys
 
@@ -41,7 +42,7 @@ def test_a_factory_that_leaves_the_program_is_an_error(tmp_path: Path, name: str
     path = tmp_path / "nets.py"
     path.write_text(FILE)
     with pytest.raises(UsageError) as caught:
-        factories.call(str(path), name, {}, {}, libraries=())
+        factories.call(str(path), name, {}, others=OTHERS)
     assert str(caught.value).endswith(f"nets.py:{name}' {words}")
 
 
@@ -49,9 +50,9 @@ def test_an_interruption_is_none(tmp_path: Path) -> None:
     path = tmp_path / "nets.py"
     path.write_text(FILE)
     with pytest.raises(KeyboardInterrupt):
-        factories.call(str(path), "interrupted", {}, {}, libraries=())
+        factories.call(str(path), "interrupted", {}, others=OTHERS)
     with pytest.raises(UsageError) as caught:
-        factories.call(str(path), "long", {}, {}, libraries=())
+        factories.call(str(path), "long", {}, others=OTHERS)
     assert len(str(caught.value)) < 400
 
 
@@ -67,5 +68,5 @@ def test_so_is_a_file_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     for source in ("quitting.py", "quitting"):
         with pytest.raises(UsageError) as caught:
-            factories.call(source, "f", {}, {}, libraries=())
+            factories.call(source, "f", {}, others=OTHERS)
         assert str(caught.value) == f"{source!r} {words}"

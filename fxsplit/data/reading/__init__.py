@@ -1,0 +1,1 @@
+"""Images read ahead by worker processes, and files of images."""
