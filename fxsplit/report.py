@@ -68,8 +68,8 @@ class EpochRecord:
 
     With several processes each step reduced `reduced_bytes` of gradients and, where weights are divided, gathered
     `gathered_bytes` of them, both with what rounds parts up to the same size. The stages of a pipeline sent each other
-    `sent_bytes` of values and gradients in a step, all stages together. Processor time and work are those of all
-    processes, memory peaks those of the one that took most, energy and caches those of the first.
+    `sent_bytes` of values and gradients in a step on a full batch, all stages together. Processor time and work are
+    those of all processes, memory peaks those of the one that took most, energy and caches those of the first.
     """
 
     epoch: int

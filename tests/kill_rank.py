@@ -26,14 +26,16 @@ import torch
 from tests.saving.runs import COMMON, KINDS, differences, left_by, model_in
 
 # Their caches are of a fixed medium, and their partitions settle, so that images belong to processes later on.
-CHOSEN = ("standard", "l2l", "exits", "views", "few")
+CHOSEN = ("standard", "l2l", "exits", "views", "few", "pipeline")
+# A kind by itself, of several processes alone.
+PIPELINE = {"pipeline": {**KINDS["mixed"], "parallel": "pipeline", "grad_accum_steps": 4}}
 INTERVALS = ("1", "1s", "2s")
 
 
 def command(model: str, kind: str, folder: Path, name: str, interval: str, processes: int) -> list[str]:
     given: dict[str, Any] = {
         **COMMON,
-        **KINDS[kind],
+        **(KINDS | PIPELINE)[kind],
         "output": folder,
         "experiment": name,
         "checkpoint_every": interval,
@@ -78,7 +80,8 @@ def main() -> int:
         model = model_in(folder)
         twins: dict[tuple[str, str], tuple[dict[str, Any], float]] = {}
         for index in range(given.count):
-            kind, interval = CHOSEN[index % len(CHOSEN)], INTERVALS[index % len(INTERVALS)]
+            rounds, number = divmod(index, len(CHOSEN))
+            kind, interval = CHOSEN[number], INTERVALS[(index + rounds) % len(INTERVALS)]
             key = kind, interval
             if key not in twins:
                 twin = f"whole-{kind}-{interval}"

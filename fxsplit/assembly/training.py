@@ -223,6 +223,7 @@ def _pipeline(
         device,
         schedule=spec.pipeline_schedule,
         costs=CostModel(executor.partitions, trace, micro_batch, slots(spec)),
+        batch_size=spec.batch_size,
         dtype=amp_dtype(spec),
         channels_last=spec.channels_last,
     )

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class PipelineParallel(Engine):
         device: of this process.
         schedule: gpipe, 1f1b or interleaved, where each process has every so many-th of the stages.
         costs: by which partitions are divided.
+        batch_size: images in a batch.
         dtype: of autocast; None without.
         channels_last: whether values of four dimensions lie in memory so, and are sent so.
 
@@ -74,12 +75,14 @@ class PipelineParallel(Engine):
         *,
         schedule: str,
         costs: CostModel,
+        batch_size: int,
         dtype: torch.dtype | None = None,
         channels_last: bool = False,
     ) -> None:
         super().__init__(executor)
         self._trace, self._processes, self._device, self._costs = trace, processes, device, costs
         self._name, self._dtype, self._channels_last = schedule, dtype, channels_last
+        self._batch_size, self._image = batch_size, (trace.train.inputs[0].shape or ())[1:]
         partitions = executor.partitions
         if any(hooks_of(trace.model)):
             raise PartitionError(
@@ -88,7 +91,7 @@ class PipelineParallel(Engine):
         refuse_divided(trace, partitions, changing(trace, partitions), range(len(partitions)))
         # Those that stages can begin with, and why others cannot.
         self._starts, reasons = [0], [""]
-        boundaries = self._boundaries(trace.train.inputs[0].shape or ())
+        boundaries = self._boundaries(2)
         for partition in partitions[1:]:
             try:
                 boundaries.at(partition)
@@ -96,11 +99,12 @@ class PipelineParallel(Engine):
             except PartitionError as error:
                 reasons.append(f"; {error}")
         self._count = stage_count(len(self._starts), processes.count, schedule, reasons[-1])
-        self._schedules: dict[tuple[int, int], _Schedule] = {}
+        # By the number and the size of micro-batches; by their size, what each stage but the last sends.
+        self._schedules: dict[tuple[int, int], Any] = {}
+        self._sent: dict[int, list[tuple[Tensor, ...]]] = {}
         # Those that are in the pipeline, and what computes the loss of one.
         self._micro_batches: Sequence[Batch] = ()
         self._loss: Callable[[Batch], Tensor] | None = None
-        self._sent = self._steps = 0
         self._divide()
 
     def _divide(self) -> None:
@@ -113,7 +117,7 @@ class PipelineParallel(Engine):
     def enter(self, *beside: nn.Module) -> None:
         assert not beside, "nothing can train beside a pipeline"
         self.leave()
-        self._sent = self._steps = 0
+        self._sent.clear()
         self._divide()
 
     def leave(self, *, alone: bool = False) -> None:  # noqa: ARG002 - nothing is sent for it
@@ -123,24 +127,23 @@ class PipelineParallel(Engine):
             gc.collect()
 
     @property
-    def sent_per_step(self) -> int | None:  # type: ignore[override]
-        return round(self._sent / self._steps) if self._steps else None
+    def sent_per_step(self) -> int:  # type: ignore[override]
+        count = self.executor.phase.micro_batches
+        values = [value for each in self._values_sent(-(-self._batch_size // count)) for value in each]
+        return count * sum(value.nbytes * (2 if value.requires_grad else 1) for value in values)
 
     def backward(self, micro_batches: Sequence[Batch], loss: Callable[[Batch], Tensor]) -> None:
-        self._steps += 1
         self._loss = loss
         for alike in self._runs(micro_batches):
             self._micro_batches = alike
             key = len(alike), len(alike[0])
             if key not in self._schedules:
-                self._schedules[key] = self._schedule(alike)
-            schedule = self._schedules[key]
-            self._sent += schedule.sent_bytes
+                self._schedules[key] = self._schedule(*key)
             # Schedules deal out numbers of micro-batches: the first stage and the loss look up what they are.
             numbers = torch.arange(len(alike))
             given = (numbers,) if self._processes.rank == 0 else ()
             try:
-                schedule.torch.step(*given, target=numbers, return_outputs=False)
+                self._schedules[key].step(*given, target=numbers, return_outputs=False)
             except RuntimeError as error:
                 # torch puts what a stage raises into an error with all its tensors.
                 raise error.__cause__ or error from None
@@ -154,9 +157,9 @@ class PipelineParallel(Engine):
             whole = len(alike) - (len(alike) % self._processes.count if self._name == INTERLEAVED else 0)
             yield from filter(None, (alike[:whole], alike[whole:]))
 
-    def _schedule(self, micro_batches: Sequence[Batch]) -> _Schedule:
-        """Make the schedule of so many micro-batches of this size in the present phase."""
-        sent = self._values_sent(micro_batches[0])
+    def _schedule(self, count: int, size: int) -> Any:
+        """Make the schedule of `count` micro-batches of `size` images in the present phase."""
+        sent = self._values_sent(size)
         number = (torch.empty(1, dtype=torch.int64, device=META),)
         # The last stage hands on what it is given: its partitions run with the loss.
         ends = [number, *sent, sent[-1]]
@@ -171,16 +174,12 @@ class PipelineParallel(Engine):
             )
             for index in range(self._processes.rank, self._count, self._processes.count)
         ]
-        count = len(micro_batches)
         options: dict[str, Any] = {"loss_fn": self._last, "scale_grads": False}
         if self._name == INTERLEAVED:
-            made: Any = ScheduleInterleaved1F1B(stages, count, **options)
-        elif self._name == "1f1b" and count >= self._count:
-            made = Schedule1F1B(stages[0], count, **options)
-        else:
-            made = ScheduleGPipe(stages[0], count, **options)
-        once = sum(value.nbytes * (2 if value.requires_grad else 1) for values in sent for value in values)
-        return _Schedule(made, sent_bytes=count * once)
+            return ScheduleInterleaved1F1B(stages, count, **options)
+        if self._name == "1f1b" and count >= self._count:
+            return Schedule1F1B(stages[0], count, **options)
+        return ScheduleGPipe(stages[0], count, **options)
 
     def _run(self, stage: int, dtypes: Sequence[torch.dtype], *given: Tensor) -> tuple[Tensor, ...]:
         """Run a stage on what it is given: the number of a micro-batch in the first one, else values at its cut."""
@@ -206,32 +205,36 @@ class PipelineParallel(Engine):
         micro_batch = self._micro_batches[int(number)]
         return self._loss(replace(micro_batch, values=tuple(map(self._received, values)), cut=self._cuts[-2]))
 
-    def _values_sent(self, batch: Batch) -> list[tuple[Tensor, ...]]:
-        """List what each stage but the last sends for a micro-batch, as tensors on the meta device."""
-        boundaries = self._boundaries(batch.images.shape)
-        found = [boundaries.at(self.executor.partitions[cut]) for cut in self._cuts[1:-1]]
-        dtypes = [[value.dtype for value in values] for values in found] if self._dtype is None else self._types(batch)
-        return [
-            tuple(
-                self._sendable(value.detach().to(dtype)).requires_grad_(value.requires_grad)
-                for value, dtype in zip(values, of_values, strict=True)
-            )
-            for values, of_values in zip(found, dtypes, strict=True)
-        ]
+    def _values_sent(self, size: int) -> list[tuple[Tensor, ...]]:
+        """List what each stage but the last sends for a micro-batch of `size` images, on the meta device."""
+        if size not in self._sent:
+            boundaries = self._boundaries(size)
+            found = [boundaries.at(self.executor.partitions[cut]) for cut in self._cuts[1:-1]]
+            types = [[value.dtype for value in each] for each in found] if self._dtype is None else self._types(size)
+            self._sent[size] = [
+                tuple(
+                    self._sendable(value.detach().to(dtype)).requires_grad_(value.requires_grad)
+                    for value, dtype in zip(values, dtypes, strict=True)
+                )
+                for values, dtypes in zip(found, types, strict=True)
+            ]
+        return self._sent[size]
 
-    def _boundaries(self, images: Sequence[int]) -> Boundaries:
-        return Boundaries(self._trace, (torch.empty(tuple(images), device=META),), {}, self._device)
+    def _boundaries(self, size: int) -> Boundaries:
+        return Boundaries(self._trace, (torch.empty(size, *self._image, device=META),), {}, self._device)
 
     @torch.no_grad()
-    def _types(self, batch: Batch) -> list[list[torch.dtype]]:
+    def _types(self, size: int) -> list[list[torch.dtype]]:
         """Find out the types that values have in autocast, by a pass in evaluation: that changes nothing."""
+        training = self.executor.training
         self.executor.eval()
-        values, found = list(batch.values), []
+        values: list[Any] = [torch.zeros(size, *self._image, device=self._device)]
+        found = []
         with self._autocast():
             for stage in range(self._count - 1):
                 values = self._values(values, stage)
                 found.append([value.dtype for value in values])
-        self.executor.train()
+        self.executor.train(training)
         return found
 
     def _autocast(self) -> torch.autocast:
@@ -271,13 +274,6 @@ class PipelineParallel(Engine):
             for name, each in packed.items()
             if wanted(name)
         }
-
-
-class _Schedule(NamedTuple):
-    """A schedule of torch, and the bytes that all stages together send in it."""
-
-    torch: Any
-    sent_bytes: int
 
 
 class _Called(nn.Module):

@@ -26,7 +26,7 @@ class Engine:
     bytes_per_step: int | None = None
     # Bytes of weights that a step has gathered since `enter`; None where weights are whole.
     gathered_per_step: int | None = None
-    # Bytes of values and gradients that a step has sent from stage to stage since `enter`; None without stages.
+    # Bytes of values and gradients that a step on a full batch sends from stage to stage; None without stages.
     sent_per_step: int | None = None
     # By partition, the process that trains it since `enter`; None where all processes train all of them.
     homes: Sequence[int] | None = None
