@@ -193,11 +193,10 @@ class PipelineParallel(Engine):
     def _values(self, given: Sequence[Any], stage: int) -> list[Any]:
         """Run the partitions of a stage, on images in the first one; return the values at its end."""
         executor, (start, stop) = self.executor, self._cuts[stage : stage + 2]
-        settled = executor.window[0]
         values = executor.settle_to(stop, *given) if stage == 0 else executor.settle_on(given, start, stop)
-        if stop <= settled:
-            return values
-        return executor.resume(values, stop, cut=max(start, settled))  # type: ignore[no-any-return]
+        if stop > executor.window[0]:
+            values = executor.resume(values, stop, cut=start)
+        return values
 
     def _last(self, values: Sequence[Tensor], number: Tensor) -> Tensor:
         """Run the partitions of the last stage, and return the loss of a micro-batch."""

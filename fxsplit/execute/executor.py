@@ -332,7 +332,7 @@ class Executor(nn.Module):
     def resume(self, values: list[Any], stop: int | None = None, *, cut: int = 0) -> Any:
         """Run the partitions after the settled ones; return what the model would return, or the values at cut `stop`.
 
-        `values` are what `settle` returned, or those at a later `cut`; the list is emptied.
+        `values` are what `settle` returned or, if `cut` lies behind what is settled, those there; the list is emptied.
         """
         self._check_model()
         return self._resume(values, stop, cut)
