@@ -90,7 +90,12 @@ def _fitting(start: Start, processes: Processes, observer: Observer) -> Start:
     if spec.ensemble:
         raise UsageError("a snapshot ensemble is tested by one process; leave out --ensemble")
     if spec.parallel == PIPELINE:
-        return start if start.goes_on else replace(start, spec=_in_micro_batches(spec, count, observer))
+        if start.goes_on:
+            observer.notice(
+                f"{count} processes train together, each some of the partitions; micro-batches are as before"
+            )
+            return start
+        return replace(start, spec=_in_micro_batches(spec, count, observer))
     if spec.batch_size < count:
         raise UsageError(
             f"batch-size is {spec.batch_size}, and {count} processes divide each batch among them; give a larger one"

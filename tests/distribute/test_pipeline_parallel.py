@@ -24,7 +24,7 @@ from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import FxsplitError, Terminated, UsageError
 from fxsplit.plan.forecast import CostModel
 from fxsplit.report import Observer
-from fxsplit.saving.checkpoints import find_checkpoint
+from fxsplit.saving.checkpoints import Found, find_checkpoint
 from fxsplit.spec import RunSpec
 from fxsplit.training.step import Step
 from tests.distribute.test_data_parallel import COMMON, RANKS, SCORES, Interrupting, metrics, weights, write_models
@@ -318,12 +318,15 @@ def test_a_batch_goes_through_in_as_many_micro_batches_as_there_are_processes() 
         assert _fitting(start, ALONE, observer) is start
         asked = replace(start, spec=replace(start.spec, grad_accum_steps=8))
         assert _fitting(asked, Processes(0, 4), observer) == asked
+        going_on = replace(start, found=Found(Path(), {}))
+        assert _fitting(going_on, Processes(0, 4), observer) is going_on
     assert said == [
         "4 processes train together, each some of the partitions; batches of 64 images go through them in 4 "
         "micro-batches, one for each process; more --grad-accum-steps leave them less to wait",
         "there are no other processes for --parallel pipeline; start several with torchrun",
         "4 processes train together, each some of the partitions; batches of 64 images go through them in 8 "
         "micro-batches",
+        "4 processes train together, each some of the partitions; micro-batches are as before",
     ]
     with pytest.raises(UsageError, match=r"^batch-size is 64, which 3 micro-batches, one for each process"):
         _fitting(start, Processes(0, 3), observer)
