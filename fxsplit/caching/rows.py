@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import tempfile
 import weakref
 from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fxsplit.data.staging import rows_of
+from fxsplit.errors import DataError
 
 
 class Column(NamedTuple):
@@ -104,51 +106,52 @@ class MemoryRows:
 
 
 class FileRows:
-    """Keeps `count` rows of each column in a nameless file in `folder`, read through a memory map.
+    """Keeps `count` rows of each column in a nameless file in `folder`.
 
     The file is gone with the object, however the process ends. Rows are read into pinned memory if `pinned`. Raises
     OSError when it cannot be made or the disk is full.
     """
+
+    # Rows are written and read by system calls. These raise an exception on a full or broken disk, where a memory map
+    # would end the process by a signal; and pages of a map would count as its memory.
 
     device = torch.device("cpu")
     resident_bytes = 0
 
     def __init__(self, count: int, columns: Sequence[Column], folder: str, *, pinned: bool = False) -> None:
         self._columns, self._pinned = columns, pinned
-        self._offsets, end = [], 0
-        for column in columns:
-            self._offsets.append(end)
-            end += -(-count * column.row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.file_bytes = end
+        *self._offsets, self.file_bytes = accumulate((count * column.row_bytes for column in columns), initial=0)
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as the object
         weakref.finalize(self, self._file.close)
-        # Space is reserved now, and rows are written by system calls, because these raise an exception on a full disk:
-        # writing into the memory map would end the process by a signal.
-        self._file.truncate(end)
+        self._file.truncate(self.file_bytes)
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self._file.fileno(), 0, end)
-        self._map = mmap.mmap(self._file.fileno(), end)
-        self._tensors = [
-            torch.frombuffer(self._map, dtype=column.kept, count=count * prod(column.shape), offset=offset).view(
-                count, *column.shape
-            )
-            for column, offset in zip(columns, self._offsets, strict=True)
-        ]
+            os.posix_fallocate(self._file.fileno(), 0, self.file_bytes)  # else a full disk would show later
 
     def write(self, rows: Tensor, packed: Sequence[Tensor]) -> None:
         """Write packed values (B, ...) of each column into `rows`, int64 (B,). Raises OSError when the disk is full."""
         for column, offset, value in zip(self._columns, self._offsets, packed, strict=True):
-            data = value.reshape(len(value), -1).view(torch.uint8).numpy()
-            for row, line in zip(rows.tolist(), data, strict=True):
+            for row, line in zip(rows.tolist(), _lines(value), strict=True):
                 if os.pwrite(self._file.fileno(), line, offset + row * column.row_bytes) < column.row_bytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def read(self, rows: Tensor) -> list[Tensor]:
-        """Read packed values (B, ...) of each column from `rows`: copies, which may be written into."""
-        found = [rows_of(tensor, rows, pinned=self._pinned) for tensor in self._tensors]
-        # Pages that were read would count as this process's memory, although the system can take them back.
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        """Read packed values (B, ...) of each column from `rows`: copies, which may be written into.
+
+        Raises DataError when the disk fails.
+        """
+        found = []
+        try:
+            for column, offset in zip(self._columns, self._offsets, strict=True):
+                value = torch.empty((len(rows), *column.shape), dtype=column.kept, pin_memory=self._pinned)
+                for row, line in zip(rows.tolist(), _lines(value), strict=True):
+                    if os.preadv(self._file.fileno(), [line], offset + row * column.row_bytes) < column.row_bytes:
+                        raise OSError(errno.EIO, os.strerror(errno.EIO))
+                found.append(value)
+        except OSError as error:
+            raise DataError(
+                f"what settled partitions deliver cannot be read back from its file ({error.strerror}); go on with "
+                "--resume, and with --cache ram or off if the disk is broken"
+            ) from error
         return found
 
     def forget(self) -> None:
@@ -156,3 +159,8 @@ class FileRows:
         os.fsync(self._file.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _lines(value: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return the bytes of each row of a contiguous tensor (B, ...) on the CPU; they are its memory."""
+    return value.view(len(value), -1).view(torch.uint8).numpy()

@@ -18,6 +18,7 @@ from fxsplit.distribute.concord import Concord
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import NotFiniteError
 from fxsplit.execute.forward import Forward
+from fxsplit.measuring.heap import trim_heap
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.saving.run_state import Stateful
@@ -315,6 +316,7 @@ class Trainer:
             self.plasticity.enter(named_parameters(self.executor))
         if self.ema is not None:
             self.ema.enter()
+        trim_heap()
         self._telemetry.phase_begins()
         self.observer.phase_started(index, phase)
         if self.executor.is_compiled:

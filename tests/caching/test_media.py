@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
@@ -17,6 +18,8 @@ from fxsplit.caching import media
 from fxsplit.caching.cache import CachePolicy
 from fxsplit.caching.media import GIB, Offer, Refusal, Timed, available, choose, open_rows, reading_seconds
 from fxsplit.caching.rows import Column, FileRows
+from fxsplit.errors import DataError
+from fxsplit.measuring.meter import peak_resident_bytes
 from fxsplit.plan.schedule import Phase
 from tests.networks import Chain
 from tests.training.test_trainer import trainer
@@ -111,6 +114,38 @@ def test_rows_are_still_there_when_the_system_has_forgotten_them(tmp_path: Path)
     rows.write(torch.arange(6), values)
     rows.forget()
     assert torch.equal(rows.read(torch.arange(6))[0], values[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
+def test_a_file_is_read_without_taking_memory(tmp_path: Path) -> None:
+    """Beside the rows that are read: a memory map would have brought more of the file, 64 MiB, in with each of them."""
+    count, width = 16384, 1024
+    column = Column.of(torch.empty(1, width), None)
+    rows = open_rows("disk", count, [column], CPU, str(tmp_path))
+    for numbers in torch.arange(count).split(256):
+        rows.write(numbers, [numbers[:, None].expand(-1, width).float().contiguous()])
+    spread = torch.arange(0, count, 64)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_resident_bytes()
+    (found,) = rows.read(spread)
+    assert torch.equal(found[:, -1], spread.float())
+    assert peak_resident_bytes() - before <= 4 * found.nbytes
+
+
+def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = open_rows("disk", 6, [Column.of(torch.empty(1, 5), None)], CPU, str(tmp_path))
+    words = r"cannot be read back from its file \(Input/output error\); go on with --resume"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", lambda *_: 19)
+        with pytest.raises(DataError, match=words):
+            rows.read(torch.arange(6))
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(DataError, match=words):
+        rows.read(torch.arange(6))
 
 
 def test_the_least_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
