@@ -195,7 +195,7 @@ ALONE = Processes()
 def joined() -> Iterator[Processes]:
     """Join the processes that `torchrun` has started, or those that torch.distributed knows already, and leave them.
 
-    Without either this is the only process.
+    Without either this is the only process. Inside, FxsplitError is raised where another process has ended.
     """
     rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     was_initialized = distributed.is_initialized()
@@ -209,11 +209,27 @@ def joined() -> Iterator[Processes]:
         distributed.init_process_group(backend, store=_store(), rank=rank, world_size=count)
     processes = Processes(rank, count, local_rank=local_rank(), local_count=local_count())
     try:
-        yield processes
-        processes.close()
+        with lost_process_named():
+            yield processes
+            processes.close()
     finally:
         if not was_initialized:
             distributed.destroy_process_group()
+
+
+@contextmanager
+def lost_process_named() -> Iterator[None]:
+    """Inside, an error of torch about a process that is gone becomes a FxsplitError."""
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL has types of its own; gloo names a file of its source.
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise FxsplitError(
+            "another process of the run has ended, or cannot be reached, so this one ends, too; see what that one says "
+            "and go on with --resume"
+        ) from error
 
 
 def _store() -> PrefixStore:

@@ -24,7 +24,7 @@ from fxsplit.assembly.starting import Start, _fitting, check_alike
 from fxsplit.data.loader import Loader
 from fxsplit.distribute.concord import Concord
 from fxsplit.distribute.layout import own_part
-from fxsplit.distribute.processes import ALONE, Processes
+from fxsplit.distribute.processes import ALONE, Processes, lost_process_named
 from fxsplit.errors import FxsplitError, Terminated, UsageError
 from fxsplit.objects.structure import is_divided
 from fxsplit.report import Observer, StepRecord
@@ -395,6 +395,20 @@ def test_a_signal_to_one_process_ends_both_with_a_checkpoint(
         assert [mine[score] for score in SCORES] == [other_epoch[score] for score in SCORES]
     expected = weights(whole)
     assert all(torch.equal(value, expected[key]) for key, value in weights(ours).items())
+
+
+def test_a_process_that_is_gone_is_named() -> None:
+    """In the words of gloo, and as an error of NCCL; other errors stay what they are."""
+    words = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Connection closed by peer [127.0.0.1]:4504"
+    for lost in (RuntimeError(words), distributed.DistBackendError("NCCL error: remote process exited")):
+        with (
+            pytest.raises(FxsplitError, match=r"another process of the run has ended.* --resume") as caught,
+            lost_process_named(),
+        ):
+            raise lost
+        assert caught.value.__cause__ is lost
+    with pytest.raises(RuntimeError, match="shapes differ"), lost_process_named():
+        raise RuntimeError("shapes differ")
 
 
 def test_a_vote_is_read_when_it_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
