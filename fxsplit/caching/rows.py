@@ -124,7 +124,7 @@ class FileRows:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as the object
         weakref.finalize(self, self._file.close)
         self._file.truncate(self.file_bytes)
-        if hasattr(os, "posix_fallocate"):
+        if self.file_bytes and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._file.fileno(), 0, self.file_bytes)  # else a full disk would show later
 
     def write(self, rows: Tensor, packed: Sequence[Tensor]) -> None:
@@ -163,4 +163,4 @@ class FileRows:
 
 def _lines(value: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return the bytes of each row of a contiguous tensor (B, ...) on the CPU; they are its memory."""
-    return value.view(len(value), -1).view(torch.uint8).numpy()
+    return value.view(len(value), prod(value.shape[1:])).view(torch.uint8).numpy()

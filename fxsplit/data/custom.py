@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,16 +16,18 @@ from torchvision.transforms.v2 import functional as transforms
 from fxsplit.data.files import InFile
 from fxsplit.data.images import Data, Read, ReadImages
 from fxsplit.data.reading.decoding import Least, read_open, square
-from fxsplit.data.reading.unreadable import Unread
+from fxsplit.data.reading.unreadable import Unread, refuse_special
 from fxsplit.data.reading.workers import OpenImage, OwnPixels
-from fxsplit.errors import DataError, UsageError, reason, shown_path
+from fxsplit.errors import DataError, UsageError, reason, shown, shown_path
 from fxsplit.objects import factories
 from fxsplit.paths import expanded
 
-# Names of the images to test on, in a mapping that a function returns; the first that is there counts.
+# Names of the images to test on, in a mapping that a function returns. Of several the first with labels counts.
 TEST = ("test", "validation", "val")
 # Keys of an item that is a mapping, as Hugging Face's are.
 IMAGE, LABEL = "image", "label"
+# More classes are a mistake.
+MOST_CLASSES = 1_000_000
 
 Notice = Callable[[str], None]
 
@@ -36,6 +38,31 @@ class Items(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Half(NamedTuple):
+    """Images to train or to test on: their items, labels int64 (N,), and the names of classes if there are any.
+
+    `is_read` tells that labels were not at hand: every item was read for them.
+    """
+
+    items: Items
+    labels: Tensor
+    classes: tuple[str, ...] | None
+    is_read: bool
+
+
+# What a function returned for whoever asked about it first, until it is loaded: calling it may take long.
+_described: dict[tuple[str, str], tuple[Half, Half]] = {}
+
+
+def describe(name: str, *, data_dir: str, largest: int) -> tuple[int, int]:
+    """Return the number of classes and the side in pixels of the images that `load` gives next.
+
+    Raises what `load` raises.
+    """
+    halves = _described[name, data_dir] = _halves(name, data_dir)
+    return len(_classes(name, *halves)), _own_size(name, halves[0], largest)
 
 
 def load(
@@ -66,26 +93,40 @@ def load(
     Raises UsageError when there is no such function, or it returns something else, and DataError when an item has no
     image or no label of a class.
     """
-    source, _, function = name.partition(":")
-    others = factories.Others("kind of data set", ("folder",), UsageError)
-    made = factories.call(source, function, {"data_dir": str(expanded(data_dir))}, others=others)
-    sets = _train_and_test(name, made)
-    labels = [_labels(name, items, notice) for items in sets]
-    classes = _classes(name, sets[0], labels)
-    size = img_size or min(largest, min(_opened(name, sets[0], 0).at_least(_any).image.size))
+    halves = _described.pop((name, data_dir), None) or _halves(name, data_dir)
+    if any(half.is_read for half in halves):
+        notice(f"labels of {name} are read item by item; a data set that has them as `targets` is ready sooner")
+    classes = _classes(name, *halves)
+    size = img_size or _own_size(name, halves[0], largest)
     train, test = (
         CustomImages(
             name=name,
-            items=items,
-            ids=torch.arange(len(items)),
-            labels=each,
+            items=half.items,
+            ids=torch.arange(len(half.labels)),
+            given_labels=half.labels,
+            labels=half.labels if half.classes is None else _positions(half.classes, classes)[half.labels],
             img_size=size,
             workers=workers,
             interpolation=interpolation,
         )
-        for items, each in zip(sets, labels, strict=True)
+        for half in halves
     )
     return Data(train=train, test=test, classes=classes, img_size=size)
+
+
+def _halves(name: str, data_dir: str) -> tuple[Half, Half]:
+    source, _, function = name.partition(":")
+    others = factories.Others("kind of data set", ("folder",), UsageError)
+    with torch.random.fork_rng(devices=[]):
+        made = factories.call(source, function, {"data_dir": str(expanded(data_dir))}, others=others)
+    train, tests = _train_and_tests(name, made)
+    half = _half(f"the data set to train on of {shown_path(name)}", train)
+    for each in tests:
+        test = _half(f"the data set to test on of {shown_path(name)}", each)
+        # Hugging Face's test sets are often without labels, all of which are then -1.
+        if bool((test.labels >= 0).any()):
+            break
+    return half, test
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,11 +137,13 @@ class CustomImages(ReadImages):
         name: of the data set.
         items: all of it.
         ids: the number of each image's item, int64 (N,).
+        given_labels: what the data set says of all its items, int64, to be held against each item that is read.
     """
 
     name: str
     items: Items
     ids: Tensor
+    given_labels: Tensor
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,18 +153,34 @@ class CustomImages(ReadImages):
         return replace(self, ids=self.ids[ids], labels=self.labels[ids])
 
     def reader(self, change: Callable[..., Tensor]) -> Read:
-        return _FromItems(self.name, self.items, self.ids.tolist(), change)
+        return _FromItems(self.name, self.items, self.ids.tolist(), self.given_labels.tolist(), change)
 
 
 class _FromItems:
     """Reads items and changes the image of each; `change` takes an `OpenImage` and the rows of the image."""
 
-    def __init__(self, name: str, items: Items, ids: list[int], change: Callable[..., Tensor]) -> None:
-        self._name, self._items, self._ids, self._change = name, items, ids, change
+    def __init__(
+        self, name: str, items: Items, ids: list[int], labels: list[int], change: Callable[..., Tensor]
+    ) -> None:
+        self._name, self._items, self._ids, self._labels, self._change = name, items, ids, labels, change
 
     def __call__(self, index: int, rows: Sequence[Any], _unread: dict[str, Unread]) -> Tensor:
         number = self._ids[index]
-        return self._change(_opened(self._name, self._items, number), *rows)
+        image, label = _item(shown_path(self._name), self._items, number)
+        if not _is(label, self._labels[number]):
+            raise DataError(
+                f"item {number} of {shown_path(self._name)} has the label {shown(label)}, but its list of labels says "
+                f"{self._labels[number]}; give the same in both"
+            )
+        return self._change(_opened(f"the image of item {number} of {shown_path(self._name)}", image), *rows)
+
+
+def _is(label: Any, number: int) -> bool:
+    """Tell whether an item's label, of whatever type, is a number."""
+    try:
+        return int(label) == number
+    except (TypeError, ValueError):
+        return False
 
 
 class _Open:
@@ -135,21 +194,24 @@ class _Open:
 
     def at_least(self, _least: Least) -> OwnPixels:
         try:
-            return OwnPixels(*read_open(self._image))
+            found = OwnPixels(*read_open(self._image))
         except Exception as error:
             raise DataError(f"{self._what} cannot be decoded ({reason(error)}); repair it, or leave it out") from error
+        if not min(found.image.size):
+            raise DataError(f"{self._what} has no pixels; leave it out")
+        return found
 
 
 def _any(width: int, height: int) -> tuple[float, float]:
     return width, height
 
 
-def _opened(name: str, items: Items, number: int) -> OpenImage:
-    """Open the image of an item. Raises DataError when it has none."""
-    what = f"the image of item {number} of {shown_path(name)}"
-    image = _item(name, items, number)[0]
+def _opened(what: str, image: Any) -> OpenImage:
+    """Open an image. Raises DataError when it is something else."""
     if isinstance(image, str | PathLike):
-        return InFile(fspath(image))
+        path = fspath(image)
+        refuse_special(path)
+        return InFile(path)
     if isinstance(image, Image.Image):
         return _Open(image, what)
     if isinstance(image, Tensor | np.ndarray) and image.dtype in (torch.uint8, np.uint8):
@@ -161,76 +223,124 @@ def _opened(name: str, items: Items, number: int) -> OpenImage:
     raise DataError(f"{what} is a {kind}, and must be an image of Pillow's, the path of a file, or uint8 pixels")
 
 
-def _item(name: str, items: Items, number: int) -> tuple[Any, Any]:
-    """Return image and label of an item. Raises DataError when it cannot be read, or is something else."""
+def _item(what: str, items: Items, number: int) -> tuple[Any, Any]:
+    """Return image and label of an item of `what`, in words.
+
+    Raises DataError when it cannot be read, or is something else.
+    """
     try:
         item = items[number]
-    except Exception as error:
-        raise DataError(
-            f"item {number} of {shown_path(name)} cannot be read: {type(error).__name__}: {reason(error)}"
-        ) from error
+    except factories.NOT_CAUGHT:
+        raise
+    except BaseException as error:
+        raise DataError(f"item {number} of {what} cannot be read: {type(error).__name__}: {reason(error)}") from error
     if isinstance(item, Mapping) and {IMAGE, LABEL} <= item.keys():
         return item[IMAGE], item[LABEL]
     if isinstance(item, tuple | list) and len(item) == 2:
         return item[0], item[1]
+    keys = f" with {', '.join(map(shown, item))}" if isinstance(item, Mapping) else ""
     raise DataError(
-        f"item {number} of {shown_path(name)} is a {type(item).__name__}, and must be an image and a label, as a pair "
-        f"or a mapping with {IMAGE!r} and {LABEL!r}"
+        f"item {number} of {what} is a {type(item).__name__}{keys}, and must be an image and a label, as a "
+        f"pair or a mapping with {IMAGE!r} and {LABEL!r}"
     )
 
 
-def _train_and_test(name: str, made: object) -> tuple[Items, Items]:
-    """Return the data sets to train on and to test on. Raises UsageError when a function returned something else."""
+def _train_and_tests(name: str, made: object) -> tuple[Any, list[Any]]:
+    """Return the data set to train on, and those that may be the one to test on.
+
+    Raises UsageError when a function has returned something else.
+    """
     if isinstance(made, Mapping):
-        test = next((each for each in TEST if each in made), None)
-        sets = (made["train"], made[test]) if "train" in made and test is not None else ()
+        found = {key: made[key] for key in ("train", *TEST) if made.get(key) is not None}
+        if "train" in found and len(found) > 1:
+            return found.pop("train"), list(found.values())
+        kind = f"{type(made).__name__} with {', '.join(map(shown, made)) or 'nothing in it'}"
+    elif isinstance(made, tuple | list):
+        if len(made) == 2:
+            return made[0], [made[1]]
+        kind = f"{type(made).__name__} of {len(made)}"
     else:
-        sets = tuple(made) if isinstance(made, tuple | list) else ()
-    if len(sets) != 2:
+        kind = type(made).__name__
+    raise UsageError(
+        f"{shown_path(name)} returned a {kind}; return the data sets to train and to test on, as a pair or a mapping "
+        f"with 'train' and one of {', '.join(map(repr, TEST))}"
+    )
+
+
+def _half(what: str, items: Any) -> Half:
+    """Ask a data set for labels and classes. Raises UsageError and DataError when it has none."""
+    if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
         raise UsageError(
-            f"{shown_path(name)} returned a {type(made).__name__}; return the data sets to train and to test on, as a "
-            "pair or a mapping with 'train' and 'test'"
+            f"{what} is a {type(items).__name__}, whose items have no numbers; return one with __len__ and "
+            "__getitem__, since each epoch has an order of its own"
         )
-    for each, which in zip(sets, ("train", "test"), strict=True):
-        if not (hasattr(each, "__len__") and hasattr(each, "__getitem__")):
-            raise UsageError(
-                f"the data set to {which} on of {shown_path(name)} is a {type(each).__name__}, whose items have no "
-                "numbers; return one with __len__ and __getitem__, since each epoch has an order of its own"
-            )
-        if not len(each):
-            raise DataError(f"the data set to {which} on of {shown_path(name)} is empty")
-    return sets
+    try:
+        count, features = len(items), getattr(items, "features", None)
+        columns = features if isinstance(features, Mapping) else {}
+        found = getattr(items, "targets", None)
+        if found is None and LABEL in columns:
+            found = items[LABEL]  # a column of a data set of Hugging Face
+        classes = getattr(items, "classes", None)
+        if classes is None:
+            classes = getattr(columns.get(LABEL), "names", None)
+        named = None if classes is None else tuple(map(str, classes))
+    except Exception as error:
+        raise DataError(
+            f"{what} cannot be asked for its length, labels or classes: {type(error).__name__}: {reason(error)}"
+        ) from error
+    if not count:
+        raise DataError(f"{what} is empty")
+    is_read = found is None
+    if is_read:
+        found = [_item(what, items, number)[1] for number in range(count)]
+    return Half(items, _whole_numbers(what, found, count), named, is_read)
 
 
-def _labels(name: str, items: Items, notice: Notice) -> Tensor:
-    """List the labels of all items, int64 (N,): from `targets`, as torchvision's data sets have them, or a column."""
-    found: Any = getattr(items, "targets", None)
-    if found is None and LABEL in (getattr(items, "features", None) or ()):
-        found = items[LABEL]  # type: ignore[index]  # a column of a data set of Hugging Face
-    if found is None:
-        notice(f"labels of {name} are read item by item; a data set that has them as `targets` is ready sooner")
-        found = [_item(name, items, number)[1] for number in range(len(items))]
+def _whole_numbers(what: str, found: Any, count: int) -> Tensor:
+    """Make labels, int64 (N,). Raises DataError when they are something else."""
     try:
         labels = torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"the labels of {shown_path(name)} are no whole numbers: {reason(error)}") from error
-    if labels.is_floating_point() or labels.is_complex() or labels.shape != (len(items),):
+        some = f", such as {shown(found[0])}" if isinstance(found, list | tuple) and found else ""
+        raise DataError(f"the labels of {what} are no whole numbers{some}; number the classes from 0") from error
+    if labels.is_floating_point() or labels.is_complex() or labels.shape != (count,):
         raise DataError(
-            f"the labels of {shown_path(name)} are {labels.dtype} of the shape {tuple(labels.shape)}, and must be a "
-            f"whole number for each of {len(items)} items"
+            f"the labels of {what} are {labels.dtype} of the shape {tuple(labels.shape)}, and must be a whole number "
+            f"for each of {count} items"
         )
     return labels.long()
 
 
-def _classes(name: str, train: Items, labels: Sequence[Tensor]) -> tuple[str, ...]:
-    """Name the classes: as `classes` says, or the feature of a Hugging Face column, or by their numbers."""
-    feature = (getattr(train, "features", None) or {}).get(LABEL)
-    named = getattr(train, "classes", None) or getattr(feature, "names", None)
-    least, most = (int(pick(torch.cat(list(labels)))) for pick in (torch.min, torch.max))
-    classes = tuple(map(str, named)) if named else tuple(map(str, range(most + 1)))
-    if least < 0 or most >= len(classes):
-        raise DataError(
-            f"the labels of {shown_path(name)} go from {least} to {most}, but it has {len(classes)} classes, whose "
-            f"labels are 0 to {len(classes) - 1}"
-        )
+def _classes(name: str, train: Half, test: Half) -> tuple[str, ...]:
+    """Name the classes, as the data set to train on does, or by their numbers.
+
+    Raises DataError when labels do not fit.
+    """
+    most = max(int(half.labels.max()) for half in (train, test))
+    classes = train.classes or tuple(map(str, range(min(most, MOST_CLASSES) + 1)))
+    if len(set(classes)) < len(classes):
+        raise DataError(f"{shown_path(name)} names a class twice: {', '.join(map(shown, classes))}")
+    for half, which in ((train, "train"), (test, "test")):
+        own, (least, largest) = half.classes or classes, (int(each) for each in half.labels.aminmax())
+        if least < 0 or largest >= min(len(own), MOST_CLASSES):
+            raise DataError(
+                f"the labels to {which} on of {shown_path(name)} go from {least} to {largest}, but it has {len(own)} "
+                f"classes, whose labels are 0 to {len(own) - 1}"
+            )
+        if unknown := [each for each in own if each not in classes]:
+            raise DataError(
+                f"{shown_path(name)} has images of {shown(unknown[0])} to {which} on, and no such class to train on"
+            )
     return classes
+
+
+def _positions(own: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
+    """Return where each class stands among all, int64."""
+    place = {each: number for number, each in enumerate(classes)}
+    return torch.tensor([place[each] for each in own])
+
+
+def _own_size(name: str, half: Half, largest: int) -> int:
+    """Return the short side of the first image in pixels, at most `largest`."""
+    image = _opened(f"the image of item 0 of {shown_path(name)}", _item(shown_path(name), half.items, 0)[0])
+    return min(largest, min(image.at_least(_any).image.size))

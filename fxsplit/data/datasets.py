@@ -25,6 +25,7 @@ from fxsplit.data.reading import folders
 from fxsplit.data.reading.decoding import INTERPOLATIONS, image_warnings, short_side
 from fxsplit.data.reading.unreadable import Unreadable
 from fxsplit.errors import DataError, UsageError, nearest, printable, shown_path
+from fxsplit.objects import factories
 from fxsplit.paths import expanded
 from fxsplit.trust import is_code_of_data
 
@@ -190,8 +191,8 @@ def describe(name: str, *, img_size: int | None, data_dir: str) -> tuple[int, in
         classes, paths, _ = folders.list_classes(train_root, _unsaid)
         return len(classes), img_size or _own_size(paths[:1])
     if is_code_of_data(name):
-        data = _custom(name, img_size, data_dir, 0, INTERPOLATIONS[0], _unsaid)
-        return len(data.classes), data.img_size
+        count, own = custom.describe(name, data_dir=data_dir, largest=LARGEST_DEFAULT_SIZE)
+        return count, img_size or own
     known = _known(name)
     return known.classes, img_size or known.img_size
 
@@ -220,6 +221,8 @@ def _custom(name: str, img_size: int | None, data_dir: str, workers: int, interp
 def _known(name: str) -> KnownData:
     if name in KNOWN:
         return KNOWN[name]
+    if factories.is_file(name.removesuffix(":")):
+        raise UsageError(f"data is {shown_path(name)}; name the function in that file, as file.py:FACTORY")
     hint = nearest(name, [*KNOWN, "folder:PATH"])
     if os.path.isdir(name):
         hint = f"; write folder:{name} for the images in that folder"

@@ -114,6 +114,7 @@ def test_rows_are_still_there_when_the_system_has_forgotten_them(tmp_path: Path)
     rows.write(torch.arange(6), values)
     rows.forget()
     assert torch.equal(rows.read(torch.arange(6))[0], values[0])
+    assert rows.read(torch.arange(0))[0].shape == (0, 3000)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")

@@ -21,7 +21,11 @@ from fxsplit.errors import DataError, FxsplitError, UsageError
 from fxsplit_cli.main import main
 
 COUNTS = {"train": 12, "test": 6}
+# Data sets that name their classes.
+NAMED = ("torchvision", "named", "columns", "turned", "unlabelled", "foreign", "random")
 FILE = f"""
+import os
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -113,6 +117,66 @@ def halves():
     items = Named("train")
     items.targets = [label + .5 for label in items.targets]
     return items, Named("test")
+def mixed_up():
+    items = Named("train")
+    items.targets = [2 - label for label in items.targets]
+    return items, Named("test")
+def turned():
+    "Its test images have the classes in another order."
+    items = Named("test")
+    items.classes = items.classes[::-1]
+    items.targets = [2 - label for label in items.targets]
+    items.folder.samples = [(path, 2 - label) for path, label in items.folder.samples]
+    return Named("train"), items
+def unknown():
+    items = Named("test")
+    items.classes = ["a", "b", "z"]
+    return Named("train"), items
+def twice():
+    items = Named("train")
+    items.classes = ["a", "a", "c"]
+    return items, Items("test")
+def huge():
+    items = Items("train")
+    items.targets = [10**11, 0, *items.folder.targets[2:]]
+    return items, Items("test")
+def pipe():
+    path = Path(__file__).with_name("pipe")
+    path.exists() or os.mkfifo(path)
+    return both(lambda which: Items(which, lambda _: str(path)))
+def hollow(): return both(lambda which: Items(which, lambda _: Image.new("RGB", (9, 0))))
+def leaves(): return both(lambda which: Items(which, lambda _: sys.exit(0)))
+class Busy(Items):
+    @property
+    def targets(self):
+        raise RuntimeError("not now")
+def asked(): return both(Busy)
+def spelt():
+    items = Named("train")
+    items.targets = [items.classes[label] for label in items.targets]
+    return items, Named("test")
+class Keys(Items):
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return {{"img": image, "label": label}}
+def keys(): return both(Keys)
+def valid(): return dict(train=Items("train"), valid=Items("test"))
+def unlabelled():
+    "As ImageNet of Hugging Face: its test images have no labels."
+    items = Columns("test")
+    items.folder.targets = [-1] * len(items)
+    return {{"train": Columns("train"), "test": items, "validation": Columns("test")}}
+class Foreign(Named):
+    "Attributes of these names that mean something else, or are of another type."
+    def __init__(self, which):
+        super().__init__(which)
+        self.features, self.classes = ["label"], np.array(self.classes)
+def foreign(): return both(Foreign)
+def random():
+    torch.manual_seed(len(str(torch.rand(3))))
+    return both(Named)
+
+
 def spoilt():
     "Images that can be opened and have a size; the rest of them is gone."
     half = Path(__file__).with_name("half.png").read_bytes()
@@ -152,7 +216,7 @@ def alike(one: Data, other: Data) -> None:
     assert (one.img_size, one.channels) == (other.img_size, other.channels)
 
 
-@pytest.mark.parametrize("name", ["torchvision", "named", "columns", "images", "paths", "arrays", "tensors", "kept"])
+@pytest.mark.parametrize("name", [*NAMED, "images", "paths", "arrays", "tensors", "kept"])
 @pytest.mark.parametrize("limit", [0, 1 << 30], ids=["read in every epoch", "in memory"])
 def test_images_are_those_in_the_files(file: Path, name: str, limit: int) -> None:
     """Bit for bit what the folder gives, whatever an item's image is."""
@@ -160,7 +224,13 @@ def test_images_are_those_in_the_files(file: Path, name: str, limit: int) -> Non
     found = load(f"{file}:{name}", memory_limit_bytes=limit, crop_pct=1.0)
     assert isinstance(found.train, MemoryImages if limit else CustomImages)
     alike(found, expected)
-    assert found.classes == (expected.classes if name in ("torchvision", "named", "columns") else ("0", "1", "2"))
+    assert found.classes == (expected.classes if name in NAMED else ("0", "1", "2"))
+
+
+def test_the_random_state_is_left_alone(file: Path) -> None:
+    before = torch.random.get_rng_state()
+    load(f"{file}:random")
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_workers_subsets_and_cropping_change_nothing(file: Path) -> None:
@@ -184,17 +254,19 @@ def test_labels_that_are_not_at_hand_are_said(file: Path) -> None:
     load(f"{file}:columns", notice=said.append)
     assert said == []
     load("mine:images", notice=said.append)
-    assert (
-        said
-        == ["labels of mine:images are read item by item; a data set that has them as `targets` is ready sooner"] * 2
-    )
+    words = "labels of mine:images are read item by item; a data set that has them as `targets` is ready sooner"
+    assert said == [words]
+    # Once, too, where somebody asked for the number of classes before; and then nothing is read again.
+    datasets.describe("mine:images", img_size=16, data_dir=".")
+    load("mine:images", notice=said.append)
+    assert said == [words, words]
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "words"),
     [
         ("nothing", UsageError, "'mine.py:nothing' returned a NoneType; return the data sets to train and to test on"),
-        ("three", UsageError, "'mine.py:three' returned a tuple; return the data sets"),
+        ("three", UsageError, "'mine.py:three' returned a tuple of 4; return the data sets"),
         (
             "streamed",
             UsageError,
@@ -204,12 +276,47 @@ def test_labels_that_are_not_at_hand_are_said(file: Path) -> None:
         ("words", DataError, "the image of item 0 of 'mine.py:words' is a float, and must be an image of Pillow's"),
         ("floats", DataError, "the image of item 0 of 'mine.py:floats' is a ndarray of float64, and must be"),
         ("flat", DataError, "the image of item 0 of 'mine.py:flat' has the shape (1440,), which is that of no image"),
-        ("broken", DataError, "item 0 of 'mine.py:broken' cannot be read: ZeroDivisionError: division by zero"),
-        ("single", DataError, "item 0 of 'mine.py:single' is a Image, and must be an image and a label, as a pair"),
-        ("few", DataError, "the labels of 'mine.py:few' go from 0 to 2, but it has 2 classes, whose labels are 0 to 1"),
-        ("short", DataError, "the labels of 'mine.py:short' are torch.int64 of the shape (11,), and must be a whole"),
-        ("halves", DataError, "the labels of 'mine.py:halves' are torch.float32 of the shape (12,)"),
+        (
+            "broken",
+            DataError,
+            "item 0 of the data set to train on of 'mine.py:broken' cannot be read: ZeroDiv",
+        ),
+        (
+            "single",
+            DataError,
+            "item 0 of the data set to train on of 'mine.py:single' is a Image, and must be",
+        ),
+        (
+            "few",
+            DataError,
+            "the labels to train on of 'mine.py:few' go from 0 to 2, but it has 2 classes",
+        ),
+        (
+            "short",
+            DataError,
+            "of 'mine.py:short' are torch.int64 of the shape (11,), and must be a whole number",
+        ),
+        (
+            "halves",
+            DataError,
+            "of 'mine.py:halves' are torch.float32 of the shape (12,)",
+        ),
         ("spoilt", DataError, "the image of item 0 of 'mine.py:spoilt' cannot be decoded ("),
+        (
+            "mixed_up",
+            DataError,
+            "item 0 of 'mine.py:mixed_up' has the label 0, but its list of labels says 2",
+        ),
+        ("unknown", DataError, "'mine.py:unknown' has images of 'z' to test on, and no such class to train on"),
+        ("twice", DataError, "'mine.py:twice' names a class twice: 'a', 'a', 'c'"),
+        ("huge", DataError, "to train on of 'mine.py:huge' go from 0 to 100000000000, but it has 1000001 classes"),
+        ("pipe", DataError, "pipe' is not a file"),
+        ("hollow", DataError, "the image of item 0 of 'mine.py:hollow' has no pixels; leave it out"),
+        ("leaves", DataError, "item 0 of the data set to train on of 'mine.py:leaves' cannot be read: SystemExit: 0"),
+        ("asked", DataError, "cannot be asked for its length, labels or classes: RuntimeError: not now"),
+        ("spelt", DataError, "labels of the data set to train on of 'mine.py:spelt' are no whole numbers, such as 'a'"),
+        ("keys", DataError, "is a dict with 'img', 'label', and must be an image and a label, as a pair or a mapping"),
+        ("valid", UsageError, "returned a dict with 'train', 'valid'; return the data sets"),
         ("nowhere", UsageError, "'mine.py' has no function or class 'nowhere'"),
     ],
 )
@@ -222,6 +329,9 @@ def test_what_is_wrong_is_said(name: str, kind: type[FxsplitError], words: str) 
 def test_a_name_that_means_nothing(file: Path) -> None:
     with pytest.raises(UsageError, match=r"'foldr' in 'foldr:x' is no kind of data set \(folder\).* mean 'folder'"):
         load("foldr:x")
+    for name in ("mine.py", "mine.py:"):
+        with pytest.raises(UsageError, match=f"data is '{name}'; name the function in that file, as file.py:FACTORY"):
+            load(name)
     with pytest.raises(UsageError, match=r"there is no file 'mien.py'; did you mean 'mine.py'"):
         load("mien.py:named")
     with pytest.raises(UsageError, match=r"max-bad-samples is for images in a folder, and data is 'mine.py:named'"):

@@ -67,10 +67,14 @@ class Replacing:
 
 
 def _read(read: Callable[[str], Tensor], path: str) -> Tensor:
-    if os.path.exists(path) and not os.path.isfile(path):
-        # It was one when the folder was listed. Reading a pipe or a device could go on for ever.
-        raise DataError(f"the image {path!r} is not a file any more; put the image back, or remove it")
+    refuse_special(path)
     return read(path)
+
+
+def refuse_special(path: str) -> None:
+    """Raise DataError when a path leads to a pipe or a device, or to a folder: reading it could go on for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"the image {path!r} is not a file; put the image back, or remove it")
 
 
 class Unreadable:
