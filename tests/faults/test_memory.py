@@ -50,10 +50,11 @@ class Machine:
             now[:] = [self]
             take(self, *args, **kwargs)
 
-        def after_backward(self: Step, *args: Any, **kwargs: Any) -> None:
-            backward(self, *args, **kwargs)
+        def after_backward(self: Step, *args: Any, **kwargs: Any) -> int:
+            counted = backward(self, *args, **kwargs)
             if where == "backward":
                 fails(now[0])
+            return counted
 
         def after_update(self: Step, *args: Any, **kwargs: Any) -> None:
             update(self, *args, **kwargs)

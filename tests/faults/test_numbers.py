@@ -166,9 +166,9 @@ def test_other_steps_have_their_batches_and_rows(tmp_path: Path, monkeypatch: py
     taken: list[tuple[int, list[int]]] = []
     backward = Step.backward
 
-    def noted(self: Step, batch: Batch, *args: Any, **kwargs: Any) -> None:
+    def noted(self: Step, batch: Batch, *args: Any, **kwargs: Any) -> int:
         taken.append((batch.cut, batch.ids.tolist()))
-        backward(self, batch, *args, **kwargs)
+        return backward(self, batch, *args, **kwargs)
 
     monkeypatch.setattr(Step, "backward", noted)
     whole(tmp_path, "exits")
