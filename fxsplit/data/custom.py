@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as transforms
 from fxsplit.data.files import InFile
 from fxsplit.data.images import Data, Read, ReadImages
 from fxsplit.data.reading.decoding import Least, read_open, square
+from fxsplit.data.reading.folders import positions
 from fxsplit.data.reading.unreadable import Unread, refuse_special
 from fxsplit.data.reading.workers import OpenImage, OwnPixels
 from fxsplit.errors import DataError, UsageError, reason, shown, shown_path
@@ -104,7 +105,7 @@ def load(
             items=half.items,
             ids=torch.arange(len(half.labels)),
             given_labels=half.labels,
-            labels=half.labels if half.classes is None else _positions(half.classes, classes)[half.labels],
+            labels=half.labels if half.classes is None else positions(half.classes, classes)[half.labels],
             img_size=size,
             workers=workers,
             interpolation=interpolation,
@@ -332,12 +333,6 @@ def _classes(name: str, train: Half, test: Half) -> tuple[str, ...]:
                 f"{shown_path(name)} has images of {shown(unknown[0])} to {which} on, and no such class to train on"
             )
     return classes
-
-
-def _positions(own: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
-    """Return where each class stands among all, int64."""
-    place = {each: number for number, each in enumerate(classes)}
-    return torch.tensor([place[each] for each in own])
 
 
 def _own_size(name: str, half: Half, largest: int) -> int:

@@ -123,27 +123,21 @@ def load_test(
     Raises UsageError and DataError as `load` does, and DataError when the data set has other classes.
     """
     if path := _folder_path(name):
-        files = _test_files(path, classes, img_size, seed, workers, interpolation, notice, all_of_folder)
-        files = files.cropped(crop_pct)
-        return NamedImages(_if_small(files, memory_limit_bytes), files.names)
-    if is_code_of_data(name):
-        data = _custom(name, img_size, data_dir, workers, interpolation, notice)
+        images: ImageSet = _test_files(path, classes, img_size, seed, workers, interpolation, notice, all_of_folder)
     else:
-        data = _known(name).load(img_size, expanded(data_dir), seed)
-    folders.refuse_unknown(name, data.classes, classes, whose="the model")
-    if missing := [printable(each) for each in classes if each not in data.classes]:
-        notice(f"{name} has no image of {', '.join(missing)}: accuracy is that of the other classes")
-    images = data.test.labelled(_positions(data.classes, classes)[data.test.labels])
+        if is_code_of_data(name):
+            data = _custom(name, img_size, data_dir, workers, interpolation, notice)
+        else:
+            data = _known(name).load(img_size, expanded(data_dir), seed)
+        folders.refuse_unknown(name, data.classes, classes, whose="the model")
+        if missing := [printable(each) for each in classes if each not in data.classes]:
+            notice(f"{name} has no image of {', '.join(missing)}: accuracy is that of the other classes")
+        images = data.test.labelled(folders.positions(data.classes, classes)[data.test.labels])
     images = images.cropped(crop_pct)
-    if isinstance(images, ReadImages):
-        return NamedImages(_if_small(images, memory_limit_bytes), images.names)
-    return NamedImages(images, tuple(f"test image {index} of {name}" for index in range(len(images))))
-
-
-def _if_small(images: ReadImages, memory_limit_bytes: int) -> ImageSet:
-    """Read images into memory if they fit."""
-    needed = len(images) * 3 * images.img_size**2
-    return images if needed > memory_limit_bytes else _in_memory(images)[0]
+    if not isinstance(images, ReadImages):
+        return NamedImages(images, tuple(f"test image {index} of {name}" for index in range(len(images))))
+    fits = len(images) * 3 * img_size**2 <= memory_limit_bytes
+    return NamedImages(_in_memory(images)[0] if fits else images, images.names)
 
 
 def _test_files(
@@ -157,28 +151,16 @@ def _test_files(
     all_of_folder: bool,
 ) -> FileImages:
     train_root, test_root = folders.layout(root, notice)
-
-    def files(paths: Sequence[str], labels: Tensor) -> FileImages:
-        return FileImages(
-            paths=paths,
-            labels=labels,
-            img_size=img_size,
-            workers=workers,
-            interpolation=interpolation,
-            warned=_say_once(notice),
-        )
-
+    files = partial(
+        FileImages, img_size=img_size, workers=workers, interpolation=interpolation, warned=_say_once(notice)
+    )
     if test_root or all_of_folder:
-        return files(*folders.list_test(test_root or root, classes, notice, whose="the model"))
+        paths, labels = folders.list_test(test_root or root, classes, notice, whose="the model")
+        return files(paths=paths, labels=labels)
     own, paths, labels = folders.list_classes(train_root, notice)
     folders.refuse_unknown(str(root), own, classes, whose="the model")
     _, held_out = _held_out(labels, seed=seed)
-    return files(paths, _positions(own, classes)[labels]).subset(held_out)
-
-
-def _positions(names: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
-    """Return the position of each name among `classes`, which all are there."""
-    return torch.tensor([classes.index(name) for name in names], dtype=torch.int64)
+    return files(paths=paths, labels=folders.positions(own, classes)[labels]).subset(held_out)
 
 
 def describe(name: str, *, img_size: int | None, data_dir: str) -> tuple[int, int]:
@@ -353,22 +335,18 @@ def _folder(
     """Load images that lie in a folder for each class, below train/ and test/; or below `root`, to be divided here."""
     train_root, test_root = folders.layout(root, notice)
     classes, paths, labels = folders.list_classes(train_root, notice)
-    size, warned = img_size or _own_size(paths[: 1 + unreadable.most]), _say_once(notice)
-
-    def files(paths: Sequence[str], labels: Tensor) -> FileImages:
-        return FileImages(
-            paths=paths,
-            labels=labels,
-            img_size=size,
-            workers=workers,
-            interpolation=interpolation,
-            warned=warned,
-            unreadable=unreadable,
-        )
-
-    everything = files(paths, labels)
+    everything = FileImages(
+        paths=paths,
+        labels=labels,
+        img_size=img_size or _own_size(paths[: 1 + unreadable.most]),
+        workers=workers,
+        interpolation=interpolation,
+        warned=_say_once(notice),
+        unreadable=unreadable,
+    )
     if test_root:
-        train, test = everything, files(*folders.list_test(test_root, classes, notice))
+        test_paths, test_labels = folders.list_test(test_root, classes, notice)
+        train, test = everything, replace(everything, paths=test_paths, labels=test_labels)
     else:
         _refuse_single_images(root, classes, labels)
         train, test = (everything.subset(ids) for ids in _held_out(labels, seed=seed))
@@ -376,7 +354,7 @@ def _folder(
             f"{root} has no train/ with test/ or val/: {len(test)} of its {len(paths)} images, "
             f"drawn with seed {seed}, are held out for testing"
         )
-    return Data(train=train, test=test, classes=classes, img_size=size)
+    return Data(train=train, test=test, classes=classes, img_size=everything.img_size)
 
 
 def _say_once(notice: Notice) -> Warned:

@@ -252,17 +252,26 @@ def refused(rank: int) -> list[str]:
     return said
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
+def in_processes(run: Callable[[int, str], None], folder: Path) -> Path:
+    """Call a function in each of RANKS new processes, with its rank and a folder that has the models."""
     write_models(folder)
     multiprocessing.start_processes(run, (str(folder),), nprocs=RANKS, start_method="spawn")
     return folder
 
 
+def found_in(folder: Path) -> list[dict[str, Any]]:
+    """What each process has found, by rank."""
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return in_processes(run, tmp_path_factory.mktemp("ranks"))
+
+
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return found_in(folder)
 
 
 def metrics(folder: Path | str) -> list[dict[str, Any]]:

@@ -26,7 +26,16 @@ from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import Found, find_checkpoint
 from fxsplit.spec import RunSpec
 from fxsplit.training.step import Step
-from tests.distribute.test_data_parallel import COMMON, RANKS, SCORES, Interrupting, metrics, weights, write_models
+from tests.distribute.test_data_parallel import (
+    COMMON,
+    RANKS,
+    SCORES,
+    Interrupting,
+    found_in,
+    in_processes,
+    metrics,
+    weights,
+)
 from tests.networks import HAZARDS, Chain
 
 # Of 67 images, batches of 16 leave three: a micro-batch by itself. Of 71 they leave seven: micro-batches of 2, 2 and 3.
@@ -135,15 +144,12 @@ def failed(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    write_models(folder)
-    multiprocessing.start_processes(run, (str(folder),), nprocs=RANKS, start_method="spawn")
-    return folder
+    return in_processes(run, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return found_in(folder)
 
 
 def run_alone(_: int, folder: str) -> None:

@@ -103,6 +103,12 @@ def list_test(
     return paths, labels
 
 
+def positions(names: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """Return the position of each name among `classes`, which all are there, int64 (N,)."""
+    place = {name: number for number, name in enumerate(classes)}
+    return torch.tensor([place[name] for name in names], dtype=torch.int64)
+
+
 def refuse_unknown(data: str, names: Collection[str], classes: Collection[str], *, whose: str) -> None:
     """Raise DataError when `data` have classes that are not among the `classes` of `whose`."""
     unknown = [printable(name) for name in names if name not in classes]
