@@ -170,6 +170,7 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         stop=spec.settle_until,
         share=0.0 if spec.shift == "input" else spec.settle_share,
         front=0.0 if spec.shift == "input" else spec.settle_front,
+        thaw=spec.thaw_from,
     )
 
 
