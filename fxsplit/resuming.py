@@ -25,6 +25,7 @@ MAY_DIFFER = {
     "epochs_total": "the last phase lasts longer",
     "device": ROUNDING,
     "parallel": ROUNDING,
+    "pipeline_processes": ROUNDING,
     "pipeline_schedule": "",
     "deterministic": ROUNDING,
     "cuda_graphs": ROUNDING,

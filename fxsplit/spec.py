@@ -25,7 +25,9 @@ from fxsplit.presets import PRESETS, preset
 
 ENVIRONMENT_PREFIX = "FXSPLIT_"
 # The value of `parallel` with which processes have partitions, and not parts of batches.
-PIPELINE = "pipeline"
+# A single pipeline, or several that take a part of every batch each.
+PIPELINE, PIPELINES = "pipeline", "ddp,pipeline"
+PIPELINED = (PIPELINE, PIPELINES)
 
 # Larger numbers are mistakes: of pixels in a side, of epochs, of which each is a line in the records, of partitions.
 MOST_SIDE, MOST_EPOCHS, MOST_PARTS = 1 << 14, 10**6, 10_000
@@ -426,13 +428,19 @@ class RunSpec:
         "Several processes",
         "What each of several processes has: a part of every batch, with all of weights, gradients and optimizer (ddp) "
         "or its part of what trains (fsdp); or some of the partitions, through which micro-batches go "
-        "(pipeline; their number is --grad-accum-steps).",
+        "(pipeline; their number is --grad-accum-steps); or both, in several pipelines (ddp,pipeline).",
         "ddp",
-        choices=("ddp", "fsdp", PIPELINE),
+        choices=("ddp", "fsdp", PIPELINE, PIPELINES),
+    )
+    pipeline_processes: int = option(
+        "Several processes",
+        "With --parallel ddp,pipeline, the processes of each pipeline, which are neighbours.",
+        2,
+        least=2,
     )
     pipeline_schedule: str = option(
         "Several processes",
-        "With --parallel pipeline, in which order micro-batches run: all forward, then all backward (gpipe), backward "
+        "In a pipeline, in which order micro-batches run: all forward, then all backward (gpipe), backward "
         "as soon as can be (1f1b), or that with several groups of partitions for each process (interleaved).",
         "1f1b",
         choices=("gpipe", "1f1b", "interleaved"),
@@ -666,7 +674,7 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
                 "parallel is 'fsdp' and amp-dtype is 'float16', where each process would scale the loss by itself; "
                 "take bfloat16"
             )
-    if spec.parallel == PIPELINE and "parallel" not in wrong:
+    if spec.parallel in PIPELINED and "parallel" not in wrong:
         yield from _pipeline_conflicts(spec, wrong=wrong)
     if spec.sync_bn and spec.torchcompile is not None and "torchcompile" not in wrong:
         yield (
@@ -696,21 +704,23 @@ def _pipeline_conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[st
         "exits": "exits lie behind partitions of other processes than the last, which computes the loss",
         "soft_targets": "earlier outputs would be kept by the last process alone (--soft-targets 0 is without)",
         "veto": "no process knows how far the partitions of others have moved",
-        "sync_bn": "each process sees all images of a micro-batch anyway",
+        "sync_bn": "each process sees all images of a micro-batch anyway"
+        if spec.parallel == PIPELINE
+        else "pipelines run their micro-batches at other times, and cannot wait for each other",
         "torchcompile": "compiled stages have not been tried in a pipeline",
     }
     for name, why in reasons.items():
         if getattr(spec, name) and name not in wrong:
-            yield f"parallel is 'pipeline', which takes no {key(name)}: {why}; leave out one of them"
+            yield f"parallel is {spec.parallel!r}, which takes no {key(name)}: {why}; leave out one of them"
     if spec.amp and spec.amp_dtype == "float16" and not {"amp", "amp_dtype"} & set(wrong):
         yield (
-            "parallel is 'pipeline' and amp-dtype is 'float16', whose loss scale would depend on the gradients of all "
-            "processes; take bfloat16"
+            f"parallel is {spec.parallel!r} and amp-dtype is 'float16', whose loss scale would depend on the gradients "
+            "of all processes; take bfloat16"
         )
     if spec.cache in ("device", "ram", "disk") and "cache" not in wrong:
         yield (
-            f"parallel is 'pipeline' and cache is {spec.cache!r}, but settled partitions may lie in several processes, "
-            "so their results are computed in every epoch; leave out the cache, or take --parallel ddp"
+            f"parallel is {spec.parallel!r} and cache is {spec.cache!r}, but settled partitions may lie in several "
+            "processes, so their results are computed in every epoch; leave out the cache, or take --parallel ddp"
         )
 
 

@@ -109,7 +109,7 @@ together = st.one_of(
     ),
     st.fixed_dictionaries(
         {
-            "parallel": st.just("pipeline"),
+            "parallel": st.sampled_from(("pipeline", "ddp,pipeline")),
             "torchcompile": st.none(),
             "amp_dtype": st.just("bfloat16"),
             "cache": st.sampled_from(("off", "auto")),
@@ -255,7 +255,10 @@ def test_every_field_has_a_key_and_help() -> None:
         ),
         ({"parallel": "fsdp", "amp": True, "amp_dtype": "float16"}, "parallel is 'fsdp' and amp-dtype is 'float16'"),
         ({"sync_bn": True, "torchcompile": "inductor"}, "sync-bn is true and torchcompile is 'inductor', but compiled"),
-        ({"parallel": "pipelines"}, "parallel is 'pipelines', but must be one of ddp, fsdp, pipeline; did you mean"),
+        (
+            {"parallel": "pipelines"},
+            "parallel is 'pipelines', but must be one of ddp, fsdp, pipeline, ddp,pipeline; did",
+        ),
         ({"pipeline_schedule": "1F1B"}, "pipeline-schedule is '1F1B', but must be one of gpipe, 1f1b, interleaved"),
         *(
             ({"parallel": "pipeline", **asked}, f"parallel is 'pipeline', which takes no {named}: ")
@@ -266,6 +269,10 @@ def test_every_field_has_a_key_and_help() -> None:
                 "sync-bn": {"sync_bn": True},
                 "torchcompile": {"torchcompile": "inductor"},
             }.items()
+        ),
+        (
+            {"parallel": "ddp,pipeline", "sync_bn": True},
+            "parallel is 'ddp,pipeline', which takes no sync-bn: pipelines run their micro-batches at other times, and",
         ),
         ({"parallel": "pipeline", "amp": True, "amp_dtype": "float16"}, "parallel is 'pipeline' and amp-dtype is 'flo"),
         ({"parallel": "pipeline", "cache": "ram"}, "parallel is 'pipeline' and cache is 'ram', but settled partitions"),

@@ -12,11 +12,11 @@ from fxsplit.data.augmentation.changes import UNCHANGED, Changes
 from fxsplit.data.images import Data
 from fxsplit.data.loader import Loader
 from fxsplit.data.reading.decoding import INTERPOLATIONS
-from fxsplit.data.shares import WHOLE, Share, sizes
+from fxsplit.data.shares import sizes
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import UsageError
 from fxsplit.report import Observer
-from fxsplit.spec import PIPELINE, RunSpec
+from fxsplit.spec import RunSpec
 
 CHANNELS = 3
 Moved = TypeVar("Moved", nn.Module, torch.Tensor)
@@ -64,14 +64,9 @@ def data(spec: RunSpec, observer: Observer) -> Data:
     return divided
 
 
-def share(spec: RunSpec, processes: Processes) -> Share:
-    """Say which part of each batch to train on this process takes: all of it, in a pipeline."""
-    return WHOLE if spec.parallel == PIPELINE else processes.share
-
-
 def own_batch_size(spec: RunSpec, processes: Processes) -> int:
     """Return the most images of a batch to train on that a process takes."""
-    return sizes(spec.batch_size, share(spec, processes).ranks)[0]
+    return sizes(spec.batch_size, processes.replicas.count)[0]
 
 
 def loaders(spec: RunSpec, data: Data, processes: Processes = ALONE) -> tuple[Loader, Loader]:
@@ -90,7 +85,7 @@ def loaders(spec: RunSpec, data: Data, processes: Processes = ALONE) -> tuple[Lo
         interpolation=interpolation(spec),
         channels_last=spec.channels_last,
         limit=1 if spec.dry_run else spec.train_batches_per_epoch,
-        share=share(spec, processes),
+        share=processes.replicas.share,
     )
     test = Loader(
         data.test,

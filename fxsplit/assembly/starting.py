@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from fxsplit import resuming
-from fxsplit.assembly.images import share
 from fxsplit.assembly.models import with_preprocessing
 from fxsplit.capture.tracing import Trace
 from fxsplit.data.identity import identity, refuse_others
@@ -23,7 +22,7 @@ from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import Found, Place, find_checkpoint
 from fxsplit.saving.recorder import Recorder
 from fxsplit.saving.run_folder import RunFolder
-from fxsplit.spec import PIPELINE, RunSpec
+from fxsplit.spec import PIPELINE, PIPELINED, PIPELINES, RunSpec
 from fxsplit.trust import refuse_run
 
 
@@ -61,12 +60,14 @@ def start(
 ) -> Start:
     """Complete what is asked for, find the checkpoint to go on from, and say what differs from what it was asked for.
 
+    Processes are arranged as pipelines, where these are asked for.
     The first process does so for all. The folder of a run that goes on is locked from here on.
 
     Raises UsageError when there is no such run, when another process goes on with it, when it would run code that no
     `spec` names and that is not trusted, when something differs that cannot, when a new run could have no folder, when
-    random weights are to be fine-tuned, or when a batch has fewer images than there are processes; DataError when there
-    are checkpoints and none is whole; and what `with_preprocessing` raises.
+    random weights are to be fine-tuned, when a batch has fewer images than there are processes to share it, or when
+    these are no whole number of pipelines; DataError when there are checkpoints and none is whole; and what
+    `with_preprocessing` raises.
     """
     asked = None if spec is None else spec.to_flat()
     processes.refuse_differing({"command line": (asked, resume)}, "give all of them the same")
@@ -81,7 +82,7 @@ def start(
 
 
 def _fitting(start: Start, processes: Processes, observer: Observer) -> Start:
-    """Return what was found, where so many processes can do it. Raises UsageError where they cannot."""
+    """Arrange the processes, and return what was found for them. Raises UsageError where so many cannot do it."""
     spec, count = start.spec, processes.count
     if count == 1:
         if spec.parallel != "ddp":
@@ -89,43 +90,52 @@ def _fitting(start: Start, processes: Processes, observer: Observer) -> Start:
         return start
     if spec.ensemble:
         raise UsageError("a snapshot ensemble is tested by one process; leave out --ensemble")
-    if spec.parallel == PIPELINE:
-        if start.goes_on:
-            observer.notice(
-                f"{count} processes train together, each some of the partitions; micro-batches are as before"
-            )
-            return start
-        return replace(start, spec=_in_micro_batches(spec, count, observer))
-    if spec.batch_size < count:
-        raise UsageError(
-            f"batch-size is {spec.batch_size}, and {count} processes divide each batch among them; give a larger one"
-        )
-    if spec.mixup or spec.cutmix:
-        name = "mixup" if spec.mixup else "cutmix"
-        raise UsageError(
-            f"--{name} mixes images of a batch, of which each of {count} processes has only a part; leave it out"
-        )
-    most, least = processes.part(spec.batch_size), spec.batch_size // count
+    processes.arrange({PIPELINE: count, PIPELINES: spec.pipeline_processes}.get(spec.parallel, 1))
+    _refuse_unshared(spec, processes)
+    together, images = f"{count} processes train together", f"each batch of {spec.batch_size} images"
+    replicas, pipeline = processes.replicas, processes.pipeline
+    most, least = replicas.part(spec.batch_size), spec.batch_size // replicas.count
     size = f"{most} images" if most == least else f"{least} or {most} images"
-    observer.notice(f"{count} processes train together; of each batch of {spec.batch_size} images one takes {size}")
+    if spec.parallel not in PIPELINED:
+        observer.notice(f"{together}; of {images} one takes {size}")
+        return start
+    start, micro_batches = _in_micro_batches(start, pipeline.count)
+    if replicas.count == 1:
+        way = f"each some of the partitions; {images} goes through them"
+    else:
+        way = f"in {replicas.count} pipelines of {pipeline.count}; of {images} {size} go through one of them"
+    observer.notice(f"{together}, {way} {micro_batches}")
     return start
 
 
-def _in_micro_batches(spec: RunSpec, count: int, observer: Observer) -> RunSpec:
-    """Return the spec with micro-batches for a pipeline of `count` processes: as many, if none are asked for."""
-    asked = spec.grad_accum_steps
-    if asked == 1 and spec.batch_size % count:
+def _refuse_unshared(spec: RunSpec, processes: Processes) -> None:
+    """Raise UsageError where processes, or pipelines, cannot each take a part of every batch."""
+    count, name = processes.replicas.count, "pipelines" if processes.pipeline.count > 1 else "processes"
+    if spec.batch_size < count:
+        raise UsageError(
+            f"batch-size is {spec.batch_size}, and {count} {name} divide each batch among them; give a larger one"
+        )
+    if count > 1 and (spec.mixup or spec.cutmix):
+        mixing = "mixup" if spec.mixup else "cutmix"
+        raise UsageError(
+            f"--{mixing} mixes images of a batch, of which each of {count} {name} has only a part; leave it out"
+        )
+
+
+def _in_micro_batches(start: Start, count: int) -> tuple[Start, str]:
+    """Divide batches for a pipeline of `count` processes, into as many micro-batches if none are asked for; say so."""
+    spec, asked = start.spec, start.spec.grad_accum_steps
+    if start.goes_on:
+        return start, "in micro-batches as before"
+    if asked > 1:
+        return start, f"in {asked} micro-batches"
+    if spec.batch_size % count:
         raise UsageError(
             f"batch-size is {spec.batch_size}, which {count} micro-batches, one for each process of the pipeline, do "
             "not divide; give another one, or --grad-accum-steps"
         )
-    micro_batches = count if asked == 1 else asked
-    why = ", one for each process; more --grad-accum-steps leave them less to wait" if asked == 1 else ""
-    observer.notice(
-        f"{count} processes train together, each some of the partitions; batches of {spec.batch_size} images go "
-        f"through them in {micro_batches} micro-batches{why}"
-    )
-    return replace(spec, grad_accum_steps=micro_batches)
+    why = "one for each process; more --grad-accum-steps leave them less to wait"
+    return replace(start, spec=replace(spec, grad_accum_steps=count)), f"in {count} micro-batches, {why}"
 
 
 def _start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, *, trust_code: bool) -> Start:
@@ -195,7 +205,7 @@ def restore(run: Recorder, start: Start, processes: Processes, observer: Observe
     place = Place(*start.found.data["place"])
     done = start.plan is not None and place.epoch >= start.plan.epochs
     observer.notice(f"all {place.epoch} epochs are done; more --epochs go on" if done else f"goes on after {place}")
-    before, now = start.found.data["state"]["training"]["feed"].get("ranks", 1), share(start.spec, processes).ranks
+    before, now = start.found.data["state"]["training"]["feed"].get("ranks", 1), processes.replicas.count
     if before != now:
         observer.notice(f"the processes that share a batch were {before} and are now {now}: {resuming.ROUNDING}")
     if later := run.later_than(start.found):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxsplit.assembly.images import loaders
+from fxsplit.assembly.images import loaders, own_batch_size
 from fxsplit.assembly.plans import forecast, slots
 from fxsplit.assembly.steps import amp_dtype, optimizer, optimizer_of, scheduler
 from fxsplit.caching.cache import CachePolicy
@@ -34,7 +34,7 @@ from fxsplit.paths import expanded
 from fxsplit.plan.forecast import CostModel, step_work
 from fxsplit.plan.schedule import Plan
 from fxsplit.report import Observer
-from fxsplit.spec import PIPELINE, RunSpec
+from fxsplit.spec import RunSpec
 from fxsplit.training.accuracy import Snapshots
 from fxsplit.training.guard import Guard
 from fxsplit.training.objective import Objective
@@ -123,7 +123,7 @@ def trainer(
             "which can take minutes"
         )
     settles = any(phase.start for phase in plan.phases)
-    if spec.parallel == PIPELINE and processes.count > 1 and spec.cache != "off" and settles:
+    if processes.pipeline.count > 1 and spec.cache != "off" and settles:
         observer.notice("settled partitions run in every epoch: they lie in several processes, and nothing is cached")
     steps_per_epoch = train_loader.steps_per_epoch
     engine = _engine(spec, trace, executor, processes, passes, train_loader.device)
@@ -199,10 +199,10 @@ def _engine(
     """Make what runs forward and backward together with other processes; None for this one alone."""
     if processes.count == 1:
         return None
-    if spec.parallel == PIPELINE:
+    if processes.pipeline.count > 1:
         return _pipeline(spec, trace, executor, processes, device)
     norms = next((each for each in passes if isinstance(each, SyncNorms)), None)
-    if spec.parallel == "ddp":
+    if spec.parallel != "fsdp":
         return DataParallel(executor, processes, norms=norms)
     # Few runs need what this imports, which takes a second.
     from fxsplit.distribute.sharded_data import ShardedData, why_not_divided
@@ -215,7 +215,7 @@ def _engine(
 def _pipeline(
     spec: RunSpec, trace: Trace, executor: Executor, processes: Processes, device: torch.device
 ) -> PipelineParallel:
-    micro_batch = -(-spec.batch_size // spec.grad_accum_steps)
+    micro_batch = -(-own_batch_size(spec, processes) // spec.grad_accum_steps)
     return PipelineParallel(
         trace,
         executor,
@@ -259,7 +259,7 @@ def cache_policy(
     spec: RunSpec, trace: Trace, plan: Plan, data: Data, processes: Processes = ALONE
 ) -> CachePolicy | None:
     """Say what a run keeps of settled partitions, and where; None for nothing, as in a pipeline."""
-    if spec.cache == "off" or spec.dry_run or (spec.parallel == PIPELINE and processes.count > 1):
+    if spec.cache == "off" or spec.dry_run or processes.pipeline.count > 1:
         return None
     return CachePolicy(
         medium=spec.cache,

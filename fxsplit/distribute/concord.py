@@ -36,12 +36,12 @@ class Concord:
 
     Where each takes a part of every batch, gradients, and so weights and optimizers, are the same in all by themselves.
     The statistics of BatchNorm, and soft targets, come from the images that each process has seen. Where a partition
-    is trained by one process alone, all of that is its own until it tells the others; the state of the optimizer stays
-    there. With a single process nothing is done.
+    is trained by one process of a pipeline, all of that is its own until it tells the others; the state of the
+    optimizer stays there. With a single process nothing is done.
 
     Args:
         processes: those of the run.
-        engine: knows which process trains what. Partitions that do not train do not change.
+        engine: knows which process of a pipeline trains what. Partitions that do not train do not change.
         parts: what else differs between processes that each take a part of a batch; None for what the run does not
             have.
         averaging: what averages weights; None likewise.
@@ -60,32 +60,31 @@ class Concord:
 
     def restore(self) -> None:
         """Give all processes the state of the model, and of its averages, that the steps have left."""
-        if self._processes.count == 1:
-            return
-        if self._engine.homes is None:
-            self._average()
-        else:
-            self._tell(self._engine.homes)
+        replicas, homes = self._processes.replicas, self._engine.homes
+        if replicas.count > 1:
+            self._average(replicas)
+        if homes is not None:
+            self._tell(homes)
 
-    def _average(self) -> None:
-        """Average buffers, and exchange soft targets and averages of buffers.
+    def _average(self, replicas: Processes) -> None:
+        """Average buffers of what trains here, and exchange soft targets and averages of buffers.
 
         Running means are linear in what they are means of: it makes no difference to them how often they are averaged.
         """
         training = self._executor.partitions[slice(*self._executor.window)]
         names = dict.fromkeys(name for partition in training for name in partition.state)
         buffers = dict(self._executor.named_buffers())
-        self._processes.mean([buffers[name] for name in names if name in buffers])
+        replicas.mean([buffers[name] for name in names if name in buffers and self._engine.keeps(name)])
         for part in self._parts:
-            part.exchange(self._processes)
+            part.exchange(replicas)
 
     def _tell(self, homes: Sequence[int]) -> None:
-        """Send weights, buffers and averages of each partition that trains from its home to all others."""
+        """Send weights, buffers and averages of each partition that trains from its home through the pipeline."""
         state = [self._model(), *(each for part in self._averaging for each in part.averages())]
         for index in range(*self._executor.window):
             names = self._executor.partitions[index].state
             tensors = [each[name] for each in state for name in names if name in each]
-            self._processes.broadcast(tensors, source=homes[index])
+            self._processes.pipeline.broadcast(tensors, source=homes[index])
 
     def _model(self) -> dict[str, Tensor]:
         return {**dict(self._executor.named_parameters()), **dict(self._executor.named_buffers())}

@@ -10,6 +10,9 @@
 The schedules are those of torch.distributed.pipelining. At each change of phase partitions are divided anew, so that
 all processes take equally long for what still trains. All have the weights of the whole model, and test it, each on a
 part of the images; gradients, optimizer state and activations are only where a partition trains.
+
+Several pipelines may take a part of every batch each. Gradients of a partition are then the means over the processes
+that train it, one of each pipeline.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from fxsplit.capture.tracing import Trace
-from fxsplit.data.batch import Batch
+from fxsplit.data.batch import Batch, micro_batch_sizes
+from fxsplit.data.shares import sizes
 from fxsplit.distribute.pipeline import SENDS_GRADIENTS_OF_SOME, Boundaries
 from fxsplit.distribute.processes import HOST, Processes
 from fxsplit.errors import PartitionError, UsageError
@@ -45,17 +49,18 @@ INTERLEAVED = "interleaved"
 class PipelineParallel(Engine):
     """Runs micro-batches forward and backward through partitions that several processes have.
 
-    All processes must have entered the same phase, and are given the same batches. The first takes the images, the last
-    computes the loss. Until the home of a partition tells the others, its weights are new there alone: see `Concord`.
+    All processes must have entered the same phase, and those of a pipeline are given the same batches. Its first one
+    takes the images, its last one computes the loss. Until the home of a partition tells the others, its weights are
+    new there alone: see `Concord`.
 
     Args:
         trace: the model of the executor.
         executor: is run; its partitions are divided.
-        processes: those of the run.
+        processes: those of the run, arranged as one pipeline or several.
         device: of this process.
         schedule: gpipe, 1f1b or interleaved, where each process has every so many-th of the stages.
         costs: by which partitions are divided.
-        batch_size: images in a batch.
+        batch_size: images in a batch, of all pipelines together.
         dtype: of autocast; None without.
         channels_last: whether values of four dimensions lie in memory so, and are sent so.
 
@@ -80,7 +85,8 @@ class PipelineParallel(Engine):
         channels_last: bool = False,
     ) -> None:
         super().__init__(executor)
-        self._trace, self._processes, self._device, self._costs = trace, processes, device, costs
+        self._trace, self._device, self._costs = trace, device, costs
+        self._processes, self._pipeline, self._replicas = processes, processes.pipeline, processes.replicas
         self._name, self._dtype, self._channels_last = schedule, dtype, channels_last
         self._batch_size, self._image = batch_size, (trace.train.inputs[0].shape or ())[1:]
         partitions = executor.partitions
@@ -98,10 +104,12 @@ class PipelineParallel(Engine):
                 self._starts.append(partition.index)
             except PartitionError as error:
                 reasons.append(f"; {error}")
-        self._count = stage_count(len(self._starts), processes.count, schedule, reasons[-1])
+        self._count = stage_count(len(self._starts), self._pipeline.count, schedule, reasons[-1])
         # By the number and the size of micro-batches; by their size, what each stage but the last sends.
         self._schedules: dict[tuple[int, int], Any] = {}
         self._sent: dict[int, list[tuple[Tensor, ...]]] = {}
+        # Bytes of gradients that a step here has averaged over pipelines; 0 before the first.
+        self._reduced = 0
         # Those that are in the pipeline, and what computes the loss of one.
         self._micro_batches: Sequence[Batch] = ()
         self._loss: Callable[[Batch], Tensor] | None = None
@@ -112,12 +120,13 @@ class PipelineParallel(Engine):
         phase = self.executor.phase
         self._cuts = self._processes.first(lambda: balanced(self._costs, phase, self._count, starts=self._starts))
         stages = [stage for stage, (start, stop) in enumerate(pairwise(self._cuts)) for _ in range(start, stop)]
-        self.homes = tuple(stage % self._processes.count for stage in stages)
+        self.homes = tuple(stage % self._pipeline.count for stage in stages)
 
     def enter(self, *beside: nn.Module) -> None:
         assert not beside, "nothing can train beside a pipeline"
         self.leave()
         self._sent.clear()
+        self._reduced = 0
         self._divide()
 
     def leave(self, *, alone: bool = False) -> None:  # noqa: ARG002 - nothing is sent for it
@@ -128,9 +137,24 @@ class PipelineParallel(Engine):
 
     @property
     def sent_per_step(self) -> int:  # type: ignore[override]
-        count = self.executor.phase.micro_batches
-        values = [value for each in self._values_sent(-(-self._batch_size // count)) for value in each]
-        return count * sum(value.nbytes * (2 if value.requires_grad else 1) for value in values)
+        count, bytes_sent = self.executor.phase.micro_batches, 0
+        for own in sizes(self._batch_size, self._replicas.count):
+            for size in micro_batch_sizes(own, count, batch_size=own):
+                values = [value for each in self._values_sent(size) for value in each]
+                bytes_sent += sum(value.nbytes * (2 if value.requires_grad else 1) for value in values)
+        return bytes_sent
+
+    @property
+    def bytes_per_step(self) -> int | None:  # type: ignore[override]
+        if self._replicas.count == 1:
+            return None
+        # A run that goes on after the last step of an epoch has taken none yet.
+        own = self._reduced or sum(each.nbytes for each in self._trained())
+        return int(self._pipeline.sum(torch.tensor(own)))
+
+    def _trained(self) -> list[nn.Parameter]:
+        """List the parameters that this process trains."""
+        return [each for name, each in self.executor.named_parameters() if each.requires_grad and self.keeps(name)]
 
     def backward(self, micro_batches: Sequence[Batch], loss: Callable[[Batch], Tensor]) -> None:
         self._loss = loss
@@ -141,20 +165,24 @@ class PipelineParallel(Engine):
                 self._schedules[key] = self._schedule(*key)
             # Schedules deal out numbers of micro-batches: the first stage and the loss look up what they are.
             numbers = torch.arange(len(alike))
-            given = (numbers,) if self._processes.rank == 0 else ()
+            given = (numbers,) if self._pipeline.is_first else ()
             try:
                 self._schedules[key].step(*given, target=numbers, return_outputs=False)
             except RuntimeError as error:
                 # torch puts what a stage raises into an error with all its tensors.
                 raise error.__cause__ or error from None
         self._micro_batches, self._loss = (), None
+        if self._replicas.count > 1:
+            gradients = [each.grad for each in self._trained() if each.grad is not None]
+            self._replicas.mean(gradients)
+            self._reduced = sum(each.nbytes for each in gradients)
 
     def _runs(self, micro_batches: Sequence[Batch]) -> Iterator[list[Batch]]:
         """Divide micro-batches into runs that a schedule takes: of one size, since torch receives into fixed memory."""
         for _, group in groupby(micro_batches, len):
             alike = list(group)
             # Interleaved, processes take turns with as many micro-batches as there are processes.
-            whole = len(alike) - (len(alike) % self._processes.count if self._name == INTERLEAVED else 0)
+            whole = len(alike) - (len(alike) % self._pipeline.count if self._name == INTERLEAVED else 0)
             yield from filter(None, (alike[:whole], alike[whole:]))
 
     def _schedule(self, count: int, size: int) -> Any:
@@ -171,8 +199,9 @@ class PipelineParallel(Engine):
                 self._device,
                 input_args=ends[index],
                 output_args=ends[index + 1],
+                group=self._pipeline.group,
             )
-            for index in range(self._processes.rank, self._count, self._processes.count)
+            for index in range(self._pipeline.rank, self._count, self._pipeline.count)
         ]
         options: dict[str, Any] = {"loss_fn": self._last, "scale_grads": False}
         if self._name == INTERLEAVED:
@@ -253,23 +282,25 @@ class PipelineParallel(Engine):
     def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
         zero = torch.zeros((), device=self._device)
         norms = torch.stack([zero if each.grad is None else torch.linalg.vector_norm(each.grad) for each in parameters])
-        norm: Tensor = torch.linalg.vector_norm(self._processes.sum(norms))
+        norm: Tensor = torch.linalg.vector_norm(self._pipeline.sum(norms))
         return norm
 
     def keeps(self, name: str) -> bool:
-        return self._home_of(name) == self._processes.rank
+        return self._home_of(name) == self._pipeline.rank
 
     def _home_of(self, name: str) -> int:
         """Return the process that trains a parameter; what no partition uses, and so never changes, is the first's."""
         return next((self.homes[each.index] for each in self.executor.partitions if name in each.state), 0)
 
     def gathered(self, state: Mapping[str, Any], wanted: Callable[[str], bool] | None = None) -> dict[str, Any]:
+        if wanted is None and self._replicas.rank:
+            return {}  # the first process is in another pipeline, which has the same
         # Through memory of the host, where what is to be written stays.
         device = HOST if wanted is None else self._device
-        wanted = wanted or (lambda _: self._processes.is_first)
+        wanted = wanted or (lambda _: self._pipeline.is_first)
         return {
             name: state[name] if name in state else _unpacked(each, device)
-            for packed in self._processes.all({name: _packed(each) for name, each in state.items()})
+            for packed in self._pipeline.all({name: _packed(each) for name, each in state.items()})
             for name, each in packed.items()
             if wanted(name)
         }

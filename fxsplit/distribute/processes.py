@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from fxsplit.data.shares import Share
@@ -17,23 +18,63 @@ from fxsplit.errors import FxsplitError, UsageError
 
 Value = TypeVar("Value")
 HOST = torch.device("cpu")
+# The dimensions of the mesh that processes are arranged in.
+MESH = ("ddp", "pipeline")
 
 
 class Processes:
-    """This process among those of a run. Every method is called by all of them, in the same order.
+    """This process among those of a run, or among some of them. Every method is called by all, in the same order.
 
     Args:
         rank: the number of this process, from 0.
         count: of all processes.
         local_rank: its number among those on this machine.
         local_count: of the processes on this machine.
+        group: torch's, where they are not all that there are.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, *, local_rank: int = 0, local_count: int = 1) -> None:
-        self.rank, self.count = rank, count
+    replicas: Processes
+    pipeline: Processes
+
+    def __init__(
+        self,
+        rank: int = 0,
+        count: int = 1,
+        *,
+        local_rank: int = 0,
+        local_count: int = 1,
+        group: distributed.ProcessGroup | None = None,
+    ) -> None:
+        self.rank, self.count, self.group = rank, count, group
         self.local_rank, self.local_count = local_rank, local_count
+        # Those that train the same partitions as this one, each on a part of every batch; and those through which a
+        # part of a batch goes. Without pipelines each process trains all partitions.
+        self.replicas, self.pipeline = self, self if count == 1 else Processes()
         # The vote that goes on: a tensor that all add to, and the work that does it.
         self._vote: tuple[Tensor, Any] | None = None
+
+    def arrange(self, pipeline: int) -> None:
+        """Arrange the processes as pipelines of so many neighbours each; torch's name for that is a device mesh.
+
+                     pipeline
+            0 ──► 1 ──► 2
+            3 ──► 4 ──► 5        replicas, "ddp": 0 and 3 train the same partitions, as do 1 and 4, 2 and 5
+
+        Raises UsageError where the number of processes is no multiple of `pipeline`.
+        """
+        if self.count % pipeline:
+            raise UsageError(
+                f"{self.count} processes cannot be divided into pipelines of {pipeline}; start a multiple of "
+                f"{pipeline}, or give another --pipeline-processes"
+            )
+        if pipeline in (1, self.count):
+            self.replicas, self.pipeline = (self, Processes()) if pipeline == 1 else (Processes(), self)
+            return
+        mesh = init_device_mesh(HOST.type, (self.count // pipeline, pipeline), mesh_dim_names=MESH)
+        self.replicas, self.pipeline = (
+            Processes(mesh.get_local_rank(name), mesh.size(dim), group=mesh.get_group(name))
+            for dim, name in enumerate(MESH)
+        )
 
     @property
     def is_first(self) -> bool:
@@ -59,7 +100,7 @@ class Processes:
                 made[0] = make()
             except Exception as failed:
                 made[1] = failed
-        distributed.broadcast_object_list(made, device=HOST)
+        distributed.broadcast_object_list(made, self._global(0), group=self.group, device=HOST)
         value, error = made
         if error is not None:
             raise error
@@ -72,21 +113,25 @@ class Processes:
             # Not all_gather_object, which takes a GPU for it where there is one.
             held = [value if rank == self.rank else None]
             if self.count > 1:
-                distributed.broadcast_object_list(held, src=rank, device=HOST)
+                distributed.broadcast_object_list(held, self._global(rank), group=self.group, device=HOST)
             found += held
         return found  # type: ignore[return-value]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place."""
         if self.count > 1:
-            distributed.all_reduce(tensor)
+            distributed.all_reduce(tensor, group=self.group)
         return tensor
+
+    def _global(self, rank: int) -> int:
+        """Return the number that a process of these has among all."""
+        return rank if self.group is None else distributed.get_global_rank(self.group, rank)
 
     def most(self, number: int) -> int:
         """Return the largest number that any process gives."""
         given = torch.tensor(number)
         if self.count > 1:
-            distributed.all_reduce(given, distributed.ReduceOp.MAX)
+            distributed.all_reduce(given, distributed.ReduceOp.MAX, group=self.group)
         return int(given)
 
     def mean(self, tensors: Sequence[Tensor]) -> None:
@@ -98,14 +143,14 @@ class Processes:
             if dtype.is_floating_point or dtype.is_complex:
                 self.sum(packed).div_(self.count)
             else:
-                distributed.broadcast(packed, 0)
+                distributed.broadcast(packed, self._global(0), group=self.group)
             _unpack(packed, group)
 
     def broadcast(self, tensors: Sequence[Tensor], *, source: int = 0) -> None:
         """Set tensors, in place, to those of one process."""
         for group in _alike(tensors).values() if self.count > 1 else ():
             packed = torch.cat([tensor.detach().reshape(-1) for tensor in group])
-            distributed.broadcast(packed, source)
+            distributed.broadcast(packed, self._global(source), group=self.group)
             _unpack(packed, group)
 
     def vote(self, number: int) -> int:
@@ -117,7 +162,7 @@ class Processes:
             return number
         before = self._counted()
         given = torch.tensor(number)
-        self._vote = given, distributed.all_reduce(given, distributed.ReduceOp.MAX, async_op=True)
+        self._vote = given, distributed.all_reduce(given, distributed.ReduceOp.MAX, group=self.group, async_op=True)
         return before
 
     def _counted(self) -> int:
@@ -169,12 +214,12 @@ class Processes:
             return
         own = torch.tensor([checksum(tensor) for tensor in state.values()])
         first = own.clone()
-        distributed.broadcast(first, 0)
+        distributed.broadcast(first, self._global(0), group=self.group)
         # By rank, the number of the first tensor that differs.
         wrong = torch.full((self.count,), len(own))
         if len(different := (own != first).nonzero()):
             wrong[self.rank] = different[0, 0]
-        distributed.all_reduce(wrong, distributed.ReduceOp.MIN)
+        distributed.all_reduce(wrong, distributed.ReduceOp.MIN, group=self.group)
         if int(wrong.min()) < len(own):
             name = list(state)[int(wrong.min())]
             raise FxsplitError(
@@ -185,6 +230,10 @@ class Processes:
     def close(self) -> None:
         """Count the last vote, so that nothing is on its way any more."""
         self._counted()
+
+    def part_groups(self) -> list[distributed.ProcessGroup]:
+        """List torch's groups of those that `arrange` has put together."""
+        return [each.group for each in (self.replicas, self.pipeline) if each.group is not None]
 
 
 # The single process of most runs.
@@ -213,6 +262,8 @@ def joined() -> Iterator[Processes]:
             yield processes
             processes.close()
     finally:
+        for group in processes.part_groups():
+            distributed.destroy_process_group(group)
         if not was_initialized:
             distributed.destroy_process_group()
 

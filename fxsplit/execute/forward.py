@@ -19,16 +19,17 @@ class Engine:
     """Runs what trains forward and backward, here in this process alone.
 
     Others do so together with other processes. Either each takes a part of every batch, and gradients are the means
-    over all; or each trains some of the partitions, whose home it is, and batches go through all of them.
+    over all; or each trains some of the partitions, whose home it is, and batches go through all of them; or both.
     """
 
-    # Bytes of gradients that a step has exchanged since `enter`; None where nothing is exchanged.
+    # Bytes of gradients of what trains that a step has exchanged since `enter`; None where nothing is exchanged. All
+    # processes ask for them together.
     bytes_per_step: int | None = None
     # Bytes of weights that a step has gathered since `enter`; None where weights are whole.
     gathered_per_step: int | None = None
     # Bytes of values and gradients that a step on a full batch sends from stage to stage; None without stages.
     sent_per_step: int | None = None
-    # By partition, the process that trains it since `enter`; None where all processes train all of them.
+    # By partition, the process of the pipeline that trains it since `enter`; None without a pipeline.
     homes: Sequence[int] | None = None
 
     def __init__(self, executor: Executor) -> None:

@@ -51,7 +51,8 @@ TRAIN_OPTIONS = """
 --img-size --initial-checkpoint --interpolation --json --l2l --log-interval --lr --max-bad-samples --mean --memory-aim
 --memory-budget --min-lr --momentum --no-amp --no-channels-last
 --no-deterministic --no-dry-run --no-pretrained --no-progress --no-prove --on-nan --opt --output --output-dir
---parallel --parts --pipeline-schedule --plan --preset --pretrained --print-config --progress --prove --quiet -q
+--parallel --parts --pipeline-processes --pipeline-schedule --plan --preset --pretrained --print-config
+--progress --prove --quiet -q
 --resume --sched --schedule --seed --settled-dtype
 --smoothing --std --stem
 --anneal --average --no-recalibrate --no-sync-bn --no-veto --recalibrate --settle-from --settle-share --settle-until

@@ -252,16 +252,16 @@ def refused(rank: int) -> list[str]:
     return said
 
 
-def in_processes(run: Callable[[int, str], None], folder: Path) -> Path:
-    """Call a function in each of RANKS new processes, with its rank and a folder that has the models."""
+def in_processes(run: Callable[..., None], folder: Path, *given: Any, processes: int = RANKS) -> Path:
+    """Call a function in each of so many new processes: with its rank, a folder with the models, and what is given."""
     write_models(folder)
-    multiprocessing.start_processes(run, (str(folder),), nprocs=RANKS, start_method="spawn")
+    multiprocessing.start_processes(run, (str(folder), *given), nprocs=processes, start_method="spawn")
     return folder
 
 
-def found_in(folder: Path) -> list[dict[str, Any]]:
+def found_in(folder: Path, *, processes: int = RANKS) -> list[dict[str, Any]]:
     """What each process has found, by rank."""
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")

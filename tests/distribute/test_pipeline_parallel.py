@@ -276,9 +276,9 @@ def made(model: torch.nn.Module, at: str = "conv2", **asked: Any) -> PipelinePar
     partitions = fxsplit.partition(trace, at=[at])
     costs = CostModel(partitions, trace, 2, 0)
     options = {"schedule": "1f1b", "costs": costs, "batch_size": 8, **asked}
-    return PipelineParallel(
-        trace, fxsplit.Executor(trace, partitions), Processes(0, RANKS), torch.device("cpu"), **options
-    )
+    processes = Processes(0, RANKS)
+    processes.arrange(RANKS)
+    return PipelineParallel(trace, fxsplit.Executor(trace, partitions), processes, torch.device("cpu"), **options)
 
 
 def hooked() -> torch.nn.Module:
@@ -333,12 +333,13 @@ def test_a_batch_goes_through_in_as_many_micro_batches_as_there_are_processes() 
         going_on = replace(start, found=Found(Path(), {}))
         assert _fitting(going_on, Processes(0, 4), observer) is going_on
     assert said == [
-        "4 processes train together, each some of the partitions; batches of 64 images go through them in 4 "
+        "4 processes train together, each some of the partitions; each batch of 64 images goes through them in 4 "
         "micro-batches, one for each process; more --grad-accum-steps leave them less to wait",
         "there are no other processes for --parallel pipeline; start several with torchrun",
-        "4 processes train together, each some of the partitions; batches of 64 images go through them in 8 "
+        "4 processes train together, each some of the partitions; each batch of 64 images goes through them in 8 "
         "micro-batches",
-        "4 processes train together, each some of the partitions; micro-batches are as before",
+        "4 processes train together, each some of the partitions; each batch of 64 images goes through them in "
+        "micro-batches as before",
     ]
     with pytest.raises(UsageError, match=r"^batch-size is 64, which 3 micro-batches, one for each process"):
         _fitting(start, Processes(0, 3), observer)

@@ -1,0 +1,178 @@
+"""Two pipelines of two processes end where two data-parallel processes end, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import distributed
+
+import fxsplit
+from fxsplit.assembly.starting import Start, _fitting
+from fxsplit.distribute.concord import Concord, _tensors
+from fxsplit.distribute.processes import ALONE, Processes
+from fxsplit.errors import Terminated, UsageError
+from fxsplit.report import Observer
+from fxsplit.saving.checkpoints import find_checkpoint
+from fxsplit.spec import RunSpec
+from tests.distribute.test_data_parallel import COMMON, Interrupting, found_in, in_processes, metrics, weights
+from tests.distribute.test_pipeline_parallel import same
+
+PROCESSES, REPLICAS = 4, 2
+# Of 71 images, batches of 16 leave seven: one pipeline takes four of them, the other three.
+SPECS: dict[str, dict[str, Any]] = {
+    # The second partition moves from one process to the other when the first one settles, and then settles, too.
+    "settle": {
+        "schedule": "settle-far", "at": ("3", "9"), "settle_from": 0.25, "settle_until": 0.8, "epochs": 4,
+        "grad_accum_steps": 2, "average": 0.5, "recalibrate": True, "augment": "crop-flip", "clip_grad": 0.5,
+        "train_limit": 71,
+    },
+    # Of 67 images three are left: the second pipeline runs images that count for nothing.
+    "grow": {
+        "schedule": "grow", "parts": 4, "epochs": 4, "grad_accum_steps": 4, "pipeline_schedule": "interleaved",
+        "model_ema": True, "model_ema_decay": 0.8, "opt": "momentum", "channels_last": True,
+    },
+}  # fmt: skip
+SUITE = "settle"
+
+
+def spec(folder: Path, name: str, output: str, parallel: str) -> RunSpec:
+    # Statistics of BatchNorm are averaged with each checkpoint, so there is one after the step with the signal anyway.
+    asked = {**COMMON, "prove": False, **SPECS[name], "parallel": parallel, "checkpoint_every": "13s"}
+    return RunSpec(model=f"{folder / 'normed.py'}:normed", output=str(folder / output), experiment=name, **asked)
+
+
+def run(rank: int, folder: str, name: str) -> None:
+    """One of four processes: a signal interrupts the mesh, which goes on; then the first two train without pipelines.
+
+    These two also go on where the mesh was interrupted.
+    """
+    torch.set_num_threads(1)
+    os.environ["RANK"] = str(rank)
+    at = Path(folder)
+    found: dict[str, Any] = {}
+    join(rank, PROCESSES, f"{folder}/store")
+    with noted() as found["borders"]:
+        try:
+            fxsplit.train(spec(at, name, "mesh", "ddp,pipeline"), Interrupting(3, 2))
+        except Terminated as error:
+            found["said"] = str(error)
+        if rank == 0:
+            shutil.copytree(at / "mesh", at / "on")
+        fxsplit.train(resume=at / "mesh" / name, trust_code=True)
+    distributed.destroy_process_group()
+    if rank < REPLICAS:
+        join(rank, REPLICAS, f"{folder}/store of two")
+        with noted() as found["plain borders"]:
+            fxsplit.train(spec(at, name, "ddp", "ddp"))
+        fxsplit.train(spec(at, name, "on", "ddp"), resume=at / "on" / name, trust_code=True)
+        distributed.destroy_process_group()
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+def join(rank: int, count: int, store: str) -> None:
+    distributed.init_process_group(
+        "gloo", f"file://{store}", timeout=timedelta(seconds=120), rank=rank, world_size=count
+    )
+
+
+@contextmanager
+def noted() -> Iterator[list[dict[str, Any]]]:
+    """Note at each change of phase what trains where, and the state of model and averages."""
+    borders: list[dict[str, Any]] = []
+    check = Concord.check
+
+    def checked(self: Concord, training: Mapping[str, Callable[[], Any]]) -> None:
+        check(self, training)
+        averages = {part: training[part]() for part in ("ema", "endings") if part in training}
+        state = {**self._executor.state_dict(), **dict(_tensors(averages))}
+        copied = {key: value.clone() for key, value in state.items()}
+        borders.append({"window": self._executor.window, "homes": self._engine.homes, "state": copied})
+
+    with patch.object(Concord, "check", checked):
+        yield borders
+
+
+def found(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Train by four processes, and return what each has noted."""
+    return found_in(in_processes(run, folder, name, processes=PROCESSES), processes=PROCESSES)
+
+
+@pytest.mark.parametrize("name", [SUITE, pytest.param("grow", marks=pytest.mark.slow)])
+def test_two_pipelines_end_where_two_processes_end_bit_for_bit(name: str, tmp_path: Path) -> None:
+    ranks = found(tmp_path, name)
+    ours, plain, on = (tmp_path / output / name for output in ("mesh", "ddp", "on"))
+    same_borders(ranks, averages=True)
+    assert all(set(border["homes"]) == {0, 1} for border in ranks[0]["borders"])
+    assert {rank["said"] for rank in ranks} == {ranks[0]["said"]}
+    assert ranks[0]["said"].startswith("saved at epoch 3, step 3; go on with: fxsplit train --resume ")
+    assert same(weights(ours), weights(plain))
+    assert same(weights(on), weights(plain))
+    same_records(ours, plain)
+    same_optimizer(ours, plain)
+    if name == SUITE:
+        # Of 16 images: 4 channels of 6 by 6 behind the first cut, 6 channels of 3 by 3 behind the other.
+        first, second = (16 * 4 * size for size in (4 * 6 * 6, 6 * 3 * 3))
+        assert [border["homes"] for border in ranks[3]["borders"]] == [(0, 1, 1), (0, 0, 1), (0, 0, 1)]
+        assert [epoch["sent_bytes"] for epoch in metrics(ours)] == [2 * first, 2 * first, 2 * second, second]
+
+
+def same_borders(ranks: list[dict[str, Any]], *, averages: bool) -> None:
+    plain = ranks[0]["plain borders"]
+    for rank in ranks:
+        for mine, other in zip(rank["borders"], plain, strict=True):
+            assert mine["window"] == other["window"]
+            assert same(mine["state"], other["state"])
+    assert any("/" in key for border in plain for key in border["state"]) == averages
+
+
+def same_records(ours: Path, plain: Path) -> None:
+    for mine, other in zip(metrics(ours), metrics(plain), strict=True):
+        for score in ("train_loss", "train_top1", "eval_top1", "lr", "trainable_parameters", "reduced_bytes"):
+            assert mine[score] == other[score], (mine["epoch"], score)
+        # Each process tests batches of its own.
+        assert mine["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-6)
+
+
+def same_optimizer(ours: Path, plain: Path) -> None:
+    checkpoints = [find_checkpoint(folder, notice=print) for folder in (ours, plain)]
+    mine, other = (each.data["state"]["training"]["optimizer"]["optimizer"]["state"] for each in checkpoints if each)
+    assert mine.keys() == other.keys()
+    assert all(same(mine[each], state) for each, state in other.items())
+
+
+def test_batches_are_divided_among_pipelines_and_then_into_micro_batches() -> None:
+    said: list[str] = []
+    observer = Observer()
+    start = Start(spec=RunSpec(model="timm:resnet18", data="synthetic", parallel="ddp,pipeline", batch_size=66))
+    three = Processes(4, 6)
+
+    def arranged(_: Processes, pipeline: int) -> None:
+        three.replicas, three.pipeline = Processes(2, 6 // pipeline), Processes(0, pipeline)
+
+    with patch.object(observer, "notice", said.append), patch.object(Processes, "arrange", arranged):
+        assert _fitting(start, three, observer).spec.grad_accum_steps == 2
+        assert _fitting(start, ALONE, observer) is start
+        for asked, sentence in (
+            ({"batch_size": 2}, "batch-size is 2, and 3 pipelines divide each batch among them"),
+            ({"mixup": 0.2}, "--mixup mixes images of a batch, of which each of 3 pipelines has only a part"),
+        ):
+            refused = Start(spec=replace(start.spec, **asked))
+            with pytest.raises(UsageError, match=f"^{sentence}"):
+                _fitting(refused, three, observer)
+    assert said == [
+        "6 processes train together, in 3 pipelines of 2; of each batch of 66 images 22 images go through one of them "
+        "in 2 micro-batches, one for each process; more --grad-accum-steps leave them less to wait",
+        "there are no other processes for --parallel ddp,pipeline; start several with torchrun",
+    ]
+    with pytest.raises(UsageError, match=r"^3 processes cannot be divided into pipelines of 2; start a multiple of 2"):
+        _fitting(start, Processes(0, 3), observer)
