@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -129,8 +130,9 @@ def interruptible() -> Iterator[None]:
 
 def settings_of_the_process() -> dict[str, object]:
     """What numbers and later tests depend on, of torch as far as it is loaded."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    found: dict[str, object] = {"environment": environment, "folder": os.getcwd()}
+    # Without what pytest and torch's compiler set for themselves.
+    own = {name: value for name, value in os.environ.items() if not re.search("PYTEST_CURRENT|TORCHINDUCTOR", name)}
+    found: dict[str, object] = {"environment": own, "folder": os.getcwd()}
     if (torch := sys.modules.get("torch")) and hasattr(torch, "get_num_threads"):
         found |= {
             "threads": torch.get_num_threads(),
