@@ -90,7 +90,13 @@ class PhaseOptimizer:
 
         A phase with `fresh_optimizer` begins without any state.
         """
-        before = {} if phase.fresh_optimizer else self.optimizer.state
+        self._remake({} if phase.fresh_optimizer else self.optimizer.state)
+
+    def move(self) -> None:
+        """Move the optimizer's state to the processes that train its parameters now."""
+        self._remake(self.optimizer.state)
+
+    def _remake(self, before: Mapping[Tensor, Any]) -> None:
         named = {self._named[parameter]: state for parameter, state in before.items()}
         self._make(self._engine.gathered(named, self._engine.keeps))
 
