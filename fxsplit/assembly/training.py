@@ -279,6 +279,8 @@ def cache_policy(
 
 def _share_of_rows(spec: RunSpec, data: Data, processes: Processes) -> float:
     """Return which share of the rows that the processes of this machine keep is this one's."""
+    if processes.local_count == 1:
+        return 1.0
     trained = len(data.train) * (views(spec) or 1) / processes.replicas.count
     held_out = 0 if data.held_out is None else len(data.held_out)
     first = processes.rank - processes.local_rank
