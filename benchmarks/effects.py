@@ -3,8 +3,8 @@
     python benchmarks/effects.py DIR/compare.csv
 
 Arms are named BASE-PIECE-PIECE. The effect of a piece is the mean accuracy of the arms of a base that have it, less
-that of the arms without, by seed. In half of all combinations of three pieces that is the effect of one piece together
-with the interaction of the other two.
+that of the arms without, by seed. In half of all combinations of the pieces that is the effect of one piece together
+with the interaction of all others.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ MOST_ALPHA = 1e6
 # Fields that may begin with the home folder.
 HOMES = ("model", "initial_checkpoint", "data", "data_dir", "output")
 # Fields that say when partitions settle. Only schedules that settle partitions use them.
-MOMENTS = ("settle_from", "settle_until", "settle_share", "settle_front")
+MOMENTS = ("settle_from", "settle_until", "settle_share", "settle_front", "thaw_from")
 # Fields that may not be given beside a plan file, because the file decides them.
 PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs_total", "shift", *MOMENTS)
 # By field, those whose values from earlier layers are dropped when a later layer gives it: they decide the same thing.
@@ -256,6 +256,13 @@ class RunSpec:
         None,
         least=0,
         most=1,
+    )
+    thaw_from: float | None = option(
+        "Layer-to-layer",
+        "Share of the run after which everything trains again, to its end.",
+        None,
+        above=0,
+        below=1,
     )
     parts: int | None = option("Layer-to-layer", "Number of partitions.", None, least=1, most=MOST_PARTS)
     at: tuple[str, ...] = option(

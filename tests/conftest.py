@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -124,6 +125,39 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def settings_of_the_process() -> dict[str, object]:
+    """What numbers and later tests depend on, of torch as far as it is loaded."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    found: dict[str, object] = {"environment": environment, "folder": os.getcwd()}
+    if (torch := sys.modules.get("torch")) and hasattr(torch, "get_num_threads"):
+        found |= {
+            "threads": torch.get_num_threads(),
+            "dtype": torch.get_default_dtype(),
+            "device": torch.get_default_device(),
+            "gradients": torch.is_grad_enabled(),
+            "autocast": [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")],
+            "deterministic": (
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+            ),
+            "precision": (
+                torch.get_float32_matmul_precision(),
+                torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+            ),
+            "libraries": (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark),
+        }
+    return found
+
+
+@pytest.fixture(autouse=True)
+def settings_stay() -> Iterator[None]:
+    """A test leaves the settings of its process as it found them."""
+    before = settings_of_the_process()
+    yield
+    after = settings_of_the_process()
+    assert {name: after[name] for name in before} == before
 
 
 @pytest.fixture

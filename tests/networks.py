@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -462,6 +462,13 @@ class BranchOnData(Chain):
         x = self.norm1(self.conv1(x))
         return self.head(self.norm2(self.conv2(x)).relu().mean((2, 3)))
 
+
+# Options of timm's networks: fewer blocks, of the same kinds.
+SHORTER: dict[str, dict[str, Any]] = {
+    "resnext50_32x4d": {"layers": (1, 2, 1, 1)},
+    "densenet121": {"block_config": (2, 3, 2, 2)},
+    "vit_tiny_patch16_224": {"depth": 4},
+}
 
 HAZARDS: dict[str, Callable[[], nn.Module]] = {
     kind.__name__: kind

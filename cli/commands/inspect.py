@@ -25,7 +25,7 @@ from .job import Job, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_sp
 INSPECT_FIELDS = (
     *("stem", "drop_path", "data", "img_size", "batch_size"),
     *("preset", "schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
-    *("settle_from", "settle_until", "settle_share", "settle_front", "shift"),
+    *("settle_from", "settle_until", "settle_share", "settle_front", "thaw_from", "shift"),
     *("opt", "momentum", "device", "channels_last", "memory_budget", "memory_aim", "grad_accum_steps"),
 )
 

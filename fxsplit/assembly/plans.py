@@ -22,6 +22,7 @@ from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import logits_of
 from fxsplit.measuring.phase_costs import Loss, time_ratio, update_seconds
 from fxsplit.plan.budget import fit
+from fxsplit.plan.division import Division
 from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.partition import Partition, most_partitions, with_head
 from fxsplit.plan.planfile import PlanFile
@@ -84,7 +85,15 @@ def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float, processes: P
         micro_batches=spec.grad_accum_steps,
         optimizer_slots=slots(spec),
         strict=_insisted(spec) is not None,
+        division=_division(spec, processes),
     )
+
+
+def _division(spec: RunSpec, processes: Processes) -> Division | None:
+    """Say how processes divide the model; None where each has all of it."""
+    if spec.parallel == "fsdp" and processes.count > 1:
+        return Division("fsdp", processes.count)
+    return Division("pipeline", processes.pipeline.count) if processes.pipeline.count > 1 else None
 
 
 def paying_plan(
@@ -170,6 +179,7 @@ def _given_plan(spec: RunSpec, trace: Trace, observer: Observer) -> Plan:
         stop=spec.settle_until,
         share=0.0 if spec.shift == "input" else spec.settle_share,
         front=0.0 if spec.shift == "input" else spec.settle_front,
+        thaw=spec.thaw_from,
     )
 
 
@@ -193,6 +203,7 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, process
         optimizer_slots=slots(spec),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
         micro_batches=spec.grad_accum_steps,
+        division=_division(spec, processes),
     )
 
 

@@ -40,8 +40,8 @@ from fxsplit.execute.forward import Engine
 from fxsplit.execute.ownership import changing, refuse_divided
 from fxsplit.objects.hooks import hooks_of
 from fxsplit.objects.structure import META
+from fxsplit.plan.division import balanced
 from fxsplit.plan.forecast import CostModel
-from fxsplit.plan.scaling import balanced
 
 INTERLEAVED = "interleaved"
 

@@ -11,6 +11,7 @@ from itertools import product
 
 from fxsplit.errors import PartitionError
 from fxsplit.graph import Modes, Op
+from fxsplit.plan.division import Division
 from fxsplit.plan.forecast import CostModel
 from fxsplit.plan.schedule import Phase, Plan
 
@@ -24,6 +25,7 @@ def fit(
     optimizer_slots: int,
     micro_batches: int = 1,
     strict: bool = True,
+    division: Division | None = None,
 ) -> Plan:
     """Choose for each phase of `plan` the fastest mix of recomputing and micro-batches that fits `budget`.
 
@@ -36,11 +38,14 @@ def fit(
         micro_batches: in how many standard training takes a batch. A phase takes 1, 2, 4, ... times as many of equal
             size, or just as many where an op needs the batch as a whole.
         strict: raise when nothing fits; otherwise take what needs least.
+        division: how several processes divide the model, each of which is to fit; None if each has all of it.
 
     Returns the plan with the new phases. Raises PartitionError, which names the least budget that would do, when a
     phase does not fit and `strict` holds.
     """
-    costs = CostModel(plan.partitions, modes, batch_size, optimizer_slots, micro_batches=micro_batches)
+    costs = CostModel(
+        plan.partitions, modes, batch_size, optimizer_slots, micro_batches=micro_batches, division=division
+    )
     standard = costs.phase(costs.standard)
 
     def need(phase: Phase) -> float:

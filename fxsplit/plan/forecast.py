@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import chain, islice
 
 from fxsplit.graph import Modes, Op, Value
+from fxsplit.plan.division import Division
 from fxsplit.plan.memory import Step, peak_bytes
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase, Plan
@@ -66,6 +67,7 @@ def forecast(
     update_seconds: float | None = None,
     steps_per_epoch: int | None = None,
     micro_batches: int = 1,
+    division: Division | None = None,
 ) -> Forecast:
     """Forecast what the phases of `plan` will cost beside standard training.
 
@@ -77,11 +79,20 @@ def forecast(
         update_seconds: time of the optimizer's update of all parameters, if it was measured.
         steps_per_epoch: needed for `Forecast.seconds`.
         micro_batches: in how many standard training takes a batch.
+        division: how several processes divide the model, for the memory of one of them; None if each has all of it.
 
     Time is the sum of measured seconds where all ops of both graphs have them. Else it is counted in multiply-adds, a
     moved byte for MACS_PER_BYTE of them. An update without measured time is converted by the same rule.
     """
-    costs = CostModel(plan.partitions, modes, batch_size, optimizer_slots, update_seconds, micro_batches=micro_batches)
+    costs = CostModel(
+        plan.partitions,
+        modes,
+        batch_size,
+        optimizer_slots,
+        update_seconds,
+        micro_batches=micro_batches,
+        division=division,
+    )
     epochs = plan.epochs
     standard = costs.phase(costs.standard)
     phases = tuple(costs.phase(phase) for phase in plan.phases)
@@ -130,9 +141,10 @@ class CostModel:
         update_seconds: float | None = None,
         *,
         micro_batches: int = 1,
+        division: Division | None = None,
     ) -> None:
         train, evaluation = modes.train, modes.eval
-        self.partitions, self.modes = partitions, modes
+        self.partitions, self.modes, self._division = partitions, modes, division
         self.batch_size, self.optimizer_slots = batch_size, optimizer_slots
         self.values = train.values | evaluation.values
         self.bytes = {state.name: state.bytes for graph in (evaluation, train) for state in graph.state}
@@ -177,7 +189,7 @@ class CostModel:
                 steps, self.modes.train, batch_size=micro_batch_size, gradient_bytes=gradients, adds=True
             )
             with_gradients = activations + sum(gradients.values())
-        return PhaseForecast(
+        found = PhaseForecast(
             step_cost=self.step_cost(phase),
             step_seconds=self._step_time(phase) if self.measured else None,
             activation_bytes=activations,
@@ -187,6 +199,7 @@ class CostModel:
             optimizer_bytes=optimizer_bytes,
             peak_bytes=sum(self.bytes.values()) + optimizer_bytes + with_gradients,
         )
+        return found if self._division is None else self._division.of_one(self, phase, found)
 
     @cached_property
     def _inputs(self) -> frozenset[str]:

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 from fxsplit.errors import UsageError
 from fxsplit.graph import Modes
+from fxsplit.plan.division import Division, balanced
 from fxsplit.plan.forecast import CostModel
 from fxsplit.plan.schedule import Phase, Plan
 
@@ -92,11 +93,15 @@ def scaling(
             raise UsageError("what several devices take can be forecast only of ops that were measured: see --measure")
         ways = [_mean(plan, "ddp", count, [_ddp(own, phase, count, bandwidth) for phase in plan.phases])]
         if count > 1:
-            ways.append(_mean(plan, "fsdp", count, [_fsdp(own, phase, count, bandwidth) for phase in plan.phases]))
+            divided = Division("fsdp", count)
+            part = CostModel(plan.partitions, modes, own.batch_size, optimizer_slots, update_seconds, division=divided)
+            ways.append(_mean(plan, "fsdp", count, [_fsdp(part, phase, count, bandwidth) for phase in plan.phases]))
         if 1 < count <= len(plan.partitions):
             micro_batches = min(batch_size, MICRO_BATCHES * count)
             part = CostModel(plan.partitions, modes, -(-batch_size // micro_batches), optimizer_slots, update_seconds)
-            steps = [_pipeline(part, phase, count, micro_batches, bandwidth) for phase in plan.phases]
+            divided = Division("pipeline", count)
+            whole = CostModel(plan.partitions, modes, batch_size, optimizer_slots, division=divided)
+            steps = [_pipeline(part, phase, count, micro_batches, bandwidth, whole) for phase in plan.phases]
             ways.append(_mean(plan, "pipeline", count, steps))
         fitting = [each for each in ways if device_bytes is None or each.peak_bytes <= device_bytes]
         best = min(fitting, key=lambda each: each.step_seconds, default=None)
@@ -143,26 +148,25 @@ def _ddp(costs: CostModel, phase: Phase, devices: int, bandwidth: float) -> _Ste
 
 def _fsdp(costs: CostModel, phase: Phase, devices: int, bandwidth: float) -> _Step:
     forward, backward = costs.seconds(phase)
-    ahead = costs.phase(phase)
-    trained = ahead.gradient_bytes
+    trained = sum(costs.trained_bytes(index, phase) for index in range(phase.start, phase.stop))
     largest = max(costs.trained_bytes(index, phase) for index in range(phase.start, phase.stop))
     others = (devices - 1) / devices
     traffic = 3 * others * trained
     busy = forward + backward + costs.update_seconds(phase) / devices
     # The first weights are gathered before anything runs, the others beside what runs.
     waiting = max(traffic / bandwidth - forward - backward, others * largest / bandwidth)
-    kept = ahead.parameter_bytes - trained + ahead.buffer_bytes + ahead.activation_bytes
-    divided = (trained + ahead.gradient_bytes + ahead.optimizer_bytes) / devices
     return _Step(
-        # Two partitions are whole at a time: the one that runs, and the next.
         seconds=busy + waiting,
         busy_seconds=busy,
         traffic=traffic,
-        memory=kept + divided + 2 * largest,
+        memory=costs.phase(phase).peak_bytes,
     )
 
 
-def _pipeline(costs: CostModel, phase: Phase, devices: int, micro_batches: int, bandwidth: float) -> _Step:
+def _pipeline(
+    costs: CostModel, phase: Phase, devices: int, micro_batches: int, bandwidth: float, of_batch: CostModel
+) -> _Step:
+    """Forecast a step from the costs of one micro-batch; its memory from those `of_batch`, of one process."""
     # One micro-batch of each device's partitions takes `slowest` at most, and the pipeline moves on in such beats:
     #
     #     device 0   0 1 2 3 . . .
@@ -180,48 +184,9 @@ def _pipeline(costs: CostModel, phase: Phase, devices: int, micro_batches: int, 
     trained = [sum(costs.trained_bytes(index, phase) for index in range(*group)) for group in groups]
     whole = sum(trained) or 1
     update = costs.update_seconds(phase) * max(trained) / whole
-    memory = []
-    for rank, (start, stop) in enumerate(groups):
-        held = range(max(start, phase.start), stop)
-        # The first device has as many micro-batches on their way as there are devices, the last one has one.
-        activations = sum(costs.partitions[index].activation_bytes for index in held) * costs.batch_size
-        in_flight = min(micro_batches, devices - rank)
-        own = sum(costs.state_bytes(index) for index in range(start, stop))
-        memory.append(own + (1 + costs.optimizer_slots) * trained[rank] + activations * in_flight)
     return _Step(
         seconds=(micro_batches + devices - 1) * beat + update,
         busy_seconds=micro_batches * sum(loads) / devices + costs.update_seconds(phase) / devices,
         traffic=micro_batches * max(sent),
-        memory=max(memory),
+        memory=of_batch.phase(replace(phase, micro_batches=micro_batches)).peak_bytes,
     )
-
-
-def balanced(costs: CostModel, phase: Phase, parts: int, *, starts: Sequence[int]) -> list[int]:
-    """Divide partitions into so many neighbouring groups, of which the slowest takes least time in a phase.
-
-    Groups begin with partitions in `starts`, which are at least `parts`, the first one among them. Returns where they
-    begin, and the end.
-    """
-    loads = [sum(each) for each in costs.times_by_partition(phase)]
-    ends = [*starts, len(loads)]
-    return [ends[index] for index in _balanced([sum(loads[slice(*pair)]) for pair in pairwise(ends)], parts)]
-
-
-def _balanced(loads: Sequence[float], parts: int) -> list[int]:
-    """Divide loads into neighbouring groups whose largest sum is least; return where they begin, and the end."""
-    before = [0.0]
-    for load in loads:
-        before.append(before[-1] + load)
-    count = len(loads)
-    # By the number of groups so far, and their end: the least largest sum, and where the last group begins.
-    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
-    for part in range(1, parts + 1):
-        found = {}
-        for stop in range(part, count - (parts - part) + 1):
-            starts = ((max(worst, before[stop] - before[start]), start) for start, (worst, _) in best[-1].items())
-            found[stop] = min(each for each in starts if each[1] < stop)
-        best.append(found)
-    cuts = [count]
-    for found in reversed(best[1:]):
-        cuts.append(found[cuts[-1]][1])
-    return cuts[::-1]

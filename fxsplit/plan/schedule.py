@@ -394,6 +394,25 @@ def finetune(
     return head, replace(first, thaws=True), *others
 
 
+def _thawed(phases: Sequence[Phase], epochs: int, thaw: float) -> tuple[Phase, ...]:
+    """Let everything train again from this fraction of the run on, for an epoch at least.
+
+    Later moves of the cut are left out. Where nothing is settled by then, phases stay as they are.
+    """
+    if not 0 <= thaw <= 1:
+        raise UsageError(f"everything trains again from a fraction of the run on, 0 to 1, not from {thaw}")
+    begin = max(1, min(round(epochs * thaw), epochs - 1))
+    ends = accumulate(phase.epochs for phase in phases)
+    before = [
+        replace(phase, epochs=min(end, begin) - (end - phase.epochs))
+        for phase, end in zip(phases, ends, strict=True)
+        if end - phase.epochs < begin
+    ]
+    if epochs == 1 or not before[-1].start:
+        return tuple(phases)
+    return (*before, Phase(start=0, stop=before[-1].stop, epochs=epochs - begin, thaws=True))
+
+
 SCHEDULES: Mapping[str, Callable[..., tuple[Phase, ...]]] = {
     "standard": standard,
     "window": window,
@@ -418,6 +437,7 @@ def schedule(
     stop: float | None = None,
     share: float | None = None,
     front: float | None = None,
+    thaw: float | None = None,
 ) -> Plan:
     """Make the plan of a schedule.
 
@@ -429,6 +449,8 @@ def schedule(
         start, stop, share: for "settle", "settle-far" and "finetune", where and how far the cut moves; the schedule's
             own if None.
         front: for "finetune", the share of the model that never trains; its own if None.
+        thaw: for "settle", "settle-far" and "finetune", the fraction of the run from which everything trains again, for
+            an epoch at least; never if None.
 
     Raises UsageError for an unknown name and for too few epochs.
     """
@@ -445,6 +467,7 @@ def schedule(
     elif name in SETTLING:
         fractions = {key: value for key, value in given.items() if value is not None}
         phases = SCHEDULES[name](partitions, wanted, **fractions)
+        phases = phases if thaw is None else _thawed(phases, wanted, thaw)
     else:
         phases = SCHEDULES[name](partitions, wanted)
     return Plan(schedule=name, partitions=tuple(partitions), phases=phases)

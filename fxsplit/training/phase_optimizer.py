@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from fxsplit.cuda.number import Number
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Engine
-from fxsplit.plan.schedule import Phase, Plan
+from fxsplit.plan.schedule import Plan
 from fxsplit.training.optimizers import (
     anneal,
     complete_momenta,
@@ -79,18 +79,19 @@ class PhaseOptimizer:
     ) -> None:
         self._executor, self._exits, self._steps_per_epoch = executor, exits, steps_per_epoch
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
-        self._end_steps = [epoch * steps_per_epoch for epoch in end_epochs(plan)]
+        self._plan, self._end_epochs = plan, end_epochs(plan, 0)
         self._annealing_steps = annealing * (plan.epochs * steps_per_epoch)
         self._device = device
         self._engine = engine or Engine(executor)
         self._make({})
 
-    def enter(self, phase: Phase) -> None:
-        """Make optimizer and scheduler over what trains now. Parameters that trained before keep their optimizer state.
+    def enter(self, index: int) -> None:
+        """Make optimizer and scheduler over what trains in the phase of this index, which was entered.
 
-        A phase with `fresh_optimizer` begins without any state.
+        Parameters that trained before keep their optimizer state. A phase with `fresh_optimizer` begins without any.
         """
-        self._remake({} if phase.fresh_optimizer else self.optimizer.state)
+        self._end_epochs = end_epochs(self._plan, index)
+        self._remake({} if self._plan.phases[index].fresh_optimizer else self.optimizer.state)
 
     def move(self) -> None:
         """Move the optimizer's state to the processes that train its parameters now."""
@@ -121,8 +122,8 @@ class PhaseOptimizer:
         for index, each in self._exits.modules.items() if self._exits else ():
             partitions[int(index)] += each.parameters()
         return {
-            parameter: end
-            for parameters, end in zip(partitions, self._end_steps, strict=True)
+            parameter: end * self._steps_per_epoch
+            for parameters, end in zip(partitions, self._end_epochs, strict=True)
             for parameter in parameters
         }
 

@@ -256,7 +256,7 @@ class Trainer:
         An earlier one settles only quiet partitions, or no more than the guard allows.
         """
         planned, now = self.plan.phase_index_at(epoch), self._position.phase
-        if self.guard is not None:
+        if self.guard is not None and not self.plan.phases[planned].thaws:
             planned = min(planned, self.guard.last_phase)
         if planned < now or now < 0 or self.plasticity is None:
             return planned
@@ -317,8 +317,8 @@ class Trainer:
         later = self.plan.phases[index + 1 :]
         self.feed.enter(phase.start, epochs=epochs_left, notice=self.observer.notice, later=later)  # (3)
         self.forward.engine.enter(*self.objective.modules, cut=self.feed.cut)  # (4)
-        self.optimizer.enter(phase)  # (5)
-        self.endings.enter()
+        self.optimizer.enter(index)  # (5)
+        self.endings.enter(index)
         if self.plasticity is not None:
             self.plasticity.enter(named_parameters(self.executor))
         if self.ema is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,11 @@ from torch import nn
 
 import fxsplit
 from fxsplit import assembly
+from fxsplit.distribute.processes import Processes
 from fxsplit.errors import UsageError
+from fxsplit.models import registry
+from fxsplit.plan.division import Division
+from fxsplit.plan.forecast import CostModel
 from fxsplit.report import Observer
 
 
@@ -63,3 +68,29 @@ def test_a_guard_that_leaves_nothing_to_train_on_is_refused() -> None:
         UsageError, match=r"guard is 0\.999999, which holds out 19 of 20 images to train on and leaves too"
     ):
         assembly.data(spec, Observer())
+
+
+@pytest.mark.parametrize(
+    ("parallel", "division", "batch_size"),
+    [
+        ("ddp", None, 16),
+        ("fsdp", Division("fsdp", 4), 16),
+        ("pipeline", Division("pipeline", 4), 64),
+        ("ddp,pipeline", Division("pipeline", 2), 32),
+    ],
+)
+def test_memory_is_forecast_of_one_process_as_they_divide_the_model(
+    parallel: str, division: Division | None, batch_size: int
+) -> None:
+    """And a budget that its forecast just keeps needs no saving."""
+    spec = fxsplit.RunSpec(model="paper:cnn", parallel=parallel, batch_size=64, grad_accum_steps=4)
+    processes = Processes(0, 4)
+    if "pipeline" in parallel:
+        processes.replicas, processes.pipeline = Processes(0, 64 // batch_size), Processes(0, batch_size // 16)
+    trace = fxsplit.trace(registry.build("paper:cnn", num_classes=10, img_size=32), (torch.empty(2, 3, 32, 32),))
+    plan = assembly.plan(spec, trace, Observer())
+    ahead = assembly.forecast(spec, plan, trace, measured=False, processes=processes)
+    costs = CostModel(plan.partitions, trace, batch_size, 2, micro_batches=4, division=division)
+    assert ahead.phases == tuple(map(costs.phase, plan.phases))
+    given = replace(spec, memory_budget=float(ahead.phases[0].peak_bytes))
+    assert assembly.plan(given, trace, Observer(), processes=processes).phases == plan.phases

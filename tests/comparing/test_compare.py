@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -368,22 +369,28 @@ def test_recipes_of_fine_tuning_can_be_planned(path: Path, tmp_path: Path, monke
 
 @pytest.mark.parametrize("name", ["paper-cnn", "densenet"])
 def test_recipes_of_the_factorial_are_half_of_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each piece is in two of four arms of l2l, and each two of them in one."""
+    """Each piece is in four of eight arms of l2l, and each two of them in two."""
     monkeypatch.chdir(FINETUNE.parents[1])
     asked = read_comparison(yaml.safe_load(Path(f"recipes/factorial/{name}.yaml").read_text(encoding="utf-8")))
     spec = ComparisonSpec(**asked, output=str(tmp_path))
     runs = planned(spec, spec.models[0], read_arms(spec.arms, spec.run, spec.of_arms))
-    assert len({run.folder for run in runs}) == len(runs) == 6 * 6
+    assert len({run.folder for run in runs}) == len(runs) == 10 * 6
     found = {run.arm: run.spec for run in runs}
-    pieces = {arm: (s.soft_fade > 0, s.anneal > 0, s.augment != "none") for arm, s in found.items()}
+    pieces = {
+        arm: (s.soft_fade > 0, s.anneal > 0, s.augment != "none", s.thaw_from is not None) for arm, s in found.items()
+    }
     assert {pieces[arm] for arm in found if arm.startswith("l2l")} == {
-        (False, False, False), (True, True, False), (True, False, True), (False, True, True)
-    }  # fmt: skip
-    assert [pieces[arm] for arm in ("regularised", "regularised-fade-flip")] == [(False,) * 3, (True, False, True)]
+        each for each in product((False, True), repeat=4) if sum(each) % 2 == 0
+    }
+    assert [pieces[arm] for arm in ("regularised", "regularised-fade-flip")] == [
+        (False,) * 4,
+        (True, False, True, False),
+    ]
     for arm, each in found.items():
         assert each.schedule == ("settle-far" if arm.startswith("l2l") else "standard")
         assert each.sched == "cosine"
-        assert all(piece in arm for piece, there in zip(("fade", "anneal", "flip"), pieces[arm], strict=True) if there)
+        names = zip(("fade", "anneal", "flip", "thaw"), pieces[arm], strict=True)
+        assert all((piece in arm) == there for piece, there in names)
 
 
 def test_runs_that_differ_by_more_than_the_seed_are_two_arms(tmp_path: Path, player: Player) -> None:

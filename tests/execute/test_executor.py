@@ -24,6 +24,7 @@ from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import SCHEDULES, Phase, schedule
 from tests.networks import (
     HAZARDS,
+    SHORTER,
     AuxiliaryHead,
     BranchOnShape,
     Chain,
@@ -36,7 +37,7 @@ from tests.networks import (
 
 
 def _resnext() -> nn.Module:
-    model: nn.Module = timm.create_model("resnext50_32x4d", num_classes=5)
+    model: nn.Module = timm.create_model("resnext50_32x4d", num_classes=5, **SHORTER["resnext50_32x4d"])
     return model
 
 

@@ -23,7 +23,7 @@ from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
 from tests.execute.test_code import calls
 from tests.execute.test_prefix import Calls, at_cut, by_prefix, close, lived, settled
-from tests.networks import HAZARDS, Chain
+from tests.networks import HAZARDS, SHORTER, Chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,7 +91,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fake]:
 
 def network(name: str, size: int) -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10)
+    model = timm.create_model(name, num_classes=10, **SHORTER.get(name, {}))
     with torch.no_grad():
         for _ in range(3):
             model.train()(torch.randn(8, 3, size, size))
@@ -106,8 +106,8 @@ def test_a_cpu_folds() -> None:
 # shortcut, and norms without a convolution before or a ReLU behind.
 NETWORKS = {
     "resnet18": ("global_pool", 1 + 8, 8, 3),
-    "resnext50_32x4d": ("global_pool", 1 + 2 * 16, 16, 4),
-    "densenet121": ("global_pool", 1 + 58, 0, 58 + 4),
+    "resnext50_32x4d": ("global_pool", 1 + 2 * 5, 5, 4),
+    "densenet121": ("global_pool", 1 + 9, 0, 9 + 4),
     "vgg11_bn": ("pre_logits", 8, 0, 0),
     "mobilenetv3_small_100": ("global_pool", 5 + 9, 0, 34 - 5),
 }

@@ -21,7 +21,7 @@ from fxsplit.execute.executor import Executor
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
-from tests.networks import HAZARDS, Chain, FunctionalNorm
+from tests.networks import HAZARDS, SHORTER, Chain, FunctionalNorm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -260,7 +260,7 @@ def test_real_networks_within_one_part_in_100000(name: str) -> None:
     torch.manual_seed(0)
     size = NETWORKS[name]
     options = {"img_size": size} if name.startswith("vit") else {}
-    model = timm.create_model(name, num_classes=5, **options)
+    model = timm.create_model(name, num_classes=5, **options, **SHORTER.get(name, {}))
     images = torch.randn(4, 3, size, size)
     with torch.no_grad():
         for _ in range(3):

@@ -8,9 +8,8 @@ import pytest
 
 from fxsplit.errors import UsageError
 from fxsplit.graph import Graph
-from fxsplit.plan.forecast import CostModel
 from fxsplit.plan.partition import partition
-from fxsplit.plan.scaling import BUCKET_BYTES, ScaleForecast, _balanced, balanced, scaling
+from fxsplit.plan.scaling import BUCKET_BYTES, ScaleForecast, scaling
 from fxsplit.plan.schedule import Phase, Plan
 from tests.pairs import Pair, both
 
@@ -101,22 +100,6 @@ def test_the_fastest_that_fits_is_marked(modes: Pair) -> None:
     least = min(each.peak_bytes for each in forecasts(modes).values())
     found = forecasts(modes, device_bytes=least)
     assert [each.peak_bytes for each in found.values() if each.is_fastest] == [least]
-
-
-def test_neighbours_are_grouped_evenly() -> None:
-    assert _balanced([1, 1, 1, 1, 4, 1], 3) == [0, 4, 5, 6]
-    assert _balanced([5, 1, 1], 3) == [0, 1, 2, 3]
-
-
-def test_settled_partitions_count_forward_alone(modes: Pair, graph: Graph) -> None:
-    """In seconds, and without these in multiply-adds."""
-    counted = both(replace(graph, ops=tuple(replace(op, backward_macs=2 * op.macs) for op in graph.ops)))
-    for each in (modes, counted):
-        for start, cuts in ((0, [0, 3, 6]), (4, [0, 4, 6])):
-            made = plan(each, start)
-            costs = CostModel(made.partitions, each, 8, 1)
-            assert balanced(costs, made.phases[0], 2, starts=range(6)) == cuts
-            assert balanced(costs, made.phases[0], 2, starts=(0, 1, 2)) == [0, 2, 6]
 
 
 def test_unmeasured_ops_are_refused(graph: Graph) -> None:

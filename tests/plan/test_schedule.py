@@ -356,6 +356,32 @@ def test_finetune_refuses_what_is_out_of_range(options: dict[str, float]) -> Non
         finetune(partitions(1, 1), 8, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "epochs", "thaw", "expected"),
+    [
+        ("settle", 50, 0.96, [(0, 5, 29), (1, 5, 11), (2, 5, 8), (0, 5, 2)]),
+        ("settle", 50, 0.7, [(0, 5, 29), (1, 5, 6), (0, 5, 15)]),
+        ("settle", 50, 0.46, [(0, 5, 29), (1, 5, 11), (2, 5, 10)]),
+        ("finetune", 8, 0.99, [(4, 5, 1), (2, 5, 3), (3, 5, 3), (0, 5, 1)]),
+        ("finetune", 8, 0.01, [(4, 5, 1), (0, 5, 7)]),
+        ("settle", 1, 0.5, [(0, 5, 1)]),
+        ("standard", 4, 0.5, [(0, 5, 4)]),
+    ],
+)
+def test_at_the_end_everything_may_train_again(
+    name: str, epochs: int, thaw: float, expected: list[tuple[int, int, int]]
+) -> None:
+    plan = schedule(name, partitions=partitions(1, 1, 1, 1, 0), epochs=epochs, thaw=thaw)
+    assert drawn(plan.phases) == expected
+    assert plan.epochs == epochs
+
+
+@pytest.mark.parametrize("thaw", [-0.1, 1.1])
+def test_it_cannot_do_so_outside_of_the_run(thaw: float) -> None:
+    with pytest.raises(UsageError, match="a fraction of the run"):
+        schedule("settle", partitions=partitions(1, 1), epochs=8, thaw=thaw)
+
+
 def test_one_epoch_of_finetune_has_no_epoch_for_the_head_alone() -> None:
     assert drawn(finetune(partitions(1, 1, 0), 1)) == [(1, 3, 1)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from fxsplit.execute.executor import Executor
 from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, Observer
 from fxsplit.training.guard import Guard
+from tests.networks import Chain
 from tests.plan.test_schedule import partitions
 from tests.saving.runs import COMMON, SETTLING, model_in
 from tests.saving.test_resume import Interrupts
+from tests.training.test_trainer import trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,6 +65,14 @@ def test_only_the_first_epoch_after_more_has_settled_is_judged() -> None:
         assert guard.epoch_done(phase, flags) == ""
     assert guard.epoch_done(3, right(*range(99))) != ""
     assert guard.last_phase == 2
+
+
+def test_where_the_cut_stays_everything_may_still_train_again() -> None:
+    phases = (PLAN.phases[1], PLAN.phases[3], PLAN.phases[1], PLAN.phases[2])
+    made = trainer(Chain(), plan=(replace(phases[0], thaws=False), *phases[1:]))
+    made.guard = Guard(made.plan)
+    made.guard.last_phase = 0
+    assert [made._phase_of(epoch) for epoch in range(made.plan.epochs)] == [0, 0, 2, 0, 0]
 
 
 class Epochs(Observer):

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,15 +16,16 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxsplit.data.loader import Loader
-from fxsplit.plan.schedule import Phase
+from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import Observer
 from fxsplit.training.optimizers import anneal, split_by_end
 from fxsplit.training.plasticity import Plasticity
 from fxsplit.training.regularisers.batchnorm import norms_of, recalibrated
-from fxsplit.training.regularisers.endings import WeightAverage
+from fxsplit.training.regularisers.endings import WeightAverage, end_epochs
 from fxsplit.training.regularisers.soft_targets import LastTargets, MeanTargets
 from fxsplit.training.trainer import Trainer
 from tests.networks import Chain
+from tests.plan.test_schedule import partitions
 from tests.training.test_trainer import TRAIN, same, trainer, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -298,6 +300,43 @@ def test_a_mean_begins_anew_at_the_midpoint_from_which_training_goes_on() -> Non
     for name, parameter in model.named_parameters():
         # By its share alone it would begin after the fourth step.
         assert torch.allclose(parameter, mean_of(name, seen[8:]), atol=1e-6), name
+
+
+def test_what_thaws_later_has_settled_with_its_mean_and_its_own_annealing() -> None:
+    """Until it thaws the run is that of the plan without; then it ends with the mean of its last steps."""
+    plan = (Phase(start=0, stop=4, epochs=2), Phase(start=2, stop=4, epochs=4))
+    thawing = (plan[0], replace(plan[1], epochs=2), Phase(start=0, stop=4, epochs=2, thaws=True))
+    states = []
+    for phases in (plan, thawing):
+        torch.manual_seed(0)
+        model = Chain()
+        made = trainer(model, plan=phases, average=0.2, annealing=0.25)
+        run = made.epochs()
+        assert [next(run).start for _ in range(4)] == [0, 0, 2, 2]
+        states.append(weights(model))
+    assert same(*states)
+    with after_steps(model) as seen:
+        list(run)
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(seen[0].get_parameter(name), seen[-1].get_parameter(name)), name
+        # Of 24 steps, those after the 19.2th; 16 were taken before.
+        assert torch.allclose(parameter, mean_of(name, seen[3:]), atol=1e-6), name
+
+
+def test_when_partitions_stop_is_told_as_seen_from_each_phase() -> None:
+    phases = [(2, 4, 1), (0, 4, 2), (1, 3, 3), (1, 4, 4), (0, 4, 5)]
+    plan = Plan(
+        schedule="mine",
+        partitions=partitions(1, 1, 1, 1),
+        phases=tuple(Phase(start=start, stop=stop, epochs=n, thaws=not start) for start, stop, n in phases),
+    )
+    assert [end_epochs(plan, index) for index in range(5)] == [
+        [0, 0, 15, 3],
+        [3, 15, 15, 3],
+        [3, 15, 15, 3],
+        [3, 15, 15, 15],
+        [15, 15, 15, 15],
+    ]
 
 
 def test_settled_partitions_are_not_averaged_any_more() -> None:

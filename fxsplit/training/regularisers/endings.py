@@ -122,16 +122,17 @@ class Endings:
         self.midpoint_epoch = plan.epochs // 2 if midpoint and plan.epochs > 1 else None
         self._forward = forward
         self._parameters = named_parameters(forward.executor)
-        self._end_epochs, self._steps_per_epoch = end_epochs(plan), steps_per_epoch
+        self._plan, self._end_epochs, self._steps_per_epoch = plan, end_epochs(plan, 0), steps_per_epoch
         self._device = forward.device if recorded else None
         self._mean, self._midpoint_mean = WeightAverage(self._device), WeightAverage(self._device)
         self._steps = 0
         # What this step counts in: a mean, and the parameters that it is of.
         self._counted: list[tuple[WeightAverage, dict[str, Tensor]]] = []
 
-    def enter(self) -> None:
-        """Find the parameters that the model has in the phase that was entered."""
+    def enter(self, index: int) -> None:
+        """Find the parameters that the model has in the phase of this index, which was entered, and when they stop."""
         self._parameters = named_parameters(self._forward.executor)
+        self._end_epochs = end_epochs(self._plan, index)
 
     def count_step(self, steps: int) -> Hashable:
         """Choose the means that a step counts in, the last of so many `steps` of the run; return which these are."""
@@ -304,12 +305,18 @@ class WeightEma:
         _write(self._means, {name: divided_as(mean, self._means[name]) for name, mean in state["means"].items()})
 
 
-def end_epochs(plan: Plan) -> list[int]:
-    """Return by partition the epoch before which it stops training by the plan."""
-    epochs = [0] * len(plan.partitions)
+def end_epochs(plan: Plan, index: int) -> list[int]:
+    """Return by partition the epoch before which it stops training by the plan, as seen from phase `index`.
+
+    One that thaws later stops when it settles. One that does not train in this phase has stopped when it last did, or
+    before the run.
+    """
+    epochs, going = [0] * len(plan.partitions), set[int]()
     for number, phase in enumerate(plan.phases):
-        for index in range(phase.start, phase.stop):
-            epochs[index] = plan.first_epoch(number) + phase.epochs
+        training = set(range(phase.start, phase.stop))
+        going = training if number <= index else going & training
+        for partition in going:
+            epochs[partition] = plan.first_epoch(number) + phase.epochs
     return epochs
 
 
