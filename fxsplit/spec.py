@@ -702,7 +702,6 @@ def _conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
 def _pipeline_conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[str]:
     reasons = {
         "exits": "exits lie behind partitions of other processes than the last, which computes the loss",
-        "soft_targets": "earlier outputs would be kept by the last process alone (--soft-targets 0 is without)",
         "veto": "no process knows how far the partitions of others have moved",
         "sync_bn": "each process sees all images of a micro-batch anyway"
         if spec.parallel == PIPELINE
@@ -716,11 +715,6 @@ def _pipeline_conflicts(spec: RunSpec, *, wrong: Collection[str]) -> Iterator[st
         yield (
             f"parallel is {spec.parallel!r} and amp-dtype is 'float16', whose loss scale would depend on the gradients "
             "of all processes; take bfloat16"
-        )
-    if spec.cache in ("device", "ram", "disk") and "cache" not in wrong:
-        yield (
-            f"parallel is {spec.parallel!r} and cache is {spec.cache!r}, but settled partitions may lie in several "
-            "processes, so their results are computed in every epoch; leave out the cache, or take --parallel ddp"
         )
 
 

@@ -112,9 +112,8 @@ together = st.one_of(
             "parallel": st.sampled_from(("pipeline", "ddp,pipeline")),
             "torchcompile": st.none(),
             "amp_dtype": st.just("bfloat16"),
-            "cache": st.sampled_from(("off", "auto")),
         }
-    ).map(lambda given: {**given, "exits": 0, "soft_targets": 0.0, "veto": False, "sync_bn": False}),
+    ).map(lambda given: {**given, "exits": 0, "veto": False, "sync_bn": False}),
 )
 cuts = st.one_of(
     st.fixed_dictionaries({"parts": small}),
@@ -264,7 +263,6 @@ def test_every_field_has_a_key_and_help() -> None:
             ({"parallel": "pipeline", **asked}, f"parallel is 'pipeline', which takes no {named}: ")
             for named, asked in {
                 "exits": {"exits": 1},
-                "soft-targets": {"preset": "l2l", "epochs": 40},
                 "veto": {"veto": True},
                 "sync-bn": {"sync_bn": True},
                 "torchcompile": {"torchcompile": "inductor"},
@@ -275,7 +273,6 @@ def test_every_field_has_a_key_and_help() -> None:
             "parallel is 'ddp,pipeline', which takes no sync-bn: pipelines run their micro-batches at other times, and",
         ),
         ({"parallel": "pipeline", "amp": True, "amp_dtype": "float16"}, "parallel is 'pipeline' and amp-dtype is 'flo"),
-        ({"parallel": "pipeline", "cache": "ram"}, "parallel is 'pipeline' and cache is 'ram', but settled partitions"),
         ({"veto": True, "anneal": 0.2}, "anneal is 0.2 and veto is true, but a partition that settles later"),
         ({"shift": "input"}, "shift is 'input', but the schedule is 'standard'; only --schedule finetune asks for it"),
         (

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxsplit.assembly.images import loaders, own_batch_size
+from fxsplit.assembly.images import loaders, own_batch_size, views
 from fxsplit.assembly.plans import forecast, slots
 from fxsplit.assembly.steps import amp_dtype, optimizer, optimizer_of, scheduler
 from fxsplit.caching.cache import CachePolicy
@@ -116,15 +116,13 @@ def trainer(
     train_loader, test_loader = loaders(spec, data, processes)
     held_out = None if data.held_out is None else data.held_out.cropped(spec.crop_pct)
     held_out_loader = None if held_out is None else replace(test_loader, images=held_out, share=WHOLE)
+    leads = processes.pipeline.is_first
     update_is_recorded = recordings is not None and _update_is_recorded(spec, recordings, observer)
     if spec.torchcompile:
         observer.notice(
             f"torch.compile with {spec.torchcompile}: each phase is compiled in its first step and its first test, "
             "which can take minutes"
         )
-    settles = any(phase.start for phase in plan.phases)
-    if processes.pipeline.count > 1 and spec.cache != "off" and settles:
-        observer.notice("settled partitions run in every epoch: they lie in several processes, and nothing is cached")
     steps_per_epoch = train_loader.steps_per_epoch
     engine = _engine(spec, trace, executor, processes, passes, train_loader.device)
     forward = Forward(executor, train_loader.device, amp_dtype=amp_dtype(spec), engine=engine)
@@ -139,7 +137,8 @@ def trainer(
             train_loader,
             test_loader,
             policy=cache_policy(spec, trace, plan, data, processes),
-            held_out_loader=held_out_loader,
+            held_out_loader=held_out_loader if leads else None,
+            leads=leads,
         ),
         objective=objective,
         step=Step(
@@ -179,7 +178,7 @@ def trainer(
         plasticity=_plasticity(executor, steps_per_epoch) if spec.veto else None,
         guard=Guard(plan) if data.held_out is not None else None,
         snapshots=Snapshots() if spec.ensemble and len(plan.phases) > 1 else None,
-        work=Work(partial(step_work, modes=trace), plan),
+        work=Work(partial(step_work, modes=trace), plan) if leads else None,
         recordings=recordings,
         update_is_recorded=update_is_recorded,
         processes=processes,
@@ -247,7 +246,13 @@ def _soft_targets(spec: RunSpec, data: Data) -> SoftTargets | None:
     if not spec.soft_targets:
         return None
     kind = MeanTargets if spec.soft_from == "mean" else LastTargets
-    return kind(len(data.train), weight=spec.soft_targets, temperature=spec.soft_temperature, fade=spec.soft_fade)
+    return kind(
+        len(data.train),
+        weight=spec.soft_targets,
+        temperature=spec.soft_temperature,
+        fade=spec.soft_fade,
+        device=data.train.device,
+    )
 
 
 def _plasticity(executor: Executor, steps_per_epoch: int) -> Plasticity:
@@ -258,8 +263,8 @@ def _plasticity(executor: Executor, steps_per_epoch: int) -> Plasticity:
 def cache_policy(
     spec: RunSpec, trace: Trace, plan: Plan, data: Data, processes: Processes = ALONE
 ) -> CachePolicy | None:
-    """Say what a run keeps of settled partitions, and where; None for nothing, as in a pipeline."""
-    if spec.cache == "off" or spec.dry_run or processes.pipeline.count > 1:
+    """Say what a run keeps of settled partitions, and where; None for nothing."""
+    if spec.cache == "off" or spec.dry_run:
         return None
     return CachePolicy(
         medium=spec.cache,
@@ -268,8 +273,23 @@ def cache_policy(
         folder=str(expanded(spec.output)),
         peak_bytes=_peak_bytes(spec, trace, plan, data, processes) if data.train.device.type == "cuda" else 0,
         measured=not spec.deterministic,
-        processes=processes.local_count,
+        share=_share_of_rows(spec, data, processes),
     )
+
+
+def _share_of_rows(spec: RunSpec, data: Data, processes: Processes) -> float:
+    """Return which share of the rows that the processes of this machine keep is this one's."""
+    if processes.local_count == 1:
+        return 1.0
+    trained = len(data.train) * (views(spec) or 1) / processes.replicas.count
+    held_out = 0 if data.held_out is None else len(data.held_out)
+    first = processes.rank - processes.local_rank
+    # In a pipeline the first process alone has rows of images to train on.
+    rows = [
+        len(data.test) / processes.count + (0 if rank % processes.pipeline.count else trained + held_out)
+        for rank in range(first, first + processes.local_count)
+    ]
+    return rows[processes.local_rank] / sum(rows)
 
 
 def _peak_bytes(spec: RunSpec, trace: Trace, plan: Plan, data: Data, processes: Processes) -> int:

@@ -42,7 +42,7 @@ from fxsplit.caching.media import (
 from fxsplit.caching.repeats import repeats
 from fxsplit.caching.rows import Column, Rows
 from fxsplit.data.batch import Batch
-from fxsplit.data.loader import ImageSource
+from fxsplit.data.loader import ImageSource, Loader
 from fxsplit.data.order import EpochOrder
 from fxsplit.data.staging import Staging, read_ahead
 from fxsplit.execute.executor import Executor
@@ -66,7 +66,7 @@ class CachePolicy:
         peak_bytes: what training is forecast to need of the memory of a GPU, where rows may then not be.
         measured: whether "auto" measures seconds; else it works them out from bytes and multiply-adds, and so chooses
             the same each time.
-        processes: how many share the memory of the host and the disk, each with caches of its own images.
+        share: of the memory of the host and of the disk, the part that is for this process, 0 to 1.
     """
 
     medium: str
@@ -75,7 +75,7 @@ class CachePolicy:
     folder: str = "."
     peak_bytes: int = 0
     measured: bool = True
-    processes: int = 1
+    share: float = 1.0
 
     def open(
         self,
@@ -169,12 +169,8 @@ class Cache:
         self._columns: list[Column | None] = []
         self._filled = self._none_filled()
         self._staging = Staging(loader.device, loader.own_batch_size)
-        if loader.changes.mixes:
-            self._give_up("images are mixed with others of their batch", pays=False)
-        elif loader.is_random and loader.views is None:
-            self._give_up("images are changed at random, and no views of them are stored", pays=False)
-        elif epochs <= (loader.views or 1):
-            self._give_up("each row would be seen only once", pays=False)
+        if why := why_no_rows(loader, epochs):
+            self._give_up(why, pays=False)
 
     @property
     def has_rows(self) -> bool:
@@ -466,11 +462,11 @@ class Cache:
         others = [each for first in (self, *self._beside) for each in first.chain()]
         if policy.limit_bytes is not None:
             taken = sum(each.resident_bytes + each.file_bytes for each in others)
-            return policy.limit_bytes // policy.processes - taken
+            return int(policy.limit_bytes * policy.share) - taken
         device = self._loader.device
         peak_bytes = policy.peak_bytes + sum(each.resident_bytes for each in others if each.medium == DEVICE)
         found = available(medium, device, policy.folder, peak_bytes=peak_bytes)
-        return found if medium == DEVICE and device.type == "cuda" else found // policy.processes
+        return found if medium == DEVICE and device.type == "cuda" else int(found * policy.share)
 
     def _give_up(self, why: str, pays: bool = True) -> None:
         self._drop()
@@ -497,6 +493,15 @@ class Cache:
     def _none_filled(self) -> Tensor:
         """Make the mask of the rows that are filled, with none of them filled."""
         return torch.zeros(len(self._images_kept) * (self._loader.views or 1), dtype=torch.bool)
+
+
+def why_no_rows(loader: Loader, epochs: int) -> str:
+    """Say why rows of a loader's images could not be kept, or not pay, in so many epochs; else nothing."""
+    if loader.changes.mixes:
+        return "images are mixed with others of their batch"
+    if loader.is_random and loader.views is None:
+        return "images are changed at random, and no views of them are stored"
+    return "each row would be seen only once" if epochs <= (loader.views or 1) else ""
 
 
 def stamp(executor: Executor, cut: int) -> Stamp:

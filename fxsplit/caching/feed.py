@@ -6,9 +6,9 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from fxsplit.caching.cache import Cache, CachePolicy
+from fxsplit.caching.cache import Cache, CachePolicy, why_no_rows
 from fxsplit.data.batch import Batch
-from fxsplit.data.loader import ImageSource, Loader
+from fxsplit.data.loader import ImageSource, LabelSource, Loader
 from fxsplit.data.source import Source, batches_of
 from fxsplit.errors import FxsplitError
 from fxsplit.execute.forward import Forward
@@ -32,6 +32,8 @@ class Feed:
         test_loader: the images to test on.
         policy: how to cache what the settled partitions deliver; None to compute it for each batch.
         held_out_loader: the training images that are held out, if there are any.
+        leads: whether batches to train on enter the model here. In a pipeline they do so in the first process, which
+            keeps rows for all; the others have labels alone.
 
     Raises FxsplitError when there is nothing to train on.
     """
@@ -44,13 +46,17 @@ class Feed:
         *,
         policy: CachePolicy | None = None,
         held_out_loader: Loader | None = None,
+        leads: bool = True,
     ) -> None:
         if not train_loader.steps_per_epoch:
             raise FxsplitError("there is no batch to train on: BatchNorm needs at least 2 training images")
         self.train_loader, self.test_loader = train_loader, test_loader
-        self._images = {TRAIN: ImageSource(train_loader), TEST: ImageSource(test_loader)}
+        self._leads = leads
+        has_images = leads or train_loader.changes.mixes
+        self._training = ImageSource(train_loader) if has_images else LabelSource(train_loader)
+        self._tested = {TEST: ImageSource(test_loader)}
         if held_out_loader is not None:
-            self._images[HELD_OUT] = ImageSource(held_out_loader)
+            self._tested[HELD_OUT] = ImageSource(held_out_loader)
         self._forward, self._policy = forward, policy
         # The later a cut, the later in the list; only the last one is read from when all rows are there.
         self._levels: list[_Level] = []
@@ -96,7 +102,11 @@ class Feed:
         assert policy is not None
 
         caches: dict[str, Cache] = {}
-        for name, images in self._images.items():
+        images_of = dict(self._tested)
+        if self._leads:
+            assert isinstance(self._training, ImageSource)
+            images_of = {TRAIN: self._training, **images_of}
+        for name, images in images_of.items():
             caches[name] = policy.open(
                 self._forward,
                 images,
@@ -108,7 +118,8 @@ class Feed:
                 below=None if last is None else last.caches[name],
                 exact=name != TRAIN,
             )
-        self._levels.append(_Level(cut, caches))
+        train = caches[TRAIN] if self._leads else _Followed(self._training, epochs)
+        self._levels.append(_Level(cut, train, caches))
 
     def put(self, epoch: int, first: int = 0) -> Iterator[Hashable]:
         """Go from batch to batch of a training epoch, at the cut or as images; those before `first` are left out."""
@@ -120,11 +131,11 @@ class Feed:
         # Stored views replace the augmentation of the epoch once anything is settled, whether or not rows are kept.
         settled = self._forward.executor.window[0] > 0
         view = self.train_loader.view(epoch) if settled else None
-        return self._images[TRAIN].put(epoch, first, view=view, shards=self._shards_now)
+        return self._training.put(epoch, first, view=view, shards=self._shards_now)
 
     def fetch(self) -> Batch:
         """Return the training batch that was put last."""
-        return self._levels[-1].train.fetch() if self._is_cached else self._images[TRAIN].fetch()
+        return self._levels[-1].train.fetch() if self._is_cached else self._training.fetch()
 
     @property
     def settled_from(self) -> int:
@@ -133,6 +144,11 @@ class Feed:
         It is 0 for images, and the cut after all of them if the batch is read from a cache there.
         """
         return self._levels[-1].train.settled_from if self._is_cached else 0
+
+    @property
+    def cut(self) -> int:
+        """The last cut for which rows are kept, or will be, in the phase that was entered; 0 without."""
+        return max((level.cut for level in self._levels if not level.train.has_given_up), default=0)
 
     def training(self, epoch: int) -> Iterator[Batch]:
         """Give the batches of a training epoch."""
@@ -148,7 +164,7 @@ class Feed:
 
         With each comes the cut from which the settled partitions run for it, as `settled_from` says of others.
         """
-        if HELD_OUT in self._images:
+        if HELD_OUT in self._tested:
             source = self._source(HELD_OUT)
             for batch in batches_of(source, 0):
                 yield batch, source.settled_from if isinstance(source, Cache) else 0
@@ -156,7 +172,7 @@ class Feed:
     def _source(self, name: str) -> Cache | ImageSource:
         """Return what delivers images that are not trained on: the cache, where training images come from one."""
         cached = any(level.train.has_rows for level in self._levels)
-        return self._levels[-1].caches[name] if cached else self._images[name]
+        return self._levels[-1].caches[name] if cached else self._tested[name]
 
     def state_dict(self) -> dict[str, Any]:
         """Return for how many epochs the last caches were opened, what is in all of them, and who has which images."""
@@ -178,7 +194,7 @@ class Feed:
             return
         entered, self._levels = {level.cut: level for level in self._levels}, []
         for saved in state["levels"]:
-            cut = saved[TRAIN]["cut"]
+            cut = saved[TEST]["cut"]
             if cut in entered:
                 level = entered[cut]
                 if self._levels:
@@ -217,15 +233,31 @@ class Feed:
         return [cache for level in self._levels for cache in level.caches.values()]
 
 
-class _Level(NamedTuple):
-    """The caches at a cut, by whose images they keep."""
+class _Followed:
+    """Stands for the cache of images to train on that the first process of the pipeline has: it delivers labels."""
 
-    cut: int
-    caches: Mapping[str, Cache]
+    def __init__(self, labels: ImageSource | LabelSource, epochs: int) -> None:
+        self.settled_from = 0
+        self.has_given_up = bool(why_no_rows(labels.loader, epochs))
+        self._labels = labels
 
     @property
-    def train(self) -> Cache:
-        return self.caches[TRAIN]
+    def has_rows(self) -> bool:
+        return not self.has_given_up
+
+    def put(self, epoch: int, first: int = 0) -> Iterator[Hashable]:
+        return self._labels.put(epoch, first, shards=self._labels.loader.share.ranks)
+
+    def fetch(self) -> Batch:
+        return self._labels.fetch()
+
+
+class _Level(NamedTuple):
+    """The caches at a cut: that of the images to train on, and those that are here, by whose images they keep."""
+
+    cut: int
+    train: Cache | _Followed
+    caches: Mapping[str, Cache]
 
     def close(self) -> None:
         for cache in self.caches.values():

@@ -161,6 +161,32 @@ class Loader:
             yield source.fetch()
 
 
+class LabelSource:
+    """Delivers the batches of a loader, as a `Source`, without their images: for a process that computes with others.
+
+    Args:
+        loader: whose batches they are; it mixes no images, since their labels are then mixed with them.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self._order = EpochOrder(loader.own_images_per_epoch, loader.own_batch_size, loader.device)
+        self._weight = 1.0
+
+    def put(self, epoch: int, first: int = 0, *, view: int | None = None, shards: int = 1) -> Iterator[Hashable]:  # noqa: ARG002
+        """Draw the order of the epoch, then go from batch to batch; arguments are those of `ImageSource.put`."""
+        order = self.loader.order(epoch, shards=shards)
+        for number, _ in enumerate(self._order.batches(order, first), first):
+            self._weight = self.loader.weight(number)
+            yield None
+
+    def fetch(self) -> Batch:
+        """Return labels and ids of the batch that was put last."""
+        ids = self._order.ids()
+        labels = self.loader.images.labels.index_select(0, ids)
+        return Batch(values=(None,), labels=labels, ids=ids, weight=self._weight)
+
+
 class ImageSource:
     """Delivers the batches of a loader, as a `Source`: the host counts or reads batches, and the device does the rest.
 

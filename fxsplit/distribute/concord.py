@@ -16,7 +16,7 @@ OWN = ("telemetry", "accuracy")
 
 
 class Exchanging(Protocol):
-    """Something of which each process has a part, where each takes a part of every batch."""
+    """Something of which each process has a part, since each has seen other images."""
 
     def exchange(self, processes: Processes) -> None:
         """Give all processes the parts of the others."""
@@ -42,8 +42,7 @@ class Concord:
     Args:
         processes: those of the run.
         engine: knows which process of a pipeline trains what. Partitions that do not train do not change.
-        parts: what else differs between processes that each take a part of a batch; None for what the run does not
-            have.
+        parts: what else differs between processes that have seen other images; None for what the run does not have.
         averaging: what averages weights; None likewise.
     """
 
@@ -58,25 +57,31 @@ class Concord:
         self._parts = [part for part in parts if part is not None]
         self._averaging = [part for part in averaging if part is not None]
 
-    def restore(self) -> None:
-        """Give all processes the state of the model, and of its averages, that the steps have left."""
-        replicas, homes = self._processes.replicas, self._engine.homes
-        if replicas.count > 1:
-            self._average(replicas)
+    def restore(self, *, of_first: bool = False) -> None:
+        """Give all processes the state of the model, and of its averages, that the steps have left.
+
+        With `of_first` it is what the first process of each pipeline has, which has done something by itself.
+        """
+        homes = self._engine.homes
+        if homes is not None and of_first:
+            homes = [0] * len(homes)
+        if self._processes.replicas.count > 1:
+            self._average()
+        for part in self._parts:
+            part.exchange(self._processes)
         if homes is not None:
             self._tell(homes)
 
-    def _average(self, replicas: Processes) -> None:
-        """Average buffers of what trains here, and exchange soft targets and averages of buffers.
+    def _average(self) -> None:
+        """Average buffers over replicas.
 
         Running means are linear in what they are means of: it makes no difference to them how often they are averaged.
         """
         training = self._executor.partitions[slice(*self._executor.window)]
         names = dict.fromkeys(name for partition in training for name in partition.state)
         buffers = dict(self._executor.named_buffers())
-        replicas.mean([buffers[name] for name in names if name in buffers and self._engine.keeps(name)])
-        for part in self._parts:
-            part.exchange(replicas)
+        # In a pipeline, those that are not of this process are overwritten then.
+        self._processes.replicas.mean([buffers[name] for name in names if name in buffers])
 
     def _tell(self, homes: Sequence[int]) -> None:
         """Send weights, buffers and averages of each partition that trains from its home through the pipeline."""

@@ -52,7 +52,7 @@ class DataParallel(Engine):
         self._traffic = _Traffic()
         self._accumulates = False
 
-    def enter(self, *beside: nn.Module) -> None:
+    def enter(self, *beside: nn.Module, cut: int = 0) -> None:  # noqa: ARG002 - each process has all partitions
         self.leave()
         self._called = _Called(self.executor, beside)
 

@@ -50,8 +50,9 @@ class PipelineParallel(Engine):
     """Runs micro-batches forward and backward through partitions that several processes have.
 
     All processes must have entered the same phase, and those of a pipeline are given the same batches. Its first one
-    takes the images, its last one computes the loss. Until the home of a partition tells the others, its weights are
-    new there alone: see `Concord`.
+    takes their values, images or what lies at a settled cut, and the last one with partitions computes the loss; the
+    others need labels alone. Until the home of a partition tells the others, its weights are new there alone: see
+    `Concord`.
 
     Args:
         trace: the model of the executor.
@@ -104,7 +105,9 @@ class PipelineParallel(Engine):
                 self._starts.append(partition.index)
             except PartitionError as error:
                 reasons.append(f"; {error}")
-        self._count = stage_count(len(self._starts), self._pipeline.count, schedule, reasons[-1])
+        refuse_too_few(len(self._starts), self._pipeline.count, schedule, reasons[-1])
+        # By their number, the first processes of the pipeline.
+        self._first_ones: dict[int, Processes | None] = {}
         # By the number and the size of micro-batches; by their size, what each stage but the last sends.
         self._schedules: dict[tuple[int, int], Any] = {}
         self._sent: dict[int, list[tuple[Tensor, ...]]] = {}
@@ -113,21 +116,40 @@ class PipelineParallel(Engine):
         # Those that are in the pipeline, and what computes the loss of one.
         self._micro_batches: Sequence[Batch] = ()
         self._loss: Callable[[Batch], Tensor] | None = None
-        self._divide()
+        self._divide(0)
 
-    def _divide(self) -> None:
-        """Divide the partitions among stages, and these among processes, by the costs that the first process knows."""
-        phase = self.executor.phase
-        self._cuts = self._processes.first(lambda: balanced(self._costs, phase, self._count, starts=self._starts))
+    def _divide(self, cut: int) -> None:
+        """Divide partitions from a cut on among stages, and these among processes, by costs that the first one knows.
+
+        Where fewer stages can be made than there are processes, the first ones have one each, and the others none.
+        """
+        phase, starts = self.executor.phase, [cut, *(start for start in self._starts if start > cut)]
+        self._count = stage_count(len(starts), self._pipeline.count, self._name)
+        self._cuts = self._processes.first(lambda: balanced(self._costs, phase, self._count, starts=starts))
+        working = min(self._count, self._pipeline.count)
+        if working not in self._first_ones:
+            self._first_ones[working] = self._pipeline.first_ones(working)
+        self._working = self._first_ones[working]
         stages = [stage for stage, (start, stop) in enumerate(pairwise(self._cuts)) for _ in range(start, stop)]
-        self.homes = tuple(stage % self._pipeline.count for stage in stages)
+        self.homes = (0,) * cut + tuple(stage % working for stage in stages)
+        self.has_loss = self._pipeline.rank == (self._count - 1) % working
 
-    def enter(self, *beside: nn.Module) -> None:
+    def enter(self, *beside: nn.Module, cut: int = 0) -> None:
         assert not beside, "nothing can train beside a pipeline"
         self.leave()
         self._sent.clear()
         self._reduced = 0
-        self._divide()
+        self._divide(self._latest(cut))
+
+    def is_outdated(self, cut: int) -> bool:
+        return self._latest(cut) != self._cuts[0]
+
+    def _latest(self, cut: int) -> int:
+        """Return the last of the cuts at which batches come in the first processes of all pipelines.
+
+        Where they come earlier, the first process brings them there by itself.
+        """
+        return self._processes.most(cut if self._pipeline.is_first else 0)
 
     def leave(self, *, alone: bool = False) -> None:  # noqa: ARG002 - nothing is sent for it
         if self._schedules:
@@ -157,35 +179,46 @@ class PipelineParallel(Engine):
         return [each for name, each in self.executor.named_parameters() if each.requires_grad and self.keeps(name)]
 
     def backward(self, micro_batches: Sequence[Batch], loss: Callable[[Batch], Tensor]) -> None:
-        self._loss = loss
-        for alike in self._runs(micro_batches):
-            self._micro_batches = alike
-            key = len(alike), len(alike[0])
-            if key not in self._schedules:
-                self._schedules[key] = self._schedule(*key)
-            # Schedules deal out numbers of micro-batches: the first stage and the loss look up what they are.
-            numbers = torch.arange(len(alike))
-            given = (numbers,) if self._pipeline.is_first else ()
-            try:
-                self._schedules[key].step(*given, target=numbers, return_outputs=False)
-            except RuntimeError as error:
-                # torch puts what a stage raises into an error with all its tensors.
-                raise error.__cause__ or error from None
-        self._micro_batches, self._loss = (), None
+        if self._count == 1 and self._working:
+            super().backward(micro_batches, loss)
+        elif self._working:
+            self._loss = loss
+            for alike in self._runs(micro_batches):
+                self._pass_through(alike, self._working)
+            self._micro_batches, self._loss = (), None
         if self._replicas.count > 1:
             gradients = [each.grad for each in self._trained() if each.grad is not None]
             self._replicas.mean(gradients)
             self._reduced = sum(each.nbytes for each in gradients)
+
+    def _pass_through(self, alike: Sequence[Batch], working: Processes) -> None:
+        """Let micro-batches of one size go through the pipeline, forward and backward."""
+        self._micro_batches = alike
+        key = len(alike), len(alike[0])
+        if key not in self._schedules:
+            self._schedules[key] = self._schedule(*key, working)
+        # Schedules deal out numbers of micro-batches: the first stage and the loss look up what they are.
+        numbers = torch.arange(len(alike))
+        given = (numbers,) if working.is_first else ()
+        try:
+            self._schedules[key].step(*given, target=numbers, return_outputs=False)
+        except RuntimeError as error:
+            # torch puts what a stage raises into an error with all its tensors.
+            raise error.__cause__ or error from None
+
+    @property
+    def _is_interleaved(self) -> bool:
+        return self._name == INTERLEAVED and self._count > self._pipeline.count
 
     def _runs(self, micro_batches: Sequence[Batch]) -> Iterator[list[Batch]]:
         """Divide micro-batches into runs that a schedule takes: of one size, since torch receives into fixed memory."""
         for _, group in groupby(micro_batches, len):
             alike = list(group)
             # Interleaved, processes take turns with as many micro-batches as there are processes.
-            whole = len(alike) - (len(alike) % self._pipeline.count if self._name == INTERLEAVED else 0)
+            whole = len(alike) - (len(alike) % self._pipeline.count if self._is_interleaved else 0)
             yield from filter(None, (alike[:whole], alike[whole:]))
 
-    def _schedule(self, count: int, size: int) -> Any:
+    def _schedule(self, count: int, size: int, working: Processes) -> Any:
         """Make the schedule of `count` micro-batches of `size` images in the present phase."""
         sent = self._values_sent(size)
         number = (torch.empty(1, dtype=torch.int64, device=META),)
@@ -199,14 +232,14 @@ class PipelineParallel(Engine):
                 self._device,
                 input_args=ends[index],
                 output_args=ends[index + 1],
-                group=self._pipeline.group,
+                group=working.group,
             )
-            for index in range(self._pipeline.rank, self._count, self._pipeline.count)
+            for index in range(working.rank, self._count, working.count)
         ]
         options: dict[str, Any] = {"loss_fn": self._last, "scale_grads": False}
-        if self._name == INTERLEAVED:
+        if self._is_interleaved:
             return ScheduleInterleaved1F1B(stages, count, **options)
-        if self._name == "1f1b" and count >= self._count:
+        if self._name != "gpipe" and count >= self._count:
             return Schedule1F1B(stages[0], count, **options)
         return ScheduleGPipe(stages[0], count, **options)
 
@@ -215,16 +248,19 @@ class PipelineParallel(Engine):
         if stage == self._count - 1:
             return given
         with self._autocast():
-            own = self._micro_batches[int(given[0])].values if stage == 0 else tuple(map(self._received, given))
-            values = self._values(own, stage)
+            if stage:
+                values = self._values(tuple(map(self._received, given)), stage, self._cuts[stage])
+            else:
+                micro_batch = self._micro_batches[int(given[0])]
+                values = self._values(micro_batch.values, stage, micro_batch.cut)
         return tuple(self._sendable(value.to(dtype)) for value, dtype in zip(values, dtypes, strict=True))
 
-    def _values(self, given: Sequence[Any], stage: int) -> list[Any]:
-        """Run the partitions of a stage, on images in the first one; return the values at its end."""
-        executor, (start, stop) = self.executor, self._cuts[stage : stage + 2]
-        values = executor.settle_to(stop, *given) if stage == 0 else executor.settle_on(given, start, stop)
+    def _values(self, given: Sequence[Any], stage: int, cut: int) -> list[Any]:
+        """Run the partitions of a stage on images, or on values at a cut; return the values at its end."""
+        executor, stop = self.executor, self._cuts[stage + 1]
+        values = executor.settle_on(given, cut, stop) if cut else executor.settle_to(stop, *given)
         if stop > executor.window[0]:
-            values = executor.resume(values, stop, cut=start)
+            values = executor.resume(values, stop, cut=cut)
         return values
 
     def _last(self, values: Sequence[Tensor], number: Tensor) -> Tensor:
@@ -260,7 +296,7 @@ class PipelineParallel(Engine):
         found = []
         with self._autocast():
             for stage in range(self._count - 1):
-                values = self._values(values, stage)
+                values = self._values(values, stage, self._cuts[stage] if stage else 0)
                 found.append([value.dtype for value in values])
         self.executor.train(training)
         return found
@@ -319,8 +355,17 @@ class _Called(nn.Module):
         return self._run(*given)
 
 
-def stage_count(starts: int, processes: int, schedule: str, reason: str = "") -> int:
+def stage_count(starts: int, processes: int, schedule: str) -> int:
     """Return how many stages a pipeline has: one for each process or, interleaved, as many as there can be.
+
+    There are fewer where fewer partitions are left that a stage can begin with: `starts`.
+    """
+    each = starts // processes if schedule == INTERLEAVED else 1
+    return min(starts, max(1, each) * processes)
+
+
+def refuse_too_few(starts: int, processes: int, schedule: str, reason: str = "") -> None:
+    """Refuse a pipeline in which some process would have nothing to do while everything trains.
 
     Args:
         starts: partitions that a stage can begin with.
@@ -335,14 +380,12 @@ def stage_count(starts: int, processes: int, schedule: str, reason: str = "") ->
             f"torch {torch.__version__} sends back a gradient of every value, also of settled partitions, which have "
             "none; take a newer one for --parallel pipeline"
         )
-    each = starts // processes if schedule == INTERLEAVED else 1
     least = processes * (2 if schedule == INTERLEAVED else 1)
     if starts < least:
         raise UsageError(
             f"the schedule {schedule} needs {least} partitions that stages can begin with for {processes} processes, "
             f"and there {'is' if starts == 1 else 'are'} {starts}; give more --parts, or start fewer processes{reason}"
         )
-    return each * processes
 
 
 def _packed(value: Any) -> bytes:

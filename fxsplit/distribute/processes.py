@@ -50,6 +50,8 @@ class Processes:
         # Those that train the same partitions as this one, each on a part of every batch; and those through which a
         # part of a batch goes. Without pipelines each process trains all partitions.
         self.replicas, self.pipeline = self, self if count == 1 else Processes()
+        # Those of torch's that `first_ones` has made.
+        self._groups: list[distributed.ProcessGroup] = []
         # The vote that goes on: a tensor that all add to, and the work that does it.
         self._vote: tuple[Tensor, Any] | None = None
 
@@ -75,6 +77,21 @@ class Processes:
             Processes(mesh.get_local_rank(name), mesh.size(dim), group=mesh.get_group(name))
             for dim, name in enumerate(MESH)
         )
+
+    def first_ones(self, count: int) -> Processes | None:
+        """Return the first `count` of these; None in the others, which need not call it.
+
+        Each call makes a group of torch's, which stays until the end of the run.
+        """
+        if self.rank >= count:
+            return None
+        if count in (1, self.count):
+            return self if count == self.count else Processes()
+        ranks = [self._global(rank) for rank in range(count)]
+        group = distributed.new_group(ranks, use_local_synchronization=True)
+        assert isinstance(group, distributed.ProcessGroup)  # else this process would be none of them
+        self._groups.append(group)
+        return Processes(self.rank, count, group=group)
 
     @property
     def is_first(self) -> bool:
@@ -231,9 +248,10 @@ class Processes:
         """Count the last vote, so that nothing is on its way any more."""
         self._counted()
 
-    def part_groups(self) -> list[distributed.ProcessGroup]:
-        """List torch's groups of those that `arrange` has put together."""
-        return [each.group for each in (self.replicas, self.pipeline) if each.group is not None]
+    def groups(self) -> list[distributed.ProcessGroup]:
+        """List the groups of torch's that were made for some of the processes."""
+        parts = [each.group for each in (self.replicas, self.pipeline) if each.group is not None]
+        return [*self.pipeline._groups, *parts]
 
 
 # The single process of most runs.
@@ -262,7 +280,7 @@ def joined() -> Iterator[Processes]:
             yield processes
             processes.close()
     finally:
-        for group in processes.part_groups():
+        for group in processes.groups():
             distributed.destroy_process_group(group)
         if not was_initialized:
             distributed.destroy_process_group()

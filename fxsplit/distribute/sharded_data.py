@@ -78,7 +78,7 @@ class ShardedData(Engine):
         self._root: Any = None
         self._traffic = _Traffic()
 
-    def enter(self, *beside: nn.Module) -> None:
+    def enter(self, *beside: nn.Module, cut: int = 0) -> None:  # noqa: ARG002 - each process has all partitions
         executor, before = self.executor, self._units
         if self._root is not None:
             self._root.make_whole(within=False)

@@ -31,12 +31,21 @@ class Engine:
     sent_per_step: int | None = None
     # By partition, the process of the pipeline that trains it since `enter`; None without a pipeline.
     homes: Sequence[int] | None = None
+    # Whether the loss of a batch is computed in this process, since `enter`.
+    has_loss: bool = True
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
 
-    def enter(self, *beside: nn.Module) -> None:
-        """Begin a phase that the executor has entered; parameters of the modules `beside` train, too."""
+    def enter(self, *beside: nn.Module, cut: int = 0) -> None:
+        """Begin a phase that the executor has entered; parameters of the modules `beside` train, too.
+
+        Batches will come as values at a `cut` that is settled: what lies before it need not be fast.
+        """
+
+    def is_outdated(self, cut: int) -> bool:  # noqa: ARG002 - nothing is divided
+        """Tell whether `enter` would divide partitions otherwise if batches came at this cut; all ask for it."""
+        return False
 
     def leave(self, *, alone: bool = False) -> None:
         """End the phase: nothing that `enter` made is left at the parameters.

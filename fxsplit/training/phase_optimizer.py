@@ -91,7 +91,13 @@ class PhaseOptimizer:
         Parameters that trained before keep their optimizer state. A phase with `fresh_optimizer` begins without any.
         """
         self._end_epochs = end_epochs(self._plan, index)
-        before = {} if self._plan.phases[index].fresh_optimizer else self.optimizer.state
+        self._remake({} if self._plan.phases[index].fresh_optimizer else self.optimizer.state)
+
+    def move(self) -> None:
+        """Move the optimizer's state to the processes that train its parameters now."""
+        self._remake(self.optimizer.state)
+
+    def _remake(self, before: Mapping[Tensor, Any]) -> None:
         named = {self._named[parameter]: state for parameter, state in before.items()}
         self._make(self._engine.gathered(named, self._engine.keeps))
 

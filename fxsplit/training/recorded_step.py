@@ -52,7 +52,7 @@ class RecordedStep:
         means: Hashable = None,
         examine: Callable[[Batch], None] | None = None,
     ) -> int:
-        """Take a step, and return the number of samples that it counts in this process.
+        """Take a step, and return the number of samples of this process's batch that count.
 
         Args:
             key: tells batches apart whose steps differ when they are recorded; None takes it eagerly.

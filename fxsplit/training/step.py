@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Step:
     def backward(
         self, batch: Batch, optimizer: Optimizer, *, micro_batches: int, progress: float | Tensor, accuracy: Accuracy
     ) -> int:
-        """Compute the gradients of a batch, and add its sums to `accuracy`; return how many samples were counted here.
+        """Compute the gradients of a batch, and add its sums to `accuracy`; return how many of its samples count.
 
         Args:
             batch: what to train on.
@@ -72,15 +73,8 @@ class Step:
             # A process with fewer of them runs its last one again, which counts for nothing.
             more = self.forward.engine.together(len(parts)) - len(parts)
             parts += [replace(parts[-1], weight=0.0)] * more
-        counted = 0
-
-        def loss(micro_batch: Batch) -> Tensor:
-            nonlocal counted
-            counted += micro_batch.counted
-            return self._loss(micro_batch, progress=progress, accuracy=accuracy)
-
-        self.forward.engine.backward(parts, loss)
-        return counted
+        self.forward.engine.backward(parts, partial(self._loss, progress=progress, accuracy=accuracy))
+        return sum(part.counted for part in parts)
 
     def _loss(self, micro_batch: Batch, *, progress: float | Tensor, accuracy: Accuracy) -> Tensor:
         with self.forward.autocast():

@@ -87,7 +87,7 @@ class Trainer:
         plasticity: lets partitions whose weights still move settle later than planned; None keeps to the plan.
         guard: undoes moves of the cut that cost accuracy on the held-out images of `feed`; None keeps to the plan.
         snapshots: tests the mean of what the network says at the end of each phase; None for no such ensemble.
-        work: counts the multiply-adds of training; None counts none.
+        work: counts the multiply-adds of training, those of a pipeline in its first process; None counts none.
         recordings: records steps and replays them; None takes every step eagerly. The other parts must be made for it.
         update_is_recorded: whether the optimizer's part of a step can be replayed, too; else it follows eagerly.
         processes: those that train the model together; each has such a trainer.
@@ -237,6 +237,8 @@ class Trainer:
         before, index = self._position.phase, self._phase_of(epoch)
         at_midpoint = epoch == self.endings.midpoint_epoch
         if index == before:
+            if self.forward.engine.is_outdated(self.feed.cut):
+                self._divide()
             if at_midpoint:
                 self._forget()
                 self._end([], epoch, at_midpoint=True)
@@ -278,14 +280,19 @@ class Trainer:
             self.ema.settle(partitions)
         stop = self.executor.window[1] if at_midpoint else max(partitions, default=-1) + 1
         self.endings.end(partitions, self._forwarded(epoch, stop), at_midpoint=at_midpoint)
-        self._concord.restore()
+        self._concord.restore(of_first=True)
         if at_midpoint:
             every = len(self.plan.partitions)
             self.objective.keep_targets(self.forward, self._forwarded(epoch, every))
-            self._concord.restore()
+            self._concord.restore(of_first=True)
 
     def _forwarded(self, epoch: int, stop: int) -> Iterator[Batch]:
-        """Give the batches of an epoch to be run forward up to the cut `stop`, and count that work."""
+        """Give the batches of an epoch to be run forward up to the cut `stop`, and count that work.
+
+        In a pipeline the first process does so alone.
+        """
+        if not self.processes.pipeline.is_first:
+            return
         for batch in self.feed.training(epoch):
             if self.work is not None:
                 self.work.forward(len(batch), start=self.feed.settled_from, stop=stop)
@@ -297,9 +304,9 @@ class Trainer:
         #   0 ............. start ................... stop ............. n
         #   |    settled      |        trains           |     frozen     |    (1) modes, requires_grad, folded weights
         #                     |------ exit ---- exit                          (2) exits of the first that train
-        #                     |<------ engine --------->|                     (3) whose gradients it reduces; it may
+        #   |<---- cached --->|                                               (3) another cache, if the cut has moved
+        #                     |<------ engine --------->|                     (4) whose gradients it reduces; it may
         #                     |                         |                         divide weights, and undo that before
-        #   |<---- cached --->|                                               (4) another cache, if the cut has moved
         #                     |<- optimizer, averages ->|                     (5) over what trains after (1), (2), (3)
         self._forget()
         phase = self.plan.phases[index]
@@ -307,9 +314,9 @@ class Trainer:
         self.executor.enter(phase)  # (1)
         if self.objective.exits is not None:
             self.objective.exits.enter(phase, self.observer.notice)  # (2)
-        self.forward.engine.enter(*self.objective.modules)  # (3)
         later = self.plan.phases[index + 1 :]
-        self.feed.enter(phase.start, epochs=epochs_left, notice=self.observer.notice, later=later)  # (4)
+        self.feed.enter(phase.start, epochs=epochs_left, notice=self.observer.notice, later=later)  # (3)
+        self.forward.engine.enter(*self.objective.modules, cut=self.feed.cut)  # (4)
         self.optimizer.enter(index)  # (5)
         self.endings.enter(index)
         if self.plasticity is not None:
@@ -321,6 +328,11 @@ class Trainer:
         self.observer.phase_started(index, phase)
         if self.executor.is_compiled:
             self.observer.working("compiling")
+
+    def _divide(self) -> None:
+        """Divide partitions anew among processes, since batches now come at another cut than they did."""
+        self.forward.engine.enter(*self.objective.modules, cut=self.feed.cut)
+        self.optimizer.move()
 
     def _epoch(self, epoch: int) -> EpochRecord:
         trained = self._train(epoch)
@@ -363,7 +375,7 @@ class Trainer:
 
     def _watch(self, guard: Guard) -> float:
         """Let the guard see which held-out images are right now; return their accuracy in per cent."""
-        right = self._evaluator.held_out()
+        right = self.processes.pipeline.first(self._evaluator.held_out)
         if sentence := guard.epoch_done(self._position.phase, right):
             self.observer.notice(sentence)
         return 100 * float(right.double().mean())
@@ -407,7 +419,8 @@ class Trainer:
             means=means,
             examine=self._examine if is_examined else None,
         )
-        self._accuracy.count(samples)
+        if self.forward.engine.has_loss:
+            self._accuracy.count(samples)
         if self.work is not None:
             exits = () if self.objective.exits is None else self.objective.exits.linears()
             self.work.step(self._position.phase, samples, start=self.feed.settled_from, exits=exits)

@@ -25,21 +25,22 @@ from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import find_checkpoint
 from fxsplit.spec import RunSpec
 from tests.distribute.test_data_parallel import COMMON, Interrupting, found_in, in_processes, metrics, weights
-from tests.distribute.test_pipeline_parallel import same
+from tests.distribute.test_pipeline_parallel import EQUAL, same
 
 PROCESSES, REPLICAS = 4, 2
 # Of 71 images, batches of 16 leave seven: one pipeline takes four of them, the other three.
 SPECS: dict[str, dict[str, Any]] = {
-    # The second partition moves from one process to the other when the first one settles, and then settles, too.
+    # The second partition moves from one process to the other when the first one settles, and then settles, too. From
+    # then on the first processes of both pipelines train what is left, on rows of their own.
     "settle": {
-        "schedule": "settle-far", "at": ("3", "9"), "settle_from": 0.25, "settle_until": 0.8, "epochs": 4,
-        "grad_accum_steps": 2, "average": 0.5, "recalibrate": True, "augment": "crop-flip", "clip_grad": 0.5,
-        "train_limit": 71,
+        "schedule": "settle-far", "at": ("3", "9"), "settle_from": 0.25, "settle_until": 0.7, "epochs": 6,
+        "grad_accum_steps": 2, "average": 0.5, "recalibrate": True, "clip_grad": 0.5, "train_limit": 71,
+        "cache": "ram", "soft_targets": 0.5,
     },
     # Of 67 images three are left: the second pipeline runs images that count for nothing.
     "grow": {
         "schedule": "grow", "parts": 4, "epochs": 4, "grad_accum_steps": 4, "pipeline_schedule": "interleaved",
-        "model_ema": True, "model_ema_decay": 0.8, "opt": "momentum", "channels_last": True,
+        "model_ema": True, "model_ema_decay": 0.8, "opt": "momentum", "channels_last": True, "augment": "crop-flip",
     },
 }  # fmt: skip
 SUITE = "settle"
@@ -112,7 +113,6 @@ def test_two_pipelines_end_where_two_processes_end_bit_for_bit(name: str, tmp_pa
     ranks = found(tmp_path, name)
     ours, plain, on = (tmp_path / output / name for output in ("mesh", "ddp", "on"))
     same_borders(ranks, averages=True)
-    assert all(set(border["homes"]) == {0, 1} for border in ranks[0]["borders"])
     assert {rank["said"] for rank in ranks} == {ranks[0]["said"]}
     assert ranks[0]["said"].startswith("saved at epoch 3, step 3; go on with: fxsplit train --resume ")
     assert same(weights(ours), weights(plain))
@@ -122,8 +122,9 @@ def test_two_pipelines_end_where_two_processes_end_bit_for_bit(name: str, tmp_pa
     if name == SUITE:
         # Of 16 images: 4 channels of 6 by 6 behind the first cut, 6 channels of 3 by 3 behind the other.
         first, second = (16 * 4 * size for size in (4 * 6 * 6, 6 * 3 * 3))
-        assert [border["homes"] for border in ranks[3]["borders"]] == [(0, 1, 1), (0, 0, 1), (0, 0, 1)]
-        assert [epoch["sent_bytes"] for epoch in metrics(ours)] == [2 * first, 2 * first, 2 * second, second]
+        assert [border["homes"] for border in ranks[3]["borders"]] == [(0, 1, 1), (0, 0, 1), (0, 0, 0)]
+        sent = [2 * first, 2 * first, 2 * second, 2 * second, 0, 0]
+        assert [epoch["sent_bytes"] for epoch in metrics(ours)] == sent
 
 
 def same_borders(ranks: list[dict[str, Any]], *, averages: bool) -> None:
@@ -137,7 +138,9 @@ def same_borders(ranks: list[dict[str, Any]], *, averages: bool) -> None:
 
 def same_records(ours: Path, plain: Path) -> None:
     for mine, other in zip(metrics(ours), metrics(plain), strict=True):
-        for score in ("train_loss", "train_top1", "eval_top1", "lr", "trainable_parameters", "reduced_bytes"):
+        # In the interrupted epoch, the work that each has done until then is taken to be that of the first one.
+        scores = (*EQUAL, "reduced_bytes", *(["multiply_adds"] if mine["epoch"] != 3 else []))
+        for score in scores:
             assert mine[score] == other[score], (mine["epoch"], score)
         # Each process tests batches of its own.
         assert mine["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-6)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,10 +18,13 @@ from torch import Tensor, distributed, multiprocessing
 
 import fxsplit
 from fxsplit.assembly.starting import Start, _fitting
+from fxsplit.caching.cache import Cache
+from fxsplit.data.batch import Batch
 from fxsplit.distribute.concord import Concord, _tensors
-from fxsplit.distribute.pipeline_parallel import PipelineParallel, stage_count
+from fxsplit.distribute.pipeline_parallel import PipelineParallel, refuse_too_few, stage_count
 from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import FxsplitError, Terminated, UsageError
+from fxsplit.execute.executor import Executor
 from fxsplit.plan.forecast import CostModel
 from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import Found, find_checkpoint
@@ -54,6 +58,11 @@ SPECS: dict[str, dict[str, Any]] = {
         "preset": "l2l", "at": ("3", "6", "9"), "settle_from": 0.25, "settle_until": 0.8, "epochs": 4, "guard": 0.2,
         "grad_accum_steps": 2, "opt": "momentum", "pipeline_schedule": "gpipe",
     },
+    # In the end one partition trains, in one process. Two phases of two epochs each fill rows and read them.
+    "cached": {
+        "preset": "l2l", "at": ("3", "6", "9"), "settle_from": 0.25, "settle_until": 0.75, "epochs": 8, "guard": 0.2,
+        "grad_accum_steps": 2, "opt": "momentum", "cache": "ram", "soft_targets": 0.5, "clip_grad": 0.5,
+    },
     # Gradients pass through partitions that wait until they train.
     "grow": {
         "schedule": "grow", "parts": 4, "epochs": 4, "grad_accum_steps": 4, "pipeline_schedule": "interleaved",
@@ -84,10 +93,16 @@ def run(rank: int, folder: str) -> None:
 
 
 def trained(folder: Path, name: str, output: str) -> dict[str, Any]:
-    """Train, and note at each change of phase model, averages, and who trains what; and whose optimizer is here."""
+    """Train, and note what is in this process.
+
+    At each change of phase: model, averages, and who trains what. In each step: whose optimizer, which settled
+    partitions run, and how many rows are read.
+    """
     borders: list[dict[str, Any]] = []
-    check, update = Concord.check, Step.update
+    check, update, settle, read = Concord.check, Step.update, Executor._settle, Cache._at_cut
     stated: list[set[str]] = []
+    settled: list[tuple[int, int, int]] = []
+    rows: list[int] = []
 
     def checked(self: Concord, training: Mapping[str, Callable[[], Any]]) -> None:
         check(self, training)
@@ -102,10 +117,27 @@ def trained(folder: Path, name: str, output: str) -> dict[str, Any]:
         names = {each: name for name, each in self.forward.executor.named_parameters()}
         stated.append({names[each] for each in optimizer.state})
 
-    with patch.object(Concord, "check", checked), patch.object(Step, "update", updated):
+    def settling(self: Executor, values: list[Any], cut: int, stop: int, *, tracked: bool) -> list[Any]:
+        if self.training and cut < stop:
+            settled.append((len(stated), cut, stop))
+        return settle(self, values, cut, stop, tracked=tracked)
+
+    def reading(self: Cache, packed: Sequence[Tensor]) -> Batch:
+        batch = read(self, packed)
+        if self._forward.executor.training:
+            rows.extend([len(stated)] * len(batch))
+        return batch
+
+    with (
+        patch.object(Concord, "check", checked),
+        patch.object(Step, "update", updated),
+        patch.object(Executor, "_settle", settling),
+        patch.object(Cache, "_at_cut", reading),
+    ):
         report = fxsplit.train(spec(folder, name, output, **({} if output == "one" else {"parallel": "pipeline"})))
     partitions = [set(partition.state) for partition in report.plan.partitions]
-    return {"folder": report.folder, "borders": borders, "stated": stated, "partitions": partitions}
+    noted = {"borders": borders, "stated": stated, "settled": settled, "rows": Counter(rows)}
+    return {"folder": report.folder, "partitions": partitions, **noted}
 
 
 def interrupted(folder: Path) -> list[str]:
@@ -173,9 +205,12 @@ def same(ours: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> bool:
     return ours.keys() == plain.keys() and all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
+EQUAL = ("train_loss", "train_top1", "eval_top1", "held_out_top1", "lr", "trainable_parameters")
+
+
 def same_records(ours: Path | str, plain: Path | str) -> None:
     for mine, other in zip(metrics(ours), metrics(plain), strict=True):
-        for score in ("train_loss", "train_top1", "eval_top1", "held_out_top1", "lr", "trainable_parameters"):
+        for score in (*EQUAL, "multiply_adds"):
             assert mine[score] == other[score], (mine["epoch"], score)
         # Each process tests batches of its own.
         assert mine["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-6)
@@ -235,6 +270,28 @@ def test_partitions_are_divided_anew_for_what_still_trains(ranks: list[dict[str,
     assert of("settle") == [(0, 0, 1, 1), (1, 0, 0, 1), (2, 0, 0, 1)]
     assert of("l2l")[-1] == (3, 0, 0, 1, 1)
     assert [homes for _, *homes in of("grow")] == 4 * [[0, 1, 0, 1]]
+
+
+def test_the_first_process_reads_rows_and_settled_partitions_run_nowhere(
+    ranks: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
+) -> None:
+    """Each image that is not held out is read once in each epoch but those in which rows of a new cut are filled.
+
+    Before the fifth they are read once more: statistics are estimated again for the soft targets.
+    """
+    first, second = (rank["cached"] for rank in ranks)
+    steps = len(first["stated"]) // len(metrics(first["folder"]))
+    filled, images = (4, 6, 7), 67 - 13
+    assert first["rows"] == alone["cached"]["rows"]
+    by_epoch = Counter({1 + step // steps: 0 for step in first["rows"]})
+    for step, count in first["rows"].items():
+        by_epoch[1 + step // steps] += count
+    assert {epoch: by_epoch[epoch] for epoch in (5, 8)} == {5: 2 * images, 8: images}
+    assert {1 + step // steps for step, *_ in first["settled"]} == set(filled)
+    assert first["settled"] == alone["cached"]["settled"]
+    assert not second["settled"]
+    assert not second["rows"]
+    assert [border["homes"] for border in first["borders"]] == [(0, 1, 1, 1), (0, 0, 1, 1), (0, 0, 0, 1), (0, 0, 0, 0)]
 
 
 def test_bytes_are_those_of_values_and_of_gradients_where_something_trains_before(ranks: list[dict[str, Any]]) -> None:
@@ -310,15 +367,17 @@ def test_what_a_pipeline_cannot_run_is_refused(
 
 
 def test_there_is_a_partition_for_each_process() -> None:
-    assert stage_count(5, 2, "1f1b") == stage_count(2, 2, "gpipe") == 2
+    assert stage_count(5, 2, "1f1b") == stage_count(2, 2, "gpipe") == stage_count(3, 2, "interleaved") == 2
     assert stage_count(5, 2, "interleaved") == 4
+    # What is left when most has settled.
+    assert stage_count(1, 2, "1f1b") == stage_count(1, 3, "interleaved") == 1
     with pytest.raises(UsageError, match=r"^the schedule 1f1b needs 2 partitions .* and there is 1; give more"):
-        stage_count(1, 2, "1f1b")
+        refuse_too_few(1, 2, "1f1b")
     with (
         patch("fxsplit.distribute.pipeline_parallel.SENDS_GRADIENTS_OF_SOME", False),
         pytest.raises(UsageError, match="take a newer one for --parallel pipeline"),
     ):
-        stage_count(2, 2, "1f1b")
+        refuse_too_few(2, 2, "1f1b")
 
 
 def test_a_batch_goes_through_in_as_many_micro_batches_as_there_are_processes() -> None:

@@ -276,9 +276,9 @@ class WeightEma:
                 value.copy_(self._means.pop(name))
 
     def exchange(self, processes: Processes) -> None:
-        """Set averages of buffers to their means over all processes; those of parameters are the same in all."""
+        """Set averages of buffers to their means over replicas; those of parameters are the same in all."""
         buffers = dict(self._executor.named_buffers())
-        processes.mean([mean for name, mean in self._means.items() if name in buffers])
+        processes.replicas.mean([mean for name, mean in self._means.items() if name in buffers])
 
     def averages(self) -> list[Mapping[str, Tensor]]:
         """List the averages, by the model's names."""

@@ -28,11 +28,20 @@ class SoftTargets(ABC):
         weight: the largest share, 0 to 1.
         temperature: T, which logits are divided by before they are compared, above 0.
         fade: the last part of the run, 0 to 1, over which the share falls to nothing, linearly.
+        device: of logits that other processes have kept, where none are kept here.
     """
 
-    def __init__(self, samples: int, *, weight: float, temperature: float = 1.0, fade: float = 0.0) -> None:
+    def __init__(
+        self,
+        samples: int,
+        *,
+        weight: float,
+        temperature: float = 1.0,
+        fade: float = 0.0,
+        device: torch.device | None = None,
+    ) -> None:
         self.weight, self.temperature, self._fade = weight, temperature, fade
-        self._samples = samples
+        self._samples, self._device = samples, device
         # float16 (samples, K), NaN for an image without kept logits; None before any are kept.
         self._logits: Tensor | None = None
         # Which images' logits were kept here since the last `exchange`, bool (samples,).
@@ -58,23 +67,30 @@ class SoftTargets(ABC):
 
     def keep(self, logits: Tensor, ids: Tensor) -> None:
         """Keep logits (B, K) as the targets of the images `ids` (B,), in place of earlier ones."""
-        if self._logits is None:
-            self._logits = logits.new_full((self._samples, logits.shape[1]), float("nan"), dtype=torch.float16)
-            self._kept = logits.new_zeros(self._samples, dtype=torch.bool)
-        assert self._kept is not None
-        self._kept.index_fill_(0, ids, True)
+        kept_logits, kept = self._state(logits.shape[1], logits.device)
+        kept.index_fill_(0, ids, True)
         largest = torch.finfo(torch.float16).max
-        self._logits[ids] = logits.detach().clamp(-largest, largest).half()
+        kept_logits[ids] = logits.detach().clamp(-largest, largest).half()
+
+    def _state(self, classes: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+        """Return the logits of all images and which were kept here, made if there are none yet."""
+        if self._logits is None or self._kept is None:
+            shape = self._samples, classes
+            self._logits = torch.full(shape, float("nan"), dtype=torch.float16, device=device)
+            self._kept = torch.zeros(self._samples, dtype=torch.bool, device=device)
+        return self._logits, self._kept
 
     def exchange(self, processes: Processes) -> None:
         """Give all processes what each has kept since the last call, of other images than the others."""
-        if self._logits is None or self._kept is None or processes.count == 1:
+        # In a pipeline some have kept nothing.
+        classes = processes.most(0 if self._logits is None else self._logits.shape[1])
+        if processes.count == 1 or not classes:
             return
-        parts = (torch.split(each, EXCHANGED) for each in (self._logits, self._kept))
+        parts = (torch.split(each, EXCHANGED) for each in self._state(classes, self._device))
         for rows, kept in zip(*parts, strict=True):
             given = processes.sum(torch.where(kept[:, None], rows, 0))
             rows.copy_(torch.where(processes.sum(kept.int())[:, None] > 0, given, rows))
-        self._kept.zero_()
+            kept.zero_()
 
     def loss(
         self, logits: Tensor, labels: Tensor, ids: Tensor, *, progress: float | Tensor, smoothing: float = 0.0
