@@ -129,8 +129,9 @@ def interruptible() -> Iterator[None]:
 
 def settings_of_the_process() -> dict[str, object]:
     """What numbers and later tests depend on, of torch as far as it is loaded."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    found: dict[str, object] = {"environment": environment, "folder": os.getcwd()}
+    # Others are set by libraries for themselves.
+    own = {name: value for name, value in os.environ.items() if name.startswith(("FXSPLIT_", "MASTER_", "OMP_"))}
+    found: dict[str, object] = {"environment": own, "folder": os.getcwd()}
     if (torch := sys.modules.get("torch")) and hasattr(torch, "get_num_threads"):
         found |= {
             "threads": torch.get_num_threads(),

@@ -11,8 +11,7 @@ from itertools import product
 
 from fxsplit.errors import PartitionError
 from fxsplit.graph import Modes, Op
-from fxsplit.plan.division import Division
-from fxsplit.plan.forecast import CostModel
+from fxsplit.plan.forecast import CostModel, Divide
 from fxsplit.plan.schedule import Phase, Plan
 
 
@@ -25,7 +24,7 @@ def fit(
     optimizer_slots: int,
     micro_batches: int = 1,
     strict: bool = True,
-    division: Division | None = None,
+    division: Divide | None = None,
 ) -> Plan:
     """Choose for each phase of `plan` the fastest mix of recomputing and micro-batches that fits `budget`.
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from fxsplit.plan.forecast import CostModel, PhaseForecast
 from fxsplit.plan.schedule import Phase
-
-if TYPE_CHECKING:
-    from fxsplit.plan.forecast import CostModel, PhaseForecast
 
 # Of weights that are divided, the partitions that are whole at a time: the one that runs, and the next.
 WHOLE_AT_A_TIME = 2
@@ -27,7 +25,7 @@ class Division:
     kind: Literal["fsdp", "pipeline"]
     count: int
 
-    def of_one(self, costs: CostModel, phase: Phase, whole: PhaseForecast) -> PhaseForecast:
+    def __call__(self, costs: CostModel, phase: Phase, whole: PhaseForecast) -> PhaseForecast:
         """Forecast the memory of a step in the process that needs most; `whole` is that of an undivided model."""
         return self._sharded(costs, phase, whole) if self.kind == "fsdp" else self._staged(costs, phase, whole)
 

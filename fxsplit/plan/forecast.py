@@ -8,7 +8,6 @@ from functools import cached_property
 from itertools import chain, islice
 
 from fxsplit.graph import Modes, Op, Value
-from fxsplit.plan.division import Division
 from fxsplit.plan.memory import Step, peak_bytes
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase, Plan
@@ -67,7 +66,7 @@ def forecast(
     update_seconds: float | None = None,
     steps_per_epoch: int | None = None,
     micro_batches: int = 1,
-    division: Division | None = None,
+    division: Divide | None = None,
 ) -> Forecast:
     """Forecast what the phases of `plan` will cost beside standard training.
 
@@ -129,6 +128,10 @@ def step_work(plan: Plan, modes: Modes) -> tuple[StepWork, ...]:
     return tuple(map(costs.work, plan.phases))
 
 
+# Turns the forecast of a phase of a whole model into that of one of several processes that divide it.
+Divide = Callable[["CostModel", Phase, PhaseForecast], PhaseForecast]
+
+
 class CostModel:
     """Computes what a step costs in any phase over some partitions; the arguments are those of `forecast`."""
 
@@ -141,7 +144,7 @@ class CostModel:
         update_seconds: float | None = None,
         *,
         micro_batches: int = 1,
-        division: Division | None = None,
+        division: Divide | None = None,
     ) -> None:
         train, evaluation = modes.train, modes.eval
         self.partitions, self.modes, self._division = partitions, modes, division
@@ -199,7 +202,7 @@ class CostModel:
             optimizer_bytes=optimizer_bytes,
             peak_bytes=sum(self.bytes.values()) + optimizer_bytes + with_gradients,
         )
-        return found if self._division is None else self._division.of_one(self, phase, found)
+        return found if self._division is None else self._division(self, phase, found)
 
     @cached_property
     def _inputs(self) -> frozenset[str]:

@@ -46,7 +46,7 @@ TRAIN_OPTIONS = """
 --decay-epochs --decay-milestones --decay-rate
 --data-dir --deterministic --device --drop-path --dry-run --ensemble --epochs --epochs-total
 --exit-weight --exits --experiment
---finetune --force --guard --layer-decay --no-ensemble --no-force --settle-front --shift
+--finetune --force --guard --layer-decay --no-ensemble --no-force --settle-front --shift --thaw-from
 --grad-accum-steps
 --img-size --initial-checkpoint --interpolation --json --l2l --log-interval --lr --max-bad-samples --mean --memory-aim
 --memory-budget --min-lr --momentum --no-amp --no-channels-last
@@ -66,7 +66,7 @@ INSPECT_OPTIONS = """
 --grad-accum-steps --memory-aim --memory-budget --preset --settle-from --settle-share --settle-until
 --at --balance --batch-size -b --by --channels-last --config -c --data --device --diff --drop-path --epochs
 --epochs-total --finetune --format --img-size --json --l2l --measure --momentum --no-channels-last --opt --output -o
---parts --settle-front --shift --plan --save-plan --schedule --stem --trust-code --trust-recipe --verbose -v
+--parts --settle-front --shift --thaw-from --plan --save-plan --schedule --stem --trust-code --trust-recipe --verbose -v
 """
 
 CHECK_OPTIONS = """
@@ -296,6 +296,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "schedule": "finetune",
         "shift": "input",
         "settle-front": 0.4,
+        "thaw-from": 0.9,
         "layer-decay": 0.75,
         "balance": "params",
         "by": "natural",
