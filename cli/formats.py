@@ -130,7 +130,7 @@ def _scaling(found: Sequence[ScaleForecast], width: int) -> Table:
     for each in found:
         rows.add(
             str(each.devices),
-            each.kind,
+            each.way,
             duration(each.step_seconds),
             f"{alone / each.step_seconds:.2f}",
             f"{each.idle_share:.0%}",

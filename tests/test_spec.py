@@ -113,7 +113,7 @@ together = st.one_of(
             "torchcompile": st.none(),
             "amp_dtype": st.just("bfloat16"),
         }
-    ).map(lambda given: {**given, "exits": 0, "veto": False, "sync_bn": False}),
+    ).map(lambda given: {**given, "exits": 0, "sync_bn": False}),
 )
 cuts = st.one_of(
     st.fixed_dictionaries({"parts": small}),
@@ -263,7 +263,6 @@ def test_every_field_has_a_key_and_help() -> None:
             ({"parallel": "pipeline", **asked}, f"parallel is 'pipeline', which takes no {named}: ")
             for named, asked in {
                 "exits": {"exits": 1},
-                "veto": {"veto": True},
                 "sync-bn": {"sync_bn": True},
                 "torchcompile": {"torchcompile": "inductor"},
             }.items()

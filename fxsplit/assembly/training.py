@@ -175,7 +175,7 @@ def trainer(
         )
         if spec.model_ema
         else None,
-        plasticity=_plasticity(executor, steps_per_epoch) if spec.veto else None,
+        plasticity=_plasticity(forward.engine, steps_per_epoch) if spec.veto else None,
         guard=Guard(plan) if data.held_out is not None else None,
         snapshots=Snapshots() if spec.ensemble and len(plan.phases) > 1 else None,
         work=Work(partial(step_work, modes=trace), plan) if leads else None,
@@ -255,9 +255,10 @@ def _soft_targets(spec: RunSpec, data: Data) -> SoftTargets | None:
     )
 
 
-def _plasticity(executor: Executor, steps_per_epoch: int) -> Plasticity:
+def _plasticity(engine: Engine, steps_per_epoch: int) -> Plasticity:
     # Partitions count as quiet after QUIET_INTERVALS intervals, which together last an epoch.
-    return Plasticity(named_parameters(executor), interval=max(1, steps_per_epoch // QUIET_INTERVALS))
+    interval = max(1, steps_per_epoch // QUIET_INTERVALS)
+    return Plasticity(named_parameters(engine.executor), interval=interval, keeps=engine.keeps)
 
 
 def cache_policy(

@@ -94,7 +94,7 @@ class Feed:
         keep_rows = before > 1 or any(not level.train.has_given_up for level in self._levels)
         self._shards = ranks if self._levels and keep_rows else 1
         if self._shards > before:
-            notice(f"from here on each of the {ranks} processes has images of its own, so that it can keep their rows")
+            notice(f"from here on each of the {ranks} parts of a batch has images of its own, so that rows can be kept")
 
     def _open(self, cut: int, *, epochs: int, notice: Callable[[str], None]) -> None:
         """Open caches after those that there are."""

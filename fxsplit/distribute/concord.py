@@ -23,11 +23,11 @@ class Exchanging(Protocol):
         ...
 
 
-class Averaging(Protocol):
-    """Something that averages weights as they train."""
+class Copying(Protocol):
+    """Something that keeps averages of weights as they train, or weights of earlier steps."""
 
-    def averages(self) -> Sequence[Mapping[str, Tensor]]:
-        """List the averages that it keeps, each by the names of the model."""
+    def copies(self) -> Sequence[Mapping[str, Tensor]]:
+        """List what it keeps, each by the names of the model."""
         ...
 
 
@@ -43,7 +43,7 @@ class Concord:
         processes: those of the run.
         engine: knows which process of a pipeline trains what. Partitions that do not train do not change.
         parts: what else differs between processes that have seen other images; None for what the run does not have.
-        averaging: what averages weights; None likewise.
+        copies: what keeps averages, or earlier weights; None likewise.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Concord:
         processes: Processes,
         engine: Engine,
         parts: Sequence[Exchanging | None],
-        averaging: Sequence[Averaging | None] = (),
+        copies: Sequence[Copying | None] = (),
     ) -> None:
         self._processes, self._engine, self._executor = processes, engine, engine.executor
         self._parts = [part for part in parts if part is not None]
-        self._averaging = [part for part in averaging if part is not None]
+        self._copies = [part for part in copies if part is not None]
 
     def restore(self, *, of_first: bool = False) -> None:
-        """Give all processes the state of the model, and of its averages, that the steps have left.
+        """Give all processes the state of the model, and of its copies, that the steps have left.
 
         With `of_first` it is what the first process of each pipeline has, which has done something by itself.
         """
@@ -84,8 +84,8 @@ class Concord:
         self._processes.replicas.mean([buffers[name] for name in names if name in buffers])
 
     def _tell(self, homes: Sequence[int]) -> None:
-        """Send weights, buffers and averages of each partition that trains from its home through the pipeline."""
-        state = [self._model(), *(each for part in self._averaging for each in part.averages())]
+        """Send weights, buffers and copies of each partition that trains from its home through the pipeline."""
+        state = [self._model(), *(each for part in self._copies for each in part.copies())]
         for index in range(*self._executor.window):
             names = self._executor.partitions[index].state
             tensors = [each[name] for each in state for name in names if name in each]

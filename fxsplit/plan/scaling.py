@@ -3,6 +3,7 @@
     ddp        each device a part of the batch       gradients of what trains are added up over all, beside backward
     fsdp       each device a part of the batch       weights of what trains are gathered twice, gradients scattered once
     pipeline   each device some of the partitions    boundaries, for each micro-batch; what is settled sends none back
+    ddp,pipeline   several pipelines, each a part of the batch; gradients are added up over them, after backward
 
 The seconds of an op are taken to be in proportion to its batch, and a message to take its bytes by the bandwidth: small
 batches and slow networks are worse than that.
@@ -10,8 +11,9 @@ batches and slow networks are worse than that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 from fxsplit.errors import UsageError
@@ -31,13 +33,14 @@ class ScaleForecast:
     """Forecasts a step on several devices: means over the epochs of a plan, and the largest memory of a device.
 
     Args:
-        kind: ddp, fsdp or pipeline.
+        kind: ddp, fsdp, pipeline, or ddp,pipeline for several pipelines.
         devices: how many.
         step_seconds: time of a step on the whole batch.
         idle_share: of that time a device waits, for messages or for its turn in the pipeline, 0 to 1.
         traffic_bytes: what a device sends in a step.
         peak_bytes: the most memory that a device needs.
         is_fastest: whether it is the fastest of those on as many devices that fit into their memory.
+        pipeline_devices: the devices of each of several pipelines; None otherwise.
     """
 
     kind: str
@@ -47,6 +50,12 @@ class ScaleForecast:
     traffic_bytes: int
     peak_bytes: int
     is_fastest: bool = False
+    pipeline_devices: int | None = None
+
+    @property
+    def way(self) -> str:
+        """Its kind in words, with the length of several pipelines."""
+        return self.kind if self.pipeline_devices is None else f"{self.kind} of {self.pipeline_devices}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +79,10 @@ def scaling(
     optimizer_slots: int = 2,
     update_seconds: float | None = None,
 ) -> tuple[ScaleForecast, ...]:
-    """Forecast the steps of `plan` on 1, 2, 4, ... `devices`, each in up to three ways.
+    """Forecast the steps of `plan` on 1, 2, 4, ... `devices`, each in up to four ways.
 
-    More devices than a batch has samples are left out, and so are pipelines of more devices than partitions.
+    More devices than a batch has samples are left out, and so are pipelines of more devices than partitions. Of several
+    pipelines, the length is that which is fastest in the memory of a device or, if none fits, needs least of it.
 
     Args:
         plan: made for a model with the graphs `modes`, whose ops were measured.
@@ -86,25 +96,26 @@ def scaling(
 
     Raises UsageError when the ops were not measured.
     """
+    make = partial(CostModel, plan.partitions, modes, optimizer_slots=optimizer_slots, update_seconds=update_seconds)
+
+    def excess(way: ScaleForecast) -> float:
+        return 0 if device_bytes is None else max(0, way.peak_bytes - device_bytes)
+
     found: list[ScaleForecast] = []
     for count in _counts(min(devices, batch_size)):
-        own = CostModel(plan.partitions, modes, -(-batch_size // count), optimizer_slots, update_seconds)
+        own = make(-(-batch_size // count))
         if not own.measured:
             raise UsageError("what several devices take can be forecast only of ops that were measured: see --measure")
         ways = [_mean(plan, "ddp", count, [_ddp(own, phase, count, bandwidth) for phase in plan.phases])]
         if count > 1:
-            divided = Division("fsdp", count)
-            part = CostModel(plan.partitions, modes, own.batch_size, optimizer_slots, update_seconds, division=divided)
+            part = make(own.batch_size, division=Division("fsdp", count))
             ways.append(_mean(plan, "fsdp", count, [_fsdp(part, phase, count, bandwidth) for phase in plan.phases]))
-        if 1 < count <= len(plan.partitions):
-            micro_batches = min(batch_size, MICRO_BATCHES * count)
-            part = CostModel(plan.partitions, modes, -(-batch_size // micro_batches), optimizer_slots, update_seconds)
-            divided = Division("pipeline", count)
-            whole = CostModel(plan.partitions, modes, batch_size, optimizer_slots, division=divided)
-            steps = [_pipeline(part, phase, count, micro_batches, bandwidth, whole) for phase in plan.phases]
-            ways.append(_mean(plan, "pipeline", count, steps))
-        fitting = [each for each in ways if device_bytes is None or each.peak_bytes <= device_bytes]
-        best = min(fitting, key=lambda each: each.step_seconds, default=None)
+        lengths = [each for each in range(2, len(plan.partitions) + 1) if count % each == 0]
+        pipelined = [_pipelines(plan, make, count, each, batch_size, bandwidth) for each in lengths]
+        ways += [each for each in pipelined if each.pipeline_devices is None]
+        if several := [each for each in pipelined if each.pipeline_devices is not None]:
+            ways.append(min(several, key=lambda each: (excess(each), each.step_seconds)))
+        best = min((each for each in ways if not excess(each)), key=lambda each: each.step_seconds, default=None)
         found += [replace(each, is_fastest=each is best) for each in ways]
     return tuple(found)
 
@@ -163,8 +174,32 @@ def _fsdp(costs: CostModel, phase: Phase, devices: int, bandwidth: float) -> _St
     )
 
 
+def _pipelines(
+    plan: Plan, make: Callable[..., CostModel], devices: int, length: int, batch_size: int, bandwidth: float
+) -> ScaleForecast:
+    """Forecast a pipeline of all devices or, where its `length` is less, several on a part of a batch each."""
+    replicas = devices // length
+    samples = -(-batch_size // replicas)
+    micro_batches = min(samples, MICRO_BATCHES * length)
+    part = make(-(-samples // micro_batches))
+    of_batch = make(samples, division=Division("pipeline", length))
+    steps = [
+        _pipeline(part, phase, length, micro_batches, bandwidth, of_batch, replicas=replicas) for phase in plan.phases
+    ]
+    if replicas == 1:
+        return _mean(plan, "pipeline", devices, steps)
+    return replace(_mean(plan, "ddp,pipeline", devices, steps), pipeline_devices=length)
+
+
 def _pipeline(
-    costs: CostModel, phase: Phase, devices: int, micro_batches: int, bandwidth: float, of_batch: CostModel
+    costs: CostModel,
+    phase: Phase,
+    devices: int,
+    micro_batches: int,
+    bandwidth: float,
+    of_batch: CostModel,
+    *,
+    replicas: int,
 ) -> _Step:
     """Forecast a step from the costs of one micro-batch; its memory from those `of_batch`, of one process."""
     # One micro-batch of each device's partitions takes `slowest` at most, and the pipeline moves on in such beats:
@@ -184,9 +219,10 @@ def _pipeline(
     trained = [sum(costs.trained_bytes(index, phase) for index in range(*group)) for group in groups]
     whole = sum(trained) or 1
     update = costs.update_seconds(phase) * max(trained) / whole
+    averaged = 2 * (replicas - 1) / replicas * max(trained)
     return _Step(
-        seconds=(micro_batches + devices - 1) * beat + update,
+        seconds=(micro_batches + devices - 1) * beat + averaged / bandwidth + update,
         busy_seconds=micro_batches * sum(loads) / devices + costs.update_seconds(phase) / devices,
-        traffic=micro_batches * max(sent),
+        traffic=micro_batches * max(sent) + averaged,
         memory=of_batch.phase(replace(phase, micro_batches=micro_batches)).peak_bytes,
     )

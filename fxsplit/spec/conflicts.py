@@ -93,7 +93,6 @@ def conflicts(spec: Fields, *, wrong: Collection[str]) -> Iterator[str]:
 def _pipeline_conflicts(spec: Fields, *, wrong: Collection[str]) -> Iterator[str]:
     reasons = {
         "exits": "exits lie behind partitions of other processes than the last, which computes the loss",
-        "veto": "no process knows how far the partitions of others have moved",
         "sync_bn": "each process sees all images of a micro-batch anyway"
         if spec.parallel == PIPELINE
         else "pipelines run their micro-batches at other times, and cannot wait for each other",

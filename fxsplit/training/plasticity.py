@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxsplit.distribute.layout import divided_as, whole
+from fxsplit.distribute.processes import Processes
 
 # A partition is quiet after QUIET_INTERVALS intervals in a row with less than QUIET_SHARE of its highest plasticity.
 QUIET_SHARE = 0.1
@@ -36,10 +37,18 @@ class Plasticity:
     Args:
         parameters: those of each partition, by name.
         interval: optimizer steps in an interval, at least 1.
+        keeps: tells by its name whether this process trains a parameter. In a pipeline each trains some, and is told by
+            `exchange` what the others have measured.
     """
 
-    def __init__(self, parameters: Sequence[Mapping[str, Tensor]], *, interval: int) -> None:
-        self._interval, self._steps = interval, 0
+    def __init__(
+        self,
+        parameters: Sequence[Mapping[str, Tensor]],
+        *,
+        interval: int,
+        keeps: Callable[[str], bool] = lambda _: True,
+    ) -> None:
+        self._interval, self._steps, self._keeps = interval, 0, keeps
         self._partitions = [_Movement(each, _copies(each)) for each in parameters]
 
     def enter(self, parameters: Sequence[Mapping[str, Tensor]]) -> None:
@@ -54,14 +63,29 @@ class Plasticity:
         if self._steps % self._interval:
             return
         for partition in self._partitions:
-            first = next(iter(partition.parameters.values()), None)
-            if first is not None and first.requires_grad:
+            if self._trains_here(partition):
                 moved = _norm(now - partition.before[name] for name, now in partition.parameters.items())
                 plasticity = moved / max(_norm(partition.before.values()), torch.finfo(torch.float32).tiny)
                 partition.highest = max(partition.highest, plasticity)
                 quiet = plasticity < QUIET_SHARE * partition.highest
                 partition.quiet_intervals = partition.quiet_intervals + 1 if quiet else 0
                 partition.before = _copies(partition.parameters)
+
+    def _trains_here(self, partition: _Movement) -> bool:
+        name, first = next(iter(partition.parameters.items()), ("", None))
+        return first is not None and first.requires_grad and self._keeps(name)
+
+    def exchange(self, processes: Processes) -> None:
+        """Give all processes of a pipeline what those have measured that train a partition."""
+        training = [each for each in self._partitions if any(now.requires_grad for now in each.parameters.values())]
+        own = [(each.highest, each.quiet_intervals) if self._trains_here(each) else (0, 0) for each in training]
+        found = processes.pipeline.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        for partition, (highest, quiet_intervals) in zip(training, found, strict=True):
+            partition.highest, partition.quiet_intervals = highest, int(quiet_intervals)
+
+    def copies(self) -> list[Mapping[str, Tensor]]:
+        """List the weights at the beginning of the interval, which lie with those who train them, by their names."""
+        return [{name: each for partition in self._partitions for name, each in partition.before.items()}]
 
     def is_quiet(self, index: int) -> bool:
         """Tell whether partition `index` hardly moves any more, or has no parameters that could."""

@@ -121,8 +121,8 @@ class Trainer:
         self._concord = Concord(
             self.processes,
             self.forward.engine,
-            [self.objective.soft_targets, self.ema],
-            averaging=[self.endings, self.ema],
+            [self.objective.soft_targets, self.ema, self.plasticity],
+            copies=[self.endings, self.ema, self.plasticity],
         )
         self._progress = Number(None if self.recordings is None else self.forward.device)
         # Scores of steps that are on their way from the device.

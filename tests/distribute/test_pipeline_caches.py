@@ -24,7 +24,7 @@ from tests.distribute.test_pipeline_parallel import same, same_records
 PROCESSES = 3
 CACHED: dict[str, Any] = {
     "preset": "l2l", "at": ("3", "6", "9"), "settle_from": 0.25, "settle_until": 0.75, "epochs": 8, "guard": 0.2,
-    "grad_accum_steps": 4, "cache": "ram", "soft_targets": 0.5,
+    "grad_accum_steps": 4, "cache": "ram", "soft_targets": 0.5, "memory_aim": None,
 }  # fmt: skip
 SPECS: dict[str, dict[str, Any]] = {
     "rows": CACHED,

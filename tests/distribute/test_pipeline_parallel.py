@@ -62,13 +62,14 @@ SPECS: dict[str, dict[str, Any]] = {
     "cached": {
         "preset": "l2l", "at": ("3", "6", "9"), "settle_from": 0.25, "settle_until": 0.75, "epochs": 8, "guard": 0.2,
         "grad_accum_steps": 2, "opt": "momentum", "cache": "ram", "soft_targets": 0.5, "clip_grad": 0.5,
+        "memory_aim": None,
     },
     # Gradients pass through partitions that wait until they train.
     "grow": {
         "schedule": "grow", "parts": 4, "epochs": 4, "grad_accum_steps": 4, "pipeline_schedule": "interleaved",
         "model_ema": True, "model_ema_decay": 0.8, "train_limit": 71, "channels_last": True,
     },
-    "bfloat16": {"schedule": "settle", "at": ("3", "9"), "epochs": 2, "grad_accum_steps": 4, "amp": True},
+    "bfloat16": {"schedule": "settle", "at": ("3", "9"), "epochs": 2, "grad_accum_steps": 4, "amp": True, "veto": True},
 }  # fmt: skip
 BROKEN = "settle"
 
@@ -208,9 +209,9 @@ def same(ours: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> bool:
 EQUAL = ("train_loss", "train_top1", "eval_top1", "held_out_top1", "lr", "trainable_parameters")
 
 
-def same_records(ours: Path | str, plain: Path | str) -> None:
+def same_records(ours: Path | str, plain: Path | str, *, work: bool = True) -> None:
     for mine, other in zip(metrics(ours), metrics(plain), strict=True):
-        for score in (*EQUAL, "multiply_adds"):
+        for score in (*EQUAL, *(["multiply_adds"] if work else [])):
             assert mine[score] == other[score], (mine["epoch"], score)
         # Each process tests batches of its own.
         assert mine["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-6)
@@ -221,7 +222,8 @@ def test_two_processes_end_where_one_ends_bit_for_bit(
     name: str, ranks: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
 ) -> None:
     ours, plain = ranks[0][name], alone[name]
-    same_records(ours["folder"], plain["folder"])
+    # Within as much memory, one process recomputes more than each of two.
+    same_records(ours["folder"], plain["folder"], work=name != "l2l")
     assert same(weights(ours["folder"]), weights(plain["folder"]))
     for of_rank in ranks:
         for mine, other in zip(of_rank[name]["borders"], plain["borders"], strict=True):
@@ -241,6 +243,11 @@ def test_a_checkpoint_has_the_state_of_all_processes(
     states = [each["optimizer"]["optimizer"]["state"] for each in (ours, plain)]
     assert states[0].keys() == states[1].keys()
     assert all(same(states[0][name], state) for name, state in states[1].items())
+    moved = [each.get("plasticity", {}) for each in (ours, plain)]
+    assert bool(moved[0]) == (name == "bfloat16")
+    assert same(*(dict(_tensors(each)) for each in moved))
+    quiet = [[(each["highest"], each["quiet_intervals"]) for each in found["partitions"]] for found in moved if found]
+    assert quiet[1:] == quiet[:-1]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -291,7 +298,7 @@ def test_the_first_process_reads_rows_and_settled_partitions_run_nowhere(
     assert first["settled"] == alone["cached"]["settled"]
     assert not second["settled"]
     assert not second["rows"]
-    assert [border["homes"] for border in first["borders"]] == [(0, 1, 1, 1), (0, 0, 1, 1), (0, 0, 0, 1), (0, 0, 0, 0)]
+    assert [border["homes"] for border in first["borders"][1:]] == [(0, 0, 1, 1), (0, 0, 0, 1), (0, 0, 0, 0)]
 
 
 def test_bytes_are_those_of_values_and_of_gradients_where_something_trains_before(ranks: list[dict[str, Any]]) -> None:

@@ -46,8 +46,8 @@ WHOLE = FORWARD + BACKWARD
 def test_devices_divide_what_is_computed(modes: Pair) -> None:
     found = forecasts(modes)
     assert sorted(found, key=lambda each: each[1]) == [
-        ("ddp", 1), ("ddp", 2), ("fsdp", 2), ("pipeline", 2), ("ddp", 4), ("fsdp", 4), ("pipeline", 4), ("ddp", 8),
-        ("fsdp", 8),
+        ("ddp", 1), ("ddp", 2), ("fsdp", 2), ("pipeline", 2), ("ddp", 4), ("fsdp", 4), ("pipeline", 4),
+        ("ddp,pipeline", 4), ("ddp", 8), ("fsdp", 8), ("ddp,pipeline", 8),
     ]  # fmt: skip
     for count in (1, 2, 4, 8):
         assert found["ddp", count].step_seconds == pytest.approx(WHOLE / count + UPDATE)
@@ -91,6 +91,23 @@ def test_a_pipeline_waits_at_both_ends(modes: Pair) -> None:
     beat = WHOLE / 8 / 2
     assert found.step_seconds == pytest.approx((8 + 2 - 1) * beat + UPDATE / 2)
     assert 1 - found.idle_share == pytest.approx((8 * beat + UPDATE / 2) / found.step_seconds)
+
+
+def test_several_pipelines_average_gradients_after_backward(modes: Pair) -> None:
+    beat = WHOLE / 4 / 8 / 2
+    found = forecasts(modes)["ddp,pipeline", 8]
+    # Four pipelines of two devices wait less than two of four do. Each takes 8 micro-batches of 2 of its 16 images.
+    assert found.way == "ddp,pipeline of 2"
+    assert found.step_seconds == pytest.approx((8 + 2 - 1) * beat + UPDATE / 2)
+    # Of half of the batch half of the bytes cross the cut; each device trains half of the parameters.
+    fast, slow = (forecasts(modes, bandwidth=each)["ddp,pipeline", 4] for each in (1e15, 1e4))
+    one = forecasts(modes)["pipeline", 2]
+    assert fast.traffic_bytes == one.traffic_bytes // 2 + 30_000
+    assert slow.step_seconds == pytest.approx(fast.step_seconds + 30_000 / 1e4)
+    assert one.way == "pipeline"
+    # In less memory, pipelines are longer.
+    least = min(each.peak_bytes for each in forecasts(modes).values())
+    assert forecasts(modes, device_bytes=least)["ddp,pipeline", 8].pipeline_devices == 4
 
 
 def test_the_fastest_that_fits_is_marked(modes: Pair) -> None:

@@ -178,7 +178,7 @@ class Endings:
         for index in partitions:
             mean.apply(self._parameters[index])
 
-    def averages(self) -> list[Mapping[str, Tensor]]:
+    def copies(self) -> list[Mapping[str, Tensor]]:
         """List the means so far, by the model's names."""
         return [self._mean.means, self._midpoint_mean.means]
 
@@ -280,7 +280,7 @@ class WeightEma:
         buffers = dict(self._executor.named_buffers())
         processes.replicas.mean([mean for name, mean in self._means.items() if name in buffers])
 
-    def averages(self) -> list[Mapping[str, Tensor]]:
+    def copies(self) -> list[Mapping[str, Tensor]]:
         """List the averages, by the model's names."""
         return [self._means]
 
