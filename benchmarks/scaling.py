@@ -51,21 +51,27 @@ def main(
             [sys.executable, "-m", "fxsplit", "inspect", model, *options, *several], env=ENVIRONMENT, text=True
         )
         for each in json.loads(text)["scaling"]:
-            way = each["kind"], each["devices"]
+            way = each["kind"], each["devices"], each["pipeline_devices"]
             forecasts[way].append(each["step_seconds"] * max(1, each["devices"] / cores))
             measured[way].append(step_seconds(model, options, *way, batch_size=batch_size))
         print(f"gloo: {bandwidth / 1e9:.2f} GB/s", flush=True)
     print(f"{model} {' '.join(options)}, {cores} cores, torch {torch.__version__}: seconds of a step, medians")
     print("| way | processes | forecast | measured | measured / forecast, by round |\n|---|---|---|---|---|")
-    for (kind, count), ahead in forecasts.items():
-        found = measured[kind, count]
+    for (kind, count, pipeline), ahead in forecasts.items():
+        found = measured[kind, count, pipeline]
+        way = f"{kind} of {pipeline}" if pipeline else kind
         ratios = ", ".join(f"{one / other:.2f}" for one, other in zip(found, ahead, strict=True))
-        print(f"| {kind} | {count} | {statistics.median(ahead):.3f} | {statistics.median(found):.3f} | {ratios} |")
+        print(f"| {way} | {count} | {statistics.median(ahead):.3f} | {statistics.median(found):.3f} | {ratios} |")
 
 
-def step_seconds(model: str, options: list[str], kind: str, count: int, *, batch_size: int) -> float:
+def step_seconds(
+    model: str, options: list[str], kind: str, count: int, pipeline: int | None, *, batch_size: int
+) -> float:
     """Train with `count` processes; return the seconds of a step, mean over the epochs of the plan."""
-    micro_batches = ["--grad-accum-steps", str(4 * count)] if kind == "pipeline" else []
+    length = pipeline or count
+    micro_batches = ["--grad-accum-steps", str(4 * length)] if "pipeline" in kind else []
+    if pipeline:
+        micro_batches += ["--pipeline-processes", str(pipeline)]
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"),

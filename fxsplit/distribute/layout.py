@@ -22,7 +22,11 @@ def own_part(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """Gather a tensor that is divided; all processes must ask for it. Others are returned as they are."""
-    return tensor.full_tensor() if is_divided(tensor) else tensor
+    if not is_divided(tensor):
+        return tensor
+    found: Tensor = tensor.full_tensor()
+    # Where the parts are not of one size torch returns a view of more memory, which no file would take.
+    return found if found.nbytes == found.untyped_storage().nbytes() else found.clone()
 
 
 def divided_as(tensor: Tensor, other: Tensor) -> Tensor:
