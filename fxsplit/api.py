@@ -99,7 +99,7 @@ def _train(
             plan = processes.first(pay)
         recordings = assembly.recordings(spec, trace, device, processes, observer)  # of steps, as CUDA graphs
         trainer = assembly.trainer(spec, trace, executor, plan, data, processes, passes, observer, recordings)
-        check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader)
+        check_batches(trace, plan, trainer.feed.train_loader, trainer.feed.test_loader, together=spec.sync_bn)
         # what each phase is expected to cost
         ahead = assembly.forecast(spec, plan, trace, measured=False, processes=processes)
         shown = assembly.inspection(spec, trace, plan, ahead)

@@ -66,6 +66,8 @@ def plan(
         observer.notice(
             f"nothing settles in {counted(plan.epochs, 'epoch')} of {len(plan.partitions)} partitions, so this is "
             "standard training; more --epochs, an earlier --settle-from or a larger --settle-share change that"
+            + ", or a later --thaw-from"
+            * (spec.thaw_from is not None)
         )
     budget = spec.memory_aim if _insisted(spec) is None else _insisted(spec)
     return plan if budget is None else _within(spec, plan, trace, budget, processes)
@@ -93,7 +95,9 @@ def _division(spec: RunSpec, processes: Processes) -> Division | None:
     """Say how processes divide the model; None where each has all of it."""
     if spec.parallel == "fsdp" and processes.count > 1:
         return Division("fsdp", processes.count)
-    return Division("pipeline", processes.pipeline.count) if processes.pipeline.count > 1 else None
+    if processes.pipeline.count > 1:
+        return Division("pipeline", processes.pipeline.count, keeps_all=spec.pipeline_schedule != "1f1b")
+    return None
 
 
 def paying_plan(

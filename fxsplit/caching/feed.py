@@ -82,7 +82,8 @@ class Feed:
             if level.cut > cut or (level.cut < cut and level.train.has_given_up):
                 self._levels.remove(level)
                 level.close()
-        earliest = min((phase.start for phase in later), default=cut)
+        # Up to where everything trains again, after which rows are of no use.
+        earliest = min((phase.start for phase in takewhile(lambda phase: phase.start, later)), default=cut)
         for each in sorted({min(earliest, cut), cut} - {0}) if self._policy is not None else ():
             if not self._levels or self._levels[-1].cut < each:
                 self._open(each, epochs=epochs + _epochs_settled(each, later), notice=notice)

@@ -49,7 +49,9 @@ def fit(
 
     def need(phase: Phase) -> float:
         forecast = costs.phase(phase)
-        return forecast.activation_bytes / standard.activation_bytes if budget <= 1 else forecast.peak_bytes
+        if budget > 1:
+            return forecast.peak_bytes
+        return forecast.activation_bytes / standard.activation_bytes if standard.activation_bytes else 0.0
 
     phases = []
     for number, phase in enumerate(plan.phases, start=1):

@@ -20,10 +20,18 @@ WHOLE_AT_A_TIME = 2
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """Says how processes divide a model, and how many they are."""
+    """Says how processes divide a model, and how many they are.
+
+    Args:
+        kind: fsdp or pipeline.
+        count: of the processes.
+        keeps_all: whether a pipeline may have all micro-batches on their way at a time, as with schedules other than
+            1f1b; else no more than there are processes behind.
+    """
 
     kind: Literal["fsdp", "pipeline"]
     count: int
+    keeps_all: bool = False
 
     def __call__(self, costs: CostModel, phase: Phase, whole: PhaseForecast) -> PhaseForecast:
         """Forecast the memory of a step in the process that needs most; `whole` is that of an undivided model."""
@@ -50,12 +58,17 @@ class Division:
             trained = sum(costs.trained_bytes(index, phase) for index in range(*own))
             found = replace(
                 whole,
-                activation_bytes=_kept(costs, phase, range(*own), min(phase.micro_batches, count - rank)),
+                activation_bytes=_kept(costs, phase, range(*own), self._on_their_way(phase, count - rank)),
                 gradient_bytes=trained,
                 optimizer_bytes=costs.optimizer_slots * trained,
             )
             ranks.append(_summed(found))
-        return max(ranks, key=lambda each: each.peak_bytes)
+        most = max(ranks, key=lambda each: each.peak_bytes)
+        # Those that keep most may be of another process, and they are what a phase can save.
+        return replace(most, activation_bytes=max(each.activation_bytes for each in ranks))
+
+    def _on_their_way(self, phase: Phase, processes: int) -> int:
+        return phase.micro_batches if self.keeps_all else min(phase.micro_batches, processes)
 
 
 def _kept(costs: CostModel, phase: Phase, own: range, on_their_way: int) -> int:

@@ -180,8 +180,8 @@ def _pipelines(
     """Forecast a pipeline of all devices or, where its `length` is less, several on a part of a batch each."""
     replicas = devices // length
     samples = -(-batch_size // replicas)
-    micro_batches = min(samples, MICRO_BATCHES * length)
-    part = make(-(-samples // micro_batches))
+    size = -(-samples // min(samples, MICRO_BATCHES * length))
+    micro_batches, part = -(-samples // size), make(size)
     of_batch = make(samples, division=Division("pipeline", length))
     steps = [
         _pipeline(part, phase, length, micro_batches, bandwidth, of_batch, replicas=replicas) for phase in plan.phases

@@ -397,7 +397,7 @@ def finetune(
 def _thawed(phases: Sequence[Phase], epochs: int, thaw: float) -> tuple[Phase, ...]:
     """Let everything train again from this fraction of the run on, for an epoch at least.
 
-    Later moves of the cut are left out. Where nothing is settled by then, phases stay as they are.
+    Later moves of the cut are left out, all of them where nothing is settled by then.
     """
     if not 0 <= thaw <= 1:
         raise UsageError(f"everything trains again from a fraction of the run on, 0 to 1, not from {thaw}")
@@ -408,8 +408,10 @@ def _thawed(phases: Sequence[Phase], epochs: int, thaw: float) -> tuple[Phase, .
         for phase, end in zip(phases, ends, strict=True)
         if end - phase.epochs < begin
     ]
-    if epochs == 1 or not before[-1].start:
+    if epochs == 1:
         return tuple(phases)
+    if not before[-1].start:
+        return (*before[:-1], replace(before[-1], epochs=before[-1].epochs + epochs - begin))
     return (*before, Phase(start=0, stop=before[-1].stop, epochs=epochs - begin, thaws=True))
 
 

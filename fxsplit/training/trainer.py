@@ -246,9 +246,16 @@ class Trainer:
         if before >= 0:
             self._leave(epoch, self.plan.phases[index], at_midpoint=at_midpoint)
         stays = self.guard is not None and index == self.guard.last_phase
-        end = self.plan.epochs if stays else self.plan.first_epoch(index) + self.plan.phases[index].epochs
+        end = self._end_of(index, stays=stays)
         self._enter(index, epochs_left=end - epoch)
         self._concord.check({name: part.state_dict for name, part in self._parts().items()})
+
+    def _end_of(self, index: int, *, stays: bool) -> int:
+        """Return the epoch before which a phase ends: one that `stays` does so where everything trains again."""
+        if not stays:
+            return self.plan.first_epoch(index) + self.plan.phases[index].epochs
+        later = (number for number in range(index + 1, len(self.plan.phases)) if self.plan.phases[number].thaws)
+        return next(map(self.plan.first_epoch, later), self.plan.epochs)
 
     def _phase_of(self, epoch: int) -> int:
         """Return the index of an epoch's phase: as planned, or an earlier one.

@@ -604,8 +604,14 @@ def test_rows_at_an_earlier_cut_are_freed_when_all_are_read(tmp_path: Path) -> N
     assert kept == [both[1], both[1], both[1] + both[2], both[2], both[2] + both[3], both[3], both[3]]
 
 
-def test_a_phase_before_an_earlier_cut_fills_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the classifier trains alone at first: the images that it sees go through what is settled later."""
+@pytest.mark.parametrize("last", [(), (Phase(start=0, stop=4, epochs=2, thaws=True),)], ids=["settled", "thawed"])
+def test_a_phase_before_an_earlier_cut_fills_its_rows(
+    last: tuple[Phase, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the classifier trains alone at first: the images that it sees go through what is settled later.
+
+    Also where everything trains again in the end.
+    """
     torch.manual_seed(0)
     phases = (Phase(start=3, stop=4, epochs=2), Phase(start=1, stop=4, epochs=2), Phase(start=2, stop=4, epochs=2))
     net = trainer(Chain(), plan=phases[:1])
@@ -627,7 +633,7 @@ def test_a_phase_before_an_earlier_cut_fills_its_rows(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Executor, "settle_to", counted)
     for index, phase in enumerate(phases):
         net.executor.enter(phase)
-        feed.enter(phase.start, epochs=phase.epochs, notice=pytest.fail, later=phases[index + 1 :])
+        feed.enter(phase.start, epochs=phase.epochs, notice=pytest.fail, later=(*phases[index + 1 :], *last))
         for epoch in range(phase.epochs):
             net.executor.train()
             found = list(feed.training(epoch))

@@ -42,7 +42,8 @@ from torch import nn
 def plain(num_classes):
     layers = []
     for index, (given, made) in enumerate([(3, 4), (4, 6), (6, 9), (9, 8)]):
-        layers += [nn.Conv2d(given, made, 3, stride=2 - index % 2, padding=1), nn.GroupNorm(2 - made % 2, made), nn.ReLU()]
+        norm = nn.GroupNorm(2 - made % 2, made)
+        layers += [nn.Conv2d(given, made, 3, stride=2 - index % 2, padding=1), norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
 """
 # Of torch's class, and by the function that timm's classes call.

@@ -57,6 +57,30 @@ def test_a_process_of_a_pipeline_has_all_weights_and_the_rest_of_its_own_partiti
     assert bytes_of(of_one(graph, Division("pipeline", 64)))[1] == 10_000
 
 
+def test_activations_are_those_of_the_process_that_keeps_most(graph: Graph) -> None:
+    """Though another one needs more of everything together; and other schedules keep all micro-batches."""
+    heavy = replace(graph, state=(*graph.state[:-1], replace(graph.state[-1], bytes=10**9)))
+    kept = plan(both(graph)).partitions[1].activation_bytes
+    made = plan(both(heavy))
+    phase = replace(made.phases[0], micro_batches=8)
+
+    def found(division: Division) -> PhaseForecast:
+        return CostModel(made.partitions, both(heavy), BATCH, SLOTS, division=division).phase(phase)
+
+    two = found(Division("pipeline", 2))
+    _, stop, _ = balanced(CostModel(made.partitions, both(heavy), BATCH, SLOTS), phase, 2, starts=range(6))
+    assert two.gradient_bytes >= 10**9
+    assert two.activation_bytes == max(stop * kept * 2 * 8, (6 - stop) * kept * 8)
+    assert found(Division("pipeline", 2, keeps_all=True)).activation_bytes == max(stop, 6 - stop) * kept * BATCH
+
+
+def test_nothing_to_save_is_no_fault(graph: Graph) -> None:
+    made = plan(both(graph))
+    parts = tuple(replace(each, activation_bytes=0) for each in made.partitions)
+    given = {"budget": 0.5, "batch_size": BATCH, "optimizer_slots": SLOTS, "division": Division("pipeline", 2)}
+    assert fit(replace(made, partitions=parts), both(graph), **given).phases == made.phases
+
+
 def test_forecasts_and_budgets_are_those_of_one_process(graph: Graph) -> None:
     made = plan(both(graph))
     whole, divided = (

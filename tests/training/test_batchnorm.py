@@ -12,6 +12,7 @@ from torch import nn
 from fxsplit.caching.cache import CachePolicy
 from fxsplit.capture.tracing import trace
 from fxsplit.data.loader import Loader
+from fxsplit.data.shares import WHOLE, Share
 from fxsplit.errors import UsageError
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan
@@ -67,13 +68,15 @@ def check(
     batch_size: int,
     test_images: int = 8,
     test_limit: int | None = None,
+    share: Share = WHOLE,
+    together: bool = False,
 ) -> None:
     captured = trace(model, (torch.empty(2, 3, 8, 8),))
     parts = partition(captured, at=["1", "4", "5"])
-    train_loader = Loader(images(10, 0), batch_size=batch_size, training=True)
+    train_loader = Loader(images(10, 0), batch_size=batch_size, training=True, share=share)
     test_loader = Loader(images(test_images, 1), batch_size=batch_size, limit=test_limit)
     plan = Plan(schedule="mine", partitions=parts, phases=(Phase(start=0, stop=2, epochs=1), phase))
-    check_batches(captured, plan, train_loader, test_loader)
+    check_batches(captured, plan, train_loader, test_loader, together=together)
 
 
 @pytest.mark.parametrize("norm", [lambda: nn.BatchNorm1d(4), Functional, Whole, Method])
@@ -91,6 +94,14 @@ def test_micro_batches_of_one_image_are_refused_where_a_norm_takes_one_value_of_
     for start, stop in ((3, 4), (0, 2)):
         check(pooled(norm()), Phase(start=start, stop=stop, epochs=1, micro_batches=micro_batches), **given)
     check(pooled(nn.LayerNorm(4)), Phase(start=0, stop=4, epochs=1, micro_batches=micro_batches), **given)
+
+
+def test_the_part_of_a_process_counts_unless_statistics_are_those_of_all() -> None:
+    phase, halves = Phase(start=0, stop=4, epochs=1, micro_batches=2), Share(0, 2)
+    with pytest.raises(UsageError, match="phase 2 takes 2 of a batch in each of 2 parts, in 2 micro-batches"):
+        check(pooled(nn.BatchNorm1d(4)), phase, batch_size=4, share=halves)
+    check(pooled(nn.BatchNorm1d(4)), phase, batch_size=4, share=halves, together=True)
+    check(pooled(nn.BatchNorm1d(4)), phase, batch_size=6, share=halves)
 
 
 def test_a_norm_without_statistics_is_refused_one_image_settled_too() -> None:

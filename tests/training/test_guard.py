@@ -73,6 +73,7 @@ def test_where_the_cut_stays_everything_may_still_train_again() -> None:
     made.guard = Guard(made.plan)
     made.guard.last_phase = 0
     assert [made._phase_of(epoch) for epoch in range(made.plan.epochs)] == [0, 0, 2, 0, 0]
+    assert [made._end_of(index, stays=stays) for index, stays in ((0, True), (2, True), (1, False))] == [2, 5, 2]
 
 
 class Epochs(Observer):

@@ -323,6 +323,22 @@ def test_what_thaws_later_has_settled_with_its_mean_and_its_own_annealing() -> N
         assert torch.allclose(parameter, mean_of(name, seen[3:]), atol=1e-6), name
 
 
+def test_what_settles_later_than_planned_and_thaws_ends_with_its_last_weights() -> None:
+    """A veto that never lets go: nothing settles, and the mean begins by the end of the run."""
+    plan = (
+        Phase(start=0, stop=4, epochs=2),
+        Phase(start=2, stop=4, epochs=2),
+        Phase(start=0, stop=4, epochs=2, thaws=True),
+    )
+    torch.manual_seed(0)
+    model = Chain()
+    made = trainer(model, plan=plan, average=0.2, veto=True)
+    with after_steps(model) as seen:
+        assert [record.start for record in made.epochs()] == [0] * 6
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, mean_of(name, seen[19:]), atol=1e-6), name
+
+
 def test_when_partitions_stop_is_told_as_seen_from_each_phase() -> None:
     phases = [(2, 4, 1), (0, 4, 2), (1, 3, 3), (1, 4, 4), (0, 4, 5)]
     plan = Plan(

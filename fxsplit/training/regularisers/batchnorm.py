@@ -57,24 +57,31 @@ def recalibrated(norms: Sequence[_BatchNorm]) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def check_batches(trace: Trace, plan: Plan, train_loader: Loader, test_loader: Loader) -> None:
+def check_batches(
+    trace: Trace, plan: Plan, train_loader: Loader, test_loader: Loader, *, together: bool = False
+) -> None:
     """Raise UsageError if a single image would reach a BatchNorm that needs two to take statistics from.
 
     In training that is so where every micro-batch of a phase has one image; a single image at the end of a batch is no
-    fault, because micro-batches are then divided otherwise.
+    fault, because micro-batches are then divided otherwise. Each of several processes has its part of a batch, unless
+    BatchNorm takes its statistics from all of them `together`.
     """
+    ranks = 1 if together else train_loader.share.ranks
+    batch_size = train_loader.batch_size // ranks
     for number, phase in enumerate(plan.phases, start=1):
         count = phase.micro_batches
-        if train_loader.batch_size > count:
+        if batch_size > count:
             continue
         for index, partition in enumerate(plan.partitions):
             trains = phase.role(index) == "training"
             if path := needs_two_images(trace, partition.span(training=trains), training=trains):
+                taken = (
+                    f"batches of {batch_size}" if ranks == 1 else f"{batch_size} of a batch in each of {ranks} parts"
+                )
                 raise UsageError(
                     f"BatchNorm {path!r} sees a single value a channel of an image, so it cannot run on one image, but "
-                    f"phase {number} takes batches of {train_loader.batch_size} in {count} "
-                    f"micro-batch{'es' * (count > 1)}; leave two images to each, by a larger batch-size or fewer "
-                    "micro-batches, or make the images larger"
+                    f"phase {number} takes {taken}, in {count} micro-batch{'es' * (count > 1)}; leave two images to "
+                    "each, by a larger batch-size or fewer micro-batches, or make the images larger"
                 )
     tested, batch_size = len(test_loader.order(0)), test_loader.batch_size
     if (batch_size == 1 or tested % batch_size == 1) and (path := needs_two_images(trace, slice(None), training=False)):

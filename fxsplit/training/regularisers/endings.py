@@ -133,6 +133,7 @@ class Endings:
         """Find the parameters that the model has in the phase of this index, which was entered, and when they stop."""
         self._parameters = named_parameters(self._forward.executor)
         self._end_epochs = end_epochs(self._plan, index)
+        self._forget_early()
 
     def count_step(self, steps: int) -> Hashable:
         """Choose the means that a step counts in, the last of so many `steps` of the run; return which these are."""
@@ -154,6 +155,12 @@ class Endings:
         """Add the weights to the means that the step counts in. It can be recorded."""
         for mean, training in self._counted:
             mean.add(training)
+
+    def _forget_early(self) -> None:
+        """Drop means that would begin later now, since their partition stops later than it did."""
+        for parameters, end in zip(self._parameters, self._end_epochs, strict=True):
+            if not self._counts(self._steps, end):
+                self._mean.forget(parameters)
 
     def _counts(self, steps: int, end: int) -> bool:
         """Tell whether a step is among the last `average` share of those before epoch `end`."""
@@ -196,10 +203,9 @@ class Endings:
         parameters = {name: each for partition in self._parameters for name, each in partition.items()}
         self._mean.load_state_dict(state["mean"], parameters)
         self._midpoint_mean.load_state_dict(state["midpoint_mean"], parameters)
+        self._forget_early()
         middle = (self.midpoint_epoch or 0) * self._steps_per_epoch
-        for parameters, end in zip(self._parameters, self._end_epochs, strict=True):
-            if not self._counts(self._steps, end):
-                self._mean.forget(parameters)
+        for parameters in self._parameters:
             if not self._counts(min(self._steps, middle), self.midpoint_epoch or 0):
                 self._midpoint_mean.forget(parameters)
 
