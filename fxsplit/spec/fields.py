@@ -215,7 +215,7 @@ class Fields:
     )
     settle_front: float | None = option(
         "Layer-to-layer",
-        "With --schedule finetune: share of the multiply-adds, at the front, that trains from --thaw-from on, or never.",
+        "With --schedule finetune: share of the multiply-adds, at the front, that trains after --thaw-from or never.",
         None,
         least=0,
         most=1,

@@ -423,8 +423,9 @@ def test_a_process_that_is_gone_is_named() -> None:
 
 def test_a_vote_is_read_when_it_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnItsWay:
-        def __init__(self, given: Tensor, *_: Any, async_op: bool) -> None:
+        def __init__(self, given: Tensor, *_: Any, group: object, async_op: bool) -> None:
             assert async_op
+            assert group is None
             self.given = given
 
         def wait(self) -> None:

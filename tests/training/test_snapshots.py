@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,10 +63,6 @@ def test_a_run_tests_it_at_the_end_of_phases(tmp_path: Path) -> None:
     tested = {each.epoch: each.ensemble_top1 for each in report.epochs}
     assert [epoch for epoch, accuracy in tested.items() if accuracy is not None] == ends[1:]
     assert len(ends) == 3
-    plain = fxsplit.train(fxsplit.RunSpec(**{**vars_of(spec), "ensemble": False}))
+    plain = fxsplit.train(replace(spec, ensemble=False))
     assert all(each.ensemble_top1 is None for each in plain.epochs)
     assert [each.eval_top1 for each in plain.epochs] == [each.eval_top1 for each in report.epochs]
-
-
-def vars_of(spec: fxsplit.RunSpec) -> dict[str, object]:
-    return {name: getattr(spec, name) for name in spec.__slots__}
