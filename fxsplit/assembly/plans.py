@@ -63,11 +63,10 @@ def plan(
             "the same"
         )
     if spec.plan is None and spec.schedule in SETTLING and not settles:
+        later = "" if spec.thaw_from is None else ", or a later --thaw-from"
         observer.notice(
             f"nothing settles in {counted(plan.epochs, 'epoch')} of {len(plan.partitions)} partitions, so this is "
-            "standard training; more --epochs, an earlier --settle-from or a larger --settle-share change that"
-            + ", or a later --thaw-from"
-            * (spec.thaw_from is not None)
+            f"standard training; more --epochs, an earlier --settle-from or a larger --settle-share change that{later}"
         )
     budget = spec.memory_aim if _insisted(spec) is None else _insisted(spec)
     return plan if budget is None else _within(spec, plan, trace, budget, processes)

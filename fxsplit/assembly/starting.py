@@ -60,8 +60,8 @@ def start(
 ) -> Start:
     """Complete what is asked for, find the checkpoint to go on from, and say what differs from what it was asked for.
 
-    Processes are arranged as pipelines, where these are asked for.
-    The first process does so for all. The folder of a run that goes on is locked from here on.
+    The first process does so for all. The folder of a run that goes on is locked from here on, and processes are
+    arranged as pipelines, where these are asked for.
 
     Raises UsageError when there is no such run, when another process goes on with it, when it would run code that no
     `spec` names and that is not trusted, when something differs that cannot, when a new run could have no folder, when

@@ -62,6 +62,8 @@ class Concord:
 
         With `of_first` it is what the first process of each pipeline has, which has done something by itself.
         """
+        if self._processes.count == 1:
+            return
         homes = self._engine.homes
         if homes is not None and of_first:
             homes = [0] * len(homes)

@@ -315,10 +315,6 @@ class CostModel:
         trained = self._trained(phase) if phase.start <= index < phase.stop else frozenset()
         return sum(self.bytes[name] for name in self.partitions[index].state if name in trained)
 
-    def state_bytes(self, index: int) -> int:
-        """Return the bytes of the parameters and buffers of partition `index`."""
-        return sum(self.bytes[name] for name in self.partitions[index].state)
-
     def _seconds(self, op: Op) -> tuple[float, float]:
         scale = self.batch_size / self.modes.train.batch_size
         forward = op.forward_seconds or 0.0

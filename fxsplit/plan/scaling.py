@@ -159,13 +159,12 @@ def _ddp(costs: CostModel, phase: Phase, devices: int, bandwidth: float) -> _Ste
 
 def _fsdp(costs: CostModel, phase: Phase, devices: int, bandwidth: float) -> _Step:
     forward, backward = costs.seconds(phase)
-    trained = sum(costs.trained_bytes(index, phase) for index in range(phase.start, phase.stop))
-    largest = max(costs.trained_bytes(index, phase) for index in range(phase.start, phase.stop))
+    trained = [costs.trained_bytes(index, phase) for index in range(phase.start, phase.stop)]
     others = (devices - 1) / devices
-    traffic = 3 * others * trained
+    traffic = 3 * others * sum(trained)
     busy = forward + backward + costs.update_seconds(phase) / devices
     # The first weights are gathered before anything runs, the others beside what runs.
-    waiting = max(traffic / bandwidth - forward - backward, others * largest / bandwidth)
+    waiting = max(traffic / bandwidth - forward - backward, others * max(trained) / bandwidth)
     return _Step(
         seconds=busy + waiting,
         busy_seconds=busy,

@@ -401,6 +401,8 @@ def _thawed(phases: Sequence[Phase], epochs: int, thaw: float) -> tuple[Phase, .
     """
     if not 0 <= thaw <= 1:
         raise UsageError(f"everything trains again from a fraction of the run on, 0 to 1, not from {thaw}")
+    if epochs == 1:
+        return tuple(phases)
     begin = max(1, min(round(epochs * thaw), epochs - 1))
     ends = accumulate(phase.epochs for phase in phases)
     before = [
@@ -408,8 +410,6 @@ def _thawed(phases: Sequence[Phase], epochs: int, thaw: float) -> tuple[Phase, .
         for phase, end in zip(phases, ends, strict=True)
         if end - phase.epochs < begin
     ]
-    if epochs == 1:
-        return tuple(phases)
     if not before[-1].start:
         return (*before[:-1], replace(before[-1], epochs=before[-1].epochs + epochs - begin))
     return (*before, Phase(start=0, stop=before[-1].stop, epochs=epochs - begin, thaws=True))

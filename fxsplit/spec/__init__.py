@@ -5,9 +5,9 @@ key `batch-size` of a recipe, the variable `FXSPLIT_BATCH_SIZE` and the option `
 """
 
 from fxsplit.spec.conflicts import PLANNED, beside_plan
-from fxsplit.spec.fields import PIPELINE, PIPELINED, PIPELINES
+from fxsplit.spec.fields import DEFAULTS, PIPELINE, PIPELINED, PIPELINES
 from fxsplit.spec.reading import ENVIRONMENT_PREFIX, from_text, read_environment, read_recipe, read_values, resolve
-from fxsplit.spec.run_spec import DEFAULTS, RunSpec
+from fxsplit.spec.run_spec import RunSpec
 
 __all__ = [
     "DEFAULTS",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import fields
 
 from fxsplit.errors import shown
 from fxsplit.options import key
 from fxsplit.paths import has_home
 from fxsplit.plan.schedule import SETTLING
-from fxsplit.spec.fields import PIPELINE, PIPELINED, Fields
+from fxsplit.spec.fields import DEFAULTS, PIPELINE, PIPELINED, Fields
 
 # Fields that may begin with the home folder.
 HOMES = ("model", "initial_checkpoint", "data", "data_dir", "output")
@@ -34,7 +33,7 @@ def conflicts(spec: Fields, *, wrong: Collection[str]) -> Iterator[str]:
     )
     if spec.parts is not None and spec.at and not {"parts", "at"} & set(wrong):
         yield f"parts is {spec.parts} and at is {shown(','.join(spec.at))}, but only one can say where to cut"
-    doubled = [name for name in PLANNED if _is_changed(spec, name) and name not in wrong]
+    doubled = [name for name in PLANNED if getattr(spec, name) != DEFAULTS[name] and name not in wrong]
     if doubled and spec.plan is not None and "plan" not in wrong:
         yield beside_plan(doubled)
     unheeded = [key(name) for name in MOMENTS if getattr(spec, name) is not None and name not in wrong]
@@ -110,7 +109,7 @@ def _pipeline_conflicts(spec: Fields, *, wrong: Collection[str]) -> Iterator[str
 
 def _augmentation_conflicts(spec: Fields, *, wrong: Collection[str]) -> Iterator[str]:
     names = ("scale", "ratio", "train_interpolation")
-    unheeded = [key(name) for name in names if _is_changed(spec, name) and name not in wrong]
+    unheeded = [key(name) for name in names if getattr(spec, name) != DEFAULTS[name] and name not in wrong]
     if unheeded and spec.augment != "resized-crop" and "augment" not in wrong:
         yield f"{', '.join(unheeded)} can be given only with augment resized-crop, and augment is {spec.augment!r}"
     for name in ("scale", "ratio"):
@@ -144,9 +143,3 @@ def _augmentation_conflicts(spec: Fields, *, wrong: Collection[str]) -> Iterator
             f"{mixed[0]} is {getattr(spec, mixed[0])} and soft-targets is {spec.soft_targets}, but earlier outputs for "
             "an image are no targets for its mix with another one; leave out one of them"
         )
-
-
-def _is_changed(spec: Fields, name: str) -> bool:
-    """Tell whether a field has another value than its default."""
-    (default,) = (item.default for item in fields(spec) if item.name == name)
-    return bool(getattr(spec, name) != default)

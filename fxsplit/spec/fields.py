@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from fxsplit.options import option
@@ -458,3 +458,6 @@ class Fields:
     )
     log_interval: int = option("Run", "Steps between two progress reports.", 10, least=1)
     dry_run: bool = option("Run", "Plan, train one step, test one batch, and write nothing.", False)
+
+
+DEFAULTS = {item.name: item.default for item in fields(Fields)}

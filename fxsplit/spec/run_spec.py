@@ -14,7 +14,7 @@ from fxsplit.plan.planfile import read_options
 from fxsplit.plan.schedule import SETTLING
 from fxsplit.presets import PRESETS, preset
 from fxsplit.spec.conflicts import MOMENTS, PLANNED, conflicts
-from fxsplit.spec.fields import Fields
+from fxsplit.spec.fields import DEFAULTS, Fields
 
 # By field, those whose values from earlier layers are dropped when a later layer gives it: they decide the same thing.
 WITHDRAWN = {
@@ -105,4 +105,3 @@ def read_fields(values: Mapping[str, object]) -> tuple[dict[str, Any], dict[str,
 
 KINDS = {name: kind_of(hint) for name, hint in get_type_hints(RunSpec).items()}
 _METADATA = {item.name: item.metadata for item in fields(RunSpec)}
-DEFAULTS = {item.name: item.default for item in fields(RunSpec)}

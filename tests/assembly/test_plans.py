@@ -71,19 +71,22 @@ def test_a_guard_that_leaves_nothing_to_train_on_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "division", "batch_size"),
+    ("parallel", "order", "division", "batch_size"),
     [
-        ("ddp", None, 16),
-        ("fsdp", Division("fsdp", 4), 16),
-        ("pipeline", Division("pipeline", 4), 64),
-        ("ddp,pipeline", Division("pipeline", 2), 32),
+        ("ddp", "1f1b", None, 16),
+        ("fsdp", "1f1b", Division("fsdp", 4), 16),
+        ("pipeline", "1f1b", Division("pipeline", 4), 64),
+        ("pipeline", "gpipe", Division("pipeline", 4, keeps_all=True), 64),
+        ("ddp,pipeline", "1f1b", Division("pipeline", 2), 32),
     ],
 )
 def test_memory_is_forecast_of_one_process_as_they_divide_the_model(
-    parallel: str, division: Division | None, batch_size: int
+    parallel: str, order: str, division: Division | None, batch_size: int
 ) -> None:
     """And a budget that its forecast just keeps needs no saving."""
-    spec = fxsplit.RunSpec(model="paper:cnn", parallel=parallel, batch_size=64, grad_accum_steps=4)
+    spec = fxsplit.RunSpec(
+        model="paper:cnn", parallel=parallel, pipeline_schedule=order, batch_size=64, grad_accum_steps=4
+    )
     processes = Processes(0, 4)
     if "pipeline" in parallel:
         processes.replicas, processes.pipeline = Processes(0, 64 // batch_size), Processes(0, batch_size // 16)

@@ -110,6 +110,18 @@ def test_several_pipelines_average_gradients_after_backward(modes: Pair) -> None
     assert forecasts(modes, device_bytes=least)["ddp,pipeline", 8].pipeline_devices == 4
 
 
+def test_micro_batches_of_a_pipeline_hold_no_more_images_than_there_are(modes: Pair) -> None:
+    """100 images in micro-batches of 7, which 16 would be too many of; the slowest of four devices has two ops."""
+    (found,) = (
+        each
+        for each in scaling(
+            plan(modes), modes, batch_size=100, devices=4, bandwidth=1e15, optimizer_slots=1, update_seconds=UPDATE
+        )
+        if (each.kind, each.devices) == ("pipeline", 4)
+    )
+    assert found.step_seconds == pytest.approx((15 + 4 - 1) * 2 * 3 * 7 / 2 + UPDATE * 2 / 6)
+
+
 def test_the_fastest_that_fits_is_marked(modes: Pair) -> None:
     assert [each for each, found in forecasts(modes).items() if found.is_fastest and each[1] > 1] == [
         ("fsdp", 2), ("fsdp", 4), ("fsdp", 8),
