@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from fxsplit.report import Observer, StepRecord
 from fxsplit.saving.run_state import RunState
 from fxsplit.spec import RunSpec
 from fxsplit.training.step import Step
+from tests.distribute.group import together
 from tests.saving.runs import MODEL
 
 RANKS = 2
@@ -123,17 +123,12 @@ def write_models(folder: Path) -> None:
 
 def run(rank: int, folder: str) -> None:
     """One of the processes: all runs one after the other; what it found goes to a file."""
-    torch.set_num_threads(1)
-    os.environ["RANK"] = str(rank)
-    distributed.init_process_group(
-        "gloo", f"file://{folder}/store", timeout=timedelta(seconds=120), rank=rank, world_size=RANKS
-    )
-    found: dict[str, Any] = {name: trained(Path(folder), name) for name in (*SPECS, *NORMS)}
-    found["divided"] = {name: divided(Path(folder), name) for name in DIVIDED}
-    found["interrupted"] = {parallel: interrupted(Path(folder), parallel) for parallel in ("ddp", "fsdp")}
-    found["refused"] = refused(rank)
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with together(rank, RANKS, f"{folder}/store"):
+        found: dict[str, Any] = {name: trained(Path(folder), name) for name in (*SPECS, *NORMS)}
+        found["divided"] = {name: divided(Path(folder), name) for name in DIVIDED}
+        found["interrupted"] = {parallel: interrupted(Path(folder), parallel) for parallel in ("ddp", "fsdp")}
+        found["refused"] = refused(rank)
+        torch.save(found, f"{folder}/{rank}.pt")
 
 
 def trained(folder: Path, name: str) -> dict[str, Any]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch import distributed
 
 import fxsplit
 from fxsplit.assembly.starting import Start, _fitting
@@ -24,6 +21,7 @@ from fxsplit.errors import Terminated, UsageError
 from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import find_checkpoint
 from fxsplit.spec import RunSpec
+from tests.distribute.group import together
 from tests.distribute.test_data_parallel import COMMON, Interrupting, found_in, in_processes, metrics, weights
 from tests.distribute.test_pipeline_parallel import EQUAL, same
 
@@ -57,12 +55,9 @@ def run(rank: int, folder: str, name: str) -> None:
 
     These two also go on where the mesh was interrupted.
     """
-    torch.set_num_threads(1)
-    os.environ["RANK"] = str(rank)
     at = Path(folder)
     found: dict[str, Any] = {}
-    join(rank, PROCESSES, f"{folder}/store")
-    with noted() as found["borders"]:
+    with together(rank, PROCESSES, f"{folder}/store"), noted() as found["borders"]:
         try:
             fxsplit.train(spec(at, name, "mesh", "ddp,pipeline"), Interrupting(3, 2))
         except Terminated as error:
@@ -70,20 +65,12 @@ def run(rank: int, folder: str, name: str) -> None:
         if rank == 0:
             shutil.copytree(at / "mesh", at / "on")
         fxsplit.train(resume=at / "mesh" / name, trust_code=True)
-    distributed.destroy_process_group()
     if rank < REPLICAS:
-        join(rank, REPLICAS, f"{folder}/store of two")
-        with noted() as found["plain borders"]:
-            fxsplit.train(spec(at, name, "ddp", "ddp"))
-        fxsplit.train(spec(at, name, "on", "ddp"), resume=at / "on" / name, trust_code=True)
-        distributed.destroy_process_group()
+        with together(rank, REPLICAS, f"{folder}/store of two"):
+            with noted() as found["plain borders"]:
+                fxsplit.train(spec(at, name, "ddp", "ddp"))
+            fxsplit.train(spec(at, name, "on", "ddp"), resume=at / "on" / name, trust_code=True)
     torch.save(found, f"{folder}/{rank}.pt")
-
-
-def join(rank: int, count: int, store: str) -> None:
-    distributed.init_process_group(
-        "gloo", f"file://{store}", timeout=timedelta(seconds=120), rank=rank, world_size=count
-    )
 
 
 @contextmanager

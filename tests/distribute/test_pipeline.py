@@ -7,7 +7,6 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from fxsplit.distribute.pipeline import SENDS_GRADIENTS_OF_SOME, Boundaries
 from fxsplit.errors import GuardError, PartitionError, UsageError
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
+from tests.distribute.group import together
 from tests.networks import HAZARDS, AssignedBuffer, Chain
 
 RANKS = 2
@@ -99,12 +99,8 @@ CASES = {
 
 def run(rank: int, folder: str) -> None:
     """One of the processes: all cases one after the other; what it ends with goes to a file."""
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", f"file://{folder}/store", timeout=timedelta(seconds=60), rank=rank, world_size=RANKS
-    )
-    torch.save({name: pipelined(case) for name, case in CASES.items()}, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with together(rank, RANKS, f"{folder}/store"):
+        torch.save({name: pipelined(case) for name, case in CASES.items()}, f"{folder}/{rank}.pt")
 
 
 def pipelined(case: Case) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +9,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import distributed
 
 import fxsplit
 from fxsplit.assembly.training import _share_of_rows
 from fxsplit.distribute.pipeline_parallel import PipelineParallel
 from fxsplit.distribute.processes import Processes
 from fxsplit.spec import RunSpec
+from tests.distribute.group import together
 from tests.distribute.test_data_parallel import COMMON, found_in, in_processes, weights
 from tests.distribute.test_pipeline_parallel import same, same_records
 
@@ -42,11 +40,6 @@ def spec(folder: Path, name: str, parallel: str) -> RunSpec:
 
 def run(rank: int, folder: str) -> None:
     """One of the processes, and the one that they are held against."""
-    torch.set_num_threads(1)
-    os.environ["RANK"] = str(rank)
-    distributed.init_process_group(
-        "gloo", f"file://{folder}/store", timeout=timedelta(seconds=300), rank=rank, world_size=PROCESSES
-    )
     homes: dict[str, list[tuple[int, ...]]] = {}
     enter = PipelineParallel.enter
 
@@ -54,11 +47,10 @@ def run(rank: int, folder: str) -> None:
         enter(self, *beside, cut=cut)
         homes[name].append(self.homes)
 
-    with patch.object(PipelineParallel, "enter", entered):
+    with together(rank, PROCESSES, f"{folder}/store"), patch.object(PipelineParallel, "enter", entered):
         for name in SPECS:
             homes[name] = []
             fxsplit.train(spec(Path(folder), name, "pipeline"))
-    distributed.destroy_process_group()
     if rank == 0:
         for name in SPECS:
             fxsplit.train(spec(Path(folder), name, "ddp"))

@@ -7,14 +7,13 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, multiprocessing
 
 import fxsplit
 from fxsplit.assembly.starting import Start, _fitting
@@ -30,6 +29,7 @@ from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import Found, find_checkpoint
 from fxsplit.spec import RunSpec
 from fxsplit.training.step import Step
+from tests.distribute.group import together
 from tests.distribute.test_data_parallel import (
     COMMON,
     RANKS,
@@ -81,16 +81,11 @@ def spec(folder: Path, name: str, output: str, **asked: Any) -> RunSpec:
 
 def run(rank: int, folder: str) -> None:
     """One of the processes: all runs one after the other; what it found goes to a file."""
-    torch.set_num_threads(1)
-    os.environ["RANK"] = str(rank)
-    distributed.init_process_group(
-        "gloo", f"file://{folder}/store", timeout=timedelta(seconds=120), rank=rank, world_size=RANKS
-    )
-    found = {name: trained(Path(folder), name, "pipelined") for name in SPECS}
-    found["interrupted"] = interrupted(Path(folder))
-    found["failed"] = failed(Path(folder))
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with together(rank, RANKS, f"{folder}/store"):
+        found = {name: trained(Path(folder), name, "pipelined") for name in SPECS}
+        found["interrupted"] = interrupted(Path(folder))
+        found["failed"] = failed(Path(folder))
+        torch.save(found, f"{folder}/{rank}.pt")
 
 
 def trained(folder: Path, name: str, output: str) -> dict[str, Any]:
