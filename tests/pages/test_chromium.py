@@ -21,6 +21,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 from selenium.webdriver.common.by import By  # noqa: E402 - only where selenium is
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -58,7 +59,13 @@ def opened(browser: webdriver.Chrome, text: str, folder: Path) -> webdriver.Chro
     for log in ("browser", "performance"):
         browser.get_log(log)
     (folder / "page.html").write_text(text, encoding="utf-8")
-    browser.get((folder / "page.html").as_uri())
+    url = (folder / "page.html").as_uri()
+    browser.get(url)
+    # On a busy machine `get` comes back while the page is still being read.
+    loaded = [url, "complete"]
+    WebDriverWait(browser, 30).until(
+        lambda page: page.execute_script("return [document.URL, document.readyState]") == loaded
+    )
     return browser
 
 
