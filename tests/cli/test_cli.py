@@ -55,15 +55,16 @@ TRAIN_OPTIONS = """
 --progress --prove --quiet -q
 --resume --sched --schedule --seed --settled-dtype --settled-offload
 --smoothing --std --stem
---anneal --average --no-recalibrate --no-sync-bn --no-veto --recalibrate --settle-from --settle-share --settle-until
---soft-fade --soft-from --soft-targets --soft-temperature --sync-bn --veto
+--anneal --average --no-recalibrate --no-settled-offload --no-sync-bn --no-veto --recalibrate --settle-from --settle-share
+--settle-until --soft-fade --soft-from --soft-targets --soft-temperature --sync-bn --veto
 --torchcompile --train-batches-per-epoch --train-limit --trust-code --trust-recipe
 --verbose -v --warmup-epochs --wd --weight-decay
 --workers -j
 """
 INSPECT_OPTIONS = """
 --bandwidth --device-memory --devices
---grad-accum-steps --memory-aim --memory-budget --preset --settled-offload --settle-from --settle-share --settle-until
+--grad-accum-steps --memory-aim --memory-budget --no-settled-offload --preset --settled-offload
+--settle-from --settle-share --settle-until
 --at --balance --batch-size -b --by --channels-last --config -c --data --device --diff --drop-path --epochs
 --epochs-total --finetune --format --img-size --json --l2l --measure --momentum --no-channels-last --opt --output -o
 --parts --settle-front --shift --thaw-from --plan --save-plan --schedule --stem --trust-code --trust-recipe --verbose -v
