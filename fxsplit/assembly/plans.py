@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import fxsplit.plan.forecast
 import fxsplit.plan.scaling
 from fxsplit import planning
-from fxsplit.assembly.images import loaders, own_batch_size
+from fxsplit.assembly.images import loaders, micro_batches, own_batch_size
 from fxsplit.assembly.steps import amp_dtype, optimizer_of
 from fxsplit.capture.tracing import Trace
 from fxsplit.data.images import Data
@@ -27,7 +27,7 @@ from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.partition import Partition, most_partitions, with_head
 from fxsplit.plan.planfile import PlanFile
 from fxsplit.plan.scaling import ScaleForecast
-from fxsplit.plan.schedule import SETTLING, Plan, counted, schedule
+from fxsplit.plan.schedule import SETTLING, Phase, Plan, counted, schedule
 from fxsplit.report import Inspection, Observer
 from fxsplit.spec import RunSpec
 from fxsplit.training.optimizers import SLOTS, slots_of
@@ -54,8 +54,7 @@ def plan(
     if saved is not None:
         return planning.saved_plan(saved, trace, observer)
     plan = _given_plan(spec, trace, observer)
-    phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
-    plan = replace(plan, preset=spec.preset, phases=tuple(phases))
+    plan = replace(plan, preset=spec.preset, phases=_as_taken(spec, plan, processes))
     settles = any(phase.start for phase in plan.phases)
     if spec.guard and not settles:
         observer.notice(
@@ -72,6 +71,14 @@ def plan(
     return plan if budget is None else _within(spec, plan, trace, budget, processes)
 
 
+def _as_taken(spec: RunSpec, plan: Plan, processes: Processes) -> tuple[Phase, ...]:
+    """Return the phases of a plan with as many micro-batches as a full batch makes in this run."""
+    return tuple(
+        replace(phase, micro_batches=micro_batches(spec, processes, planned=phase.micro_batches))
+        for phase in plan.phases
+    )
+
+
 def _insisted(spec: RunSpec) -> float | None:
     """Return the budget that a plan must keep within; None for one that is to be found out, or for none."""
     return None if isinstance(spec.memory_budget, str) else spec.memory_budget
@@ -83,7 +90,7 @@ def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float, processes: P
         trace,
         budget=budget,
         batch_size=own_batch_size(spec, processes),
-        micro_batches=spec.grad_accum_steps,
+        micro_batches=micro_batches(spec, processes),
         optimizer_slots=slots(spec),
         strict=_insisted(spec) is not None,
         division=_division(spec, processes),
@@ -117,7 +124,8 @@ def paying_plan(
     nothing, which could not be recorded.
     """
     wanted = spec.memory_aim
-    phases = (replace(each, recompute=0, segmented=False, micro_batches=spec.grad_accum_steps) for each in plan.phases)
+    count = micro_batches(spec, processes)
+    phases = (replace(each, recompute=0, segmented=False, micro_batches=count) for each in plan.phases)
     bare = replace(plan, phases=tuple(phases))
     if device.type != "cuda" or _insisted(spec) is not None or wanted is None or plan == bare:
         return plan
@@ -200,12 +208,12 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, process
     """Forecast what the phases of a plan will cost each process of a run; in seconds too, if ops are `measured`."""
     optimizer = partial(optimizer_of, spec)
     return fxsplit.plan.forecast.forecast(
-        plan,
+        replace(plan, phases=_as_taken(spec, plan, processes)),
         trace,
         batch_size=own_batch_size(spec, processes),
         optimizer_slots=slots(spec),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
-        micro_batches=spec.grad_accum_steps,
+        micro_batches=micro_batches(spec, processes),
         division=_division(spec, processes),
     )
 
