@@ -158,12 +158,16 @@ def paying_plan(
 
 
 def _first_batch_loss(spec: RunSpec, data: Data, processes: Processes) -> Loss:
-    """Make the loss of the run's first batch, of which each micro-batch is given its share."""
+    """Make the loss of the run's first batch, of which each micro-batch is given its share.
+
+    One that is not full has fewer of them: some are taken again, so that a step takes as long as one on a full batch.
+    """
     loader, _ = loaders(spec, data, processes)
     batch = next(loader.batches(0))
 
     def loss(net: nn.Module, index: int, count: int) -> torch.Tensor:
-        part = list(batch.divided(count, batch_size=loader.own_batch_size))[index]
+        parts = list(batch.divided(count, batch_size=loader.own_batch_size))
+        part = parts[index % len(parts)]
         with torch.autocast(loader.device.type, dtype=amp_dtype(spec), enabled=spec.amp):
             mean = cross_entropy(logits_of(net(part.images)), part.labels, label_smoothing=spec.smoothing)
         return mean * (len(part) / len(batch))
