@@ -27,6 +27,7 @@ INSPECT_FIELDS = (
     *("preset", "schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
     *("settle_from", "settle_until", "settle_share", "settle_front", "thaw_from", "shift"),
     *("opt", "momentum", "device", "channels_last", "memory_budget", "memory_aim", "grad_accum_steps"),
+    "settled_offload",
 )
 
 

@@ -21,6 +21,7 @@ from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import logits_of
 from fxsplit.measuring.phase_costs import Loss, time_ratio, update_seconds
+from fxsplit.objects.structure import HOST
 from fxsplit.plan.budget import fit
 from fxsplit.plan.division import Division
 from fxsplit.plan.forecast import Forecast
@@ -94,6 +95,7 @@ def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float, processes: P
         optimizer_slots=slots(spec),
         strict=_insisted(spec) is not None,
         division=_division(spec, processes),
+        offloads=offloads(spec, trace),
     )
 
 
@@ -219,7 +221,13 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, process
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
         micro_batches=micro_batches(spec, processes),
         division=_division(spec, processes),
+        offloads=offloads(spec, trace),
     )
+
+
+def offloads(spec: RunSpec, trace: Trace) -> bool:
+    """Tell whether what settles is moved off the device: a model on a CPU is on the host already."""
+    return spec.settled_offload and any(each.device != HOST for each in trace.model.parameters())
 
 
 def scaling(

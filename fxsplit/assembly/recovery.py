@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from fxsplit.assembly.plans import forecast
+from fxsplit.assembly.plans import forecast, offloads
 from fxsplit.assembly.steps import optimizer_of
 from fxsplit.caching.media import GIB
 from fxsplit.capture.tracing import Trace
@@ -81,6 +81,7 @@ class Forecasts:
             micro_batches=self.spec.grad_accum_steps,
             optimizer_slots=slots_of(partial(optimizer_of, self.spec)),
             strict=False,
+            offloads=offloads(self.spec, self.trace),
         )
         ahead = self._ahead(plan)
         chosen = [

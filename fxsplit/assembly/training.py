@@ -62,6 +62,7 @@ def executor(spec: RunSpec, trace: Trace, plan: Plan, passes: Sequence[Pass]) ->
         passes=passes,
         settled_dtype=None if spec.settled_dtype == "same" else getattr(torch, spec.settled_dtype),
         backend=spec.torchcompile or None,
+        settled_offload=spec.settled_offload,
     )
 
 
@@ -76,6 +77,9 @@ def recordings(
         return None
     if processes.count > 1:
         observer.notice("steps of several processes are not recorded as CUDA graphs")
+        return None
+    if spec.settled_offload:
+        observer.notice("copies of settled weights from the host are not recorded as CUDA graphs; steps run eagerly")
         return None
     if spec.torchcompile:
         observer.notice("compiled stages are not recorded as CUDA graphs")

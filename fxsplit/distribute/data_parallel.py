@@ -97,6 +97,10 @@ class DataParallel(Engine):
 
     def _wrap(self) -> DistributedDataParallel:
         options: dict[str, Any] = {STAY: False}  # each process has its own statistics of BatchNorm
+        # What is settled may lie on the host, on which torch would insist for all. Its own function for this marks the
+        # parameters, too, and for good; they may train again.
+        frozen = [name for name, each in self._called.named_parameters() if not each.requires_grad]
+        vars(self._called)["_ddp_params_and_buffers_to_ignore"] = frozen
         wrapped = DistributedDataParallel(
             self._called,
             init_sync=False,  # the weights are the same already

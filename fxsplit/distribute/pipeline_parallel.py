@@ -33,13 +33,13 @@ from fxsplit.capture.tracing import Trace
 from fxsplit.data.batch import Batch, micro_batch_sizes
 from fxsplit.data.shares import sizes
 from fxsplit.distribute.pipeline import SENDS_GRADIENTS_OF_SOME, Boundaries
-from fxsplit.distribute.processes import HOST, Processes
+from fxsplit.distribute.processes import Processes
 from fxsplit.errors import PartitionError, UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Engine
 from fxsplit.execute.ownership import changing, refuse_divided
 from fxsplit.objects.hooks import hooks_of
-from fxsplit.objects.structure import META
+from fxsplit.objects.structure import HOST, META
 from fxsplit.plan.division import balanced
 from fxsplit.plan.forecast import CostModel
 

@@ -15,9 +15,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from fxsplit.data.shares import Share
 from fxsplit.errors import FxsplitError, UsageError
+from fxsplit.objects.structure import HOST
 
 Value = TypeVar("Value")
-HOST = torch.device("cpu")
 # The dimensions of the mesh that processes are arranged in.
 MESH = ("ddp", "pipeline")
 

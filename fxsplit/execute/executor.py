@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from fxsplit.capture.tracing import Trace
-from fxsplit.errors import GuardError, PartitionError
+from fxsplit.errors import GuardError, PartitionError, UsageError
 from fxsplit.execute.changes import Changes
 from fxsplit.execute.code import Backend
 from fxsplit.execute.freezing import Freezing, ModesNow
+from fxsplit.execute.offload import Offload
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.prefix import Prefix, in_precision, out_of_precision, without_history
 from fxsplit.execute.recompute import Recomputation
@@ -31,6 +32,8 @@ from fxsplit.execute.stages import Stage, stages
 from fxsplit.graph import EVALUATION, TRAINING
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase
+
+_NOTHING = nullcontext()
 
 
 class _Forward:
@@ -70,6 +73,7 @@ OWN = frozenset(
     (
         *("_model", "_signature", "_stages", "_prefix", "_recomputation", "_read", "_settled_dtype", "_cuts_gradients"),
         *("_phase", "_everything", "_running", "_changes", "_freezing", "_hooks", "_modes", "_tap", "_wrappers"),
+        "_offload",
     )
 )
 
@@ -104,8 +108,11 @@ class Executor(nn.Module):
             None for that of the rest. Evaluation is not affected.
         backend: of torch.compile, such as "inductor": each stage is compiled when it first runs, and what is settled
             as one. None compiles nothing.
+        settled_offload: keep parameters and buffers of settled partitions in memory of the host, as far as no other
+            partition uses them; those of each are copied to the device of its inputs while it runs.
 
-    Raises PartitionError when the partitions are not those of this trace.
+    Raises PartitionError when the partitions are not those of this trace; UsageError when settled partitions are to be
+    compiled and offloaded.
     """
 
     _model: nn.Module
@@ -119,7 +126,13 @@ class Executor(nn.Module):
         passes: Sequence[Pass] = (),
         settled_dtype: torch.dtype | None = None,
         backend: Backend | None = None,
+        settled_offload: bool = False,
     ) -> None:
+        if settled_offload and backend is not None:
+            raise UsageError(
+                "compiled stages keep the weights that they have, so settled ones cannot be copied from the host for "
+                "each call; leave out the backend or settled_offload"
+            )
         model = trace.model
         # Not registered as a submodule: that would put a prefix before the names in `state_dict()`.
         self._model = model
@@ -134,7 +147,8 @@ class Executor(nn.Module):
         self._settled_dtype = settled_dtype
         self.is_compiled = backend is not None
         self._stages = stages(trace, partitions, passes=passes, backend=backend)
-        self._prefix = Prefix(trace, self._stages, backend)
+        self._offload = Offload(trace, partitions) if settled_offload else None
+        self._prefix = Prefix(trace, self._stages, backend, self._offload)
         self._recomputation = Recomputation(trace, self._stages, passes=passes, backend=backend)
         self._read = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
         self._wrappers: Mapping[int, Callable[[list[Any]], Any]] = {}
@@ -245,6 +259,8 @@ class Executor(nn.Module):
     def _arrange(self) -> None:
         """Find the modules and parameters that the model has now; weights are folded again when they are needed."""
         self._freezing.arrange()
+        if self._offload is not None:
+            self._offload.arrange(self._model, self._phase.start)
         for stage in self._stages:
             stage.arrange(self._model)
         self._recomputation.arrange(self._model)
@@ -367,15 +383,20 @@ class Executor(nn.Module):
                 result = segment(self._model, result)
             return result
         if training and index < running.stop:
-            return self._stages[index](values, training=TRAINING)
+            with self._placed(index, values, TRAINING):
+                return self._stages[index](values, training=TRAINING)
         return self._evaluate(index, values)
 
     def _evaluate(self, index: int, values: list[Any]) -> Any:
         """Run a partition in evaluation; while the model trains, the last one returns all that training returns."""
         # Asked first: inside, the model's own mode may be evaluation too.
         returned = self.training
-        with self._freezing.evaluating(index):
+        with self._freezing.evaluating(index), self._placed(index, values, EVALUATION):
             return self._stages[index](values, training=EVALUATION, returned=returned)
+
+    def _placed(self, index: int, values: list[Any], training: bool) -> AbstractContextManager[None]:
+        """Inside, the state of a settled partition is on the device of the values at its start."""
+        return _NOTHING if self._offload is None else self._offload.placed(index, values, training=training)
 
     @contextmanager
     def tapped(self, tap: Callable[[int, list[Any]], None]) -> Iterator[None]:

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from fxsplit.capture.naming import called_module
 from fxsplit.capture.tracing import Trace
 from fxsplit.execute.code import Backend, Code, Place, code_of, compiled_chain, place_of
 from fxsplit.execute.folding import Fold, PassedOver, fold
 from fxsplit.execute.fusing import DEVICES, Device, Form, Kernel, fuse
+from fxsplit.execute.offload import Offload, device_of, on_host
 from fxsplit.execute.stages import Stage, stage_graph
 from fxsplit.graph import EVALUATION
 from fxsplit.meta.rest import calls_method
@@ -50,11 +52,13 @@ Weights = list[tuple[Tensor, Tensor | None]] | list[Kernel]
 class Folded:
     """The code of a settled partition that takes its weights as one more value, and the modules that it passes over.
 
-    It holds no tensor of its own.
+    It holds no tensor of its own. `reads` are the paths of modules and tensors that it reads beside these weights.
     """
 
-    def __init__(self, code: Code, folds: Sequence[Fold], passed_over: Sequence[PassedOver]) -> None:
+    def __init__(self, graph: fx.Graph, code: Code, folds: Sequence[Fold], passed_over: Sequence[PassedOver]) -> None:
         self.code, self.folds, self._passed_over = code, tuple(folds), tuple(passed_over)
+        reads = (str(node.target) if node.op == "get_attr" else called_module(node) for node in graph.nodes)
+        self.reads = frozenset(path for path in reads if path is not None)
 
     def arrange(self, modules: Mapping[str, nn.Module]) -> None:
         """Find what it folds among the modules that the model has now."""
@@ -92,10 +96,10 @@ class SettledStage:
         folds, passed_over = fold(graph, trace.model)
         # After folding, which has removed dropout: that would count as random.
         self.takes_any_layout = takes_any_layout(graph, trace.model)
-        self.folded = Folded(code_of(graph, label, backend), folds, passed_over)
+        self.folded = Folded(graph, code_of(graph, label, backend), folds, passed_over)
         graph = stage_graph(trace, stage.partition, is_last=False, training=EVALUATION)
         self._sites, passed_over = fuse(graph, trace.model)
-        self.fused = Folded(code_of(graph, label), [site.fold for site in self._sites], passed_over)
+        self.fused = Folded(graph, code_of(graph, label), [site.fold for site in self._sites], passed_over)
         # For each site, what was measured to be fastest.
         self._ways: list[dict[Form, str]] = [{} for _ in self._sites]
 
@@ -130,12 +134,14 @@ class Prefix:
     """Runs settled partitions; all but the last can settle. Holds the weights of those that are settled now.
 
     On devices of `fusing.DEVICES`, convolutions run together with what follows them, in the way that is fastest there.
-    On others, and compiled, partitions run folded. Compiled, they are one graph.
+    On others, and compiled or offloaded, partitions run folded. Compiled, they are one graph.
     """
 
-    def __init__(self, trace: Trace, stages: Sequence[Stage], backend: Backend | None = None) -> None:
+    def __init__(
+        self, trace: Trace, stages: Sequence[Stage], backend: Backend | None = None, offload: Offload | None = None
+    ) -> None:
         self._stages = [SettledStage(trace, stage, backend) for stage in stages[:-1]]
-        self._backend = backend
+        self._backend, self._offload = backend, offload
         self._chains: dict[tuple[int, int], Callable[[nn.Module, list[Any], list[Any]], Any]] = {}
         self.arrange(trace.model)
 
@@ -155,19 +161,25 @@ class Prefix:
         stages = self._stages[start:stop]
         relaid = all(stage.takes_any_layout for stage in stages) and all(map(may_be_relaid, values))
         layout = torch.channels_last if relaid else torch.preserve_format
-        kind = _kind_of_device(values)
-        # A compiler fuses by itself.
-        is_compiled = self._backend is not None or torch.compiler.is_compiling()
-        device = None if is_compiled else DEVICES.get(kind)
+        # A compiler fuses by itself, and kernels would keep weights on the device.
+        is_folded = self._backend is not None or self._offload is not None or torch.compiler.is_compiling()
+        place = device_of(values)
+        device = None if is_folded else DEVICES.get(place.type)
         variants = [stage.folded if device is None else stage.fused for stage in stages]
         with torch.no_grad(), in_precision(values, dtype):
-            precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            weights = self._weights_of((start, stop), variants, device, (layout, precision))
+            has_precision = torch.is_autocast_enabled(place.type)
+            precision = torch.get_autocast_dtype(place.type) if has_precision else None
+            weights = self._weights_of((start, stop), variants, device, (layout, precision), place)
             if self._backend is not None and None not in weights:
                 values = self._chain(start, stop, self._backend)(model, values, weights)
             else:
-                for stage, variant, each in zip(stages, variants, weights, strict=True):
-                    values = stage(model, values, variant, each)
+                for index, (stage, variant, each) in enumerate(zip(stages, variants, weights, strict=True), start):
+                    if self._offload is None:
+                        values = stage(model, values, variant, each)
+                        continue
+                    with self._offload.placed(index, values, reads=None if each is None else variant.reads):
+                        given = map_tensors(lambda tensor: tensor.to(place, non_blocking=True), each)
+                        values = stage(model, values, variant, given)
         values = without_history(out_of_precision(values, dtype))
         return map_tensors(_contiguous, values) if relaid else values
 
@@ -191,14 +203,16 @@ class Prefix:
         variants: Sequence[Folded],
         device: Device | None,
         form: tuple[torch.memory_format, torch.dtype | None],
+        place: torch.device,
     ) -> list[Weights | None]:
         """Return what the variants take; made again if the model's tensors were replaced or written into.
 
-        None for a stage that has to run itself.
+        None for a stage that has to run itself. Folded weights lie where the model's do, also where these are on the
+        host and `place`, where they are used, is not.
         """
         stages = self._stages[slice(*span)]
         sound = [stage.is_sound(variant) for stage, variant in zip(stages, variants, strict=True)]
-        stamp, held = (sound, device, form), self._held.get(span)
+        stamp, held = (sound, device, form, place), self._held.get(span)
         if held is not None and held.stamp == stamp and held.originals.are_unchanged():
             return held.weights
         # Before others are made, those in their place are dropped.
@@ -211,7 +225,10 @@ class Prefix:
             if not is_sound:
                 weights.append(None)
             elif device is None:
-                weights.append([each.tensors(variant.modules, *form) for each in variant.folds])
+                folded = [each.tensors(variant.modules, *form) for each in variant.folds]
+                weights.append(
+                    folded if self._offload is None else map_tensors(lambda each: on_host(each, place), folded)
+                )
             else:
                 weights.append(stage.kernels(device))
         self._held[span] = Held(stamp, weights, originals)
@@ -282,19 +299,15 @@ class Originals:
 
 def in_precision(values: Sequence[Any], dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """Make the context in which convolutions and matrix products of such values run in `dtype`, unless it is None."""
-    return nullcontext() if dtype is None else torch.autocast(_kind_of_device(values), dtype)
+    return nullcontext() if dtype is None else torch.autocast(device_of(values).type, dtype)
 
 
 def out_of_precision(values: list[Any], dtype: torch.dtype | None) -> list[Any]:
     """Convert values of `dtype` to float32 again, unless autocast is on."""
-    if dtype is None or torch.is_autocast_enabled(_kind_of_device(values)):
+    if dtype is None or torch.is_autocast_enabled(device_of(values).type):
         return values
     converted: list[Any] = map_tensors(lambda tensor: tensor.float() if tensor.dtype is dtype else tensor, values)
     return converted
-
-
-def _kind_of_device(values: Sequence[Any]) -> str:
-    return next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
 
 
 def without_history(values: list[Any]) -> list[Any]:

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-META = torch.device("meta")
+HOST, META = torch.device("cpu"), torch.device("meta")
 # Types of values that hold no tensor.
 ATOMS = (type(None), bool, int, float, str, torch.dtype)
 # Further ones, none of which can be changed.

@@ -25,6 +25,7 @@ def fit(
     micro_batches: int = 1,
     strict: bool = True,
     division: Divide | None = None,
+    offloads: bool = False,
 ) -> Plan:
     """Choose for each phase of `plan` the fastest mix of recomputing and micro-batches that fits `budget`.
 
@@ -38,12 +39,19 @@ def fit(
             size, or just as many where an op needs the batch as a whole.
         strict: raise when nothing fits; otherwise take what needs least.
         division: how several processes divide the model, each of which is to fit; None if each has all of it.
+        offloads: what has settled lies on the host.
 
     Returns the plan with the new phases. Raises PartitionError, which names the least budget that would do, when a
     phase does not fit and `strict` holds.
     """
     costs = CostModel(
-        plan.partitions, modes, batch_size, optimizer_slots, micro_batches=micro_batches, division=division
+        plan.partitions,
+        modes,
+        batch_size,
+        optimizer_slots,
+        micro_batches=micro_batches,
+        division=division,
+        offloads=offloads,
     )
     standard = costs.phase(costs.standard)
 

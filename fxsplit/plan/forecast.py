@@ -26,7 +26,8 @@ class PhaseForecast:
         step_seconds: time, or None where the ops were not measured.
         activation_bytes: the most that values, what autograd saves and the gradients of values take at a time. With
             micro-batches those of one, and the gradient of a parameter until it is added to the earlier sum.
-        parameter_bytes, buffer_bytes: of the whole model.
+        parameter_bytes, buffer_bytes: of the whole model; without what lies on the host, but for the settled partition
+            that has most of it: one is copied to the device at a time.
         gradient_bytes, optimizer_bytes: of the parameters that train.
         peak_bytes: the most of everything at a time. That is less than the sum of all, since most activations are freed
             before the last gradients of parameters arrive.
@@ -67,6 +68,7 @@ def forecast(
     steps_per_epoch: int | None = None,
     micro_batches: int = 1,
     division: Divide | None = None,
+    offloads: bool = False,
 ) -> Forecast:
     """Forecast what the phases of `plan` will cost beside standard training.
 
@@ -79,6 +81,7 @@ def forecast(
         steps_per_epoch: needed for `Forecast.seconds`.
         micro_batches: in how many standard training takes a batch.
         division: how several processes divide the model, for the memory of one of them; None if each has all of it.
+        offloads: what has settled lies on the host.
 
     Time is the sum of measured seconds where all ops of both graphs have them. Else it is counted in multiply-adds, a
     moved byte for MACS_PER_BYTE of them. An update without measured time is converted by the same rule.
@@ -91,6 +94,7 @@ def forecast(
         update_seconds,
         micro_batches=micro_batches,
         division=division,
+        offloads=offloads,
     )
     epochs = plan.epochs
     standard = costs.phase(costs.standard)
@@ -145,9 +149,10 @@ class CostModel:
         *,
         micro_batches: int = 1,
         division: Divide | None = None,
+        offloads: bool = False,
     ) -> None:
         train, evaluation = modes.train, modes.eval
-        self.partitions, self.modes, self._division = partitions, modes, division
+        self.partitions, self.modes, self._division, self._offloads = partitions, modes, division, offloads
         self.batch_size, self.optimizer_slots = batch_size, optimizer_slots
         self.values = train.values | evaluation.values
         self.bytes = {state.name: state.bytes for graph in (evaluation, train) for state in graph.state}
@@ -180,6 +185,8 @@ class CostModel:
         """Forecast time and memory of a step."""
         steps = list(self._steps(phase))
         gradients = {name: self.bytes[name] for name in self._trained(phase)}
+        state = self._on_device(phase)
+        parameter_bytes = sum(size for name, size in state.items() if name in self.parameters)
         optimizer_bytes = self.optimizer_slots * sum(gradients.values())
         micro_batch_size = -(-self.batch_size // phase.micro_batches)
         if phase.micro_batches == 1:
@@ -196,11 +203,11 @@ class CostModel:
             step_cost=self.step_cost(phase),
             step_seconds=self._step_time(phase) if self.measured else None,
             activation_bytes=activations,
-            parameter_bytes=self.parameter_bytes,
-            buffer_bytes=sum(self.bytes.values()) - self.parameter_bytes,
+            parameter_bytes=parameter_bytes,
+            buffer_bytes=sum(state.values()) - parameter_bytes,
             gradient_bytes=sum(gradients.values()),
             optimizer_bytes=optimizer_bytes,
-            peak_bytes=sum(self.bytes.values()) + optimizer_bytes + with_gradients,
+            peak_bytes=sum(state.values()) + optimizer_bytes + with_gradients,
         )
         return found if self._division is None else self._division(self, phase, found)
 
@@ -214,6 +221,26 @@ class CostModel:
         every = chain.from_iterable(segments(self.partitions, self.modes))
         ops = self.modes.train.ops
         return {op.name: segment.start for segment in every for op in ops[segment.span(training=True)]}
+
+    def _on_device(self, phase: Phase) -> dict[str, int]:
+        """Return the bytes of parameters and buffers that are on the device at a time, by name."""
+        settled = self._used[: phase.start] if self._offloads else ()
+        hosted = set().union(*settled).difference(*self._used[phase.start :])
+        most = max(settled, key=lambda names: sum(self.bytes[name] for name in names & hosted), default=hosted)
+        return {name: size for name, size in self.bytes.items() if name not in hosted - most}
+
+    @cached_property
+    def _used(self) -> list[set[str]]:
+        """List the parameters and buffers that each partition uses, in either mode."""
+        return [
+            {
+                name
+                for training, graph in ((True, self.modes.train), (False, self.modes.eval))
+                for op in graph.ops[part.span(training=training)]
+                for name in op.state
+            }
+            for part in self.partitions
+        ]
 
     def _trained(self, phase: Phase) -> frozenset[str]:
         training = self.partitions[phase.start : phase.stop]

@@ -64,6 +64,11 @@ def conflicts(spec: Fields, *, wrong: Collection[str]) -> Iterator[str]:
                 "parallel is 'fsdp' and amp-dtype is 'float16', where each process would scale the loss by itself; "
                 "take bfloat16"
             )
+    if spec.settled_offload and spec.torchcompile is not None and "torchcompile" not in wrong:
+        yield (
+            f"settled-offload is true and torchcompile is {spec.torchcompile!r}, but compiled stages keep the weights "
+            "that they have; leave out one of them"
+        )
     if spec.parallel in PIPELINED and "parallel" not in wrong:
         yield from _pipeline_conflicts(spec, wrong=wrong)
     if spec.sync_bn and spec.torchcompile is not None and "torchcompile" not in wrong:

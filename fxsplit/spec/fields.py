@@ -348,6 +348,12 @@ class Fields:
         "same",
         choices=("same", "bfloat16", "float16"),
     )
+    settled_offload: bool = option(
+        "Settled partitions",
+        "Keep the weights of settled partitions in memory of the host, and copy those of each to the device while it "
+        "runs; what is read from a cache needs none.",
+        False,
+    )
     memory_budget: float | Literal["auto"] | None = option(
         "Memory",
         "Recompute activations in backward, or divide batches into micro-batches, where a phase would need more memory "

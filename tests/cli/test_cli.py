@@ -53,7 +53,7 @@ TRAIN_OPTIONS = """
 --no-deterministic --no-dry-run --no-pretrained --no-progress --no-prove --on-nan --opt --output --output-dir
 --parallel --parts --pipeline-processes --pipeline-schedule --plan --preset --pretrained --print-config
 --progress --prove --quiet -q
---resume --sched --schedule --seed --settled-dtype
+--resume --sched --schedule --seed --settled-dtype --settled-offload
 --smoothing --std --stem
 --anneal --average --no-recalibrate --no-sync-bn --no-veto --recalibrate --settle-from --settle-share --settle-until
 --soft-fade --soft-from --soft-targets --soft-temperature --sync-bn --veto
@@ -63,7 +63,7 @@ TRAIN_OPTIONS = """
 """
 INSPECT_OPTIONS = """
 --bandwidth --device-memory --devices
---grad-accum-steps --memory-aim --memory-budget --preset --settle-from --settle-share --settle-until
+--grad-accum-steps --memory-aim --memory-budget --preset --settled-offload --settle-from --settle-share --settle-until
 --at --balance --batch-size -b --by --channels-last --config -c --data --device --diff --drop-path --epochs
 --epochs-total --finetune --format --img-size --json --l2l --measure --momentum --no-channels-last --opt --output -o
 --parts --settle-front --shift --thaw-from --plan --save-plan --schedule --stem --trust-code --trust-recipe --verbose -v

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,12 +21,17 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import fxsplit
 from fxsplit.assembly.starting import Start, _fitting, check_alike
+from fxsplit.data.batch import Batch
 from fxsplit.data.loader import Loader
 from fxsplit.distribute.concord import Concord
+from fxsplit.distribute.data_parallel import DataParallel
 from fxsplit.distribute.layout import own_part
 from fxsplit.distribute.processes import ALONE, Processes, lost_process_named
 from fxsplit.errors import FxsplitError, Terminated, UsageError
+from fxsplit.execute import offload
+from fxsplit.execute.executor import Executor
 from fxsplit.objects.structure import is_divided
+from fxsplit.plan.schedule import Phase
 from fxsplit.report import Observer, StepRecord
 from fxsplit.saving.run_state import RunState
 from fxsplit.spec import RunSpec
@@ -93,6 +99,8 @@ SPECS: dict[str, dict[str, Any]] = {
         **SETTLING, "color_jitter": 0.3, "reprob": 0.5, "augment": "crop-flip", "workers": 0, "model_ema": True,
         "model_ema_decay": 0.8, "opt": "momentum",
     },
+    # What settles lies on the host, and comes back to train again.
+    "offload": {**SETTLING, "settled_offload": True, "thaw_from": 0.9, "average": 0.5, "opt": "momentum"},
     # BatchNorm takes its statistics from all processes, also where activations or statistics are computed again.
     "norms of all": {**SETTLING, "sync_bn": True, "average": 0.5, "memory_aim": 0.5, "opt": "momentum", "epochs": 5},
 }  # fmt: skip
@@ -100,7 +108,7 @@ CACHED = ("cache", "views")
 TOGETHER = {"ddp": "together", "fsdp": "divided"}
 SYNCHRONISED = ("norms of all",)
 # Weights are divided, too, by --parallel fsdp.
-DIVIDED = ("standard", "settle", "l2l", "cache", "changes", "norms of all")
+DIVIDED = ("standard", "settle", "l2l", "cache", "changes", "offload", "norms of all")
 NORMS: dict[str, dict[str, Any]] = {
     "norms": {**SETTLING, "cache": "ram", "soft_targets": 0.5, "settle_from": 0.5},
     # Of the last seven images one process has two micro-batches, and the other one.
@@ -123,11 +131,13 @@ def write_models(folder: Path) -> None:
 
 def run(rank: int, folder: str) -> None:
     """One of the processes: all runs one after the other; what it found goes to a file."""
-    with together(rank, RANKS, f"{folder}/store"):
+    # To torch another device than "cpu": what is offloaded is moved.
+    with together(rank, RANKS, f"{folder}/store"), patch.object(offload, "HOST", torch.device("cpu", 0)):
         found: dict[str, Any] = {name: trained(Path(folder), name) for name in (*SPECS, *NORMS)}
         found["divided"] = {name: divided(Path(folder), name) for name in DIVIDED}
         found["interrupted"] = {parallel: interrupted(Path(folder), parallel) for parallel in ("ddp", "fsdp")}
         found["refused"] = refused(rank)
+        found["hosted"] = hosted(rank)
         torch.save(found, f"{folder}/{rank}.pt")
 
 
@@ -150,6 +160,7 @@ def trained(folder: Path, name: str) -> dict[str, Any]:
 
     def checked(self: Concord, training: Mapping[str, Callable[[], Any]]) -> None:
         kept.append(self._executor)
+        check_offloaded(self._executor)
         begin(self, training)
 
     with patch.object(Step, "update", compared), patch.object(Concord, "check", checked):
@@ -176,12 +187,19 @@ def divided(folder: Path, name: str) -> dict[str, Any]:
             ([name for name in now if is_divided(now[name])], [name for name in now if now[name].requires_grad])
         )
         assert all(own_part(each).numel() < each.numel() for each in now.values() if is_divided(each))
+        check_offloaded(executor)
         begin(self, training)
 
     with patch.object(Concord, "check", checked), patch.object(RunState, "state_dict", held_against_torch):
         report = fxsplit.train(spec(folder, name, "divided", parallel="fsdp"))
     micro_batches = [phase.micro_batches for phase in report.plan.phases]
     return {"folder": report.folder, "phases": found, "micro_batches": micro_batches}
+
+
+def check_offloaded(executor: Executor) -> None:
+    if executor._offload is not None:
+        settled = executor.partitions[: executor.window[0]]
+        assert set(executor._offload._devices) == {name for partition in settled for name in partition.state}
 
 
 save = RunState.state_dict
@@ -246,6 +264,23 @@ def refused(rank: int) -> list[str]:
         except (FxsplitError, UsageError, ValueError) as error:
             said.append(str(error))
     return said
+
+
+def hosted(rank: int) -> Tensor:
+    """Reduce gradients, and return one, where what is settled is on another kind of device than what trains."""
+    torch.manual_seed(0)
+    trace = fxsplit.trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.ones(2, 3),))
+    executor = Executor(trace, fxsplit.partition(trace, count=2))
+    engine = DataParallel(executor, Processes(rank, RANKS))
+    executor.enter(Phase(start=1, stop=2, epochs=1))
+    settled = executor.get_submodule("0")
+    settled.weight = nn.Parameter(settled.weight.to("meta"), requires_grad=False)
+    engine.enter()
+    labels = torch.zeros(2, dtype=torch.int64)
+    engine(Batch(values=(torch.full((2, 4), float(rank)),), cut=1, labels=labels, ids=labels)).sum().backward()
+    gradient = executor.get_submodule("1").weight.grad
+    assert isinstance(gradient, Tensor)
+    return gradient.clone()
 
 
 def in_processes(run: Callable[..., None], folder: Path, *given: Any, processes: int = RANKS) -> Path:
@@ -319,6 +354,10 @@ def test_two_processes_end_where_one_ends(name: str, alone: Callable[[str], Path
     same_end(ranks[0][name]["folder"], alone(name))
 
 
+def test_what_trains_is_reduced_beside_settled_weights_on_the_host(ranks: list[dict[str, Any]]) -> None:
+    assert all(torch.equal(each["hosted"], torch.ones(2, 4)) for each in ranks)
+
+
 @pytest.mark.parametrize("name", DIVIDED)
 def test_with_divided_weights_they_end_there_too(
     name: str, alone: Callable[[str], Path], ranks: list[dict[str, Any]]
@@ -331,7 +370,7 @@ def test_what_trains_is_divided_and_what_settles_is_whole(name: str, ranks: list
     phases = ranks[0]["divided"][name]["phases"]
     assert phases == ranks[1]["divided"][name]["phases"]
     assert all(divided == trains for divided, trains in phases)
-    assert len({len(trains) for _, trains in phases}) == len(phases)
+    assert all(before != after for (_, before), (_, after) in pairwise(phases))
 
 
 @pytest.mark.parametrize("name", DIVIDED)

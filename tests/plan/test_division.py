@@ -18,11 +18,11 @@ __all__ = ["modes"]
 BATCH, SLOTS = 64, 1
 
 
-def of_one(graph: Graph, division: Division | None, **changes: int) -> PhaseForecast:
+def of_one(graph: Graph, division: Division | None, *, offloads: bool = False, **changes: int) -> PhaseForecast:
     """Six partitions of 10 kB of parameters each."""
     made = plan(both(graph))
     phase = replace(made.phases[0], **changes)
-    return CostModel(made.partitions, both(graph), BATCH, SLOTS, division=division).phase(phase)
+    return CostModel(made.partitions, both(graph), BATCH, SLOTS, division=division, offloads=offloads).phase(phase)
 
 
 def bytes_of(found: PhaseForecast) -> tuple[int, int, int, int]:
@@ -40,6 +40,28 @@ def test_shards_are_parts_of_what_trains_and_two_partitions_are_whole(
     activations = of_one(graph, None, start=start).activation_bytes
     assert bytes_of(found) == (*expected, activations)
     assert found.peak_bytes == sum(expected) + activations
+
+
+def test_of_what_lies_on_the_host_one_partition_at_a_time_is_on_the_device(graph: Graph) -> None:
+    without, found = (of_one(graph, None, start=4, offloads=offloads) for offloads in (False, True))
+    assert (without.parameter_bytes, found.parameter_bytes) == (60_000, 30_000)
+    assert replace(found, parameter_bytes=60_000, peak_bytes=found.peak_bytes + 30_000) == without
+    assert of_one(graph, None, offloads=True) == of_one(graph, None)
+    # Two partitions train, in parts of a quarter, and are whole at a time.
+    assert of_one(graph, Division("fsdp", 4), start=4, offloads=True).parameter_bytes == 10_000 + 5_000 + 20_000
+    # What trains uses a weight of the first partition as well.
+    *ops, last = graph.ops
+    tied = replace(graph, ops=(*ops, replace(last, state=(*last.state, *ops[0].state))))
+    assert of_one(tied, None, start=4, offloads=True).parameter_bytes == 40_000
+
+
+def test_a_budget_is_kept_with_what_is_left_on_the_device(graph: Graph) -> None:
+    made, modes = plan(both(graph)), both(graph)
+    late = replace(made, phases=(replace(made.phases[0], start=4),))
+    needed = of_one(graph, None, start=4, offloads=True).peak_bytes
+    options = {"budget": needed, "batch_size": BATCH, "optimizer_slots": SLOTS}
+    assert fit(late, modes, **options, offloads=True) == late
+    assert fit(late, modes, **options, strict=False) != late
 
 
 def test_a_process_of_a_pipeline_has_all_weights_and_the_rest_of_its_own_partitions(graph: Graph) -> None:

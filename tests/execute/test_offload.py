@@ -1,0 +1,248 @@
+"""Settled weights on the host: all that a partition reads is on the device while it runs, and nothing changes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import update_bn
+
+from fxsplit.capture.tracing import trace
+from fxsplit.errors import UsageError
+from fxsplit.execute import offload
+from fxsplit.execute.executor import Executor
+from fxsplit.plan.cuts import cuts
+from fxsplit.plan.partition import partition
+from fxsplit.plan.schedule import Phase
+from tests.execute.test_prefix import lived, settled
+from tests.networks import HAZARDS, SHORTER, Chain, CountsCalls, TiedWeight
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = (4, 3, 8, 8)
+# To torch another device than "cpu", though the same: what is brought from one to the other is copied.
+ELSEWHERE = torch.device("cpu", 0)
+NETWORKS = {"resnet18": 32, "vit_tiny_patch16_224": 32, "convnext_atto": 32}
+# They ask for numbers, which fake tensors do not have.
+ASKING = ("InnerBranchOnData", "MethodOnData", "FunctionOnData", "AssertsOnData")
+# One of its tensors is neither a parameter nor a buffer, so that it stays where the user has put it.
+UNKNOWN = ("OtherTensors",)
+
+
+def network(name: str) -> nn.Module:
+    if name in HAZARDS:
+        return HAZARDS[name]()
+    size = {"img_size": NETWORKS[name]} if name.startswith("vit") else {}
+    return timm.create_model(name, num_classes=10, **size, **SHORTER.get(name, {}))
+
+
+def chain(*, offloads: bool) -> Executor:
+    torch.manual_seed(1)
+    return settled(lived(Chain(), SHAPE), SHAPE, count=3, settled_offload=offloads)
+
+
+def images(shape: tuple[int, ...] = SHAPE, seed: int = 2) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def state_of(net: nn.Module) -> dict[str, Tensor]:
+    return {**dict(net.named_parameters()), **dict(net.named_buffers())}
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partitions run on copies of what is on the host, as on a GPU."""
+    monkeypatch.setattr(offload, "device_of", lambda _values: ELSEWHERE)
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What settles moves to the host, as from a GPU."""
+    monkeypatch.setattr(offload, "HOST", ELSEWHERE)
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, *(name for name in HAZARDS if name not in ASKING + UNKNOWN)])
+def test_all_that_runs_is_on_the_device_of_the_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors know their device, and refuse to be computed with those of another."""
+    # Fake ones cannot be pinned.
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    torch.manual_seed(0)
+    shape = (2, 3, NETWORKS[name], NETWORKS[name]) if name in NETWORKS else SHAPE
+    model = lived(network(name), shape)
+    captured = trace(model, (torch.empty(shape),))
+    most = 1 + sum(cut.refusal is None for cut in cuts(captured))
+    net = Executor(captured, partition(captured, count=min(most, 4)), settled_offload=True)
+    net.enter(Phase(start=len(net.partitions) - 1, stop=len(net.partitions), epochs=1))
+    before = {key: (id(each), each.data_ptr()) for key, each in state_of(net).items()}
+    for mode in (True, False):
+        net.train(mode)
+        for tracked in (False, True):
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                values = net.settle(torch.empty(shape, device="cuda", requires_grad=tracked))
+            assert {value.device.type for value in values if isinstance(value, Tensor)} == {"cuda"}
+    assert {key: (id(each), each.data_ptr()) for key, each in state_of(net).items()} == before
+
+
+def test_what_is_left_on_the_host_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the test above can fail."""
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    net = chain(offloads=True).eval()
+    monkeypatch.setattr(offload.Offload, "arrange", lambda *_: None)
+    net.train().eval()
+    assert net._offload is not None
+    net._offload._kept = []
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="same device"):
+        net.settle(torch.empty(SHAPE, device="cuda"))
+
+
+@pytest.mark.usefixtures("copied")
+@pytest.mark.parametrize("name", [*NETWORKS, *HAZARDS])
+def test_results_and_what_is_written_are_those_without(name: str) -> None:
+    torch.manual_seed(0)
+    shape = (2, 3, NETWORKS[name], NETWORKS[name]) if name in NETWORKS else SHAPE
+    model = lived(network(name), shape)
+    nets = []
+    for offloads in (False, True):
+        captured = trace(copy.deepcopy(model), (torch.empty(shape),))
+        most = 1 + sum(cut.refusal is None for cut in cuts(captured))
+        net = Executor(captured, partition(captured, count=min(most, 4)), settled_offload=offloads)
+        net.enter(Phase(start=len(net.partitions) - 1, stop=len(net.partitions), epochs=1))
+        nets.append(net)
+    plain, ours = nets
+    for mode in (True, False):
+        plain.train(mode)
+        ours.train(mode)
+        for seed in (3, 4):
+            found = []
+            for net in (plain, ours):
+                torch.manual_seed(seed)
+                found.append([each for each in net.settle(images(shape, seed)) if isinstance(each, Tensor)])
+            assert all(map(torch.equal, *found))
+            assert len(found[0]) == len(found[1]) > 0
+    theirs, own = state_of(plain), state_of(ours)
+    assert theirs.keys() == own.keys()
+    assert all(torch.equal(own[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.usefixtures("copied")
+@pytest.mark.parametrize("inference", [False, True])
+def test_statistics_and_counters_that_run_on_the_device_last(inference: bool) -> None:
+    nets = []
+    for offloads in (False, True):
+        torch.manual_seed(1)
+        nets.append(settled(lived(CountsCalls(), SHAPE), SHAPE, count=3, settled_offload=offloads))
+    batches = [images(seed=seed) for seed in (5, 6)]
+    for net in nets:
+        update_bn(batches, net.train())
+        with torch.inference_mode(inference), torch.set_grad_enabled(False):
+            net.eval()(batches[0])
+    theirs, own = map(state_of, nets)
+    assert all(torch.equal(own[key], theirs[key]) for key in theirs)
+    assert not any(each.is_inference() for each in own.values())
+
+
+@pytest.mark.usefixtures("copied")
+def test_folded_weights_follow_what_is_written_into_the_host() -> None:
+    nets = [chain(offloads=offloads).train() for offloads in (False, True)]
+    for _ in range(2):
+        plain, ours = ([each for each in net.settle(images()) if isinstance(each, Tensor)] for net in nets)
+        assert all(map(torch.equal, plain, ours))
+        for net in nets:
+            with torch.no_grad():
+                next(net.parameters()).mul_(2)
+
+
+@pytest.mark.usefixtures("moved")
+def test_what_settles_moves_and_comes_back_as_the_same_objects() -> None:
+    model = lived(Chain(), SHAPE)
+    captured = trace(model, (torch.empty(SHAPE),))
+    net = Executor(captured, partition(captured, count=3), settled_offload=True)
+    before = {key: (each, each.data_ptr(), each.detach().clone()) for key, each in state_of(net).items()}
+    for start in (1, 2, 1, 0):
+        net.enter(Phase(start=start, stop=3, epochs=1))
+        settled = {name for part in net.partitions[:start] for name in part.state}
+        now = state_of(net)
+        assert net._offload is not None
+        assert set(net._offload._devices) == settled
+        assert set(net._offload._devices.values()) <= {torch.device("cpu")}
+        for key, (each, _, value) in before.items():
+            assert now[key] is each
+            assert torch.equal(each, value)
+            assert each.requires_grad == (isinstance(each, nn.Parameter) and key not in settled)
+        assert all(before[key][1] != now[key].data_ptr() for key in settled)
+    net.enter(Phase(start=2, stop=3, epochs=1))
+    net.release()
+    assert not net._offload._devices
+
+
+@pytest.mark.usefixtures("moved")
+def test_what_trains_as_well_stays_on_its_device() -> None:
+    model = TiedWeight()
+    captured = trace(model, (torch.empty(SHAPE),))
+    most = 1 + sum(cut.refusal is None for cut in cuts(captured))
+    net = Executor(captured, partition(captured, count=most), settled_offload=True)
+    (start,) = (part.index for part in net.partitions if part.name == "second")
+    before = {key: each.data_ptr() for key, each in state_of(net).items()}
+    net.enter(Phase(start=start, stop=most, epochs=1))
+    assert {key for key, each in state_of(net).items() if each.data_ptr() != before[key]} == {"first.bias"}
+
+
+@pytest.mark.usefixtures("copied")
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_places_what_is_its_own(again: Callable[[Executor], Executor]) -> None:
+    net = chain(offloads=True).train()
+    twin = again(net)
+    with torch.no_grad():
+        for each in net.parameters():
+            each.zero_()
+    expected = chain(offloads=False).train().settle(images())
+    found = twin.settle(images())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if isinstance(a, Tensor))
+
+
+@pytest.mark.usefixtures("copied")
+def test_a_stage_that_runs_itself_has_all_that_it_reads() -> None:
+    """One whose weights are parametrized after tracing is not folded."""
+
+    def made(*, offloads: bool) -> Executor:
+        net = chain(offloads=offloads)
+        parametrizations.weight_norm(next(each for each in net.modules() if isinstance(each, nn.Conv2d)))
+        return net.train()
+
+    plain, ours = (made(offloads=offloads).settle(images()) for offloads in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True) if isinstance(a, Tensor))
+
+
+def test_nothing_is_compiled_and_offloaded() -> None:
+    captured = trace(Chain(), (torch.empty(SHAPE),))
+    options: dict[str, Any] = {"backend": "eager", "settled_offload": True}
+    with pytest.raises(UsageError, match="leave out the backend or settled_offload"):
+        Executor(captured, partition(captured, count=3), **options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_settled_weights_are_pinned_on_the_host() -> None:
+    nets = []
+    for offloads in (False, True):
+        torch.manual_seed(1)
+        captured = trace(lived(Chain(), SHAPE).cuda(), (torch.empty(SHAPE, device="cuda"),))
+        net = Executor(captured, partition(captured, count=3), settled_offload=offloads)
+        net.enter(Phase(start=2, stop=3, epochs=1))
+        nets.append(net.train())
+    plain, ours = nets
+    hosted = [state_of(ours)[name] for part in ours.partitions[:2] for name in part.state]
+    assert all(each.is_pinned() for each in hosted)
+    values = [net.settle(images().cuda()) for net in nets]
+    for found, expected in zip(*values, strict=True):
+        torch.testing.assert_close(found, expected)
+    ours.release()
+    assert all(each.device.type == "cuda" for each in state_of(ours).values())
+    assert all(map(torch.equal, state_of(ours).values(), state_of(plain).values()))
