@@ -91,7 +91,7 @@ def main() -> int:
         twins: dict[tuple[str, str], tuple[dict[str, Any], float]] = {}
         for index in range(given.count):
             rounds, number = divmod(index, len(given.kinds))
-            kind, interval = given.kinds[number], INTERVALS[(index + rounds) % len(INTERVALS)]
+            kind, interval = given.kinds[number], INTERVALS[(number + rounds) % len(INTERVALS)]
             processes = given.processes or (4 if kind.startswith("mesh") else 2)
             key = kind, interval
             if key not in twins:
