@@ -74,15 +74,12 @@ class Offload:
         modules = dict(model.named_modules(remove_duplicate=False))
         self._kept = [[] for _ in range(settled)]
         tensors: dict[str, Tensor] = {}
-        # A module with several names has one place for each of its tensors.
-        known: set[tuple[nn.Module, str]] = set()
         for name, first in first_names(model).items():
             path, _, key = name.rpartition(".")
             kept = _Kept(name, first, modules[path], key)
             users = self._users.get(first, set())
             tensor = tensors.setdefault(first, kept.place[key])
-            if users and max(users) < settled and not is_divided(tensor) and (kept.module, key) not in known:
-                known.add((kept.module, key))
+            if users and max(users) < settled and not is_divided(tensor):
                 for index in users:
                     self._kept[index].append(kept)
         stay = {each.first for part in self._kept for each in part}
