@@ -116,9 +116,10 @@ class RunReport:
 
     `spec` is its recipe and `environment` its machine, as plain data. `passes` are the graph passes that rewrote its
     stages; without any, these ran what the model runs, bit for bit. `total_seconds` include `setup_seconds`, until the
-    first batch, and `prove_seconds`, for the proof on it; `processor_seconds` are those of the whole run. `data` tells
-    its images from others: counts, and checksums of labels and pixels. `confusion` says of each class, in the test
-    after the last epoch, how many of its images were taken for which class.
+    first batch, and `prove_seconds`, for the proof on it; `processor_seconds` are those of the whole run and of
+    all its processes, of others than the first one up to the last epoch or checkpoint. `data` tells its images from
+    others: counts, and checksums of labels and pixels. `confusion` says of each class, in the test after the last
+    epoch, how many of its images were taken for which class.
     """
 
     status: str

@@ -1,6 +1,7 @@
 """Kills one of the processes of a run at random moments, and compares how it ends with a run that nothing happened to.
 
     python -m tests.kill_rank --count 10 --output docs/results/killed-ranks.md
+    python -m tests.kill_rank --count 4 --kinds mesh mesh-rows
 
 `torchrun --max-restarts` starts all processes of the run anew, and they go on from its newest checkpoint. The exit code
 is 1 if any run ends otherwise than its untouched twin, bit for bit.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,15 +29,20 @@ from tests.saving.runs import COMMON, KINDS, differences, left_by, model_in
 
 # Their caches are of a fixed medium, and their partitions settle, so that images belong to processes later on.
 CHOSEN = ("standard", "l2l", "exits", "views", "few", "pipeline")
-# A kind by itself, of several processes alone.
-PIPELINE = {"pipeline": {**KINDS["mixed"], "parallel": "pipeline", "grad_accum_steps": 4}}
+MESH = {"parallel": "ddp,pipeline", "grad_accum_steps": 2}
+# Of several processes alone.
+TOGETHER: dict[str, dict[str, Any]] = {
+    "pipeline": {**KINDS["mixed"], "parallel": "pipeline", "grad_accum_steps": 4},
+    "mesh": {**KINDS["mixed"], "mixup": 0.0, "cutmix": 0.0, **MESH},
+    "mesh-rows": {**KINDS["views"], "soft_targets": 0.5, "average": 0.3, **MESH},
+}
 INTERVALS = ("1", "1s", "2s")
 
 
 def command(model: str, kind: str, folder: Path, name: str, interval: str, processes: int) -> list[str]:
     given: dict[str, Any] = {
         **COMMON,
-        **(KINDS | PIPELINE)[kind],
+        **(KINDS | TOGETHER)[kind],
         "output": folder,
         "experiment": name,
         "checkpoint_every": interval,
@@ -70,7 +77,10 @@ def run(words: list[str], log: Path, *, moments: list[float], draw: random.Rando
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10, help="runs in which a process is killed")
-    parser.add_argument("--processes", type=int, default=2, help="of each run")
+    parser.add_argument("--kinds", nargs="+", default=list(CHOSEN), choices=[*KINDS, *TOGETHER], help="runs to try")
+    parser.add_argument(
+        "--processes", type=int, help="of each run; 2 unless given, and 4 of a mesh, which has pipelines of 2"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output", type=Path, help="file for the result, as Markdown")
     given = parser.parse_args()
@@ -80,13 +90,14 @@ def main() -> int:
         model = model_in(folder)
         twins: dict[tuple[str, str], tuple[dict[str, Any], float]] = {}
         for index in range(given.count):
-            rounds, number = divmod(index, len(CHOSEN))
-            kind, interval = CHOSEN[number], INTERVALS[(index + rounds) % len(INTERVALS)]
+            rounds, number = divmod(index, len(given.kinds))
+            kind, interval = given.kinds[number], INTERVALS[(number + rounds) % len(INTERVALS)]
+            processes = given.processes or (4 if kind.startswith("mesh") else 2)
             key = kind, interval
             if key not in twins:
                 twin = f"whole-{kind}-{interval}"
                 log = folder / f"{twin}.log"
-                words = command(model, kind, folder, twin, interval, given.processes)
+                words = command(model, kind, folder, twin, interval, processes)
                 code, seconds, _ = run(words, log, moments=[], draw=draw)
                 assert code == 0, log.read_text("utf-8")
                 twins[key] = left_by(folder / twin), seconds
@@ -96,7 +107,7 @@ def main() -> int:
             while not killed:  # one that has ended before is run again, and killed sooner
                 name = f"run{index}-{tries}"
                 log, tries = folder / f"{name}.log", tries + 1
-                words = command(model, kind, folder, name, interval, given.processes)
+                words = command(model, kind, folder, name, interval, processes)
                 code, _, killed = run(words, log, moments=[moment / 2**tries for moment in moments], draw=draw)
             wrong = differences(whole, left_by(folder / name))[:3] if code == 0 else [f"exit code {code}"]
             goes_on = [line for line in log.read_text("utf-8").splitlines() if line.startswith("goes on after")]
@@ -108,7 +119,7 @@ def main() -> int:
         [
             "# Runs of several processes of which one is killed",
             "",
-            f"`python -m tests.kill_rank --count {given.count} --processes {given.processes} --seed {given.seed}`, "
+            f"`{shlex.join(['python', '-m', 'tests.kill_rank', *sys.argv[1:]])}`, "
             f"torch {torch.__version__}, gloo. Weights, state and records are compared bit for bit with those of an "
             f"untouched run; {faults} of {given.count} differ.",
             "",

@@ -9,6 +9,7 @@ from torch import nn
 
 from fxsplit.data import datasets
 from fxsplit.data.augmentation.changes import UNCHANGED, Changes
+from fxsplit.data.batch import micro_batch_count
 from fxsplit.data.images import Data
 from fxsplit.data.loader import Loader
 from fxsplit.data.reading.decoding import INTERPOLATIONS
@@ -67,6 +68,14 @@ def data(spec: RunSpec, observer: Observer) -> Data:
 def own_batch_size(spec: RunSpec, processes: Processes) -> int:
     """Return the most images of a batch to train on that a process takes."""
     return sizes(spec.batch_size, processes.replicas.count)[0]
+
+
+def micro_batches(spec: RunSpec, processes: Processes, *, planned: int = 1) -> int:
+    """Return in how many micro-batches the process that takes most images of a batch takes them.
+
+    They are as many as are `planned` or asked for, or fewer where these would have too few images.
+    """
+    return micro_batch_count(own_batch_size(spec, processes), max(planned, spec.grad_accum_steps))
 
 
 def loaders(spec: RunSpec, data: Data, processes: Processes = ALONE) -> tuple[Loader, Loader]:

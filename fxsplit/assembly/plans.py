@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import fxsplit.plan.forecast
 import fxsplit.plan.scaling
 from fxsplit import planning
-from fxsplit.assembly.images import loaders, own_batch_size
+from fxsplit.assembly.images import loaders, micro_batches, own_batch_size
 from fxsplit.assembly.steps import amp_dtype, optimizer_of
 from fxsplit.capture.tracing import Trace
 from fxsplit.data.images import Data
@@ -28,7 +28,7 @@ from fxsplit.plan.forecast import Forecast
 from fxsplit.plan.partition import Partition, most_partitions, with_head
 from fxsplit.plan.planfile import PlanFile
 from fxsplit.plan.scaling import ScaleForecast
-from fxsplit.plan.schedule import SETTLING, Plan, counted, schedule
+from fxsplit.plan.schedule import SETTLING, Phase, Plan, counted, schedule
 from fxsplit.report import Inspection, Observer
 from fxsplit.spec import RunSpec
 from fxsplit.training.optimizers import SLOTS, slots_of
@@ -55,8 +55,7 @@ def plan(
     if saved is not None:
         return planning.saved_plan(saved, trace, observer)
     plan = _given_plan(spec, trace, observer)
-    phases = (replace(phase, micro_batches=max(phase.micro_batches, spec.grad_accum_steps)) for phase in plan.phases)
-    plan = replace(plan, preset=spec.preset, phases=tuple(phases))
+    plan = replace(plan, preset=spec.preset, phases=_as_taken(spec, plan, processes))
     settles = any(phase.start for phase in plan.phases)
     if spec.guard and not settles:
         observer.notice(
@@ -73,6 +72,14 @@ def plan(
     return plan if budget is None else _within(spec, plan, trace, budget, processes)
 
 
+def _as_taken(spec: RunSpec, plan: Plan, processes: Processes) -> tuple[Phase, ...]:
+    """Return the phases of a plan with as many micro-batches as a full batch makes in this run."""
+    return tuple(
+        replace(phase, micro_batches=micro_batches(spec, processes, planned=phase.micro_batches))
+        for phase in plan.phases
+    )
+
+
 def _insisted(spec: RunSpec) -> float | None:
     """Return the budget that a plan must keep within; None for one that is to be found out, or for none."""
     return None if isinstance(spec.memory_budget, str) else spec.memory_budget
@@ -84,7 +91,7 @@ def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float, processes: P
         trace,
         budget=budget,
         batch_size=own_batch_size(spec, processes),
-        micro_batches=spec.grad_accum_steps,
+        micro_batches=micro_batches(spec, processes),
         optimizer_slots=slots(spec),
         strict=_insisted(spec) is not None,
         division=_division(spec, processes),
@@ -119,7 +126,8 @@ def paying_plan(
     nothing, which could not be recorded.
     """
     wanted = spec.memory_aim
-    phases = (replace(each, recompute=0, segmented=False, micro_batches=spec.grad_accum_steps) for each in plan.phases)
+    count = micro_batches(spec, processes)
+    phases = (replace(each, recompute=0, segmented=False, micro_batches=count) for each in plan.phases)
     bare = replace(plan, phases=tuple(phases))
     if device.type != "cuda" or _insisted(spec) is not None or wanted is None or plan == bare:
         return plan
@@ -152,12 +160,16 @@ def paying_plan(
 
 
 def _first_batch_loss(spec: RunSpec, data: Data, processes: Processes) -> Loss:
-    """Make the loss of the run's first batch, of which each micro-batch is given its share."""
+    """Make the loss of the run's first batch, of which each micro-batch is given its share.
+
+    One that is not full has fewer of them: some are taken again, so that a step takes as long as one on a full batch.
+    """
     loader, _ = loaders(spec, data, processes)
     batch = next(loader.batches(0))
 
     def loss(net: nn.Module, index: int, count: int) -> torch.Tensor:
-        part = list(batch.divided(count, batch_size=loader.own_batch_size))[index]
+        parts = list(batch.divided(count, batch_size=loader.own_batch_size))
+        part = parts[index % len(parts)]
         with torch.autocast(loader.device.type, dtype=amp_dtype(spec), enabled=spec.amp):
             mean = cross_entropy(logits_of(net(part.images)), part.labels, label_smoothing=spec.smoothing)
         return mean * (len(part) / len(batch))
@@ -202,12 +214,12 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, process
     """Forecast what the phases of a plan will cost each process of a run; in seconds too, if ops are `measured`."""
     optimizer = partial(optimizer_of, spec)
     return fxsplit.plan.forecast.forecast(
-        plan,
+        replace(plan, phases=_as_taken(spec, plan, processes)),
         trace,
         batch_size=own_batch_size(spec, processes),
         optimizer_slots=slots(spec),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
-        micro_batches=spec.grad_accum_steps,
+        micro_batches=micro_batches(spec, processes),
         division=_division(spec, processes),
         offloads=offloads(spec, trace),
     )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fxsplit import resuming
+from fxsplit.assembly.images import micro_batches
 from fxsplit.assembly.models import with_preprocessing
 from fxsplit.capture.tracing import Trace
+from fxsplit.data.batch import micro_batch_count
 from fxsplit.data.identity import identity, refuse_others
 from fxsplit.data.images import Data
+from fxsplit.data.shares import sizes
 from fxsplit.distribute.processes import Processes
 from fxsplit.errors import UsageError
 from fxsplit.measuring.environment import code_digest
@@ -99,12 +103,12 @@ def _fitting(start: Start, processes: Processes, observer: Observer) -> Start:
     if spec.parallel not in PIPELINED:
         observer.notice(f"{together}; of {images} one takes {size}")
         return start
-    start, micro_batches = _in_micro_batches(start, pipeline.count)
+    start, divided = _in_micro_batches(start, processes)
     if replicas.count == 1:
         way = f"each some of the partitions; {images} goes through them"
     else:
         way = f"in {replicas.count} pipelines of {pipeline.count}; of {images} {size} go through one of them"
-    observer.notice(f"{together}, {way} {micro_batches}")
+    observer.notice(f"{together}, {way} {divided}")
     return start
 
 
@@ -122,20 +126,32 @@ def _refuse_unshared(spec: RunSpec, processes: Processes) -> None:
         )
 
 
-def _in_micro_batches(start: Start, count: int) -> tuple[Start, str]:
-    """Divide batches for a pipeline of `count` processes, into as many micro-batches if none are asked for; say so."""
-    spec, asked = start.spec, start.spec.grad_accum_steps
-    if start.goes_on:
-        return start, "in micro-batches as before"
-    if asked > 1:
-        return start, f"in {asked} micro-batches"
+def _in_micro_batches(start: Start, processes: Processes) -> tuple[Start, str]:
+    """Divide batches for pipelines, into a micro-batch for each of their processes if none are asked for; say so."""
+    spec, count = start.spec, processes.pipeline.count
+    own_sizes = sizes(spec.batch_size, processes.replicas.count)
+
+    def in_words(planned: Iterable[int]) -> str:
+        numbers = sorted({micro_batch_count(own, most) for own in own_sizes for most in planned})
+        return f"{' or '.join(map(str, numbers))} micro-batch{'es' * (numbers != [1])}"
+
+    if start.plan is not None:
+        return start, f"in {in_words(phase.micro_batches for phase in start.plan.phases)}"
+    # Phases of a plan file, and those that are to save memory, may take more.
+    least = "at least " * any((spec.plan, spec.memory_budget, spec.memory_aim))
+    if spec.grad_accum_steps > 1:
+        return start, f"in {least}{in_words([micro_batches(spec, processes)])}"
     if spec.batch_size % count:
         raise UsageError(
             f"batch-size is {spec.batch_size}, which {count} micro-batches, one for each process of the pipeline, do "
             "not divide; give another one, or --grad-accum-steps"
         )
-    why = "one for each process; more --grad-accum-steps leave them less to wait"
-    return replace(start, spec=replace(spec, grad_accum_steps=count)), f"in {count} micro-batches, {why}"
+    spec = replace(spec, grad_accum_steps=count)
+    if min(micro_batch_count(own, count) for own in own_sizes) == count:
+        why = "one for each process; more --grad-accum-steps leave them less to wait"
+    else:
+        why = "since none has a single image; with a larger --batch-size processes wait less"
+    return replace(start, spec=spec), f"in {least}{in_words([micro_batches(spec, processes)])}, {why}"
 
 
 def _start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, *, trust_code: bool) -> Start:

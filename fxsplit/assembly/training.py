@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxsplit.assembly.images import loaders, own_batch_size, views
+from fxsplit.assembly.images import loaders, micro_batches, own_batch_size, views
 from fxsplit.assembly.plans import forecast, slots
 from fxsplit.assembly.steps import amp_dtype, optimizer, optimizer_of, scheduler
 from fxsplit.caching.cache import CachePolicy
@@ -218,7 +218,7 @@ def _engine(
 def _pipeline(
     spec: RunSpec, trace: Trace, executor: Executor, processes: Processes, device: torch.device
 ) -> PipelineParallel:
-    micro_batch = -(-own_batch_size(spec, processes) // spec.grad_accum_steps)
+    micro_batch = -(-own_batch_size(spec, processes) // micro_batches(spec, processes))
     return PipelineParallel(
         trace,
         executor,

@@ -84,3 +84,13 @@ def micro_batch_sizes(samples: int, count: int, *, batch_size: int) -> list[int]
     if rest == 1 and full:
         sizes[-2:] = [size - 1, 2] if size > 2 else [3]
     return sizes
+
+
+def micro_batch_count(samples: int, most: int) -> int:
+    """Return the largest number, at most `most`, of micro-batches into which a full batch of `samples` is divided.
+
+    Asked for more, `micro_batch_sizes` makes fewer: of three samples one instead of two, of nine three instead of four.
+    """
+    while (count := len(micro_batch_sizes(samples, most, batch_size=samples))) < most:
+        most = count
+    return most

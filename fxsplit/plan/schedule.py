@@ -34,7 +34,8 @@ class Phase:
         recompute: partitions [start, recompute) keep no activations; their forward runs again in backward
             (checkpointing). 0 if none do.
         segmented: they recompute one segment at a time.
-        micro_batches: into how many a batch is divided, at least 1; their gradients are summed.
+        micro_batches: into how many a batch is divided, at least 1; their gradients are summed. A process that takes
+            too few images of it makes fewer.
         thaws: partitions train that were settled in the phase before.
 
     Raises ValueError when a value is out of its range: when nothing trains, when `recompute` is neither 0 nor between

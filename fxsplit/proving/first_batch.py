@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from fxsplit.data.batch import micro_batch_sizes
 from fxsplit.errors import ProofError, UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.pointwise import held_to_convolutions
@@ -132,6 +133,7 @@ def prove_batch(
     labels: Tensor,
     *,
     micro_batches: int,
+    batch_size: int,
     loss: Callable[[Any, Tensor], Tensor],
     autocast: Callable[[], AbstractContextManager[Any]],
     notice: Callable[[str], None],
@@ -146,7 +148,7 @@ def prove_batch(
         net: its executor, before it enters a phase.
         images: (N, ...).
         labels: (N,).
-        micro_batches: into how many the batch is divided.
+        micro_batches: into how many a full batch, of `batch_size` images, is divided.
         loss: of an output and its labels.
         autocast: makes the context of each forward.
         notice: is called with a sentence when images are left out.
@@ -156,7 +158,8 @@ def prove_batch(
     count = len(images)
     while True:
         try:
-            return prove_step(model, net, _step(images[:count], labels[:count], micro_batches, loss, autocast))
+            sizes = micro_batch_sizes(count, micro_batches, batch_size=batch_size)
+            return prove_step(model, net, _step(images[:count], labels[:count], sizes, loss, autocast))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -173,12 +176,12 @@ def prove_batch(
 def _step(
     images: Tensor,
     labels: Tensor,
-    micro_batches: int,
+    sizes: list[int],
     loss: Callable[[Any, Tensor], Tensor],
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Step:
     def step(module: nn.Module) -> Iterator[tuple[str, Any]]:
-        pairs = list(zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
+        pairs = list(zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True))
         for number, (part, own_labels) in enumerate(pairs, start=1):
             which = f" of micro-batch {number}" if len(pairs) > 1 else ""
             with autocast():

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxsplit.cuda.recorder import Recorder
 from fxsplit.cuda.replay import WARM_UP, Replayed
+from fxsplit.data.batch import micro_batch_sizes
 from fxsplit.execute.executor import Executor
 from fxsplit.proving.equality import Difference, Outcome, outcome
 from fxsplit.proving.first_batch import unexplained
@@ -33,6 +35,7 @@ def differing_replays(
     labels: Tensor,
     *,
     micro_batches: int,
+    batch_size: int,
     loss: Callable[[Any, Tensor], Tensor],
     autocast: Callable[[], AbstractContextManager[Any]],
     recorder: Recorder,
@@ -46,13 +49,14 @@ def differing_replays(
         net: its executor.
         images: (N, ...); each step has them in another order.
         labels: (N,).
-        micro_batches: into how many the batch is divided.
+        micro_batches: into how many a full batch, of `batch_size` images, is divided.
         loss: of an output and its labels.
         autocast: makes the context of each forward.
         recorder: of the device.
     """
 
     refusals: list[str] = []
+    sizes = micro_batch_sizes(len(images), micro_batches, batch_size=batch_size)
 
     def run(*, replayed: bool) -> Outcome:
         own_images, own_labels = images.clone(), labels.clone()
@@ -60,7 +64,7 @@ def differing_replays(
         def step() -> list[Tensor]:
             net.zero_grad(set_to_none=True)
             losses = []
-            for part, truth in zip(own_images.chunk(micro_batches), own_labels.chunk(micro_batches), strict=True):
+            for part, truth in zip(torch.split(own_images, sizes), torch.split(own_labels, sizes), strict=True):
                 with autocast():
                     mean = loss(net(part.clone()), truth)  # the model may write into its input
                 if mean.requires_grad:

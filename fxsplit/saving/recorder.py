@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fxsplit.distribute.processes import ALONE, Processes
@@ -89,6 +90,8 @@ class Recorder:
         self.setup_seconds = self.prove_seconds = 0.0
         self._folder, self._inspection, self._model = folder, inspection, model
         self._elapsed, self._earlier = elapsed, (0.0, 0.0)
+        # Processor seconds of the other processes, as of the last epoch or checkpoint: at the end they may be gone.
+        self._of_others = 0.0
         self.state, self._checkpoints, self._interval = state, checkpoints, interval
         self._spec, self._args_yaml, self._config, self._identity = spec, args_yaml, config, identity
         self._environment, self._passes = environment, passes
@@ -153,6 +156,7 @@ class Recorder:
             confusion: images of its test by label and the class that they were taken for.
         """
         self._epochs.append(record)
+        self._count_others()
         self._confusion = {}
         for (label, taken_for), count in confusion.items():
             self._confusion.setdefault(self._config.name_of(label), {})[self._config.name_of(taken_for)] = count
@@ -220,12 +224,18 @@ class Recorder:
             return False
         return True
 
+    def _count_others(self) -> None:
+        """Note what the other processes have spent so far; all call it together."""
+        _, own = self._elapsed()
+        self._of_others = float(self._processes.sum(torch.tensor(own, dtype=torch.float64))) - own
+
     def _spent(self) -> tuple[float, float]:
         """Return the seconds and the processor seconds of the run, of all its processes."""
         seconds, processor = map(sum, zip(self._earlier, self._elapsed(), strict=True))
-        return seconds, processor
+        return seconds, processor + self._of_others
 
     def _data(self, place: Place) -> dict[str, Any]:
+        self._count_others()
         seconds, processor = self._spent()
         return {
             "place": list(place),

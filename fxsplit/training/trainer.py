@@ -374,11 +374,15 @@ class Trainer:
 
     def _of_all(self, record: EpochRecord) -> EpochRecord:
         """Add up what all processes have worked, and find the largest peaks of their memory."""
-        own = torch.tensor([record.processor_seconds or 0.0, record.multiply_adds or 0], dtype=torch.float64)
-        seconds, work = self.processes.sum(own).tolist()
+        seconds, work = self._total(record.processor_seconds or 0.0, record.multiply_adds or 0)
         own_peaks = {name: getattr(record, name) for name in PEAKS if getattr(record, name) is not None}
         peaks: dict[str, Any] = {name: self.processes.most(peak) for name, peak in own_peaks.items()}
-        return replace(record, processor_seconds=seconds, multiply_adds=round(work), **peaks)
+        return replace(record, processor_seconds=seconds, multiply_adds=work, **peaks)
+
+    def _total(self, seconds: float, work: int) -> tuple[float, int]:
+        """Add up processor seconds and multiply-adds over all processes."""
+        total = self.processes.sum(torch.tensor(seconds, dtype=torch.float64))
+        return float(total), int(self.processes.sum(torch.tensor(work)))
 
     def _watch(self, guard: Guard) -> float:
         """Let the guard see which held-out images are right now; return their accuracy in per cent."""
@@ -485,6 +489,9 @@ class Trainer:
         self._concord.restore()
         self._refuse_not_finite(self._accuracy.read())
         parts = {name: part.state_dict() for name, part in self._parts().items()}
+        # As many processes as may be go on from it, so it has what all of these have spent on the present epoch.
+        spent, worked = parts["telemetry"], parts.get("work", {"count": 0})
+        spent["processor"], worked["count"] = self._total(spent["processor"], worked["count"])
         return {"position": asdict(self._position), "feed": self.feed.state_dict(), **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -499,6 +506,9 @@ class Trainer:
             self._enter(self._position.phase, epochs_left=state["feed"]["epochs"])
         if self._position.epoch < self.plan.epochs:
             self.feed.load_state_dict(state["feed"], self.observer.notice)
+        if not self.processes.is_first:
+            # What had been spent on the present epoch is that of all processes, and counts once.
+            state = {**state, "telemetry": {**state["telemetry"], "processor": 0.0}, "work": {"count": 0}}
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from torch import nn
 
 import fxsplit
 from fxsplit import assembly
-from fxsplit.distribute.processes import Processes
+from fxsplit.assembly.plans import _first_batch_loss
+from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import UsageError
 from fxsplit.models import registry
 from fxsplit.plan.division import Division
@@ -97,3 +99,30 @@ def test_memory_is_forecast_of_one_process_as_they_divide_the_model(
     assert ahead.phases == tuple(map(costs.phase, plan.phases))
     given = replace(spec, memory_budget=float(ahead.phases[0].peak_bytes))
     assert assembly.plan(given, trace, Observer(), processes=processes).phases == plan.phases
+
+
+def test_phases_of_a_plan_file_take_no_more_micro_batches_than_a_batch_makes(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    fxsplit.inspect(fxsplit.RunSpec(model="paper:cnn"), save_to=str(file))
+    given = json.loads(file.read_text("utf-8"))
+    given["phases"][0]["micro_batches"] = 4
+    file.write_text(json.dumps(given), encoding="utf-8")
+    for batch_size, taken in ((8, 4), (6, 3), (3, 3)):  # of three images each has one
+        spec = fxsplit.RunSpec(model="paper:cnn", plan=str(file), batch_size=batch_size)
+        assert [phase.micro_batches for phase in fxsplit.inspect(spec).plan.phases] == [taken]
+
+
+def test_a_first_batch_that_is_not_full_is_timed_in_as_many_micro_batches() -> None:
+    spec = fxsplit.RunSpec(model="paper:cnn", data="synthetic", train_limit=5, batch_size=16)
+    data = assembly.data(spec, Observer())
+    loss = _first_batch_loss(spec, data, ALONE)
+    given: list[int] = []
+
+    class Net(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            given.append(len(images))
+            return torch.zeros(len(images), len(data.classes))
+
+    for index in range(4):
+        loss(Net(), index, 4)
+    assert given == [2, 3, 2, 3]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fxsplit.data.augmentation.crops import crop_flip, windows
-from fxsplit.data.batch import Batch, micro_batch_sizes
+from fxsplit.data.batch import Batch, micro_batch_count, micro_batch_sizes
 from fxsplit.data.files import FileImages
 from fxsplit.data.images import Data, MemoryImages
 from fxsplit.data.loader import Loader
@@ -259,6 +259,16 @@ def test_a_batch_is_divided_without_leaving_an_image_alone() -> None:
                 else:
                     assert min(sizes) > 1
                     assert max(sizes) <= max(3, *usual)
+
+
+def test_a_full_batch_is_divided_into_just_as_many_micro_batches_as_are_counted() -> None:
+    assert [micro_batch_count(9, most) for most in range(1, 11)] == [1, 2, 3, 3, 3, 3, 3, 3, 9, 9]
+    for samples in range(1, 33):
+        for most in range(1, samples + 2):
+            count = micro_batch_count(samples, most)
+            sizes = micro_batch_sizes(samples, count, batch_size=samples)
+            assert len(sizes) == count <= most
+            assert max(sizes) == -(-samples // count)
 
 
 def test_pixels_of_another_size_are_resized() -> None:

@@ -25,6 +25,7 @@ from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.errors import FxsplitError, Terminated, UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.plan.forecast import CostModel
+from fxsplit.plan.planfile import NamedPhase, PlanFile
 from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import Found, find_checkpoint
 from fxsplit.spec import RunSpec
@@ -391,7 +392,10 @@ def test_a_batch_goes_through_in_as_many_micro_batches_as_there_are_processes() 
         assert _fitting(start, ALONE, observer) is start
         asked = replace(start, spec=replace(start.spec, grad_accum_steps=8))
         assert _fitting(asked, Processes(0, 4), observer) == asked
-        going_on = replace(start, found=Found(Path(), {}))
+        phases = [NamedPhase(start=None, stop=None, epochs=1, micro_batches=count) for count in (4, 16)]
+        going_on = replace(
+            start, found=Found(Path(), {}), plan=PlanFile(schedule="mine", cuts=(), phases=tuple(phases))
+        )
         assert _fitting(going_on, Processes(0, 4), observer) is going_on
     assert said == [
         "4 processes train together, each some of the partitions; each batch of 64 images goes through them in 4 "
@@ -399,8 +403,8 @@ def test_a_batch_goes_through_in_as_many_micro_batches_as_there_are_processes() 
         "there are no other processes for --parallel pipeline; start several with torchrun",
         "4 processes train together, each some of the partitions; each batch of 64 images goes through them in 8 "
         "micro-batches",
-        "4 processes train together, each some of the partitions; each batch of 64 images goes through them in "
-        "micro-batches as before",
+        "4 processes train together, each some of the partitions; each batch of 64 images goes through them in 4 "
+        "or 16 micro-batches",
     ]
     with pytest.raises(UsageError, match=r"^batch-size is 64, which 3 micro-batches, one for each process"):
         _fitting(start, Processes(0, 3), observer)

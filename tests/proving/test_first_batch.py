@@ -254,8 +254,11 @@ def test_what_cannot_be_proved_is_refused() -> None:
 
 def batch_proof(model: nn.Module, net: fxsplit.Executor, **options: Any) -> tuple[Any, list[str]]:
     notices: list[str] = []
-    given: dict[str, Any] = {"micro_batches": 1, "loss": F.cross_entropy, "autocast": nullcontext, **options}
-    return prove_batch(model, net, IMAGES, LABELS, notice=notices.append, **given), notices
+    given: dict[str, Any] = {
+        "images": IMAGES, "labels": LABELS, "micro_batches": 1, "batch_size": len(IMAGES), "loss": F.cross_entropy,
+        "autocast": nullcontext, **options,
+    }  # fmt: skip
+    return prove_batch(model, net, notice=notices.append, **given), notices
 
 
 def test_micro_batches_and_autocast_are_those_of_the_run() -> None:
@@ -272,6 +275,15 @@ def test_micro_batches_and_autocast_are_those_of_the_run() -> None:
     assert sizes == [2, 2] * 2
     assert set(types) == {torch.bfloat16}
     assert proof.compared == batch_proof(model, net)[0].compared + 4
+
+
+def test_a_batch_that_is_not_full_is_divided_as_training_divides_it() -> None:
+    """Three images into two micro-batches would leave one alone."""
+    model, sizes = Net(), []
+    net = net_of(model)
+    model.conv.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    batch_proof(model, net, images=IMAGES[:3], labels=LABELS[:3], micro_batches=2)
+    assert sizes == [3] * 2
 
 
 @pytest.mark.parametrize(
@@ -305,11 +317,7 @@ def test_half_of_an_odd_batch_is_the_larger_one() -> None:
 
     net = net_of(model)
     model.conv.register_forward_pre_hook(full)
-    notices: list[str] = []
-    prove_batch(
-        model, net, IMAGES[:3], LABELS[:3], micro_batches=1, loss=F.cross_entropy, autocast=nullcontext,
-        notice=notices.append,
-    )  # fmt: skip
+    _, notices = batch_proof(model, net, images=IMAGES[:3], labels=LABELS[:3])
     assert sizes == [3, 2, 2]
     assert notices == ["memory does not hold the proof of the first batch: 2 of its 3 images are taken"]
 
@@ -318,9 +326,7 @@ def test_other_errors_go_on() -> None:
     model = Net()
     net = net_of(model)
     with pytest.raises(IndexError):
-        prove_batch(
-            model, net, IMAGES, LABELS + 9, micro_batches=1, loss=F.cross_entropy, autocast=nullcontext, notice=print
-        )
+        batch_proof(model, net, labels=LABELS + 9)
 
 
 def test_a_trace_is_verified_where_it_is_asked_for() -> None:

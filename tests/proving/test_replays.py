@@ -43,6 +43,7 @@ def compared(
         images,
         labels,
         micro_batches=micro_batches,
+        batch_size=8,
         loss=loss,
         autocast=nullcontext,
         recorder=recorder,
