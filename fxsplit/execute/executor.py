@@ -24,10 +24,10 @@ from fxsplit.errors import GuardError, PartitionError, UsageError
 from fxsplit.execute.changes import Changes
 from fxsplit.execute.code import Backend
 from fxsplit.execute.freezing import Freezing, ModesNow
-from fxsplit.execute.offload import Offload
 from fxsplit.execute.passes import Pass
-from fxsplit.execute.prefix import Prefix, in_precision, out_of_precision, without_history
 from fxsplit.execute.recompute import Recomputation
+from fxsplit.execute.settled.offload import Offload
+from fxsplit.execute.settled.prefix import Prefix, in_precision, out_of_precision, without_history
 from fxsplit.execute.stages import Stage, stages
 from fxsplit.graph import EVALUATION, TRAINING
 from fxsplit.plan.partition import Partition

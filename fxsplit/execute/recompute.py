@@ -24,7 +24,7 @@ from fxsplit.capture.naming import called_module, method_of
 from fxsplit.capture.tracing import Trace
 from fxsplit.execute.code import Backend
 from fxsplit.execute.passes import Pass
-from fxsplit.execute.prefix import ORIGINS
+from fxsplit.execute.settled.prefix import ORIGINS
 from fxsplit.execute.stages import Stage
 from fxsplit.graph import TRAINING
 from fxsplit.meta.evaluate import Constant

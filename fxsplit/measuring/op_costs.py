@@ -26,10 +26,10 @@ from torch.autograd.graph import Node
 from fxsplit.capture.contexts import contexts_of, opened
 from fxsplit.capture.tracing import Program, Trace
 from fxsplit.errors import TraceError
-from fxsplit.execute.folding import fold
-from fxsplit.execute.fusing import DEVICES, Kernel, fuse
 from fxsplit.execute.passes import Pass, rewritten
-from fxsplit.execute.prefix import Weights, may_be_relaid, takes_any_layout
+from fxsplit.execute.settled.folding import fold
+from fxsplit.execute.settled.fusing import DEVICES, Kernel, fuse
+from fxsplit.execute.settled.prefix import Weights, may_be_relaid, takes_any_layout
 from fxsplit.execute.stages import stage_graph
 from fxsplit.measuring import allocations
 from fxsplit.measuring.allocations import Event

@@ -55,8 +55,8 @@ TRAIN_OPTIONS = """
 --progress --prove --quiet -q
 --resume --sched --schedule --seed --settled-dtype --settled-offload
 --smoothing --std --stem
---anneal --average --no-recalibrate --no-settled-offload --no-sync-bn --no-veto --recalibrate --settle-from --settle-share
---settle-until --soft-fade --soft-from --soft-targets --soft-temperature --sync-bn --veto
+--anneal --average --no-recalibrate --no-settled-offload --no-sync-bn --no-veto --recalibrate --settle-from
+--settle-share --settle-until --soft-fade --soft-from --soft-targets --soft-temperature --sync-bn --veto
 --torchcompile --train-batches-per-epoch --train-limit --trust-code --trust-recipe
 --verbose -v --warmup-epochs --wd --weight-decay
 --workers -j
@@ -333,7 +333,7 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
     # They contradict others.
     left_out = (
         *("initial-checkpoint", "parts", "plan", "veto", "color-jitter", "mixup", "cutmix", "model-ema"),
-        *("parallel", "sync-bn"),
+        *("parallel", "sync-bn", "settled-offload"),
     )
     plain = RunSpec(model="paper:cnn").to_flat()
     changed = {

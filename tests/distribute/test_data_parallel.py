@@ -28,8 +28,8 @@ from fxsplit.distribute.data_parallel import DataParallel
 from fxsplit.distribute.layout import own_part
 from fxsplit.distribute.processes import ALONE, Processes, lost_process_named
 from fxsplit.errors import FxsplitError, Terminated, UsageError
-from fxsplit.execute import offload
 from fxsplit.execute.executor import Executor
+from fxsplit.execute.settled import offload
 from fxsplit.objects.structure import is_divided
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import Observer, StepRecord

@@ -17,7 +17,7 @@ from fxsplit.execute.pointwise import pointwise_products
 from fxsplit.measuring.op_costs import measure
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
-from tests.execute.test_prefix import Calls
+from tests.execute.settled.test_prefix import Calls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

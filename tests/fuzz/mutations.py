@@ -18,7 +18,7 @@ from fxsplit.capture import tracing
 from fxsplit.execute import recompute, source
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.freezing import Freezing
-from fxsplit.execute.prefix import Prefix
+from fxsplit.execute.settled.prefix import Prefix
 from fxsplit.objects.structure import map_tensors
 from fxsplit.plan import cuts
 from tests.fuzz.draw import SOUND

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fxsplit.capture.tracing import trace
-from fxsplit.execute.folding import fold
+from fxsplit.execute.settled.folding import fold
 from fxsplit.execute.stages import stage_graph
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition

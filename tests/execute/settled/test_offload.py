@@ -17,12 +17,12 @@ from torch.optim.swa_utils import update_bn
 
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import UsageError
-from fxsplit.execute import offload
 from fxsplit.execute.executor import Executor
+from fxsplit.execute.settled import offload
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
-from tests.execute.test_prefix import lived, settled
+from tests.execute.settled.test_prefix import lived, settled
 from tests.networks import HAZARDS, SHORTER, Chain, CountsCalls, TiedWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.execute import pointwise
-from fxsplit.execute.folding import Affine, Fold, Folder, Modules, Norm, PassedOver
+from fxsplit.execute.settled.folding import Affine, Fold, Folder, Modules, Norm, PassedOver
 
 # Functions, and methods by name, with the function that a site calls for them.
 SUMS: dict[Any, Any] = {

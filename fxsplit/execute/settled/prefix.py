@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 from fxsplit.capture.naming import called_module
 from fxsplit.capture.tracing import Trace
 from fxsplit.execute.code import Backend, Code, Place, code_of, compiled_chain, place_of
-from fxsplit.execute.folding import Fold, PassedOver, fold
-from fxsplit.execute.fusing import DEVICES, Device, Form, Kernel, fuse
-from fxsplit.execute.offload import Offload, device_of, on_host
+from fxsplit.execute.settled.folding import Fold, PassedOver, fold
+from fxsplit.execute.settled.fusing import DEVICES, Device, Form, Kernel, fuse
+from fxsplit.execute.settled.offload import Offload, device_of, on_host
 from fxsplit.execute.stages import Stage, stage_graph
 from fxsplit.graph import EVALUATION
 from fxsplit.meta.rest import calls_method

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from fxsplit.capture.tracing import trace
 from fxsplit.execute import fusing
 from fxsplit.execute.executor import Executor
-from fxsplit.execute.fusing import Device, Kernel
+from fxsplit.execute.settled.fusing import Device, Kernel
 from fxsplit.measuring.op_costs import measure
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
+from tests.execute.settled.test_prefix import Calls, at_cut, by_prefix, close, lived, settled
 from tests.execute.test_code import calls
-from tests.execute.test_prefix import Calls, at_cut, by_prefix, close, lived, settled
 from tests.networks import HAZARDS, SHORTER, Chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")

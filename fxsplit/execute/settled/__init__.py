@@ -1,0 +1,1 @@
+"""Settled partitions made cheap: folded, fused, kept on the host."""
