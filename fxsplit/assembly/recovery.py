@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
+from fxsplit.assembly.images import micro_batches
 from fxsplit.assembly.plans import forecast, offloads
 from fxsplit.assembly.steps import optimizer_of
 from fxsplit.caching.media import GIB
 from fxsplit.capture.tracing import Trace
-from fxsplit.distribute.processes import Processes
+from fxsplit.distribute.processes import ALONE, Processes
 from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import PhaseForecast
 from fxsplit.plan.schedule import Plan
@@ -78,7 +79,7 @@ class Forecasts:
             self.trace,
             budget=budget,
             batch_size=self.spec.batch_size,
-            micro_batches=self.spec.grad_accum_steps,
+            micro_batches=micro_batches(self.spec, ALONE),
             optimizer_slots=slots_of(partial(optimizer_of, self.spec)),
             strict=False,
             offloads=offloads(self.spec, self.trace),
