@@ -47,13 +47,14 @@ def plan(
 ) -> Plan:
     """Cut the model, decide which partitions train when, and what is recomputed to keep within memory.
 
-    The plan `saved` of a run that goes on is taken as it is.
+    The plan `saved` of a run that goes on is taken as it is, but for micro-batches: other processes may take others.
 
     Raises UsageError when the spec or its plan file cannot be followed, and PartitionError when they do not fit the
     model.
     """
     if saved is not None:
-        return planning.saved_plan(saved, trace, observer)
+        plan = planning.saved_plan(saved, trace, observer)
+        return replace(plan, phases=_as_taken(spec, plan, processes))
     plan = _given_plan(spec, trace, observer)
     plan = replace(plan, preset=spec.preset, phases=_as_taken(spec, plan, processes))
     settles = any(phase.start for phase in plan.phases)
@@ -73,7 +74,7 @@ def plan(
 
 
 def _as_taken(spec: RunSpec, plan: Plan, processes: Processes) -> tuple[Phase, ...]:
-    """Return the phases of a plan with as many micro-batches as a full batch makes in this run."""
+    """Return the phases of a plan with as many micro-batches as a full batch makes in these processes."""
     return tuple(
         replace(phase, micro_batches=micro_batches(spec, processes, planned=phase.micro_batches))
         for phase in plan.phases
@@ -95,7 +96,7 @@ def _within(spec: RunSpec, plan: Plan, trace: Trace, budget: float, processes: P
         optimizer_slots=slots(spec),
         strict=_insisted(spec) is not None,
         division=_division(spec, processes),
-        offloads=offloads(spec, trace),
+        offloads=offloads(spec),
     )
 
 
@@ -214,20 +215,24 @@ def forecast(spec: RunSpec, plan: Plan, trace: Trace, *, measured: bool, process
     """Forecast what the phases of a plan will cost each process of a run; in seconds too, if ops are `measured`."""
     optimizer = partial(optimizer_of, spec)
     return fxsplit.plan.forecast.forecast(
-        replace(plan, phases=_as_taken(spec, plan, processes)),
+        plan,
         trace,
         batch_size=own_batch_size(spec, processes),
         optimizer_slots=slots(spec),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=optimizer) if measured else None,
         micro_batches=micro_batches(spec, processes),
         division=_division(spec, processes),
-        offloads=offloads(spec, trace),
+        offloads=offloads(spec),
     )
 
 
-def offloads(spec: RunSpec, trace: Trace) -> bool:
-    """Tell whether what settles is moved off the device: a model on a CPU is on the host already."""
-    return spec.settled_offload and any(each.device != HOST for each in trace.model.parameters())
+def offloads(spec: RunSpec) -> bool:
+    """Tell whether what settles is moved off the device: beside a CPU it is on the host already.
+
+    A GPU that is named need not be there to be planned for.
+    """
+    on_gpu = torch.cuda.is_available() if spec.device == "auto" else torch.device(spec.device).type != HOST.type
+    return spec.settled_offload and on_gpu
 
 
 def scaling(
@@ -243,6 +248,7 @@ def scaling(
         device_bytes=device_bytes,
         optimizer_slots=slots(spec),
         update_seconds=update_seconds(trace.model.parameters(), make_optimizer=partial(optimizer_of, spec)),
+        offloads=offloads(spec),
     )
 
 

@@ -82,7 +82,7 @@ class Forecasts:
             micro_batches=micro_batches(self.spec, ALONE),
             optimizer_slots=slots_of(partial(optimizer_of, self.spec)),
             strict=False,
-            offloads=offloads(self.spec, self.trace),
+            offloads=offloads(self.spec),
         )
         ahead = self._ahead(plan)
         chosen = [

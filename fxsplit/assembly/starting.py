@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,12 +131,13 @@ def _in_micro_batches(start: Start, processes: Processes) -> tuple[Start, str]:
     spec, count = start.spec, processes.pipeline.count
     own_sizes = sizes(spec.batch_size, processes.replicas.count)
 
-    def in_words(planned: Iterable[int]) -> str:
+    def in_words(planned: Sequence[int]) -> str:
         numbers = sorted({micro_batch_count(own, most) for own in own_sizes for most in planned})
         return f"{' or '.join(map(str, numbers))} micro-batch{'es' * (numbers != [1])}"
 
     if start.plan is not None:
-        return start, f"in {in_words(phase.micro_batches for phase in start.plan.phases)}"
+        planned = [micro_batches(spec, processes, planned=phase.micro_batches) for phase in start.plan.phases]
+        return start, f"in {in_words(planned)}"
     # Phases of a plan file, and those that are to save memory, may take more.
     least = "at least " * any((spec.plan, spec.memory_budget, spec.memory_aim))
     if spec.grad_accum_steps > 1:

@@ -87,9 +87,9 @@ def micro_batch_sizes(samples: int, count: int, *, batch_size: int) -> list[int]
 
 
 def micro_batch_count(samples: int, most: int) -> int:
-    """Return the largest number, at most `most`, of micro-batches into which a full batch of `samples` is divided.
+    """Return a number, at most `most`, of micro-batches that a full batch of `samples` makes if asked for that number.
 
-    Asked for more, `micro_batch_sizes` makes fewer: of three samples one instead of two, of nine three instead of four.
+    Asked for more, `micro_batch_sizes` may make fewer: of three samples one instead of two, of nine three, not four.
     """
     while (count := len(micro_batch_sizes(samples, most, batch_size=samples))) < most:
         most = count

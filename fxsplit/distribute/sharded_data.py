@@ -89,6 +89,7 @@ class ShardedData(Engine):
             # One partition after the other, so that no more than one is whole.
             if index in before:
                 before[index].make_whole()
+                executor.offload()
             if places := own.get(index):
                 self._units[index] = self._unit(partial(executor.run, index), places)
         common += [(module, name) for each in beside for module in each.modules() for name in _trained_in(module)]

@@ -73,7 +73,7 @@ OWN = frozenset(
     (
         *("_model", "_signature", "_stages", "_prefix", "_recomputation", "_read", "_settled_dtype", "_cuts_gradients"),
         *("_phase", "_everything", "_running", "_changes", "_freezing", "_hooks", "_modes", "_tap", "_wrappers"),
-        "_offload",
+        *("_offload", "_offloads"),
     )
 )
 
@@ -147,8 +147,8 @@ class Executor(nn.Module):
         self._settled_dtype = settled_dtype
         self.is_compiled = backend is not None
         self._stages = stages(trace, partitions, passes=passes, backend=backend)
-        self._offload = Offload(trace, partitions) if settled_offload else None
-        self._prefix = Prefix(trace, self._stages, backend, self._offload)
+        self._offload, self._offloads = Offload(trace, partitions), settled_offload
+        self._prefix = Prefix(trace, self._stages, backend, self._offload if settled_offload else None)
         self._recomputation = Recomputation(trace, self._stages, passes=passes, backend=backend)
         self._read = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
         self._wrappers: Mapping[int, Callable[[list[Any]], Any]] = {}
@@ -256,11 +256,14 @@ class Executor(nn.Module):
         self._recomputation.prepare(phase, self._model)  # (2)
         self._arrange()  # (3)
 
+    def offload(self) -> None:
+        """Move to the host what has settled, if that is asked for, and all else back to its device."""
+        self._offload.arrange(self._model, self._phase.start if self._offloads else 0)
+
     def _arrange(self) -> None:
         """Find the modules and parameters that the model has now; weights are folded again when they are needed."""
         self._freezing.arrange()
-        if self._offload is not None:
-            self._offload.arrange(self._model, self._phase.start)
+        self.offload()
         for stage in self._stages:
             stage.arrange(self._model)
         self._recomputation.arrange(self._model)
@@ -396,7 +399,7 @@ class Executor(nn.Module):
 
     def _placed(self, index: int, values: list[Any], training: bool) -> AbstractContextManager[None]:
         """Inside, the state of a settled partition is on the device of the values at its start."""
-        return _NOTHING if self._offload is None else self._offload.placed(index, values, training=training)
+        return self._offload.placed(index, values, training=training) if self._offloads else _NOTHING
 
     @contextmanager
     def tapped(self, tap: Callable[[int, list[Any]], None]) -> Iterator[None]:

@@ -26,6 +26,9 @@ from fxsplit.objects.surroundings import Place, Surroundings, may_change
 
 # The attribute in which a model carries what an executor has frozen of it; see fxsplit.execute.freezing.
 MARK = "_fxsplit_held"
+# That in which it carries where settled weights were before they were moved to the host; see
+# fxsplit.execute.settled.offload.
+HOSTED = "_fxsplit_hosted"
 
 # Compared by value.
 ATOMS = (
@@ -39,7 +42,7 @@ CLOSED = (nn.Module, Tensor, type, FunctionType, BuiltinFunctionType, MethodType
 # by identity alone.
 DEPTH, LENGTH = 6, 1000
 
-BOOKKEEPING = {*vars(nn.Module()), MARK}
+BOOKKEEPING = {*vars(nn.Module()), MARK, HOSTED}
 CLASS_BOOKKEEPING = {
     *("__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__firstlineno__"),
     *("__static_attributes__", "__abstractmethods__", "_abc_impl", "__annotate__", "__annotations_cache__"),

@@ -78,6 +78,7 @@ def scaling(
     device_bytes: float | None = None,
     optimizer_slots: int = 2,
     update_seconds: float | None = None,
+    offloads: bool = False,
 ) -> tuple[ScaleForecast, ...]:
     """Forecast the steps of `plan` on 1, 2, 4, ... `devices`, each in up to four ways.
 
@@ -93,10 +94,18 @@ def scaling(
         device_bytes: memory of a device; None for more than enough.
         optimizer_slots: values that the optimizer keeps for each parameter.
         update_seconds: time of the optimizer's update of all parameters, if it was measured.
+        offloads: what has settled lies on the host.
 
     Raises UsageError when the ops were not measured.
     """
-    make = partial(CostModel, plan.partitions, modes, optimizer_slots=optimizer_slots, update_seconds=update_seconds)
+    make = partial(
+        CostModel,
+        plan.partitions,
+        modes,
+        optimizer_slots=optimizer_slots,
+        update_seconds=update_seconds,
+        offloads=offloads,
+    )
 
     def excess(way: ScaleForecast) -> float:
         return 0 if device_bytes is None else max(0, way.peak_bytes - device_bytes)

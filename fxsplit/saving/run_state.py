@@ -79,7 +79,8 @@ def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         if isinstance(present, Tensor) and present.shape == buffer.shape:
             present.copy_(buffer)
         else:
-            model.get_submodule(path)._buffers[key] = buffer.to(_device_of(model))
+            place = present.device if isinstance(present, Tensor) else _device_of(model)
+            model.get_submodule(path)._buffers[key] = buffer.to(place)
 
 
 def _device_of(model: nn.Module) -> torch.device:

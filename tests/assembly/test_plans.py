@@ -101,6 +101,18 @@ def test_memory_is_forecast_of_one_process_as_they_divide_the_model(
     assert assembly.plan(given, trace, Observer(), processes=processes).phases == plan.phases
 
 
+def test_beside_a_cpu_what_settles_is_on_the_host_already() -> None:
+    """A GPU that is named need not be there."""
+    spec = fxsplit.RunSpec(model="paper:cnn", schedule="settle", epochs=10, settled_offload=True)
+
+    def last(device: str) -> int:
+        ahead = fxsplit.inspect(replace(spec, device=device)).forecast
+        assert ahead is not None
+        return ahead.phases[-1].parameter_bytes
+
+    assert last("cpu") == last("auto") > last("cuda")
+
+
 def test_phases_of_a_plan_file_take_no_more_micro_batches_than_a_batch_makes(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     fxsplit.inspect(fxsplit.RunSpec(model="paper:cnn"), save_to=str(file))

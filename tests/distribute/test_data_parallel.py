@@ -30,6 +30,7 @@ from fxsplit.distribute.processes import ALONE, Processes, lost_process_named
 from fxsplit.errors import FxsplitError, Terminated, UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.settled import offload
+from fxsplit.objects.snapshot import HOSTED
 from fxsplit.objects.structure import is_divided
 from fxsplit.plan.schedule import Phase
 from fxsplit.report import Observer, StepRecord
@@ -197,9 +198,9 @@ def divided(folder: Path, name: str) -> dict[str, Any]:
 
 
 def check_offloaded(executor: Executor) -> None:
-    if executor._offload is not None:
-        settled = executor.partitions[: executor.window[0]]
-        assert set(executor._offload._devices) == {name for partition in settled for name in partition.state}
+    settled = executor.partitions[: executor.window[0]] if executor._offloads else ()
+    hosted = vars(executor._model).get(HOSTED, {})
+    assert set(hosted) == {name for partition in settled for name in partition.state}
 
 
 save = RunState.state_dict

@@ -25,8 +25,9 @@ from fxsplit.measuring import meter
 from fxsplit.models import registry
 from fxsplit.plan.division import Division
 from fxsplit.plan.forecast import CostModel
+from fxsplit.plan.planfile import NamedPhase, PlanFile
 from fxsplit.report import Observer
-from fxsplit.saving.checkpoints import find_checkpoint
+from fxsplit.saving.checkpoints import Found, find_checkpoint
 from fxsplit.spec import RunSpec
 from fxsplit.training import telemetry
 from fxsplit.training.step import Step
@@ -238,7 +239,12 @@ def test_as_many_micro_batches_are_announced_planned_and_forecast_as_are_run(
     processes = pipelines(monkeypatch, replicas, 2)
     with patch.object(observer, "notice", said.append):
         spec = _fitting(Start(spec=RunSpec(**ASKED, batch_size=batch_size, **asked)), processes, observer).spec
+        phases = (NamedPhase(start=None, stop=None, epochs=1, micro_batches=spec.grad_accum_steps),)
+        saved = PlanFile(schedule="standard", cuts=(), phases=phases)
+        _fitting(Start(spec=spec, found=Found(Path(), {}), plan=saved), processes, observer)
     assert said[0].endswith(f"go through one of them {says}")
+    # Of a plan that is there nothing more is to come.
+    assert said[1].endswith(f"go through one of them {says.partition(',')[0].replace('at least ', '')}")
     trace = fxsplit.trace(registry.build("paper:cnn", num_classes=10, img_size=32), (torch.empty(2, 3, 32, 32),))
     plan = assembly.plan(spec, trace, Observer(), processes=processes)
     assert [phase.micro_batches for phase in plan.phases] == [taken]
@@ -250,6 +256,6 @@ def test_as_many_micro_batches_are_announced_planned_and_forecast_as_are_run(
     costs = CostModel(plan.partitions, trace, own, 2, micro_batches=len(run), division=Division("pipeline", 2))
     ahead = assembly.forecast(spec, plan, trace, measured=False, processes=processes)
     assert ahead.phases == (costs.phase(plan.phases[0]),)
-    # Of a run that goes on the plan stays, which may have more of them than are run now.
-    saved = replace(plan, phases=(replace(plan.phases[0], micro_batches=spec.grad_accum_steps),))
-    assert assembly.forecast(spec, saved, trace, measured=False, processes=processes) == ahead
+    # One process that goes on takes as many as if it had begun.
+    alone = assembly.plan(spec, trace, Observer(), PlanFile.of(plan), ALONE)
+    assert alone == assembly.plan(spec, trace, Observer(), processes=ALONE)

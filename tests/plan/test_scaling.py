@@ -75,6 +75,14 @@ def test_what_is_settled_is_not_sent(modes: Pair) -> None:
     assert forecasts(modes, 4)["pipeline", 4].traffic_bytes == crossing
 
 
+def test_what_is_settled_may_lie_on_the_host(modes: Pair) -> None:
+    """Of four partitions of 10 kB each, three do."""
+    without, found = (forecasts(modes, start=4, offloads=offloads) for offloads in (False, True))
+    assert {each: way.peak_bytes - found[each].peak_bytes for each, way in without.items()} == dict.fromkeys(
+        without, 30_000
+    )
+
+
 def test_a_slow_network_is_waited_for(modes: Pair) -> None:
     backward = BACKWARD / 2
     traffic = 60_000.0

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fxsplit
 from fxsplit.data import datasets
@@ -23,6 +24,7 @@ from fxsplit.resuming import CHECKPOINTS
 from fxsplit.saving.checkpoint import read_checkpoint
 from fxsplit.saving.checkpoints import Checkpoints
 from fxsplit.saving.lock import LOCK
+from fxsplit.saving.run_state import load_model_state, model_state
 from fxsplit.spec import read_recipe, resolve
 from fxsplit.training.accuracy import Score
 from fxsplit.training.evaluator import Evaluator
@@ -297,3 +299,13 @@ def test_another_model_or_other_data_under_the_same_name_are_refused(
     ):
         resumed(folder)
     assert contents(folder) == before
+
+
+def test_a_buffer_of_another_shape_comes_back_on_its_own_device() -> None:
+    """Settled weights, which may be the first of the model, may lie on the host."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("seen", torch.zeros(2, device="meta"), persistent=False)
+    state = model_state(model)
+    load_model_state(model, {**state, "buffers": {"seen": torch.zeros(3)}})
+    assert model.seen.shape == (3,)
+    assert model.seen.device.type == "meta"

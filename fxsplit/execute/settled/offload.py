@@ -10,7 +10,7 @@ Where what has settled is read from a cache, nothing of it is on the device at a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fxsplit.capture.tracing import Trace
 from fxsplit.execute.ownership import first_names, users_of
 from fxsplit.graph import EVALUATION, prefixes
+from fxsplit.objects.snapshot import HOSTED
 from fxsplit.objects.structure import HOST, is_divided
 from fxsplit.plan.partition import Partition
 
@@ -37,8 +38,21 @@ class _Kept(NamedTuple):
     key: str
 
     @property
-    def place(self) -> dict[str, Any]:
-        """The dict of the module that has it."""
+    def present(self) -> Tensor:
+        """What the module has there now."""
+        tensor: Tensor = self._place[self.key]
+        return tensor
+
+    def put(self, tensor: Tensor) -> None:
+        """Put another one there."""
+        if isinstance(self.module, nn.RNNBase):
+            # It keeps a list of its weights as well.
+            setattr(self.module, self.key, tensor)
+        else:
+            self._place[self.key] = tensor
+
+    @property
+    def _place(self) -> dict[str, Any]:
         own: dict[str, Any] = self.module._parameters
         return own if self.key in own else self.module._buffers
 
@@ -47,7 +61,9 @@ class Offload:
     """Moves the parameters and buffers of settled partitions to the host, and back where a partition trains again.
 
     What a partition that is not settled uses as well stays on its device. A tensor that moves remains the same object,
-    as with `nn.Module.to`; while its partition runs, a copy on the device is in its place.
+    as with `nn.Module.to`; while its partition runs, a copy on the device is in its place. Where it came from is an
+    attribute of the model, HOSTED, as long as anything is on the host: another executor, or one of a copy of the model,
+    brings it back.
 
     Args:
         trace: of the model.
@@ -65,33 +81,35 @@ class Offload:
         }
         # By partition, what of it lies on the host.
         self._kept: list[list[_Kept]] = []
-        # By the first names of what was moved, where it came from.
-        self._devices: dict[str, torch.device] = {}
 
     @torch.no_grad()
     def arrange(self, model: nn.Module, settled: int) -> None:
         """Let the state of the first `settled` partitions lie on the host, and that of the others where it was."""
-        modules = dict(model.named_modules(remove_duplicate=False))
         self._kept = [[] for _ in range(settled)]
+        if not settled and HOSTED not in vars(model):
+            return
+        modules = dict(model.named_modules(remove_duplicate=False))
         tensors: dict[str, Tensor] = {}
+        stay: set[str] = set()
         for name, first in first_names(model).items():
             path, _, key = name.rpartition(".")
             kept = _Kept(name, first, modules[path], key)
+            tensor = tensors.setdefault(first, kept.present)
             users = self._users.get(first, set())
-            tensor = tensors.setdefault(first, kept.place[key])
+            # Divided ones are moved when they are whole again.
             if users and max(users) < settled and not is_divided(tensor):
+                stay.add(first)
                 for index in users:
                     self._kept[index].append(kept)
-        stay = {each.first for part in self._kept for each in part}
-        for name in self._devices.keys() - stay:
-            device = self._devices.pop(name)
-            if name in tensors and not is_divided(tensors[name]):
-                tensors[name].data = tensors[name].data.to(device)
+        hosted: dict[str, torch.device] = vars(model).setdefault(HOSTED, {})
+        _bring_back(tensors, hosted, hosted.keys() - stay)
         for name in stay:
             tensor = tensors[name]
             if tensor.device != HOST:
-                self._devices[name] = tensor.device
+                hosted[name] = tensor.device
                 tensor.data = on_host(tensor.data, tensor.device)
+        if not hosted:
+            del vars(model)[HOSTED]
 
     @contextmanager
     def placed(
@@ -109,26 +127,26 @@ class Offload:
         if index >= len(self._kept) or device == HOST:
             yield
             return
-        written = self._written[training][index]
+        read = [each for each in self._kept[index] if reads is None or not reads.isdisjoint(prefixes(each.name))]
+        originals = [each.present for each in read]
         copies: dict[str, Tensor] = {}
-        placed = []
-        for each in self._kept[index]:
-            if reads is None or not reads.isdisjoint(prefixes(each.name)):
-                original = each.place[each.key]
-                if each.first not in copies:
-                    copies[each.first] = _copy(original, device)
-                copy = copies[each.first]
-                placed.append((each, original, copy, copy._version))
-                each.place[each.key] = copy
+        # Before any is put into its place: there may be no room for all.
+        for each, original in zip(read, originals, strict=True):
+            if each.first not in copies:
+                copies[each.first] = _copy(original, device)
+        versions = {name: copy._version for name, copy in copies.items()}
+        for each in read:
+            each.put(copies[each.first])
         try:
             yield
         finally:
+            written = self._written[training][index]
             with torch.no_grad():
-                for each, original, copy, version in placed:
-                    now = each.place[each.key]
-                    each.place[each.key] = original if now is copy else now.to(HOST)
+                for each, original in zip(read, originals, strict=True):
+                    copy, now = copies[each.first], each.present
+                    each.put(original if now is copy else now.to(HOST))
                     # Statistics of a norm are written by kernels that do not count it.
-                    if each.first in written or copy._version != version:
+                    if each.first in written or copy._version != versions[each.first]:
                         original.copy_(copy)
 
 
@@ -148,3 +166,15 @@ def _copy(original: Tensor, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         copy = original.detach().to(device, non_blocking=True)
     return nn.Parameter(copy, requires_grad=False) if isinstance(original, nn.Parameter) else copy
+
+
+def _bring_back(tensors: Mapping[str, Tensor], hosted: dict[str, torch.device], names: Iterable[str]) -> None:
+    """Move tensors back to where they came from, or to where the others are if none of these is there any more."""
+    others = {tensor.device for name, tensor in tensors.items() if name not in hosted}
+    for name in names:
+        if name in tensors and not is_divided(tensors[name]):
+            device = hosted[name]
+            place = device if device in others or not others else min(others, key=str)
+            tensors[name].data = tensors[name].data.to(place)
+        # Not before: what finds no room there stays known.
+        del hosted[name]

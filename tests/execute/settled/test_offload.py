@@ -19,6 +19,7 @@ from fxsplit.capture.tracing import trace
 from fxsplit.errors import UsageError
 from fxsplit.execute.executor import Executor
 from fxsplit.execute.settled import offload
+from fxsplit.objects.snapshot import HOSTED
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
@@ -55,6 +56,11 @@ def images(shape: tuple[int, ...] = SHAPE, seed: int = 2) -> Tensor:
 
 def state_of(net: nn.Module) -> dict[str, Tensor]:
     return {**dict(net.named_parameters()), **dict(net.named_buffers())}
+
+
+def hosted_of(net: Executor) -> dict[str, torch.device]:
+    found: dict[str, torch.device] = vars(net._model).get(HOSTED, {})
+    return found
 
 
 @pytest.fixture
@@ -97,7 +103,6 @@ def test_what_is_left_on_the_host_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     net = chain(offloads=True).eval()
     monkeypatch.setattr(offload.Offload, "arrange", lambda *_: None)
     net.train().eval()
-    assert net._offload is not None
     net._offload._kept = []
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="same device"):
         net.settle(torch.empty(SHAPE, device="cuda"))
@@ -177,20 +182,112 @@ def test_what_settles_moves_and_comes_back_as_the_same_objects() -> None:
         net.enter(Phase(start=start, stop=3, epochs=1))
         settled = {name for part in net.partitions[:start] for name in part.state}
         now = state_of(net)
-        assert net._offload is not None
-        assert set(net._offload._devices) == settled
-        assert set(net._offload._devices.values()) <= {torch.device("cpu")}
+        assert hosted_of(net) == dict.fromkeys(settled, torch.device("cpu"))
         for key, (each, _, value) in before.items():
             assert now[key] is each
             assert torch.equal(each, value)
             assert each.requires_grad == (isinstance(each, nn.Parameter) and key not in settled)
         assert all(before[key][1].data_ptr() != now[key].data_ptr() for key in settled)
     net.enter(Phase(start=2, stop=3, epochs=1))
-    hosted = {key: each.detach() for key, each in state_of(net).items() if key in net._offload._devices}
-    net._offload._devices = dict.fromkeys(hosted, ELSEWHERE)
     net.release()
-    assert not net._offload._devices
-    assert all(state_of(net)[key].data_ptr() != each.data_ptr() for key, each in hosted.items())
+    assert hosted_of(net) == {}
+
+
+class Weight:
+    """Stands for a tensor on some device; those called "large" find no room elsewhere."""
+
+    def __init__(self, name: str, device: str) -> None:
+        self.name, self.data, self._device = name, self, torch.device(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data._device
+
+    def to(self, device: torch.device) -> Weight:
+        if self.name == "large":
+            raise torch.OutOfMemoryError
+        return Weight(self.name, str(device))
+
+
+def test_weights_come_back_to_their_device_or_to_that_of_the_others() -> None:
+    for others, expected in (("cuda:1", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        tensors: dict[str, Any] = {"a": Weight("a", "cpu"), "stays": Weight("b", "cpu"), "trains": Weight("c", others)}
+        hosted = dict.fromkeys(("a", "gone", "stays"), torch.device("cuda:1"))
+        offload._bring_back(tensors, hosted, ["a", "gone"])
+        assert str(tensors["a"].data.device) == expected
+        assert tensors["stays"].data is tensors["stays"]
+        assert list(hosted) == ["stays"]
+
+
+def test_what_finds_no_room_on_its_device_comes_back_later() -> None:
+    tensors: dict[str, Any] = {name: Weight(name, "cpu") for name in ("a", "large", "c")}
+    hosted = dict.fromkeys(tensors, torch.device("cuda:0"))
+    with pytest.raises(torch.OutOfMemoryError):
+        offload._bring_back(tensors, hosted, list(tensors))
+    assert list(hosted) == ["large", "c"]
+    assert tensors["a"].data.device.type == "cuda"
+    tensors["large"].name = "small"
+    offload._bring_back(tensors, hosted, list(hosted))
+    assert {each.data.device.type for each in tensors.values()} == {"cuda"}
+    assert not hosted
+
+
+@pytest.mark.usefixtures("copied")
+def test_where_a_copy_finds_no_room_the_model_has_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, made = chain(offloads=True).eval(), 0
+    before, make = state_of(net), offload._copy
+
+    def copy_of(original: Tensor, device: torch.device) -> Tensor:
+        nonlocal made
+        made += 1
+        if made == 2:
+            raise torch.OutOfMemoryError
+        return make(original, device)
+
+    monkeypatch.setattr(offload, "_copy", copy_of)
+    with pytest.raises(torch.OutOfMemoryError):
+        net.settle(images())
+    assert made == 2
+    assert all(each is before[name] for name, each in state_of(net).items())
+
+
+@pytest.mark.usefixtures("moved")
+@pytest.mark.parametrize("again", [lambda model: model, copy.deepcopy])
+@pytest.mark.parametrize("offloads", [False, True])
+def test_another_executor_brings_back_what_one_that_is_gone_has_moved(
+    again: Callable[[nn.Module], nn.Module], offloads: bool
+) -> None:
+    net = chain(offloads=True)
+    model = again(net._model)
+    assert hosted_of(net)
+    del net
+    captured = trace(model, (torch.empty(SHAPE),))
+    new = Executor(captured, partition(captured, count=3), settled_offload=offloads)
+    assert hosted_of(new) == {}
+    assert all(each.requires_grad for each in new.parameters())
+
+
+class Recurrent(nn.Module):
+    """Its weights are kept twice: under their names, and in a list of torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x.flatten(1, 2))[0].mean(1))
+
+
+@pytest.mark.usefixtures("copied")
+def test_lists_of_weights_are_as_before() -> None:
+    torch.manual_seed(0)
+    model = Recurrent()
+    plain = settled(copy.deepcopy(model), SHAPE, at=["head"])
+    net = settled(model, SHAPE, at=["head"], settled_offload=True)
+    for mode in (True, False):
+        assert torch.equal(net.train(mode)(images()), plain.train(mode)(images()))
+        own = {id(each) for each in model.lstm.parameters()}
+        assert {id(each) for each in model.lstm._flat_weights} == own
 
 
 @pytest.mark.usefixtures("moved")
