@@ -32,8 +32,9 @@ CSV_COLUMNS = (
 )
 FORECAST = ("time", "activations", "peak")
 SCALING = (
-    "Means over the epochs of the plan, memory at its largest. Ops are taken to need time in proportion to their "
-    "samples, and messages in proportion to their bytes."
+    "* the fastest of those that fit. Means over the epochs of the plan: of a step, of the share of it that a device "
+    "waits, and of what it sends; memory at its largest. Ops are taken to need time in proportion to their samples, "
+    "and messages in proportion to their bytes. A pipeline has no more devices than there are partitions."
 )
 
 
@@ -117,26 +118,24 @@ def _scaling(found: Sequence[ScaleForecast], width: int) -> Table:
     rows = Rows(
         {
             ">devices": True,
-            ">way": True,
+            "way": True,
             ">step": True,
-            ">speed-up": True,
-            ">waiting": width >= MIDDLING,
-            ">sent in a step": width >= MIDDLING,
+            ">speed-up": width >= MIDDLING,
+            ">waiting": width >= WIDE,
+            ">sent": width >= WIDE,
             ">memory": True,
-            "fastest" if width >= WIDE else " ": True,
         }
     )
     alone = found[0].step_seconds
     for each in found:
         rows.add(
             str(each.devices),
-            each.way,
+            f"{each.way} *" if each.is_fastest else each.way,
             duration(each.step_seconds),
             f"{alone / each.step_seconds:.2f}",
             f"{each.idle_share:.0%}",
             human(each.traffic_bytes, "B"),
             human(each.peak_bytes, "B"),
-            "*" if each.is_fastest else "",
         )
     return rows.table
 

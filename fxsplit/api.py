@@ -172,7 +172,7 @@ def inspect(
     found = assembly.inspection(spec, trace, plan, assembly.forecast(spec, plan, trace, measured=measured))
     if devices is not None:
         ahead = assembly.scaling(spec, plan, trace, devices=devices, bandwidth=bandwidth, device_bytes=device_bytes)
-        found = replace(found, scaling=ahead)
+        found = replace(found, scaling=ahead, input_shape=(spec.batch_size, *found.input_shape[1:]))
     if save_to is not None:
         write_file(found.plan_file, save_to)
     return found

@@ -29,6 +29,7 @@ MAY_DIFFER = {
     "pipeline_schedule": "",
     "deterministic": ROUNDING,
     "cuda_graphs": ROUNDING,
+    "settled_offload": ROUNDING,
     "torchcompile": ROUNDING,
     "cache": ROUNDING,
     "cache_limit": ROUNDING,

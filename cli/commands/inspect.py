@@ -22,6 +22,8 @@ from ..streams import result_alone
 from ..terminal import say, write
 from .job import Job, Model, Recipe, TrustCode, TrustRecipe, Verbose, resolve_spec
 
+# GB that a device sends in a second, unless given.
+BANDWIDTH = 10.0
 INSPECT_FIELDS = (
     *("stem", "drop_path", "data", "img_size", "batch_size"),
     *("preset", "schedule", "epochs", "epochs_total", "parts", "at", "by", "balance", "plan"),
@@ -83,15 +85,15 @@ def inspect(
         ),
     ] = None,
     bandwidth: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--bandwidth",
             metavar="NUMBER",
             min=1e-6,
-            help="GB that a device sends in a second.",
+            help=f"GB that a device sends in a second [dim]\\[default: {BANDWIDTH:g}][/dim].",
             rich_help_panel="Several devices",
         ),
-    ] = 10.0,
+    ] = None,
     device_memory: Annotated[
         float | None,
         typer.Option(
@@ -127,10 +129,13 @@ def inspect(
         raise UsageError(f"there is no format {wanted!r}{hint} (have: {', '.join(formats.FORMATS)})")
     if as_json and wanted != "json":
         raise UsageError(f"--json means --format json and contradicts --format {wanted}")
+    for name, value in {"bandwidth": bandwidth, "device-memory": device_memory}.items():
+        if value is not None and devices is None:
+            raise UsageError(f"--{name} is given, but no --devices, which it is about")
     spec = resolve_spec(model, config, given, trust_recipe=trust_recipe)
     several = {
         "devices": devices,
-        "bandwidth": 1e9 * bandwidth,
+        "bandwidth": 1e9 * (BANDWIDTH if bandwidth is None else bandwidth),
         "device_bytes": None if device_memory is None else 1e9 * device_memory,
     }
     show = partial(formats.show, name=wanted, path=output)

@@ -55,6 +55,8 @@ def plan(
     if saved is not None:
         plan = planning.saved_plan(saved, trace, observer)
         return replace(plan, phases=_as_taken(spec, plan, processes))
+    if spec.settled_offload and not offloads(spec):
+        observer.notice("settled-offload changes nothing on a CPU, where weights are in memory of the host already")
     plan = _given_plan(spec, trace, observer)
     plan = replace(plan, preset=spec.preset, phases=_as_taken(spec, plan, processes))
     settles = any(phase.start for phase in plan.phases)

@@ -22,6 +22,7 @@ from fxsplit.measuring.environment import code_digest
 from fxsplit.paths import expanded
 from fxsplit.plan import planfile
 from fxsplit.plan.planfile import PlanFile
+from fxsplit.plan.schedule import counted
 from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import Found, Place, find_checkpoint
 from fxsplit.saving.recorder import Recorder
@@ -224,7 +225,8 @@ def restore(run: Recorder, start: Start, processes: Processes, observer: Observe
     observer.notice(f"all {place.epoch} epochs are done; more --epochs go on" if done else f"goes on after {place}")
     before, now = start.found.data["state"]["training"]["feed"].get("ranks", 1), processes.replicas.count
     if before != now:
-        observer.notice(f"the processes that share a batch were {before} and are now {now}: {resuming.ROUNDING}")
+        parts = f"a batch was divided in {counted(before, 'part')} and is now in {counted(now, 'part')}"
+        observer.notice(f"{parts}: {resuming.ROUNDING}")
     if later := run.later_than(start.found):
         observer.notice(f"later checkpoints are removed: {', '.join(later)}")
     run.go_on(start.found)

@@ -259,7 +259,10 @@ class Recorder:
         # What runs code has to be named again.
         code = code_in(self._spec)
         named = [*([code["model"]] if "model" in code else ()), *(["--data", code["data"]] if "data" in code else ())]
-        words = ["fxsplit", "train", "--resume", self.path, *named]
+        count = self._processes.local_count
+        launched = ["torchrun", "--standalone", f"--nproc-per-node={count}", "-m"]
+        together = self._processes.count > 1 and count == self._processes.count
+        words = [*(launched if together else ()), "fxsplit", "train", "--resume", self.path, *named]
         return f"saved at {self._saved}; go on with: {shlex.join(words)}"
 
     def __enter__(self) -> Recorder:

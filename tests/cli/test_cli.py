@@ -701,3 +701,9 @@ def test_a_closed_pipe_is_quiet() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize("option", ["--bandwidth", "--device-memory"])
+def test_what_is_about_several_devices_is_refused_without_them(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "paper:cnn", option, "5"]) == 2
+    assert capsys.readouterr().err == f"fxsplit: {option} is given, but no --devices, which it is about\n"

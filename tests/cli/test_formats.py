@@ -228,5 +228,23 @@ def test_what_several_devices_take_is_a_table(inspection: Inspection, capsys: py
     )  # fmt: skip
     lines = shown(replace(inspection, scaling=found), "table", capsys).splitlines()
     (row,) = [line.split() for line in lines if "fsdp" in line]
-    assert row == ["2", "fsdp", "3.2", "s", "2.50", "25%", "2.5", "kB", "1.0", "MB", "*"]
+    assert row == ["2", "fsdp", "*", "3.2", "s", "2.50", "25%", "2.5", "kB", "1.0", "MB"]
     assert not any(" ddp " in line and "*" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_what_several_devices_take_is_whole_in_narrow_terminals(
+    width: int, inspection: Inspection, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    found = ScaleForecast(
+        kind="ddp,pipeline", devices=4096, pipeline_devices=128, step_seconds=0.1234, idle_share=0.25,
+        traffic_bytes=123_400_000, peak_bytes=123_400_000, is_fastest=True,
+    )  # fmt: skip
+    lines = shown(replace(inspection, scaling=(found,)), "table", capsys).splitlines()
+    (row,) = (line for line in lines if "4096" in line)
+    assert len(row) <= width
+    assert row.rstrip().endswith("123.4 MB")
+    assert "123.4 ms" in row
+    # In a narrow one the name of the way goes on below.
+    assert ("ddp,pipeline of 128 *" in row) == (width > 40)

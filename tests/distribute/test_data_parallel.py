@@ -480,7 +480,7 @@ def test_a_run_goes_on_with_fewer_processes_and_counts_nothing_twice(
     observer = Observer()
     with patch.object(observer, "notice", said.append):
         report = fxsplit.train(observer=observer, resume=folder / f"alone {parallel}" / "cache", trust_code=True)
-    assert "the processes that share a batch were 2 and are now 1: numbers may differ by rounding from here on" in said
+    assert "a batch was divided in 2 parts and is now in 1 part: numbers may differ by rounding from here on" in said
     whole = metrics(folder / TOGETHER[parallel] / "cache")
     assert len(report.epochs) == len(whole)
     for score in SCORES:

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 import fxsplit
+from fxsplit.distribute.processes import Processes
 from fxsplit.errors import FxsplitError, Terminated, UsageError
 from fxsplit.report import EpochRecord, Observer, StepRecord
 from fxsplit.resuming import CHECKPOINTS
@@ -23,6 +25,7 @@ from fxsplit.saving import checkpoint, run_folder
 from fxsplit.saving.checkpoints import Place
 from fxsplit.saving.files import PART
 from fxsplit.saving.lock import LOCK, FolderLock, LockedError
+from fxsplit.saving.recorder import Recorder
 from fxsplit.saving.signals import Signals
 from fxsplit.training.phase_optimizer import PhaseOptimizer
 from tests.saving.runs import differences, left_by
@@ -295,3 +298,17 @@ def test_a_folder_whose_run_was_killed_before_it_wrote_anything_is_free(tmp_path
         (tmp_path / "mine" / name).write_text("", encoding="utf-8")
     assert fxsplit.train(spec(tmp_path, "standard", experiment="mine", epochs=1)).status == "finished"
     assert not [path for path in (tmp_path / "mine").iterdir() if path.name.endswith(PART)]
+
+
+@pytest.mark.parametrize(
+    ("count", "local_count", "begins"),
+    [(1, 1, "fxsplit train"), (4, 4, "torchrun --standalone --nproc-per-node=4 -m fxsplit train"), (8, 4, "fxsplit")],
+)
+def test_the_processes_of_one_machine_go_on_by_one_command(count: int, local_count: int, begins: str) -> None:
+    run: Any = SimpleNamespace(
+        _saved="epoch 3", _spec=fxsplit.RunSpec(model="paper:cnn"), path="output/train/mine",
+        _processes=Processes(0, count, local_count=local_count),
+    )  # fmt: skip
+    said = Recorder._how_to_go_on(run)
+    assert said.startswith(f"saved at epoch 3; go on with: {begins} ")
+    assert said.endswith(" train --resume output/train/mine")
