@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,8 +32,6 @@ from fxsplit.execute.stages import Stage, stages
 from fxsplit.graph import EVALUATION, TRAINING
 from fxsplit.plan.partition import Partition
 from fxsplit.plan.schedule import Phase
-
-_NOTHING = nullcontext()
 
 
 class _Forward:
@@ -386,7 +384,9 @@ class Executor(nn.Module):
                 result = segment(self._model, result)
             return result
         if training and index < running.stop:
-            with self._placed(index, values, TRAINING):
+            if not self._offloads:
+                return self._stages[index](values, training=TRAINING)
+            with self._offload.placed(index, values, training=TRAINING):
                 return self._stages[index](values, training=TRAINING)
         return self._evaluate(index, values)
 
@@ -394,12 +394,11 @@ class Executor(nn.Module):
         """Run a partition in evaluation; while the model trains, the last one returns all that training returns."""
         # Asked first: inside, the model's own mode may be evaluation too.
         returned = self.training
-        with self._freezing.evaluating(index), self._placed(index, values, EVALUATION):
-            return self._stages[index](values, training=EVALUATION, returned=returned)
-
-    def _placed(self, index: int, values: list[Any], training: bool) -> AbstractContextManager[None]:
-        """Inside, the state of a settled partition is on the device of the values at its start."""
-        return self._offload.placed(index, values, training=training) if self._offloads else _NOTHING
+        with self._freezing.evaluating(index):
+            if not self._offloads:
+                return self._stages[index](values, training=EVALUATION, returned=returned)
+            with self._offload.placed(index, values, training=EVALUATION):
+                return self._stages[index](values, training=EVALUATION, returned=returned)
 
     @contextmanager
     def tapped(self, tap: Callable[[int, list[Any]], None]) -> Iterator[None]:

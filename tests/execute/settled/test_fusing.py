@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxsplit.capture.tracing import trace
-from fxsplit.execute import fusing
 from fxsplit.execute.executor import Executor
+from fxsplit.execute.settled import fusing
 from fxsplit.execute.settled.fusing import Device, Kernel
 from fxsplit.measuring.op_costs import measure
 from fxsplit.plan.cuts import cuts
