@@ -306,7 +306,7 @@ def test_a_folder_whose_run_was_killed_before_it_wrote_anything_is_free(tmp_path
 )
 def test_the_processes_of_one_machine_go_on_by_one_command(count: int, local_count: int, begins: str) -> None:
     run: Any = SimpleNamespace(
-        _saved="epoch 3", _spec=fxsplit.RunSpec(model="paper:cnn"), path="output/train/mine",
+        _saved="epoch 3", _spec=fxsplit.RunSpec(model="paper:cnn").to_flat(), path="output/train/mine",
         _processes=Processes(0, count, local_count=local_count),
     )  # fmt: skip
     said = Recorder._how_to_go_on(run)
