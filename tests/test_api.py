@@ -968,3 +968,11 @@ def test_a_model_without_images_is_inspected_and_not_trained() -> None:
     assert found.input_shape == (4, 16)
     with pytest.raises(UsageError, match="train takes image classifiers, and 'hf:bert' takes no images"):
         fxsplit.train(fxsplit.RunSpec(model="hf:bert", data="digits", dry_run=True))
+
+
+def test_a_forecast_of_several_devices_is_of_the_batch_that_was_given() -> None:
+    """Though ops are timed on fewer images, which one device may take."""
+    found = fxsplit.inspect(fxsplit.RunSpec(model="paper:cnn", img_size=8, batch_size=40, device="cpu"), devices=2)
+    assert found.input_shape == (40, 3, 8, 8)
+    assert found.train.batch_size == 32
+    assert [(each.kind, each.devices) for each in found.scaling][:2] == [("ddp", 1), ("ddp", 2)]

@@ -16,14 +16,17 @@ from fxsplit.errors import UsageError
 TF32: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
 
 
+def named_device(name: str) -> torch.device:
+    """Return the device of that name, which need not be there; `auto` is CUDA where there is a GPU, else the CPU."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def choose_device(name: str) -> torch.device:
-    """Find the device of that name; `auto` is CUDA where there is a GPU, else the CPU.
+    """Find the device of that name, as `named_device` does.
 
     Of several processes on a machine each gets a GPU of its own. Raises UsageError when there is no such device.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = named_device(name)
     if device.type == "cuda" and local_count() > 1:
         if device.index is not None or local_count() > torch.cuda.device_count():
             raise UsageError(

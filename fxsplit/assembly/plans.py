@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 import fxsplit.plan.forecast
 import fxsplit.plan.scaling
 from fxsplit import planning
+from fxsplit.assembly.devices import named_device
 from fxsplit.assembly.images import loaders, micro_batches, own_batch_size
 from fxsplit.assembly.steps import amp_dtype, optimizer_of
 from fxsplit.capture.tracing import Trace
@@ -233,8 +234,7 @@ def offloads(spec: RunSpec) -> bool:
 
     A GPU that is named need not be there to be planned for.
     """
-    on_gpu = torch.cuda.is_available() if spec.device == "auto" else torch.device(spec.device).type != HOST.type
-    return spec.settled_offload and on_gpu
+    return spec.settled_offload and named_device(spec.device).type != HOST.type
 
 
 def scaling(

@@ -26,7 +26,7 @@ from fxsplit.execute.code import Backend
 from fxsplit.execute.freezing import Freezing, ModesNow
 from fxsplit.execute.passes import Pass
 from fxsplit.execute.recompute import Recomputation
-from fxsplit.execute.settled.offload import Offload
+from fxsplit.execute.settled.offload import Offload, bring_back
 from fxsplit.execute.settled.prefix import Prefix, in_precision, out_of_precision, without_history
 from fxsplit.execute.stages import Stage, stages
 from fxsplit.graph import EVALUATION, TRAINING
@@ -71,7 +71,7 @@ OWN = frozenset(
     (
         *("_model", "_signature", "_stages", "_prefix", "_recomputation", "_read", "_settled_dtype", "_cuts_gradients"),
         *("_phase", "_everything", "_running", "_changes", "_freezing", "_hooks", "_modes", "_tap", "_wrappers"),
-        *("_offload", "_offloads"),
+        "_offload",
     )
 )
 
@@ -145,8 +145,8 @@ class Executor(nn.Module):
         self._settled_dtype = settled_dtype
         self.is_compiled = backend is not None
         self._stages = stages(trace, partitions, passes=passes, backend=backend)
-        self._offload, self._offloads = Offload(trace, partitions), settled_offload
-        self._prefix = Prefix(trace, self._stages, backend, self._offload if settled_offload else None)
+        self._offload = Offload(trace, partitions) if settled_offload else None
+        self._prefix = Prefix(trace, self._stages, backend, self._offload)
         self._recomputation = Recomputation(trace, self._stages, passes=passes, backend=backend)
         self._read = tuple(trace.signature.names.index(name) for name in partitions[0].reads)
         self._wrappers: Mapping[int, Callable[[list[Any]], Any]] = {}
@@ -256,7 +256,10 @@ class Executor(nn.Module):
 
     def offload(self) -> None:
         """Move to the host what has settled, if that is asked for, and all else back to its device."""
-        self._offload.arrange(self._model, self._phase.start if self._offloads else 0)
+        if self._offload is None:
+            bring_back(self._model)
+        else:
+            self._offload.arrange(self._model, self._phase.start)
 
     def _arrange(self) -> None:
         """Find the modules and parameters that the model has now; weights are folded again when they are needed."""
@@ -384,7 +387,7 @@ class Executor(nn.Module):
                 result = segment(self._model, result)
             return result
         if training and index < running.stop:
-            if not self._offloads:
+            if self._offload is None:
                 return self._stages[index](values, training=TRAINING)
             with self._offload.placed(index, values, training=TRAINING):
                 return self._stages[index](values, training=TRAINING)
@@ -395,7 +398,7 @@ class Executor(nn.Module):
         # Asked first: inside, the model's own mode may be evaluation too.
         returned = self.training
         with self._freezing.evaluating(index):
-            if not self._offloads:
+            if self._offload is None:
                 return self._stages[index](values, training=EVALUATION, returned=returned)
             with self._offload.placed(index, values, training=EVALUATION):
                 return self._stages[index](values, training=EVALUATION, returned=returned)

@@ -198,7 +198,7 @@ def divided(folder: Path, name: str) -> dict[str, Any]:
 
 
 def check_offloaded(executor: Executor) -> None:
-    settled = executor.partitions[: executor.window[0]] if executor._offloads else ()
+    settled = executor.partitions[: executor.window[0]] if executor._offload else ()
     hosted = vars(executor._model).get(HOSTED, {})
     assert set(hosted) == {name for partition in settled for name in partition.state}
 

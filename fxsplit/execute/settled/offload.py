@@ -86,8 +86,6 @@ class Offload:
     def arrange(self, model: nn.Module, settled: int) -> None:
         """Let the state of the first `settled` partitions lie on the host, and that of the others where it was."""
         self._kept = [[] for _ in range(settled)]
-        if not settled and HOSTED not in vars(model):
-            return
         modules = dict(model.named_modules(remove_duplicate=False))
         tensors: dict[str, Tensor] = {}
         stay: set[str] = set()
@@ -102,7 +100,7 @@ class Offload:
                 for index in users:
                     self._kept[index].append(kept)
         hosted: dict[str, torch.device] = vars(model).setdefault(HOSTED, {})
-        _bring_back(tensors, hosted, hosted.keys() - stay)
+        _move_back(tensors, hosted, hosted.keys() - stay)
         for name in stay:
             tensor = tensors[name]
             if tensor.device != HOST:
@@ -150,6 +148,15 @@ class Offload:
                         original.copy_(copy)
 
 
+@torch.no_grad()
+def bring_back(model: nn.Module) -> None:
+    """Move to its device what an executor that is gone has left on the host."""
+    if HOSTED in vars(model):
+        hosted: dict[str, torch.device] = vars(model)[HOSTED]
+        _move_back({**dict(model.named_parameters()), **dict(model.named_buffers())}, hosted, list(hosted))
+        del vars(model)[HOSTED]
+
+
 def on_host(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor in memory of the host, from which a GPU can copy it to `device` while the host goes on."""
     host = tensor.to(HOST)
@@ -168,7 +175,7 @@ def _copy(original: Tensor, device: torch.device) -> Tensor:
     return nn.Parameter(copy, requires_grad=False) if isinstance(original, nn.Parameter) else copy
 
 
-def _bring_back(tensors: Mapping[str, Tensor], hosted: dict[str, torch.device], names: Iterable[str]) -> None:
+def _move_back(tensors: Mapping[str, Tensor], hosted: dict[str, torch.device], names: Iterable[str]) -> None:
     """Move tensors back to where they came from, or to where the others are if none of these is there any more."""
     others = {tensor.device for name, tensor in tensors.items() if name not in hosted}
     for name in names:

@@ -63,6 +63,23 @@ def hosted_of(net: Executor) -> dict[str, torch.device]:
     return found
 
 
+def settled_network(name: str, *, offloads: bool) -> tuple[Executor, tuple[int, ...]]:
+    """An executor of up to four partitions, of which the last one trains, and the shape of its inputs."""
+    torch.manual_seed(0)
+    shape = (2, 3, NETWORKS[name], NETWORKS[name]) if name in NETWORKS else SHAPE
+    captured = trace(lived(network(name), shape), (torch.empty(shape),))
+    most = 1 + sum(cut.refusal is None for cut in cuts(captured))
+    net = Executor(captured, partition(captured, count=min(most, 4)), settled_offload=offloads)
+    net.enter(Phase(start=len(net.partitions) - 1, stop=len(net.partitions), epochs=1))
+    return net, shape
+
+
+@pytest.fixture
+def unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors cannot be pinned."""
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+
+
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partitions run on copies of what is on the host, as on a GPU."""
@@ -75,18 +92,11 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "HOST", ELSEWHERE)
 
 
+@pytest.mark.usefixtures("unpinned")
 @pytest.mark.parametrize("name", [*NETWORKS, *(name for name in HAZARDS if name not in ASKING + UNKNOWN)])
-def test_all_that_runs_is_on_the_device_of_the_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_that_runs_is_on_the_device_of_the_inputs(name: str) -> None:
     """Fake tensors know their device, and refuse to be computed with those of another."""
-    # Fake ones cannot be pinned.
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-    torch.manual_seed(0)
-    shape = (2, 3, NETWORKS[name], NETWORKS[name]) if name in NETWORKS else SHAPE
-    model = lived(network(name), shape)
-    captured = trace(model, (torch.empty(shape),))
-    most = 1 + sum(cut.refusal is None for cut in cuts(captured))
-    net = Executor(captured, partition(captured, count=min(most, 4)), settled_offload=True)
-    net.enter(Phase(start=len(net.partitions) - 1, stop=len(net.partitions), epochs=1))
+    net, shape = settled_network(name, offloads=True)
     before = {key: (id(each), each.data_ptr()) for key, each in state_of(net).items()}
     for mode in (True, False):
         net.train(mode)
@@ -97,12 +107,13 @@ def test_all_that_runs_is_on_the_device_of_the_inputs(name: str, monkeypatch: py
     assert {key: (id(each), each.data_ptr()) for key, each in state_of(net).items()} == before
 
 
+@pytest.mark.usefixtures("unpinned")
 def test_what_is_left_on_the_host_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the test above can fail."""
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     net = chain(offloads=True).eval()
     monkeypatch.setattr(offload.Offload, "arrange", lambda *_: None)
     net.train().eval()
+    assert net._offload is not None
     net._offload._kept = []
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="same device"):
         net.settle(torch.empty(SHAPE, device="cuda"))
@@ -111,17 +122,7 @@ def test_what_is_left_on_the_host_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("copied")
 @pytest.mark.parametrize("name", [*NETWORKS, *HAZARDS])
 def test_results_and_what_is_written_are_those_without(name: str) -> None:
-    torch.manual_seed(0)
-    shape = (2, 3, NETWORKS[name], NETWORKS[name]) if name in NETWORKS else SHAPE
-    model = lived(network(name), shape)
-    nets = []
-    for offloads in (False, True):
-        captured = trace(copy.deepcopy(model), (torch.empty(shape),))
-        most = 1 + sum(cut.refusal is None for cut in cuts(captured))
-        net = Executor(captured, partition(captured, count=min(most, 4)), settled_offload=offloads)
-        net.enter(Phase(start=len(net.partitions) - 1, stop=len(net.partitions), epochs=1))
-        nets.append(net)
-    plain, ours = nets
+    (plain, shape), (ours, _) = (settled_network(name, offloads=offloads) for offloads in (False, True))
     for mode in (True, False):
         plain.train(mode)
         ours.train(mode)
@@ -213,7 +214,7 @@ def test_weights_come_back_to_their_device_or_to_that_of_the_others() -> None:
     for others, expected in (("cuda:1", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
         tensors: dict[str, Any] = {"a": Weight("a", "cpu"), "stays": Weight("b", "cpu"), "trains": Weight("c", others)}
         hosted = dict.fromkeys(("a", "gone", "stays"), torch.device("cuda:1"))
-        offload._bring_back(tensors, hosted, ["a", "gone"])
+        offload._move_back(tensors, hosted, ["a", "gone"])
         assert str(tensors["a"].data.device) == expected
         assert tensors["stays"].data is tensors["stays"]
         assert list(hosted) == ["stays"]
@@ -223,11 +224,11 @@ def test_what_finds_no_room_on_its_device_comes_back_later() -> None:
     tensors: dict[str, Any] = {name: Weight(name, "cpu") for name in ("a", "large", "c")}
     hosted = dict.fromkeys(tensors, torch.device("cuda:0"))
     with pytest.raises(torch.OutOfMemoryError):
-        offload._bring_back(tensors, hosted, list(tensors))
+        offload._move_back(tensors, hosted, list(tensors))
     assert list(hosted) == ["large", "c"]
     assert tensors["a"].data.device.type == "cuda"
     tensors["large"].name = "small"
-    offload._bring_back(tensors, hosted, list(hosted))
+    offload._move_back(tensors, hosted, list(hosted))
     assert {each.data.device.type for each in tensors.values()} == {"cuda"}
     assert not hosted
 
@@ -316,9 +317,9 @@ def test_a_copy_places_what_is_its_own(again: Callable[[Executor], Executor]) ->
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if isinstance(a, Tensor))
 
 
-def test_a_stage_that_runs_itself_has_all_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("unpinned")
+def test_a_stage_that_runs_itself_has_all_that_it_reads() -> None:
     """One with a hook in it that was given after tracing is not folded."""
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     net, called = chain(offloads=True).train(), []
     net.get_submodule("conv1").register_forward_hook(lambda *_: called.append(1))
     with FakeTensorMode(allow_non_fake_inputs=True):
