@@ -253,6 +253,10 @@ def test_every_field_has_a_key_and_help() -> None:
             "parallel is 'fsdp' and torchcompile is 'inductor', but compiled stages cannot wait for the weights",
         ),
         ({"parallel": "fsdp", "amp": True, "amp_dtype": "float16"}, "parallel is 'fsdp' and amp-dtype is 'float16'"),
+        (
+            {"settled_offload": True, "torchcompile": "inductor"},
+            "settled-offload is true and torchcompile is 'inductor', but compiled stages keep the weights",
+        ),
         ({"sync_bn": True, "torchcompile": "inductor"}, "sync-bn is true and torchcompile is 'inductor', but compiled"),
         (
             {"parallel": "pipelines"},

@@ -106,7 +106,11 @@ def test_beside_a_cpu_what_settles_is_on_the_host_already() -> None:
     spec = fxsplit.RunSpec(model="paper:cnn", schedule="settle", epochs=10, settled_offload=True)
 
     def last(device: str) -> int:
-        ahead = fxsplit.inspect(replace(spec, device=device)).forecast
+        heard = Sentences()
+        ahead = fxsplit.inspect(replace(spec, device=device), observer=heard).forecast
+        assert any(each.startswith("settled-offload changes nothing on a CPU") for each in heard.found) == (
+            device != "cuda"
+        )
         assert ahead is not None
         return ahead.phases[-1].parameter_bytes
 
@@ -138,3 +142,11 @@ def test_a_first_batch_that_is_not_full_is_timed_in_as_many_micro_batches() -> N
     for index in range(4):
         loss(Net(), index, 4)
     assert given == [2, 3, 2, 3]
+
+
+def test_steps_that_copy_settled_weights_are_not_recorded() -> None:
+    trace = fxsplit.trace(nn.Linear(3, 2), (torch.ones(2, 3),))
+    spec = fxsplit.RunSpec(model="paper:cnn", cuda_graphs="on", settled_offload=True)
+    heard = Sentences()
+    assert assembly.recordings(spec, trace, torch.device("cuda"), ALONE, heard) is None
+    assert heard.found == ["copies of settled weights from the host are not recorded as CUDA graphs; steps run eagerly"]
