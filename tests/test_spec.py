@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fxsplit.errors import UsageError
 from fxsplit.graph import Graph
+from fxsplit.options import key
 from fxsplit.plan.partition import partition
 from fxsplit.plan.planfile import PlanFile, write_file
 from fxsplit.plan.schedule import Phase, Plan
@@ -277,11 +278,7 @@ def test_every_field_has_a_key_and_help() -> None:
         ),
         ({"parallel": "pipeline", "amp": True, "amp_dtype": "float16"}, "parallel is 'pipeline' and amp-dtype is 'flo"),
         ({"veto": True, "anneal": 0.2}, "anneal is 0.2 and veto is true, but a partition that settles later"),
-        ({"shift": "input"}, "shift is 'input', but the schedule is 'standard'; only --schedule finetune asks for it"),
-        (
-            {"schedule": "settle", "settle_front": 0.5},
-            "settle-front is given, but the schedule is 'settle'; only --schedule finetune leaves one out",
-        ),
+        ({"shift": "input"}, "shift can be given only with schedule finetune, and schedule is 'standard'"),
         ({"interpolation": "cubic"}, "interpolation is 'cubic', but must be one of bilinear, bicubic; did you mean"),
         ({"initial_checkpoint": 3}, "initial-checkpoint is 3, but must be text"),
         (
@@ -447,13 +444,33 @@ def test_a_later_plan_withdraws_what_it_says_itself(plan_file: str) -> None:
 
 def test_only_schedules_that_settle_heed_when() -> None:
     early = {"settle_from": 0.1, "settle_share": 0.5}
-    with pytest.raises(UsageError, match="settle-from, settle-share can be given only where partitions settle"):
+    with pytest.raises(UsageError, match="settle-from, settle-share can be given only with schedule settle or settle-"):
         RunSpec(model="paper:cnn", **early)
     recipe = {"model": "paper:cnn", "schedule": "settle-far", **early}
     assert resolve(recipe, {"schedule": "settle"}) == RunSpec(model="paper:cnn", schedule="settle", **early)
     assert resolve(recipe, {"schedule": "standard"}) == RunSpec(model="paper:cnn")
-    with pytest.raises(UsageError, match="the schedule is 'grow'"):
+    with pytest.raises(UsageError, match="schedule is 'grow'"):
         resolve(recipe, {"schedule": "grow", "settle_until": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("name", "heeding", "other", "values"),
+    [
+        ("parallel", "pipeline", "ddp", {"pipeline_schedule": "gpipe"}),
+        ("parallel", "ddp,pipeline", "pipeline", {"pipeline_processes": 3}),
+        ("augment", "resized-crop", "none", {"scale": (0.5, 1.0), "train_interpolation": "bicubic"}),
+        ("schedule", "finetune", "settle", {"settle_front": 0.5, "shift": "input"}),
+    ],
+)
+def test_what_a_value_does_not_heed_is_refused_beside_it_and_dropped_under_it(
+    name: str, heeding: str, other: str, values: dict[str, Any]
+) -> None:
+    recipe = {"model": "paper:cnn", name: heeding, **values}
+    assert resolve(recipe, {"lr": 0.5}) == RunSpec(**recipe, lr=0.5)
+    assert resolve(recipe, {name: other}) == RunSpec(model="paper:cnn", **{name: other})
+    refused = f"{', '.join(map(key, values))} can be given only with {name} .*, and {name} is '{other}'"
+    with pytest.raises(UsageError, match=refused):
+        resolve(recipe, {name: other, **values})
 
 
 def test_l2l_switches_on_more_the_longer_the_run() -> None:

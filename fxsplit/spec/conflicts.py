@@ -8,14 +8,24 @@ from fxsplit.errors import shown
 from fxsplit.options import key
 from fxsplit.paths import has_home
 from fxsplit.plan.schedule import SETTLING
-from fxsplit.spec.fields import DEFAULTS, PIPELINE, PIPELINED, Fields
+from fxsplit.spec.fields import DEFAULTS, PIPELINE, PIPELINED, PIPELINES, Fields
 
 # Fields that may begin with the home folder.
 HOMES = ("model", "initial_checkpoint", "data", "data_dir", "output")
-# Fields that say when partitions settle. Only schedules that settle partitions use them.
-MOMENTS = ("settle_from", "settle_until", "settle_share", "settle_front", "thaw_from")
+# Fields that say when partitions settle.
+MOMENTS = ("settle_from", "settle_until", "settle_share", "thaw_from")
+# Fields that only fine-tuning has.
+FINETUNING = ("settle_front", "shift")
 # Fields that may not be given beside a plan file, because the file decides them.
-PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs_total", "shift", *MOMENTS)
+PLANNED = ("schedule", "parts", "at", "by", "balance", "epochs_total", *MOMENTS, *FINETUNING)
+# A field, those of its values that heed other fields, and these.
+HEEDED = (
+    ("schedule", SETTLING, MOMENTS),
+    ("schedule", ("finetune",), FINETUNING),
+    ("parallel", PIPELINED, ("pipeline_schedule",)),
+    ("parallel", (PIPELINES,), ("pipeline_processes",)),
+    ("augment", ("resized-crop",), ("scale", "ratio", "train_interpolation")),
+)
 
 
 def beside_plan(names: Collection[str]) -> str:
@@ -36,21 +46,14 @@ def conflicts(spec: Fields, *, wrong: Collection[str]) -> Iterator[str]:
     doubled = [name for name in PLANNED if getattr(spec, name) != DEFAULTS[name] and name not in wrong]
     if doubled and spec.plan is not None and "plan" not in wrong:
         yield beside_plan(doubled)
-    unheeded = [key(name) for name in MOMENTS if getattr(spec, name) is not None and name not in wrong]
-    if unheeded and spec.plan is None and spec.schedule not in SETTLING and "schedule" not in wrong:
-        yield (
-            f"{', '.join(unheeded)} can be given only where partitions settle, and the schedule is {spec.schedule!r}; "
-            "use --schedule settle or --l2l"
-        )
-    if spec.shift != "none" and spec.plan is None and spec.schedule != "finetune" and "schedule" not in wrong:
-        yield f"shift is {spec.shift!r}, but the schedule is {spec.schedule!r}; only --schedule finetune asks for it"
-    if (
-        spec.settle_front is not None
-        and spec.plan is None
-        and spec.schedule in SETTLING
-        and spec.schedule != "finetune"
-    ):
-        yield f"settle-front is given, but the schedule is {spec.schedule!r}; only --schedule finetune leaves one out"
+    for name, values, others in HEEDED:
+        unheeded = [key(each) for each in others if getattr(spec, each) != DEFAULTS[each] and each not in wrong]
+        chosen = getattr(spec, name)
+        if unheeded and chosen not in values and name not in wrong and (spec.plan is None or name not in PLANNED):
+            yield (
+                f"{', '.join(unheeded)} can be given only with {key(name)} {' or '.join(values)}, and {key(name)} is "
+                f"{chosen!r}"
+            )
     if not {"batch_size", "grad_accum_steps"} & set(wrong) and spec.batch_size % spec.grad_accum_steps:
         yield f"grad-accum-steps is {spec.grad_accum_steps}, but must divide batch-size {spec.batch_size}"
     if spec.parallel == "fsdp" and "parallel" not in wrong:
@@ -113,10 +116,6 @@ def _pipeline_conflicts(spec: Fields, *, wrong: Collection[str]) -> Iterator[str
 
 
 def _augmentation_conflicts(spec: Fields, *, wrong: Collection[str]) -> Iterator[str]:
-    names = ("scale", "ratio", "train_interpolation")
-    unheeded = [key(name) for name in names if getattr(spec, name) != DEFAULTS[name] and name not in wrong]
-    if unheeded and spec.augment != "resized-crop" and "augment" not in wrong:
-        yield f"{', '.join(unheeded)} can be given only with augment resized-crop, and augment is {spec.augment!r}"
     for name in ("scale", "ratio"):
         pair = getattr(spec, name)
         if name not in wrong and pair and (len(pair) != 2 or pair[0] > pair[1]):

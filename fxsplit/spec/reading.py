@@ -85,8 +85,9 @@ def resolve(*layers: Mapping[str, Any]) -> RunSpec:
     """Make a RunSpec from layers of values by field name, of which later ones win.
 
     A layer also drops values of earlier layers that its own make obsolete: `parts` drops `at`, and `at` drops `parts`;
-    `plan` drops all that a plan file decides; `preset` drops `schedule`; `model_ema` drops `average`; and a schedule
-    that settles nothing drops the fields that say when partitions settle.
+    `plan` drops all that a plan file decides; `preset` drops `schedule`; `model_ema` drops `average`; a schedule that
+    settles nothing drops the fields that say when partitions settle; and in the same way `parallel` and `augment` drop
+    what only other values of theirs heed.
 
     Raises UsageError as RunSpec does.
     """

@@ -11,9 +11,8 @@ import yaml
 from fxsplit.errors import UsageError, joined, nearest
 from fxsplit.options import key, kind_of, read_value
 from fxsplit.plan.planfile import read_options
-from fxsplit.plan.schedule import SETTLING
 from fxsplit.presets import PRESETS, preset
-from fxsplit.spec.conflicts import MOMENTS, PLANNED, conflicts
+from fxsplit.spec.conflicts import HEEDED, PLANNED, conflicts
 from fxsplit.spec.fields import DEFAULTS, Fields
 
 # By field, those whose values from earlier layers are dropped when a later layer gives it: they decide the same thing.
@@ -71,8 +70,7 @@ def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for layer in layers:
         given = [name for name in WITHDRAWN if layer.get(name, DEFAULTS[name]) != DEFAULTS[name]]
         gone = [name for each in given for name in WITHDRAWN[each]]
-        if layer.get("schedule", "settle") not in SETTLING:
-            gone += MOMENTS
+        gone += [other for name, values, others in HEEDED if layer.get(name, values[0]) not in values for other in others]
         merged = {name: value for name, value in merged.items() if name not in gone} | dict(layer)
     return merged
 
