@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxsplit.models.paper import DenseLayer, ResNeXtGroup
+from fxsplit.models.libraries.paper import DenseLayer, ResNeXtGroup
 
 
 def vgg(num_classes: int) -> nn.Module:

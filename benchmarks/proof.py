@@ -26,6 +26,8 @@ import typer
 
 from fxsplit.errors import FxsplitError
 from fxsplit.models import registry
+from fxsplit.models.libraries.timm import families
+from fxsplit.models.libraries.torchvision import module_of
 from fxsplit.proving.checking import check_model
 from fxsplit.proving.workers import call_each
 from fxsplit.records import json_line
@@ -48,7 +50,7 @@ GROUPS = {
 
 def wanted(done: Set[str], only: str) -> Iterator[str]:
     """The models of the proof that are not done yet."""
-    for members in registry.families().values():
+    for members in families().values():
         # To find the smallest means to build them all.
         if "timm:".startswith(only[:5]) and done.isdisjoint(members) and not set(TOO_LARGE) & set(members):
             yield registry.smallest(members)
@@ -70,7 +72,7 @@ def group_of(name: str) -> str:
         return "timm, the smallest model of each family"
     if source == "hf":
         return "Hugging Face, every type that builds small"
-    return GROUPS.get(registry.torchvision_module(own).partition(".")[0], GROUPS["classification"])
+    return GROUPS.get(module_of(own).partition(".")[0], GROUPS["classification"])
 
 
 def check(name: str, *, parts: int) -> CheckRecord:

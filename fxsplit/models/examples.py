@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxsplit.models import registry
+from fxsplit.models.libraries import torchvision
 from fxsplit.objects.structure import map_tensors, tensors_in
 
 TOKENS = 16
@@ -102,7 +103,7 @@ class _Draw:
 
 
 def _for_torchvision(name: str, draw: _Draw, batch_size: int, side: int, training: bool) -> Example:
-    kind = registry.torchvision_module(name)
+    kind = torchvision.module_of(name)
     if kind.startswith("video."):
         return Example(args=(draw.normal(batch_size, 3, FRAMES, side, side),))
     if kind.startswith("optical_flow."):

@@ -70,7 +70,9 @@ def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for layer in layers:
         given = [name for name in WITHDRAWN if layer.get(name, DEFAULTS[name]) != DEFAULTS[name]]
         gone = [name for each in given for name in WITHDRAWN[each]]
-        gone += [other for name, values, others in HEEDED if layer.get(name, values[0]) not in values for other in others]
+        gone += [
+            other for name, values, others in HEEDED if layer.get(name, values[0]) not in values for other in others
+        ]
         merged = {name: value for name, value in merged.items() if name not in gone} | dict(layer)
     return merged
 

@@ -12,7 +12,8 @@ import torch
 import torchvision
 
 from fxsplit.errors import DataError, UsageError
-from fxsplit.models.registry import build, expand, families, native_size, sketch, smallest
+from fxsplit.models.libraries.timm import families
+from fxsplit.models.registry import build, expand, native_size, sketch, smallest
 
 
 def test_a_pattern_means_all_that_match_in_the_librarys_order() -> None:

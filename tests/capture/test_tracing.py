@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fxsplit.capture.tracing import Trace, trace
 from fxsplit.errors import GuardError, TraceError
-from fxsplit.models.paper import NETWORKS
+from fxsplit.models.libraries.paper import NETWORKS
 from fxsplit.objects.structure import members
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.schedule import Phase

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import GuardError, PartitionError
 from fxsplit.execute.executor import Executor
-from fxsplit.models.paper import NETWORKS
+from fxsplit.models.libraries.paper import NETWORKS
 from fxsplit.models.registry import build
 from fxsplit.objects.structure import tensors_in
 from fxsplit.plan.cuts import cuts

@@ -16,7 +16,7 @@ from fxsplit.capture.tracing import Trace, trace
 from fxsplit.execute.executor import Executor
 from fxsplit.measuring.op_costs import measure
 from fxsplit.measuring.phase_costs import measure_phases, time_ratio, update_seconds
-from fxsplit.models.paper import NETWORKS
+from fxsplit.models.libraries.paper import NETWORKS
 from fxsplit.plan.forecast import forecast
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan, schedule

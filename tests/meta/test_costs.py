@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import DeformConv2d
 
 from fxsplit.capture.tracing import trace
-from fxsplit.models.paper import NETWORKS
+from fxsplit.models.libraries.paper import NETWORKS
 from fxsplit.objects.structure import tensors_in
 from tests.networks import HAZARDS, Chain
 

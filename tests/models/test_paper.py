@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxsplit.errors import UsageError
-from fxsplit.models.paper import NETWORKS, DenseLayer, ResNeXtGroup
+from fxsplit.models.libraries.paper import NETWORKS, DenseLayer, ResNeXtGroup
 
 KERAS_LAYERS = [
     "conv1",

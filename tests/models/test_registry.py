@@ -475,7 +475,7 @@ def test_pretrained_weights_keep_all_but_the_classifier(
 def test_a_head_of_timm_starts_at_zero_where_it_is_new(
     num_classes: int, is_zero: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxsplit.models.registry._timm_download", lambda *_: nullcontext())
+    monkeypatch.setattr("fxsplit.models.libraries.timm._download", lambda *_: nullcontext())
     monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_args, **_kwargs: None)
     model = build("timm:resnet18", num_classes=num_classes, img_size=32, pretrained=True)
     assert [not parameter.any() for parameter in model.get_submodule("fc").parameters()] == [is_zero, is_zero]

@@ -9,7 +9,7 @@ import torch
 
 from fxsplit import trace
 from fxsplit.graph import Graph
-from fxsplit.models.paper import NETWORKS
+from fxsplit.models.libraries.paper import NETWORKS
 from fxsplit.plan.budget import fit
 from fxsplit.plan.forecast import Forecast, forecast
 from fxsplit.plan.partition import partition

@@ -27,7 +27,7 @@ from fxsplit.execute.executor import Executor
 from fxsplit.execute.forward import Forward, logits_of
 from fxsplit.measuring import allocations
 from fxsplit.measuring.op_costs import measure
-from fxsplit.models.paper import NETWORKS
+from fxsplit.models.libraries.paper import NETWORKS
 from fxsplit.plan.forecast import forecast
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase, Plan, schedule

@@ -17,7 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fxsplit.errors import UsageError
+from fxsplit.errors import NoModelError, UsageError, nearest, shown
+from fxsplit.models.libraries.library import DROP_PATH, Library, drop_path_argument, refuse_pretrained
+from fxsplit.models.surgery import keep_small_images
 
 
 def cnn(num_classes: int = 10, img_size: int = 32, in_channels: int = 3) -> nn.Module:
@@ -202,3 +204,19 @@ def _require_pixels(img_size: int, *, at_least: int) -> None:
             f"images of {img_size} x {img_size} pixels vanish in this network's poolings; "
             f"use at least {at_least} x {at_least}"
         )
+
+
+def _build(name: str, *, num_classes: int, img_size: int, pretrained: bool, stem: str, drop_path: float) -> nn.Module:
+    spec = f"paper:{name}"
+    if name not in NETWORKS:
+        raise NoModelError(
+            f"the paper has no network {shown(name)}, only {', '.join(NETWORKS)}{nearest(name, NETWORKS)}"
+        )
+    refuse_pretrained(spec, pretrained)
+    model = NETWORKS[name](num_classes, img_size, 3, **drop_path_argument(DROP_PATH, drop_path))
+    if stem == "cifar":
+        keep_small_images(model, spec)
+    return model
+
+
+LIBRARY = Library(build=_build, names=lambda: list(NETWORKS), native_size=lambda _name: 32)

@@ -8,13 +8,26 @@ language modelling. Types that have only other heads cannot be built.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxsplit.errors import NoModelError, UsageError, nearest
+from fxsplit.models.downloads import hub_or_its_cache
+from fxsplit.models.libraries.library import (
+    DROP_PATH,
+    HUB_CACHE,
+    USUAL_SIZE,
+    Library,
+    errors_of,
+    no_drop_path,
+    refuse_pretrained,
+)
+from fxsplit.models.surgery import keep_small_images
 from fxsplit.trust import code_is_trusted
 
 # Limits of a small configuration, by the names that most types use for a size. None is replaced by the limit.
@@ -78,16 +91,45 @@ FACTORIES = {
 }
 
 
-def names() -> list[str]:
+def _names() -> list[str]:
     """List all types that `hf:TYPE` builds."""
     return sorted(kind for kind in _heads() if kind not in UNFIT)
 
 
-def build(name: str, *, num_classes: int, img_size: int | None, pretrained: bool) -> nn.Module:
-    """Build the model `hf:name`; without an `img_size` it is that of the configuration, as for pretrained weights.
+def _build(
+    name: str, *, num_classes: int, img_size: int | None, pretrained: bool, stem: str, drop_path: float
+) -> nn.Module:
+    """Build the model `hf:name`; without an `img_size` it is that of the configuration, as for pretrained weights."""
+    if not _is_repository(name):
+        refuse_pretrained(f"hf:{name}", pretrained)
+    if drop_path:
+        raise no_drop_path(f"hf:{name}", DROP_PATH)
+    settings = {"num_classes": num_classes, "img_size": img_size}
+    with errors_of("hf", name, settings, cache=HUB_CACHE), _download(name):
+        model = _with_head(name, num_classes=num_classes, img_size=img_size, pretrained=pretrained)
+    if stem == "cifar":
+        keep_small_images(model, f"hf:{name}")
+    return model
 
-    Raises UsageError for an unknown type, and what transformers raises.
-    """
+
+def _rebuild(name: str, **settings: Any) -> nn.Module:
+    """Build a model as for pretrained weights: their image size is that of the configuration."""
+    return _build(name, **settings | {"img_size": None, "pretrained": False})
+
+
+def _native_size(name: str) -> int:
+    with errors_of("hf", name, {}, cache=HUB_CACHE), _download(name):
+        size = getattr(_configuration(name), "image_size", None)
+    return (size[0] if isinstance(size, list | tuple) else size) or USUAL_SIZE
+
+
+def _download(name: str) -> AbstractContextManager[None]:
+    """Return a context in which transformers finds out soon that there is no network, where it needs one."""
+    is_local = name.startswith((".", "/")) or Path(name).is_dir()
+    return hub_or_its_cache() if _is_repository(name) and not is_local else nullcontext()
+
+
+def _with_head(name: str, *, num_classes: int, img_size: int | None, pretrained: bool) -> nn.Module:
     config = _configuration(name)
     import transformers
 
@@ -132,13 +174,7 @@ def _clear_new_heads(model: nn.Module, found: Mapping[str, Any], num_classes: in
             parameter.zero_()
 
 
-def native_size(name: str) -> int | None:
-    """Return the side in pixels of the images that the model is made for, None if its configuration has none."""
-    size = getattr(_configuration(name), "image_size", None)
-    return size[0] if isinstance(size, list | tuple) else size
-
-
-def is_repository(name: str) -> bool:
+def _is_repository(name: str) -> bool:
     """Whether `name` is a repository on the hub or a folder, and not a type of model."""
     return "/" in name
 
@@ -163,7 +199,7 @@ def _configuration(name: str) -> Any:
     heads = _heads()
     import transformers
 
-    if is_repository(name):
+    if _is_repository(name):
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=code_is_trusted())
     if name in UNFIT:
         raise UsageError(
@@ -199,3 +235,6 @@ def _small(config_class: Any) -> Any:
         if hasattr(type(values.get(name)), "sub_configs"):
             settings[name] = _small(type(values[name]))
     return config_class(**settings | ALSO.get(config_class.model_type, {}))
+
+
+LIBRARY = Library(build=_build, names=_names, native_size=_native_size, rebuild=_rebuild)
