@@ -443,7 +443,7 @@ class Fields:
         False,
     )
     output: str = option(
-        "Run", "Folder in which each run gets a folder of its own.", "output/train", flags=("--output-dir",)
+        "Run", "Folder in which each run gets a folder of its own.", "output/train", flags=("-o", "--output-dir")
     )
     experiment: str | None = option(
         "Run",

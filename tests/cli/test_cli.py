@@ -50,7 +50,7 @@ TRAIN_OPTIONS = """
 --grad-accum-steps
 --img-size --initial-checkpoint --interpolation --json --l2l --log-interval --lr --max-bad-samples --mean --memory-aim
 --memory-budget --min-lr --momentum --no-amp --no-channels-last
---no-deterministic --no-dry-run --no-pretrained --no-progress --no-prove --on-nan --opt --output --output-dir
+--no-deterministic --no-dry-run --no-pretrained --no-progress --no-prove --on-nan --opt --output -o --output-dir
 --parallel --parts --pipeline-processes --pipeline-schedule --plan --preset --pretrained --print-config
 --progress --prove --quiet -q
 --resume --sched --schedule --seed --settled-dtype --settled-offload
@@ -376,8 +376,8 @@ def test_command_line_wins_over_environment_over_recipe(
 
 
 def test_l2l_is_a_preset(api: FakeApi, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "paper:cnn", "--l2l", "--wd", "0.5", "-b", "4"]) == 0
-    assert api.spec == RunSpec(model="paper:cnn", preset="l2l", weight_decay=0.5, batch_size=4)
+    assert main(["train", "paper:cnn", "--l2l", "--wd", "0.5", "-b", "4", "-o", "runs"]) == 0
+    assert api.spec == RunSpec(model="paper:cnn", preset="l2l", weight_decay=0.5, batch_size=4, output="runs")
     assert main(["inspect", "paper:cnn", "--l2l", "--preset", "l2l", "--schedule", "grow"]) == 0
     assert api.spec == RunSpec(model="paper:cnn", preset="l2l", schedule="grow")
     assert main(["inspect", "paper:cnn", "--l2l", "--preset", "none"]) == 2
