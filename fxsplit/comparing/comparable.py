@@ -32,6 +32,7 @@ SURROUNDINGS = (
     "python",
     "os",
     "cpu",
+    "cpu_capability",
     "torch_threads",
 )
 OF_GPUS = ("name", "driver", "cuda", "cudnn", "cudnn_benchmark", "tf32")

@@ -30,7 +30,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "os": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": processor_name(_cpuinfo()),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": _gpu(device),
@@ -55,12 +56,23 @@ def _version(package: str) -> str | None:
         return getattr(import_module(package), "__version__", None)
 
 
-def _cpu_model() -> str:
+def processor_name(cpuinfo: str) -> str:
+    """Read the processor's name out of the text of /proc/cpuinfo; without any, the platform's word for it.
+
+    Its family and model stand beside the name, which a virtual machine may shorten to the maker's.
+    """
+    name, *numbers = (
+        re.search(rf"^{key}\s*:\s*(.+)$", cpuinfo, re.MULTILINE) for key in ("model name", "cpu family", "model")
+    )
+    kind = ", ".join(f"{key} {found[1]}" for key, found in zip(("family", "model"), numbers, strict=True) if found)
+    return f"{name[1]}{f' ({kind})' * bool(kind)}" if name else platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> str:
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+        return Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+        return ""
 
 
 def _gpu(device: torch.device) -> dict[str, Any] | None:

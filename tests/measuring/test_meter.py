@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import fxsplit
 from fxsplit.assembly import determinism
-from fxsplit.measuring.environment import environment
+from fxsplit.measuring.environment import environment, processor_name
 from fxsplit.measuring.meter import Meter, NvmlDevice, now, peak_resident_bytes, resident_bytes, stopwatch
 from fxsplit.training.accuracy import Accuracy
 
@@ -218,9 +218,23 @@ def test_the_environment_is_plain_json() -> None:
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
     assert found["python"] == sys.version.split()[0]
     assert found["torch_threads"] == torch.get_num_threads()
-    assert found["cpu"]
+    assert found["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert found["gpu"] is None
     assert datetime.fromisoformat(found["date_utc"]).utcoffset() == timedelta(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n", "AMD EPYC (family 25, model 17)"),
+        ("processor\t: 0\nmodel name\t: ARMv7\n", "ARMv7"),
+        ("processor\t: 0\nCPU part\t: 0xd40\n", "a processor"),
+    ],
+)
+def test_processors_with_one_name_are_told_apart(text: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual machine may call all processors of a maker the same."""
+    monkeypatch.setattr("platform.processor", lambda: "a processor")
+    assert processor_name(text) == name
 
 
 def test_the_environment_names_the_gpu_and_its_driver(cuda: list[str]) -> None:
