@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
+import fxsplit.plan.forecast
+from fxsplit.assembly.plans import forecast
 from fxsplit.assembly.steps import loss
 from fxsplit.capture.tracing import Trace
-from fxsplit.data.batch import Batch
 from fxsplit.measuring.meter import is_out_of_memory
+from fxsplit.plan.schedule import Phase
 from fxsplit.proving.first_batch import prove_batch
 from fxsplit.proving.replays import differing_replays
 from fxsplit.report import Observer
@@ -22,18 +27,20 @@ from fxsplit.training.trainer import Trainer
 def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: Observer) -> float:
     """Prove on the first batch that the executor computes what the model computes; return the seconds that it took.
 
-    Compilers may round otherwise, so stages run uncompiled here: the proof is of what the compiler is given. Raises
-    ProofError when the two differ.
+    As many of its images are taken as the memory holds that training needs. Compilers may round otherwise, so stages
+    run uncompiled here: the proof is of what the compiler is given. Raises ProofError when the two differ.
     """
     began = perf_counter()
     trainer.executor.train()
     batch = next(trainer.feed.train_loader.batches(0))
+    count = _images_within(spec, trace, trainer, len(batch))
+    images, labels = batch.images[:count], batch.labels[:count]
     with torch.compiler.set_stance("force_eager") if spec.torchcompile else nullcontext():
         proof = prove_batch(
             trace.model,
             trainer.executor,
-            batch.images,
-            batch.labels,
+            images,
+            labels,
             micro_batches=trainer.plan.phases[0].micro_batches,
             batch_size=trainer.feed.train_loader.own_batch_size,
             loss=partial(loss, spec),
@@ -46,21 +53,41 @@ def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: O
             "batch; the partitions were held to these within what they vary by themselves"
         )
     if trainer.work is not None:
-        trainer.work.proof(len(batch))
+        trainer.work.proof(count)
     if trainer.recordings is not None:
-        _prove_replays(spec, trace, trainer, batch, observer)
+        _prove_replays(spec, trace, trainer, images, labels, observer)
     return perf_counter() - began
 
 
-def _prove_replays(spec: RunSpec, trace: Trace, trainer: Trainer, batch: Batch, observer: Observer) -> None:
+def _images_within(spec: RunSpec, trace: Trace, trainer: Trainer, count: int) -> int:
+    """Return of how many images, of `count`, the activations fit in those of the plan; at least two, for BatchNorm.
+
+    In the proof everything trains, and nothing is recomputed. In a plan that saves memory no phase may be like that.
+    """
+    plan = trainer.plan
+    everything = Phase(start=0, stop=len(plan.partitions), epochs=1, micro_batches=plan.phases[0].micro_batches)
+    proof = replace(plan, phases=(everything,))
+
+    def activations(images: int) -> int:
+        return fxsplit.plan.forecast.forecast(proof, trace, batch_size=images).phases[0].activation_bytes
+
+    ahead = forecast(spec, plan, trace, measured=False, processes=trainer.processes)
+    most = max(phase.activation_bytes for phase in ahead.phases)
+    fewer = range(3, count + 1)
+    return min(count, 2 + bisect_right(fewer, most, key=activations))
+
+
+def _prove_replays(
+    spec: RunSpec, trace: Trace, trainer: Trainer, images: Tensor, labels: Tensor, observer: Observer
+) -> None:
     """Compare replayed steps with eager ones on a batch; where they differ, no step is recorded in this run."""
     assert trainer.recordings is not None
     try:
         wrong = differing_replays(
             trace.model,
             trainer.executor,
-            batch.images,
-            batch.labels,
+            images,
+            labels,
             micro_batches=trainer.plan.phases[0].micro_batches,
             batch_size=trainer.feed.train_loader.own_batch_size,
             loss=partial(loss, spec),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from fxsplit.caching.feed import Feed
 from fxsplit.measuring.meter import Meter, now, processor_seconds
 from fxsplit.plan.forecast import StepWork
-from fxsplit.plan.schedule import Plan
+from fxsplit.plan.schedule import Phase, Plan
 from fxsplit.report import EpochRecord, StepRecord
 from fxsplit.training.accuracy import Score
 from fxsplit.training.phase_optimizer import PhaseOptimizer
@@ -166,6 +167,8 @@ class Work:
     def __init__(self, count: Callable[[Plan], Sequence[StepWork]], plan: Plan) -> None:
         self._count_steps = count
         self._phases = count(plan)
+        everything = Phase(start=0, stop=len(plan.partitions), epochs=1)
+        (self._whole,) = count(replace(plan, phases=(everything,)))
         self._forward = [partition.macs for partition in plan.partitions]
         self._count = 0
 
@@ -188,8 +191,8 @@ class Work:
         self._count += images * sum(self._forward[start:stop])
 
     def proof(self, images: int) -> None:
-        """Count the proof on a batch of the first phase: a step of the model, and one of its partitions."""
-        self._count += 2 * images * (self._phases[0].settled + self._phases[0].rest)
+        """Count the proof: a step of the model and one of its partitions, in which everything trains."""
+        self._count += 2 * images * self._whole.rest
 
     def take(self) -> int:
         """Return the count, and begin anew."""

@@ -54,6 +54,9 @@ def test_what_is_added_up() -> None:
     work = Work(partial(step_work, modes=trace), plan)
     work.proof(8)
     assert work.take() == 2 * 8 * phases[0].rest
+    later = Work(partial(step_work, modes=trace), replace(plan, phases=given[1:]))
+    later.proof(8)  # in which everything trains, also what has settled in the first phase
+    assert later.take() == 2 * 8 * phases[0].rest
     work.step(1, 5, start=0)
     work.step(1, 5, start=1)
     assert work.take() == 5 * (FIRST + 2 * phases[1].rest)
