@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fxsplit.capture.contexts import contexts_of
@@ -62,7 +63,8 @@ def _may_follow_the_batch(guard: Guard) -> bool:
 
 def _answers(recording: Recording, guards: list[Guard], recorder: Recorder, size: int) -> list[Any]:
     asked = replace(recording, guards=guards)
-    return answers(asked, recorder.meta_model, recorder.inputs(size), recorder.device)
+    with torch.set_grad_enabled(recorder.meta_model.training):
+        return answers(asked, recorder.meta_model, recorder.inputs(size), recorder.device)
 
 
 def _sizes(batch_size: int) -> tuple[int, int]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxsplit.capture.contexts import Context, contexts_of, opened
 from fxsplit.capture.questions import QUESTIONS
 from fxsplit.capture.recording import Recording
 from fxsplit.errors import GuardError
 from fxsplit.meta.evaluate import ImpureCall, StandIn, evaluate, resolve
 from fxsplit.objects.structure import META
+
+# Attributes that depend on whether autograd records.
+OF_AUTOGRAD = ("requires_grad", "is_leaf", "grad_fn")
 
 
 class _Ref(str):
@@ -28,6 +32,12 @@ class _Step:
     target: Any
     args: Any
     kwargs: Any
+    contexts: tuple[Context, ...]
+
+    @property
+    def asks_autograd(self) -> bool:
+        """Whether its value depends on what autograd records."""
+        return self.target is getattr and self.args[1] in OF_AUTOGRAD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,20 +48,22 @@ class _Question:
     answer: Any
     where: str
 
-    def ask(self, value: Any) -> None:
-        """Raise GuardError if the answer has changed."""
+    def ask(self, value: Any, advice: str) -> None:
+        """Raise GuardError, which ends in `advice`, if the answer has changed."""
         answer = QUESTIONS[self.question](value)
         if answer != self.answer:
             raise GuardError(
                 f"this input takes another path through the model than the traced one: {self.question}() of "
-                f"{self.op!r} was {self.answer} and is now {answer} ({self.where}); "
-                "trace the model again with such an input"
+                f"{self.op!r} was {self.answer} and is now {answer} ({self.where}); {advice}"
             )
 
 
 @dataclass(kw_only=True)
 class Guards:
-    """Holds the questions of one mode and the ops, run on the meta device, on which they depend. Can be pickled."""
+    """Holds the questions of one mode and the ops, run on the meta device, on which they depend. Can be pickled.
+
+    `ask_autograd` tells whether answers depend on autograd.
+    """
 
     questions: tuple[_Question, ...]
     inputs: tuple[str, ...]
@@ -61,6 +73,7 @@ class Guards:
 
     def __post_init__(self) -> None:
         self._ambient = _ambient(self.steps)
+        self.ask_autograd = any(step.asks_autograd for step in self.steps)
 
     @classmethod
     def of(cls, recording: Recording, names: Mapping[fx.Node, str], meta_model: nn.Module) -> Guards:
@@ -84,22 +97,28 @@ class Guards:
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Ask all questions for these inputs, once for each combination of shapes, dtypes and devices.
 
-        Raises GuardError when an answer has changed.
+        Where an answer depends on autograd, gradients are on or off as they are now. Raises GuardError when an answer
+        has changed.
         """
         if not self.questions:
             return
         form: tuple[Any, ...] = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
         ambient = _answers_now(self._ambient)
         form += tuple(ambient.values())
+        if self.ask_autograd:
+            form += (torch.is_grad_enabled(), *(tensor.requires_grad for tensor in tensors))
         if form in self._passed:
             return
+        advice = "trace the model again with such an input"
+        if self.ask_autograd:
+            advice += ", or call it with gradients on or off as it was traced: on in training, off in evaluation"
         asked: dict[str, list[_Question]] = {}
         for question in self.questions:
             asked.setdefault(question.step, []).append(question)
         with closing(_values(self.steps, self.inputs, self.meta_model, tensors, tensors[0].device, ambient)) as values:
             for name, value in values:
                 for question in asked.get(name, ()):
-                    question.ask(value)
+                    question.ask(value, advice)
         if len(self._passed) >= MOST_FORMS:
             self._passed.clear()
         self._passed.add(form)
@@ -140,21 +159,24 @@ def _values(
     A generator, because a step may fail where an earlier one has another value than when it was traced: the question
     about that value is asked first.
     """
-    values: dict[str, Any] = dict(zip(inputs, (tensor.detach().to(META) for tensor in tensors), strict=True))
+    records = any(step.asks_autograd for step in steps)
+    on_meta = (tensor.detach().to(META).requires_grad_(records and tensor.requires_grad) for tensor in tensors)
+    values: dict[str, Any] = dict(zip(inputs, on_meta, strict=True))
     values.update(ambient)
     yield from list(values.items())
-    with torch.no_grad():
+    with nullcontext() if records else torch.no_grad():
         for step in steps:
             if step.name in ambient:
                 continue
             args, kwargs = resolve(
                 (step.args, step.kwargs), lambda leaf: values[leaf] if isinstance(leaf, _Ref) else leaf
             )
-            value = (
-                _attribute(meta_model, step.target)
-                if step.kind == "get_attr"
-                else evaluate(meta_model, step.kind, step.target, args, kwargs, device)
-            )
+            with opened(step.contexts if records else ()):
+                value = (
+                    _attribute(meta_model, step.target)
+                    if step.kind == "get_attr"
+                    else evaluate(meta_model, step.kind, step.target, args, kwargs, device)
+                )
             values[step.name] = value.value if isinstance(value, StandIn) else value
             yield step.name, values[step.name]
 
@@ -174,7 +196,7 @@ def _step(node: fx.Node) -> _Step:
         return _Ref(argument.name) if isinstance(argument, fx.Node) else argument
 
     args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), reference)
-    return _Step(name=node.name, kind=node.op, target=node.target, args=args, kwargs=kwargs)
+    return _Step(name=node.name, kind=node.op, target=node.target, args=args, kwargs=kwargs, contexts=contexts_of(node))
 
 
 def _attribute(root: nn.Module, path: str) -> Any:

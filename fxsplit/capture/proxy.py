@@ -45,7 +45,7 @@ class ValueProxy(fx.Proxy):
             attribute = getattr(self.value, name)
         except AttributeError as error:
             raise AttributeError(f"{type(self.value).__name__!r} object has no attribute {name!r}") from error
-        if callable(attribute):
+        if callable(attribute) and name != "grad_fn":
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 

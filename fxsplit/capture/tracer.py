@@ -52,6 +52,7 @@ from fxsplit.meta.evaluate import (
     expect,
     on_meta,
     resolve,
+    storage_key,
 )
 from fxsplit.meta.kernels import Kernels
 from fxsplit.meta.known import numbers_of
@@ -140,14 +141,13 @@ class ValueTracer(fx.Tracer):
         self._batch_size = 1
         self._state: dict[int, str] = {}
         self._registered: set[str] = set()
+        self._storages: dict[str, int] = {}
         self._state_nodes: dict[str, ValueProxy] = {}
 
     # What is recorded
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Make a placeholder for each tensor in the nested arguments; called by torch.fx."""
-        # Only now do the patches of the names of functions hold.
-        self._moment = self._before_op = self._surroundings.now()
         self._state = {
             id(tensor): f"{path}.{name}" if path else name
             for path, module in self.root.named_modules()
@@ -157,6 +157,9 @@ class ValueTracer(fx.Tracer):
         registered = {id(t): name for name, t in (*self.root.named_parameters(), *self.root.named_buffers())}
         self._state |= registered
         self._registered = set(registered.values())
+        self._storages = {
+            name: storage_key(tensor) for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers())
+        }
         sizes = (len(tensor) for tensor in tensors_in(self.arguments) if tensor.dim())
         self._batch_size = next(sizes, 1)
         names = iter(self.signature.names)
@@ -169,6 +172,8 @@ class ValueTracer(fx.Tracer):
         args, kwargs = self.signature.call(map_tensors(placeholder, dict(self.arguments)))
 
         def call(module: nn.Module) -> Any:
+            # Only now do the patches hold, also those by which torch.fx wraps functions.
+            self._moment = self._before_op = self._surroundings.now()
             if super(ValueTracer, self).is_leaf_module(module, ""):
                 return self.call_function(root_fn, (module, *args), kwargs)
             self._held = [(owner, dict(owner)) for owner in (module._buffers, vars(module))]
@@ -213,6 +218,9 @@ class ValueTracer(fx.Tracer):
             self.graph.erase_node(node)
             raise (self.refused(error) if isinstance(error, UntraceableError) else error) from None
         node.meta["value"] = value
+        if target is getattr and args[1] == "grad_fn":
+            # Code asks whether it is None, which no proxy sees.
+            self.guards.append(Guard(node=node, question="bool", answer=value is not None, where=user_line()))
         # The user's `is None` must hold.
         return None if value is None and kind != "placeholder" else proxy
 
@@ -701,28 +709,48 @@ class ValueTracer(fx.Tracer):
         self.evaluating, builtins.isinstance = True, REAL_ISINSTANCE
         try:
             with self._held_tensors.off():
+                own = self._held_by(called)
                 if self.meter is None:
                     with self.kernels:
                         value = run((args, kwargs))
                 else:
                     used = holder.parameters() if isinstance(holder, nn.Module) else state.values()
                     value, node.meta["cost"] = self.meter.measure(run, (args, kwargs), [*used])
+                written: list[str | fx.Node] = [
+                    key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
+                ]
+                written += self._behind([tensor for key in written for tensor in watched[key]])
+                now = self._held_by(called)
+                written += [name for name, held in own.items() if now.get(name) != held]
         finally:
             self.evaluating, builtins.isinstance = False, watching
             for hook in hooks:
                 hook.remove()
         node.meta["state"] = tuple(state)
-        node.meta["written"] = [
-            key for key, tensors in watched.items() if [tensor._version for tensor in tensors] != versions[key]
-        ]
-        node.meta["written"] += [
+        written += [
             self._state[id(each)] if isinstance(each, Tensor) else each for each in moved_statistics(node, module)
         ]
+        node.meta["written"] = written
         note_gradients(node, called)
         node.meta["stand_in"] = isinstance(value, StandIn)
         value = value.value if isinstance(value, StandIn) else value
         note_effects(node, module, value, sizes, batch_size=self._batch_size)
         return value
+
+    def _held_by(self, called: Any) -> dict[str, tuple[int, int, int]]:
+        """Note what a module holds that is one op, or has a method that is: each tensor, its memory and its version."""
+        inside = called.modules() if isinstance(called, nn.Module) and not is_torchs(called) else ()
+        return {
+            self._state[id(tensor)]: (id(tensor), storage_key(tensor), tensor._version)
+            for module in inside
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None and id(tensor) in self._state
+        }
+
+    def _behind(self, tensors: Sequence[Tensor]) -> list[str]:
+        """List the parameters and buffers whose memory some tensors share, as `weight.data` does."""
+        written = {storage_key(tensor) for tensor in tensors}
+        return [name for name, storage in self._storages.items() if storage in written]
 
     def _module_state(self, path: str, module: nn.Module) -> dict[str, Tensor]:
         state = {

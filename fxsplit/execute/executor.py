@@ -301,6 +301,11 @@ class Executor(nn.Module):
         if running is not self._running:
             self._running = running
 
+    @property
+    def evaluates_without_autograd(self) -> bool:
+        """Whether the model asks what autograd records, so that it can be evaluated under `torch.no_grad()` alone."""
+        return self._changes.guards[False].ask_autograd
+
     def settle(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Run the settled partitions, and return the values at the cut after them; the inputs, if none is settled.
 
@@ -316,7 +321,8 @@ class Executor(nn.Module):
         everything = (running.start, running.stop) == (0, len(self._stages))
         # Where some partitions are in evaluation while others train, both graphs run, and the inputs must suit both.
         for mode in {training, training and everything}:
-            self._changes.guards[mode].check(tensors)
+            with nullcontext() if mode == training else torch.no_grad():
+                self._changes.guards[mode].check(tensors)
         values: list[Any] = [tensors[index] for index in self._read]
         tracked = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in values)
         if tracked and self._cuts_gradients[training]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -102,11 +102,13 @@ class Recomputing:
         span = stage.partition.span(training=TRAINING)
         program = trace.programs[TRAINING]
         buffers = dict(trace.model.named_buffers())
-        written = {name for op in program.graph.ops[span] for name in op.mutates if name in buffers}
+        mutated = {name for op in program.graph.ops[span] for name in op.mutates}
+        written = mutated & buffers.keys()
         if any(map(method_of, program.nodes)):
             # It may write into any buffer, and before this partition runs again.
             read = {str(source.target) for node in program.nodes[span] for source in node.all_input_nodes}
             written |= read & buffers.keys()
+        parameters = mutated & dict(trace.model.named_parameters()).keys()
         owners = {name.rpartition(".")[0] for name in written}
         called: dict[str, None] = {}
         for node in program.nodes[span]:
@@ -116,7 +118,7 @@ class Recomputing:
                 for inner, module in trace.model.get_submodule(path).named_modules(prefix=path):
                     if module._buffers or not _is_plain(module):
                         owners.add(inner)
-        self._owners, self._called = tuple(sorted(owners)), tuple(called)
+        self._owners, self._called, self._weights = tuple(sorted(owners)), tuple(called), tuple(sorted(parameters))
         # Modules that may hold more that forward changes: lists, counters, generators.
         self._holders = tuple(path for path in called if not _is_plain(trace.model.get_submodule(path)))
         # Generators that ops are given as constants, in whatever partition the constant is made.
@@ -136,6 +138,8 @@ class Recomputing:
         """Run on boundary values, whose list is emptied, and return boundary values."""
         boundary, values[:] = list(values), []
         contents = {path: _content(model.get_submodule(path)) for path in self._owners}
+        places = (path.rpartition(".") for path in self._weights)
+        weights = [_Weight.now(model.get_submodule(owner), name).copied() for owner, _, name in places]
         # The user may put the model into evaluation mode before backward.
         modes = [(each, each.training) for path in self._called for each in model.get_submodule(path).modules()]
         # torch's checkpoint restores torch's own generator.
@@ -152,7 +156,7 @@ class Recomputing:
                 values[position] = originals.pop(position) if position in originals else _copy(values[position])
             return self.stage(values, training=TRAINING)
 
-        restoring = _MadeOnEntry(lambda: _restored(model, contents, modes, generator_states, snapshots))
+        restoring = _MadeOnEntry(lambda: _restored(model, contents, weights, modes, generator_states, snapshots))
         with set_checkpoint_early_stop(self._stops_early):
             return checkpoint(run, *boundary, use_reentrant=False, context_fn=lambda: (nullcontext(), restoring))
 
@@ -187,6 +191,29 @@ def _content(module: nn.Module) -> Content:
     return {} if _is_plain(module) else dict(vars(module)), buffers
 
 
+class _Weight(NamedTuple):
+    """A parameter that is written in forward, where it is in the model, and its numbers at a moment."""
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+    numbers: Tensor
+
+    @classmethod
+    def now(cls, module: nn.Module, name: str) -> _Weight:
+        """Take the parameter that the module has now."""
+        parameter = module.get_parameter(name)
+        return cls(module, name, parameter, parameter.data)
+
+    def copied(self) -> _Weight:
+        """Return it with a copy of its numbers."""
+        return self._replace(numbers=self.numbers.clone())
+
+    def put(self) -> None:
+        """Give the module this parameter with these numbers, which autograd does not take for a change in place."""
+        self.module._parameters[self.name], self.parameter.data = self.parameter, self.numbers
+
+
 class _MadeOnEntry:
     """A context that makes a new one whenever it is entered, since backward may run several times."""
 
@@ -205,6 +232,7 @@ class _MadeOnEntry:
 def _restored(
     model: nn.Module,
     contents: Mapping[str, Content],
+    weights: Sequence[_Weight],
     modes: Modes,
     generator_states: States,
     snapshots: Sequence[Contents],
@@ -215,6 +243,9 @@ def _restored(
     """
     modules = {path: model.get_submodule(path) for path in contents}
     now = {path: (dict(vars(module)), dict(module._buffers)) for path, module in modules.items()}
+    # Where forward has replaced a parameter, the first one has numbers, too.
+    weights_now = [each._replace(numbers=each.parameter.data) for each in weights]
+    weights_now += [_Weight.now(each.module, each.name) for each in weights]
     modes_now = [(module, module.training) for module, _ in modes]
     states_now = [(generator, state_of(generator)) for generator, _ in generator_states]
     snapshots_now = [each.again() for each in snapshots]
@@ -222,6 +253,8 @@ def _restored(
         for each in snapshots:
             each.restore()
         _set_generators(generator_states)
+        for weight in weights:
+            weight.copied().put()
         for path, (attributes, buffers) in contents.items():
             vars(modules[path]).update(attributes)
             # Copies, since every run must start from the same buffers.
@@ -237,6 +270,8 @@ def _restored(
             for owner, before in ((vars(modules[path]), attributes), (modules[path]._buffers, buffers)):
                 owner.clear()
                 owner.update(before)
+        for weight in weights_now:
+            weight.put()
 
 
 def _set_generators(states: States) -> None:

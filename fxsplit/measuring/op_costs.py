@@ -80,8 +80,9 @@ def measure(
     clocks = {kind: Clock(device) for kind in runners}
     workspaces = {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for program in trace.programs.values():
-            program.guards.check(given)
+        for training, program in trace.programs.items():
+            with torch.set_grad_enabled(training):
+                program.guards.check(given)
         for step in range(WARMUP + steps):
             # In turn, so that whatever else the machine does slows all of them alike.
             for kind, runner in runners.items():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.autograd.graph import increment_version
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -90,6 +91,12 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _run(self, func: OpOverload[..., Any], args: Any, kwargs: Any) -> tuple[Any, int]:
         value = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            # In a dispatch mode torch notes no write into the tensors of a list.
+            given = zip(func._schema.arguments, args, strict=False)
+            increment_version(
+                [each for argument, value in given if _is_written_list(argument, value) for each in value]
+            )
         formula: Any = flop_registry.get(func.overloadpacket)
         flops = formula(*args, **kwargs, out_val=value) if formula else 0
         self._count(func, flops)
@@ -98,6 +105,10 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, func: OpOverload[..., Any], flops: int) -> None:
         if flops:
             self._flops[func.overloadpacket] += flops
+
+
+def _is_written_list(argument: Any, value: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, list | tuple)
 
 
 @cache

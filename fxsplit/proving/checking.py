@@ -32,6 +32,7 @@ from fxsplit.models.examples import Example, example
 from fxsplit.objects.structure import tensors_in
 from fxsplit.plan.cuts import cuts
 from fxsplit.plan.partition import most_partitions, partition
+from fxsplit.proving.checkpoints import looked_through
 from fxsplit.proving.equality import Difference, differences, loss_of, outcome, random_states, set_random_states
 from fxsplit.proving.refusals import never_raises
 from fxsplit.report import CheckRecord
@@ -127,7 +128,7 @@ def _outcome(net: nn.Module, given: Example, training: bool) -> dict[str, Any]:
             yield "loss", loss
             loss.backward()  # type: ignore[no-untyped-call]
 
-    with _seeded():
+    with _seeded(), looked_through():
         return outcome(net, step)
 
 

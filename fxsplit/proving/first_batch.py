@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -30,6 +30,7 @@ from fxsplit.execute.executor import Executor
 from fxsplit.execute.pointwise import held_to_convolutions
 from fxsplit.measuring.meter import is_out_of_memory
 from fxsplit.objects.structure import map_tensors, tensors_in
+from fxsplit.proving.checkpoints import looked_through
 from fxsplit.proving.equality import Difference, Outcome, Step, bytes_of, differences, leaves, loss_of, outcome
 from fxsplit.proving.untouched import untouched
 
@@ -55,7 +56,8 @@ def prove(model: nn.Module, net: Executor, args: Sequence[Any], kwargs: Mapping[
 
     That is the output with its structure and types, which parameters get gradients, the gradients, buffers, and the
     random state of torch, Python and numpy. Both begin with the same random state, in the mode in which `net` is; at
-    the end everything is as it was. The backward is that of a weighted sum of the outputs.
+    the end everything is as it was. The backward is that of a weighted sum of the outputs. The model's own gradient
+    checkpoints are looked through, and a model that takes another way where autograd records is evaluated without it.
 
     Args:
         model: the plain model.
@@ -83,7 +85,8 @@ def prove(model: nn.Module, net: Executor, args: Sequence[Any], kwargs: Mapping[
             loss.backward()  # type: ignore[no-untyped-call]
             yield "gradient of the input", [tensor.grad for tensor in own_tensors]
 
-    return prove_step(model, net, step)
+    with torch.no_grad() if net.evaluates_without_autograd and not net.training else nullcontext():
+        return prove_step(model, net, step)
 
 
 def prove_step(model: nn.Module, net: Executor, step: Step) -> Proof:
@@ -96,7 +99,7 @@ def prove_step(model: nn.Module, net: Executor, step: Step) -> Proof:
     began = perf_counter()
 
     def run(module: nn.Module) -> Outcome:
-        with untouched(model, net), held_to_convolutions():
+        with untouched(model, net), held_to_convolutions(), looked_through():
             return outcome(module, step)
 
     expected, found = run(model), run(net)

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.tracing import trace
 from fxsplit.errors import GuardError, TraceError
+from fxsplit.plan.schedule import Phase
+from fxsplit.proving.first_batch import prove
 from tests.exact import Linears, assert_exact, executor_of, rows
 
 
@@ -140,6 +142,74 @@ def test_what_a_forward_asks_of_the_contexts_around_it_is_guarded() -> None:
         assert torch.equal(inside(rows()), model(rows()))
     with pytest.raises(GuardError, match="is_autocast_enabled"):
         inside(rows())
+
+
+QUESTIONS_TO_AUTOGRAD: dict[str, Callable[[torch.Tensor], bool]] = {
+    "requires_grad": lambda value: value.requires_grad,
+    "is_leaf": lambda value: value.is_leaf,
+    "grad_fn": lambda value: value.grad_fn is not None,
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS_TO_AUTOGRAD)
+def test_what_a_forward_asks_of_autograd_is_guarded(name: str) -> None:
+    class Asks(Linears):
+        def forward(self, x: Any) -> Any:
+            y = super().forward(x)
+            with torch.no_grad():
+                detached = y * 2
+            y = y * 3 if QUESTIONS_TO_AUTOGRAD[name](detached) else y
+            return y * 2 if QUESTIONS_TO_AUTOGRAD[name](y) else y
+
+    model = Asks()
+    net = executor_of(trace(model, (rows(),)))
+    assert torch.equal(net(rows()), model(rows()))
+    net.enter(Phase(start=1, stop=2, epochs=1))
+    assert net(rows()).requires_grad  # what has settled is evaluated without gradients beside what trains
+    net.release()
+    with torch.no_grad(), pytest.raises(GuardError, match="with gradients on or off as it was traced"):
+        net(rows())
+    net.eval()
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(net(rows()), model(rows()))
+    with pytest.raises(GuardError, match="with gradients on or off as it was traced"):
+        net(rows())
+    assert prove(model, net, (rows(),)).compared
+
+
+def test_whether_an_input_wants_a_gradient_is_guarded() -> None:
+    class Asks(Linears):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * (2 if x.requires_grad else 1)
+
+    net = executor_of(trace(Asks(), (rows(),)))
+    net(rows())
+    with pytest.raises(GuardError, match="'getattr' was False and is now True"):
+        net(rows().requires_grad_())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_moves_the_statistics_of_a_norm_once(use_reentrant: bool) -> None:
+    """Where PyTorch recomputes, it moves them twice; the proof looks through the model's checkpoints, too."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+        def forward(self, x: Any) -> Any:
+            return self.last(
+                checkpoint(lambda given: self.norm(given).relu(), self.first(x), use_reentrant=use_reentrant)
+            )
+
+    model = Checkpointed()
+    net = executor_of(trace(model, (rows(),)))
+    assert prove(model, net, (rows(),)).compared
+    net(rows()).sum().backward()
+    assert model.norm.num_batches_tracked == 1
+    model(rows()).sum().backward()
+    assert model.norm.num_batches_tracked == 3
 
 
 class CheckpointedFirst(Linears):

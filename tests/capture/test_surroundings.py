@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxsplit
 from fxsplit.errors import TraceError
 from fxsplit.objects.same import same_value
-from tests.exact import executor_of, rows
+from tests.exact import assert_exact, executor_of, rows
 
 CACHE: dict[Any, Any] = {}
 NESTED: dict[str, dict[str, Any]] = {"tables": {}}
@@ -348,6 +348,24 @@ def test_in_a_model_s_own_forward_the_function_that_does_so_is_one_op() -> None:
 def test_what_reads_what_one_op_leaves_around_is_one_op(pair: tuple[type[Layer], type[Layer]]) -> None:
     found = assert_alive(lambda: around(*(kind() for kind in pair)))
     assert [op.name for op in found.train.ops] == ["0", "1", "2", "3"]
+
+
+@torch.fx.wrap
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def test_a_function_that_torch_fx_wraps_is_no_change_around_the_model() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.clamp(-3, 3) if x.abs().max() > 3 else x
+
+    class Doubles(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return doubled(x)
+
+    model = nn.Sequential(Branches(), nn.Linear(6, 6), Doubles(), nn.Linear(6, 3))
+    assert list(assert_exact(model, rows()).opaque) == ["0"]
 
 
 def test_a_trace_that_fails_leaves_everything_alone() -> None:
