@@ -11,7 +11,7 @@ from typing import Any
 from fxsplit.errors import UsageError, nearest
 from fxsplit.plan.schedule import SCHEDULES
 from fxsplit.presets import PRESETS
-from fxsplit.spec import RunSpec, read_recipe, resolve
+from fxsplit.spec import DEFAULTS, RunSpec, read_recipe, resolve
 
 STANDARD: Mapping[str, Any] = {"preset": "none", "schedule": "standard"}
 REGULARISED, CHECKPOINTED = "regularised", "checkpointed"
@@ -58,7 +58,8 @@ def read_arms(
     """Read the arms of a comparison whose runs share the options `run`; `of_arms` has those of single arms.
 
     The last arm that is neither standard nor a control of it is tried: `regularised` gets its regularisers, and
-    `checkpointed` the memory that it keeps within. Raises UsageError when a name means nothing.
+    `checkpointed` the memory that it keeps within. Raises UsageError when a name means nothing, and when there is
+    nothing to take over.
     """
     named = {text: _divided(text) for text in texts}
     owned = of_arms or {}
@@ -102,6 +103,11 @@ def _arm(name: str, epochs: int | None, own: Mapping[str, Any]) -> Arm:
 def _control(name: str, epochs: int | None, tried: RunSpec, own: Mapping[str, Any]) -> Arm:
     if name == REGULARISED:
         taken = {each: getattr(tried, each) for each in REGULARISERS}
+        if all(value == DEFAULTS[each] for each, value in taken.items()):
+            raise UsageError(
+                "regularised takes the regularisers of the arm that is tried, the last one, which has none; name one "
+                "last that has some, such as l2l, or leave regularised out"
+            )
     else:
         budget = tried.memory_aim if tried.memory_budget is None else tried.memory_budget
         if budget is None:

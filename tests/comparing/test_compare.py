@@ -87,6 +87,10 @@ def test_an_arm_may_be_a_recipe(tmp_path: Path) -> None:
         ({"arms": "finetun"}, "settle, settle-far, and recipes"),
         ({"arms": "standart"}, "there is no arm 'standart'; did you mean 'standard'?"),
         ({"arms": "standard,regularised"}, "regularised takes over from the arm that is tried, and there is none"),
+        (
+            {"arms": "l2l,regularised,window"},
+            "regularised takes the regularisers of the arm that is tried, the last one",
+        ),
         ({"arms": "l2l,l2l"}, "arms are l2l,l2l, but each must be there once"),
         ({"arms": "l2l@10,standard@60"}, "arms last 10 and 60 epochs"),
         ({"match": "off,time"}, "match off leaves each arm as it is, and goes with no other"),
