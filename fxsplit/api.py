@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fxsplit import assembly
+from fxsplit.arguments import listed
 from fxsplit.capture.tracer import Leaf
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
@@ -179,7 +180,7 @@ def inspect(
 
 
 def check(
-    specs: Sequence[str],
+    specs: str | Sequence[str],
     *,
     structure_only: bool = False,
     parts: int = 4,
@@ -194,8 +195,8 @@ def check(
     What is wrong with a model is said in its record, also that there is none of that name.
 
     Args:
-        specs: models as `RunSpec.model` names them; wildcards such as `timm:resnet*` stand for many. Each gets random
-            weights.
+        specs: models as `RunSpec.model` names them, or one of them; wildcards such as `timm:resnet*` stand for many.
+            Each gets random weights.
         structure_only: capture and cut on the meta device, and compute nothing.
         parts: partitions of a model, or as many as it allows.
         img_size: side of the images in pixels; None for the size that the model was made for.
@@ -221,7 +222,7 @@ def check(
 
 
 def check_forecasts(
-    specs: Sequence[str],
+    specs: str | Sequence[str],
     *,
     schedule: str = "settle",
     parts: int = assembly.DEFAULT_PARTS,
@@ -270,13 +271,13 @@ def check_forecasts(
     return tuple(records)
 
 
-def _expanded(specs: Sequence[str]) -> list[str]:
+def _expanded(specs: str | Sequence[str]) -> list[str]:
     """Return the names of models that specs mean, each once.
 
     A wildcard that means none stays: checking it makes the record that says so.
     """
     names: dict[str, None] = {}
-    for spec in specs:
+    for spec in listed(specs):
         try:
             names |= dict.fromkeys(registry.expand(spec))
         except NoModelError:
@@ -304,7 +305,7 @@ def trace(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    leaves: Sequence[Leaf] = (),
+    leaves: Leaf | Sequence[Leaf] = (),
     verify: bool = False,
 ) -> Trace:
     """Capture the ops that `model` runs on `args` and `kwargs`, in training and in evaluation.
@@ -313,7 +314,7 @@ def trace(
         model: stays as it is. It may be on the meta device, without weights.
         args: an example of its inputs, of at least two samples; only shapes and types are looked at.
         kwargs: likewise.
-        leaves: what stays one op: dotted paths of modules, classes of modules, and functions.
+        leaves: what stays one op: dotted paths of modules, classes of modules, and functions, or one of them.
         verify: also run the captured ops on `args`, which then need numbers, and compare them with the model as `prove`
             does.
 

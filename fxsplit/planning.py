@@ -16,14 +16,14 @@ from fxsplit.report import Observer
 
 
 def partition(
-    trace: Trace, count: int | None = None, *, at: Sequence[str] = (), balance: str = "macs", by: str = "op"
+    trace: Trace, count: int | None = None, *, at: str | Sequence[str] = (), balance: str = "macs", by: str = "op"
 ) -> tuple[Partition, ...]:
     """Divide a traced model into partitions; returns them in order.
 
     Args:
         trace: the captured model.
         count: how many partitions, of about equal weight; give this or `at`.
-        at: dotted paths of the modules before which to cut.
+        at: dotted paths of the modules before which to cut, or one of them.
         balance: the weight: multiply-adds ("macs"), parameters ("params"), bytes kept for backward ("activations"), or
             measured time ("seconds").
         by: where `count` may cut: anywhere ("op"), where the blocks of the graph meet ("natural"), or where the units

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.parameter import is_lazy
 
+from fxsplit.arguments import listed
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.free_batch import free_batch
 from fxsplit.capture.guards import Guards
@@ -160,7 +161,7 @@ def trace(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    leaves: Sequence[Leaf] = (),
+    leaves: Leaf | Sequence[Leaf] = (),
 ) -> Trace:
     """Capture `model` as it would run on `args` and `kwargs`, in training and in evaluation.
 
@@ -168,7 +169,7 @@ def trace(
         model: left as it is; it may be on the meta device, without weights.
         args: positional arguments of one call, with at least two samples. Only shapes and dtypes of tensors matter.
         kwargs: keyword arguments of the call.
-        leaves: dotted paths or classes of modules, and functions, that shall be one op each.
+        leaves: dotted paths or classes of modules, and functions, that shall be one op each, or one of them.
 
     Returns the Trace. Raises TraceError when the model itself, and not just a module in it, branches on data before all
     else, or cannot run on `args`.
@@ -179,7 +180,7 @@ def trace(
         for path, module in model.named_modules()
         if module.training is not model.training and not is_torchs(module)
     }
-    return _traced(model, args, kwargs or {}, leaves, {model.training: by_hand})
+    return _traced(model, args, kwargs or {}, listed(leaves), {model.training: by_hand})
 
 
 @_exclusively()

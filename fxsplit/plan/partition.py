@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 
+from fxsplit.arguments import listed
 from fxsplit.errors import PartitionError, UsageError, nearest
 from fxsplit.graph import Graph, Modes, State, cached_by_graphs
 from fxsplit.plan.cuts import Cut, cuts, first_ops, unit_borders, with_ends
@@ -77,7 +78,7 @@ def partition(
     modes: Modes,
     *,
     count: int | None = None,
-    at: Sequence[str] = (),
+    at: str | Sequence[str] = (),
     balance: str = "macs",
     by: str = "op",
     units: Mapping[str, str] | None = None,
@@ -87,7 +88,7 @@ def partition(
     Args:
         modes: the model's two graphs.
         count: number of partitions, at least 1.
-        at: dotted paths of modules, or names of ops; the model is cut before the first op of each.
+        at: dotted paths of modules, or names of ops, or one of them; the model is cut before the first op of each.
         balance: what weighs a partition: multiply-adds ("macs"), bytes of its parameters ("params"), bytes kept for
             backward ("activations") or measured time ("seconds"). Where every op weighs 0, ops are counted.
         by: which cuts `count` may choose from: all legal ones ("op"), the natural ones ("natural") or those between
@@ -102,14 +103,15 @@ def partition(
     value, or when ops lack the seconds to balance by; PartitionError, which names all wrong paths at once, when a path
     is unknown or cannot be cut at, and when there are too few allowed cuts or no ops.
     """
-    if (count is None) == (not at):
+    paths = listed(at)
+    if (count is None) == (not paths):
         raise UsageError("give either the number of partitions or the paths at which to cut, and not both")
     every = with_ends(modes)
     if count is None:
-        if wrong := unusable_paths(modes, at):
+        if wrong := unusable_paths(modes, paths):
             raise PartitionError("; ".join(wrong))
         op_at = first_ops(modes.train)
-        inner = [every[index] for index in sorted({op_at[path] for path in at})]
+        inner = [every[index] for index in sorted({op_at[path] for path in paths})]
     else:
         allowed = _allowed(modes, by, units or {})
         inner = _cuts_by_count(count, allowed, _op_weights(modes, balance), by)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fxsplit.arguments import listed
 from fxsplit.data.normalization import Normalization
 from fxsplit.data.reading.decoding import decode, square_pixels
 from fxsplit.errors import DataError, UsageError, reason
@@ -35,7 +37,8 @@ class TrainedModel(nn.Module):
     """A trained image classifier, ready to call.
 
     Calling it gives class scores (B, classes) for images (B, 3, H, W) as `preprocess` makes them, whatever else the
-    model itself returns. It computes in the mode that it is in; `fxsplit.load` gives it in evaluation mode.
+    model itself returns. It computes in the mode that it is in; `fxsplit.load` gives it in evaluation mode, in which
+    `predict` computes in any case.
 
     Args:
         model: the network itself.
@@ -95,7 +98,7 @@ class TrainedModel(nn.Module):
         return prepared
 
     def predict(self, images: Picture | Sequence[Picture] | Tensor, top: int = 5) -> list[list[Guess]]:
-        """Return the most probable classes of each image, the most probable first.
+        """Return the most probable classes of each image, the most probable first, as computed in evaluation mode.
 
         Args:
             images: files or images, prepared here and run as one batch; or a tensor (B, 3, H, W) of prepared images. A
@@ -107,12 +110,12 @@ class TrainedModel(nn.Module):
         if top < 1:
             raise UsageError(f"top is {top}, but must be at least 1")
         if not isinstance(images, Tensor):
-            pictures: Iterable[Picture] = [images] if isinstance(images, Picture) else images
+            pictures: tuple[Picture, ...] = listed(images)
             prepared = [self.preprocess(picture) for picture in pictures]
             if not prepared:
                 return []
             images = torch.stack(prepared)
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self):
             scores = self(in_layout(self.config, images.to(self.device)))
         return self.guesses(scores, top)
 
@@ -127,6 +130,18 @@ class TrainedModel(nn.Module):
     def name_of(self, index: int) -> str:
         """Name a class by its position; a model may have more outputs than classes."""
         return self.config.name_of(index)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, all modules are in evaluation mode; then each is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def in_layout(config: ModelConfig, images: Tensor) -> Tensor:
