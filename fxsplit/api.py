@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fxsplit import assembly
-from fxsplit.arguments import listed
+from fxsplit.arguments import listed, require
 from fxsplit.capture.tracer import Leaf
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
@@ -36,6 +36,8 @@ from fxsplit.trust import trusting_code
 
 Record = TypeVar("Record", CheckRecord, ForecastRecord)
 
+# How a run is asked for.
+ASK = "write fxsplit.RunSpec(model=..., ...)"
 # Samples of a batch that ops are measured with, where a forecast is for several devices.
 MOST_MEASURED = 32
 
@@ -63,6 +65,8 @@ def train(
 
     Returns the records of the run, of all its processes. Raises a FxsplitError for anything that the user can mend.
     """
+    if spec is not None:
+        require("spec", spec, RunSpec, "a RunSpec", ASK)
     with joined() as processes, trusting_code(trust_code):
         chosen = observer if observer and processes.is_first else Observer()
         return _train(spec, chosen, resume, processes, trust_code=trust_code)
@@ -150,6 +154,7 @@ def inspect(
 
     Raises a FxsplitError for anything that the user can mend.
     """
+    require("spec", spec, RunSpec, "a RunSpec", ASK)
     if devices is not None and (devices < 1 or bandwidth <= 0):
         raise UsageError(f"devices is {devices} and bandwidth is {bandwidth:g}, but there must be some of both")
     observer = observer or Observer()
@@ -319,7 +324,7 @@ def trace(
             does.
 
     Raises TraceError when the model itself, and not just a module in it, branches on data before all else or cannot run
-    on `args`, and ProofError when it is captured wrong.
+    on `args`, ProofError when it is captured wrong, and UsageError when `model` is no module, or `args` no arguments.
     """
     found = trace_model(model, args, kwargs, leaves=leaves)
     if verify:

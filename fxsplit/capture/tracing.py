@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.parameter import is_lazy
 
-from fxsplit.arguments import listed
+from fxsplit.arguments import listed, require, require_call
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.free_batch import free_batch
 from fxsplit.capture.guards import Guards
@@ -139,6 +139,11 @@ class Trace:
         return self.programs[TRAINING].checkpoints
 
 
+def require_trace(trace: object) -> None:
+    """Refuse what is no trace, such as the model itself. Raises UsageError."""
+    require("trace", trace, Trace, "a Trace", "give what fxsplit.trace(model, args) returns")
+
+
 @contextmanager
 def _exclusively() -> Iterator[None]:
     """Run one trace at a time, outside of its caller's gradient contexts and without garbage collection.
@@ -172,8 +177,10 @@ def trace(
         leaves: dotted paths or classes of modules, and functions, that shall be one op each, or one of them.
 
     Returns the Trace. Raises TraceError when the model itself, and not just a module in it, branches on data before all
-    else, or cannot run on `args`.
+    else, or cannot run on `args`; UsageError when `model` is no module, or `args` are no arguments.
     """
+    require("model", model, nn.Module, "an nn.Module", "a class must be called to make one")
+    require_call(args, kwargs)
     # Modules of the user's that were put into another mode by hand are recorded in that.
     by_hand = {
         path: module.training

@@ -32,9 +32,9 @@ def device_map(
     trace, or when a parameter or buffer is used on two devices.
     """
     devices = listed(devices)
+    refuse_foreign(trace, partitions)
     if len(devices) != len(partitions):
         raise UsageError(f"there are {len(partitions)} partitions and {len(devices)} devices; give one device for each")
-    refuse_foreign(trace, partitions)
     first = first_names(trace.model)
     refuse_divided(trace, partitions, first.values(), devices)
     users = users_of(trace, partitions)

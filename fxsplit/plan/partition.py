@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 
-from fxsplit.arguments import listed
+from fxsplit.arguments import listed, require, require_whole
 from fxsplit.errors import PartitionError, UsageError, nearest
 from fxsplit.graph import Graph, Modes, State, cached_by_graphs
 from fxsplit.plan.cuts import Cut, cuts, first_ops, unit_borders, with_ends
@@ -72,6 +72,16 @@ class Partition:
     def span(self, *, training: bool) -> slice:
         """Locate its ops in the train graph or the eval graph."""
         return slice(self.start, self.stop) if training else slice(self.eval_start, self.eval_stop)
+
+
+def require_partitions(partitions: Sequence[Partition]) -> None:
+    """Refuse what is no list of partitions, or an empty one. Raises UsageError."""
+    advice = "fxsplit.partition(trace, ...) makes them, and plan.partitions has those of a plan"
+    require("partitions", partitions, Sequence, "a list of partitions", advice)
+    if not partitions:
+        raise UsageError(f"there are no partitions, so nothing could train; {advice}")
+    for each in partitions:
+        require("one of the partitions", each, Partition, "a Partition", advice)
 
 
 def partition(
@@ -245,8 +255,7 @@ def _alternatives(paths: Sequence[str]) -> str:
 
 
 def _cuts_by_count(count: int, allowed: Sequence[Cut], op_weights: Sequence[int], by: str) -> list[Cut]:
-    if count < 1:
-        raise UsageError(f"the number of partitions must be at least 1, not {count}")
+    require_whole(1, count=count)
     if len(allowed) < count - 1:
         kind = {"op": "legal ones", "natural": "natural ones", "block": "at the borders of its blocks"}[by]
         advice = "" if by == "op" else ", or cut by op"

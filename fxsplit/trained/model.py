@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fxsplit.arguments import listed
+from fxsplit.arguments import listed, require, require_whole
 from fxsplit.data.normalization import Normalization
 from fxsplit.data.reading.decoding import decode, square_pixels
-from fxsplit.errors import DataError, UsageError, reason
+from fxsplit.errors import DataError, reason
 from fxsplit.execute.forward import logits_of
 from fxsplit.saving.model_config import ModelConfig
 
 # Classes that are named where a model is printed.
 MOST_NAMED = 12
+
+# What to do with pixels.
+ARRAYS = "Image.fromarray(array) makes one of pixels, uint8 (H, W, 3)"
 
 # An image: a file, or one that Pillow has opened.
 Picture = str | Path | Image.Image
@@ -79,9 +83,10 @@ class TrainedModel(nn.Module):
     def pixels(self, picture: Picture) -> Tensor:
         """Return the pixels of an image, uint8 (3, img_size, img_size), resized and cropped as in the run's tests.
 
-        Raises DataError when it cannot be decoded.
+        Raises DataError when it cannot be decoded, and UsageError when it is neither a file nor an image of Pillow.
         """
         config = self.config
+        require("picture", picture, (str, PathLike, Image.Image), "a file or an image of Pillow", ARRAYS)
         if not isinstance(picture, Image.Image):
             return decode(picture, config.img_size, config.interpolation, crop_pct=config.crop_pct)
         try:
@@ -92,7 +97,7 @@ class TrainedModel(nn.Module):
     def preprocess(self, picture: Picture) -> Tensor:
         """Prepare an image as in the run's tests: float32 (3, img_size, img_size), on the model's device.
 
-        Raises DataError when it cannot be decoded.
+        Raises DataError when it cannot be decoded, and UsageError when it is neither a file nor an image of Pillow.
         """
         prepared: Tensor = self.normalize(self.pixels(picture)[None].to(self.device))[0]
         return prepared
@@ -107,8 +112,7 @@ class TrainedModel(nn.Module):
 
         Raises DataError when an image cannot be decoded, and UsageError when `top` is less than 1.
         """
-        if top < 1:
-            raise UsageError(f"top is {top}, but must be at least 1")
+        require_whole(1, top=top)
         if not isinstance(images, Tensor):
             pictures: tuple[Picture, ...] = listed(images)
             prepared = [self.preprocess(picture) for picture in pictures]

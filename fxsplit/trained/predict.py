@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxsplit.arguments import listed
+from fxsplit.arguments import listed, require_whole
 from fxsplit.assembly.devices import choose_device
 from fxsplit.data.reading.decoding import image_warnings, suffixes
 from fxsplit.errors import DataError, UsageError, printable, shown_path
@@ -48,8 +48,7 @@ def predict(
     """
     observer = observer or Observer()
     asked = read_values({"batch_size": batch_size, "device": device})
-    if top < 1:
-        raise UsageError(f"top is {top}, but must be at least 1")
+    require_whole(1, top=top)
     model = load(run, choose_device(asked["device"]), trust_code=trust_code)
     return _predictions(model, listed(images), top, asked["batch_size"], observer)
 

@@ -115,7 +115,7 @@ def test_predict_takes_files_images_and_tensors(run: Path) -> None:
     assert alone[0][0].label == expected[0][0].label
     assert alone == model.predict(str(files[0])) == model.predict(Image.open(files[0]))
     assert model.predict([]) == []
-    with pytest.raises(UsageError, match="top is 0, but must be at least 1"):
+    with pytest.raises(UsageError, match="top is 0, but must be a whole number, at least 1"):
         model.predict(files, top=0)
 
 
@@ -132,6 +132,15 @@ def test_predict_computes_in_evaluation_and_puts_the_mode_back(run: Path) -> Non
     with pytest.raises(RuntimeError):
         model.predict(torch.zeros(1, 4, 16, 16))
     assert [module.training for module in model.modules()] == modes
+
+
+def test_what_is_no_image_is_refused_by_its_type(run: Path) -> None:
+    model, array = fxsplit.load(run), np.zeros((16, 16, 3), dtype=np.uint8)
+    said = r"^picture is of type ndarray, but must be a file or an image of Pillow; Image.fromarray\(array\) makes one"
+    with pytest.raises(UsageError, match=said):
+        model.preprocess(array)
+    with pytest.raises(UsageError, match=said):
+        model.predict([array])
 
 
 def test_an_image_that_is_cut_off_is_one_sentence(run: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_what_pillow_warns_of_is_said(run: Path, tmp_path: Path) -> None:
 def test_what_is_wrong_is_told_before_the_first_prediction(run: Path) -> None:
     with pytest.raises(UsageError, match="there is no run 'nowhere'"):
         fxsplit.predict("nowhere", ["a.png"])
-    with pytest.raises(UsageError, match="top is 0, but must be at least 1"):
+    with pytest.raises(UsageError, match="top is 0, but must be a whole number, at least 1"):
         fxsplit.predict(run, ["a.png"], top=0)
     with pytest.raises(UsageError, match="batch-size is 0"):
         fxsplit.predict(run, ["a.png"], batch_size=0)
