@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fxsplit import assembly
+from fxsplit.arguments import listed, require
 from fxsplit.capture.tracer import Leaf
 from fxsplit.capture.tracing import Trace
 from fxsplit.capture.tracing import trace as trace_model
@@ -35,6 +36,8 @@ from fxsplit.trust import trusting_code
 
 Record = TypeVar("Record", CheckRecord, ForecastRecord)
 
+# How a run is asked for.
+ASK = "write fxsplit.RunSpec(model=..., ...)"
 # Samples of a batch that ops are measured with, where a forecast is for several devices.
 MOST_MEASURED = 32
 
@@ -62,6 +65,8 @@ def train(
 
     Returns the records of the run, of all its processes. Raises a FxsplitError for anything that the user can mend.
     """
+    if spec is not None:
+        require("spec", spec, RunSpec, "a RunSpec", ASK)
     with joined() as processes, trusting_code(trust_code):
         chosen = observer if observer and processes.is_first else Observer()
         return _train(spec, chosen, resume, processes, trust_code=trust_code)
@@ -149,6 +154,7 @@ def inspect(
 
     Raises a FxsplitError for anything that the user can mend.
     """
+    require("spec", spec, RunSpec, "a RunSpec", ASK)
     if devices is not None and (devices < 1 or bandwidth <= 0):
         raise UsageError(f"devices is {devices} and bandwidth is {bandwidth:g}, but there must be some of both")
     observer = observer or Observer()
@@ -179,7 +185,7 @@ def inspect(
 
 
 def check(
-    specs: Sequence[str],
+    specs: str | Sequence[str],
     *,
     structure_only: bool = False,
     parts: int = 4,
@@ -194,8 +200,8 @@ def check(
     What is wrong with a model is said in its record, also that there is none of that name.
 
     Args:
-        specs: models as `RunSpec.model` names them; wildcards such as `timm:resnet*` stand for many. Each gets random
-            weights.
+        specs: models as `RunSpec.model` names them, or one of them; wildcards such as `timm:resnet*` stand for many.
+            Each gets random weights.
         structure_only: capture and cut on the meta device, and compute nothing.
         parts: partitions of a model, or as many as it allows.
         img_size: side of the images in pixels; None for the size that the model was made for.
@@ -221,7 +227,7 @@ def check(
 
 
 def check_forecasts(
-    specs: Sequence[str],
+    specs: str | Sequence[str],
     *,
     schedule: str = "settle",
     parts: int = assembly.DEFAULT_PARTS,
@@ -270,13 +276,13 @@ def check_forecasts(
     return tuple(records)
 
 
-def _expanded(specs: Sequence[str]) -> list[str]:
+def _expanded(specs: str | Sequence[str]) -> list[str]:
     """Return the names of models that specs mean, each once.
 
     A wildcard that means none stays: checking it makes the record that says so.
     """
     names: dict[str, None] = {}
-    for spec in specs:
+    for spec in listed(specs):
         try:
             names |= dict.fromkeys(registry.expand(spec))
         except NoModelError:
@@ -304,7 +310,7 @@ def trace(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    leaves: Sequence[Leaf] = (),
+    leaves: Leaf | Sequence[Leaf] = (),
     verify: bool = False,
 ) -> Trace:
     """Capture the ops that `model` runs on `args` and `kwargs`, in training and in evaluation.
@@ -313,12 +319,12 @@ def trace(
         model: stays as it is. It may be on the meta device, without weights.
         args: an example of its inputs, of at least two samples; only shapes and types are looked at.
         kwargs: likewise.
-        leaves: what stays one op: dotted paths of modules, classes of modules, and functions.
+        leaves: what stays one op: dotted paths of modules, classes of modules, and functions, or one of them.
         verify: also run the captured ops on `args`, which then need numbers, and compare them with the model as `prove`
             does.
 
     Raises TraceError when the model itself, and not just a module in it, branches on data before all else or cannot run
-    on `args`, and ProofError when it is captured wrong.
+    on `args`, ProofError when it is captured wrong, and UsageError when `model` is no module, or `args` no arguments.
     """
     found = trace_model(model, args, kwargs, leaves=leaves)
     if verify:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 # Each layer may import those before it, and itself where it is a folder.
 LAYERS = (
     {"errors"},
-    {"paths", "plain_data"},
+    {"arguments", "paths", "plain_data"},
     {"graph", "options", "presets", "records", "objects"},
     {"trust"},
     {"data"},
@@ -41,7 +41,7 @@ LAYERS = (
 )
 WITHOUT_TORCH = {
     "errors", "plain_data", "graph", "options", "presets", "records", "spec", "resuming", "plan", "report", "pages",
-    "comparison", "comparing",
+    "comparison", "comparing", "arguments",
 }  # fmt: skip
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "typer", "rich"}
 

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.parameter import is_lazy
 
+from fxsplit.arguments import listed, require, require_call
 from fxsplit.capture.contexts import contexts_of
 from fxsplit.capture.free_batch import free_batch
 from fxsplit.capture.guards import Guards
@@ -138,6 +139,11 @@ class Trace:
         return self.programs[TRAINING].checkpoints
 
 
+def require_trace(trace: object) -> None:
+    """Refuse what is no trace, such as the model itself. Raises UsageError."""
+    require("trace", trace, Trace, "a Trace", "give what fxsplit.trace(model, args) returns")
+
+
 @contextmanager
 def _exclusively() -> Iterator[None]:
     """Run one trace at a time, outside of its caller's gradient contexts and without garbage collection.
@@ -160,7 +166,7 @@ def trace(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    leaves: Sequence[Leaf] = (),
+    leaves: Leaf | Sequence[Leaf] = (),
 ) -> Trace:
     """Capture `model` as it would run on `args` and `kwargs`, in training and in evaluation.
 
@@ -168,18 +174,20 @@ def trace(
         model: left as it is; it may be on the meta device, without weights.
         args: positional arguments of one call, with at least two samples. Only shapes and dtypes of tensors matter.
         kwargs: keyword arguments of the call.
-        leaves: dotted paths or classes of modules, and functions, that shall be one op each.
+        leaves: dotted paths or classes of modules, and functions, that shall be one op each, or one of them.
 
     Returns the Trace. Raises TraceError when the model itself, and not just a module in it, branches on data before all
-    else, or cannot run on `args`.
+    else, or cannot run on `args`; UsageError when `model` is no module, or `args` are no arguments.
     """
+    require("model", model, nn.Module, "an nn.Module", "a class must be called to make one")
+    require_call(args, kwargs)
     # Modules of the user's that were put into another mode by hand are recorded in that.
     by_hand = {
         path: module.training
         for path, module in model.named_modules()
         if module.training is not model.training and not is_torchs(module)
     }
-    return _traced(model, args, kwargs or {}, leaves, {model.training: by_hand})
+    return _traced(model, args, kwargs or {}, listed(leaves), {model.training: by_hand})
 
 
 @_exclusively()

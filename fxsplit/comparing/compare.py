@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from fxsplit.arguments import require
 from fxsplit.comparing import runner
 from fxsplit.comparing.arms import CONTROLS, Arm, read_arms
 from fxsplit.comparing.asked import Asked
@@ -44,6 +45,7 @@ def compare(
     runs are of other data than each other's, and FxsplitError when runs have failed; then tables of the others are
     written.
     """
+    require("spec", spec, ComparisonSpec, "a ComparisonSpec", "write fxsplit.ComparisonSpec(models=..., ...)")
     observer, launch = observer or ComparisonObserver(), launch or partial(runner.launch, trust_code=trust_code)
     if not spec.models:
         raise UsageError("no model is given to compare arms on")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from fxsplit.arguments import listed
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import UsageError
 from fxsplit.execute.ownership import first_names, ops_of, refuse_divided, users_of
@@ -15,7 +16,9 @@ from fxsplit.graph import prefixes
 from fxsplit.plan.partition import Partition
 
 
-def device_map(trace: Trace, partitions: Sequence[Partition], devices: Sequence[str | int]) -> dict[str, str | int]:
+def device_map(
+    trace: Trace, partitions: Sequence[Partition], devices: str | int | Sequence[str | int]
+) -> dict[str, str | int]:
     """Say which device each module goes to, for `accelerate.dispatch_model` and Hugging Face's `device_map`.
 
     Partition `i` goes to `devices[i]`, such as `"cpu"` or `0` for the first GPU. What no op uses goes to the first
@@ -28,9 +31,10 @@ def device_map(trace: Trace, partitions: Sequence[Partition], devices: Sequence[
     Raises UsageError when there is not one device a partition, PartitionError when the partitions are not those of the
     trace, or when a parameter or buffer is used on two devices.
     """
+    devices = listed(devices)
+    refuse_foreign(trace, partitions)
     if len(devices) != len(partitions):
         raise UsageError(f"there are {len(partitions)} partitions and {len(devices)} devices; give one device for each")
-    refuse_foreign(trace, partitions)
     first = first_names(trace.model)
     refuse_divided(trace, partitions, first.values(), devices)
     users = users_of(trace, partitions)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed, fx, nn
 from torch.distributed.pipelining import PipelineStage
 
+from fxsplit.arguments import require_call
 from fxsplit.capture.contexts import contexts_of, opened
 from fxsplit.capture.tracing import Trace
 from fxsplit.errors import PartitionError, UsageError
@@ -90,9 +91,10 @@ def to_pipeline_stages(
         device: that of this rank.
         group: the ranks of the pipeline; None for all.
 
-    Raises UsageError when torch.distributed is not initialized; PartitionError when the partitions are not those of
-    the trace or do not divide over the ranks, when several of them use one parameter, when something other than a
-    tensor would have to be sent, or when the model returns anything but a tensor or a tuple of tensors.
+    Raises UsageError when torch.distributed is not initialized, or an argument is of another type; PartitionError when
+    the partitions are not those of the trace or do not divide over the ranks, when several of them use one parameter,
+    when something other than a tensor would have to be sent, or when the model returns anything but a tensor or a tuple
+    of tensors.
     """
     if not distributed.is_initialized():
         raise UsageError(
@@ -100,6 +102,7 @@ def to_pipeline_stages(
             "torch.distributed.init_process_group() first"
         )
     refuse_foreign(trace, partitions)
+    require_call(args, kwargs)
     count = len(partitions)
     rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
     if count % ranks:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from fxsplit.capture.tracing import Trace
+from fxsplit.arguments import require
+from fxsplit.capture.tracing import Trace, require_trace
 from fxsplit.errors import GuardError, PartitionError, UsageError
 from fxsplit.execute.changes import Changes
 from fxsplit.execute.code import Backend
@@ -110,7 +111,7 @@ class Executor(nn.Module):
             partition uses them; those of each are copied to the device of its inputs while it runs.
 
     Raises PartitionError when the partitions are not those of this trace; UsageError when settled partitions are to be
-    compiled and offloaded.
+    compiled and offloaded, and when an argument is of another type.
     """
 
     _model: nn.Module
@@ -126,6 +127,12 @@ class Executor(nn.Module):
         backend: Backend | None = None,
         settled_offload: bool = False,
     ) -> None:
+        require_trace(trace)
+        if settled_dtype is not None and not getattr(settled_dtype, "is_floating_point", False):
+            raise UsageError(
+                f"settled_dtype is {settled_dtype!r}, but must be a dtype of torch for floating-point numbers, such as "
+                "torch.bfloat16"
+            )
         if settled_offload and backend is not None:
             raise UsageError(
                 "compiled stages keep the weights that they have, so settled ones cannot be copied from the host for "
@@ -225,8 +232,12 @@ class Executor(nn.Module):
                 everything.
 
         Raises PartitionError when the phase has more partitions than there are, or when another executor has entered a
-        phase over the model; GuardError when the model was changed since tracing and computes something else.
+        phase over the model; GuardError when the model was changed since tracing and computes something else;
+        UsageError when `phase` is no Phase, or `optimizer` no Optimizer.
         """
+        require("phase", phase, Phase, "a Phase", "take one of a plan, such as plan.phase_at(epoch)")
+        if optimizer is not None:
+            require("optimizer", optimizer, Optimizer, "an Optimizer of torch", "give it itself, not its parameters")
         if phase.stop > len(self._stages):
             raise PartitionError(
                 f"the phase trains partitions [{phase.start}, {phase.stop}) of {len(self._stages)}; "

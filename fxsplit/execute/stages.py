@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxsplit.capture.naming import called_module
-from fxsplit.capture.tracing import Program, Trace
+from fxsplit.capture.tracing import Program, Trace, require_trace
 from fxsplit.errors import PartitionError
 from fxsplit.execute.code import Backend, code_of
 from fxsplit.execute.ownership import ops_of
@@ -22,7 +22,7 @@ from fxsplit.execute.passes import Pass, rewritten
 from fxsplit.graph import EVALUATION, TRAINING
 from fxsplit.meta.evaluate import resolve
 from fxsplit.objects.same import same_value
-from fxsplit.plan.partition import Partition
+from fxsplit.plan.partition import Partition, require_partitions
 
 
 class Stage(nn.Module):
@@ -269,7 +269,9 @@ def stages(
 
 
 def refuse_foreign(trace: Trace, partitions: Sequence[Partition]) -> None:
-    """Raise PartitionError when the partitions are not those of this trace."""
+    """Raise PartitionError when the partitions are not those of this trace, UsageError when one of the two is none."""
+    require_trace(trace)
+    require_partitions(partitions)
     ends = [0, *(partition.stop for partition in partitions)]
     if [partition.start for partition in partitions] != ends[:-1] or ends[-1] != len(trace.train):
         raise PartitionError(

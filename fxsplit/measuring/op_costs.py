@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import Node
 
+from fxsplit.arguments import require_call, require_whole
 from fxsplit.capture.contexts import contexts_of, opened
-from fxsplit.capture.tracing import Program, Trace
-from fxsplit.errors import TraceError
+from fxsplit.capture.tracing import Program, Trace, require_trace
+from fxsplit.errors import TraceError, UsageError, reason
 from fxsplit.execute.passes import Pass, rewritten
 from fxsplit.execute.settled.folding import fold
 from fxsplit.execute.settled.fusing import DEVICES, Kernel, fuse
@@ -67,9 +68,13 @@ def measure(
         steps: seconds are the median over so many steps.
         passes: graph passes, as those of the executor that will run the model.
 
-    Raises TraceError when the model has no weights, and GuardError when `args` take another path than the traced one.
+    Raises TraceError when the model has no weights, GuardError when `args` take another path than the traced one, and
+    UsageError when torch cannot use the device, or an argument is wrong.
     """
-    device = torch.device(device)
+    require_trace(trace)
+    require_call(args, kwargs)
+    require_whole(1, steps=steps)
+    device = _usable(device)
     if any(tensor.is_meta for tensor in (*trace.model.parameters(), *trace.model.buffers())):
         raise TraceError("a model on the meta device has no weights to measure it with; build it on another device")
     given = trace.signature.tensors(args, kwargs or {})
@@ -97,6 +102,16 @@ def measure(
         figures = [Figures(clocks[kind].seconds, workspaces[kind]) for kind in kinds]
         programs[training] = _annotated(program, figures, program.graph.batch_size / samples)
     return replace(trace, programs=programs)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # each device is missing in its own way
+        raise UsageError(
+            f"device is {str(device)!r}, which torch cannot use here ({reason(error)}); give one that it can, such as "
+            "'cpu'"
+        ) from error
 
 
 def _runners(trace: Trace, model: nn.Module, inputs: Sequence[Tensor], passes: Sequence[Pass]) -> dict[Kind, OpRunner]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 
+from fxsplit.arguments import require, require_whole
 from fxsplit.graph import Modes, Op, Value
 from fxsplit.plan.memory import Step, peak_bytes
 from fxsplit.plan.partition import Partition
@@ -85,7 +86,12 @@ def forecast(
 
     Time is the sum of measured seconds where all ops of both graphs have them. Else it is counted in multiply-adds, a
     moved byte for MACS_PER_BYTE of them. An update without measured time is converted by the same rule.
+
+    Raises UsageError when `plan` is no Plan, or one of the numbers cannot be.
     """
+    require("plan", plan, Plan, "a Plan", "fxsplit.schedule(...) makes one")
+    require_whole(1, batch_size=batch_size)
+    require_whole(0, optimizer_slots=optimizer_slots)
     costs = CostModel(
         plan.partitions,
         modes,

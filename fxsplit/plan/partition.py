@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 
+from fxsplit.arguments import listed, require, require_whole
 from fxsplit.errors import PartitionError, UsageError, nearest
 from fxsplit.graph import Graph, Modes, State, cached_by_graphs
 from fxsplit.plan.cuts import Cut, cuts, first_ops, unit_borders, with_ends
@@ -73,11 +74,21 @@ class Partition:
         return slice(self.start, self.stop) if training else slice(self.eval_start, self.eval_stop)
 
 
+def require_partitions(partitions: Sequence[Partition]) -> None:
+    """Refuse what is no list of partitions, or an empty one. Raises UsageError."""
+    advice = "fxsplit.partition(trace, ...) makes them, and plan.partitions has those of a plan"
+    require("partitions", partitions, Sequence, "a list of partitions", advice)
+    if not partitions:
+        raise UsageError(f"there are no partitions, so nothing could train; {advice}")
+    for each in partitions:
+        require("one of the partitions", each, Partition, "a Partition", advice)
+
+
 def partition(
     modes: Modes,
     *,
     count: int | None = None,
-    at: Sequence[str] = (),
+    at: str | Sequence[str] = (),
     balance: str = "macs",
     by: str = "op",
     units: Mapping[str, str] | None = None,
@@ -87,7 +98,7 @@ def partition(
     Args:
         modes: the model's two graphs.
         count: number of partitions, at least 1.
-        at: dotted paths of modules, or names of ops; the model is cut before the first op of each.
+        at: dotted paths of modules, or names of ops, or one of them; the model is cut before the first op of each.
         balance: what weighs a partition: multiply-adds ("macs"), bytes of its parameters ("params"), bytes kept for
             backward ("activations") or measured time ("seconds"). Where every op weighs 0, ops are counted.
         by: which cuts `count` may choose from: all legal ones ("op"), the natural ones ("natural") or those between
@@ -102,14 +113,15 @@ def partition(
     value, or when ops lack the seconds to balance by; PartitionError, which names all wrong paths at once, when a path
     is unknown or cannot be cut at, and when there are too few allowed cuts or no ops.
     """
-    if (count is None) == (not at):
+    paths = listed(at)
+    if (count is None) == (not paths):
         raise UsageError("give either the number of partitions or the paths at which to cut, and not both")
     every = with_ends(modes)
     if count is None:
-        if wrong := unusable_paths(modes, at):
+        if wrong := unusable_paths(modes, paths):
             raise PartitionError("; ".join(wrong))
         op_at = first_ops(modes.train)
-        inner = [every[index] for index in sorted({op_at[path] for path in at})]
+        inner = [every[index] for index in sorted({op_at[path] for path in paths})]
     else:
         allowed = _allowed(modes, by, units or {})
         inner = _cuts_by_count(count, allowed, _op_weights(modes, balance), by)
@@ -243,8 +255,7 @@ def _alternatives(paths: Sequence[str]) -> str:
 
 
 def _cuts_by_count(count: int, allowed: Sequence[Cut], op_weights: Sequence[int], by: str) -> list[Cut]:
-    if count < 1:
-        raise UsageError(f"the number of partitions must be at least 1, not {count}")
+    require_whole(1, count=count)
     if len(allowed) < count - 1:
         kind = {"op": "legal ones", "natural": "natural ones", "block": "at the borders of its blocks"}[by]
         advice = "" if by == "op" else ", or cut by op"

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Literal
 
+from fxsplit.arguments import require_share, require_whole
 from fxsplit.errors import PartitionError, UsageError, nearest
-from fxsplit.plan.partition import Partition
+from fxsplit.plan.partition import Partition, require_partitions
 
 Role = Literal["settled", "training", "frozen"]
 
@@ -38,7 +39,7 @@ class Phase:
             too few images of it makes fewer.
         thaws: partitions train that were settled in the phase before.
 
-    Raises ValueError when a value is out of its range: when nothing trains, when `recompute` is neither 0 nor between
+    Raises UsageError when a value is out of its range: when nothing trains, when `recompute` is neither 0 nor between
     `start` and `stop`, and when a phase is segmented that recomputes nothing.
     """
 
@@ -52,19 +53,17 @@ class Phase:
     thaws: bool = False
 
     def __post_init__(self) -> None:
+        require_whole(0, start=self.start, stop=self.stop, recompute=self.recompute)
+        require_whole(1, epochs=self.epochs, micro_batches=self.micro_batches)
         if self.recompute and not self.start < self.recompute < self.stop:
-            raise ValueError(
+            raise UsageError(
                 f"a phase that trains [{self.start}, {self.stop}) cannot recompute up to {self.recompute}; it must be "
                 "a cut between"
             )
         if self.segmented and not self.recompute:
-            raise ValueError("a phase can recompute in segments only where it recomputes")
-        if not 0 <= self.start < self.stop:
-            raise ValueError(f"a phase must train partitions, and [{self.start}, {self.stop}) holds none")
-        if self.epochs < 1:
-            raise ValueError(f"a phase must last at least 1 epoch, not {self.epochs}")
-        if self.micro_batches < 1:
-            raise ValueError(f"a phase must take a batch in at least 1 micro-batch, not {self.micro_batches}")
+            raise UsageError("a phase can recompute in segments only where it recomputes")
+        if not self.start < self.stop:
+            raise UsageError(f"a phase must train partitions, and [{self.start}, {self.stop}) holds none")
 
     def role(self, index: int) -> Role:
         """Say what partition `index` does in this phase."""
@@ -283,7 +282,7 @@ def settle(
     Args:
         start: fraction of the run from which the moments count, 0 to `stop`.
         stop: fraction of the run at which the last move is made, at most 1.
-        share: fraction of the multiply-adds that is settled in the end, at least 0.
+        share: fraction of the multiply-adds that is settled in the end, 0 to 1.
 
     Raises UsageError when one of them is out of its range.
     """
@@ -292,10 +291,10 @@ def settle(
 
 
 def _check_moments(start: float, stop: float, share: float) -> None:
-    if not (0 <= start <= stop <= 1 and share >= 0):
+    require_share(start=start, stop=stop, share=share)
+    if start > stop:
         raise UsageError(
-            f"the cut moves within the run, 0 <= start <= stop <= 1, up to a share that grows, "
-            f"not with start {start}, stop {stop}, share {share}"
+            f"the cut would begin to move at {start} of the run and stop at {stop}; let it begin earlier, or stop later"
         )
 
 
@@ -375,14 +374,13 @@ def finetune(
     Args:
         start: fraction of the run for which the head trains alone, 0 to `stop`.
         stop: fraction of the run at which the last move is made, at most 1.
-        share: fraction of the multiply-adds that is settled in the end, at least 0.
+        share: fraction of the multiply-adds that is settled in the end, 0 to 1.
         front: fraction of the multiply-adds that never trains, 0 to 1.
 
     Raises UsageError when one of them is out of its range. Source of the numbers: docs/results.
     """
     _check_moments(start, stop, share)
-    if not 0 <= front <= 1:
-        raise UsageError(f"the front that never trains is a share of the model, 0 to 1, not {front}")
+    require_share(front=front)
     alone = max(1, round(epochs * start))
     if epochs <= alone:
         return (Phase(start=_cut_at(partitions, front), stop=len(partitions), epochs=epochs),)
@@ -400,8 +398,6 @@ def _thawed(phases: Sequence[Phase], epochs: int, thaw: float) -> tuple[Phase, .
 
     Later moves of the cut are left out, all of them where nothing is settled by then.
     """
-    if not 0 <= thaw <= 1:
-        raise UsageError(f"everything trains again from a fraction of the run on, 0 to 1, not from {thaw}")
     if epochs == 1:
         return tuple(phases)
     begin = max(1, min(round(epochs * thaw), epochs - 1))
@@ -455,20 +451,29 @@ def schedule(
         thaw: for "settle", "settle-far" and "finetune", the fraction of the run from which everything trains again, for
             an epoch at least; never if None.
 
-    Raises UsageError for an unknown name and for too few epochs.
+    Raises UsageError for an unknown name, for too few epochs, and for a fraction that the schedule does not take or
+    that is not between 0 and 1.
     """
     if name in NO_SCHEDULE:
         raise UsageError(f"there is no schedule {name!r}: {NO_SCHEDULE[name]}")
     if name not in SCHEDULES:
         raise UsageError(f"there is no schedule {name!r}{nearest(name, SCHEDULES)} (have: {', '.join(SCHEDULES)})")
+    require_partitions(partitions)
     wanted = epochs if epochs_total is None else epochs_total
-    if wanted < 1:
-        raise UsageError(f"a run must last at least 1 epoch, not {wanted}")
-    given = {"start": start, "stop": stop, "share": share, "front": front if name == "finetune" else None}
+    require_whole(1, **{"epochs" if epochs_total is None else "epochs_total": wanted})
+    every = {"start": start, "stop": stop, "share": share, "front": front, "thaw": thaw}
+    given = {key: value for key, value in every.items() if value is not None}
+    for key in given:
+        heeding = ("finetune",) if key == "front" else SETTLING
+        if name not in heeding:
+            raise UsageError(
+                f"{key} can be given only to the schedule {' or '.join(heeding)}, and the schedule is {name!r}"
+            )
+    require_share(**given)
     if name == "window":
         phases = window(partitions, epochs, epochs_total)
     elif name in SETTLING:
-        fractions = {key: value for key, value in given.items() if value is not None}
+        fractions = {key: value for key, value in given.items() if key != "thaw"}
         phases = SCHEDULES[name](partitions, wanted, **fractions)
         phases = phases if thaw is None else _thawed(phases, wanted, thaw)
     else:

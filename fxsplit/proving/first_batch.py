@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from fxsplit.arguments import require, require_call
 from fxsplit.data.batch import micro_batch_sizes
 from fxsplit.errors import ProofError, UsageError
 from fxsplit.execute.executor import Executor
@@ -65,9 +66,11 @@ def prove(model: nn.Module, net: Executor, args: Sequence[Any], kwargs: Mapping[
         args: the inputs of the call.
         kwargs: likewise.
 
-    Raises ProofError when the two differ, and UsageError when `net` is in a phase, or when tensors are on the meta
-    device.
+    Raises ProofError when the two differ, and UsageError when `net` is in a phase, when tensors are on the meta device,
+    and when an argument is of another type.
     """
+    require("net", net, Executor, "an Executor", "make one by fxsplit.Executor(trace, partitions)")
+    require_call(args, kwargs)
     given = kwargs or {}
     tensors = (*tensors_in((args, given)), *model.parameters(), *model.buffers())
     if any(tensor.is_meta for tensor in tensors):
@@ -216,8 +219,8 @@ def _sentence(wrong: Sequence[Difference], origin: str) -> str:
     where = f", which begins {origin}" if origin else ""
     return (
         f"the partitions do not compute what the model computes, on the same batch: {shown} differ{where}; keep a "
-        "module around it whole, by its path in fxsplit.trace(..., leaves=[PATH]), or go on without this proof, by "
-        "--no-prove"
+        "module around it whole, by its path in fxsplit.trace(..., leaves=[PATH]), or train without this proof, by "
+        "--no-prove or RunSpec(prove=False)"
     )
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
 from torch import nn
 
+from fxsplit.arguments import require
 from fxsplit.assembly.devices import choose_device
 from fxsplit.errors import DataError, UsageError, printable, reason, shown_path
 from fxsplit.models import registry
@@ -72,6 +73,7 @@ def load(run: str | Path, device: str | torch.device = "cpu", *, trust_code: boo
 
 def find(run: str | Path) -> Saved:
     """Find the weights of a run's model, and how it is used. Raises UsageError and DataError as `load` does."""
+    require("run", run, (str, os.PathLike), "a path", "that of a run is in its report, as report.folder")
     path = expanded(run)
     if os.path.isfile(path):  # unlike Path.is_file, it takes a name that is too long for one that is not there
         return _of_file(path)

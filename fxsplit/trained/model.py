@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fxsplit.arguments import listed, require, require_whole
 from fxsplit.data.normalization import Normalization
 from fxsplit.data.reading.decoding import decode, square_pixels
-from fxsplit.errors import DataError, UsageError, reason
+from fxsplit.errors import DataError, reason
 from fxsplit.execute.forward import logits_of
 from fxsplit.saving.model_config import ModelConfig
 
 # Classes that are named where a model is printed.
 MOST_NAMED = 12
+
+# What to do with pixels.
+ARRAYS = "Image.fromarray(array) makes one of pixels, uint8 (H, W, 3)"
 
 # An image: a file, or one that Pillow has opened.
 Picture = str | Path | Image.Image
@@ -35,7 +41,8 @@ class TrainedModel(nn.Module):
     """A trained image classifier, ready to call.
 
     Calling it gives class scores (B, classes) for images (B, 3, H, W) as `preprocess` makes them, whatever else the
-    model itself returns. It computes in the mode that it is in; `fxsplit.load` gives it in evaluation mode.
+    model itself returns. It computes in the mode that it is in; `fxsplit.load` gives it in evaluation mode, in which
+    `predict` computes in any case.
 
     Args:
         model: the network itself.
@@ -76,9 +83,10 @@ class TrainedModel(nn.Module):
     def pixels(self, picture: Picture) -> Tensor:
         """Return the pixels of an image, uint8 (3, img_size, img_size), resized and cropped as in the run's tests.
 
-        Raises DataError when it cannot be decoded.
+        Raises DataError when it cannot be decoded, and UsageError when it is neither a file nor an image of Pillow.
         """
         config = self.config
+        require("picture", picture, (str, PathLike, Image.Image), "a file or an image of Pillow", ARRAYS)
         if not isinstance(picture, Image.Image):
             return decode(picture, config.img_size, config.interpolation, crop_pct=config.crop_pct)
         try:
@@ -89,13 +97,13 @@ class TrainedModel(nn.Module):
     def preprocess(self, picture: Picture) -> Tensor:
         """Prepare an image as in the run's tests: float32 (3, img_size, img_size), on the model's device.
 
-        Raises DataError when it cannot be decoded.
+        Raises DataError when it cannot be decoded, and UsageError when it is neither a file nor an image of Pillow.
         """
         prepared: Tensor = self.normalize(self.pixels(picture)[None].to(self.device))[0]
         return prepared
 
     def predict(self, images: Picture | Sequence[Picture] | Tensor, top: int = 5) -> list[list[Guess]]:
-        """Return the most probable classes of each image, the most probable first.
+        """Return the most probable classes of each image, the most probable first, as computed in evaluation mode.
 
         Args:
             images: files or images, prepared here and run as one batch; or a tensor (B, 3, H, W) of prepared images. A
@@ -104,15 +112,14 @@ class TrainedModel(nn.Module):
 
         Raises DataError when an image cannot be decoded, and UsageError when `top` is less than 1.
         """
-        if top < 1:
-            raise UsageError(f"top is {top}, but must be at least 1")
+        require_whole(1, top=top)
         if not isinstance(images, Tensor):
-            pictures: Iterable[Picture] = [images] if isinstance(images, Picture) else images
+            pictures: tuple[Picture, ...] = listed(images)
             prepared = [self.preprocess(picture) for picture in pictures]
             if not prepared:
                 return []
             images = torch.stack(prepared)
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self):
             scores = self(in_layout(self.config, images.to(self.device)))
         return self.guesses(scores, top)
 
@@ -127,6 +134,18 @@ class TrainedModel(nn.Module):
     def name_of(self, index: int) -> str:
         """Name a class by its position; a model may have more outputs than classes."""
         return self.config.name_of(index)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, all modules are in evaluation mode; then each is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def in_layout(config: ModelConfig, images: Tensor) -> Tensor:

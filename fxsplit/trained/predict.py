@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fxsplit.arguments import listed, require_whole
 from fxsplit.assembly.devices import choose_device
 from fxsplit.data.reading.decoding import image_warnings, suffixes
 from fxsplit.errors import DataError, UsageError, printable, shown_path
@@ -22,7 +23,7 @@ from fxsplit.trained.model import TrainedModel
 
 def predict(
     run: str | Path,
-    images: Sequence[str | Path],
+    images: str | Path | Sequence[str | Path],
     *,
     top: int = 5,
     batch_size: int = 64,
@@ -36,7 +37,7 @@ def predict(
 
     Args:
         run: as for `load`.
-        images: files; of a folder all image files in it, and in the folders in it, but for hidden ones.
+        images: files, or one; of a folder all image files in it, and in the folders in it, but for hidden ones.
         top: how many classes, the most probable first.
         batch_size: images at a time.
         device: as `RunSpec.device`.
@@ -47,10 +48,9 @@ def predict(
     """
     observer = observer or Observer()
     asked = read_values({"batch_size": batch_size, "device": device})
-    if top < 1:
-        raise UsageError(f"top is {top}, but must be at least 1")
+    require_whole(1, top=top)
     model = load(run, choose_device(asked["device"]), trust_code=trust_code)
-    return _predictions(model, images, top, asked["batch_size"], observer)
+    return _predictions(model, listed(images), top, asked["batch_size"], observer)
 
 
 def _predictions(

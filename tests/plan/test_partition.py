@@ -777,7 +777,7 @@ def test_too_many_partitions() -> None:
     ):
         partition(both(NESTED), count=8)
     assert len(partition(both(NESTED), count=7)) == 7
-    with pytest.raises(UsageError, match="at least 1, not 0"):
+    with pytest.raises(UsageError, match="count is 0, but must be a whole number, at least 1"):
         partition(both(NESTED), count=0)
 
 

@@ -228,12 +228,12 @@ def test_settle_follows_its_parameters() -> None:
     ]  # fmt: skip
     assert drawn(settle(ten, 8, share=0)) == [(0, 10, 8)]
     # All moments at the very start: the first epoch still trains everything, the last partition always.
-    assert drawn(settle(ten, 8, start=0, stop=0, share=9)) == [(0, 10, 1), (9, 10, 7)]
+    assert drawn(settle(ten, 8, start=0, stop=0, share=1)) == [(0, 10, 1), (9, 10, 7)]
 
 
-@pytest.mark.parametrize("wrong", [{"start": 0.9}, {"stop": 1.1}, {"start": -0.1}, {"share": -1}])
+@pytest.mark.parametrize("wrong", [{"start": 0.9}, {"stop": 1.1}, {"start": -0.1}, {"share": -1}, {"share": 1.1}])
 def test_settle_refuses_a_cut_that_cannot_move_forward(wrong: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match="the cut moves within the run"):
+    with pytest.raises(UsageError, match=r"move at 0.9 of the run and stop at 0.8|must be a number from 0 to 1"):
         settle(partitions(1, 1), 10, **wrong)
 
 
@@ -247,7 +247,7 @@ def test_an_unknown_schedule_is_answered_with_the_nearest() -> None:
 @pytest.mark.parametrize("epochs", [{"epochs": 0}, {"epochs": 5, "epochs_total": 0}])
 def test_a_run_has_at_least_one_epoch(epochs: dict[str, int]) -> None:
     for name in ("standard", "grow", "settle", "window"):
-        with pytest.raises(UsageError, match="at least 1 epoch, not 0"):
+        with pytest.raises(UsageError, match=r"^epochs(_total)? is 0, but must be a whole number, at least 1"):
             schedule(name, partitions=partitions(1, 1), **epochs)
 
 
@@ -256,9 +256,9 @@ def test_a_run_has_at_least_one_epoch(epochs: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(("start", "stop", "epochs"), [(1, 1, 1), (2, 1, 1), (-1, 1, 1), (0, 1, 0), (0, 1, -3)])
 def test_a_phase_trains_something_for_some_time(start: int, stop: int, epochs: int) -> None:
-    with pytest.raises(ValueError, match="a phase must"):
+    with pytest.raises(UsageError, match=r"holds none|must be a whole number, at least"):
         Phase(start=start, stop=stop, epochs=epochs)
-    with pytest.raises(ValueError, match="only where it recomputes"):
+    with pytest.raises(UsageError, match="only where it recomputes"):
         Phase(start=0, stop=2, epochs=1, segmented=True)
 
 
@@ -365,7 +365,6 @@ def test_finetune_refuses_what_is_out_of_range(options: dict[str, float]) -> Non
         ("finetune", 8, 0.99, [(4, 5, 1), (2, 5, 3), (3, 5, 3), (0, 5, 1)]),
         ("finetune", 8, 0.01, [(4, 5, 1), (0, 5, 7)]),
         ("settle", 1, 0.5, [(0, 5, 1)]),
-        ("standard", 4, 0.5, [(0, 5, 4)]),
     ],
 )
 def test_at_the_end_everything_may_train_again(
@@ -378,7 +377,7 @@ def test_at_the_end_everything_may_train_again(
 
 @pytest.mark.parametrize("thaw", [-0.1, 1.1])
 def test_it_cannot_do_so_outside_of_the_run(thaw: float) -> None:
-    with pytest.raises(UsageError, match="a fraction of the run"):
+    with pytest.raises(UsageError, match=r"thaw is .*, but must be a number from 0 to 1"):
         schedule("settle", partitions=partitions(1, 1), epochs=8, thaw=thaw)
 
 

@@ -113,9 +113,34 @@ def test_predict_takes_files_images_and_tensors(run: Path) -> None:
     alone = model.predict(files[0])
     assert len(alone) == 1
     assert alone[0][0].label == expected[0][0].label
+    assert alone == model.predict(str(files[0])) == model.predict(Image.open(files[0]))
     assert model.predict([]) == []
-    with pytest.raises(UsageError, match="top is 0, but must be at least 1"):
+    with pytest.raises(UsageError, match="top is 0, but must be a whole number, at least 1"):
         model.predict(files, top=0)
+
+
+def test_predict_computes_in_evaluation_and_puts_the_mode_back(run: Path) -> None:
+    model, file = fxsplit.load(run), photographs_of(run) / "test" / "cat" / "0.png"
+    expected, buffers = model.predict(file), {name: value.clone() for name, value in model.named_buffers()}
+    model.train()
+    first = next(module for module in model.model.modules() if not list(module.children()))
+    first.eval()
+    modes = [module.training for module in model.modules()]
+    assert model.predict(file) == expected
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(RuntimeError):
+        model.predict(torch.zeros(1, 4, 16, 16))
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_what_is_no_image_is_refused_by_its_type(run: Path) -> None:
+    model, array = fxsplit.load(run), np.zeros((16, 16, 3), dtype=np.uint8)
+    said = r"^picture is of type ndarray, but must be a file or an image of Pillow; Image.fromarray\(array\) makes one"
+    with pytest.raises(UsageError, match=said):
+        model.preprocess(array)
+    with pytest.raises(UsageError, match=said):
+        model.predict([array])
 
 
 def test_an_image_that_is_cut_off_is_one_sentence(run: Path, tmp_path: Path) -> None:

@@ -38,6 +38,13 @@ def test_every_image_gets_what_the_model_says(run: Path) -> None:
     assert len(again[0].classes) == 3
 
 
+def test_one_file_stands_for_a_list_of_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photographs_of(run) / "test" / "cat")
+    expected = list(fxsplit.predict(run, ["0.png"], device="cpu"))
+    assert list(fxsplit.predict(run, "0.png", device="cpu")) == expected
+    assert list(fxsplit.predict(run, Path("0.png"), device="cpu")) == expected
+
+
 def test_only_the_middle_is_asked_about_where_the_run_tested_it(run: Path, tmp_path: Path) -> None:
     """Of files, and of images that are open already."""
     model = fxsplit.load(run)
@@ -99,7 +106,7 @@ def test_what_pillow_warns_of_is_said(run: Path, tmp_path: Path) -> None:
 def test_what_is_wrong_is_told_before_the_first_prediction(run: Path) -> None:
     with pytest.raises(UsageError, match="there is no run 'nowhere'"):
         fxsplit.predict("nowhere", ["a.png"])
-    with pytest.raises(UsageError, match="top is 0, but must be at least 1"):
+    with pytest.raises(UsageError, match="top is 0, but must be a whole number, at least 1"):
         fxsplit.predict(run, ["a.png"], top=0)
     with pytest.raises(UsageError, match="batch-size is 0"):
         fxsplit.predict(run, ["a.png"], batch_size=0)
