@@ -39,6 +39,10 @@ class Terminal(Console):
             shown = segment.text if segment.control else encodable(visible(segment.text), self.encoding)
             yield segment._replace(text=shown)
 
+    def on_broken_pipe(self) -> None:
+        """Let `main` end the command, where rich would exit as if the model's code had."""
+        raise BrokenPipeError
+
 
 def is_first() -> bool:
     """Tell whether this process is the only one, or the first of those that `torchrun` has started."""

@@ -242,6 +242,35 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(
     assert not torch.backends.cudnn.benchmark
 
 
+OUTPUT_CLASS = """
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Scores:
+    logits: Tensor
+
+
+class Classifier(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+    def forward(self, images: Tensor) -> Scores:
+        return Scores(self.body(images))
+"""
+
+
+def test_scores_may_lie_in_an_output_class(spec: Callable[..., fxsplit.RunSpec], tmp_path: Path) -> None:
+    """As those of Hugging Face do."""
+    (tmp_path / "net.py").write_text(OUTPUT_CLASS, encoding="utf-8")
+    assert train(spec(model=f"{tmp_path / 'net.py'}:Classifier", epochs=1)).status == "finished"
+    pytest.importorskip("transformers")
+    assert train(spec(model="hf:resnet", epochs=1, img_size=32)).status == "finished"
+
+
 @pytest.mark.parametrize(
     "changes",
     [

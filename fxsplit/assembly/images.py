@@ -32,7 +32,8 @@ class Kind(NamedTuple):
 
 def kind(spec: RunSpec) -> Kind:
     """Describe the images of a run without loading them. Raises UsageError and DataError as `datasets.load` does."""
-    return Kind(*datasets.describe(spec.data, img_size=spec.img_size, data_dir=spec.data_dir))
+    bad = spec.max_bad_samples
+    return Kind(*datasets.describe(spec.data, img_size=spec.img_size, data_dir=spec.data_dir, max_bad_samples=bad))
 
 
 def data(spec: RunSpec, observer: Observer) -> Data:

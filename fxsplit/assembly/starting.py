@@ -178,13 +178,24 @@ def _start(spec: RunSpec | None, resume: str | Path | None, observer: Observer, 
     found = find_checkpoint(given if given.is_file() else path, notice=observer.notice)
     before = resuming.spec_of(path) if found is None else resuming.spec_from(found.data["spec"])
     now = replace(resuming.spec_of(path) if spec is None else spec, output=str(path.parent))
+    plan = None if found is None else _plan_to_go_on(found, before, now, observer)
     for sentence in resuming.differing(before, now):
         observer.notice(sentence)
     if found is None:
         observer.notice(f"the run in {str(path)!r} has no checkpoint yet, and begins anew")
-        return Start(spec=now, is_new=False, folder=folder)
-    saved_plan = planfile.from_dict(found.data["plan"], origin=found.path.name)
-    return Start(spec=now, is_new=False, folder=folder, found=found, plan=resuming.lengthened(saved_plan, before, now))
+    return Start(spec=now, is_new=False, folder=folder, found=found, plan=plan)
+
+
+def _plan_to_go_on(found: Found, before: RunSpec, now: RunSpec, observer: Observer) -> PlanFile:
+    """Return the plan of a checkpoint, as long as is asked for now. Raises UsageError as `lengthened` does."""
+    saved = planfile.from_dict(found.data["plan"], origin=found.path.name)
+    plan = resuming.lengthened(saved, before, now)
+    if before.model_ema and Place(*found.data["place"]).epoch >= saved.epochs < plan.epochs:
+        observer.notice(
+            "the run has ended, and averages took the place of its weights (model-ema): it goes on from these, which "
+            "after few steps are near the weights that it began with"
+        )
+    return plan
 
 
 def check_alike(trace: Trace, data: Data, processes: Processes) -> None:

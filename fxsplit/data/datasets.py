@@ -109,6 +109,7 @@ def load_test(
     interpolation: str = INTERPOLATIONS[0],
     crop_pct: float = 1.0,
     all_of_folder: bool = False,
+    max_bad_samples: int = 0,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> NamedImages:
     """Load the images to test on of the data set `name` alone, the same as `load` does, for a model with `classes`.
@@ -119,11 +120,15 @@ def load_test(
         img_size: side of the square images in pixels.
         data_dir: as for `load`, and so are seed, notice, workers, interpolation, crop_pct and memory_limit_bytes.
         all_of_folder: of a folder that is not divided into train/ and test/, take all images, not those held out.
+        max_bad_samples: as for `load`.
 
     Raises UsageError and DataError as `load` does, and DataError when the data set has other classes.
     """
     if path := _folder_path(name):
-        images: ImageSet = _test_files(path, classes, img_size, seed, workers, interpolation, notice, all_of_folder)
+        unreadable = Unreadable(max_bad_samples, notice)
+        images: ImageSet = _test_files(
+            path, classes, img_size, seed, workers, interpolation, unreadable, notice, all_of_folder
+        )
     else:
         if is_code_of_data(name):
             data = _custom(name, img_size, data_dir, workers, interpolation, notice)
@@ -147,14 +152,22 @@ def _test_files(
     seed: int,
     workers: int,
     interpolation: str,
+    unreadable: Unreadable,
     notice: Notice,
     all_of_folder: bool,
 ) -> FileImages:
     train_root, test_root = folders.layout(root, notice)
     files = partial(
-        FileImages, img_size=img_size, workers=workers, interpolation=interpolation, warned=_say_once(notice)
+        FileImages,
+        img_size=img_size,
+        workers=workers,
+        interpolation=interpolation,
+        warned=_say_once(notice),
+        unreadable=unreadable,
     )
     if test_root or all_of_folder:
+        if not test_root:
+            notice(f"all images of {shown_path(str(root))} are taken, also those that a run may have trained on")
         paths, labels = folders.list_test(test_root or root, classes, notice, whose="the model")
         return files(paths=paths, labels=labels)
     own, paths, labels = folders.list_classes(train_root, notice)
@@ -163,7 +176,7 @@ def _test_files(
     return files(paths=paths, labels=folders.positions(own, classes)[labels]).subset(held_out)
 
 
-def describe(name: str, *, img_size: int | None, data_dir: str) -> tuple[int, int]:
+def describe(name: str, *, img_size: int | None, data_dir: str, max_bad_samples: int = 0) -> tuple[int, int]:
     """Return the number of classes and the side in pixels of the images that `load` would give, without loading them.
 
     Raises UsageError and DataError as `load` does.
@@ -171,7 +184,7 @@ def describe(name: str, *, img_size: int | None, data_dir: str) -> tuple[int, in
     if path := _folder_path(name):
         train_root, _ = folders.layout(path, _unsaid)
         classes, paths, _ = folders.list_classes(train_root, _unsaid)
-        return len(classes), img_size or _own_size(paths[:1])
+        return len(classes), img_size or _own_size(paths[: 1 + max_bad_samples])
     if is_code_of_data(name):
         count, own = custom.describe(name, data_dir=data_dir, largest=LARGEST_DEFAULT_SIZE)
         return count, img_size or own

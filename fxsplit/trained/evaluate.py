@@ -20,10 +20,10 @@ from fxsplit.data import datasets
 from fxsplit.data.datasets import NamedImages
 from fxsplit.data.images import ImageSet
 from fxsplit.data.loader import Loader
-from fxsplit.errors import UsageError
+from fxsplit.errors import FxsplitError, UsageError
 from fxsplit.pages.evaluation import evaluation_page
 from fxsplit.paths import expanded
-from fxsplit.report import ClassScore, Evaluation, Mistake, Observer
+from fxsplit.report import ClassScore, Evaluation, Mistake, Observer, RunReport
 from fxsplit.saving.model_config import ModelConfig
 from fxsplit.spec import RunSpec, read_values
 from fxsplit.trained.load import Saved, find, load
@@ -86,6 +86,10 @@ def evaluate(
         determinism(settings.seed, settings.deterministic),
     ):
         model = load(run, chosen, trust_code=trust_code)
+        if (status := _status(saved.folder)) != "finished":
+            observer.notice(
+                f"the run is {status}: its weights may be later ones than those that its report was written of"
+            )
         images = _images(asked.get("data"), settings, saved.config, observer)
         counted = _Counts(model, images, keep=SHOWN)
         batches = Loader(
@@ -115,6 +119,14 @@ def _spec_of(saved: Saved) -> RunSpec | None:
     return resuming.spec_of(saved.folder) if (saved.folder / resuming.RECIPE).is_file() else None
 
 
+def _status(folder: Path) -> str:
+    """Return how the run in a folder ended, as far as it says so."""
+    try:
+        return RunReport.read(folder).status
+    except (OSError, ValueError, FxsplitError):
+        return "finished"
+
+
 def _images(data: str | None, spec: RunSpec, config: ModelConfig, observer: Observer) -> NamedImages:
     is_other = data is not None and _place(data) != _place(spec.data)
     return datasets.load_test(
@@ -127,6 +139,7 @@ def _images(data: str | None, spec: RunSpec, config: ModelConfig, observer: Obse
         seed=spec.seed,
         workers=spec.workers,
         all_of_folder=is_other,
+        max_bad_samples=spec.max_bad_samples,
         notice=observer.notice,
     )
 

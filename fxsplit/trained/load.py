@@ -169,7 +169,9 @@ def _load_weights(model: nn.Module, saved: Saved) -> None:
 
 
 def _model_state(path: Path) -> Any:
+    """Read the weights of a checkpoint: averages where the run keeps some, by which it is tested."""
     state = read_checkpoint(path).get("state")
     if not isinstance(state, dict) or "model" not in state:
         raise DataError(f"{path.name} is no checkpoint of a run")
-    return state["model"]
+    means = state.get("training", {}).get("ema", {}).get("means", {})
+    return {part: {name: means.get(name, each) for name, each in held.items()} for part, held in state["model"].items()}

@@ -24,6 +24,19 @@ def test_what_is_printed_goes_to_stderr_by_whatever_means(capfd: pytest.CaptureF
     assert sorted(err.splitlines()) == ["by a program", "printed", "written"]
 
 
+@pytest.mark.parametrize("command", ["inspect paper:cnn", "check paper:cnn --meta"])
+def test_who_reads_no_more_ends_the_command_without_a_word(command: str) -> None:
+    words = [sys.executable, "-m", "fxsplit", *command.split()]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    said = done.stderr
+    assert done.returncode == 1
+    assert "the model's code" not in said
+    assert "Traceback" not in said
+
+
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     read, write = os.pipe()
     kept = os.dup(0)

@@ -239,6 +239,16 @@ def test_a_run_goes_on_without_an_image(tmp_path: Path, folder: Path) -> None:
     assert [sentence for sentence in heard.sentences if "bad image 1 of at most 1" in sentence]
 
 
+def test_a_run_with_bad_images_finds_its_size_and_is_evaluated(tmp_path: Path, folder: Path) -> None:
+    """Also where the first image is bad, which says how large images are, and one of those to test on."""
+    for path in (folder / "train" / "class0" / "00.png", folder / "test" / "class1" / "00.png"):
+        assert path.is_file()
+        path.write_bytes(b"no image")
+    report = fxsplit.train(asked(tmp_path, folder, experiment="mine", max_bad_samples=2, img_size=None))
+    found = fxsplit.evaluate(report.folder, device="cpu", trust_code=True)
+    assert (found.loss, found.top1_pct) == (report.epochs[-1].eval_loss, report.epochs[-1].eval_top1)
+
+
 class KillsWorkers(Observer):
     """Kills the processes that read images after a step, as the system does when memory runs out."""
 

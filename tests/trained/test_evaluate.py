@@ -22,7 +22,7 @@ from fxsplit.data.images import Data
 from fxsplit.errors import DataError, UsageError
 from fxsplit.pages.evaluation import evaluation_page
 from fxsplit.records import json_text
-from fxsplit.report import ClassScore, EpochRecord, Evaluation, Mistake, Observer
+from fxsplit.report import ClassScore, EpochRecord, Evaluation, Mistake, Observer, StepRecord
 from tests.pages.test_page import VOID, Page
 from tests.saving.runs import COMMON, KINDS, model_in
 from tests.trained.conftest import CLASSES, picture
@@ -56,6 +56,33 @@ def test_the_numbers_are_those_of_the_last_epoch(kind: str, tmp_path: Path) -> N
     report = fxsplit.train(spec)
     last = max((Path(report.folder) / "checkpoints").iterdir())
     assert numbers(fxsplit.evaluate(last, device="cpu", trust_code=True)) == last_of(report.epochs[-1])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_checkpoint_is_the_averages_by_which_it_was_tested(tmp_path: Path) -> None:
+    """Bit for bit, also before the last epoch, in which averages take the place of the weights."""
+    options = {"model": model_in(tmp_path), "output": str(tmp_path / "runs"), "epochs": 3, "checkpoint_keep": 5}
+    spec = fxsplit.RunSpec(**{**COMMON, **options, "model_ema": True, "model_ema_decay": 0.5})
+    report = fxsplit.train(spec)
+    checkpoints = sorted((Path(report.folder) / "checkpoints").iterdir())
+    assert len(checkpoints) == 3
+    for path, epoch in zip(checkpoints, report.epochs, strict=True):
+        assert numbers(fxsplit.evaluate(path, device="cpu", trust_code=True)) == last_of(epoch)
+
+
+def test_the_weights_of_a_run_that_was_interrupted_may_be_later_ones(tmp_path: Path) -> None:
+    class Stop(Observer):
+        def step_done(self, record: StepRecord) -> None:
+            if record.epoch == 1:
+                raise KeyboardInterrupt
+
+    options = {"model": "paper:cnn", "data": "synthetic", "img_size": 8, "train_limit": 16, "batch_size": 8}
+    spec = fxsplit.RunSpec(**options, epochs=2, device="cpu", log_interval=1, output=str(tmp_path), experiment="run")
+    with pytest.raises(KeyboardInterrupt):
+        fxsplit.train(spec, Stop())
+    heard = Heard()
+    fxsplit.evaluate(tmp_path / "run", device="cpu", observer=heard)
+    assert any(sentence.startswith("the run is interrupted: its weights may be later") for sentence in heard.sentences)
 
 
 @pytest.mark.usefixtures("one_thread")
