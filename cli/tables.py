@@ -194,13 +194,18 @@ def exported(record: ExportRecord) -> None:
 def comparison(found: Comparison, files: str) -> None:
     """Print a row for each arm of each table; below it the verdicts, and what is not equal."""
     console = Terminal(highlight=False)
+    is_wide, is_middling = console.width >= WIDE, console.width >= MIDDLING
+    headers = {
+        "arm": True, ">epochs": is_wide, ">seeds": is_wide, ">test accuracy, %": True, f">{found.time}": is_middling,
+        ">memory": is_wide,
+    }  # fmt: skip
     for each in found.tables:
         print_whole(console, f"{each.model}, {BUDGETS[each.match]}")
-        table = new_table("arm", ">epochs", ">seeds", ">test accuracy, %", f">{found.time}", ">memory")
+        rows = Rows(headers)
         for arm in each.arms:
             figures = (spread(arm.accuracy, 2), spread(arm.time, 1), human(arm.memory.mean, "B"))
-            table.add_row(Text(arm.arm), str(arm.epochs), str(len(arm.runs)), *figures)
-        console.print(table)
+            rows.add(Text(arm.arm), str(arm.epochs), str(len(arm.runs)), *figures)
+        console.print(rows.table)
         for difference in each.differences:
             print_whole(console, difference.sentence)
         for sentence in each.unequal:

@@ -10,7 +10,9 @@ import pytest
 from fxsplit.comparison import Comparison
 from fxsplit.pages.comparison_page import comparison_page, figure_rows
 from fxsplit.pages.comparison_plots import front, plots, row_plots
+from fxsplit.pages.figures import spread
 from fxsplit.pages.paper_table import PAPER
+from fxsplit_cli import tables
 
 
 def test_names_are_text_and_nothing_is_loaded(comparison: Comparison) -> None:
@@ -68,3 +70,18 @@ def test_the_papers_figures_are_those_that_it_prints() -> None:
         "paper:densenet": [(63.98, 68082.0), (60.25, 36045.2)],
         "paper:resnext": [(56.85, 8790.2), (55.28, 3930.1)],
     }
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_the_printed_table_fits_its_terminal(
+    width: int, comparison: Comparison, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    tables.comparison(comparison, "compare")
+    lines = capsys.readouterr().out.splitlines()
+    for arm in comparison.tables[0].arms:
+        (row,) = [line for line in lines[:6] if line.startswith(arm.arm)]
+        assert len(row) <= width
+        assert spread(arm.accuracy, 2) in row
+        assert (spread(arm.time, 1) in row) is (width >= 50)
+        assert row.rstrip().endswith("B") is (width >= 80)
