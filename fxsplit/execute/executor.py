@@ -332,8 +332,12 @@ class Executor(nn.Module):
         everything = (running.start, running.stop) == (0, len(self._stages))
         # Where some partitions are in evaluation while others train, both graphs run, and the inputs must suit both.
         for mode in {training, training and everything}:
-            with nullcontext() if mode == training else torch.no_grad():
-                self._changes.guards[mode].check(tensors)
+            guards = self._changes.guards[mode]
+            if guards.ask_autograd and mode != training:
+                with torch.no_grad():
+                    guards.check(tensors)
+            else:
+                guards.check(tensors)
         values: list[Any] = [tensors[index] for index in self._read]
         tracked = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in values)
         if tracked and self._cuts_gradients[training]:
