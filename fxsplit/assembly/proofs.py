@@ -11,11 +11,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-import fxsplit.plan.forecast
-from fxsplit.assembly.plans import forecast
 from fxsplit.assembly.steps import loss
 from fxsplit.capture.tracing import Trace
 from fxsplit.measuring.meter import is_out_of_memory
+from fxsplit.plan.forecast import forecast
 from fxsplit.plan.schedule import Phase
 from fxsplit.proving.first_batch import prove_batch
 from fxsplit.proving.replays import differing_replays
@@ -33,7 +32,7 @@ def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: O
     began = perf_counter()
     trainer.executor.train()
     batch = next(trainer.feed.train_loader.batches(0))
-    count = _images_within(spec, trace, trainer, len(batch))
+    count = _images_within(trace, trainer, len(batch))
     images, labels = batch.images[:count], batch.labels[:count]
     with torch.compiler.set_stance("force_eager") if spec.torchcompile else nullcontext():
         proof = prove_batch(
@@ -59,22 +58,21 @@ def prove_first_batch(spec: RunSpec, trace: Trace, trainer: Trainer, observer: O
     return perf_counter() - began
 
 
-def _images_within(spec: RunSpec, trace: Trace, trainer: Trainer, count: int) -> int:
+def _images_within(trace: Trace, trainer: Trainer, count: int) -> int:
     """Return of how many images, of `count`, the activations fit in those of the plan; at least two, for BatchNorm.
 
     In the proof everything trains, and nothing is recomputed. In a plan that saves memory no phase may be like that.
     """
     plan = trainer.plan
     everything = Phase(start=0, stop=len(plan.partitions), epochs=1, micro_batches=plan.phases[0].micro_batches)
-    proof = replace(plan, phases=(everything,))
 
-    def activations(images: int) -> int:
-        return fxsplit.plan.forecast.forecast(proof, trace, batch_size=images).phases[0].activation_bytes
+    def activations(phases: tuple[Phase, ...], images: int) -> int:
+        ahead = forecast(replace(plan, phases=phases), trace, batch_size=images)
+        return max(phase.activation_bytes for phase in ahead.phases)
 
-    ahead = forecast(spec, plan, trace, measured=False, processes=trainer.processes)
-    most = max(phase.activation_bytes for phase in ahead.phases)
+    most = activations(plan.phases, trainer.feed.train_loader.own_batch_size)
     fewer = range(3, count + 1)
-    return min(count, 2 + bisect_right(fewer, most, key=activations))
+    return min(count, 2 + bisect_right(fewer, most, key=lambda images: activations((everything,), images)))
 
 
 def _prove_replays(

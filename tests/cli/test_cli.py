@@ -327,13 +327,12 @@ def test_every_field_is_an_option(api: FakeApi) -> None:
         "decay-epochs": 2.5,
         "decay-milestones": "3,7.5",
         "torchcompile": "inductor",
-        "pipeline-schedule": "gpipe",
         "experiment": "mine",
     }
     # They contradict others.
     left_out = (
         *("initial-checkpoint", "parts", "plan", "veto", "color-jitter", "mixup", "cutmix", "model-ema"),
-        *("parallel", "sync-bn", "settled-offload"),
+        *("parallel", "pipeline-schedule", "pipeline-processes", "sync-bn", "settled-offload"),
     )
     plain = RunSpec(model="paper:cnn").to_flat()
     changed = {

@@ -57,6 +57,8 @@ SUITE = "settle"
 def spec(folder: Path, name: str, output: str, parallel: str) -> RunSpec:
     # Statistics of BatchNorm are averaged with each checkpoint, so there is one after the step with the signal anyway.
     asked = {**COMMON, "prove": False, **SPECS[name], "parallel": parallel, "checkpoint_every": "13s"}
+    if parallel == "ddp":
+        asked.pop("pipeline_schedule", None)
     return RunSpec(model=f"{folder / 'normed.py'}:normed", output=str(folder / output), experiment=name, **asked)
 
 

@@ -77,6 +77,8 @@ BROKEN = "settle"
 
 def spec(folder: Path, name: str, output: str, **asked: Any) -> RunSpec:
     chosen = {**COMMON, "prove": name == "standard", **SPECS[name], **asked}
+    if chosen.get("parallel", "ddp") == "ddp":
+        chosen.pop("pipeline_schedule", None)
     return RunSpec(model=f"{folder / 'normed.py'}:normed", output=str(folder / output), experiment=name, **chosen)
 
 
