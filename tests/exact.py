@@ -50,6 +50,15 @@ def executor_of(found: Trace, count: int = 2) -> Executor:
     return Executor(found, partition(found, count=count))
 
 
+def assert_same_state(model: nn.Module, reference: nn.Module) -> None:
+    """Hold parameters and buffers of two models against each other: the same names in one order, and numbers."""
+    for (key, value), (reference_key, expected) in zip(
+        model.state_dict().items(), reference.state_dict().items(), strict=True
+    ):
+        assert key == reference_key
+        assert torch.equal(value, expected), key
+
+
 def left_behind(net: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All that a call leaves behind: output, gradients, buffers, attributes of numbers, random states."""
     torch.manual_seed(3)

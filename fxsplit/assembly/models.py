@@ -94,9 +94,9 @@ def trace(spec: RunSpec, model: nn.Module, kind: Kind, device: torch.device) -> 
 
 
 def _refuse_other_than_scores(spec: RunSpec, kind: Kind, graph: Graph) -> None:
-    first = next((graph.values[name] for name in graph.outputs), None)
-    shape = None if first is None else first.shape
-    if first is not None and shape is None:
+    shapes = [graph.values[name].shape for name in graph.outputs]
+    shape = shapes[0] if shapes else None
+    if shapes and shape is None:
         return  # an object, such as an output class of Hugging Face, in which the first batch finds the scores
     if shape is None or len(shape) != 2 or shape[0] != IMAGES_TRACED:
         given = "no tensor" if shape is None else f"values of shape {' x '.join(map(str, shape)) or '()'}"

@@ -71,8 +71,9 @@ def _images_within(trace: Trace, trainer: Trainer, count: int) -> int:
         return max(phase.activation_bytes for phase in ahead.phases)
 
     most = activations(plan.phases, trainer.feed.train_loader.own_batch_size)
-    fewer = range(3, count + 1)
-    return min(count, 2 + bisect_right(fewer, most, key=lambda images: activations((everything,), images)))
+    if activations((everything,), count) <= most:
+        return count
+    return min(count, 2 + bisect_right(range(3, count), most, key=lambda images: activations((everything,), images)))
 
 
 def _prove_replays(

@@ -154,12 +154,11 @@ class ValueTracer(fx.Tracer):
             for name, tensor in vars(module).items()
             if isinstance(tensor, Tensor)
         }
-        registered = {id(t): name for name, t in (*self.root.named_parameters(), *self.root.named_buffers())}
+        named = (*self.root.named_parameters(), *self.root.named_buffers())
+        registered = {id(tensor): name for name, tensor in named}
         self._state |= registered
         self._registered = set(registered.values())
-        self._storages = {
-            name: storage_key(tensor) for name, tensor in (*self.root.named_parameters(), *self.root.named_buffers())
-        }
+        self._storages = {name: storage_key(tensor) for name, tensor in named}
         sizes = (len(tensor) for tensor in tensors_in(self.arguments) if tensor.dim())
         self._batch_size = next(sizes, 1)
         names = iter(self.signature.names)

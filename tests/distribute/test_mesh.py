@@ -28,7 +28,7 @@ from fxsplit.plan.forecast import CostModel
 from fxsplit.plan.planfile import NamedPhase, PlanFile
 from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import Found, find_checkpoint
-from fxsplit.spec import RunSpec
+from fxsplit.spec import RunSpec, resolve
 from fxsplit.training import telemetry
 from fxsplit.training.step import Step
 from tests.distribute.group import together
@@ -56,10 +56,9 @@ SUITE = "settle"
 
 def spec(folder: Path, name: str, output: str, parallel: str) -> RunSpec:
     # Statistics of BatchNorm are averaged with each checkpoint, so there is one after the step with the signal anyway.
-    asked = {**COMMON, "prove": False, **SPECS[name], "parallel": parallel, "checkpoint_every": "13s"}
-    if parallel == "ddp":
-        asked.pop("pipeline_schedule", None)
-    return RunSpec(model=f"{folder / 'normed.py'}:normed", output=str(folder / output), experiment=name, **asked)
+    asked = {**COMMON, "prove": False, "parallel": "ddp,pipeline", **SPECS[name], "checkpoint_every": "13s"}
+    named = {"model": f"{folder / 'normed.py'}:normed", "output": str(folder / output), "experiment": name}
+    return resolve(asked, {**named, "parallel": parallel})
 
 
 def run(rank: int, folder: str, name: str) -> None:

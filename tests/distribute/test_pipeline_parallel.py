@@ -28,7 +28,7 @@ from fxsplit.plan.forecast import CostModel
 from fxsplit.plan.planfile import NamedPhase, PlanFile
 from fxsplit.report import Observer
 from fxsplit.saving.checkpoints import Found, find_checkpoint
-from fxsplit.spec import RunSpec
+from fxsplit.spec import RunSpec, resolve
 from fxsplit.training.step import Step
 from tests.distribute.group import together
 from tests.distribute.test_data_parallel import (
@@ -76,10 +76,9 @@ BROKEN = "settle"
 
 
 def spec(folder: Path, name: str, output: str, **asked: Any) -> RunSpec:
-    chosen = {**COMMON, "prove": name == "standard", **SPECS[name], **asked}
-    if chosen.get("parallel", "ddp") == "ddp":
-        chosen.pop("pipeline_schedule", None)
-    return RunSpec(model=f"{folder / 'normed.py'}:normed", output=str(folder / output), experiment=name, **chosen)
+    named = {"model": f"{folder / 'normed.py'}:normed", "output": str(folder / output), "experiment": name}
+    in_pipeline = {**COMMON, "prove": name == "standard", "parallel": "pipeline", **SPECS[name]}
+    return resolve(in_pipeline, {"parallel": "ddp", **named, **asked})
 
 
 def run(rank: int, folder: str) -> None:

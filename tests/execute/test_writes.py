@@ -13,6 +13,7 @@ from fxsplit.capture.tracing import trace
 from fxsplit.execute.executor import Executor
 from fxsplit.plan.partition import partition
 from fxsplit.plan.schedule import Phase
+from tests.exact import assert_same_state
 
 Pairs = Iterable[tuple[Tensor, Tensor]]
 
@@ -80,10 +81,6 @@ class MomentumEncoder(nn.Module):
 def executor_of(model: nn.Module, x: Tensor) -> Executor:
     captured = trace(model, (x,))
     return Executor(captured, partition(captured, at=["head"]))
-
-
-def assert_same_state(one: nn.Module, other: nn.Module) -> None:
-    torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("write", WAYS)

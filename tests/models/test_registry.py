@@ -21,6 +21,7 @@ from torch import nn
 from fxsplit.errors import DataError, UsageError
 from fxsplit.models import downloads
 from fxsplit.models.registry import Preprocessing, build, preprocessing, sketch
+from tests.exact import assert_same_state
 
 IMAGENET_MEAN, IMAGENET_STD, HALF = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.5, 0.5, 0.5)
 USER_FILE = """
@@ -101,14 +102,6 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
-
-
-def assert_same_state(model: nn.Module, reference: nn.Module) -> None:
-    for (key, value), (reference_key, expected) in zip(
-        model.state_dict().items(), reference.state_dict().items(), strict=True
-    ):
-        assert key == reference_key
-        assert torch.equal(value, expected), key
 
 
 @pytest.mark.parametrize(
